@@ -1,0 +1,62 @@
+# Every target installs what it needs; CI runs `check` and `test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+PIP_INSTALL = -m pip install -q -c constraints.txt
+# Packages that must reach 100% branch coverage.
+GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/views.py,transformer_lens/model_bridge/ports.py,transformer_lens/model_bridge/architecture_adapter.py
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test test-full check test-oldest fmt bench bench-peers gpu clean
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e ".[cli,viz]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
+	touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.dev
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m transformer_lens demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not gpu" -n 2
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/test_imports.py --cov=transformer_lens --cov-report=
+	$(BIN)/python -m coverage report --include="$(GATED)" --show-missing --fail-under=100
+
+test-oldest: constraints.txt pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP_INSTALL) "transformers==5.13.0" -e ".[dev]"
+	$(OLDEST)/bin/python -m pytest -q -m "oldest and not gpu"
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.bench
+
+bench-peers: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.peers
+
+# Uses the python on the PATH as it is: a GPU machine has its own torch, and may have no network.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist out

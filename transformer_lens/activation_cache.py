@@ -1,0 +1,118 @@
+"""`ActivationCache`: the activations of one run, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from transformer_lens.hook_names import get_act_name
+from transformer_lens.hook_point import HookPoint
+
+CacheKey = str | tuple[str, int] | tuple[str, int, str] | tuple[str, None, str]
+
+
+class _Names(Protocol):
+    """What a cache asks of the model whose activations it holds."""
+
+    def canonical_name(self, name: str) -> str: ...
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]: ...
+
+
+class ActivationCache(Mapping[str, Tensor]):
+    """A mapping from hook name to tensor, also under short names and aliases.
+
+    >>> _, cache = bridge.run_with_cache("The cat sat")
+    >>> cache["q", 0].shape, cache["resid_post", -1] is cache["blocks.3.hook_resid_post"]
+    (torch.Size([1, 4, 8, 16]), True)
+
+    Iteration lists each captured tensor once, under its canonical name, in the order the model computed
+    them; gradients are under `name + "_grad"`. Tensors are detached, and share memory with the run's
+    activations unless `clone=True` was asked for. Raises `KeyError` for what is not there, and says why.
+    """
+
+    def __init__(self, cache_dict: dict[str, Tensor], model: _Names, has_batch_dim: bool = True) -> None:
+        self.cache_dict = cache_dict
+        self.model = model
+        self.has_batch_dim = has_batch_dim
+
+    def full_name(self, key: CacheKey) -> str:
+        """The canonical name of a key. Raises `KeyError` if the model has no such hook."""
+        if isinstance(key, str):
+            parts: tuple[str | int | None, ...] = (key,)
+        elif isinstance(key, tuple) and 2 <= len(key) <= 3 and isinstance(key[0], str):
+            parts = key
+        else:
+            raise TypeError(f"cache key: got {key!r}, expected a name, (name, layer) or (name, layer, component)")
+        name, layer, owner = (*parts, None, None)[:3]
+        gradient = str(name).endswith("_grad")
+        short = str(name).removesuffix("_grad")
+        if isinstance(layer, int) and layer < 0:
+            layer += self._n_layers()
+        exact = short in self.cache_dict and layer is None
+        full = short if exact else self._resolve(short, layer, None if owner is None else str(owner))
+        return full + "_grad" if gradient else full
+
+    def _resolve(self, short: str, layer: str | int | None, owner: str | None) -> str:
+        if layer is None and owner is None:
+            try:
+                return self.model.canonical_name(short)
+            except KeyError:
+                return self.model.canonical_name(get_act_name(short))
+        return self.model.canonical_name(get_act_name(short, layer, owner))
+
+    def _n_layers(self) -> int:
+        blocks = [n.split(".")[1] for n in self.model.hook_dict if n.startswith("blocks.")]
+        return 1 + max(map(int, blocks))
+
+    def __getitem__(self, key: CacheKey) -> Tensor:
+        name = self.full_name(key)
+        if name not in self.cache_dict:
+            held = list(self.cache_dict)
+            some = ", ".join(map(repr, held[:5])) + (", ..." if len(held) > 5 else "")
+            raise KeyError(f"{name!r} was not captured; this cache holds {len(held)} tensors: {some}")
+        return self.cache_dict[name]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return self.full_name(key) in self.cache_dict  # type: ignore[arg-type]
+        except (KeyError, TypeError):
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.cache_dict)
+
+    def __len__(self) -> int:
+        return len(self.cache_dict)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache with {len(self)} tensors: {list(self.cache_dict)}"
+
+    def remove_batch_dim(self) -> Self:
+        """Drop the batch axis, in place. Raises `ValueError` unless every tensor has a batch of one."""
+        if not self.has_batch_dim:
+            return self
+        for name, tensor in self.cache_dict.items():
+            if tensor.shape[0] != 1:
+                raise ValueError(f"remove_batch_dim: {name!r} has a batch of {tensor.shape[0]}, expected 1")
+        self.cache_dict = {name: tensor[0] for name, tensor in self.cache_dict.items()}
+        self.has_batch_dim = False
+        return self
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move every tensor to a device, in place."""
+        self.cache_dict = {name: tensor.to(device) for name, tensor in self.cache_dict.items()}
+        return self
+
+    def stack_activation(self, name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
+        """One activation of the first `layer` layers, stacked; -1 stands for all layers.
+
+        >>> cache.stack_activation("resid_post").shape
+        torch.Size([4, 1, 4, 128])
+        """
+        layers = range(self._n_layers() if layer == -1 else layer)
+        return torch.stack([self[get_act_name(name, i, sublayer_type)] for i in layers])

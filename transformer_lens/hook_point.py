@@ -1,0 +1,283 @@
+"""`HookPoint`: a named place where a tensor can be read, edited and differentiated.
+
+Every user hook is handed a tensor of its own, so no hook can change what another one, or a cache, has
+already kept. Hooks of a `Run` fire in that run alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import Tensor, nn
+
+Direction = Literal["fwd", "bwd"]
+HookFunction = Callable[..., Any]
+
+
+class _ThreadState(threading.local):
+    """What this thread is running: the innermost run, and the user hooks being executed now."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.depth = 0
+        self.executing: list[HookEntry] = []
+        self.recalled: dict[tuple[int, int], Any] = {}
+
+
+state = _ThreadState()
+
+
+class Run:
+    """One `run_with_hooks` or `run_with_cache`: hooks that belong to it fire in it alone.
+
+    Neither another thread's forward nor a forward that a hook starts sees them.
+    """
+
+    def __enter__(self) -> Self:
+        self._outer = (state.run, state.depth)
+        state.run, state.depth = self, 0
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        state.run, state.depth = self._outer
+        del self._outer
+        if not state.executing:
+            state.recalled.clear()  # what an interrupted forward left
+
+
+@contextmanager
+def nested_forward() -> Iterator[None]:
+    """While a user hook runs the model again, the hooks of the outer run stay silent."""
+    if not state.depth:
+        yield
+        return
+    outer = (state.run, state.depth)
+    state.run, state.depth = None, 0
+    try:
+        yield
+    finally:
+        state.run, state.depth = outer
+
+
+@dataclass(eq=False)
+class HookEntry:
+    """One function attached to one hook point."""
+
+    fn: HookFunction
+    is_permanent: bool = False
+    level: int | None = None
+    run: Run | None = None
+    reads_only: bool = False
+    fired: bool = False
+    removed: bool = False
+
+    def applies(self) -> bool:
+        """Whether it fires in what this thread is doing now."""
+        return (self.run is None or self.run is state.run) and self not in state.executing
+
+    def call(self, tensor: Tensor, point: HookPoint) -> Any:
+        """Run the user's function, known to the thread as such."""
+        self.fired = True
+        state.depth += 1
+        state.executing.append(self)
+        try:
+            return self.fn(tensor, hook=point)
+        finally:
+            state.executing.pop()
+            state.depth -= 1
+
+
+class HookPoint(nn.Module):
+    """A named place: calling it runs its hooks on a tensor and gives back what they made of it.
+
+    >>> point = HookPoint("doubled")
+    >>> handle = point.add_hook(lambda tensor, hook: tensor * 2)
+    >>> point(torch.ones(2))
+    tensor([2., 2.])
+
+    A hook is `fn(tensor, hook)`. It may return a replacement, or edit its tensor in place and return
+    nothing; returning nothing without an edit leaves the computation as it is, bit for bit. A backward
+    hook gets the gradient and may return another one, bare or as a 1-tuple.
+    """
+
+    def __init__(self, name: str | None = None, axes: str = "", read_only: str = "", integer: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.axes = axes
+        self.read_only = read_only
+        self.integer = integer
+        self.ctx: dict[Any, Any] = {}
+        self.fwd_hooks: list[HookEntry] = []
+        self.bwd_hooks: list[HookEntry] = []
+        self.on_change: Callable[[], None] | None = None
+
+    def extra_repr(self) -> str:
+        return repr(self.name) if self.name else ""
+
+    # -- attaching ---------------------------------------------------------------------------------
+
+    def add_hook(
+        self,
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> HookEntry:
+        """Attach `hook`; `prepend` puts it before those already here. Returns the entry for `remove`."""
+        return self.attach(HookEntry(hook, is_permanent, level), dir, prepend)
+
+    def attach(self, entry: HookEntry, dir: Direction = "fwd", prepend: bool = False) -> HookEntry:
+        """Attach a prepared entry."""
+        if not callable(entry.fn):
+            raise TypeError(
+                f"hook at {self.name!r}: got {type(entry.fn).__name__}, expected a function fn(tensor, hook)"
+            )
+        if dir == "bwd" and self.integer and not entry.reads_only:
+            raise ValueError(f"backward hook at {self.name!r}: it holds integers, which have no gradient")
+        hooks = self._entries(dir)
+        hooks.insert(0 if prepend else len(hooks), entry)
+        self._changed()
+        return entry
+
+    def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> HookEntry:
+        """Attach a hook that `reset_hooks` leaves alone."""
+        return self.add_hook(hook, dir, is_permanent=True)
+
+    def remove(self, entry: HookEntry, *, silence: bool = True) -> None:
+        """Take one entry off; `silence` it also in graphs that still wait for their backward pass."""
+        entry.removed = silence
+        for hooks in (self.fwd_hooks, self.bwd_hooks):
+            if entry in hooks:
+                hooks.remove(entry)
+        self._changed()
+
+    def remove_hooks(
+        self,
+        dir: Direction | Literal["both"] = "fwd",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Take hooks off; permanent ones only when asked, and only those of `level` if one is given."""
+        for direction in ("fwd", "bwd") if dir == "both" else (dir,):
+            for entry in list(self._entries(direction)):
+                if (including_permanent or not entry.is_permanent) and level in (None, entry.level):
+                    self.remove(entry)
+
+    def has_hooks(
+        self,
+        dir: Direction | Literal["both"] = "both",
+        including_permanent: bool = True,
+        level: int | None = None,
+    ) -> bool:
+        """Whether any hook that fits is attached."""
+        directions: tuple[Direction, ...] = ("fwd", "bwd") if dir == "both" else (dir,)
+        return any(
+            (including_permanent or not entry.is_permanent) and level in (None, entry.level)
+            for direction in directions
+            for entry in self._entries(direction)
+        )
+
+    def clear_context(self) -> None:
+        """Empty `ctx`, the dictionary in which hooks keep what they want to find again."""
+        self.ctx.clear()
+
+    def layer(self) -> int:
+        """The layer this point belongs to: `blocks.3.attn.hook_q` -> 3.
+
+        Raises `ValueError` for a point outside the blocks.
+        """
+        parts = (self.name or "").split(".")
+        if len(parts) < 2 or not parts[1].isdigit():
+            raise ValueError(f"hook point {self.name!r} is not inside a block, so it has no layer number")
+        return int(parts[1])
+
+    def _entries(self, dir: str) -> list[HookEntry]:
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"hook at {self.name!r}: got direction {dir!r}, expected 'fwd' or 'bwd'")
+        return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+    # -- firing ------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the hooks on `x`; returns `x` itself where none of them changed anything."""
+        value = x
+        for entry in tuple(self.fwd_hooks):
+            if not entry.applies():
+                continue
+            if entry.reads_only:
+                entry.fired = True
+                entry.fn(value, hook=self)
+            else:
+                value = self._hand_over(entry, value)
+        if self.bwd_hooks:
+            value = self._watch_gradient(value, x)
+        return value
+
+    def _hand_over(self, entry: HookEntry, value: Tensor) -> Tensor:
+        """Give a user hook a tensor of its own, and find out whether it edited that."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"hook point {self.name!r}: got {type(value).__name__}, expected a Tensor")
+        own = value.clone()
+        before = None if own.is_inference() else (own._version, own.requires_grad)
+        result = entry.call(own, self)
+        edited = before is not None and (own._version, own.requires_grad) != before
+        if self.read_only and (result is not None or edited):
+            raise ValueError(f"hook {self.name!r} cannot be written: {self.read_only}")
+        if result is not None:
+            if not isinstance(result, Tensor):
+                raise TypeError(
+                    f"hook at {self.name!r}: its function returned {type(result).__name__}, expected a Tensor or None"
+                )
+            return result
+        # In a graph the hook's own tensor goes on, so that retain_grad() and autograd.grad reach it.
+        return own if edited or before is None or own.requires_grad else value
+
+    def _watch_gradient(self, value: Tensor, original: Tensor) -> Tensor:
+        entries = [entry for entry in self.bwd_hooks if entry.applies()]
+        if not entries or not value.requires_grad:
+            return value
+        if value is original:
+            # A name of its own in the graph: the gradient of this reading, not of its neighbours.
+            value = value.view_as(value)
+        for entry in entries:
+            value.register_hook(partial(_backward, entry, self))
+        return value
+
+
+def _backward(entry: HookEntry, point: HookPoint, grad: Tensor) -> Tensor | None:
+    """A tensor hook: gives the gradient to the user's function, and its answer to autograd."""
+    if entry.removed or entry in state.executing:
+        return None
+    if entry.reads_only:
+        entry.fired = True
+        entry.fn(grad, hook=point)
+        return None
+    own = grad.clone()
+    version = own._version
+    result = entry.call(own, point)
+    if isinstance(result, tuple) and len(result) == 1:
+        result = result[0]
+    if result is None:
+        return own if own._version != version else None
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"backward hook at {point.name!r}: its function returned {type(result).__name__}, "
+            "expected a gradient Tensor, a 1-tuple of it, or None"
+        )
+    return result

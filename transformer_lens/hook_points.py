@@ -1,0 +1,6 @@
+"""Hooks on any module: `HookPoint`, a named place, and `HookedRootModule`, a module that has some."""
+
+from transformer_lens.hook_point import HookEntry, HookPoint
+from transformer_lens.hooked_root import HookedRootModule
+
+__all__ = ["HookEntry", "HookPoint", "HookedRootModule"]

@@ -1,0 +1,378 @@
+"""`HookedRootModule`: running a module with hooks, and with a cache.
+
+Names are resolved before anything is attached, so a wrong one changes nothing; whatever a run
+attaches is taken off again when it ends, however it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, Run
+from transformer_lens.slicing import Slice, SliceInput
+
+NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
+HookSpec = tuple[str | Callable[[str], bool] | Sequence[str], HookFunction]
+
+
+class Capture:
+    """A hook that keeps what it sees, under the hook's name, in `store`."""
+
+    def __init__(
+        self,
+        store: dict[str, Tensor],
+        *,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        clone: bool = False,
+        suffix: str = "",
+    ) -> None:
+        self.store = store
+        self.device = device
+        self.remove_batch_dim = remove_batch_dim
+        self.pos_slice = None if pos_slice is None else Slice(pos_slice)
+        self.clone = clone
+        self.suffix = suffix
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        name = str(hook.name)
+        kept = tensor.detach()
+        if self.pos_slice is not None:
+            kept = self.pos_slice.apply(kept, dim=_position_axis(hook.axes))
+        if self.remove_batch_dim:
+            if kept.shape[0] != 1:
+                raise ValueError(
+                    f"remove_batch_dim at {name!r}: got a batch of {kept.shape[0]}, expected 1; "
+                    "leave remove_batch_dim off for larger batches"
+                )
+            kept = kept[0]
+        if self.device is not None:
+            kept = kept.to(self.device)
+        self.store[name + self.suffix] = kept.clone() if self.clone else kept
+
+
+def _position_axis(axes: str) -> int:
+    """The axis of the positions; a hook point that declares no axes has them after the batch."""
+    names = axes.split()
+    for wanted in ("pos", "query_pos"):
+        if wanted in names:
+            return names.index(wanted)
+    return 1
+
+
+class HookedRootModule(nn.Module):
+    """Base class of a module whose `HookPoint`s are read and edited by name.
+
+    >>> class Doubler(HookedRootModule):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.hook_out = HookPoint()
+    ...         self.setup()
+    ...
+    ...     def forward(self, x):
+    ...         return self.hook_out(2 * x)
+    >>> output, cache = Doubler().run_with_cache(torch.ones(1))
+    >>> cache["hook_out"]
+    tensor([2.])
+
+    Call `setup()` at the end of `__init__`: it gives every hook point its name.
+    """
+
+    _points: dict[str, HookPoint] | None = None
+
+    # -- names -------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Name every hook point by its place in the module tree."""
+        self._points = {}
+        for name, module in self.named_modules():
+            if isinstance(module, HookPoint):
+                module.name = name
+                self._points[name] = module
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by name."""
+        if self._points is None:
+            self.setup()
+        assert self._points is not None
+        return self._points
+
+    @property
+    def mod_dict(self) -> dict[str, nn.Module]:
+        """Every module by name."""
+        return dict(self.named_modules())
+
+    def hook_points(self) -> Iterable[HookPoint]:
+        """Every hook point."""
+        return self.hook_dict.values()
+
+    def unknown_hook(self, name: str) -> KeyError:
+        """The error for a name that is not here: it offers the nearest ones."""
+        near = get_close_matches(name, list(self.hook_dict), n=3, cutoff=0.0)
+        return KeyError(f"no hook is named {name!r}; the nearest names are {', '.join(map(repr, near))}")
+
+    def canonical_name(self, name: str) -> str:
+        """The name under which this hook is listed. Raises `KeyError` with the nearest names."""
+        if not isinstance(name, str):
+            raise TypeError(f"hook name: got {type(name).__name__}, expected a str")
+        if name not in self.hook_dict:
+            raise self.unknown_hook(name)
+        return name
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        """Every spelling of a canonical name, itself first."""
+        return (name,)
+
+    def default_names(self) -> list[str]:
+        """What a cache holds when nothing is asked for by name."""
+        return list(self.hook_dict)
+
+    def select_names(self, names_filter: NamesFilter) -> list[str]:
+        """The canonical names that a filter stands for, in the order of the model.
+
+        A string or a list of strings names hooks; a predicate is asked for every spelling of every
+        hook; `None` stands for all but those taken on request. Raises `KeyError` for an unknown name
+        and `ValueError` for a predicate that fits nothing.
+        """
+        if names_filter is None:
+            return self.default_names()
+        if isinstance(names_filter, str):
+            return [self.canonical_name(names_filter)]
+        if callable(names_filter):
+            chosen = [n for n in self.hook_dict if any(names_filter(s) for s in self.names_of(n))]
+            if not chosen:
+                raise ValueError(
+                    f"the names filter {names_filter!r} fits none of the {len(self.hook_dict)} hooks; "
+                    "print the model's hook_dict to see their names"
+                )
+            return chosen
+        named = {self.canonical_name(name) for name in names_filter}
+        return [name for name in self.hook_dict if name in named]
+
+    # -- hooks that stay ---------------------------------------------------------------------------
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool] | Sequence[str],
+        hook: HookFunction,
+        dir: Direction = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
+        for chosen in self.select_names(name):
+            entry = HookEntry(hook, is_permanent=is_permanent, level=level)
+            self.hook_dict[chosen].attach(entry, dir, prepend)
+
+    def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Direction = "fwd") -> None:
+        """Attach a hook that `reset_hooks` leaves alone."""
+        self.add_hook(name, hook, dir, is_permanent=True)
+
+    def remove_all_hook_fns(
+        self,
+        direction: Direction | Literal["both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Take the hooks off every point."""
+        for point in self.hook_points():
+            point.remove_hooks(direction, including_permanent, level)
+
+    def clear_contexts(self) -> None:
+        """Empty the `ctx` of every hook point."""
+        for point in self.hook_points():
+            point.clear_context()
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Direction | Literal["both"] = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Take the hooks off every point and, by default, empty their contexts."""
+        if clear_contexts:
+            self.clear_contexts()
+        self.remove_all_hook_fns(direction, including_permanent, level)
+
+    # -- hooks for a while -------------------------------------------------------------------------
+
+    def _entries(
+        self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None
+    ) -> list[tuple[HookPoint, HookEntry, Direction, bool]]:
+        """Resolve names to points, before anything is attached."""
+        prepared: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
+        for spec in hooks:
+            if not isinstance(spec, (tuple, list)) or len(spec) != 2:
+                raise TypeError(f"{dir}_hooks: got {spec!r}, expected a list of (name, function) pairs")
+            where, fn = spec
+            if not callable(fn):
+                raise TypeError(
+                    f"{dir}_hooks at {where!r}: got {type(fn).__name__}, expected a function fn(tensor, hook)"
+                )
+            for name in self.select_names(where):
+                prepared.append((self.hook_dict[name], HookEntry(fn, run=run), dir, not callable(where)))
+        return prepared
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Self]:
+        """Attach hooks for the length of a `with` block, whichever way, and in whichever thread, the model runs.
+
+        Hooks are `(name | predicate | list of names, fn)`. `reset_hooks_end=False` leaves them attached.
+        """
+        entries = self._entries(fwd_hooks, "fwd", None) + self._entries(bwd_hooks, "bwd", None)
+        try:
+            for point, entry, direction, _ in entries:
+                point.attach(entry, direction)
+            yield self
+        finally:
+            if reset_hooks_end:
+                for point, entry, _, _ in entries:
+                    point.remove(entry)
+            if clear_contexts:
+                self.clear_contexts()
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Sequence[HookSpec] = (),
+        bwd_hooks: Sequence[HookSpec] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the model with hooks that fire in this run alone, and return its output.
+
+        A backward hook fires in the backward pass through this run's output, also after the call.
+        Raises `ValueError` if a hook asked for by name did not fire.
+        """
+        if not reset_hooks_end:
+            with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=False, clear_contexts=clear_contexts):
+                return self(*model_args, **model_kwargs)
+        run = Run()
+        entries = self._entries(fwd_hooks, "fwd", run) + self._entries(bwd_hooks, "bwd", run)
+        try:
+            output = self._run(run, entries, model_args, model_kwargs)
+        finally:
+            if clear_contexts:
+                self.clear_contexts()
+        return output
+
+    def _run(
+        self,
+        run: Run,
+        entries: Sequence[tuple[HookPoint, HookEntry, Direction, bool]],
+        model_args: tuple[Any, ...],
+        model_kwargs: Mapping[str, Any],
+    ) -> Any:
+        """One forward with `entries` attached for its length."""
+        completed = False
+        try:
+            for point, entry, direction, _ in entries:
+                point.attach(entry, direction)
+            with run:
+                output = self(*model_args, **model_kwargs)
+            completed = True
+        finally:
+            for point, entry, _, _ in entries:
+                point.remove(entry, silence=not completed)
+        silent = [p.name for p, entry, dir, named in entries if named and dir == "fwd" and not entry.fired]
+        if silent:
+            raise ValueError(
+                f"these hooks were asked for and never fired: {', '.join(map(repr, silent))}; "
+                "a run with start_at_layer or stop_at_layer has no hooks outside those layers, and a module "
+                "put in a hook's place has to call its own hook points"
+            )
+        return output
+
+    # -- caching -----------------------------------------------------------------------------------
+
+    def get_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Slice | SliceInput = None,
+    ) -> tuple[dict[str, Tensor], list[HookSpec], list[HookSpec]]:
+        """A dictionary, and the forward and backward hooks that fill it when they are attached."""
+        store: dict[str, Tensor] = {} if cache is None else cache
+        options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
+        names = self.select_names(names_filter)
+        forward: list[HookSpec] = [(name, Capture(store, **options)) for name in names]
+        backward: list[HookSpec] = [(name, Capture(store, suffix="_grad", **options)) for name in names]
+        return store, forward, backward if incl_bwd else []
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: NamesFilter = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        clone: bool = False,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run the model and keep activations: returns `(output, cache)`.
+
+        `names_filter` chooses hooks (`select_names`), `device` moves them, `remove_batch_dim` drops a
+        batch of one, `pos_slice` keeps some positions, `clone` gives each captured tensor memory of its
+        own (a q captured without it keeps the whole fused QKV alive). `incl_bwd` calls `backward()` on
+        the output, which has to be one number, and keeps gradients under `name + "_grad"`.
+        """
+        store: dict[str, Tensor] = {}
+        run = Run()
+        named = names_filter is not None and not callable(names_filter)
+        options: dict[str, Any] = {
+            "device": device,
+            "remove_batch_dim": remove_batch_dim,
+            "pos_slice": pos_slice,
+            "clone": clone,
+        }
+        entries: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
+        for name in self.select_names(names_filter):
+            point = self.hook_dict[name]
+            entries.append((point, HookEntry(Capture(store, **options), run=run, reads_only=True), "fwd", named))
+            if incl_bwd:
+                gradient = Capture(store, suffix="_grad", **options)
+                entries.append((point, HookEntry(gradient, run=run, reads_only=True), "bwd", named))
+        try:
+            output = self._run(run, entries, model_args, model_kwargs)
+        finally:
+            if clear_contexts:
+                self.clear_contexts()
+        if incl_bwd:
+            _backward_from(output)
+        return output, store
+
+
+def _backward_from(output: Any) -> None:
+    if not isinstance(output, Tensor) or output.numel() != 1:
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"incl_bwd: got an output of {shape}, expected one number to differentiate; pass return_type='loss'"
+        )
+    if not output.requires_grad:
+        raise ValueError(
+            "incl_bwd: the output does not require a gradient; leave torch.no_grad() and make the parameters, "
+            "or the tensor at hook_embed, require one"
+        )
+    output.backward()

@@ -1,0 +1,100 @@
+"""`ArchitectureAdapter`: the vocabulary in which a family of models is described.
+
+An adapter is data: where the components live, what the config's numbers are called, which
+configurations the model class cannot run, and what has to be made safe for hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import (
+    HeadBridge,
+    Part,
+    UnembeddingBridge,
+)
+
+HEADS: Mapping[str, tuple[str, Part]] = {
+    "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
+    "score": ("head", Part(HeadBridge, "score")),
+    "classifier": ("head", Part(HeadBridge, "classifier")),
+    "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
+}
+"""The heads of Hugging Face's task classes: attribute of the model -> component."""
+
+NO_HEAD = "this model class has no {missing}; its output is {present}"
+
+
+class Preparation:
+    """What `prepare_model` did to a model, and its exact inverse."""
+
+    def undo(self) -> None:
+        """Give the model back as it was. Further calls do nothing."""
+
+
+class ArchitectureAdapter:
+    """Describes one family; subclass it, give it a config, and fill `component_mapping`.
+
+    >>> adapter = FalconArchitectureAdapter(FalconConfig(num_hidden_layers=2))
+    >>> adapter.cfg.n_key_value_heads
+    1
+
+    Raises `ValueError` for a configuration that the model class itself cannot run.
+    """
+
+    model_type: ClassVar[str]
+    cfg_names: ClassVar[Mapping[str, str]] = {}
+    """Fields of `BridgeConfig` and the config attribute each is read from."""
+    block_returns_tuple: ClassVar[bool] = False
+    """Whether a block of the model returns its stream as the first item of a tuple."""
+    absent: ClassVar[Mapping[str, str]] = {
+        "hook_pos_embed": "positions enter inside attention here, nothing is added to the embeddings"
+    }
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        for sentence in self.refusals():
+            raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
+        self.cfg = self.read_config()
+        self.component_mapping: dict[str, Part] = self.components()
+
+    def refusals(self) -> list[str]:
+        """A sentence for everything in the config that the model class cannot run."""
+        return []
+
+    def cautions(self) -> list[str]:
+        """A sentence for everything in the config that runs, and that a user should know about."""
+        return []
+
+    def variant(self) -> Mapping[str, Any]:
+        """Fields of `BridgeConfig` that the family computes rather than reads."""
+        return {}
+
+    def components(self) -> dict[str, Part]:
+        """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`."""
+        raise NotImplementedError(f"{type(self).__name__} has to say where its components live")
+
+    def read_config(self) -> BridgeConfig:
+        """The model's numbers under the field's names."""
+        read = {name: getattr(self.config, attribute) for name, attribute in self.cfg_names.items()}
+        architectures = getattr(self.config, "architectures", None) or [""]
+        known = {"architecture": architectures[0], "model_name": self.config.name_or_path or self.model_type}
+        fields = {**known, **read, **self.variant()}
+        fields.setdefault("d_vocab_out", fields["d_vocab"])
+        return BridgeConfig(**fields)
+
+    @staticmethod
+    def prepare_model(hf_model: nn.Module) -> Preparation:  # noqa: ARG004
+        """Make the model safe for anybody's hooks. Nothing to do unless the family adds in place."""
+        return Preparation()
+
+
+def refuse_unless_divisible(heads: int, key_value_heads: int) -> list[str]:
+    """The sentence for heads that do not fall into equal groups."""
+    if heads % key_value_heads:
+        return [f"{heads} query heads do not fall into {key_value_heads} equal key-value groups"]
+    return []

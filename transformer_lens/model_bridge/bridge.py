@@ -1,0 +1,404 @@
+"""`TransformerBridge`: an unchanged Hugging Face model whose activations have names.
+
+With no hook attached the model runs as it stands. The bridge is a tree of hook points beside it; an
+`Attachment` connects the two only while a hook is there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.hooked_root import HookedRootModule
+from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
+from transformer_lens.model_bridge.attach import Attachment, Root
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import ROOT_HOOKS, ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
+from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
+from transformer_lens.model_bridge.loading import load_model, load_tokenizer
+from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
+from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.utilities import lm_cross_entropy_loss
+
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` gives."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
+    """Read, edit and differentiate the activations of a Falcon or Mixtral by name.
+
+    >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")
+    >>> logits, cache = bridge.run_with_cache("Mary and John went to the store")
+    >>> cache["q", 0].shape
+    torch.Size([1, 8, 8, 16])
+
+    `TransformerBridge(hf_model, tokenizer=None)` wraps a model that is already there, of any of the
+    family's classes. The model's parameters are not copied and its code is not replaced; `detach()`,
+    or leaving a `with` block, gives it back as it was. Raises `ValueError` for a family or a
+    configuration that cannot run.
+    """
+
+    absent_names: Mapping[str, str]
+
+    def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
+        HookOwner.__init__(self)
+        config: Any = hf_model.config
+        self.adapter = adapter_for(config)
+        self.original_model = hf_model
+        self.tokenizer = tokenizer
+        self.cfg: BridgeConfig = self.adapter.cfg
+        self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
+        self.cfg.architecture = type(hf_model).__name__
+        self._read_parameters()
+        for sentence in self.adapter.cautions():
+            warnings.warn(sentence, stacklevel=2)
+        self._build_tree()
+        self._bind()
+        self._preparation = self.adapter.prepare_model(hf_model)
+        self._detached = False
+
+    # -- making ------------------------------------------------------------------------------------
+
+    @classmethod
+    def boot_transformers(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        hf_model: nn.Module | None = None,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
+        revision: str | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> Self:
+        """Load a model by hub name or directory, or wrap `hf_model`.
+
+        >>> bridge = TransformerBridge.boot_transformers("tiny-mixtral", dtype=torch.bfloat16)
+
+        `dtype` defaults to the checkpoint's own. Further keywords go to Hugging Face's
+        `from_pretrained`. Raises `ValueError` for options that a model already loaded cannot take.
+        """
+        loading: dict[str, Any] = {
+            "attn_implementation": attn_implementation,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+            **from_pretrained_kwargs,
+        }
+        given = {name: value for name, value in loading.items() if value is not None}
+        if hf_model is None:
+            if name_or_path is None:
+                raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
+            hf_model = load_model(name_or_path, revision=revision, dtype="auto" if dtype is None else dtype, **given)
+            tokenizer = load_tokenizer(name_or_path, revision=revision) if tokenizer is None else tokenizer
+            dtype = None
+        elif given or revision is not None:
+            names = ", ".join([*given, *(["revision"] if revision is not None else [])])
+            raise ValueError(f"boot_transformers: {names} cannot be applied to an hf_model that is already loaded")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        if device is not None:
+            hf_model = hf_model.to(device)
+        if dtype is not None:
+            hf_model = hf_model.to(dtype)
+        bridge = cls(hf_model, tokenizer)
+        if name_or_path is not None:
+            bridge.cfg.model_name = str(name_or_path)
+        return bridge
+
+    def _read_parameters(self) -> None:
+        parameter = next(self.original_model.parameters())
+        self.cfg.dtype = parameter.dtype
+        self.cfg.device = self.input_device()
+
+    def _build_tree(self) -> None:
+        """Make the components: names beside the modules they stand for."""
+        model: Any = self.original_model
+        base = model.base_model
+        prefix = "" if base is model else model.base_model_prefix
+        self.root = Root(model, prefix)
+        absent = dict(self.adapter.absent)
+        for role, part in self.adapter.component_mapping.items():
+            path = f"{prefix}.{part.at}" if prefix else part.at
+            if role == "blocks":
+                blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in range(self.cfg.n_layers)]
+                self.add_module("blocks", nn.ModuleList(blocks))
+            else:
+                self.add_module(role, part.kind(part, model, path, role))
+        head = next((name for name in HEADS if name in dict(model.named_children())), None)
+        if head is not None:
+            role, part = HEADS[head]
+            self.add_module(role, part.kind(part, model, part.at, role))
+            self.cfg.d_vocab_out = model.get_submodule(head).out_features
+        present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
+        for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
+            if role not in self._modules:
+                absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
+        for component in self.components():
+            absent |= {f"{component.name}.{name}": why for name, why in component.absent.items()}
+        self.absent_names = absent
+        self.declare("", ROOT_HOOKS)
+
+    def _bind(self) -> None:
+        """Connect every hook point to its place in the model."""
+        self.attachment = Attachment(self.cfg, self._tree_changed)
+        self.attachment.bind(self, ROOT_HOOKS, self._root_role, layer=-1)
+        aliases = {a: name for hook in ROOT_HOOKS for a in hook.aliases for name in (hook.name,)}
+        for component in self.components():
+            layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1
+            if component.name in ("ln_final", "unembed", "head"):
+                layer = self.cfg.n_layers
+            self.attachment.bind(component, component.hooks, component.role, layer)
+            for hook in component.hooks:
+                aliases |= {f"{component.name}.{alias}": f"{component.name}.{hook.name}" for alias in hook.aliases}
+        self.aliases = aliases
+
+    def _root_role(self, role: str) -> ComponentBridge | Root:
+        found = self.get_submodule(role) if role else None
+        return found if isinstance(found, ComponentBridge) else self.root
+
+    def _tree_changed(self) -> None:
+        self._points = None
+
+    def components(self) -> Iterator[ComponentBridge]:
+        """Every component: the embedding, each block and its parts, the final norm, the head."""
+        for name, child in self.named_children():
+            if name != "original_model":
+                yield from (module for module in child.modules() if isinstance(module, ComponentBridge))
+
+    # -- giving back -------------------------------------------------------------------------------
+
+    def detach(self) -> nn.Module:
+        """Take every hook off and give the model back exactly as it came; the bridge is spent."""
+        if not self._detached:
+            self.reset_hooks(including_permanent=True)
+            self.attachment.remove()
+            self._preparation.undo()
+            self._detached = True
+        return self.original_model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # -- names -------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """List the hook points again, after modules were put in hooks' places."""
+        points: dict[str, HookPoint] = {}
+        for child, module in self.named_children():
+            if child == "original_model":
+                continue
+            for name, found in module.named_modules(prefix=child):
+                if isinstance(found, HookPoint):
+                    found.name = name
+                    points[name] = found
+        self._points = points
+
+    def canonical_name(self, name: str) -> str:
+        """The one name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
+        return super().canonical_name(self.aliases.get(name, name) if isinstance(name, str) else name)
+
+    def names_of(self, name: str) -> tuple[str, ...]:
+        return (name, *(alias for alias, known in self.aliases.items() if known == name))
+
+    def unknown_hook(self, name: str) -> KeyError:
+        if name in self.absent_names:
+            return KeyError(f"hook {name!r} is absent in this model: {self.absent_names[name]}")
+        owner, _, slot = name.rpartition(".")
+        placed = self.mod_dict.get(owner)
+        if isinstance(placed, HookOwner) and slot in placed.full_names:
+            return KeyError(f"in place of hook {name!r} sits a {type(placed._modules[slot]).__name__}")
+        return super().unknown_hook(name)
+
+    def default_names(self) -> list[str]:
+        on_request = {f"{c.name}.{hook.name}" for c in self.components() for hook in c.hooks if hook.on_request}
+        return [name for name in self.hook_dict if name not in on_request]
+
+    def hook_table(self) -> HookTable:
+        """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.
+
+        >>> next(row.shape for row in bridge.hook_table() if row.name == "blocks.{i}.attn.hook_k")
+        ('batch', 'pos', 2, 16)
+        """
+        rows = [self._hook_row("", hook) for hook in ROOT_HOOKS]
+        shown = [c for c in self.components() if not c.name.startswith("blocks.") or c.name.split(".")[1] == "0"]
+        for component in shown:
+            prefix = component.name.replace("blocks.0", "blocks.{i}", 1) + "."
+            rows += [self._hook_row(prefix, hook) for hook in component.hooks]
+        general = {
+            name.replace("blocks.0", "blocks.{i}", 1): why
+            for name, why in self.absent_names.items()
+            if not name.startswith("blocks.") or name.startswith("blocks.0.")
+        }
+        rows += [HookRow(name, "", (), "absent", "", (), False, why) for name, why in general.items()]
+        title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
+        return HookTable(title, rows)
+
+    def _hook_row(self, prefix: str, hook: Hook) -> HookRow:
+        aliases = tuple(prefix + alias for alias in hook.aliases)
+        shape = axis_sizes(hook.axes, self.cfg)
+        return HookRow(prefix + hook.name, hook.axes, shape, "port", hook.meaning, aliases, bool(hook.read_only))
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: ModelInput,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        past_key_values: Any = None,
+    ) -> Any:
+        """Run the model on text, token ids or embeddings.
+
+        >>> bridge("Mary and John", return_type="loss")
+        tensor(2.7134, grad_fn=<DivBackward0>)
+
+        Token ids without padding make the very call `model(tokens)` makes. `return_type` is "logits"
+        (the model's main output where it has no vocabulary), "loss" (next-token, float32, padding left
+        out), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
+        that enters it; `start_at_layer` takes such a stream as input. Negative layers count from the end.
+        """
+        start = layer_number("start_at_layer", start_at_layer, self.cfg.n_layers)
+        stop = layer_number("stop_at_layer", stop_at_layer, self.cfg.n_layers)
+        self._check_call(return_type, start, stop)
+        call = prepare_call(
+            input,
+            adapter=self.token_adapter,
+            d_model=self.cfg.d_model,
+            device=self.input_device(),
+            prepend_bos=self.token_adapter is not None and self._prepends(prepend_bos),
+            padding_side=padding_side,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            start_at_layer=start,
+        )
+        if start is None and stop is None:
+            return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
+        token = object()
+        blocks = [self._component(f"blocks.{i}").original_component for i in range(self.cfg.n_layers)]
+        with ExitStack() as stack:
+            if start is not None:
+                stack.enter_context(starting_at(start, blocks, self.adapter.block_returns_tuple))
+            if stop is not None:
+                blocks.append(self._component("ln_final").original_component)
+                stack.enter_context(stopping_at(blocks[stop], token))
+            try:
+                return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
+            except Stopped as stopped:
+                if stopped.run is not token:
+                    raise
+                return stopped.value
+
+    def _check_call(self, return_type: str | None, start: int | None, stop: int | None) -> None:
+        if self._detached:
+            raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+        if return_type not in RETURN_TYPES:
+            raise ValueError(f"return_type: got {return_type!r}, expected 'logits', 'loss', 'both' or None")
+        if stop is not None and return_type in ("loss", "both"):
+            raise ValueError(f"return_type={return_type!r} needs the whole model, and stop_at_layer={stop} ends before")
+        if start is not None and stop is not None and start > stop:
+            raise ValueError(f"start_at_layer={start} lies above stop_at_layer={stop}")
+
+    def _answer(self, output: Any, call: Call, return_type: str | None, per_token: bool) -> Any:
+        if return_type is None:
+            return None
+        logits = main_output(output)
+        if return_type == "logits":
+            return logits
+        if "unembed" not in self._modules:
+            raise ValueError(f"return_type={return_type!r}: {self.cfg.architecture} predicts no next token")
+        if call.tokens is None:
+            raise ValueError(f"return_type={return_type!r} needs token ids, and the input was embeddings")
+        loss = lm_cross_entropy_loss(logits, call.tokens.to(logits.device), call.loss_mask, per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
+
+    def run_with_cache(self, *model_args: Any, return_cache_object: bool = True, **kwargs: Any) -> tuple[Any, Any]:
+        """Run the model and keep activations: returns `(output, ActivationCache)`.
+
+        >>> _, cache = bridge.run_with_cache("Mary and John", names_filter="blocks.0.attn.hook_z")
+        >>> list(cache)
+        ['blocks.0.attn.hook_z']
+
+        Keywords as in `HookedRootModule.run_with_cache`, and those of `forward`.
+        `return_cache_object=False` gives a plain dictionary.
+        """
+        output, store = super().run_with_cache(*model_args, **kwargs)
+        if not return_cache_object:
+            return output, store
+        return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    # -- the model behind it -----------------------------------------------------------------------
+
+    def _component(self, name: str) -> ComponentBridge:
+        found = self.get_submodule(name)
+        assert isinstance(found, ComponentBridge)
+        return found
+
+    def input_device(self) -> torch.device:
+        """The device of the token embedding."""
+        model: Any = self.original_model
+        embedding = model.get_input_embeddings()
+        device: torch.device = embedding.weight.device
+        return device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast the model, as `torch.nn.Module.to` does."""
+        self.original_model.to(*args, **kwargs)
+        self._read_parameters()
+        return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's own parameters under their own names."""
+        return self.original_model.named_parameters(*args, **kwargs)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's own parameters."""
+        return self.original_model.parameters(recurse)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's own state, with its own keys."""
+        return self.original_model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state with the model's own keys."""
+        return self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits; the start and end logits of question answering side by side; or the final stream."""
+    if "logits" in output:
+        logits: Tensor = output.logits
+        return logits
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    final: Tensor = output.last_hidden_state
+    return final

@@ -1,0 +1,120 @@
+"""What a component is written in: `Hook` rows, `Part` placements, and `ComponentBridge`, their node.
+
+A component class declares its hooks once, as rows; names, axes, meanings, errors, docs and the test
+matrix all come from those rows. A `Part` says where in the Hugging Face model the component lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.ports import Port
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One row of the hook table. `axes` names the dimensions, `aliases` are relative to the component."""
+
+    name: str
+    axes: str
+    meaning: str
+    port: Port
+    aliases: tuple[str, ...] = ()
+    read_only: str = ""
+    integer: bool = False
+    on_request: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a component lives: its class, its path below its parent's module, and its own parts by role."""
+
+    kind: type[ComponentBridge]
+    at: str = ""
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+
+class Watcher(Protocol):
+    """What a hook point's owner tells about it."""
+
+    def refresh(self) -> None:
+        """A hook came or went."""
+
+    def replaced(self) -> None:
+        """Another module sits in the hook's place."""
+
+
+class HookOwner(nn.Module):
+    """A module with declared hooks: an attribute of a hook's name may be replaced by any module.
+
+    The forward then calls that module in the hook's place; putting a `HookPoint()` there goes back.
+    """
+
+    full_names: dict[str, str]
+    rows: dict[str, Hook]
+    watchers: dict[str, Watcher]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full_names = {}
+        self.rows = {}
+        self.watchers = {}
+
+    def declare(self, prefix: str, hooks: tuple[Hook, ...]) -> None:
+        """Make a hook point for every row."""
+        for hook in hooks:
+            self.full_names[hook.name] = prefix + hook.name
+            self.rows[hook.name] = hook
+            setattr(self, hook.name, HookPoint())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        full_name = self.__dict__.get("full_names", {}).get(name)
+        if full_name is None:
+            return
+        watcher = self.watchers.get(name)
+        if isinstance(value, HookPoint):
+            row = self.rows[name]
+            value.name, value.axes, value.read_only, value.integer = full_name, row.axes, row.read_only, row.integer
+            value.on_change = watcher.refresh if watcher is not None else None
+        if watcher is not None:
+            watcher.replaced()
+
+
+class ComponentBridge(HookOwner):
+    """A component in the tree: its hook points and its parts, beside the Hugging Face module it stands for."""
+
+    hooks: ClassVar[tuple[Hook, ...]] = ()
+    absent: ClassVar[Mapping[str, str]] = {}
+    """Names other architectures have here, and why this component has none."""
+    model: nn.Module
+    """The Hugging Face model; not a submodule, for its parameters are not this component's."""
+
+    def __init__(self, part: Part, model: nn.Module, path: str, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.path = path
+        self.__dict__["model"] = model
+        for role, sub in part.parts.items():
+            below = f"{path}.{sub.at}" if path and sub.at else path or sub.at
+            self.add_module(role, sub.kind(sub, model, below, f"{name}.{role}"))
+        self.declare(f"{name}.", self.hooks)
+
+    @property
+    def original_component(self) -> nn.Module:
+        """The Hugging Face module this component stands for, as it is in the model now."""
+        return self.model.get_submodule(self.path)
+
+    def role(self, role: str) -> ComponentBridge:
+        """This component ("") or one of its parts."""
+        found = self if not role else self.get_submodule(role)
+        assert isinstance(found, ComponentBridge)
+        return found
+
+    def extra_repr(self) -> str:
+        return f"at {self.path!r}"

@@ -1,0 +1,67 @@
+"""Transformer blocks: attention and MLP one after the other, or side by side."""
+
+from __future__ import annotations
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import BranchPort, Port, SharedPort
+
+STREAM = "batch pos d_model"
+BRANCHES = "it needs the attention's twin, which computes one branch for each query head"
+ON_REQUEST_ABSENT = {
+    "hook_attn_in": BRANCHES,
+    "hook_q_input": BRANCHES,
+    "hook_k_input": BRANCHES,
+    "hook_v_input": BRANCHES,
+}
+
+RESID_PRE = Hook(
+    "hook_resid_pre", STREAM, "the residual stream that enters the block", Port(side="in"), aliases=("hook_in",)
+)
+ATTN_OUT = Hook(
+    "hook_attn_out", STREAM, "what attention adds to the stream", Port("attn", "out"), aliases=("attn.hook_out",)
+)
+MLP_IN_MEANING = "the residual stream as the MLP reads it, before its norm"
+MLP_IN = Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, Port("ln2", "in"), aliases=("ln2.hook_in",))
+MLP_OUT = Hook("hook_mlp_out", STREAM, "what the MLP adds to the stream", Port("mlp", "out"), aliases=("mlp.hook_out",))
+RESID_POST = Hook("hook_resid_post", STREAM, "the residual stream that leaves the block", Port(), aliases=("hook_out",))
+
+NO_MIDDLE = "attention and MLP read the same stream side by side, so there is no stream between them"
+
+
+class BlockBridge(ComponentBridge):
+    """A sequential block: roles `ln1`, `attn`, `ln2`, `mlp`."""
+
+    hooks = (
+        RESID_PRE,
+        ATTN_OUT,
+        Hook("hook_resid_mid", STREAM, "the residual stream between attention and MLP", SharedPort("ln2", "in")),
+        MLP_IN,
+        MLP_OUT,
+        RESID_POST,
+    )
+    absent = ON_REQUEST_ABSENT
+
+
+class ParallelBlockBridge(ComponentBridge):
+    """A parallel block with a norm for each branch: roles `ln1`, `attn`, `ln2`, `mlp`."""
+
+    hooks = (RESID_PRE, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST)
+    absent = {**ON_REQUEST_ABSENT, "hook_resid_mid": NO_MIDDLE}
+
+
+class SharedNormParallelBlockBridge(ComponentBridge):
+    """A parallel block whose one norm feeds both branches: roles `ln1`, `attn`, `mlp`."""
+
+    hooks = (
+        RESID_PRE,
+        ATTN_OUT,
+        Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, BranchPort("mlp", "in", arg="x", stream="", norm="ln1")),
+        MLP_OUT,
+        RESID_POST,
+    )
+    absent = {
+        **ON_REQUEST_ABSENT,
+        "hook_resid_mid": NO_MIDDLE,
+        "ln2.hook_scale": "one norm feeds attention and MLP: read ln1.hook_scale",
+        "ln2.hook_normalized": "one norm feeds attention and MLP: read ln1.hook_normalized",
+    }

@@ -1,0 +1,37 @@
+"""The two ends of the model: token embedding, position rotation, unembedding, and other heads."""
+
+from __future__ import annotations
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import Port
+
+
+class EmbeddingBridge(ComponentBridge):
+    """The token embedding; its output is the model's `hook_embed`."""
+
+
+class RotaryEmbeddingBridge(ComponentBridge):
+    """The table of rotations that RoPE attention applies to q and k. It adds nothing to the stream."""
+
+
+class UnembeddingBridge(ComponentBridge):
+    """The map from the final stream to the vocabulary."""
+
+    hooks = (Hook("hook_out", "batch pos d_vocab", "the logits", Port(side="out")),)
+
+
+class HeadBridge(ComponentBridge):
+    """A head that is no unembedding: classification of sequences or tokens, or question answering."""
+
+    hooks = (Hook("hook_out", "batch pos d_vocab_out", "what the head computes at every position", Port(side="out")),)
+
+
+ROOT_HOOKS = (
+    Hook(
+        "hook_embed",
+        "batch pos d_model",
+        "the token embeddings, or the embeddings that the model was called with",
+        Port(at="embed", side="out", instead=Port(side="in", arg="inputs_embeds", keyword=True)),
+        aliases=("embed.hook_out",),
+    ),
+)

@@ -1,0 +1,55 @@
+"""The dense MLP: one hidden layer, whose neurons are read before and after the activation."""
+
+from __future__ import annotations
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import Port
+
+DENSE = "this MLP is dense: it has no router and no experts"
+MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in", arg="x"))
+
+
+class MLPBridge(ComponentBridge):
+    """A dense MLP with the roles `in` and `out`."""
+
+    hooks = (
+        MLP_IN,
+        Hook(
+            "hook_pre",
+            "batch pos d_mlp",
+            "the neurons before the activation function",
+            Port("in", "out"),
+            aliases=("in.hook_out",),
+        ),
+        Hook(
+            "hook_post",
+            "batch pos d_mlp",
+            "the neurons after the activation function",
+            Port("out", "in"),
+            aliases=("out.hook_in",),
+        ),
+    )
+    absent = {
+        "hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two",
+        "hook_router_logits": DENSE,
+        "hook_expert_weights": DENSE,
+        "hook_expert_indices": DENSE,
+        "hook_expert_out": DENSE,
+    }
+
+
+class GatedMLPBridge(ComponentBridge):
+    """A dense gated MLP with the roles `gate`, `in` and `out`: `out(act(gate(x)) * in(x))`."""
+
+    hooks = (
+        MLP_IN,
+        Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate", "out")),
+        Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("in", "out")),
+        Hook("hook_post", "batch pos d_mlp", "the gated hidden layer", Port("out", "in")),
+    )
+    absent = {
+        "hook_router_logits": DENSE,
+        "hook_expert_weights": DENSE,
+        "hook_expert_indices": DENSE,
+        "hook_expert_out": DENSE,
+    }

@@ -1,0 +1,123 @@
+"""`HookTable`: every hook of a model with its shape, meaning and spellings, for reading and for docs."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformer_lens.model_bridge.config import BridgeConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SIZES = {
+    "d_model": "d_model",
+    "head": "n_heads",
+    "kv_head": "n_key_value_heads",
+    "d_head": "d_head",
+    "d_mlp": "d_mlp",
+    "d_vocab": "d_vocab",
+    "d_vocab_out": "d_vocab_out",
+    "expert": "num_experts",
+    "chosen": "experts_per_token",
+}
+"""Axis -> the field of `BridgeConfig` that gives its length; other axes depend on the input."""
+
+COLUMNS = ("hook", "shape", "axes", "kind", "meaning", "also called")
+
+
+def axis_sizes(axes: str, cfg: BridgeConfig) -> tuple[int | str, ...]:
+    """The length of each axis, or its name where the input decides.
+
+    >>> axis_sizes("batch pos head d_head", bridge.cfg)
+    ('batch', 'pos', 8, 16)
+    """
+    return tuple(getattr(cfg, SIZES[axis]) if axis in SIZES else axis for axis in axes.split())
+
+
+@dataclass(frozen=True)
+class HookRow:
+    """One hook, or the same hook of every block: `{i}` stands for the layer."""
+
+    name: str
+    axes: str
+    shape: tuple[int | str, ...]
+    kind: str
+    meaning: str
+    aliases: tuple[str, ...]
+    read_only: bool
+    absent: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        if self.absent:
+            return (self.name, "", "", "absent", self.absent, "")
+        shape = " ".join(map(str, self.shape))
+        kind = self.kind + (", read-only" if self.read_only else "")
+        return (self.name, f"[{shape}]", self.axes, kind, self.meaning, ", ".join(self.aliases))
+
+
+class HookTable:
+    """A table of hooks: prints as text, shows as HTML in a notebook, and renders with rich.
+
+    >>> print(bridge.hook_table())  # doctest: +SKIP
+    >>> [row.name for row in bridge.hook_table()][0]
+    'hook_embed'
+    """
+
+    def __init__(self, title: str, rows: list[HookRow]) -> None:
+        self.title = title
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[HookRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def present(self) -> list[HookRow]:
+        """The hooks this model has."""
+        return [row for row in self.rows if not row.absent]
+
+    def absent(self) -> list[HookRow]:
+        """Names of other architectures, each with the reason why it is absent here."""
+        return [row for row in self.rows if row.absent]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [dict(vars(row)) for row in self.rows]
+
+    def __str__(self) -> str:
+        lines = [COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+        # The reason of an absent row runs on, so it does not widen the columns after it.
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([self.title, text[0], "-" * min(len(text[0]), 120), *text[1:]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def line(cells: tuple[str, ...], tag: str, style: str = "") -> str:
+            inner = "".join(f"<{tag} style='text-align:left'>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr{style}>{inner}</tr>"
+
+        grey = " style='color:#767676'"
+        body = "".join(line(row.cells(), "td", grey if row.absent else "") for row in self.rows)
+        return (
+            f"<table><caption>{html.escape(self.title)}</caption>"
+            f"<thead>{line(COLUMNS, 'th')}</thead><tbody>{body}</tbody></table>"
+        )
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, no_wrap=column in ("hook", "shape"), overflow="fold")
+        for row in self.rows:
+            table.add_row(*row.cells(), style="dim" if row.absent else None)
+        return table

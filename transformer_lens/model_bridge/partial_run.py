@@ -1,0 +1,126 @@
+"""Running some of the layers: what `start_at_layer` and `stop_at_layer` do to an unchanged model.
+
+Blocks below the start hand their input on; a run that stops leaves the model where its last tensor is.
+Both hold for the calling thread alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformer_lens.hook_point import state
+
+
+class _Layers(threading.local):
+    """The layers this thread's run covers: from `start`, in which depth of hooks it was asked for."""
+
+    def __init__(self) -> None:
+        self.start: int | None = None
+        self.depth = 0
+
+
+_layers = _Layers()
+
+
+def covered(layer: int) -> bool:
+    """Whether a hook of this layer (-1: the embedding) fires in what this thread is running."""
+    return _layers.start is None or layer >= _layers.start or len(state.executing) != _layers.depth
+
+
+class Stopped(BaseException):
+    """Leaves the model with the tensor at which it was to stop; never seen by users."""
+
+    def __init__(self, value: Tensor, run: object) -> None:
+        super().__init__()
+        self.value = value
+        self.run = run
+
+
+@contextmanager
+def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
+    """Stop, in this thread, where `module` would start, with its input."""
+    thread, depth = threading.get_ident(), len(state.executing)
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread and len(state.executing) == depth:
+            raise Stopped(args[0] if args else kwargs["hidden_states"], run)
+
+    # First in line, so that no hook of this module fires: nothing of it belongs to the run.
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def starting_at(start: int, blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
+    """Let the blocks below `start` hand their input on unchanged, in this thread."""
+    outer = (_layers.start, _layers.depth)
+    with ExitStack() as undo:
+        for layer, block in enumerate(blocks[:start]):
+            undo.enter_context(_handing_on(block, layer, returns_tuple))
+        _layers.start, _layers.depth = start, len(state.executing)
+        try:
+            yield
+        finally:
+            _layers.start, _layers.depth = outer
+
+
+class _HandOn:
+    """Stands in a block's `forward`: hands the input on in threads whose run starts above the block."""
+
+    def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
+        self.block = block
+        self.layer = layer
+        self.returns_tuple = returns_tuple
+        self.had = "forward" in block.__dict__
+        self.original = block.forward
+        self.users = 0
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if covered(self.layer):
+            return self.original(hidden_states, *args, **kwargs)
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+    def remove(self) -> None:
+        if self.had:
+            self.block.forward = self.original
+        else:
+            del self.block.__dict__["forward"]
+
+
+_exchange = threading.Lock()
+
+
+@contextmanager
+def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
+    """Exchange a block's forward; runs of several threads share the exchange, the last one undoes it."""
+    with _exchange:
+        current = block.__dict__.get("forward")
+        stand_in = current if isinstance(current, _HandOn) else _HandOn(block, layer, returns_tuple)
+        block.forward = stand_in
+        stand_in.users += 1
+    try:
+        yield
+    finally:
+        with _exchange:
+            stand_in.users -= 1
+            if not stand_in.users:
+                stand_in.remove()
+
+
+def layer_number(name: str, layer: int | None, n_layers: int) -> int | None:
+    """A layer counted from the end where it is negative. Raises `ValueError` beyond the model."""
+    if layer is None:
+        return None
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"{name}: got {type(layer).__name__}, expected an int or None")
+    if not -n_layers <= layer <= n_layers:
+        raise ValueError(f"{name}: got {layer}, expected {-n_layers} to {n_layers} in a model of {n_layers} layers")
+    return layer + n_layers if layer < 0 else layer

@@ -1,0 +1,118 @@
+"""Ports: places where a Hugging Face module hands a tensor over, and how to read and write there.
+
+A port only says where and how; `attach` puts the torch hook there. The four kinds differ in what a
+write has to do so that the model goes on with the written value and with nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.views import TokenRows, View, whole
+
+Side = Literal["in", "out"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A tensor that a module receives or returns, seen through a view.
+
+    `at` is the role of the module inside the component that declares the hook ("" is its own module),
+    `item` which one of a returned tuple, `arg` the argument's name where it is passed by keyword.
+    """
+
+    at: str = ""
+    side: Side = "out"
+    view: Callable[[BridgeConfig], View] = whole
+    item: int = 0
+    arg: str = "hidden_states"
+    keyword: bool = False
+    """The argument is only ever passed by its name."""
+    aliased: bool = False
+    """The model writes into this tensor afterwards, so what is captured has to be a copy."""
+    instead: Port | None = None
+    """Where the tensor comes from in calls that leave this port out."""
+
+    @property
+    def recalls(self) -> str | None:
+        """The role whose input this port has to know as well."""
+        return None
+
+    def remember(self, x: Tensor) -> Any:
+        """What to keep of that input."""
+        return None
+
+    def read(self, x: Tensor, view: View, known: Any) -> Tensor:
+        value = view.get(x)
+        return value.clone() if self.aliased else value
+
+    def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
+        return view.put(x, value)
+
+
+@dataclass(frozen=True)
+class FlatTokensPort(Port):
+    """A tensor in which batch and position were flattened; `rows_of` names a role that still has both."""
+
+    rows_of: str = ""
+
+    @property
+    def recalls(self) -> str | None:
+        return self.rows_of
+
+    def remember(self, x: Tensor) -> Any:
+        return TokenRows(*x.shape[:2])
+
+    def read(self, x: Tensor, view: View, known: Any) -> Tensor:
+        rows: TokenRows = known
+        return rows.get(x)
+
+    def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
+        rows: TokenRows = known
+        return rows.put(x, value)
+
+
+@dataclass(frozen=True)
+class SharedPort(Port):
+    """A tensor that the caller goes on using after handing it over, such as the middle residual stream.
+
+    A write has to go into that very tensor; what is read is therefore a copy.
+    """
+
+    def read(self, x: Tensor, view: View, known: Any) -> Tensor:
+        return x.clone()
+
+    def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
+        return x.copy_(value)
+
+
+@dataclass(frozen=True)
+class BranchPort(Port):
+    """The stream as one branch reads it, where one norm feeds several: what stands before that norm.
+
+    `stream` names the role whose input is the stream, `norm` the norm in between. A write runs the
+    model's own norm on the new stream for this branch alone.
+    """
+
+    stream: str = ""
+    norm: str = "ln1"
+
+    @property
+    def recalls(self) -> str | None:
+        return self.stream
+
+    def remember(self, x: Tensor) -> Any:
+        return x
+
+    def read(self, x: Tensor, view: View, known: Any) -> Tensor:
+        stream: Tensor = known
+        return stream
+
+    def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
+        branch: Tensor = modules(self.norm).forward(value)
+        return branch

@@ -1,0 +1,166 @@
+"""Falcon: RW (per-head QKV, ALiBi, sequential), 7B (multi-query), 11B, 40B and 180B (grouped, parallel).
+
+Source: `modeling_falcon.py` in transformers. `new_decoder_architecture` wins over `multi_query`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconMLP
+
+from transformer_lens.model_bridge.architecture_adapter import (
+    ArchitectureAdapter,
+    Preparation,
+    refuse_unless_divisible,
+)
+from transformer_lens.model_bridge.generalized_components import (
+    ALiBiJointQKVAttentionBridge,
+    BlockBridge,
+    EmbeddingBridge,
+    FinalNormalizationBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    LinearBridge,
+    MLPBridge,
+    NormalizationBridge,
+    ParallelBlockBridge,
+    Part,
+    RotaryEmbeddingBridge,
+    SharedNormParallelBlockBridge,
+)
+
+BLOCKS: dict[str, tuple[type[Any], dict[str, str]]] = {
+    "sequential": (BlockBridge, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
+    "parallel, one norm": (SharedNormParallelBlockBridge, {"ln1": "input_layernorm"}),
+    "parallel, two norms": (ParallelBlockBridge, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
+}
+ATTENTION = {True: ALiBiJointQKVAttentionBridge, False: JointQKVPositionEmbeddingsAttentionBridge}
+
+
+class FreshOutputFalconMLP(FalconMLP):
+    """Falcon's MLP whose caller gets a tensor of its own.
+
+    A parallel `FalconDecoderLayer` runs `mlp_output += attention_output` on what the MLP returned, after
+    every hook has seen it. Here it adds into a copy, so what hooks saw stays what the MLP computed, and
+    autograd's backward hooks, which refuse in-place changes of what they wrapped, are content.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().__call__(*args, **kwargs)
+        return output.clone()
+
+
+class FreshOutputs(Preparation):
+    """The MLPs whose class was exchanged; each counts how many preparations hold it."""
+
+    def __init__(self, mlps: list[nn.Module]) -> None:
+        self.mlps = mlps
+        for mlp in mlps:
+            mlp.__dict__["preparations"] = mlp.__dict__.get("preparations", 0) + 1
+            mlp.__class__ = FreshOutputFalconMLP
+
+    def undo(self) -> None:
+        for mlp in self.mlps:
+            mlp.__dict__["preparations"] -= 1
+            if not mlp.__dict__["preparations"]:
+                del mlp.__dict__["preparations"]
+                mlp.__class__ = FalconMLP
+        self.mlps = []
+
+
+class FalconArchitectureAdapter(ArchitectureAdapter):
+    """Describes every Falcon that transformers can run, 98 layouts of one family."""
+
+    model_type = "falcon"
+    block_returns_tuple = True
+    cfg_names = {
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "d_model": "hidden_size",
+        "d_head": "head_dim",
+        "d_mlp": "ffn_hidden_size",
+        "d_vocab": "vocab_size",
+        "n_ctx": "max_position_embeddings",
+        "act_fn": "activation",
+        "eps": "layer_norm_epsilon",
+    }
+
+    def refusals(self) -> list[str]:
+        c = self.config
+        if c.hidden_size % c.num_attention_heads:
+            return [f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {c.num_attention_heads}"]
+        norms = c.num_ln_in_parallel_attn
+        if c.new_decoder_architecture:
+            if not c.parallel_attn:
+                return ["new_decoder_architecture runs attention and MLP in parallel, so parallel_attn must be True"]
+            if norms not in (None, 1, 2):
+                return [f"num_ln_in_parallel_attn is {norms}, and a new_decoder_architecture block has 1 or 2 norms"]
+            return refuse_unless_divisible(c.num_attention_heads, c.num_kv_heads)
+        if c.parallel_attn and norms == 2:
+            return ["num_ln_in_parallel_attn=2 in a parallel block needs new_decoder_architecture=True"]
+        if not c.multi_query and c.num_kv_heads != c.num_attention_heads:
+            return [
+                f"the per-head layout (multi_query=False) has a key for each of its {c.num_attention_heads} heads, "
+                f"so num_kv_heads={c.num_kv_heads} does not fit"
+            ]
+        return []
+
+    def cautions(self) -> list[str]:
+        if self.config.alibi and self.config._attn_implementation == "eager":
+            return [
+                "Falcon with ALiBi under eager attention adds its bias twice in transformers (the mask already "
+                "holds it); the activations shown are the ones it computes. Load it with attn_implementation='sdpa'"
+            ]
+        return []
+
+    def block_kind(self) -> str:
+        c = self.config
+        if not c.parallel_attn:
+            return "sequential"
+        two = c.new_decoder_architecture and c.num_ln_in_parallel_attn in (None, 2)
+        return "parallel, two norms" if two else "parallel, one norm"
+
+    def key_value_groups(self) -> int:
+        c = self.config
+        if c.new_decoder_architecture:
+            return int(c.num_kv_heads)
+        return 1 if c.multi_query else int(c.num_attention_heads)
+
+    def variant(self) -> Mapping[str, Any]:
+        kind = self.block_kind()
+        return {
+            "n_key_value_heads": self.key_value_groups(),
+            "positional_embedding_type": "alibi" if self.config.alibi else "rotary",
+            "normalization_type": "LN",
+            "parallel_attn_mlp": kind != "sequential",
+            "norms_per_block": len(BLOCKS[kind][1]),
+        }
+
+    def components(self) -> dict[str, Part]:
+        block, norms = BLOCKS[self.block_kind()]
+        linear = {"qkv": Part(LinearBridge, "query_key_value"), "o": Part(LinearBridge, "dense")}
+        layers = {"in": Part(LinearBridge, "dense_h_to_4h"), "out": Part(LinearBridge, "dense_4h_to_h")}
+        inside = {role: Part(NormalizationBridge, at) for role, at in norms.items()}
+        inside["attn"] = Part(ATTENTION[bool(self.config.alibi)], "self_attention", linear)
+        inside["mlp"] = Part(MLPBridge, "mlp", layers)
+        return {
+            "embed": Part(EmbeddingBridge, "word_embeddings"),
+            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
+            "blocks": Part(block, "h", inside),
+            "ln_final": Part(FinalNormalizationBridge, "ln_f"),
+        }
+
+    @staticmethod
+    def prepare_model(hf_model: nn.Module) -> Preparation:
+        """Undo Falcon's in-place add for every hook, ours or plain torch ones; callable alone.
+
+        >>> preparation = FalconArchitectureAdapter.prepare_model(model)
+        >>> handle = model.transformer.h[0].mlp.register_full_backward_hook(lambda *_: None)
+        >>> preparation.undo()
+        """
+        config: Any = hf_model.config
+        if not config.parallel_attn:
+            return Preparation()
+        return FreshOutputs([m for m in hf_model.modules() if type(m) in (FalconMLP, FreshOutputFalconMLP)])

@@ -1,0 +1,181 @@
+"""Views: exactly invertible readings of a tensor, such as its heads or the q part of a fused QKV.
+
+Each keeps the laws of a lens: what was put is what one gets, putting back what one got changes
+nothing, and a later put wins. `put` never touches the tensor it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from transformer_lens.model_bridge.config import BridgeConfig
+
+
+class View(Protocol):
+    """Reads a part of a tensor, and makes the tensor that has another part in its place."""
+
+    def get(self, x: Tensor) -> Tensor: ...
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The tensor itself."""
+
+    def get(self, x: Tensor) -> Tensor:
+        return x
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return value
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The last axis as heads.
+
+    >>> Heads(2, 3).get(torch.zeros(1, 4, 6)).shape
+    torch.Size([1, 4, 2, 3])
+    """
+
+    n_heads: int
+    d_head: int
+
+    def get(self, x: Shaped[Tensor, "*batch pos flat"]) -> Shaped[Tensor, "*batch pos head d_head"]:
+        split: Tensor = x.unflatten(-1, (self.n_heads, self.d_head))
+        return split
+
+    def put(
+        self, x: Shaped[Tensor, "*batch pos flat"], value: Shaped[Tensor, "*batch pos head d_head"]
+    ) -> Shaped[Tensor, "*batch pos flat"]:
+        return value.flatten(-2)
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """One part of Falcon's fused QKV activation, in all of its layouts.
+
+    >>> FusedQKV(kv_groups=2, heads_per_group=3, d_head=4, part="q").get(torch.zeros(1, 5, 40)).shape
+    torch.Size([1, 5, 6, 4])
+
+    The last axis is `(kv_group, heads_per_group + 2, d_head)`: the queries of a group, then its key,
+    then its value. Multi-query has one group, the per-head layout one head in each (source:
+    `FalconAttention._split_heads` in transformers). The q of several groups is a copy; k and v are
+    strided views.
+    """
+
+    kv_groups: int
+    heads_per_group: int
+    d_head: int
+    part: Literal["q", "k", "v"]
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        split: Tensor = x.unflatten(-1, (self.kv_groups, self.heads_per_group + 2, self.d_head))
+        return split
+
+    def get(self, x: Float[Tensor, "*batch pos fused"]) -> Float[Tensor, "*batch pos head d_head"]:
+        grouped = self._grouped(x)
+        if self.part == "q":
+            return grouped[..., :-2, :].flatten(-3, -2)
+        return grouped[..., -2 if self.part == "k" else -1, :]
+
+    def put(
+        self, x: Float[Tensor, "*batch pos fused"], value: Float[Tensor, "*batch pos head d_head"]
+    ) -> Float[Tensor, "*batch pos fused"]:
+        changed = x.clone()
+        grouped = self._grouped(changed)
+        if self.part == "q":
+            grouped[..., :-2, :] = value.unflatten(-2, (self.kv_groups, self.heads_per_group))
+        else:
+            grouped[..., -2 if self.part == "k" else -1, :] = value
+        return changed
+
+
+@dataclass(frozen=True)
+class FusedBlocks:
+    """One part of a fused activation laid out as `[Q | K | V]` blocks, as GPT-2's is.
+
+    >>> FusedBlocks(n_heads=2, n_key_value_heads=1, d_head=3, part="k").get(torch.arange(12.0))
+    tensor([[6., 7., 8.]])
+    """
+
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    part: Literal["q", "k", "v"]
+
+    def _bounds(self) -> tuple[int, int]:
+        q, kv = self.n_heads * self.d_head, self.n_key_value_heads * self.d_head
+        return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[self.part]
+
+    def get(self, x: Float[Tensor, "*rows fused"]) -> Float[Tensor, "*rows head d_head"]:
+        start, end = self._bounds()
+        split: Tensor = x[..., start:end].unflatten(-1, (-1, self.d_head))
+        return split
+
+    def put(
+        self, x: Float[Tensor, "*rows fused"], value: Float[Tensor, "*rows head d_head"]
+    ) -> Float[Tensor, "*rows fused"]:
+        start, end = self._bounds()
+        changed = x.clone()
+        changed[..., start:end] = value.flatten(-2)
+        return changed
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of tokens, one after the other, as `(batch, pos)` again.
+
+    >>> TokenRows(2, 3).get(torch.zeros(6, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    batch: int
+    pos: int
+
+    def get(self, x: Shaped[Tensor, "rows last"]) -> Shaped[Tensor, "batch pos last"]:
+        split: Tensor = x.unflatten(0, (self.batch, self.pos))
+        return split
+
+    def put(
+        self, x: Shaped[Tensor, "rows last"], value: Shaped[Tensor, "batch pos last"]
+    ) -> Shaped[Tensor, "rows last"]:
+        return value.flatten(0, 1)
+
+
+def whole(cfg: BridgeConfig) -> View:
+    """The tensor itself."""
+    return Whole()
+
+
+def query_heads(cfg: BridgeConfig) -> View:
+    """The last axis as query heads."""
+    return Heads(cfg.n_heads, cfg.d_head)
+
+
+def key_value_heads(cfg: BridgeConfig) -> View:
+    """The last axis as key or value heads."""
+    return Heads(cfg.n_key_value_heads, cfg.d_head)
+
+
+def fused_q(cfg: BridgeConfig) -> View:
+    """The queries of a fused, grouped QKV."""
+    return _fused(cfg, "q")
+
+
+def fused_k(cfg: BridgeConfig) -> View:
+    """The keys of a fused, grouped QKV."""
+    return _fused(cfg, "k")
+
+
+def fused_v(cfg: BridgeConfig) -> View:
+    """The values of a fused, grouped QKV."""
+    return _fused(cfg, "v")
+
+
+def _fused(cfg: BridgeConfig, part: Literal["q", "k", "v"]) -> View:
+    return FusedQKV(cfg.n_key_value_heads, cfg.n_heads // cfg.n_key_value_heads, cfg.d_head, part)

@@ -1,0 +1,94 @@
+"""Small helpers that analysis code expects beside the bridge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens.hook_names import get_act_name
+from transformer_lens.slicing import Slice, SliceInput
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+__all__ = [
+    "Slice",
+    "SliceInput",
+    "get_act_name",
+    "get_device",
+    "lm_cross_entropy_loss",
+    "test_prompt",
+    "to_numpy",
+]
+
+
+def lm_cross_entropy_loss(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    tokens: Int[Tensor, "batch pos"],
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    per_token: bool = False,
+) -> Float[Tensor, ""] | Float[Tensor, "batch pos_minus_1"]:
+    """Next-token cross entropy in nats, computed in float32.
+
+    >>> lm_cross_entropy_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]))
+    tensor(1.3863)
+
+    A prediction counts where both its own token and the next one are unmasked. `per_token` gives one
+    value per prediction, zero where it does not count. Raises `ValueError` if none counts.
+    """
+    log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    losses = -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    if attention_mask is None:
+        return losses if per_token else losses.mean()
+    counts = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+    losses = losses.masked_fill(~counts, 0.0)
+    if per_token:
+        return losses
+    if not counts.any():
+        raise ValueError("loss: the attention mask leaves no token to predict")
+    return losses.sum() / counts.sum()
+
+
+def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
+    """A NumPy array of anything that holds numbers; bfloat16, which NumPy has not, becomes float32.
+
+    >>> to_numpy(torch.ones(2, dtype=torch.bfloat16))
+    array([1., 1.], dtype=float32)
+    """
+    if isinstance(tensor, Tensor):
+        tensor = tensor.detach().cpu()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return np.asarray(tensor)
+
+
+def get_device() -> torch.device:
+    """The accelerator PyTorch has, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def test_prompt(
+    prompt: str, answer: str, model: TransformerBridge, prepend_space_to_answer: bool = True, top_k: int = 10
+) -> str:
+    """How well the model expects `answer` after `prompt`: rank, probability, and the likeliest tokens, as text.
+
+    >>> print(test_prompt("Mary and John went home; John thanked", "Mary", bridge))  # doctest: +SKIP
+    """
+    answer = " " + answer if prepend_space_to_answer and not answer.startswith(" ") else answer
+    with torch.no_grad():
+        logits = model(prompt, return_type="logits")[0, -1].float()
+    probabilities = logits.softmax(-1)
+    expected = int(model.to_tokens(answer, prepend_bos=False)[0, 0])
+    rank = int((logits > logits[expected]).sum())
+    lines = [f"{answer!r}: rank {rank}, probability {probabilities[expected]:.2%}"]
+    best = probabilities.topk(min(top_k, probabilities.numel()))
+    for place, (probability, token) in enumerate(zip(best.values, best.indices, strict=True)):
+        lines.append(f"{place:3d}  {probability:7.2%}  {model.to_string(token.view(1))!r}")
+    return "\n".join(lines)
+
+
+test_prompt.__test__ = False  # type: ignore[attr-defined]  # pytest collects by name
