@@ -89,14 +89,15 @@ class TokenAdapter:
 
         Where the pad token is also the first token of a text, the last of a leading run is kept.
         """
-        if self.tokenizer.pad_token_id is None:
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
             return torch.ones_like(ids)
-        is_pad = torch.eq(ids, int(self.pad)).long()
+        is_pad = torch.eq(ids, pad).long()
         if self.side(padding_side) == "right":
             run = is_pad.flip(-1).cumprod(-1).flip(-1)
             return torch.ones_like(ids) - run
         run = is_pad.cumprod(-1)
-        if self.pad == self.bos:
+        if pad == self.bos:
             run = torch.cat([run[:, 1:], torch.zeros_like(run[:, :1])], -1)
         return torch.ones_like(ids) - run
 
