@@ -51,8 +51,14 @@ class ActivationCache(Mapping[str, Tensor]):
         name, layer, owner = (*parts, None, None)[:3]
         gradient = str(name).endswith("_grad")
         short = str(name).removesuffix("_grad")
-        if isinstance(layer, int) and layer < 0:
-            layer += self._n_layers()
+        if isinstance(layer, int):
+            layers = self._n_layers()
+            if not -layers <= layer < layers:
+                raise KeyError(
+                    f"cache key {key!r}: got layer {layer}, expected {-layers} to {layers - 1} "
+                    f"in a model of {layers} layers"
+                )
+            layer %= layers
         exact = short in self.cache_dict and layer is None
         full = short if exact else self._resolve(short, layer, None if owner is None else str(owner))
         return full + "_grad" if gradient else full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 PLACES = {
-    "attn": ("q", "k", "v", "z", "rot_q", "rot_k", "result", "pattern", "attn_scores"),
+    "attn": ("q", "k", "v", "z", "q_normed", "k_normed", "rot_q", "rot_k", "result", "pattern", "attn_scores"),
     "mlp": (
         "pre",
         "pre_linear",

@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 Direction = Literal["fwd", "bwd"]
@@ -27,7 +28,7 @@ class _ThreadState(threading.local):
         self.run: Run | None = None
         self.depth = 0
         self.executing: list[HookEntry] = []
-        self.recalled: dict[tuple[int, int], Any] = {}
+        self.recalled: dict[tuple[int, int, str], Any] = {}
 
 
 state = _ThreadState()
@@ -140,16 +141,21 @@ class HookPoint(nn.Module):
 
     def attach(self, entry: HookEntry, dir: Direction = "fwd", prepend: bool = False) -> HookEntry:
         """Attach a prepared entry."""
-        if not callable(entry.fn):
-            raise TypeError(
-                f"hook at {self.name!r}: got {type(entry.fn).__name__}, expected a function fn(tensor, hook)"
-            )
-        if dir == "bwd" and self.integer and not entry.reads_only:
-            raise ValueError(f"backward hook at {self.name!r}: it holds integers, which have no gradient")
+        self.check(entry, dir)
         hooks = self._entries(dir)
         hooks.insert(0 if prepend else len(hooks), entry)
         self._changed()
         return entry
+
+    def check(self, entry: HookEntry, dir: Direction) -> None:
+        """Raise for an entry that cannot be attached here."""
+        if not callable(entry.fn):
+            raise TypeError(
+                f"hook at {self.name!r}: got {type(entry.fn).__name__}, expected a function fn(tensor, hook)"
+            )
+        self._entries(dir)
+        if dir == "bwd" and self.integer and not entry.reads_only:
+            raise ValueError(f"backward hook at {self.name!r}: it holds integers, which have no gradient")
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> HookEntry:
         """Attach a hook that `reset_hooks` leaves alone."""
@@ -236,7 +242,10 @@ class HookPoint(nn.Module):
         own = value.clone()
         before = None if own.is_inference() else (own._version, own.requires_grad)
         result = entry.call(own, self)
-        edited = before is not None and (own._version, own.requires_grad) != before
+        if before is not None:
+            edited = (own._version, own.requires_grad) != before
+        else:  # inference tensors count no versions
+            edited = bool(self.read_only) and not torch.allclose(own, value, rtol=0, atol=0, equal_nan=True)
         if self.read_only and (result is not None or edited):
             raise ValueError(f"hook {self.name!r} cannot be written: {self.read_only}")
         if result is not None:

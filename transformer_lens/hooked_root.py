@@ -154,6 +154,10 @@ class HookedRootModule(nn.Module):
                     "print the model's hook_dict to see their names"
                 )
             return chosen
+        if not isinstance(names_filter, Iterable):
+            raise TypeError(
+                f"names filter: got {type(names_filter).__name__}, expected a name, a list of names, a predicate or None"
+            )
         named = {self.canonical_name(name) for name in names_filter}
         return [name for name in self.hook_dict if name in named]
 
@@ -169,9 +173,12 @@ class HookedRootModule(nn.Module):
         prepend: bool = False,
     ) -> None:
         """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
-        for chosen in self.select_names(name):
-            entry = HookEntry(hook, is_permanent=is_permanent, level=level)
-            self.hook_dict[chosen].attach(entry, dir, prepend)
+        points = [self.hook_dict[chosen] for chosen in self.select_names(name)]
+        entries = [HookEntry(hook, is_permanent=is_permanent, level=level) for _ in points]
+        for point, entry in zip(points, entries, strict=True):
+            point.check(entry, dir)
+        for point, entry in zip(points, entries, strict=True):
+            point.attach(entry, dir, prepend)
 
     def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Direction = "fwd") -> None:
         """Attach a hook that `reset_hooks` leaves alone."""
@@ -220,7 +227,9 @@ class HookedRootModule(nn.Module):
                     f"{dir}_hooks at {where!r}: got {type(fn).__name__}, expected a function fn(tensor, hook)"
                 )
             for name in self.select_names(where):
-                prepared.append((self.hook_dict[name], HookEntry(fn, run=run), dir, not callable(where)))
+                entry = HookEntry(fn, run=run)
+                self.hook_dict[name].check(entry, dir)
+                prepared.append((self.hook_dict[name], entry, dir, not callable(where)))
         return prepared
 
     @contextmanager

@@ -24,10 +24,11 @@ class Slice:
             input_slice = input_slice.raw
         self.raw: SliceInput = input_slice
         self.index: int | slice | Tensor
+        given: object = input_slice
+        if isinstance(given, (bool, str)):
+            raise TypeError(f"slice: got {given!r}, expected an int, slice, tuple, list or None")
         if input_slice is None:
             self.index = slice(None)
-        elif isinstance(input_slice, bool):
-            raise TypeError(f"slice: got {input_slice!r}, expected an int, slice, tuple, list or None")
         elif isinstance(input_slice, (int, slice)):
             self.index = input_slice
         elif isinstance(input_slice, tuple):
@@ -35,7 +36,7 @@ class Slice:
         elif isinstance(input_slice, (Sequence, Tensor)):
             self.index = torch.as_tensor(input_slice, dtype=torch.long)
         else:
-            raise TypeError(f"slice: got {type(input_slice).__name__}, expected an int, slice, tuple, list or None")
+            raise TypeError(f"slice: got {input_slice!r}, expected an int, slice, tuple, list or None")
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Keep the chosen entries of axis `dim`."""

@@ -13,7 +13,9 @@ from torch import nn
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import (
+    ROOT_HOOKS,
     HeadBridge,
+    Hook,
     Part,
     UnembeddingBridge,
 )
@@ -51,6 +53,8 @@ class ArchitectureAdapter:
     """Fields of `BridgeConfig` and the config attribute each is read from."""
     block_returns_tuple: ClassVar[bool] = False
     """Whether a block of the model returns its stream as the first item of a tuple."""
+    root_hooks: ClassVar[tuple[Hook, ...]] = ROOT_HOOKS
+    """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
         "hook_pos_embed": "positions enter inside attention here, nothing is added to the embeddings"
     }

@@ -5,50 +5,59 @@ A torch hook is put on when the first user hook arrives at one of its ports, and
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transformer_lens.hook_point import HookPoint, nested_forward, state
+from transformer_lens.hook_point import nested_forward, state
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.partial_run import covered
-from transformer_lens.model_bridge.ports import Port, Side
+from transformer_lens.model_bridge.ports import Inside, Port, Side
+from transformer_lens.model_bridge.slots import Slot
+from transformer_lens.model_bridge.stand_in import BoundInside, BoundTwin
+
+_exchange = threading.Lock()
+"""Held while a torch hook is put on or taken off: runs of several threads share them."""
 
 
 class Tap:
     """One torch hook on one module, shared by the ports at that place."""
 
-    def __init__(self, find: Callable[[], nn.Module], side: Side, arg: str, keyword: bool, layer: int) -> None:
+    def __init__(self, find: Callable[[], nn.Module], port: Port, layer: int) -> None:
         self.find = find
-        self.side = side
-        self.arg = arg
-        self.keyword = keyword
+        self.side = port.side
+        self.arg = port.arg
+        self.keyword = port.keyword
+        self.shared = port.shared
         self.layer = layer
         self.ports: list[BoundPort] = []
-        self.recall_for: list[BoundPort] = []
+        self.recall_for: list[BoundPort | BoundInside] = []
         self.handle: RemovableHandle | None = None
 
     def refresh(self) -> None:
         """Put the torch hook on, or take it off, as the ports need it."""
-        needed = any(port.wanted for port in self.ports) or any(port.wanted for port in self.recall_for)
-        if needed and self.handle is None:
-            module = self.find()
-            if self.side == "in":
-                self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True)
-            else:
-                self.handle = module.register_forward_hook(self.on_output)
-        elif not needed and self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+        with _exchange:
+            needed = any(port.wanted for port in self.ports) or any(port.wanted for port in self.recall_for)
+            if needed and self.handle is None:
+                module = self.find()
+                if self.side == "in":
+                    self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
+                else:
+                    self.handle = module.register_forward_hook(self.on_output)
+            elif not needed and self.handle is not None:
+                self.handle.remove()
+                self.handle = None
 
     def on_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The forward pre-hook: may exchange the module's input."""
+        if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
+            return None
         by_name = self.keyword or self.arg in kwargs or not args
         x = kwargs.get(self.arg) if by_name else args[0]
         if not isinstance(x, Tensor) or not covered(self.layer):
@@ -91,45 +100,26 @@ class Tap:
         return x
 
 
-class BoundPort:
-    """A port of one component: between the model's tensor and the module that sits in the hook's place."""
+class BoundPort(Slot):
+    """A port of one component: between the model's tensor and what sits in the hook's place."""
 
     def __init__(
         self,
         hook: Hook,
+        port: Port,
         owner: HookOwner,
         cfg: BridgeConfig,
         modules: Callable[[str], nn.Module],
         on_replaced: Callable[[], None],
     ) -> None:
-        self.port: Port = hook.port
-        self.on_replaced = on_replaced
-        self.name = owner.full_names[hook.name]
-        self.slot = hook.name
-        self.owner = owner
-        self.view = hook.port.view(cfg)
+        super().__init__(hook, owner, on_replaced)
+        self.port = port
+        self.view = port.view(cfg)
         self.modules = modules
-        self.taps: list[Tap] = []
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything sits here that has to see the tensor."""
-        place = self.owner._modules[self.slot]
-        return bool(place.fwd_hooks or place.bwd_hooks) if isinstance(place, HookPoint) else place is not None
-
-    def refresh(self) -> None:
-        """Called when a hook came or went, or the hook point was replaced."""
-        for tap in self.taps:
-            tap.refresh()
-
-    def replaced(self) -> None:
-        """Called when another module was put in the hook's place."""
-        self.on_replaced()
-        self.refresh()
 
     def remember(self, x: Tensor) -> None:
         """Keep what a later place has to know."""
-        state.recalled[id(self), len(state.executing)] = self.port.remember(x)
+        state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
 
     def fire(self, x: Tensor) -> Tensor:
         """Hand the tensor over; returns it as it is unless a hook changed it."""
@@ -137,31 +127,14 @@ class BoundPort:
             return x
         known = None
         if self.port.recalls is not None:
-            known = state.recalled.pop((id(self), len(state.executing)), None)
+            known = state.recalled.pop((id(self), len(state.executing), "input"), None)
             if known is None:  # attached by a hook of this very layer: it fires from the next forward on
                 return x
         value = self.port.read(x, self.view, known)
-        place = self.owner._modules[self.slot]
-        assert place is not None
-        new = place(value)
+        new = self.show(value)
         if new is value:
             return x
-        return self.port.write(x, self.checked(new, value), self.view, known, self.modules)
-
-    def checked(self, new: Any, old: Tensor) -> Tensor:
-        """A replacement has to be what the model expects in its place."""
-        if not isinstance(new, Tensor):
-            raise TypeError(f"{self.name}: the module in the hook's place returned {type(new).__name__}, not a Tensor")
-        got, expected = (new.shape, new.dtype, new.device), (old.shape, old.dtype, old.device)
-        for what, one, other in zip(("shape", "dtype", "device"), got, expected, strict=True):
-            if one != other:
-                here = list(one) if isinstance(one, torch.Size) else one
-                there = list(other) if isinstance(other, torch.Size) else other
-                raise ValueError(
-                    f"hook at {self.name!r}: got a replacement of {what} {here}, expected {there}; "
-                    "use .expand, .to(tensor.dtype) or .to(tensor.device) in the hook"
-                )
-        return new
+        return self.port.write(x, new, self.view, known, self.modules)
 
 
 class Attachment:
@@ -170,7 +143,8 @@ class Attachment:
     def __init__(self, cfg: BridgeConfig, on_replaced: Callable[[], None]) -> None:
         self.cfg = cfg
         self.on_replaced = on_replaced
-        self.taps: dict[tuple[str, Side, str], Tap] = {}
+        self.taps: dict[tuple[str, Side, str, bool], Tap] = {}
+        self.twins: dict[str, BoundTwin] = {}
 
     def bind(
         self,
@@ -181,34 +155,67 @@ class Attachment:
     ) -> None:
         """Bind the hooks of one component; `component` finds its parts by role."""
         for hook in hooks:
-            bound = BoundPort(hook, owner, self.cfg, _ModuleOf(component), self.on_replaced)
-            places = [hook.port] + ([hook.port.instead] if hook.port.instead else [])
-            for port in places:
-                tap = self.tap(component(port.at), port, layer)
-                tap.ports.append(bound)
-                bound.taps.append(tap)
-            if hook.port.recalls is not None:
-                tap = self.tap(component(hook.port.recalls), Port(side="in"), layer)
-                tap.recall_for.append(bound)
-                bound.taps.append(tap)
-            owner.watchers[hook.name] = bound
+            slot: Slot
+            if isinstance(hook.port, Inside):
+                slot = self._bind_inside(hook, hook.port, owner, component, layer)
+            else:
+                slot = self._bind_port(hook, hook.port, owner, component, layer)
+            owner.watchers[hook.name] = slot
             setattr(owner, hook.name, owner._modules[hook.name])
 
+    def _bind_port(
+        self, hook: Hook, port: Port, owner: HookOwner, component: Callable[[str], ComponentBridge | Root], layer: int
+    ) -> BoundPort:
+        bound = BoundPort(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        for place in [port, *([port.instead] if port.instead else [])]:
+            tap = self.tap(component(place.at), place, layer)
+            tap.ports.append(bound)
+            bound.listeners.append(tap)
+        if port.recalls is not None:
+            self._recall(bound, component(port.recalls), layer)
+        return bound
+
+    def _bind_inside(
+        self,
+        hook: Hook,
+        place: Inside,
+        owner: HookOwner,
+        component: Callable[[str], ComponentBridge | Root],
+        layer: int,
+    ) -> BoundInside:
+        inside = component(place.at)
+        assert isinstance(inside, ComponentBridge)
+        twin = self.twins.setdefault(inside.path, BoundTwin(inside, self.cfg, layer))
+        bound = BoundInside(hook, place, owner, twin, self.on_replaced)
+        twin.hooks[hook.name] = bound
+        bound.listeners.append(twin)
+        for role in (place.rows_of, place.stream_of):
+            if role is not None:
+                self._recall(bound, component(role), layer)
+        return bound
+
+    def _recall(self, bound: BoundPort | BoundInside, component: ComponentBridge | Root, layer: int) -> None:
+        """Let a hook know the input of another place, from before its own."""
+        tap = self.tap(component, Port(side="in"), layer)
+        tap.recall_for.append(bound)
+        bound.listeners.append(tap)
+
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
-        """The tap at a port's place, made when first needed. Only keyword ports have one to themselves."""
-        key = (component.path, port.side, port.arg if port.keyword else "")
+        """The tap at a port's place, made when first needed. Keyword and shared ports have their own."""
+        key = (component.path, port.side, port.arg if port.keyword else "", port.shared)
         if key not in self.taps:
-            self.taps[key] = Tap(_Find(component), port.side, port.arg, port.keyword, layer)
+            self.taps[key] = Tap(_Find(component), port, layer)
         return self.taps[key]
 
     def remove(self) -> None:
-        """Take every torch hook off."""
+        """Take every torch hook and every stand-in off, also under modules put in hooks' places."""
+        for twin in self.twins.values():
+            twin.release()
         for tap in self.taps.values():
             for port in tap.ports:
                 port.owner.watchers.clear()
-            if tap.handle is not None:
-                tap.handle.remove()
-                tap.handle = None
+            tap.ports, tap.recall_for = [], []
+            tap.refresh()
 
 
 class Root:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,16 @@ from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components import ROOT_HOOKS, ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
 from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
-from transformer_lens.model_bridge.loading import load_model, load_tokenizer
+from transformer_lens.model_bridge.loading import load_model, load_tokenizer, named_dtype
+from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
+from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
 from transformer_lens.utilities import lm_cross_entropy_loss
-
-RETURN_TYPES = ("logits", "loss", "both", None)
-
-
-class Output(NamedTuple):
-    """What `return_type="both"` gives."""
-
-    logits: Tensor
-    loss: Tensor
 
 
 class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
@@ -114,8 +107,7 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         elif given or revision is not None:
             names = ", ".join([*given, *(["revision"] if revision is not None else [])])
             raise ValueError(f"boot_transformers: {names} cannot be applied to an hf_model that is already loaded")
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
+        dtype = named_dtype(dtype)
         if device is not None:
             hf_model = hf_model.to(device)
         if dtype is not None:
@@ -154,21 +146,21 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
             if role not in self._modules:
                 absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
         for component in self.components():
-            absent |= {f"{component.name}.{name}": why for name, why in component.absent.items()}
+            absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
         self.absent_names = absent
-        self.declare("", ROOT_HOOKS)
+        self.declare("", self.adapter.root_hooks)
 
     def _bind(self) -> None:
         """Connect every hook point to its place in the model."""
         self.attachment = Attachment(self.cfg, self._tree_changed)
-        self.attachment.bind(self, ROOT_HOOKS, self._root_role, layer=-1)
-        aliases = {a: name for hook in ROOT_HOOKS for a in hook.aliases for name in (hook.name,)}
+        self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
+        aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
         for component in self.components():
             layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1
             if component.name in ("ln_final", "unembed", "head"):
                 layer = self.cfg.n_layers
-            self.attachment.bind(component, component.hooks, component.role, layer)
-            for hook in component.hooks:
+            self.attachment.bind(component, component.declared, component.role, layer)
+            for hook in component.declared:
                 aliases |= {f"{component.name}.{alias}": f"{component.name}.{hook.name}" for alias in hook.aliases}
         self.aliases = aliases
 
@@ -231,11 +223,14 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         owner, _, slot = name.rpartition(".")
         placed = self.mod_dict.get(owner)
         if isinstance(placed, HookOwner) and slot in placed.full_names:
-            return KeyError(f"in place of hook {name!r} sits a {type(placed._modules[slot]).__name__}")
+            return KeyError(
+                f"in place of hook {name!r} sits a {type(placed._modules[slot]).__name__}; put a HookPoint() there to "
+                "go back, or name a hook point of its own after bridge.setup()"
+            )
         return super().unknown_hook(name)
 
     def default_names(self) -> list[str]:
-        on_request = {f"{c.name}.{hook.name}" for c in self.components() for hook in c.hooks if hook.on_request}
+        on_request = {f"{c.name}.{hook.name}" for c in self.components() for hook in c.declared if hook.on_request}
         return [name for name in self.hook_dict if name not in on_request]
 
     def hook_table(self) -> HookTable:
@@ -244,11 +239,11 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         >>> next(row.shape for row in bridge.hook_table() if row.name == "blocks.{i}.attn.hook_k")
         ('batch', 'pos', 2, 16)
         """
-        rows = [self._hook_row("", hook) for hook in ROOT_HOOKS]
+        rows = [self._hook_row("", hook) for hook in self.adapter.root_hooks]
         shown = [c for c in self.components() if not c.name.startswith("blocks.") or c.name.split(".")[1] == "0"]
         for component in shown:
             prefix = component.name.replace("blocks.0", "blocks.{i}", 1) + "."
-            rows += [self._hook_row(prefix, hook) for hook in component.hooks]
+            rows += [self._hook_row(prefix, hook) for hook in component.declared]
         general = {
             name.replace("blocks.0", "blocks.{i}", 1): why
             for name, why in self.absent_names.items()
@@ -261,7 +256,8 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
     def _hook_row(self, prefix: str, hook: Hook) -> HookRow:
         aliases = tuple(prefix + alias for alias in hook.aliases)
         shape = axis_sizes(hook.axes, self.cfg)
-        return HookRow(prefix + hook.name, hook.axes, shape, "port", hook.meaning, aliases, bool(hook.read_only))
+        kind = "twin" if isinstance(hook.port, Inside) else "port"
+        return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -304,13 +300,14 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         if start is None and stop is None:
             return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
         token = object()
-        blocks = [self._component(f"blocks.{i}").original_component for i in range(self.cfg.n_layers)]
+        places = [self._component(f"blocks.{i}").original_component for i in range(self.cfg.n_layers)]
+        places.append(self._component("ln_final").original_component)
         with ExitStack() as stack:
-            if start is not None:
-                stack.enter_context(starting_at(start, blocks, self.adapter.block_returns_tuple))
             if stop is not None:
-                blocks.append(self._component("ln_final").original_component)
-                stack.enter_context(stopping_at(blocks[stop], token))
+                stack.enter_context(stopping_at(places[stop], token))
+            if start is not None:
+                stream = call.kwargs["inputs_embeds"]
+                stack.enter_context(starting_at(start, places, stream, self.adapter.block_returns_tuple))
             try:
                 return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
             except Stopped as stopped:
@@ -376,6 +373,12 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         self._read_parameters()
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `half()`, `cuda()` and their like go through."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._read_parameters()
+        return self
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's own parameters under their own names."""
         return self.original_model.named_parameters(*args, **kwargs)
@@ -391,14 +394,3 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state with the model's own keys."""
         return self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)
-
-
-def main_output(output: Any) -> Tensor:
-    """The logits; the start and end logits of question answering side by side; or the final stream."""
-    if "logits" in output:
-        logits: Tensor = output.logits
-        return logits
-    if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    final: Tensor = output.last_hidden_state
-    return final

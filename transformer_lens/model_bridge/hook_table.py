@@ -114,10 +114,12 @@ class HookTable:
 
     def __rich__(self) -> Table:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title=self.title, title_justify="left")
         for column in COLUMNS:
             table.add_column(column, no_wrap=column in ("hook", "shape"), overflow="fold")
         for row in self.rows:
-            table.add_row(*row.cells(), style="dim" if row.absent else None)
+            # As Text: rich would read a shape in its brackets as markup.
+            table.add_row(*map(Text, row.cells()), style="dim" if row.absent else None)
         return table

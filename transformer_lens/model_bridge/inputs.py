@@ -72,8 +72,9 @@ def prepare_call(
         kwargs = embeddings_call(input.to(device), d_model, what)
         rows, new = kwargs["inputs_embeds"].shape[:2]
     elif start_at_layer is not None:
+        got = f"a {input.dtype} Tensor" if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(
-            f"start_at_layer={start_at_layer}: got {type(input).__name__}, expected the residual stream that "
+            f"start_at_layer={start_at_layer}: got {got}, expected the residual stream that "
             f"enters that layer, a float tensor [batch, pos, {d_model}]"
         )
     else:
@@ -82,8 +83,10 @@ def prepare_call(
         kwargs = {"input_ids": tokens}
         rows, new = tokens.shape
     mask = attention_mask if attention_mask is not None else loss_mask
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if attention_mask is None and mask is not None and past:
+        mask = torch.cat([mask.new_ones(rows, past), mask], dim=-1)
     if attention_mask is not None:
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if list(attention_mask.shape) != [rows, past + new]:
             raise ValueError(
                 f"attention_mask: got shape {list(attention_mask.shape)}, expected {[rows, past + new]}: one row "

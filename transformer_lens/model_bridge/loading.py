@@ -6,23 +6,31 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
+from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 logger = logging.getLogger(__name__)
-
-DATA = Path(__file__).resolve().parent.parent / "data"
-SHIPPED = ("tiny-falcon", "tiny-mixtral")
-"""The small trained models that come with the package."""
 
 
 def resolve_name(name_or_path: str | Path) -> str:
     """The directory of a shipped model, or the name as it is."""
     name = str(name_or_path)
-    return str(DATA / name) if name in SHIPPED and not Path(name).exists() else name
+    return str(tiny_model_path(name)) if name in TINY_MODELS and not Path(name).exists() else name
+
+
+def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name; `None` for "auto", which leaves it as it is."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype: got {dtype!r}, expected a torch.dtype or the name of one, such as 'bfloat16'")
+    return found
 
 
 def model_class(config: Any) -> type[Any]:

@@ -46,7 +46,9 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
     """Stop, in this thread, where `module` would start, with its input."""
     thread, depth = threading.get_ident(), len(state.executing)
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
+            return
         if threading.get_ident() == thread and len(state.executing) == depth:
             raise Stopped(args[0] if args else kwargs["hidden_states"], run)
 
@@ -59,12 +61,22 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
 
 
 @contextmanager
-def starting_at(start: int, blocks: Sequence[nn.Module], returns_tuple: bool) -> Iterator[None]:
-    """Let the blocks below `start` hand their input on unchanged, in this thread."""
+def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns_tuple: bool) -> Iterator[None]:
+    """Let the blocks below `start` hand their input on, and `places[start]` read `stream`, in this thread."""
     outer = (_layers.start, _layers.depth)
+    thread, depth = threading.get_ident(), len(state.executing)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None or threading.get_ident() != thread or len(state.executing) != depth:
+            return None
+        return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
     with ExitStack() as undo:
-        for layer, block in enumerate(blocks[:start]):
+        for layer, block in enumerate(places[:start]):
             undo.enter_context(_handing_on(block, layer, returns_tuple))
+        # A model may add positions to the embeddings it is called with, so what reaches this place is not the stream.
+        handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        undo.callback(handle.remove)
         _layers.start, _layers.depth = start, len(state.executing)
         try:
             yield

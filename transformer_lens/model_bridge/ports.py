@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.twin_call import plain_forward
 from transformer_lens.model_bridge.views import TokenRows, View, whole
 
 Side = Literal["in", "out"]
@@ -39,6 +40,11 @@ class Port:
     """Where the tensor comes from in calls that leave this port out."""
 
     @property
+    def shared(self) -> bool:
+        """Whether a write goes into the model's very tensor, so that this port has to come before all others."""
+        return False
+
+    @property
     def recalls(self) -> str | None:
         """The role whose input this port has to know as well."""
         return None
@@ -53,6 +59,19 @@ class Port:
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
         return view.put(x, value)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A value that no module hands over: the twin of the module in role `at` computes it.
+
+    `rows_of` names a role whose input still has batch and position, where that module works on
+    flattened tokens; `stream_of` one whose input is the stream, where the hook shows that.
+    """
+
+    at: str = ""
+    rows_of: str | None = None
+    stream_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,13 @@ class FlatTokensPort(Port):
 class SharedPort(Port):
     """A tensor that the caller goes on using after handing it over, such as the middle residual stream.
 
-    A write has to go into that very tensor; what is read is therefore a copy.
+    A write has to go into that very tensor; what is read is therefore a copy, and the port comes before
+    any other that could hand the module another tensor.
     """
+
+    @property
+    def shared(self) -> bool:
+        return True
 
     def read(self, x: Tensor, view: View, known: Any) -> Tensor:
         return x.clone()
@@ -114,5 +138,5 @@ class BranchPort(Port):
         return stream
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
-        branch: Tensor = modules(self.norm).forward(value)
+        branch: Tensor = plain_forward(modules(self.norm))(value)
         return branch

@@ -179,3 +179,18 @@ def fused_v(cfg: BridgeConfig) -> View:
 
 def _fused(cfg: BridgeConfig, part: Literal["q", "k", "v"]) -> View:
     return FusedQKV(cfg.n_key_value_heads, cfg.n_heads // cfg.n_key_value_heads, cfg.d_head, part)
+
+
+def block_q(cfg: BridgeConfig) -> View:
+    """The queries of a fused `[Q | K | V]`."""
+    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "q")
+
+
+def block_k(cfg: BridgeConfig) -> View:
+    """The keys of a fused `[Q | K | V]`."""
+    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "k")
+
+
+def block_v(cfg: BridgeConfig) -> View:
+    """The values of a fused `[Q | K | V]`."""
+    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "v")

@@ -3,51 +3,75 @@
 from transformer_lens.model_bridge.generalized_components.attention import (
     ALiBiJointQKVAttentionBridge,
     AttentionBridge,
+    JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
+    NormedQKAttentionBridge,
     PositionEmbeddingsAttentionBridge,
+    QKVAttentionBridge,
+    QKVBlocksAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, HookOwner, Part
 from transformer_lens.model_bridge.generalized_components.block import (
     BlockBridge,
     ParallelBlockBridge,
+    PostNormBlockBridge,
     SharedNormParallelBlockBridge,
 )
 from transformer_lens.model_bridge.generalized_components.embedding import (
+    POSITION_HOOK,
     ROOT_HOOKS,
     EmbeddingBridge,
     HeadBridge,
+    PositionEmbeddingBridge,
     RotaryEmbeddingBridge,
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge, MLPBridge
-from transformer_lens.model_bridge.generalized_components.moe import MoEBridge
+from transformer_lens.model_bridge.generalized_components.moe import ExpertsBridge, MoEBridge, RouterBridge
 from transformer_lens.model_bridge.generalized_components.normalization import (
+    FinalLayerNormBridge,
     FinalNormalizationBridge,
+    FinalRMSNormBridge,
+    LayerNormBridge,
     NormalizationBridge,
+    RMSNormBridge,
 )
 
 __all__ = [
+    "POSITION_HOOK",
     "ROOT_HOOKS",
     "ALiBiJointQKVAttentionBridge",
     "AttentionBridge",
     "BlockBridge",
     "ComponentBridge",
     "EmbeddingBridge",
+    "ExpertsBridge",
+    "FinalLayerNormBridge",
     "FinalNormalizationBridge",
+    "FinalRMSNormBridge",
     "GatedMLPBridge",
     "HeadBridge",
     "Hook",
     "HookOwner",
+    "JointQKVAttentionBridge",
     "JointQKVPositionEmbeddingsAttentionBridge",
+    "LayerNormBridge",
     "LinearBridge",
     "MLPBridge",
     "MoEBridge",
     "NormalizationBridge",
+    "NormedQKAttentionBridge",
     "ParallelBlockBridge",
     "Part",
+    "PositionEmbeddingBridge",
     "PositionEmbeddingsAttentionBridge",
+    "PostNormBlockBridge",
+    "QKVAttentionBridge",
+    "QKVBlocksAttentionBridge",
+    "RMSNormBridge",
     "RotaryEmbeddingBridge",
+    "RouterBridge",
     "SharedNormParallelBlockBridge",
     "UnembeddingBridge",
 ]

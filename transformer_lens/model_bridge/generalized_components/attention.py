@@ -1,24 +1,49 @@
-"""Attention: q, k and v before position encoding, z before the output projection.
+"""Attention: projections, rotation, scores, pattern, z and each head's result.
 
 Two axes of variation, each a table row: where q, k and v come from (three projections, or one fused
-matmul), and how positions enter (RoPE or ALiBi).
+matmul), and how positions enter (RoPE or ALiBi). Classes without a twin have the ports alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.attention_math import additive_mask, repeat_groups, rotate
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import Port
-from transformer_lens.model_bridge.views import View, fused_k, fused_q, fused_v, key_value_heads, query_heads
+from transformer_lens.model_bridge.ports import Inside, Port
+from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
+from transformer_lens.model_bridge.views import (
+    View,
+    block_k,
+    block_q,
+    block_v,
+    fused_k,
+    fused_q,
+    fused_v,
+    key_value_heads,
+    query_heads,
+)
 
-INSIDE = "it lives inside the attention kernel and is handed over by no module; it needs the attention's twin"
 ALIBI = "ALiBi adds a bias to the scores and rotates nothing"
+LEARNED = "positions are added to the embeddings, and nothing is rotated"
+
+Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
+"""Where q, k and v are: the role whose output holds them, and how to see them in it."""
+SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
+FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
+BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
 
 
-def qkv_hooks(places: dict[str, tuple[str, Callable[[BridgeConfig], View]]]) -> tuple[Hook, ...]:
-    """The hooks of every attention; `places` says in which role's output q, k and v are, and how."""
+def qkv_hooks(places: Places) -> tuple[Hook, ...]:
+    """The ports of every attention."""
     meanings = {"q": "queries", "k": "keys", "v": "values"}
     heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
     enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
@@ -42,31 +67,298 @@ def qkv_hooks(places: dict[str, tuple[str, Callable[[BridgeConfig], View]]]) -> 
     return (enter, *projections, z)
 
 
+ROTATED = (
+    Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
+    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
+)
+SCORES = (
+    Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
+    Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
+    Hook(
+        "hook_result",
+        "batch pos head d_model",
+        "what each head adds to the stream; with the bias they sum to hook_attn_out",
+        Inside(),
+        on_request=True,
+    ),
+)
+
+
 class AttentionBridge(ComponentBridge):
-    """What every attention lacks until its twin names it."""
-
-    absent = {
-        "hook_rot_q": INSIDE,
-        "hook_rot_k": INSIDE,
-        "hook_attn_scores": INSIDE,
-        "hook_pattern": INSIDE,
-        "hook_result": INSIDE,
-    }
+    """Attention of which only the ports are known; a subclass with a twin names the inside."""
 
 
-class PositionEmbeddingsAttentionBridge(AttentionBridge):
-    """RoPE attention with separate projections: roles `q`, `k`, `v`, `o`."""
+class QKVAttentionBridge(AttentionBridge):
+    """Attention with separate projections, ports alone: roles `q`, `k`, `v`, `o`."""
 
-    hooks = qkv_hooks({"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)})
+    hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
-class JointQKVPositionEmbeddingsAttentionBridge(AttentionBridge):
-    """RoPE attention with one fused, grouped matmul: roles `qkv`, `o`."""
+class JointQKVAttentionBridge(AttentionBridge):
+    """Attention with one fused, grouped matmul, ports alone: roles `qkv`, `o`."""
 
-    hooks = qkv_hooks({"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)})
+    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
+
+
+class QKVBlocksAttentionBridge(AttentionBridge):
+    """Attention over learned positions with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o`."""
+
+    hooks = (*qkv_hooks(BLOCKS), *SCORES)
+    absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
+
+
+class NormedQKAttentionBridge(QKVAttentionBridge):
+    """RoPE attention that norms each head's query and key first: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
+
+    `hook_q` and `hook_k` are what the projections return; what is rotated is at the hooks added here.
+    """
+
+    hooks = (
+        *QKVAttentionBridge.hooks,
+        Hook(
+            "hook_q_normed",
+            "batch pos head d_head",
+            "the queries after their norm, before position encoding",
+            Port("q_norm"),
+            aliases=("q_norm.hook_out",),
+        ),
+        Hook(
+            "hook_k_normed",
+            "batch pos kv_head d_head",
+            "the keys after their norm, before position encoding",
+            Port("k_norm"),
+            aliases=("k_norm.hook_out",),
+        ),
+    )
+
+
+class TwinnedAttentionBridge(ComponentBridge):
+    """Attention with a twin. Subclasses say where q, k and v are and how the model scores."""
+
+    places: ClassVar[Places]
+    cache_argument: ClassVar[str] = "past_key_values"
+    rotates: ClassVar[bool] = True
+
+    # -- the steps a subclass may change -------------------------------------------------------------
+
+    def cached_heads(self, x_BGKD: Tensor, cfg: BridgeConfig) -> Tensor:
+        """Keys or values as the model caches them."""
+        return x_BGKD
+
+    def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
+        """Scaled and masked scores (`eager_attention_forward` of Mixtral and its relatives)."""
+        scores = torch.matmul(q_BHQD, k_BHKD.transpose(2, 3)) * float(getattr(call.module, "scaling"))  # noqa: B009
+        mask = self.mask(call, scores)
+        return scores if mask is None else scores + mask
+
+    def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
+        """Softmax in float32, rounded to the model's dtype."""
+        return scores.softmax(-1, dtype=torch.float32).to(dtype)
+
+    def dropout(self, call: TwinCall) -> float:
+        """The share of the pattern that training drops."""
+        module: Any = call.module
+        return float(module.attention_dropout) if module.training else 0.0
+
+    # -- the twin --------------------------------------------------------------------------------------
+
+    @property
+    def observes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*dict.fromkeys(role for role, _ in self.places.values()), "o")
+
+    def mask(self, call: TwinCall, scores: Tensor) -> Tensor | None:
+        return additive_mask(
+            call.argument("attention_mask", 2), scores.shape[-2], scores.shape[-1], scores.dtype, scores.device
+        )
+
+    def begin(self, call: TwinCall) -> None:
+        """The cached keys and values, before the module adds the new ones."""
+        layer = self.cache_layer(call)
+        if layer is not None and layer.is_initialized:
+            call.kept["past"] = (layer.keys, layer.values)
+
+    def cache_layer(self, call: TwinCall) -> Any:
+        cache, module = call.argument(self.cache_argument), cast("Any", call.module)
+        return None if cache is None or len(cache.layers) <= module.layer_idx else cache.layers[module.layer_idx]
+
+    def twin(self, call: TwinCall) -> tuple[Tensor, Tensor | None]:
+        x: Float[Tensor, "B Q d_model"] = call.argument("hidden_states", 0)
+        q_BHQD, k_BGQD, v_BGQD = self.projections(call, x, self.branches(call))
+        if self.rotates:
+            q_BHQD, k_BGQD = self.turned(call, q_BHQD), self.turned(call, k_BGQD)
+            q_BHQD = call.fire("hook_rot_q", q_BHQD.transpose(1, 2)).transpose(1, 2)
+            k_BGQD = call.fire("hook_rot_k", k_BGQD.transpose(1, 2)).transpose(1, 2)
+        k_BGKD, v_BGKD = self.with_cache(call, self.cached_heads(k_BGQD, call.cfg), self.cached_heads(v_BGQD, call.cfg))
+        if not any(map(call.wants, ("hook_attn_scores", "hook_pattern"))) and not call.writing:
+            return self.output(call, None), None
+        k_BHKD = self.with_edit(call, self.per_query_head(k_BGKD, call.cfg), "k")
+        v_BHKD = self.with_edit(call, self.per_query_head(v_BGKD, call.cfg), "v")
+        scores = call.fire("hook_attn_scores", self.scores(call, q_BHQD, k_BHKD))
+        pattern = call.fire("hook_pattern", self.pattern(call, scores, x.dtype))
+        if not call.writing:
+            return self.output(call, None), None
+        kept = F.dropout(pattern, self.dropout(call)) if self.dropout(call) else pattern
+        z_BQHD = torch.matmul(kept, v_BHKD).transpose(1, 2)
+        return self.output(call, z_BQHD.reshape(*x.shape[:2], -1)), self.returned_pattern(call, pattern)
+
+    def branches(self, call: TwinCall) -> dict[str, Float[Tensor, "B Q H d_model"]]:
+        """The stream as each query head's q, k and v read it, where a hook changed that; normalised."""
+        if call.stream is None:
+            return {}
+        plain = call.stream[:, :, None].expand(-1, -1, call.cfg.n_heads, -1)
+        entering = call.fire("hook_attn_in", plain)
+        read = {part: call.fire(f"hook_{part}_input", entering) for part in self.places}
+        norm = plain_forward(self.parent.role("ln1").original_component)
+        return {part: norm(stream) for part, stream in read.items() if stream is not plain}
+
+    def projections(self, call: TwinCall, x: Tensor, branches: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as heads, from what the projections hand over.
+
+        A branch of its own changes a query before any hook sees it. A key or value is shared by its
+        group, so what one query head's branch changes is kept aside and added for that head alone.
+        """
+        outputs: dict[str, Tensor] = {}
+        for role in dict.fromkeys(role for role, _ in self.places.values()):
+            here = {part: view(call.cfg) for part, (at, view) in self.places.items() if at == role and part in branches}
+
+            def amend(out: Tensor, role: str = role, here: dict[str, View] = here) -> Tensor:
+                for part, view in here.items():
+                    new = _per_head_projection(call, role, view, branches[part])
+                    if part == "q":
+                        out = view.put(out, new)
+                    else:
+                        shared = repeat_groups(view.get(out).transpose(1, 2), call.cfg.n_heads)
+                        call.kept[part] = new.transpose(1, 2) - shared
+                return out
+
+            outputs[role] = call.through(role, x, amend if here else None)[1]
+        q, k, v = (view(call.cfg).get(outputs[role]).transpose(1, 2) for role, view in self.places.values())
+        return q, k, v
+
+    def turned(self, call: TwinCall, x_BHQD: Tensor) -> Float[Tensor, "B H Q D"]:
+        """Queries or keys turned by their positions."""
+        return rotate(x_BHQD, *call.argument("position_embeddings", 1))
+
+    def with_edit(self, call: TwinCall, x_BHKD: Tensor, part: str) -> Tensor:
+        """Keys or values with what single query heads' branches changed of the new positions."""
+        if part not in call.kept:
+            return x_BHKD
+        change: Tensor = call.kept[part]
+        change = self.turned(call, change) if part == "k" and self.rotates else change
+        wide, new = repeat_groups(x_BHKD, call.cfg.n_heads), change.shape[2]
+        return torch.cat([wide[:, :, :-new], wide[:, :, -new:] + change], dim=2)
+
+    def with_cache(self, call: TwinCall, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values: those of the cache, then the new ones."""
+        cache = call.argument(self.cache_argument)
+        if cache is None:
+            return k, v
+        if call.writing:
+            return cache.update(k, v, call.module.layer_idx)  # type: ignore[no-any-return]
+        if "past" not in call.kept:
+            layer = self.cache_layer(call)
+            # A cache of fixed size hands back all of its places, the empty ones masked.
+            return (layer.keys, layer.values) if layer.keys.shape[-2] > k.shape[-2] else (k, v)
+        keys, values = call.kept["past"]
+        layer = self.cache_layer(call)
+        if layer.keys.data_ptr() == keys.data_ptr():
+            return layer.keys, layer.values
+        return torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2)
+
+    def per_query_head(self, x: Tensor, cfg: BridgeConfig) -> Tensor:
+        return repeat_groups(x, cfg.n_heads)
+
+    def output(self, call: TwinCall, z: Float[Tensor, "B Q flat"] | None) -> Tensor:
+        """The output projection, and each head's part of it where that is wanted."""
+        received, out = call.through("o", z) if z is not None else call.seen["o"]
+        if not call.wants("hook_result"):
+            return out
+        cfg, module = call.cfg, call.parts("o")
+        weight = call.weight("o").unflatten(-1, (cfg.n_heads, cfg.d_head))
+        result = torch.einsum("bqhd,mhd->bqhm", received.unflatten(-1, (cfg.n_heads, cfg.d_head)), weight)
+        changed = call.fire("hook_result", result)
+        if changed is result:
+            return out
+        bias = getattr(module, "bias", None)
+        total = changed.sum(2)
+        return total if bias is None else total + bias
+
+    def returned_pattern(self, call: TwinCall, pattern: Tensor) -> Tensor | None:
+        """What the module returns beside its output: the pattern, where it computes one."""
+        config: Any = call.module.config
+        explicit = config._attn_implementation == "eager" or bool(call.argument("output_attentions"))
+        return pattern if explicit else None
+
+
+def _per_head_projection(
+    call: TwinCall, role: str, view: View, x_BQHM: Float[Tensor, "B Q H d_model"]
+) -> Float[Tensor, "B Q H D"]:
+    """Project each query head's own stream with that head's (or its group's) weight."""
+    module: Any = call.parts(role)
+    weight_MHD = view.get(call.weight(role).T)
+    group_of_head = torch.arange(call.cfg.n_heads) // (call.cfg.n_heads // weight_MHD.shape[1])
+    out = torch.einsum("bqhm,mhd->bqhd", x_BQHM, weight_MHD[:, group_of_head])
+    return out if module.bias is None else out + view.get(module.bias)[group_of_head]
+
+
+class PositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
+    """RoPE attention with separate projections: roles `q`, `k`, `v`, `o` (Mixtral, Llama, Mistral)."""
+
+    places = SEPARATE
+    hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
+
+
+class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
+    """Falcon's RoPE attention, one fused and grouped matmul: roles `qkv`, `o` (`FalconAttention.forward`)."""
+
+    places = FUSED
+    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
+    cache_argument = "layer_past"
+
+    def projections(self, call: TwinCall, x: Tensor, branches: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().projections(call, x, branches)
+        return (q, k.contiguous(), v.contiguous()) if call.cfg.n_key_value_heads == 1 else (q, k, v)
+
+    def cached_heads(self, x_BGKD: Tensor, cfg: BridgeConfig) -> Tensor:
+        """Grouped keys are given to every query head before they are cached; a single one is not."""
+        return x_BGKD if cfg.n_key_value_heads == 1 else repeat_groups(x_BGKD, cfg.n_heads)
+
+    def per_query_head(self, x: Tensor, cfg: BridgeConfig) -> Tensor:
+        return x
+
+    def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
+        scores = (q_BHQD @ k_BHKD.transpose(-1, -2)) / math.sqrt(call.cfg.d_head)
+        mask = self.mask(call, scores)
+        return scores if mask is None else scores + mask
+
+    def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
+        """Softmax in the model's own dtype."""
+        return F.softmax(scores, dim=-1, dtype=dtype)
+
+    def dropout(self, call: TwinCall) -> float:
+        """None: with RoPE, Falcon has no attention dropout."""
+        return 0.0
 
 
 class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
-    """ALiBi attention with one fused, grouped matmul: roles `qkv`, `o`."""
+    """Falcon's ALiBi attention: roles `qkv`, `o`. The mask it is given already holds the bias."""
 
-    absent = {**AttentionBridge.absent, "hook_rot_q": ALIBI, "hook_rot_k": ALIBI}
+    hooks = (*qkv_hooks(FUSED), *SCORES)
+    absent = {"hook_rot_q": ALIBI, "hook_rot_k": ALIBI}
+    rotates = False
+
+    def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
+        """Under eager the bias is added once more, since that is what transformers 5.23 computes."""
+        config: Any = call.module.config
+        if config._attn_implementation == "sdpa" and not call.argument("output_attentions"):
+            return super().scores(call, q_BHQD, k_BHKD)
+        scores = q_BHQD @ k_BHKD.transpose(-1, -2)
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        alibi: Tensor = call.argument("alibi", 1).reshape(len(scores), call.cfg.n_heads, 1, -1)
+        scores = (scores + alibi) * (1.0 / math.sqrt(call.cfg.d_head))
+        mask = self.mask(call, scores)
+        return scores if mask is None else scores + mask
+
+    def dropout(self, call: TwinCall) -> float:
+        module: Any = call.module
+        return float(module.attention_dropout.p) if module.training else 0.0

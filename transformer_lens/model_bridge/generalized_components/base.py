@@ -13,7 +13,10 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.ports import Inside, Port
+from transformer_lens.model_bridge.twin_call import TwinCall
+
+NO_TWIN = "it is computed inside a module and handed over by none, and this architecture has no twin of that module"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Hook:
     name: str
     axes: str
     meaning: str
-    port: Port
+    port: Port | Inside
     aliases: tuple[str, ...] = ()
     read_only: str = ""
     integer: bool = False
@@ -92,6 +95,14 @@ class ComponentBridge(HookOwner):
     hooks: ClassVar[tuple[Hook, ...]] = ()
     absent: ClassVar[Mapping[str, str]] = {}
     """Names other architectures have here, and why this component has none."""
+    declared: tuple[Hook, ...]
+    """The hooks of this component: those of its class, less those inside a part that has no twin."""
+    missing: Mapping[str, str]
+    """`absent`, and the hooks inside a part that has no twin."""
+    parent: ComponentBridge
+    """The component this one is a part of; not a submodule, for the tree has no cycles."""
+    observes: ClassVar[tuple[str, ...]] = ()
+    """The roles whose inputs and outputs the twin needs when it only looks."""
     model: nn.Module
     """The Hugging Face model; not a submodule, for its parameters are not this component's."""
 
@@ -102,13 +113,29 @@ class ComponentBridge(HookOwner):
         self.__dict__["model"] = model
         for role, sub in part.parts.items():
             below = f"{path}.{sub.at}" if path and sub.at else path or sub.at
-            self.add_module(role, sub.kind(sub, model, below, f"{name}.{role}"))
-        self.declare(f"{name}.", self.hooks)
+            child = sub.kind(sub, model, below, f"{name}.{role}")
+            child.__dict__["parent"] = self
+            self.add_module(role, child)
+        self.declared = tuple(hook for hook in self.hooks if self._has_twin_for(hook))
+        self.missing = {hook.name: NO_TWIN for hook in self.hooks if hook not in self.declared} | dict(self.absent)
+        self.declare(f"{name}.", self.declared)
+
+    def _has_twin_for(self, hook: Hook) -> bool:
+        if not isinstance(hook.port, Inside):
+            return True
+        return type(self.role(hook.port.at)).twin is not ComponentBridge.twin
 
     @property
     def original_component(self) -> nn.Module:
         """The Hugging Face module this component stands for, as it is in the model now."""
         return self.model.get_submodule(self.path)
+
+    def begin(self, call: TwinCall) -> None:
+        """Keep what the module is about to change, before a call that the twin looks into."""
+
+    def twin(self, call: TwinCall) -> Any:
+        """Compute what the module computes, naming its intermediate values through `call.fire`."""
+        raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and has no twin")
 
     def role(self, role: str) -> ComponentBridge:
         """This component ("") or one of its parts."""

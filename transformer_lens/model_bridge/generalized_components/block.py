@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import BranchPort, Port, SharedPort
+from transformer_lens.model_bridge.ports import BranchPort, Inside, Port, SharedPort
 
 STREAM = "batch pos d_model"
-BRANCHES = "it needs the attention's twin, which computes one branch for each query head"
-ON_REQUEST_ABSENT = {
-    "hook_attn_in": BRANCHES,
-    "hook_q_input": BRANCHES,
-    "hook_k_input": BRANCHES,
-    "hook_v_input": BRANCHES,
-}
+
+
+def _branch(name: str, who: str) -> Hook:
+    meaning = f"the residual stream as {who} of each query head reads it, before the norm"
+    return Hook(name, "batch pos head d_model", meaning, Inside("attn", stream_of=""), on_request=True)
+
+
+BRANCHES = (
+    _branch("hook_attn_in", "attention"),
+    _branch("hook_q_input", "the query"),
+    _branch("hook_k_input", "the key"),
+    _branch("hook_v_input", "the value"),
+)
 
 RESID_PRE = Hook(
     "hook_resid_pre", STREAM, "the residual stream that enters the block", Port(side="in"), aliases=("hook_in",)
@@ -20,6 +28,7 @@ RESID_PRE = Hook(
 ATTN_OUT = Hook(
     "hook_attn_out", STREAM, "what attention adds to the stream", Port("attn", "out"), aliases=("attn.hook_out",)
 )
+RESID_MID = Hook("hook_resid_mid", STREAM, "the residual stream between attention and MLP", SharedPort("ln2", "in"))
 MLP_IN_MEANING = "the residual stream as the MLP reads it, before its norm"
 MLP_IN = Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, Port("ln2", "in"), aliases=("ln2.hook_in",))
 MLP_OUT = Hook("hook_mlp_out", STREAM, "what the MLP adds to the stream", Port("mlp", "out"), aliases=("mlp.hook_out",))
@@ -33,20 +42,35 @@ class BlockBridge(ComponentBridge):
 
     hooks = (
         RESID_PRE,
+        *BRANCHES,
         ATTN_OUT,
-        Hook("hook_resid_mid", STREAM, "the residual stream between attention and MLP", SharedPort("ln2", "in")),
+        RESID_MID,
         MLP_IN,
         MLP_OUT,
         RESID_POST,
     )
-    absent = ON_REQUEST_ABSENT
+
+
+class PostNormBlockBridge(ComponentBridge):
+    """A sequential block with a norm before and after each branch: roles `ln1`, `attn`, `ln1_post`, `ln2`, `mlp`,
+    `ln2_post`. What is added to the stream is what the later norm returns."""
+
+    hooks = (
+        RESID_PRE,
+        *BRANCHES,
+        replace(ATTN_OUT, port=Port("ln1_post"), aliases=("ln1_post.hook_out",)),
+        RESID_MID,
+        MLP_IN,
+        replace(MLP_OUT, port=Port("ln2_post"), aliases=("ln2_post.hook_out",)),
+        RESID_POST,
+    )
 
 
 class ParallelBlockBridge(ComponentBridge):
     """A parallel block with a norm for each branch: roles `ln1`, `attn`, `ln2`, `mlp`."""
 
-    hooks = (RESID_PRE, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST)
-    absent = {**ON_REQUEST_ABSENT, "hook_resid_mid": NO_MIDDLE}
+    hooks = (RESID_PRE, *BRANCHES, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST)
+    absent = {"hook_resid_mid": NO_MIDDLE}
 
 
 class SharedNormParallelBlockBridge(ComponentBridge):
@@ -54,13 +78,13 @@ class SharedNormParallelBlockBridge(ComponentBridge):
 
     hooks = (
         RESID_PRE,
+        *BRANCHES,
         ATTN_OUT,
         Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, BranchPort("mlp", "in", arg="x", stream="", norm="ln1")),
         MLP_OUT,
         RESID_POST,
     )
     absent = {
-        **ON_REQUEST_ABSENT,
         "hook_resid_mid": NO_MIDDLE,
         "ln2.hook_scale": "one norm feeds attention and MLP: read ln1.hook_scale",
         "ln2.hook_normalized": "one norm feeds attention and MLP: read ln1.hook_normalized",

@@ -10,6 +10,10 @@ class EmbeddingBridge(ComponentBridge):
     """The token embedding; its output is the model's `hook_embed`."""
 
 
+class PositionEmbeddingBridge(ComponentBridge):
+    """A table of learned positions; its output is the model's `hook_pos_embed`."""
+
+
 class RotaryEmbeddingBridge(ComponentBridge):
     """The table of rotations that RoPE attention applies to q and k. It adds nothing to the stream."""
 
@@ -35,3 +39,12 @@ ROOT_HOOKS = (
         aliases=("embed.hook_out",),
     ),
 )
+
+POSITION_HOOK = Hook(
+    "hook_pos_embed",
+    "rows pos d_model",
+    "the position embeddings; one row where all texts count alike",
+    Port(at="pos_embed"),
+    aliases=("pos_embed.hook_out",),
+)
+"""Beside `ROOT_HOOKS` in a model that adds positions to its embeddings."""

@@ -2,10 +2,90 @@
 
 from __future__ import annotations
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import FlatTokensPort, Port
+from collections.abc import Iterator
+from typing import Any
 
-FUSED = "it is computed inside the fused experts and handed over by no module; it needs that module's twin"
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
+from transformer_lens.model_bridge.twin_call import TwinCall
+
+
+class RouterBridge(ComponentBridge):
+    """The router: chooses the experts of each token, and how much each counts."""
+
+    def twin(self, call: TwinCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Softmax over all experts in float32, the best k, weights scaled to sum to one (`MixtralTopKRouter`)."""
+        x: Float[Tensor, "row d_model"] = call.args[0].reshape(-1, call.cfg.d_model)
+        if not call.writing:
+            call.fire("hook_router_logits", call.output[0])
+            return call.output  # type: ignore[no-any-return]
+        logits = call.fire("hook_router_logits", F.linear(x, call.weight("")))
+        probabilities = logits.float().softmax(-1)
+        best = probabilities.topk(int(call.cfg.experts_per_token or 1), dim=-1)
+        return logits, best.values / best.values.sum(-1, keepdim=True), best.indices
+
+
+class ExpertsBridge(ComponentBridge):
+    """The experts: gated MLPs side by side, their weights stacked along the first axis."""
+
+    def twin(self, call: TwinCall) -> Float[Tensor, "row d_model"]:
+        """Each chosen expert's gated MLP on its own tokens, weighted and summed (`MixtralExperts`).
+
+        Tokens are grouped by expert, as eager transformers does, and outputs are added in the order of
+        the experts, so that the sum is bitwise the same.
+        """
+        x: Float[Tensor, "row d_model"] = call.args[0]
+        chosen: Int[Tensor, "row chosen"] = call.args[1]
+        weights: Float[Tensor, "row chosen"] = call.args[2]
+        module: Any = call.module
+        shape = (*chosen.shape, call.cfg.d_mlp)
+        gate, linear = x.new_zeros(shape), x.new_zeros(shape)
+        for expert, row, place in _groups(chosen):
+            hidden = F.linear(x[row], _of_expert(module.gate_up_proj, expert))
+            gate[row, place], linear[row, place] = hidden.chunk(2, dim=-1)
+        gate = call.fire("hook_pre", gate)
+        linear = call.fire("hook_pre_linear", linear)
+        post = x.new_zeros(shape)
+        for _, row, place in _groups(chosen):
+            # Laid out as the module's own hidden layer, or the activation rounds differently.
+            halves = torch.cat([gate[row, place], linear[row, place]], dim=-1).chunk(2, dim=-1)
+            post[row, place] = module.act_fn(halves[0]) * halves[1]
+        post = call.fire("hook_post", post)
+        out = x.new_zeros((*chosen.shape, call.cfg.d_model))
+        for expert, row, place in _groups(chosen):
+            out[row, place] = F.linear(post[row, place], _of_expert(module.down_proj, expert))
+        out = call.fire("hook_expert_out", out)
+        weighted = (out * weights[..., None]).to(x.dtype)
+        ordered = weighted.gather(1, torch.argsort(chosen, dim=-1, stable=True)[..., None].expand_as(weighted))
+        total = torch.zeros_like(x)
+        for nth in range(chosen.shape[1]):
+            total = total + ordered[:, nth]
+        return total
+
+
+def _groups(chosen: Int[Tensor, "row chosen"]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert with the rows that chose it and the place among their choices."""
+    for expert in chosen.unique().tolist():
+        place, row = torch.where(expert == chosen.T)
+        yield expert, row, place
+
+
+def _of_expert(weights: Tensor, expert: int) -> Tensor:
+    if weights.is_meta:
+        raise ValueError(
+            "the experts' weights are offloaded (on the meta device), so hooks inside them cannot be computed; "
+            "load the model without offloading this layer"
+        )
+    return weights[expert]
+
+
+def _inside_experts(name: str, axes: str, meaning: str) -> Hook:
+    return Hook(name, axes, meaning, Inside("experts", rows_of=""))
 
 
 class MoEBridge(ComponentBridge):
@@ -24,6 +104,12 @@ class MoEBridge(ComponentBridge):
             Port(side="in", aliased=True),
         ),
         Hook(
+            "hook_router_logits",
+            "batch pos expert",
+            "the router's score of every expert; a write re-routes",
+            Inside("gate", rows_of=""),
+        ),
+        Hook(
             "hook_expert_weights",
             "batch pos chosen",
             "how much each chosen expert counts; they sum to one",
@@ -36,11 +122,12 @@ class MoEBridge(ComponentBridge):
             FlatTokensPort("gate", "out", item=2, rows_of=""),
             integer=True,
         ),
+        _inside_experts("hook_pre", "batch pos chosen d_mlp", "each chosen expert's gate before its activation"),
+        _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's ungated hidden layer"),
+        _inside_experts(
+            "hook_post", "batch pos chosen d_mlp", "each chosen expert's neurons: activated gate times linear"
+        ),
+        _inside_experts(
+            "hook_expert_out", "batch pos chosen d_model", "each chosen expert's output, before its weight"
+        ),
     )
-    absent = {
-        "hook_router_logits": "the model goes on with weights and indices alone: a write needs the router's twin",
-        "hook_pre": FUSED,
-        "hook_pre_linear": FUSED,
-        "hook_post": FUSED,
-        "hook_expert_out": FUSED,
-    }

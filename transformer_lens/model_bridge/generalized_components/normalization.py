@@ -2,26 +2,84 @@
 
 from __future__ import annotations
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import Port
+from typing import Any, ClassVar
 
-INSIDE = "it is computed inside the normalisation and handed over by no module; it needs that module's twin"
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import Inside, Port
+from transformer_lens.model_bridge.twin_call import TwinCall
+
+SCALE = Hook(
+    "hook_scale",
+    "batch pos 1",
+    "what the stream is divided by: its standard deviation, or root mean square",
+    Inside(),
+)
+NORMALIZED = Hook(
+    "hook_normalized", "batch pos d_model", "the stream divided by its scale, before weight and bias", Inside()
+)
+FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final norm, as the head reads it", Port())
+
+
+def _input(call: TwinCall) -> Tensor:
+    x: Tensor = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    return x
 
 
 class NormalizationBridge(ComponentBridge):
-    """A norm before attention or MLP. What it returns is read at `attn.hook_in` and `mlp.hook_in`."""
+    """A norm before attention or MLP. What it returns is read at `attn.hook_in` and `mlp.hook_in`.
 
-    absent = {"hook_scale": INSIDE, "hook_normalized": INSIDE}
+    This class knows the places alone; a subclass with a twin knows the formula too.
+    """
+
+    hooks: ClassVar[tuple[Hook, ...]] = (SCALE, NORMALIZED)
 
 
 class FinalNormalizationBridge(NormalizationBridge):
     """The norm after the last block."""
 
-    hooks = (
-        Hook(
-            "hook_out",
-            "batch pos d_model",
-            "the stream after the final norm, as the head reads it",
-            Port(side="out"),
-        ),
-    )
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class LayerNormBridge(NormalizationBridge):
+    """LayerNorm (Ba et al. 2016), as `torch.nn.LayerNorm` computes it: half precision in float32."""
+
+    def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
+        module: Any = call.module
+        x = _input(call)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = call.fire("hook_scale", (centred.pow(2).mean(-1, keepdim=True) + call.cfg.eps).sqrt())
+        normalized = call.fire("hook_normalized", (centred / scale).to(x.dtype))
+        return torch.addcmul(module.bias, normalized, call.weight(""))
+
+
+class RMSNormBridge(NormalizationBridge):
+    """RMSNorm (Zhang and Sennrich 2019), as `MixtralRMSNorm` computes it.
+
+    In float32 whatever the model's dtype, and rounded before the weight.
+    """
+
+    def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
+        x = _input(call)
+        wide = x.to(torch.float32)
+        mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
+        scale = call.fire("hook_scale", found := mean_square.sqrt())
+        # The model multiplies by the reciprocal root; only a scale that a hook changed is divided by.
+        divided = wide * torch.rsqrt(mean_square) if scale is found else wide / scale
+        return call.weight("") * call.fire("hook_normalized", divided.to(x.dtype))
+
+
+class FinalLayerNormBridge(LayerNormBridge):
+    """The LayerNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class FinalRMSNormBridge(RMSNormBridge):
+    """The RMSNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)

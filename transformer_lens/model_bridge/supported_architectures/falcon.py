@@ -20,11 +20,11 @@ from transformer_lens.model_bridge.generalized_components import (
     ALiBiJointQKVAttentionBridge,
     BlockBridge,
     EmbeddingBridge,
-    FinalNormalizationBridge,
+    FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
+    LayerNormBridge,
     LinearBridge,
     MLPBridge,
-    NormalizationBridge,
     ParallelBlockBridge,
     Part,
     RotaryEmbeddingBridge,
@@ -142,14 +142,14 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         block, norms = BLOCKS[self.block_kind()]
         linear = {"qkv": Part(LinearBridge, "query_key_value"), "o": Part(LinearBridge, "dense")}
         layers = {"in": Part(LinearBridge, "dense_h_to_4h"), "out": Part(LinearBridge, "dense_4h_to_h")}
-        inside = {role: Part(NormalizationBridge, at) for role, at in norms.items()}
+        inside = {role: Part(LayerNormBridge, at) for role, at in norms.items()}
         inside["attn"] = Part(ATTENTION[bool(self.config.alibi)], "self_attention", linear)
         inside["mlp"] = Part(MLPBridge, "mlp", layers)
         return {
             "embed": Part(EmbeddingBridge, "word_embeddings"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
             "blocks": Part(block, "h", inside),
-            "ln_final": Part(FinalNormalizationBridge, "ln_f"),
+            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
         }
 
     @staticmethod

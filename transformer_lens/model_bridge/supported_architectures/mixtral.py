@@ -12,13 +12,15 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     EmbeddingBridge,
-    FinalNormalizationBridge,
+    ExpertsBridge,
+    FinalRMSNormBridge,
     LinearBridge,
     MoEBridge,
-    NormalizationBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
+    RMSNormBridge,
     RotaryEmbeddingBridge,
+    RouterBridge,
 )
 
 
@@ -59,16 +61,16 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
 
     def components(self) -> dict[str, Part]:
         projections = {role: Part(LinearBridge, f"{role}_proj") for role in ("q", "k", "v", "o")}
-        experts = {"gate": Part(LinearBridge, "gate"), "experts": Part(LinearBridge, "experts")}
+        experts = {"gate": Part(RouterBridge, "gate"), "experts": Part(ExpertsBridge, "experts")}
         inside = {
-            "ln1": Part(NormalizationBridge, "input_layernorm"),
+            "ln1": Part(RMSNormBridge, "input_layernorm"),
             "attn": Part(PositionEmbeddingsAttentionBridge, "self_attn", projections),
-            "ln2": Part(NormalizationBridge, "post_attention_layernorm"),
+            "ln2": Part(RMSNormBridge, "post_attention_layernorm"),
             "mlp": Part(MoEBridge, "mlp", experts),
         }
         return {
             "embed": Part(EmbeddingBridge, "embed_tokens"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
             "blocks": Part(BlockBridge, "layers", inside),
-            "ln_final": Part(FinalNormalizationBridge, "norm"),
+            "ln_final": Part(FinalRMSNormBridge, "norm"),
         }

@@ -1,0 +1,147 @@
+"""The main job, shown: hooks, cache, induction heads, a patched circuit, and experts at work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens import TransformerBridge
+from transformer_lens.cli.circuits import (
+    HeadEffect,
+    PatchedPair,
+    Routing,
+    heads_that_repeat,
+    patch_residual_stream,
+    routing,
+)
+from transformer_lens.viz import Heatmap
+
+SENTENCES = ("When Mary and John went to the store, John gave a drink to Mary.",)
+
+
+def run_demo(models: Sequence[str], out: Path, console: Console, device: str | None = None) -> None:
+    """Run every part that each model allows, and write the pictures to `out`."""
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(models):
+        bridge = TransformerBridge.boot_transformers(name, device=device)
+        console.rule(f"[bold]{name}")
+        console.print(describe(bridge))
+        if not number:
+            console.print(bridge.hook_table())
+        show_cache(bridge, console)
+        if bridge.tokenizer is None:
+            raise ValueError(f"{name} has no tokenizer, and the demo reads text")
+        if bridge.cfg.num_experts:
+            show_routing([routing(bridge, text) for text in SENTENCES], console)
+        if not bridge.cfg.num_experts or len(models) == 1:
+            show_heads(heads_that_repeat(bridge, _progress(console)), console)
+            show_patching(patch_residual_stream(bridge, _progress(console)), out / Path(name).name, console)
+    console.print(f"[dim]done in {time.perf_counter() - started:.0f} s")
+
+
+def _progress(console: Console) -> Any:
+    def wrap(items: Iterable[Any], description: str) -> Iterable[Any]:
+        return track(list(items), description, console=console, transient=True)
+
+    return wrap
+
+
+def describe(bridge: TransformerBridge) -> str:
+    """One line about the model."""
+    cfg = bridge.cfg
+    parameters = sum(parameter.numel() for parameter in bridge.parameters())
+    experts = f", {cfg.num_experts} experts of which {cfg.experts_per_token} work on a token" if cfg.num_experts else ""
+    return (
+        f"{cfg.architecture}: {parameters / 1e6:.1f}M parameters, {cfg.n_layers} layers, {cfg.n_heads} heads on "
+        f"{cfg.n_key_value_heads} keys, {cfg.positional_embedding_type} positions{experts}"
+    )
+
+
+def show_cache(bridge: TransformerBridge, console: Console) -> None:
+    """Cache everything on one sentence, and show that looking changed nothing."""
+    with torch.no_grad():
+        plain = bridge(SENTENCES[0])
+        logits, cache = bridge.run_with_cache(SENTENCES[0])
+    megabytes = sum(tensor.nbytes for tensor in cache.values()) / 1e6
+    same = "bitwise equal" if torch.equal(plain, logits) else "DIFFERENT"
+    console.print(
+        f"cached {len(cache)} activations of {SENTENCES[0]!r}: {megabytes:.1f} MB; "
+        f"logits with and without the cache: [bold]{same}[/]; cache\\['z', 0] is {list(cache['z', 0].shape)}"
+    )
+
+
+def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
+    """The heads without which the model can no longer repeat."""
+    table = Table(
+        title="Heads that repeat a random sequence: what the loss on the repeat becomes without them",
+        title_justify="left",
+    )
+    table.add_column("head")
+    table.add_column("loss rise when mean-ablated (nats/token)", justify="right")
+    table.add_column("first-order estimate", justify="right")
+    for effect in effects:
+        style = "bold" if effect.loss_rise > 0.1 else "dim"
+        table.add_row(
+            f"{effect.layer}.{effect.head}", f"{effect.loss_rise:+.3f}", f"{effect.estimate:+.3f}", style=style
+        )
+    console.print(table)
+
+
+def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
+    """The table of restored answers, and its picture."""
+    pair = patched.pair
+    console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {patched.clean:+.2f}")
+    console.print(f"corrupted: {pair.corrupted!r}: logit difference {patched.corrupted:+.2f}")
+    title = "How much of the clean answer one clean residual stream restores (0: corrupted, 1: clean)"
+    table = Table(title=title, title_justify="left", show_lines=False, padding=(0, 0), pad_edge=False)
+    table.add_column("position")
+    table.add_column("token")
+    for layer in range(len(patched.restored)):
+        table.add_column(f" layer {layer}", justify="right")
+    for position, token in enumerate(patched.tokens):
+        cells = [_shaded(float(value)) for value in patched.restored[:, position]]
+        table.add_row(str(position), repr(token), *cells)
+    console.print(table)
+    picture = Heatmap(
+        patched.restored,
+        rows=[f"{layer}" for layer in range(len(patched.restored))],
+        columns=patched.tokens,
+        title=f"Patching hook_resid_pre, {stem.name}: share of the answer{pair.answer!r} restored",
+        row_title="layer",
+        column_title="position patched",
+        value="restored (0: corrupted, 1: clean)",
+    )
+    png = picture.save_png(stem.with_name(f"{stem.name}-resid-pre.png"))
+    page = picture.save_html(stem.with_name(f"{stem.name}-resid-pre.html"))
+    console.print(f"written: {png} and {page}")
+
+
+def _shaded(value: float) -> Text:
+    style = "bold white on blue" if value > 0.5 else "white on blue" if value > 0.1 else "dim"
+    return Text(f"{value:+.2f}", style="white on red" if value < -0.1 else style)
+
+
+def show_routing(routings: Sequence[Routing], console: Console) -> None:
+    """Which experts every token went to, with their weights."""
+    for found in routings:
+        table = Table(title="Experts chosen for each token: expert (weight)", title_justify="left")
+        table.add_column("token")
+        for layer in range(len(found.experts)):
+            table.add_column(f"layer {layer}")
+        for position, token in enumerate(found.tokens):
+            table.add_row(repr(token), *(_chosen(found, layer, position) for layer in range(len(found.experts))))
+        console.print(table)
+
+
+def _chosen(found: Routing, layer: int, position: int) -> str:
+    pairs = zip(found.experts[layer, position].tolist(), found.weights[layer, position].tolist(), strict=True)
+    return "  ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)

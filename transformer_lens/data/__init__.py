@@ -1,0 +1,19 @@
+"""Generated English and the two small models trained on it, shipped with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+TINY_MODELS: tuple[str, ...] = ("tiny-falcon", "tiny-mixtral")
+
+
+def tiny_model_path(name: str) -> Path:
+    """
+    >>> tiny_model_path("tiny-falcon").name
+    'tiny-falcon'
+
+    The folder of a shipped model, in Hugging Face format: pass it to `from_pretrained`.
+    """
+    if name not in TINY_MODELS:
+        raise ValueError(f"tiny model: got {name!r}, expected one of {', '.join(TINY_MODELS)}")
+    return Path(__file__).parent / name

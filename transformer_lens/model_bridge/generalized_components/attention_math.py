@@ -1,0 +1,56 @@
+"""The arithmetic of attention, as transformers' eager implementations write it.
+
+Axes: B batch, H query heads, G key-value heads, Q query positions, K key positions, D d_head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+
+def rotate(x_BHQD: Float[Tensor, "B H Q D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H Q D"]:
+    """RoPE (Su et al. 2021) on halves: the pair of dimension `i` is dimension `i + D/2`."""
+    first, second = x_BHQD.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHQD * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:
+    """Give every query head its group's key or value."""
+    batch, groups, keys, d_head = x_BGKD.shape
+    if groups == n_heads:
+        return x_BGKD
+    wide = x_BGKD[:, :, None].expand(batch, groups, n_heads // groups, keys, d_head)
+    return wide.reshape(batch, n_heads, keys, d_head)
+
+
+def additive_mask(
+    mask: Any, queries: int, keys: int, dtype: torch.dtype, device: torch.device
+) -> Shaped[Tensor, "#B #H Q K"] | None:
+    """What to add to the scores: 0 where attention may look, the lowest number where not.
+
+    `mask` is what a transformers attention module is given: nothing (then the kernel is causal),
+    booleans, numbers to add, or flash attention's padding mask `[batch, keys]`.
+    """
+    lowest = torch.finfo(dtype).min
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        if queries == 1 and mask is None:
+            return None
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+        if mask is not None:
+            allowed = allowed & mask[:, None, None, -keys:].bool()
+    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        allowed = mask[..., :keys]
+    elif isinstance(mask, Tensor):
+        return mask[..., :keys]
+    else:
+        raise TypeError(
+            f"attention mask: got {type(mask).__name__}, which does not show its entries; hooks inside attention "
+            "need attn_implementation 'sdpa', 'eager' or 'flash_attention_2'"
+        )
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.where(allowed, zero, lowest)

@@ -1,0 +1,28 @@
+"""What a call of the bridge gives back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` gives."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits; the start and end logits of question answering side by side; or the final stream."""
+    if "logits" in output:
+        logits: Tensor = output.logits
+        return logits
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    final: Tensor = output.last_hidden_state
+    return final

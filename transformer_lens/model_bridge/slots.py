@@ -1,0 +1,67 @@
+"""A slot: where a component's hook point sits, and where any other module may be put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
+
+
+class Slot:
+    """One declared hook of one component: what sits there now, and how a tensor is shown to it."""
+
+    def __init__(self, hook: Hook, owner: HookOwner, on_replaced: Callable[[], None]) -> None:
+        self.name = owner.full_names[hook.name]
+        self.slot = hook.name
+        self.owner = owner
+        self.on_replaced = on_replaced
+        self.listeners: list[Any] = []
+
+    @property
+    def place(self) -> nn.Module | None:
+        """The hook point, or the module in its place."""
+        return self.owner._modules[self.slot]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything sits here that has to see the tensor."""
+        place = self.owner._modules[self.slot]
+        return bool(place.fwd_hooks or place.bwd_hooks) if isinstance(place, HookPoint) else place is not None
+
+    def refresh(self) -> None:
+        """Called when a hook came or went: tells what puts the torch hooks on and off."""
+        for listener in self.listeners:
+            listener.refresh()
+
+    def replaced(self) -> None:
+        """Called when another module was put in the hook's place."""
+        self.on_replaced()
+        self.refresh()
+
+    def show(self, value: Tensor) -> Tensor:
+        """Show a tensor to what sits here; returns it as it is unless that changed it."""
+        place = self.place
+        assert place is not None
+        new = place(value)
+        return value if new is value else check_replacement(self.name, new, value)
+
+
+def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:
+    """A replacement has to be what the model expects in its place."""
+    if not isinstance(new, Tensor):
+        raise TypeError(f"{name}: the module in the hook's place returned {type(new).__name__}, not a Tensor")
+    got, expected = (new.shape, new.dtype, new.device), (old.shape, old.dtype, old.device)
+    for what, one, other in zip(("shape", "dtype", "device"), got, expected, strict=True):
+        if one != other:
+            here = list(one) if isinstance(one, torch.Size) else one
+            there = list(other) if isinstance(other, torch.Size) else other
+            raise ValueError(
+                f"hook at {name!r}: got a replacement of {what} {here}, expected {there}; "
+                "use .expand, .to(tensor.dtype) or .to(tensor.device) in the hook"
+            )
+    return new
