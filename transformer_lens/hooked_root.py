@@ -156,7 +156,8 @@ class HookedRootModule(nn.Module):
             return chosen
         if not isinstance(names_filter, Iterable):
             raise TypeError(
-                f"names filter: got {type(names_filter).__name__}, expected a name, a list of names, a predicate or None"
+                f"names filter: got {type(names_filter).__name__}, "
+                "expected a name, a list of names, a predicate or None"
             )
         named = {self.canonical_name(name) for name in names_filter}
         return [name for name in self.hook_dict if name in named]

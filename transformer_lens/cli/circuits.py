@@ -20,14 +20,16 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """What a head does for the repeated half of a random sequence."""
+    """What a head does when a random sequence repeats."""
 
     layer: int
     head: int
-    estimate: float
-    """First-order estimate of the loss it saves, in nats per token."""
+    induction: float
+    """Mean attention, over the repeat, to the token that followed the same token before."""
+    previous: float
+    """Mean attention to the token before."""
     loss_rise: float
-    """How much the loss rises when the head's output is replaced by its mean, in nats per token."""
+    """How much the loss on the repeat rises when the head's output is replaced by its mean, in nats per token."""
 
 
 def repeated_tokens(bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0) -> Tensor:
@@ -44,51 +46,42 @@ def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
     return per_token[:, tokens.shape[1] // 2 + 1 :].mean()
 
 
-def estimated_head_effects(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "layer head"]:
-    """One forward and one backward pass: the loss each head saves, to first order.
+def attention_scores(
+    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+    """Each head's mean attention to the induction target, and to the previous token.
 
-    The estimate is gradient times (mean output - output), summed over positions (attribution patching).
+    The target of a repeated token is the one that followed it the first time (Olsson et al. 2022).
     """
-    outputs: dict[int, Tensor] = {}
-    gradients: dict[int, Tensor] = {}
-    requires = [parameter.requires_grad for parameter in bridge.parameters()]
-    bridge.original_model.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            loss = second_half_loss(
-                bridge,
-                tokens,
-                fwd_hooks=[
-                    ("hook_embed", lambda tensor, hook: tensor.requires_grad_()),
-                    (_every_z, lambda tensor, hook: outputs.update({hook.layer(): tensor.detach()})),
-                ],
-                bwd_hooks=[(_every_z, lambda grad, hook: gradients.update({hook.layer(): grad}))],
-            )
-            loss.backward()
-    finally:
-        for parameter, required in zip(bridge.parameters(), requires, strict=True):
-            parameter.requires_grad_(required)
-    rows = [((z.mean((0, 1)) - z) * gradients[layer]).float().sum((0, 1, 3)) for layer, z in sorted(outputs.items())]
-    return torch.stack(rows)
+    half = tokens.shape[1] // 2
+    repeat = torch.arange(half + 1, tokens.shape[1], device=tokens.device)
+    later = torch.arange(1, tokens.shape[1], device=tokens.device)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
+    patterns = [cache["pattern", layer].float() for layer in range(bridge.cfg.n_layers)]
+    induction = [pattern[:, :, repeat, repeat - half + 1].mean((0, 2)) for pattern in patterns]
+    previous = [pattern[:, :, later, later - 1].mean((0, 2)) for pattern in patterns]
+    return torch.stack(induction).cpu(), torch.stack(previous).cpu()
 
 
-def _every_z(name: str) -> bool:
-    return name.endswith("attn.hook_z")
-
-
-def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 8) -> list[HeadEffect]:
-    """The heads that repetition depends on: the best by estimate, each confirmed by ablating it."""
+def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 6) -> list[HeadEffect]:
+    """The heads that attend most to induction targets and previous tokens, each ablated to see what it is worth."""
     tokens = repeated_tokens(bridge)
-    estimates = estimated_head_effects(bridge, tokens)
-    best = estimates.flatten().topk(min(candidates, estimates.numel())).indices.tolist()
+    induction, previous = attention_scores(bridge, tokens)
+    best = dict.fromkeys(
+        index
+        for scores in (induction, previous)
+        for index in scores.flatten().topk(min(candidates, scores.numel())).indices.tolist()
+    )
     found: list[HeadEffect] = []
     with torch.no_grad():
         baseline = second_half_loss(bridge, tokens)
         for index in progress(best, "ablating heads"):
             layer, head = divmod(index, bridge.cfg.n_heads)
             ablated = second_half_loss(bridge, tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", mean_ablation(head))])
-            found.append(HeadEffect(layer, head, float(estimates[layer, head]), float(ablated - baseline)))
-    return sorted(found, key=lambda effect: -effect.loss_rise)
+            scores = float(induction[layer, head]), float(previous[layer, head])
+            found.append(HeadEffect(layer, head, *scores, float(ablated - baseline)))
+    return sorted(found, key=lambda effect: -max(effect.induction, effect.previous))[: 2 * candidates]
 
 
 def mean_ablation(head: int) -> Callable[[Tensor, HookPoint], None]:
@@ -108,8 +101,8 @@ class PatchedPair:
     tokens: list[str]
     clean: float
     corrupted: float
-    restored: Float[Tensor, "layer pos"]
-    """0: as corrupted, 1: as clean."""
+    restored: Float[Tensor, "place pos"]
+    """0: as corrupted, 1: as clean; the stream that enters each layer, then the one that leaves the last."""
 
 
 def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> tuple[IOIPair, Tensor, Tensor]:
@@ -136,15 +129,16 @@ def patch_residual_stream(bridge: TransformerBridge, progress: Progress) -> Patc
 
     positions = torch.arange(clean.shape[1], device=clean.device)
     with torch.no_grad():
-        clean_logits, cache = bridge.run_with_cache(clean, names_filter=lambda name: name.endswith("hook_resid_pre"))
+        places = [f"blocks.{layer}.hook_resid_pre" for layer in range(bridge.cfg.n_layers)]
+        places.append(f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post")
+        clean_logits, cache = bridge.run_with_cache(clean, names_filter=places)
         best, worst = difference(clean_logits)[0], difference(bridge(corrupted))[0]
 
         def patch(stream: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
             stream[positions, positions] = cache[str(hook.name)][0]
 
         rows = []
-        for layer in progress(range(bridge.cfg.n_layers), "patching layers"):
-            name = f"blocks.{layer}.hook_resid_pre"
+        for name in progress(places, "patching layers"):
             logits = bridge.run_with_hooks(corrupted.expand(len(positions), -1), fwd_hooks=[(name, patch)])
             rows.append((difference(logits) - worst) / (best - worst))
     return PatchedPair(

@@ -80,18 +80,22 @@ def show_cache(bridge: TransformerBridge, console: Console) -> None:
 
 
 def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
-    """The heads without which the model can no longer repeat."""
-    table = Table(
-        title="Heads that repeat a random sequence: what the loss on the repeat becomes without them",
-        title_justify="left",
-    )
+    """The heads that make up induction: those that look at previous tokens, and those that use it."""
+    table = Table(title="Heads on a random sequence that repeats", title_justify="left")
     table.add_column("head")
-    table.add_column("loss rise when mean-ablated (nats/token)", justify="right")
-    table.add_column("first-order estimate", justify="right")
+    table.add_column("attends to the\ninduction target", justify="right")
+    table.add_column("attends to the\nprevious token", justify="right")
+    table.add_column("kind")
+    table.add_column("loss rise when\nmean-ablated\n(nats/token)", justify="right")
     for effect in effects:
-        style = "bold" if effect.loss_rise > 0.1 else "dim"
+        kind = "induction" if effect.induction > 0.4 else "previous token" if effect.previous > 0.4 else ""
         table.add_row(
-            f"{effect.layer}.{effect.head}", f"{effect.loss_rise:+.3f}", f"{effect.estimate:+.3f}", style=style
+            f"{effect.layer}.{effect.head}",
+            f"{effect.induction:.2f}",
+            f"{effect.previous:.2f}",
+            kind,
+            f"{effect.loss_rise:+.3f}",
+            style="bold" if kind else "dim",
         )
     console.print(table)
 
@@ -101,22 +105,23 @@ def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
     pair = patched.pair
     console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {patched.clean:+.2f}")
     console.print(f"corrupted: {pair.corrupted!r}: logit difference {patched.corrupted:+.2f}")
-    title = "How much of the clean answer one clean residual stream restores (0: corrupted, 1: clean)"
+    title = "The share of the clean answer that one clean stream restores in the corrupted run"
+    places = [f"{layer}" for layer in range(len(patched.restored) - 1)] + ["out"]
     table = Table(title=title, title_justify="left", show_lines=False, padding=(0, 0), pad_edge=False)
     table.add_column("position")
     table.add_column("token")
-    for layer in range(len(patched.restored)):
-        table.add_column(f" layer {layer}", justify="right")
+    for place in places:
+        table.add_column(f" layer {place}" if place != "out" else " out", justify="right")
     for position, token in enumerate(patched.tokens):
         cells = [_shaded(float(value)) for value in patched.restored[:, position]]
         table.add_row(str(position), repr(token), *cells)
     console.print(table)
     picture = Heatmap(
         patched.restored,
-        rows=[f"{layer}" for layer in range(len(patched.restored))],
+        rows=places,
         columns=patched.tokens,
-        title=f"Patching hook_resid_pre, {stem.name}: share of the answer{pair.answer!r} restored",
-        row_title="layer",
+        title=f"{stem.name}: share of the answer {pair.answer!r} that patching the residual stream restores",
+        row_title="stream entering layer",
         column_title="position patched",
         value="restored (0: corrupted, 1: clean)",
     )

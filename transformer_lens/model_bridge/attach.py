@@ -36,12 +36,16 @@ class Tap:
         self.layer = layer
         self.ports: list[BoundPort] = []
         self.recall_for: list[BoundPort | BoundInside] = []
+        self.live: tuple[BoundPort, ...] = ()
+        self.live_recalls: tuple[BoundPort | BoundInside, ...] = ()
         self.handle: RemovableHandle | None = None
 
     def refresh(self) -> None:
         """Put the torch hook on, or take it off, as the ports need it."""
         with _exchange:
-            needed = any(port.wanted for port in self.ports) or any(port.wanted for port in self.recall_for)
+            self.live = tuple(port for port in self.ports if port.wanted)
+            self.live_recalls = tuple(port for port in self.recall_for if port.wanted)
+            needed = bool(self.live or self.live_recalls)
             if needed and self.handle is None:
                 module = self.find()
                 if self.side == "in":
@@ -63,9 +67,8 @@ class Tap:
         if not isinstance(x, Tensor) or not covered(self.layer):
             return None
         new = self.fire(x)
-        for port in self.recall_for:
-            if port.wanted:
-                port.remember(new)
+        for port in self.live_recalls:
+            port.remember(new)
         if new is x:
             return None
         if by_name:
@@ -80,7 +83,7 @@ class Tap:
             new = self.fire(output)
             return None if new is output else new
         changed = output
-        for port in self.ports:
+        for port in self.live:
             item = changed[port.port.item]
             new = self.fire(item, (port,))
             if new is not item:
@@ -91,11 +94,11 @@ class Tap:
     def fire(self, x: Tensor, ports: tuple[BoundPort, ...] | None = None) -> Tensor:
         """Show a tensor to the ports here, one after the other; returns what the model goes on with."""
         if not state.depth:
-            for port in ports or self.ports:
+            for port in ports or self.live:
                 x = port.fire(x)
             return x
         with nested_forward():
-            for port in ports or self.ports:
+            for port in ports or self.live:
                 x = port.fire(x)
         return x
 
@@ -123,8 +126,6 @@ class BoundPort(Slot):
 
     def fire(self, x: Tensor) -> Tensor:
         """Hand the tensor over; returns it as it is unless a hook changed it."""
-        if not self.wanted:
-            return x
         known = None
         if self.port.recalls is not None:
             known = state.recalled.pop((id(self), len(state.executing), "input"), None)

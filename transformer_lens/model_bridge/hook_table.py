@@ -25,7 +25,7 @@ SIZES = {
 }
 """Axis -> the field of `BridgeConfig` that gives its length; other axes depend on the input."""
 
-COLUMNS = ("hook", "shape", "axes", "kind", "meaning", "also called")
+COLUMNS = ("hook", "axes", "kind", "meaning", "also called")
 
 
 def axis_sizes(axes: str, cfg: BridgeConfig) -> tuple[int | str, ...]:
@@ -53,10 +53,14 @@ class HookRow:
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
         if self.absent:
-            return (self.name, "", "", "absent", self.absent, "")
-        shape = " ".join(map(str, self.shape))
+            return (self.name, "", "absent", self.absent, "")
         kind = self.kind + (", read-only" if self.read_only else "")
-        return (self.name, f"[{shape}]", self.axes, kind, self.meaning, ", ".join(self.aliases))
+        return (self.name, self.sizes(), kind, self.meaning, ", ".join(self.aliases))
+
+    def sizes(self) -> str:
+        """The axes with their lengths: `batch pos head=8 d_head=16`."""
+        pairs = zip(self.axes.split(), self.shape, strict=True)
+        return " ".join(axis if axis == str(size) else f"{axis}={size}" for axis, size in pairs)
 
 
 class HookTable:
@@ -113,13 +117,21 @@ class HookTable:
         )
 
     def __rich__(self) -> Table:
+        """Two columns, readable in 80: names on the left, axes, meaning and spellings on the right."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self.title, title_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, no_wrap=column in ("hook", "shape"), overflow="fold")
-        for row in self.rows:
-            # As Text: rich would read a shape in its brackets as markup.
-            table.add_row(*map(Text, row.cells()), style="dim" if row.absent else None)
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("hook", no_wrap=True)
+        table.add_column("axes and meaning", overflow="fold")
+        for row in self.present():
+            kind = "" if row.kind == "port" else f"  ({row.kind})"
+            lines = [Text(row.sizes() + kind, style="cyan"), Text(row.meaning)]
+            lines += [Text("also " + ", ".join(row.aliases), style="dim")] if row.aliases else []
+            table.add_row(row.name, Text("\n").join(lines))
+        reasons = dict.fromkeys(row.absent for row in self.absent())
+        for reason in reasons:
+            names = "\n".join(row.name for row in self.absent() if row.absent == reason)
+            table.add_row(names, f"absent: {reason}", style="dim")
         return table

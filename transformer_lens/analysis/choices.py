@@ -1,0 +1,83 @@
+"""What a caller means by a layer, an expert and positions: checked, and as numbers or a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+
+Layers = int | Sequence[int] | None
+"""A layer, several, or `None` for all of them; negative ones count from the end."""
+Positions = int | Sequence[int] | slice | Bool[Tensor, "batch pos"] | None
+"""A position, several, a slice, a mask over batch and positions, or `None` for all of them."""
+
+
+def need_experts(bridge: TransformerBridge, what: str) -> int:
+    """How many experts a layer has. Raises `ValueError`, on behalf of `what`, for a dense model."""
+    if not bridge.cfg.num_experts:
+        raise ValueError(
+            f"{what} needs a mixture of experts, and {bridge.cfg.model_name} ({bridge.cfg.architecture}) has dense MLPs"
+        )
+    return bridge.cfg.num_experts
+
+
+def layer_numbers(bridge: TransformerBridge, layer: Layers) -> list[int]:
+    """The layers meant, from 0. Raises `ValueError` for one that is not there."""
+    n_layers = bridge.cfg.n_layers
+    wanted = range(n_layers) if layer is None else [layer] if isinstance(layer, int) else layer
+    for number in wanted:
+        if not -n_layers <= number < n_layers:
+            raise ValueError(
+                f"layer: got {number}, expected {-n_layers} to {n_layers - 1} in a model of {n_layers} layers"
+            )
+    return [number % n_layers for number in wanted]
+
+
+def expert_numbers(bridge: TransformerBridge, experts: int | Sequence[int]) -> list[int]:
+    """The experts meant. Raises `ValueError` for one that is not there, and for one named twice."""
+    n_experts = bridge.cfg.num_experts or 0
+    wanted = [experts] if isinstance(experts, int) else list(experts)
+    for number in wanted:
+        if not 0 <= number < n_experts:
+            raise ValueError(
+                f"expert: got {number}, expected 0 to {n_experts - 1} in a model of {n_experts} experts a layer"
+            )
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"experts: got {wanted}, expected each expert once")
+    return wanted
+
+
+def check_positions(positions: Positions) -> None:
+    """Raise `TypeError` for what cannot mean positions, before any model runs."""
+    if isinstance(positions, Tensor):
+        suits = positions.dtype == torch.bool and positions.ndim == 2
+        got = f"a {positions.dtype} tensor of shape {list(positions.shape)}"
+    else:
+        several = positions if isinstance(positions, (list, tuple, range)) else [positions]
+        suits = positions is None or isinstance(positions, slice) or all(type(p) is int for p in several)
+        got = repr(positions)
+    if not suits:
+        raise TypeError(f"positions: got {got}, expected ints, a slice, a boolean mask [batch, pos] or None")
+
+
+def position_mask(positions: Positions, like: Tensor) -> Bool[Tensor, "batch pos"]:
+    """The positions as a mask over the first two axes of `like`. Raises `ValueError` for one beyond them."""
+    batch, pos = like.shape[:2]
+    if isinstance(positions, Tensor):
+        if list(positions.shape) != [batch, pos]:
+            raise ValueError(f"positions: got a mask of shape {list(positions.shape)}, expected {[batch, pos]}")
+        return positions.to(like.device)
+    mask = torch.zeros(batch, pos, dtype=torch.bool, device=like.device)
+    if positions is None or isinstance(positions, slice):
+        mask[:, positions or slice(None)] = True
+        return mask
+    several = [positions] if isinstance(positions, int) else list(positions)
+    for position in several:
+        if not -pos <= position < pos:
+            raise ValueError(f"positions: got {position}, expected {-pos} to {pos - 1} in a run of {pos} positions")
+    mask[:, several] = True
+    return mask

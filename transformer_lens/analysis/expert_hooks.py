@@ -1,0 +1,185 @@
+"""Hooks that take an expert away, or send tokens past it or to it.
+
+Each function returns (name, function) pairs for `run_with_hooks` and `hooks`. They run in the order of
+the list: put those that route before those that ablate.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.analysis.choices import (
+    Layers,
+    Positions,
+    check_positions,
+    expert_numbers,
+    layer_numbers,
+    need_experts,
+    position_mask,
+)
+
+Hooks = list[tuple[str, Callable[..., Any]]]
+
+
+def ablate_expert(
+    bridge: TransformerBridge,
+    layer: Layers,
+    expert: int,
+    positions: Positions = None,
+    renormalize: bool = False,
+) -> Hooks:
+    """
+    >>> hooks = ablate_expert(bridge, layer=0, expert=2, positions=[2])
+    >>> loss = bridge.run_with_hooks("When Mary and John", fwd_hooks=hooks, return_type="loss")
+    >>> bool(loss > bridge("When Mary and John", return_type="loss"))
+    True
+
+    Take one expert's weighted output out of the stream where it was chosen, everywhere or at some
+    positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
+    scales those to sum to one (where the expert alone had any weight, nothing is left to scale).
+
+    `layer=None` stands for all layers. Positions are those of the forward that runs, padding included.
+    The experts' twin computes the layers named, within rounding of the model's own kernel. Raises
+    `ValueError` for a dense model, and for a layer, an expert or a position that is not there.
+    """
+    need_experts(bridge, "ablate_expert")
+    (number,) = expert_numbers(bridge, expert)
+    check_positions(positions)
+    if renormalize and bridge.cfg.experts_per_token == 1:
+        raise ValueError("renormalize: this model chooses 1 expert for each token, so no weight is left to scale")
+    seen: dict[tuple[int, str | None], Tensor] = {}
+
+    def note(tensor: Tensor, hook: HookPoint) -> None:
+        seen[threading.get_ident(), hook.name] = tensor
+
+    def noted(hook: HookPoint, name: str) -> Tensor:
+        return seen.pop((threading.get_ident(), f"{_mlp(hook.layer())}.{name}"))
+
+    def ablate(
+        out: Float[Tensor, "batch pos chosen d_model"], hook: HookPoint
+    ) -> Float[Tensor, "batch pos chosen d_model"]:
+        chosen: Int[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_indices")
+        gone = (chosen == number) & position_mask(positions, out)[..., None]
+        left = out.masked_fill(gone[..., None], 0)
+        if not renormalize:
+            return left
+        weights: Float[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_weights")
+        rest = weights.masked_fill(gone, 0).sum(-1, keepdim=True)
+        scale = 1 / rest.where(gone.any(-1, keepdim=True) & (rest > 0), 1)
+        return (left * scale[..., None]).to(out.dtype)
+
+    needed = ["hook_expert_indices", *(["hook_expert_weights"] if renormalize else [])]
+    hooks: Hooks = []
+    for i in layer_numbers(bridge, layer):
+        hooks += [(f"{_mlp(i)}.{name}", note) for name in needed]
+        hooks.append((f"{_mlp(i)}.hook_expert_out", ablate))
+    return hooks
+
+
+def forbid_experts(
+    bridge: TransformerBridge, layer: Layers, experts: int | Sequence[int], positions: Positions = None
+) -> Hooks:
+    """
+    >>> hooks = forbid_experts(bridge, layer=0, experts=[2, 3])
+    >>> with bridge.hooks(hooks):
+    ...     found = routing(bridge, "When Mary and John")
+    >>> sorted(found.indices[0].unique().tolist())
+    [0, 1]
+
+    Send tokens past some experts: their router logits become the lowest number there is, so the router
+    chooses among the others, whose weights sum to one.
+
+    `layer=None` stands for all layers. Positions are those of the forward that runs, padding included.
+    Raises `ValueError` for a dense model, if fewer experts are left than the model chooses, and for a
+    layer, an expert or a position that is not there.
+    """
+    n_experts = need_experts(bridge, "forbid_experts")
+    forbidden = expert_numbers(bridge, experts)
+    check_positions(positions)
+    left, needed = n_experts - len(forbidden), bridge.cfg.experts_per_token or 1
+    if left < needed:
+        raise ValueError(
+            f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
+            "token; to send tokens to fewer, use force_experts"
+        )
+    return [
+        (f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge, layer)
+    ]
+
+
+def force_experts(
+    bridge: TransformerBridge,
+    layer: Layers,
+    experts: int | Sequence[int],
+    positions: Positions = None,
+    weights: Sequence[float] | None = None,
+) -> Hooks:
+    """
+    >>> hooks = force_experts(bridge, layer=0, experts=[0, 3], weights=[0.25, 0.75])
+    >>> with bridge.hooks(hooks):
+    ...     found = routing(bridge, "When Mary and John")
+    >>> found.indices[0, 0, -1].tolist(), found.weights[0, 0, -1].tolist()
+    ([0, 3], [0.25, 0.75])
+
+    Send tokens to these experts. Without `weights` each counts as the router weighs it against the
+    others forced (their weights sum to one); with `weights`, one for each expert, they count as given,
+    whatever they sum to, and stand in the order given.
+
+    Fewer experts than the model chooses leave places over: those hold others, with weight zero. More
+    are refused. `layer=None` stands for all layers. Positions are those of the forward that runs,
+    padding included. Raises `ValueError` for a dense model, and for numbers that do not fit.
+    """
+    n_experts = need_experts(bridge, "force_experts")
+    forced = expert_numbers(bridge, experts)
+    check_positions(positions)
+    places = bridge.cfg.experts_per_token or 1
+    if not 0 < len(forced) <= places:
+        raise ValueError(
+            f"experts: got {len(forced)} to force, expected 1 to {places}, as many as the model chooses for each token; "
+            "to let it choose among more, forbid the others"
+        )
+    others = [expert for expert in range(n_experts) if expert not in forced]
+    layers = layer_numbers(bridge, layer)
+    if weights is None:
+        return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
+    if len(weights) != len(forced):
+        raise ValueError(f"weights: got {len(weights)}, expected one for each of the {len(forced)} experts")
+    spare = places - len(forced)
+    hooks: Hooks = []
+    for i in layers:
+        hooks.append((f"{_mlp(i)}.hook_expert_weights", _put([*weights, *[0.0] * spare], positions)))
+        hooks.append((f"{_mlp(i)}.hook_expert_indices", _put([*forced, *others[:spare]], positions)))
+    return hooks
+
+
+def _mlp(layer: int) -> str:
+    return f"blocks.{layer}.mlp"
+
+
+def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
+    """A hook on the router's logits after which nobody chooses these experts while there are others."""
+
+    def lower(logits: Float[Tensor, "batch pos expert"], hook: HookPoint) -> None:
+        concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        concerned[list(experts)] = True
+        # Not minus infinity: a row of nothing else would become nan.
+        logits.masked_fill_(position_mask(positions, logits)[..., None] & concerned, torch.finfo(logits.dtype).min)
+
+    return lower
+
+
+def _put(values: Sequence[float], positions: Positions) -> Callable[..., Any]:
+    """A hook that puts the same values at every place of some positions."""
+
+    def put(places: Tensor, hook: HookPoint) -> Tensor:
+        where = position_mask(positions, places)[..., None]
+        return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)
+
+    return put
