@@ -12,13 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
+
+
+class Listener(Protocol):
+    """What has to know when the hooks of a point came or went."""
+
+    def refresh(self) -> None: ...
 
 
 class _ThreadState(threading.local):
@@ -29,6 +35,7 @@ class _ThreadState(threading.local):
         self.depth = 0
         self.executing: list[HookEntry] = []
         self.recalled: dict[tuple[int, int, str], Any] = {}
+        self.pending: dict[Listener, None] | None = None
 
 
 state = _ThreadState()
@@ -55,6 +62,30 @@ class Run:
         del self._outer
         if not state.executing:
             state.recalled.clear()  # what an interrupted forward left
+
+
+@contextmanager
+def changing_together() -> Iterator[None]:
+    """While many hooks come or go, tell each listener once, at the end."""
+    if state.pending is not None:
+        yield
+        return
+    pending: dict[Listener, None] = {}
+    state.pending = pending
+    try:
+        yield
+    finally:
+        state.pending = None
+        for listener in pending:
+            listener.refresh()
+
+
+def tell(listener: Listener) -> None:
+    """Let a listener know, now or when the hooks that change together have changed."""
+    if state.pending is None:
+        listener.refresh()
+    else:
+        state.pending[listener] = None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, Run
+from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, Run, changing_together
 from transformer_lens.slicing import Slice, SliceInput
 
 NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
@@ -162,6 +162,13 @@ class HookedRootModule(nn.Module):
         named = {self.canonical_name(name) for name in names_filter}
         return [name for name in self.hook_dict if name in named]
 
+    def _names_for(self, where: NamesFilter, dir: Direction) -> list[str]:
+        """The names a hook goes to; for a gradient, a predicate means those that can have one."""
+        names = self.select_names(where)
+        if dir == "bwd" and callable(where):
+            return [name for name in names if not self.hook_dict[name].integer]
+        return names
+
     # -- hooks that stay ---------------------------------------------------------------------------
 
     def add_hook(
@@ -174,7 +181,7 @@ class HookedRootModule(nn.Module):
         prepend: bool = False,
     ) -> None:
         """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
-        points = [self.hook_dict[chosen] for chosen in self.select_names(name)]
+        points = [self.hook_dict[chosen] for chosen in self._names_for(name, dir)]
         entries = [HookEntry(hook, is_permanent=is_permanent, level=level) for _ in points]
         for point, entry in zip(points, entries, strict=True):
             point.check(entry, dir)
@@ -227,7 +234,7 @@ class HookedRootModule(nn.Module):
                 raise TypeError(
                     f"{dir}_hooks at {where!r}: got {type(fn).__name__}, expected a function fn(tensor, hook)"
                 )
-            for name in self.select_names(where):
+            for name in self._names_for(where, dir):
                 entry = HookEntry(fn, run=run)
                 self.hook_dict[name].check(entry, dir)
                 prepared.append((self.hook_dict[name], entry, dir, not callable(where)))
@@ -247,13 +254,15 @@ class HookedRootModule(nn.Module):
         """
         entries = self._entries(fwd_hooks, "fwd", None) + self._entries(bwd_hooks, "bwd", None)
         try:
-            for point, entry, direction, _ in entries:
-                point.attach(entry, direction)
+            with changing_together():
+                for point, entry, direction, _ in entries:
+                    point.attach(entry, direction)
             yield self
         finally:
             if reset_hooks_end:
-                for point, entry, _, _ in entries:
-                    point.remove(entry)
+                with changing_together():
+                    for point, entry, _, _ in entries:
+                        point.remove(entry)
             if clear_contexts:
                 self.clear_contexts()
 
@@ -293,14 +302,16 @@ class HookedRootModule(nn.Module):
         """One forward with `entries` attached for its length."""
         completed = False
         try:
-            for point, entry, direction, _ in entries:
-                point.attach(entry, direction)
+            with changing_together():
+                for point, entry, direction, _ in entries:
+                    point.attach(entry, direction)
             with run:
                 output = self(*model_args, **model_kwargs)
             completed = True
         finally:
-            for point, entry, _, _ in entries:
-                point.remove(entry, silence=not completed)
+            with changing_together():
+                for point, entry, _, _ in entries:
+                    point.remove(entry, silence=not completed)
         silent = [p.name for p, entry, dir, named in entries if named and dir == "fwd" and not entry.fired]
         if silent:
             raise ValueError(

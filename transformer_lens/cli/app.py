@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from transformer_lens.cli.demo import run_demo
+from transformer_lens.cli.verify import run_verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look inside Falcon and Mixtral models by name.")
 
@@ -37,3 +39,26 @@ def demo(
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {error}")
         raise typer.Exit(1) from None
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A hub name or directory, such as tiny-falcon.")],
+    device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="For example bfloat16. Default: the checkpoint's own.")] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print every comparison as JSON.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Compare every component, layer and hook of a model with Hugging Face's own; exit status 1 if one differs."""
+    try:
+        passed = run_verify(
+            model, Console(), as_json=json, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)))
+        raise typer.Exit(1) from None
+    if not passed:
+        raise typer.Exit(1)

@@ -31,10 +31,12 @@ from transformer_lens.model_bridge.partial_run import Stopped, layer_number, sta
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.verify import VerifyMethods
+from transformer_lens.model_bridge.wrapped_model import WrappedModel
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 
-class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
+class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, HookOwner, HookedRootModule):
     """Read, edit and differentiate the activations of a Falcon or Mixtral by name.
 
     >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")
@@ -116,11 +118,6 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         if name_or_path is not None:
             bridge.cfg.model_name = str(name_or_path)
         return bridge
-
-    def _read_parameters(self) -> None:
-        parameter = next(self.original_model.parameters())
-        self.cfg.dtype = parameter.dtype
-        self.cfg.device = self.input_device()
 
     def _build_tree(self) -> None:
         """Make the components: names beside the modules they stand for."""
@@ -286,6 +283,11 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
         start = layer_number("start_at_layer", start_at_layer, self.cfg.n_layers)
         stop = layer_number("stop_at_layer", stop_at_layer, self.cfg.n_layers)
         self._check_call(return_type, start, stop)
+        if start and past_key_values is not None:
+            raise ValueError(
+                f"start_at_layer={start} with past_key_values: the layers below would miss these positions in the "
+                "cache; run the whole model, or leave past_key_values out"
+            )
         call = prepare_call(
             input,
             adapter=self.token_adapter,
@@ -353,44 +355,7 @@ class TransformerBridge(TokenMethods, HookOwner, HookedRootModule):
             return output, store
         return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
-    # -- the model behind it -----------------------------------------------------------------------
-
     def _component(self, name: str) -> ComponentBridge:
         found = self.get_submodule(name)
         assert isinstance(found, ComponentBridge)
         return found
-
-    def input_device(self) -> torch.device:
-        """The device of the token embedding."""
-        model: Any = self.original_model
-        embedding = model.get_input_embeddings()
-        device: torch.device = embedding.weight.device
-        return device
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the model, as `torch.nn.Module.to` does."""
-        self.original_model.to(*args, **kwargs)
-        self._read_parameters()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What `half()`, `cuda()` and their like go through."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._read_parameters()
-        return self
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's own parameters under their own names."""
-        return self.original_model.named_parameters(*args, **kwargs)
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's own parameters."""
-        return self.original_model.parameters(recurse)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's own state, with its own keys."""
-        return self.original_model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state with the model's own keys."""
-        return self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)

@@ -58,7 +58,8 @@ class Port:
         return value.clone() if self.aliased else value
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
-        return view.put(x, value)
+        new = view.put(x, value)
+        return new.clone() if self.aliased else new
 
 
 @dataclass(frozen=True)

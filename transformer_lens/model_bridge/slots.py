@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.hook_point import HookPoint
+from transformer_lens.hook_point import HookPoint, Listener, tell
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
 
 
@@ -20,7 +20,7 @@ class Slot:
         self.slot = hook.name
         self.owner = owner
         self.on_replaced = on_replaced
-        self.listeners: list[Any] = []
+        self.listeners: list[Listener] = []
 
     @property
     def place(self) -> nn.Module | None:
@@ -36,7 +36,7 @@ class Slot:
     def refresh(self) -> None:
         """Called when a hook came or went: tells what puts the torch hooks on and off."""
         for listener in self.listeners:
-            listener.refresh()
+            tell(listener)
 
     def replaced(self) -> None:
         """Called when another module was put in the hook's place."""

@@ -147,9 +147,9 @@ class TwinnedAttentionBridge(ComponentBridge):
 
     def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
         """Scaled and masked scores (`eager_attention_forward` of Mixtral and its relatives)."""
-        scores = torch.matmul(q_BHQD, k_BHKD.transpose(2, 3)) * float(getattr(call.module, "scaling"))  # noqa: B009
-        mask = self.mask(call, scores)
-        return scores if mask is None else scores + mask
+        module: Any = call.module
+        scores = torch.matmul(q_BHQD, k_BHKD.transpose(2, 3)).mul_(module.scaling)
+        return self.masked(call, scores)
 
     def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """Softmax in float32, rounded to the model's dtype."""
@@ -166,16 +166,40 @@ class TwinnedAttentionBridge(ComponentBridge):
     def observes(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*dict.fromkeys(role for role, _ in self.places.values()), "o")
 
-    def mask(self, call: TwinCall, scores: Tensor) -> Tensor | None:
-        return additive_mask(
-            call.argument("attention_mask", 2), scores.shape[-2], scores.shape[-1], scores.dtype, scores.device
-        )
+    def masked(self, call: TwinCall, scores: Tensor) -> Float[Tensor, "B H Q K"]:
+        """Scores with the mask added, in their own memory."""
+        queries, keys = scores.shape[-2:]
+        first = self.end(call, keys) - queries
+        mask = additive_mask(call.argument("attention_mask", 2), queries, keys, first, scores.dtype, scores.device)
+        return scores if mask is None else scores.add_(mask)
+
+    def probabilities(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
+        """The pattern. Where the mask is no number to add, a query that may see nothing (padding) reads nothing."""
+        pattern = self.pattern(call, scores, dtype)
+        mask = call.argument("attention_mask", 2)
+        if mask is None or mask.is_floating_point():
+            return pattern
+        if mask.ndim == 2:  # flash attention's padding mask: a query sees what stands before it
+            sees = mask.bool().cumsum(-1)[:, None, -scores.shape[-2] :, None] > 0
+        else:
+            sees = mask.any(-1, keepdim=True)
+        return pattern if bool(sees.all()) else pattern.masked_fill(~sees, 0)
+
+    def end(self, call: TwinCall, keys: int) -> int:
+        """Where the new positions end among the keys: a cache of fixed size has empty places after them."""
+        layer = self.cache_layer(call)
+        return keys if layer is None else min(keys, int(layer.get_seq_length()))
 
     def begin(self, call: TwinCall) -> None:
         """The cached keys and values, before the module adds the new ones."""
         layer = self.cache_layer(call)
-        if layer is not None and layer.is_initialized:
-            call.kept["past"] = (layer.keys, layer.values)
+        if layer is None or not layer.is_initialized or not layer.keys.numel():
+            return
+        held = int(layer.get_seq_length())
+        keys, values = layer.keys[:, :, :held], layer.values[:, :, :held]
+        # A window of fixed size is shifted in place.
+        shifts = layer.is_sliding and hasattr(layer, "max_cache_len")
+        call.kept["past"] = (keys.clone(), values.clone()) if shifts else (keys, values)
 
     def cache_layer(self, call: TwinCall) -> Any:
         cache, module = call.argument(self.cache_argument), cast("Any", call.module)
@@ -194,7 +218,7 @@ class TwinnedAttentionBridge(ComponentBridge):
         k_BHKD = self.with_edit(call, self.per_query_head(k_BGKD, call.cfg), "k")
         v_BHKD = self.with_edit(call, self.per_query_head(v_BGKD, call.cfg), "v")
         scores = call.fire("hook_attn_scores", self.scores(call, q_BHQD, k_BHKD))
-        pattern = call.fire("hook_pattern", self.pattern(call, scores, x.dtype))
+        pattern = call.fire("hook_pattern", self.probabilities(call, scores, x.dtype))
         if not call.writing:
             return self.output(call, None), None
         kept = F.dropout(pattern, self.dropout(call)) if self.dropout(call) else pattern
@@ -245,8 +269,10 @@ class TwinnedAttentionBridge(ComponentBridge):
             return x_BHKD
         change: Tensor = call.kept[part]
         change = self.turned(call, change) if part == "k" and self.rotates else change
-        wide, new = repeat_groups(x_BHKD, call.cfg.n_heads), change.shape[2]
-        return torch.cat([wide[:, :, :-new], wide[:, :, -new:] + change], dim=2)
+        wide = repeat_groups(x_BHKD, call.cfg.n_heads)
+        end = self.end(call, wide.shape[2])
+        before, new, after = wide.split([end - change.shape[2], change.shape[2], wide.shape[2] - end], dim=2)
+        return torch.cat([before, new + change, after], dim=2)
 
     def with_cache(self, call: TwinCall, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values: those of the cache, then the new ones."""
@@ -255,15 +281,16 @@ class TwinnedAttentionBridge(ComponentBridge):
             return k, v
         if call.writing:
             return cache.update(k, v, call.module.layer_idx)  # type: ignore[no-any-return]
+        layer = self.cache_layer(call)
         if "past" not in call.kept:
-            layer = self.cache_layer(call)
             # A cache of fixed size hands back all of its places, the empty ones masked.
             return (layer.keys, layer.values) if layer.keys.shape[-2] > k.shape[-2] else (k, v)
         keys, values = call.kept["past"]
-        layer = self.cache_layer(call)
-        if layer.keys.data_ptr() == keys.data_ptr():
+        size = getattr(layer, "max_cache_len", None)
+        if size is not None and keys.shape[-2] + k.shape[-2] <= size:
             return layer.keys, layer.values
-        return torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2)
+        oldest = 1 if keys.shape[-2] == size else 0  # a full window of fixed size drops one
+        return torch.cat([keys[:, :, oldest:], k], dim=-2), torch.cat([values[:, :, oldest:], v], dim=-2)
 
     def per_query_head(self, x: Tensor, cfg: BridgeConfig) -> Tensor:
         return repeat_groups(x, cfg.n_heads)
@@ -327,9 +354,8 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
         return x
 
     def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
-        scores = (q_BHQD @ k_BHKD.transpose(-1, -2)) / math.sqrt(call.cfg.d_head)
-        mask = self.mask(call, scores)
-        return scores if mask is None else scores + mask
+        scores = (q_BHQD @ k_BHKD.transpose(-1, -2)).div_(math.sqrt(call.cfg.d_head))
+        return self.masked(call, scores)
 
     def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """Softmax in the model's own dtype."""
@@ -355,9 +381,8 @@ class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
         scores = q_BHQD @ k_BHKD.transpose(-1, -2)
         scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
         alibi: Tensor = call.argument("alibi", 1).reshape(len(scores), call.cfg.n_heads, 1, -1)
-        scores = (scores + alibi) * (1.0 / math.sqrt(call.cfg.d_head))
-        mask = self.mask(call, scores)
-        return scores if mask is None else scores + mask
+        scores = (scores + alibi).mul_(1.0 / math.sqrt(call.cfg.d_head))
+        return self.masked(call, scores)
 
     def dropout(self, call: TwinCall) -> float:
         module: Any = call.module

@@ -29,18 +29,19 @@ def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tenso
 
 
 def additive_mask(
-    mask: Any, queries: int, keys: int, dtype: torch.dtype, device: torch.device
+    mask: Any, queries: int, keys: int, first: int, dtype: torch.dtype, device: torch.device
 ) -> Shaped[Tensor, "#B #H Q K"] | None:
     """What to add to the scores: 0 where attention may look, the lowest number where not.
 
     `mask` is what a transformers attention module is given: nothing (then the kernel is causal),
-    booleans, numbers to add, or flash attention's padding mask `[batch, keys]`.
+    booleans, numbers to add, or flash attention's padding mask `[batch, keys]`. `first` is the place of
+    the first query among the keys.
     """
     lowest = torch.finfo(dtype).min
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         if queries == 1 and mask is None:
             return None
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)[None, None]
         if mask is not None:
             allowed = allowed & mask[:, None, None, -keys:].bool()
     elif isinstance(mask, Tensor) and mask.dtype == torch.bool:

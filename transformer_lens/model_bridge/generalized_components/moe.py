@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,34 +32,28 @@ class RouterBridge(ComponentBridge):
 class ExpertsBridge(ComponentBridge):
     """The experts: gated MLPs side by side, their weights stacked along the first axis."""
 
-    def twin(self, call: TwinCall) -> Float[Tensor, "row d_model"]:
+    def twin(self, call: TwinCall) -> Float[Tensor, "row d_model"] | None:
         """Each chosen expert's gated MLP on its own tokens, weighted and summed (`MixtralExperts`).
 
-        Tokens are grouped by expert, as eager transformers does, and outputs are added in the order of
-        the experts, so that the sum is bitwise the same.
+        Tokens are grouped by expert in the order of eager transformers, and outputs are added in the
+        order of the experts, so that the sum is bitwise the same.
         """
         x: Float[Tensor, "row d_model"] = call.args[0]
         chosen: Int[Tensor, "row chosen"] = call.args[1]
         weights: Float[Tensor, "row chosen"] = call.args[2]
         module: Any = call.module
-        shape = (*chosen.shape, call.cfg.d_mlp)
-        gate, linear = x.new_zeros(shape), x.new_zeros(shape)
-        for expert, row, place in _groups(chosen):
-            hidden = F.linear(x[row], _of_expert(module.gate_up_proj, expert))
-            gate[row, place], linear[row, place] = hidden.chunk(2, dim=-1)
-        gate = call.fire("hook_pre", gate)
-        linear = call.fire("hook_pre_linear", linear)
-        post = x.new_zeros(shape)
-        for _, row, place in _groups(chosen):
+        groups = _Groups(chosen, int(call.cfg.num_experts or 1))
+        hidden = groups.linear(x[groups.row], module.gate_up_proj)
+        before, straight = hidden.chunk(2, dim=-1)
+        gate, linear = groups.fire(call, "hook_pre", before), groups.fire(call, "hook_pre_linear", straight)
+        if gate is not before or linear is not straight:
             # Laid out as the module's own hidden layer, or the activation rounds differently.
-            halves = torch.cat([gate[row, place], linear[row, place]], dim=-1).chunk(2, dim=-1)
-            post[row, place] = module.act_fn(halves[0]) * halves[1]
-        post = call.fire("hook_post", post)
-        out = x.new_zeros((*chosen.shape, call.cfg.d_model))
-        for expert, row, place in _groups(chosen):
-            out[row, place] = F.linear(post[row, place], _of_expert(module.down_proj, expert))
-        out = call.fire("hook_expert_out", out)
-        weighted = (out * weights[..., None]).to(x.dtype)
+            gate, linear = torch.cat([gate, linear], dim=-1).chunk(2, dim=-1)
+        post = groups.fire(call, "hook_post", module.act_fn(gate) * linear)
+        out = groups.fire(call, "hook_expert_out", groups.linear(post, module.down_proj))
+        if not call.writing:
+            return None
+        weighted = (groups.by_token(out) * weights[..., None]).to(x.dtype)
         ordered = weighted.gather(1, torch.argsort(chosen, dim=-1, stable=True)[..., None].expand_as(weighted))
         total = torch.zeros_like(x)
         for nth in range(chosen.shape[1]):
@@ -68,11 +61,33 @@ class ExpertsBridge(ComponentBridge):
         return total
 
 
-def _groups(chosen: Int[Tensor, "row chosen"]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Each expert with the rows that chose it and the place among their choices."""
-    for expert in chosen.unique().tolist():
-        place, row = torch.where(expert == chosen.T)
-        yield expert, row, place
+class _Groups:
+    """The chosen (token, expert) pairs sorted by expert; within one, first choices come first."""
+
+    def __init__(self, chosen: Int[Tensor, "row chosen"], experts: int) -> None:
+        self.shape = chosen.shape
+        self.order = torch.argsort(chosen.T.reshape(-1), stable=True)
+        self.row = self.order % len(chosen)
+        self.counts: list[int] = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
+
+    def linear(self, x: Float[Tensor, "pair in"], weights: Float[Tensor, "expert out in"]) -> Float[Tensor, "pair out"]:
+        """Every pair through its expert's weight."""
+        parts = enumerate(x.split(self.counts))
+        return torch.cat([F.linear(rows, _of_expert(weights, expert)) for expert, rows in parts if len(rows)])
+
+    def by_token(self, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "row chosen width"]:
+        """Back in the order of the tokens and their choices."""
+        rows, chosen = self.shape
+        places = torch.empty_like(pairs).index_put((self.order,), pairs)
+        return places.unflatten(0, (chosen, rows)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    def fire(self, call: TwinCall, name: str, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+        """Show a value to its hook by token, where any hook wants it."""
+        if not call.wants(name):
+            return pairs
+        shown = self.by_token(pairs)
+        new = call.fire(name, shown)
+        return pairs if new is shown else new.transpose(0, 1).reshape(pairs.shape)[self.order]
 
 
 def _of_expert(weights: Tensor, expert: int) -> Tensor:

@@ -51,8 +51,13 @@ class LayerNormBridge(NormalizationBridge):
         module: Any = call.module
         x = _input(call)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if not call.writing:
+            # One kernel gives both; it has no gradient to its scale, which only a write needs.
+            normalized, _, reciprocal = torch.native_layer_norm(wide, (x.shape[-1],), None, None, call.cfg.eps)
+            call.fire("hook_scale", reciprocal.reciprocal())
+            return call.fire("hook_normalized", normalized.to(x.dtype))
         centred = wide - wide.mean(-1, keepdim=True)
-        scale = call.fire("hook_scale", (centred.pow(2).mean(-1, keepdim=True) + call.cfg.eps).sqrt())
+        scale = call.fire("hook_scale", (centred.square().mean(-1, keepdim=True) + call.cfg.eps).sqrt())
         normalized = call.fire("hook_normalized", (centred / scale).to(x.dtype))
         return torch.addcmul(module.bias, normalized, call.weight(""))
 

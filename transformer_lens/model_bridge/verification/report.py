@@ -1,0 +1,212 @@
+"""`VerificationReport`: what `bridge.verify()` found, as text, table, HTML or JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("check", "difference", "tolerance", "where it is largest", "result")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One comparison: `difference` is relative to the largest value there, unless the note says otherwise.
+
+    It has to be at most `tolerance`, or, with `has_to_exceed`, more than it; `reason` says why that much.
+    """
+
+    check: str
+    component: str
+    hook: str
+    difference: float
+    tolerance: float
+    reason: str
+    has_to_exceed: bool = False
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is on the right side of the tolerance; not a number never is."""
+        if self.has_to_exceed:
+            return self.difference > self.tolerance
+        return self.difference <= self.tolerance
+
+    def margin(self) -> tuple[bool, float]:
+        """For sorting: failures first, then what comes nearest to the tolerance."""
+        amount = math.inf if math.isnan(self.difference) else self.difference
+        return self.passed, amount if self.has_to_exceed else -amount
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; a difference that is no finite number is `None`."""
+        fields = asdict(self) | {"passed": self.passed}
+        fields["difference"] = self.difference if math.isfinite(self.difference) else None
+        return fields
+
+    def sentence(self) -> str:
+        """Check, place, numbers and note on one line."""
+        relation = "expected more than" if self.has_to_exceed else "tolerance"
+        note = f": {self.note}" if self.note else ""
+        return (
+            f"{self.check}: {self.hook or self.component}: difference {self.difference:.3g}, {relation} "
+            f"{self.tolerance:.3g} ({self.reason}){note}"
+        )
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Every comparison that `bridge.verify()` made.
+
+    >>> report = bridge.verify()
+    >>> report.passed, report.failures()
+    (True, [])
+
+    Prints as a table with the largest difference for each check and component over all layers, the
+    failures one by one below it. `results` has every hook of every layer.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    device: str
+    attention: str
+    tokens: tuple[int, ...]
+    """Shape of the token ids, `(batch, pos)`."""
+    seconds: float
+    checks: Mapping[str, str]
+    """What each check compares."""
+    results: tuple[CheckResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures()
+
+    def failures(self) -> list[CheckResult]:
+        """The comparisons that failed, in the order they were made."""
+        return [result for result in self.results if not result.passed]
+
+    def without_results(self) -> list[str]:
+        """The checks that found nothing to compare in this model, such as experts in a dense one."""
+        made = {result.check for result in self.results}
+        return [check for check in self.checks if check not in made]
+
+    def worst(self) -> list[CheckResult]:
+        """For each check and kind of component the one result that is worst over all layers."""
+        found: dict[tuple[str, str], CheckResult] = {}
+        for result in self.results:
+            key = (result.check, over_layers(result.component))
+            if key not in found or result.margin() < found[key].margin():
+                found[key] = result
+        return list(found.values())
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Every comparison as plain data."""
+        return [result.to_dict() for result in self.results]
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON: model, `passed`, what each check means, and every comparison."""
+        fields = {
+            "model": self.model,
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "device": self.device,
+            "attention": self.attention,
+            "tokens": list(self.tokens),
+            "seconds": round(self.seconds, 3),
+            "passed": self.passed,
+            "checks": dict(self.checks),
+            "results": self.to_dicts(),
+        }
+        return json.dumps(fields, indent=indent, allow_nan=False)
+
+    # -- showing -------------------------------------------------------------------------------------
+
+    def title(self) -> str:
+        """The model, how it runs, and the verdict."""
+        failed = len(self.failures())
+        verdict = "all passed" if not failed else f"{failed} FAILED"
+        return (
+            f"{self.model}: {self.architecture}, {self.dtype}, {self.attention}, {self.device}: "
+            f"{len(self.results)} comparisons in {self.seconds:.1f} s, {verdict}"
+        )
+
+    def rows(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
+        """Whether it passed, and the cells, for each check and kind of component.
+
+        Components that a check finds exactly right share a row.
+        """
+        worst = self.worst()
+        for check in dict.fromkeys(result.check for result in worst):
+            here = [result for result in worst if result.check == check]
+            exact = [result for result in here if result.passed and result.difference == 0]
+            if exact:
+                one = over_layers(exact[0].component) or "the model"
+                place = f"{len(exact)} kinds of component" if len(exact) > 1 else one
+                yield True, (check, "0", _bound(exact), place, "ok")
+            for result in [result for result in here if result not in exact]:
+                place, verdict = result.hook or result.component or "the model", "ok" if result.passed else "FAILED"
+                yield result.passed, (check, f"{result.difference:.1e}", _bound([result]), place, verdict)
+
+    def below(self) -> list[str]:
+        """The lines under the table: what could not be compared, and every failure."""
+        absent = self.without_results()
+        lines = [f"nothing to compare in this model: {', '.join(absent)}"] if absent else []
+        return lines + [result.sentence() for result in self.failures()]
+
+    def __str__(self) -> str:
+        lines = [COLUMNS, *(cells for _, cells in self.rows())]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        return "\n".join([self.title(), text[0], "-" * len(text[0]), *text[1:], *self.below()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def line(cells: tuple[str, ...], tag: str, style: str = "") -> str:
+            inner = "".join(f"<{tag} style='text-align:left'>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr{style}>{inner}</tr>"
+
+        red = " style='color:#b00020'"
+        body = "".join(line(cells, "td", "" if passed else red) for passed, cells in self.rows())
+        below = "".join(f"<div>{html.escape(sentence)}</div>" for sentence in self.below())
+        return (
+            f"<table><caption>{html.escape(self.title())}</caption>"
+            f"<thead>{line(COLUMNS, 'th')}</thead><tbody>{body}</tbody></table>{below}"
+        )
+
+    def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.title()), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+        table.padding = (0, 1, 0, 0)
+        for column in COLUMNS:
+            table.add_column(column, overflow="fold", justify="right" if column in COLUMNS[1:3] else "left")
+        for passed, cells in self.rows():
+            table.add_row(*map(Text, cells), style="" if passed else "bold red")
+        if self.below():
+            table.caption = Text("\n".join(self.below()))
+            table.caption_justify = "left"
+        return table
+
+
+def over_layers(component: str) -> str:
+    """A component's name for all layers: `blocks.3.attn` -> `blocks.{i}.attn`."""
+    return re.sub(r"^blocks\.\d+", "blocks.{i}", component)
+
+
+def _bound(results: list[CheckResult]) -> str:
+    """The tolerance as text; the largest of several."""
+    largest = max(result.tolerance for result in results)
+    return f"{'> ' if results[0].has_to_exceed else ''}{largest:.1g}"

@@ -1,0 +1,203 @@
+"""Checks on runs: that hooks fire, that looking changes nothing and writing something, that gradients come back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.hook_table import axis_sizes
+from transformer_lens.model_bridge.verification.evidence import (
+    Evidence,
+    every,
+    gradients_of_activations,
+    largest_difference,
+    neutral,
+    tensors,
+)
+from transformer_lens.model_bridge.verification.report import CheckResult
+
+NOISE = 0.5
+"""Standard deviation of the noise, in standard deviations of what it is added to."""
+
+
+def untouched(e: Evidence) -> Iterator[CheckResult]:
+    """Law 1: with no hook, the bridge's output is the bare model's."""
+    yield CheckResult("untouched", "", "", largest_difference(e.output, e.own[0]), *e.same)
+
+
+def fires(e: Evidence) -> Iterator[CheckResult]:
+    """Every hook once in a run that captures, and once in a run with user hooks."""
+    counts: Counter[str] = Counter()
+
+    def count(tensor: Tensor, hook: HookPoint) -> None:
+        counts[str(hook.name)] += 1
+
+    e.hooked([(every, count)])
+    for name in e.bridge.hook_dict:
+        captured, shown = int(name in e.cache), counts[name]
+        wrong = f"captured {captured}, shown to a user hook {shown} times in one forward"
+        extra = float(abs(captured - 1) + abs(shown - 1))
+        reason = "a count: once each"
+        yield CheckResult("fires", name.rpartition(".")[0], name, extra, 0.0, reason, note=wrong if extra else "")
+
+
+def shape(e: Evidence) -> Iterator[CheckResult]:
+    """The axes that the hook table declares."""
+    batch, pos = e.tokens.shape
+    known = {"batch": batch, "pos": pos, "query_pos": pos, "key_pos": pos}
+    for name, value in e.cache.items():
+        declared = [known.get(str(size), size) for size in axis_sizes(e.bridge.hook_dict[name].axes, e.bridge.cfg)]
+        fits = len(declared) == value.ndim and all(
+            isinstance(size, str) or size == got for size, got in zip(declared, value.shape, strict=True)
+        )
+        note = "" if fits else f"got shape {list(value.shape)}, the hook table says {declared}"
+        yield CheckResult("shape", name.rpartition(".")[0], name, float(not fits), 0.0, "a shape", note=note)
+
+
+# -- looking -----------------------------------------------------------------------------------------
+
+
+def _by_component(
+    e: Evidence, check: str, names: Sequence[str], run: Callable[[Sequence[str]], Tensor], expected: Tensor
+) -> Iterator[CheckResult]:
+    """One run with every hook; only if that changed the output, one for each component to find which."""
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    together = largest_difference(run(names), expected)
+    alone = dict.fromkeys(owners, 0.0)
+    if not together <= e.same[0]:
+        for owner in owners:
+            alone[owner] = largest_difference(run([n for n in names if n.rpartition(".")[0] == owner]), expected)
+    for owner, difference in alone.items():
+        yield CheckResult(check, owner, "", difference, *e.same)
+    if all(difference <= e.same[0] for difference in alone.values()):
+        yield CheckResult(check, "", "", together, *e.same, note="the hooks of all components together")
+
+
+def looking(e: Evidence) -> Iterator[CheckResult]:
+    """Law 2: capturing leaves the output as it is."""
+
+    def run(names: Sequence[str]) -> Tensor:
+        output: Tensor = e.bridge.run_with_cache(e.tokens, names_filter=names)[0]
+        return output
+
+    yield from _by_component(e, "looking", list(e.cache), run, e.output)
+
+
+def neutral_hook(e: Evidence) -> Iterator[CheckResult]:
+    """Law 2: so does a user hook on a port that changes nothing, also while gradients are recorded."""
+
+    def run(names: Sequence[str]) -> Tensor:
+        return e.hooked([(_roots(e), _require_gradient), (names, neutral)])
+
+    with gradients_of_activations(e.bridge.original_model):
+        expected = run([]).detach()
+        names = [name for name in e.cache if name in e.ports]
+        yield from _by_component(e, "neutral hook", names, lambda names: run(names).detach(), expected)
+
+
+def kept(e: Evidence) -> Iterator[CheckResult]:
+    """Law 3: what is captured without a copy still is, after the run, what it was when it was captured."""
+    _, after = e.bridge.run_with_cache(e.tokens, names_filter=every, return_cache_object=False)
+    for name, value in e.cache.items():
+        difference = largest_difference(after[name], value)
+        yield CheckResult("kept", name.rpartition(".")[0], name, difference, *e.same)
+
+
+def twin(e: Evidence) -> Iterator[CheckResult]:
+    """Every twin against its module, each fed what the module was fed.
+
+    A user hook inside makes the twin compute; a plain torch hook notes its output and hands on the
+    module's own, so that the next one starts from the same input.
+    """
+    found: dict[str, float] = {}
+
+    def force(component: str, module: nn.Module, args: Any, output: Any) -> Any:
+        own = e.own[2][component].output
+        pairs = zip(tensors(output), tensors(own), strict=False)
+        found[component] = max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None)
+        return own
+
+    with ExitStack() as undo:
+        for component in e.inside:
+            module = e.components[component].original_component
+            undo.callback(module.register_forward_hook(partial(force, component)).remove)
+        names = [name for name in e.cache if name not in e.ports]
+        if names:
+            e.hooked([(names, neutral)])
+    for component, difference in found.items():
+        yield CheckResult("twin", component, "", difference, *e.rounding)
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def noise(e: Evidence) -> Iterator[CheckResult]:
+    """Law 4: noise at a hook, alone, changes the output. Every hook of the layer is attached each time,
+    so that without the noise the output is the same bit for bit."""
+    layers: dict[str, list[str]] = {}
+    for name in e.cache:
+        if not _fixed(e, name):
+            layers.setdefault(".".join(name.split(".")[:2]) if name.startswith("blocks.") else "", []).append(name)
+    for names in layers.values():
+        quiet = e.hooked([(names, neutral)])
+        for name in names:
+            change = largest_difference(e.hooked([(names, partial(_add_noise, e, name))]), quiet)
+            change = float("inf") if change != change else change
+            component, reason = name.rpartition(".")[0], "noise of half a standard deviation"
+            yield CheckResult("noise", component, name, change, e.same[0], reason, has_to_exceed=True)
+
+
+def _fixed(e: Evidence, name: str) -> bool:
+    """Whether nothing depends on this value: with one expert there is no choice."""
+    return e.bridge.cfg.num_experts == 1 and name.endswith(("hook_router_logits", "hook_expert_indices"))
+
+
+def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
+    if hook.name != name:
+        return
+    if hook.integer:
+        tensor.copy_((tensor + 1) % int(e.bridge.cfg.num_experts or 1))
+        return
+    # Masked scores stand at the lowest number; with one expert chosen, its weight is always one.
+    usual = tensor[tensor.abs() < torch.finfo(tensor.dtype).max / 2].float()
+    spread = float(usual.std(correction=0)) or float(usual.abs().mean()) or 1.0
+    sample = torch.randn(tensor.shape, generator=e.random).to(tensor.device)
+    tensor.add_((sample * (NOISE * spread)).to(tensor.dtype))
+
+
+def _roots(e: Evidence) -> list[str]:
+    """The hooks where the stream begins: tokens, and learned positions beside them."""
+    return [name for name in e.cache if "." not in name]
+
+
+def _require_gradient(tensor: Tensor, hook: HookPoint) -> None:
+    tensor.requires_grad_()
+
+
+def gradient(e: Evidence) -> Iterator[CheckResult]:
+    """A finite gradient comes back to every hook."""
+    counted: dict[str, int] = {}
+
+    def count(gradient: Tensor, hook: HookPoint) -> None:
+        counted[str(hook.name)] = int((~gradient.isfinite()).sum())
+
+    names = [name for name in e.cache if not e.bridge.hook_dict[name].integer]
+    with gradients_of_activations(e.bridge.original_model):
+        output = e.hooked([(_roots(e), _require_gradient)], bwd_hooks=[(names, count)])
+        weights = torch.randn(output.shape, generator=e.random).to(output.device)
+        if output.requires_grad:
+            (output.float() * weights).mean().backward()
+    first = next((name for name, wrong in counted.items() if wrong), None)
+    for name in names:
+        note = "" if name in counted else "no gradient came back"
+        note = "the first on the way back from the output" if name == first else note
+        wrong = float(counted.get(name, 1))
+        reason = "a count of entries that are not finite"
+        yield CheckResult("gradient", name.rpartition(".")[0], name, wrong, 0.0, reason, note=note)

@@ -1,0 +1,278 @@
+"""Checks on captured values: against Hugging Face's modules, and against the equations they obey."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from transformer_lens.model_bridge.verification.evidence import Evidence, largest_difference
+from transformer_lens.model_bridge.verification.report import CheckResult
+
+NORMED = {"ln1": ("attn",), "ln2": ("mlp",), "ln_final": ("unembed", "head")}
+"""Which component reads what a norm returns."""
+
+
+def compared(
+    check: str, hook: str, got: Tensor, expected: Tensor, tolerance: tuple[float, str], note: str = ""
+) -> CheckResult:
+    """One comparison of a hook's value."""
+    if got.shape != expected.shape:
+        note = f"got shape {list(got.shape)}, expected {list(expected.shape)}"
+    component = hook.rpartition(".")[0]
+    return CheckResult(check, component, hook, largest_difference(got, expected), *tolerance, note=note)
+
+
+# -- Hugging Face's own values -----------------------------------------------------------------------
+
+
+def _heads(e: Evidence, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
+
+
+def _rows(e: Evidence, x: Tensor | None) -> Tensor | None:
+    """Tokens one after the other as batch and positions again."""
+    return None if x is None else x.unflatten(0, e.tokens.shape)
+
+
+def _stream(e: Evidence, layer: int, block: str) -> Tensor | None:
+    """The stream that enters a layer, as the model's `hidden_states` say."""
+    hidden = e.own[1]
+    # The last of them is taken after the final norm.
+    return hidden[layer] if layer < len(hidden) - 1 else e.returned(block)
+
+
+def _mlp_in(e: Evidence, block: str) -> Tensor | None:
+    return e.received(f"{block}.ln2" if f"{block}.ln2" in e.components else block)
+
+
+def _branch_out(e: Evidence, block: str, branch: str, norm: str) -> Tensor | None:
+    """What a branch adds: its own output, or that of the norm behind it."""
+    return e.returned(f"{block}.{norm}" if f"{block}.{norm}" in e.components else f"{block}.{branch}")
+
+
+def _projected(e: Evidence, attention: str, part: str) -> Tensor | None:
+    """A query, key or value: of its own projection, or as the model's `_split_heads` reads the fused one."""
+    own = e.returned(f"{attention}.{part}")
+    if own is not None:
+        return _heads(e, own)
+    fused = e.returned(f"{attention}.qkv")
+    split = getattr(e.components[attention].original_component, "_split_heads", None)
+    if fused is None or split is None:
+        return None
+    found: Tensor = split(fused)["qkv".index(part)]
+    heads = e.bridge.cfg.n_heads if part == "q" else e.bridge.cfg.n_key_value_heads
+    return found[:, :, :: found.shape[2] // heads]  # it repeats a key for each query head of its group
+
+
+def _rotated(e: Evidence, attention: str, part: str) -> Tensor | None:
+    """A rotated query or key, by the function of the model's own source file."""
+    module = e.components[attention].original_component
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    call = e.own[2].get(attention)
+    angles = None if call is None else call.kwargs.get("position_embeddings")
+    q, k = (_projected(e, attention, p) for p in "qk")
+    if rotate is None or angles is None or q is None or k is None:
+        return None
+    found: Tensor = rotate(q.transpose(1, 2), k.transpose(1, 2), *angles)["qk".index(part)]
+    return found.transpose(1, 2)
+
+
+def _pattern(e: Evidence, attention: str) -> Tensor | None:
+    """The pattern, where the attention that runs returns one."""
+    found = e.returned(attention, 1)
+    return found if found is not None and found.ndim == 4 else None
+
+
+def _per_head(e: Evidence, block: str) -> Tensor | None:
+    x = e.received(block)
+    return None if x is None else x[:, :, None].expand(-1, -1, e.bridge.cfg.n_heads, -1)
+
+
+Reference = Callable[[Evidence, str, int], Tensor | None]
+"""From the evidence, a component's name and its layer: the value, or `None` where no module hands it over."""
+
+REFERENCES: Mapping[str, Reference] = {
+    "hook_embed": lambda e, c, i: e.returned("embed"),
+    "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
+    "block.hook_resid_pre": lambda e, c, i: _stream(e, i, c),
+    "block.hook_resid_mid": lambda e, c, i: e.received(f"{c}.ln2"),
+    "block.hook_resid_post": lambda e, c, i: _stream(e, i + 1, c),
+    "block.hook_attn_out": lambda e, c, i: _branch_out(e, c, "attn", "ln1_post"),
+    "block.hook_mlp_out": lambda e, c, i: _branch_out(e, c, "mlp", "ln2_post"),
+    "block.hook_mlp_in": lambda e, c, i: _mlp_in(e, c),
+    **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
+    "attn.hook_in": lambda e, c, i: e.received(c),
+    "attn.hook_q": lambda e, c, i: _projected(e, c, "q"),
+    "attn.hook_k": lambda e, c, i: _projected(e, c, "k"),
+    "attn.hook_v": lambda e, c, i: _projected(e, c, "v"),
+    "attn.hook_rot_q": lambda e, c, i: _rotated(e, c, "q"),
+    "attn.hook_rot_k": lambda e, c, i: _rotated(e, c, "k"),
+    "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
+    "attn.hook_z": lambda e, c, i: _heads(e, e.received(f"{c}.o")),
+    "mlp.hook_in": lambda e, c, i: e.received(c),
+    "mlp.hook_pre": lambda e, c, i: e.returned(f"{c}.gate" if f"{c}.gate" in e.components else f"{c}.in"),
+    "mlp.hook_pre_linear": lambda e, c, i: e.returned(f"{c}.in"),
+    "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
+    "moe.hook_in": lambda e, c, i: e.received(c),
+    "moe.hook_router_logits": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 0)),
+    "moe.hook_expert_weights": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 1)),
+    "moe.hook_expert_indices": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 2)),
+    "ln_final.hook_out": lambda e, c, i: e.returned("ln_final"),
+    "unembed.hook_out": lambda e, c, i: e.returned("unembed"),
+    "head.hook_out": lambda e, c, i: e.returned("head"),
+}
+"""Where the model itself has what a hook shows, by kind of component; not read from the ports."""
+
+
+def _kind(e: Evidence, component: str) -> str:
+    last = component.rpartition(".")[2]
+    if last == "mlp" and f"{component}.experts" in e.components:
+        return "moe"
+    return "block" if last.isdigit() else last
+
+
+def hugging_face(e: Evidence) -> Iterator[CheckResult]:
+    """Captured values against the modules' own."""
+    for name, value in e.cache.items():
+        component, _, hook = name.rpartition(".")
+        reference = REFERENCES.get(f"{_kind(e, component)}.{hook}" if component else hook)
+        layer = int(component.split(".")[1]) if component.startswith("blocks.") else -1
+        expected = None if reference is None else reference(e, component, layer)
+        if expected is not None:
+            yield compared("hugging face", name, value, expected, e.same if name in e.ports else e.rounding)
+
+
+# -- equations ---------------------------------------------------------------------------------------
+
+
+def _blocks(e: Evidence) -> Iterator[str]:
+    yield from (f"blocks.{i}" for i in range(e.bridge.cfg.n_layers))
+
+
+def stream(e: Evidence) -> Iterator[CheckResult]:
+    """`resid_pre + attn_out + mlp_out == resid_post`, and half of it for `resid_mid`."""
+    for block in _blocks(e):
+        pre, attn, mid, mlp, post = (
+            e.wide(f"{block}.hook_{name}") for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        if pre is None or attn is None:
+            continue
+        if mid is not None:
+            yield compared("stream", f"{block}.hook_resid_mid", mid, pre.to(mid.device) + attn, e.rounding)
+        if mlp is not None and post is not None:
+            total = pre.to(post.device) + attn + mlp
+            yield compared("stream", f"{block}.hook_resid_post", post, total, e.rounding)
+
+
+def norm(e: Evidence) -> Iterator[CheckResult]:
+    """Scale and normalised stream on paper, and who reads what the norm returns."""
+    cfg = e.bridge.cfg
+    for name in [name for name in e.components if name.rpartition(".")[2] in NORMED]:
+        x, out = e.received(name), e.returned(name)
+        if x is None or out is None:
+            continue
+        for reader in _readers(e, name):
+            read = e.received(reader)
+            if read is not None:
+                difference = largest_difference(read, out.reshape(read.shape))
+                yield CheckResult("norm", name, "", difference, *e.same, note=f"what it returns is what {reader} reads")
+        x = x.double()
+        centred = x - x.mean(-1, keepdim=True) if cfg.normalization_type.startswith("LN") else x
+        scale = (centred.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
+        for hook, expected in (("hook_scale", scale), ("hook_normalized", centred / scale)):
+            value = e.value(f"{name}.{hook}")
+            if value is not None:
+                yield compared("norm", f"{name}.{hook}", value, expected.to(value.dtype), e.rounding)
+
+
+def _readers(e: Evidence, norm: str) -> list[str]:
+    """The components that read what a norm returns; one norm may feed both branches."""
+    block, _, last = norm.rpartition(".")
+    roles = ("attn", "mlp") if last == "ln1" and f"{block}.ln2" not in e.components else NORMED[last]
+    return [name for role in roles if (name := f"{block}.{role}" if block else role) in e.components]
+
+
+def pattern(e: Evidence) -> Iterator[CheckResult]:
+    """Rows of the pattern sum to one, and are the softmax of the scores."""
+    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e)]:
+        found, scores = e.wide(name), e.wide(name.replace("hook_pattern", "hook_attn_scores"))
+        if found is not None:
+            rows = found.sum(-1)
+            yield compared("pattern", name, rows, torch.ones_like(rows), e.rounding, "each row sums to one")
+        if found is not None and scores is not None:
+            yield compared("pattern", name, found, scores.softmax(-1), e.rounding, "softmax of hook_attn_scores")
+
+
+def mixed_values(e: Evidence) -> Iterator[CheckResult]:
+    """`pattern @ v == z`, each query head with the value of its group."""
+    for attention in [f"{block}.attn" for block in _blocks(e)]:
+        weights, v, z = (e.wide(f"{attention}.hook_{name}") for name in ("pattern", "v", "z"))
+        if weights is None or v is None or z is None:
+            continue
+        per_head = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
+        expected = torch.einsum("bhqk,bkhd->bqhd", weights, per_head)
+        yield compared("pattern @ v", f"{attention}.hook_z", z, expected, e.rounding)
+
+
+def projected_heads(e: Evidence) -> Iterator[CheckResult]:
+    """`z @ W_O (+ b_O) == attn_out`, and so for every head's result."""
+    for attention in [f"{block}.attn" for block in _blocks(e)]:
+        z, out = e.value(f"{attention}.hook_z"), e.returned(attention)
+        if z is None or out is None:
+            continue
+        module: Any = e.components[f"{attention}.o"].original_component
+        plain = isinstance(module, nn.Linear) and module.weight.is_floating_point() and not module.weight.is_meta
+        if not plain:  # quantised, offloaded, or another class: the module itself knows how to multiply
+            yield compared("z @ W_O", f"{attention}.hook_z", module(z.flatten(-2)), out, e.rounding)
+            continue
+        wide = z.float() if z.dtype != torch.float64 else z
+        weight = module.weight.to(wide.dtype).unflatten(-1, z.shape[-2:])
+        each = torch.einsum("bqhd,mhd->bqhm", wide, weight)
+        total = each.sum(2) if module.bias is None else each.sum(2) + module.bias
+        yield compared("z @ W_O", f"{attention}.hook_z", total, out.to(wide.dtype), e.rounding)
+        result = e.wide(f"{attention}.hook_result")
+        if result is not None:
+            yield compared("z @ W_O", f"{attention}.hook_result", result, each, e.rounding, "head by head")
+
+
+def experts(e: Evidence) -> Iterator[CheckResult]:
+    """Each chosen expert's output on paper, and their weighted sum against what the experts return."""
+    for name in [f"{block}.mlp" for block in _blocks(e)]:
+        out, weights, total = (
+            e.wide(f"{name}.hook_expert_out"),
+            e.wide(f"{name}.hook_expert_weights"),
+            _rows(e, e.returned(f"{name}.experts")) if f"{name}.experts" in e.components else None,
+        )
+        if out is None or weights is None or total is None:
+            continue
+        summed = (out * weights[..., None]).sum(2)
+        hook = f"{name}.hook_expert_out"
+        yield compared("experts", hook, summed, total.to(summed.dtype), e.rounding, "weighted sum == mlp_out")
+        yield from _expert_by_expert(e, name)
+
+
+def _expert_by_expert(e: Evidence, name: str) -> Iterator[CheckResult]:
+    """The matmuls of the chosen experts, from the weights themselves, where they are stacked as Mixtral's."""
+    module: Any = e.components[f"{name}.experts"].original_component
+    hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
+    values = [e.value(hook) for hook in hooks]
+    stacked = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
+    read = e.received(name)
+    if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) or w.is_meta for w in stacked):
+        return
+    chosen, pre, linear, post, out = (value for value in values if value is not None)
+    x = read[:, :, None].expand(*chosen.shape, -1)
+    expected = {hook: torch.zeros_like(value) for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True)}
+    for expert in chosen.unique().tolist():
+        here = chosen == expert
+        gate, up = F.linear(x[here], module.gate_up_proj[expert]).chunk(2, -1)
+        down = F.linear(post[here], module.down_proj[expert])
+        for hook, value in zip(hooks[1:], (gate, up, module.act_fn(gate) * up, down), strict=True):
+            expected[hook][here] = value
+    for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True):
+        yield compared("experts", hook, value, expected[hook], e.rounding)

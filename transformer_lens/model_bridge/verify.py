@@ -1,0 +1,134 @@
+"""`bridge.verify()`: every component of a loaded checkpoint compared with Hugging Face's own.
+
+The checks are rows of `CHECKS`. The model is given back as it was: hooks, modes, gradients, random state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.verification import runs, values
+from transformer_lens.model_bridge.verification.evidence import ROUNDINGS, Evidence, undisturbed
+from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kind of comparison, what it says, and how its results are made."""
+
+    name: str
+    meaning: str
+    run: Callable[[Evidence], Iterator[CheckResult]]
+
+
+CHECKS = (
+    Check("untouched", "with no hook, the output is the bare model's, bit for bit", runs.untouched),
+    Check("fires", "every hook fires exactly once in a forward", runs.fires),
+    Check("shape", "every value has the axes of the hook table", runs.shape),
+    Check("hugging face", "captured values are those of Hugging Face's modules and hidden_states", values.hugging_face),
+    Check("stream", "resid_pre + attn_out + mlp_out == resid_post", values.stream),
+    Check("norm", "scale and normalised stream on paper; attention and MLP read their own norm", values.norm),
+    Check("pattern", "pattern rows sum to one and are the softmax of the scores", values.pattern),
+    Check("pattern @ v", "pattern @ v == z", values.mixed_values),
+    Check("z @ W_O", "z @ W_O (+ b_O) == attn_out, and for each head its result", values.projected_heads),
+    Check("experts", "per-expert outputs, weighted and summed, give mlp_out", values.experts),
+    Check("twin", "a twin's output is its module's", runs.twin),
+    Check("looking", "capturing leaves the output as it is", runs.looking),
+    Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),
+    Check("kept", "a captured value is after the run what it was when captured", runs.kept),
+    Check("noise", "noise at a hook changes the output", runs.noise),
+    Check("gradient", "a finite gradient comes back to every hook", runs.gradient),
+)
+
+
+def verify(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"] | None = None) -> VerificationReport:
+    """Compare every component of a bridge's model with Hugging Face's own, on every layer and hook.
+
+    >>> from transformer_lens.model_bridge.verify import verify
+    >>> verify(bridge).passed
+    True
+
+    `tokens` are ids without padding, random ones if left out. Raises `ValueError` if the bridge has
+    hooks, or modules in hooks' places, which would be verified with it.
+    """
+    _refuse_hooks(bridge)
+    started = time.perf_counter()
+    ids = random_tokens(bridge) if tokens is None else _checked(tokens)
+    with undisturbed(bridge.original_model):
+        evidence = Evidence(bridge, ids.to(bridge.input_device()))
+        results = tuple(result for check in CHECKS for result in check.run(evidence))
+    config: Any = bridge.original_model.config
+    return VerificationReport(
+        model=bridge.cfg.model_name,
+        architecture=bridge.cfg.architecture,
+        dtype=str(bridge.cfg.dtype).removeprefix("torch."),
+        device=str(bridge.input_device()),
+        attention=str(config._attn_implementation),
+        tokens=tuple(ids.shape),
+        seconds=time.perf_counter() - started,
+        checks={check.name: check.meaning for check in CHECKS},
+        results=results,
+    )
+
+
+class VerifyMethods:
+    """What a bridge inherits to verify itself."""
+
+    def verify(self, tokens: Int[Tensor, "batch pos"] | None = None) -> VerificationReport:
+        """Compare every component of this checkpoint with Hugging Face's own, on every layer and hook.
+
+        >>> bridge.verify().passed
+        True
+
+        `tokens` are ids without padding, random ones if left out, so no tokenizer is needed. The report
+        prints as a table and has `failures()`, `to_dicts()` and `to_json()`. The model is left as it was.
+        Raises `ValueError` while hooks are attached, or if the bridge was detached.
+        """
+        return verify(cast("TransformerBridge", self), tokens)
+
+
+def random_tokens(bridge: TransformerBridge, pos: int = 8) -> Int[Tensor, "batch pos"]:
+    """Random ids, none of them special; two rows, or one for heads that find the end of a text by its padding."""
+    config: Any = bridge.original_model.config
+    special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    special |= set(bridge.tokenizer.all_special_ids) if bridge.tokenizer is not None else set()
+    ordinary = torch.tensor([token for token in range(bridge.cfg.d_vocab) if token not in special])
+    rows = 1 if "head" in bridge._modules else 2
+    picks = torch.randint(len(ordinary), (rows, min(pos, bridge.cfg.n_ctx)), generator=torch.Generator().manual_seed(0))
+    return ordinary[picks]
+
+
+def _checked(tokens: Tensor) -> Int[Tensor, "batch pos"]:
+    ids = tokens[None] if isinstance(tokens, Tensor) and tokens.ndim == 1 else tokens
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point() or ids.shape[1] < 2:
+        got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"verify: got {got}, expected token ids [batch, pos] with two positions or more")
+    return ids
+
+
+def _refuse_hooks(bridge: TransformerBridge) -> None:
+    if bridge._detached:
+        raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+    if bridge.cfg.dtype not in ROUNDINGS:
+        known = ", ".join(map(str, ROUNDINGS))
+        raise ValueError(f"verify: got a model in {bridge.cfg.dtype}, expected one of {known}")
+    hooked = [name for name, point in bridge.hook_dict.items() if point.has_hooks()]
+    slots = [(owner, slot) for owner in (bridge, *bridge.components()) for slot in owner.full_names]
+    hooked += [owner.full_names[slot] for owner, slot in slots if not isinstance(owner._modules[slot], HookPoint)]
+    if hooked:
+        raise ValueError(
+            f"verify: hooks are attached at {', '.join(map(repr, hooked[:3]))}{', ...' if hooked[3:] else ''}, and "
+            "would be verified with the model; call bridge.reset_hooks(including_permanent=True) first, and put a "
+            "HookPoint() where another module sits"
+        )
