@@ -77,13 +77,12 @@ class Heatmap:
         figure.update_layout(
             title={"text": self.title},
             template="plotly_white",
-            width=max(640, 60 * len(self.columns) + 220),
             height=max(320, 34 * len(self.rows) + 220),
-            xaxis=self._axis(self.columns, self.column_title),
+            xaxis={**self._axis(self.columns, self.column_title), "tickangle": -40},
             yaxis={**self._axis(self.rows, self.row_title), "autorange": "reversed"},
         )
         path = Path(path)
-        figure.write_html(path, include_plotlyjs=True, full_html=True)
+        figure.write_html(path, include_plotlyjs=True, full_html=True, config={"responsive": True})
         return path
 
     @staticmethod
