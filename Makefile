@@ -9,7 +9,7 @@ GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full check test-oldest fmt bench bench-peers gpu clean
+.PHONY: setup demo test test-full check test-oldest fmt bench bench-peers gpu docs clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/test_imports.py --cov=transformer_lens --cov-report=
+	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/twins/test_core.py tests/test_imports.py --cov=transformer_lens --cov-report=
 	$(BIN)/python -m coverage report --include="$(GATED)" --show-missing --fail-under=100
 
 test-oldest: constraints.txt pyproject.toml
@@ -53,6 +53,10 @@ bench: $(VENV)/.dev
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers
+
+docs: $(VENV)/.dev
+	$(BIN)/python $(PIP_INSTALL) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 # Uses the python on the PATH as it is: a GPU machine has its own torch, and may have no network.
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -180,6 +181,25 @@ def full_cache(subject: Subject) -> Row:
     return subject.ratio_row("full_cache", what, found, budget, captured=len(bridge.default_names()))
 
 
+def port_cache(subject: Subject) -> Row:
+    """Every port, so that what the twins add to `full_cache` can be told from what the hooks cost."""
+    bare, bridge, tokens = subject.bare, subject.bridge, subject.tokens
+    kinds = {row.name: row.kind for row in bridge.hook_table().present()}
+    ports = [name for name in bridge.default_names() if kinds[re.sub(r"^blocks\.\d+", "blocks.{i}", name)] == "port"]
+    found = subject.compare(lambda: bare(tokens), lambda: bridge.run_with_cache(tokens, names_filter=ports))
+    what = f"caching every port, {tokens.shape[1]} tokens / bare"
+    return subject.ratio_row("port_cache", what, found, None, captured=len(ports))
+
+
+def pattern_cache(subject: Subject) -> Row:
+    """One layer's attention pattern from a model that runs sdpa."""
+    bare, bridge, tokens = subject.bare, subject.bridge, subject.long
+    name = f"blocks.{bridge.cfg.n_layers // 2}.attn.hook_pattern"
+    found = subject.compare(lambda: bare(tokens), lambda: bridge.run_with_cache(tokens, names_filter=name))
+    what = f"caching one layer's pattern, {tokens.shape[1]:,} tokens / bare sdpa"
+    return subject.ratio_row("pattern_cache", what, found, None)
+
+
 def kept_memory(subject: Subject) -> Row:
     """What is still alive after runs whose cache nobody keeps."""
     bridge, tokens, device = subject.bridge, subject.tokens, subject.place.device
@@ -239,6 +259,8 @@ ROWS: Mapping[str, Callable[[Subject], Row]] = {
     "wrapping": wrapping,
     "resid_cache": resid_cache,
     "full_cache": full_cache,
+    "port_cache": port_cache,
+    "pattern_cache": pattern_cache,
     "kept_memory": kept_memory,
     "steering": steering,
     "port_hot_path": port_hot_path,

@@ -115,6 +115,4 @@ def falcon_sweep() -> Iterator[dict[str, Any]]:
 
 def torch_hooks(model: torch.nn.Module) -> int:
     """How many torch hooks sit on a model's modules."""
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
-    )
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())

@@ -1,18 +1,28 @@
-"""The README runs: its examples print what it says, and its table of hooks is the real one.
+"""README and docs run: their examples print what they say, and the tables of hooks are the real ones.
 
-`python tests/test_readme.py --write` writes the table.
+`python tests/test_readme.py --write` writes the tables.
 """
 
 import contextlib
 import io
-import itertools
 import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from transformer_lens import TransformerBridge
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+HOOKS = ROOT / "docs" / "hooks.md"
+HOOKS_TEXT = """# Hooks
+
+Written by `python tests/test_readme.py --write` from the hook tables of the two shipped models.
+`{i}` stands for the layer. Other layouts have others of these: `bridge.hook_table()` shows a model's own, with shapes
+in numbers, and why the rest is absent.
+
+"""
 MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hooks -->")
 
 
@@ -28,26 +38,28 @@ def hooks_as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_examples_print_what_the_readme_says():
-    blocks = re.findall(r"```(python|text)\n(.*?)```", README.read_text(), flags=re.S)
+@pytest.mark.parametrize(("page", "printing"), [("README.md", 2), ("docs/index.md", 2)])
+def test_examples_print_what_the_page_says(page, printing):
+    blocks = re.findall(r"```(python|text)\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     space: dict[str, object] = {}
     checked = 0
-    for (kind, code), (next_kind, expected) in itertools.pairwise(blocks):
+    for place, (kind, code) in enumerate(blocks):
         if kind != "python":
             continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(README), "exec"), space)
-        assert next_kind == "text"
-        assert printed.getvalue() == expected
-        checked += 1
-    assert checked == 2
+            exec(compile(code, page, "exec"), space)
+        following = blocks[place + 1] if place + 1 < len(blocks) else ("", "")
+        assert printed.getvalue() == (following[1] if following[0] == "text" else "")
+        checked += following[0] == "text"
+    assert checked == printing
 
 
 def test_the_table_of_hooks_is_that_of_the_models():
     text = README.read_text()
     start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
     assert text[start:end] == hooks_as_markdown()
+    assert HOOKS.read_text() == HOOKS_TEXT + hooks_as_markdown()
 
 
 def test_the_commands_the_readme_names_exist():
@@ -63,3 +75,4 @@ if __name__ == "__main__" and "--write" in sys.argv:
     text = README.read_text()
     start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
     README.write_text(text[:start] + hooks_as_markdown() + text[end:])
+    HOOKS.write_text(HOOKS_TEXT + hooks_as_markdown())

@@ -26,9 +26,9 @@ class _Names(Protocol):
 class ActivationCache(Mapping[str, Tensor]):
     """A mapping from hook name to tensor, also under short names and aliases.
 
-    >>> _, cache = bridge.run_with_cache("The cat sat")
+    >>> _, cache = bridge.run_with_cache("Mary and John")
     >>> cache["q", 0].shape, cache["resid_post", -1] is cache["blocks.3.hook_resid_post"]
-    (torch.Size([1, 4, 8, 16]), True)
+    (torch.Size([1, 5, 4, 32]), True)
 
     Iteration lists each captured tensor once, under its canonical name, in the order the model computed
     them; gradients are under `name + "_grad"`. Tensors are detached, and share memory with the run's
@@ -118,7 +118,7 @@ class ActivationCache(Mapping[str, Tensor]):
         """One activation of the first `layer` layers, stacked; -1 stands for all layers.
 
         >>> cache.stack_activation("resid_post").shape
-        torch.Size([4, 1, 4, 128])
+        torch.Size([4, 1, 5, 128])
         """
         layers = range(self._n_layers() if layer == -1 else layer)
         return torch.stack([self[get_act_name(name, i, sublayer_type)] for i in layers])

@@ -26,7 +26,7 @@ def need_experts(bridge: TransformerBridge, what: str) -> int:
 
 
 def layer_numbers(bridge: TransformerBridge, layer: Layers) -> list[int]:
-    """The layers meant, from 0. Raises `ValueError` for one that is not there."""
+    """The layers meant, from 0. Raises `ValueError` for one that is not there, and for one named twice."""
     n_layers = bridge.cfg.n_layers
     wanted = range(n_layers) if layer is None else [layer] if isinstance(layer, int) else layer
     for number in wanted:
@@ -34,7 +34,10 @@ def layer_numbers(bridge: TransformerBridge, layer: Layers) -> list[int]:
             raise ValueError(
                 f"layer: got {number}, expected {-n_layers} to {n_layers - 1} in a model of {n_layers} layers"
             )
-    return [number % n_layers for number in wanted]
+    numbers = [number % n_layers for number in wanted]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"layer: got {list(wanted)}, expected each layer once")
+    return numbers
 
 
 def expert_numbers(bridge: TransformerBridge, experts: int | Sequence[int]) -> list[int]:

@@ -36,9 +36,9 @@ def ablate_expert(
     renormalize: bool = False,
 ) -> Hooks:
     """
-    >>> hooks = ablate_expert(bridge, layer=0, expert=2, positions=[2])
-    >>> loss = bridge.run_with_hooks("When Mary and John", fwd_hooks=hooks, return_type="loss")
-    >>> bool(loss > bridge("When Mary and John", return_type="loss"))
+    >>> hooks = ablate_expert(bridge, layer=0, expert=2)
+    >>> text = "When Mary and John went to the store"
+    >>> bool(bridge.run_with_hooks(text, fwd_hooks=hooks, return_type="loss") > bridge(text, return_type="loss"))
     True
 
     Take one expert's weighted output out of the stream where it was chosen, everywhere or at some
@@ -88,6 +88,7 @@ def forbid_experts(
 ) -> Hooks:
     """
     >>> hooks = forbid_experts(bridge, layer=0, experts=[2, 3])
+    >>> from transformer_lens.analysis.experts import routing
     >>> with bridge.hooks(hooks):
     ...     found = routing(bridge, "When Mary and John")
     >>> sorted(found.indices[0].unique().tolist())
@@ -109,9 +110,7 @@ def forbid_experts(
             f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
             "token; to send tokens to fewer, use force_experts"
         )
-    return [
-        (f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge, layer)
-    ]
+    return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge, layer)]
 
 
 def force_experts(
@@ -123,6 +122,7 @@ def force_experts(
 ) -> Hooks:
     """
     >>> hooks = force_experts(bridge, layer=0, experts=[0, 3], weights=[0.25, 0.75])
+    >>> from transformer_lens.analysis.experts import routing
     >>> with bridge.hooks(hooks):
     ...     found = routing(bridge, "When Mary and John")
     >>> found.indices[0, 0, -1].tolist(), found.weights[0, 0, -1].tolist()
@@ -142,8 +142,8 @@ def force_experts(
     places = bridge.cfg.experts_per_token or 1
     if not 0 < len(forced) <= places:
         raise ValueError(
-            f"experts: got {len(forced)} to force, expected 1 to {places}, as many as the model chooses for each token; "
-            "to let it choose among more, forbid the others"
+            f"experts: got {len(forced)} to force, expected 1 to {places}, as many as the model chooses for each "
+            "token; to let it choose among more, forbid the others"
         )
     others = [expert for expert in range(n_experts) if expert not in forced]
     layers = layer_numbers(bridge, layer)
@@ -175,7 +175,7 @@ def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
     return lower
 
 
-def _put(values: Sequence[float], positions: Positions) -> Callable[..., Any]:
+def _put(values: Sequence[int] | Sequence[float], positions: Positions) -> Callable[..., Any]:
     """A hook that puts the same values at every place of some positions."""
 
     def put(places: Tensor, hook: HookPoint) -> Tensor:

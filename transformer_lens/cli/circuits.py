@@ -144,23 +144,3 @@ def patch_residual_stream(bridge: TransformerBridge, progress: Progress) -> Patc
     return PatchedPair(
         pair, list(map(str, bridge.to_str_tokens(clean))), float(best), float(worst), torch.stack(rows).cpu()
     )
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts a model chose for the tokens of a text."""
-
-    tokens: list[str]
-    experts: Int[Tensor, "layer pos chosen"]
-    weights: Float[Tensor, "layer pos chosen"]
-
-
-def routing(bridge: TransformerBridge, text: str) -> Routing:
-    """The experts chosen for every token of a text, in every layer."""
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(text, names_filter=lambda name: ".mlp.hook_expert_" in name)
-    chosen = [cache["expert_indices", layer][0] for layer in range(bridge.cfg.n_layers)]
-    weights = [cache["expert_weights", layer][0] for layer in range(bridge.cfg.n_layers)]
-    return Routing(
-        list(map(str, bridge.to_str_tokens(text))), torch.stack(chosen).cpu(), torch.stack(weights).float().cpu()
-    )

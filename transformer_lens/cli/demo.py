@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis import experts
 from transformer_lens.cli.circuits import (
     HeadEffect,
     PatchedPair,
-    Routing,
     heads_that_repeat,
     patch_residual_stream,
-    routing,
 )
+from transformer_lens.data.generate import ioi_examples
 from transformer_lens.viz import Heatmap
 
 SENTENCES = ("When Mary and John went to the store, John gave a drink to Mary.",)
@@ -41,7 +41,7 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
         if bridge.tokenizer is None:
             raise ValueError(f"{name} has no tokenizer, and the demo reads text")
         if bridge.cfg.num_experts:
-            show_routing([routing(bridge, text) for text in SENTENCES], console)
+            show_routing(bridge, console)
         if not bridge.cfg.num_experts or len(models) == 1:
             show_heads(heads_that_repeat(bridge, _progress(console)), console)
             show_patching(patch_residual_stream(bridge, _progress(console)), out / Path(name).name, console)
@@ -135,18 +135,16 @@ def _shaded(value: float) -> Text:
     return Text(f"{value:+.2f}", style="white on red" if value < -0.1 else style)
 
 
-def show_routing(routings: Sequence[Routing], console: Console) -> None:
-    """Which experts every token went to, with their weights."""
-    for found in routings:
-        table = Table(title="Experts chosen for each token: expert (weight)", title_justify="left")
-        table.add_column("token")
-        for layer in range(len(found.experts)):
-            table.add_column(f"layer {layer}")
-        for position, token in enumerate(found.tokens):
-            table.add_row(repr(token), *(_chosen(found, layer, position) for layer in range(len(found.experts))))
-        console.print(table)
-
-
-def _chosen(found: Routing, layer: int, position: int) -> str:
-    pairs = zip(found.experts[layer, position].tolist(), found.weights[layer, position].tolist(), strict=True)
-    return "  ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)
+def show_routing(bridge: TransformerBridge, console: Console, prompts: int = 100) -> None:
+    """Which experts one sentence goes to, and which tokens each expert gets most over many."""
+    console.print(experts.routing(bridge, SENTENCES[0]))
+    texts = [example.prompt + example.answer for example in ioi_examples(prompts)]
+    statistics = experts.routing_statistics(bridge, [texts], progress=False)
+    console.print(statistics)
+    table = Table(title=f"Tokens each expert gets most, layer 0, over {prompts} prompts", title_justify="left")
+    table.add_column("expert")
+    table.add_column("token (share of its occurrences)")
+    for expert in range(int(bridge.cfg.num_experts or 0)):
+        most = statistics.top_tokens(0, expert)[:6]
+        table.add_row(str(expert), "  ".join(f"{token.text!r} ({token.share:.0%})" for token in most))
+    console.print(table)

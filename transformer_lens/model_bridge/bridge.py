@@ -42,7 +42,7 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, HookOwner, Ho
     >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")
     >>> logits, cache = bridge.run_with_cache("Mary and John went to the store")
     >>> cache["q", 0].shape
-    torch.Size([1, 8, 8, 16])
+    torch.Size([1, 9, 4, 32])
 
     `TransformerBridge(hf_model, tokenizer=None)` wraps a model that is already there, of any of the
     family's classes. The model's parameters are not copied and its code is not replaced; `detach()`,
@@ -234,7 +234,7 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, HookOwner, Ho
         """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.
 
         >>> next(row.shape for row in bridge.hook_table() if row.name == "blocks.{i}.attn.hook_k")
-        ('batch', 'pos', 2, 16)
+        ('batch', 'pos', 2, 32)
         """
         rows = [self._hook_row("", hook) for hook in self.adapter.root_hooks]
         shown = [c for c in self.components() if not c.name.startswith("blocks.") or c.name.split(".")[1] == "0"]
@@ -272,8 +272,8 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, HookOwner, Ho
     ) -> Any:
         """Run the model on text, token ids or embeddings.
 
-        >>> bridge("Mary and John", return_type="loss")
-        tensor(2.7134, grad_fn=<DivBackward0>)
+        >>> bridge("Mary and John", return_type="loss").shape, bridge("Mary and John").shape
+        (torch.Size([]), torch.Size([1, 5, 735]))
 
         Token ids without padding make the very call `model(tokens)` makes. `return_type` is "logits"
         (the model's main output where it has no vocabulary), "loss" (next-token, float32, padding left

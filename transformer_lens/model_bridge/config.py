@@ -13,7 +13,7 @@ class BridgeConfig:
     """What a model is, in the names that analysis code reads.
 
     >>> bridge.cfg.n_heads, bridge.cfg.n_key_value_heads
-    (8, 2)
+    (4, 2)
 
     `n_key_value_heads` is the number of distinct key (and value) heads the model computes, whatever
     its checkpoint's config calls it. `d_vocab_out` is the size of the model's last axis.

@@ -32,7 +32,7 @@ def axis_sizes(axes: str, cfg: BridgeConfig) -> tuple[int | str, ...]:
     """The length of each axis, or its name where the input decides.
 
     >>> axis_sizes("batch pos head d_head", bridge.cfg)
-    ('batch', 'pos', 8, 16)
+    ('batch', 'pos', 4, 32)
     """
     return tuple(getattr(cfg, SIZES[axis]) if axis in SIZES else axis for axis in axes.split())
 

@@ -140,7 +140,7 @@ class TokenMethods:
     ) -> Int[Tensor, "batch pos"]:
         """Token ids of a text or several, padded to the longest.
 
-        >>> bridge.to_tokens(["Mary", "Mary and John"]).shape
+        >>> bridge.to_tokens([" Mary", " Mary and John"]).shape
         torch.Size([2, 4])
 
         `prepend_bos=None` prepends the beginning-of-sequence token where the model has one
@@ -176,8 +176,8 @@ class TokenMethods:
     ) -> list[str] | list[list[str]]:
         """The text of each token: a list of strings, or one such list for each text of a list.
 
-        >>> bridge.to_str_tokens("Mary and John", prepend_bos=False)
-        ['Mary', ' and', ' John']
+        >>> bridge.to_str_tokens(" Mary and John", prepend_bos=False)
+        [' Mary', ' and', ' John']
         """
         if isinstance(input, str):
             return self._pieces(self._first_row(input, prepend_bos))
@@ -218,7 +218,7 @@ class TokenMethods:
     ) -> int:
         """Where a token stands in a text or in token ids; `mode` is "first" or "last".
 
-        >>> bridge.get_token_position(" John", "Mary and John", prepend_bos=False)
+        >>> bridge.get_token_position(" John", " Mary and John", prepend_bos=False)
         2
 
         Raises `ValueError` if it does not occur.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.attention_math import additive_mask, repeat_groups, rotate
+from transformer_lens.model_bridge.generalized_components.attention_math import (
+    additive_mask,
+    at_least_float32,
+    repeat_groups,
+    rotate,
+)
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
@@ -179,8 +185,8 @@ class TwinnedAttentionBridge(ComponentBridge):
         mask = call.argument("attention_mask", 2)
         if mask is None or mask.is_floating_point():
             return pattern
-        if mask.ndim == 2:  # flash attention's padding mask: a query sees what stands before it
-            sees = mask.bool().cumsum(-1)[:, None, -scores.shape[-2] :, None] > 0
+        if mask.ndim == 2:  # flash attention's padding mask: padding is taken out, and comes back as zeros
+            sees = mask.bool()[:, None, -scores.shape[-2] :, None]
         else:
             sees = mask.any(-1, keepdim=True)
         return pattern if bool(sees.all()) else pattern.masked_fill(~sees, 0)
@@ -226,36 +232,29 @@ class TwinnedAttentionBridge(ComponentBridge):
         return self.output(call, z_BQHD.reshape(*x.shape[:2], -1)), self.returned_pattern(call, pattern)
 
     def branches(self, call: TwinCall) -> dict[str, Float[Tensor, "B Q H d_model"]]:
-        """The stream as each query head's q, k and v read it, where a hook changed that; normalised."""
+        """What hooks changed of the stream as each query head's q, k and v read it, after the norm."""
         if call.stream is None:
             return {}
         plain = call.stream[:, :, None].expand(-1, -1, call.cfg.n_heads, -1)
         entering = call.fire("hook_attn_in", plain)
         read = {part: call.fire(f"hook_{part}_input", entering) for part in self.places}
         norm = plain_forward(self.parent.role("ln1").original_component)
-        return {part: norm(stream) for part, stream in read.items() if stream is not plain}
+        changed = {part: stream for part, stream in read.items() if stream is not plain}
+        return {part: at_least_float32(norm(stream)) - norm(plain) for part, stream in changed.items()}
 
     def projections(self, call: TwinCall, x: Tensor, branches: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as heads, from what the projections hand over.
 
-        A branch of its own changes a query before any hook sees it. A key or value is shared by its
-        group, so what one query head's branch changes is kept aside and added for that head alone.
+        What a branch changed is added, so that edits of `hook_in` count too: to a query before any hook
+        sees it; to a key or value, which its group shares, for that query head alone.
         """
         outputs: dict[str, Tensor] = {}
         for role in dict.fromkeys(role for role, _ in self.places.values()):
             here = {part: view(call.cfg) for part, (at, view) in self.places.items() if at == role and part in branches}
-
-            def amend(out: Tensor, role: str = role, here: dict[str, View] = here) -> Tensor:
-                for part, view in here.items():
-                    new = _per_head_projection(call, role, view, branches[part])
-                    if part == "q":
-                        out = view.put(out, new)
-                    else:
-                        shared = repeat_groups(view.get(out).transpose(1, 2), call.cfg.n_heads)
-                        call.kept[part] = new.transpose(1, 2) - shared
-                return out
-
-            outputs[role] = call.through(role, x, amend if here else None)[1]
+            changes = {part: _per_head_projection(call, role, view, branches[part]) for part, view in here.items()}
+            call.kept |= {part: change.transpose(1, 2) for part, change in changes.items() if part != "q"}
+            amend = partial(_added, view=here["q"], change=changes["q"]) if "q" in here else None
+            outputs[role] = call.through(role, x, amend)[1]
         q, k, v = (view(call.cfg).get(outputs[role]).transpose(1, 2) for role, view in self.places.values())
         return q, k, v
 
@@ -272,7 +271,7 @@ class TwinnedAttentionBridge(ComponentBridge):
         wide = repeat_groups(x_BHKD, call.cfg.n_heads)
         end = self.end(call, wide.shape[2])
         before, new, after = wide.split([end - change.shape[2], change.shape[2], wide.shape[2] - end], dim=2)
-        return torch.cat([before, new + change, after], dim=2)
+        return torch.cat([before, (new + change).to(new.dtype), after], dim=2)
 
     def with_cache(self, call: TwinCall, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values: those of the cache, then the new ones."""
@@ -320,12 +319,14 @@ class TwinnedAttentionBridge(ComponentBridge):
 def _per_head_projection(
     call: TwinCall, role: str, view: View, x_BQHM: Float[Tensor, "B Q H d_model"]
 ) -> Float[Tensor, "B Q H D"]:
-    """Project each query head's own stream with that head's (or its group's) weight."""
-    module: Any = call.parts(role)
-    weight_MHD = view.get(call.weight(role).T)
+    """Each query head's own stream through that head's (or its group's) weight; no bias, for these are changes."""
+    weight_MHD = view.get(call.weight(role).T).to(x_BQHM.dtype)
     group_of_head = torch.arange(call.cfg.n_heads) // (call.cfg.n_heads // weight_MHD.shape[1])
-    out = torch.einsum("bqhm,mhd->bqhd", x_BQHM, weight_MHD[:, group_of_head])
-    return out if module.bias is None else out + view.get(module.bias)[group_of_head]
+    return torch.einsum("bqhm,mhd->bqhd", x_BQHM, weight_MHD[:, group_of_head])
+
+
+def _added(out: Tensor, view: View, change: Tensor) -> Tensor:
+    return view.put(out, (view.get(out) + change).to(out.dtype))
 
 
 class PositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):

@@ -19,6 +19,11 @@ def rotate(x_BHQD: Float[Tensor, "B H Q D"], cos: Tensor, sin: Tensor) -> Float[
     return x_BHQD * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, half precision widened."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:
     """Give every query head its group's key or value."""
     batch, groups, keys, d_head = x_BGKD.shape

@@ -124,18 +124,19 @@ class MoEBridge(ComponentBridge):
             "the router's score of every expert; a write re-routes",
             Inside("gate", rows_of=""),
         ),
-        Hook(
-            "hook_expert_weights",
-            "batch pos chosen",
-            "how much each chosen expert counts; they sum to one",
-            FlatTokensPort("gate", "out", item=1, rows_of=""),
-        ),
+        # Before the weights, so that a hook on those can know which expert each counts.
         Hook(
             "hook_expert_indices",
             "batch pos chosen",
             "which experts were chosen, the best first; a write re-routes",
             FlatTokensPort("gate", "out", item=2, rows_of=""),
             integer=True,
+        ),
+        Hook(
+            "hook_expert_weights",
+            "batch pos chosen",
+            "how much each chosen expert counts; they sum to one",
+            FlatTokensPort("gate", "out", item=1, rows_of=""),
         ),
         _inside_experts("hook_pre", "batch pos chosen d_mlp", "each chosen expert's gate before its activation"),
         _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's ungated hidden layer"),

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 ROUNDINGS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
 """How far two ways of computing the same value may lie apart, as a share of the largest value there."""
 
+RECORDS = "_output_capturing_hooks_installed"
+"""What transformers marks a model with that has its recording hooks."""
+SMALL = 10_000_000
+"""Parameters below which a forward is too short to share among threads."""
+
 
 def every(name: str) -> bool:
     """The filter that takes every hook, also those on request."""
@@ -69,11 +74,11 @@ def largest_difference(got: Tensor, expected: Tensor) -> float:
 
 @dataclass
 class ModuleCall:
-    """What one Hugging Face module received and returned, copied at once."""
+    """What one Hugging Face module received and returned, each copied at once."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    output: Any
+    output: Any = None
 
     @property
     def input(self) -> Tensor | None:
@@ -87,23 +92,47 @@ def watching(modules: Mapping[str, nn.Module], calls: dict[str, ModuleCall]) -> 
     with ExitStack() as undo:
         for name, module in modules.items():
 
-            def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                kept = {key: copied(value) for key, value in kwargs.items()}
-                calls[name] = ModuleCall(copied(args), kept, copied(output))
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                calls[name] = ModuleCall(copied(args), {key: copied(value) for key, value in kwargs.items()})
 
-            undo.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                calls[name].output = copied(output)
+
+            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(leave).remove)
         yield
 
 
 @contextmanager
+def without_new_hooks(model: nn.Module) -> Iterator[None]:
+    """Take off again what transformers puts on a model for good when `hidden_states` are first asked for."""
+    before = [(module, set(module._forward_hooks), RECORDS in module.__dict__) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, known, recorded in before:
+            for added in set(module._forward_hooks) - known:
+                del module._forward_hooks[added]
+            if not recorded:
+                module.__dict__.pop(RECORDS, None)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is as it was afterwards."""
+    """Evaluation mode without gradients; every module's mode is as it was afterwards.
+
+    Small models run on one thread: on a busy machine two are ten times slower.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    threads = torch.get_num_threads()
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     try:
         with torch.inference_mode(False), torch.no_grad():
             model.eval()
+            torch.set_num_threads(1 if small else threads)
             yield
     finally:
+        torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode
 
@@ -161,7 +190,7 @@ class Evidence:
         self.bridge._preparation.undo()
         try:
             output = main_output(model(**arguments))
-            with watching(modules, calls):
+            with without_new_hooks(model), watching(modules, calls):
                 hidden = model(**arguments, output_hidden_states=True).hidden_states
         finally:
             self.bridge._preparation = self.bridge.adapter.prepare_model(model)

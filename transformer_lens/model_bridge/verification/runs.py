@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.verification.report import CheckResult
 
 NOISE = 0.5
 """Standard deviation of the noise, in standard deviations of what it is added to."""
+ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
 
 
 def untouched(e: Evidence) -> Iterator[CheckResult]:
@@ -150,8 +151,8 @@ def noise(e: Evidence) -> Iterator[CheckResult]:
         for name in names:
             change = largest_difference(e.hooked([(names, partial(_add_noise, e, name))]), quiet)
             change = float("inf") if change != change else change
-            component, reason = name.rpartition(".")[0], "noise of half a standard deviation"
-            yield CheckResult("noise", component, name, change, e.same[0], reason, has_to_exceed=True)
+            component = name.rpartition(".")[0]
+            yield CheckResult("noise", component, name, change, e.same[0], ANY_CHANGE, has_to_exceed=True)
 
 
 def _fixed(e: Evidence, name: str) -> bool:
@@ -165,11 +166,14 @@ def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
     if hook.integer:
         tensor.copy_((tensor + 1) % int(e.bridge.cfg.num_experts or 1))
         return
+    if name.endswith("hook_router_logits"):
+        tensor.neg_()  # where one expert is chosen, only another choice changes anything
+        return
     # Masked scores stand at the lowest number; with one expert chosen, its weight is always one.
     usual = tensor[tensor.abs() < torch.finfo(tensor.dtype).max / 2].float()
-    spread = float(usual.std(correction=0)) or float(usual.abs().mean()) or 1.0
+    spread = (float(usual.std(correction=0)) or float(usual.abs().mean())) if usual.numel() else 0.0
     sample = torch.randn(tensor.shape, generator=e.random).to(tensor.device)
-    tensor.add_((sample * (NOISE * spread)).to(tensor.dtype))
+    tensor.add_((sample * (NOISE * (spread or 1.0))).to(tensor.dtype))
 
 
 def _roots(e: Evidence) -> list[str]:

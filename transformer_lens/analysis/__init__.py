@@ -1,0 +1,1 @@
+"""Experiments on a bridge's activations, built on the public API alone."""

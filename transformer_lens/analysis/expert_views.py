@@ -1,0 +1,132 @@
+"""`ExpertView`: one expert's activations, for the tokens that chose it and for no others.
+
+The cache holds them by choice, `[batch pos chosen ...]`; here a row is one token at this expert.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
+
+HOOKS = {
+    "hook_weight": "hook_expert_weights",
+    "hook_pre": "hook_pre",
+    "hook_pre_linear": "hook_pre_linear",
+    "hook_post": "hook_post",
+    "hook_out": "hook_expert_out",
+}
+"""The names under `blocks.{i}.mlp.experts.{e}`, and the hooks under `blocks.{i}.mlp` whose rows they are."""
+_NAME = re.compile(rf"blocks\.(-?\d+)\.mlp\.experts\.(\d+)\.({'|'.join(HOOKS)})(_grad)?")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertView:
+    """The rows of one expert in one layer, in reading order; what a cache does not hold raises its `KeyError`."""
+
+    cache: ActivationCache
+    layer: int
+    expert: int
+    batch: Int[Tensor, " row"]
+    position: Int[Tensor, " row"]
+    place: Int[Tensor, " row"]
+    """0 where the expert was the first choice."""
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __repr__(self) -> str:
+        return f"ExpertView of {len(self)} tokens at expert {self.expert} of layer {self.layer}"
+
+    def rows(self, hook: str) -> Float[Tensor, "row ..."]:
+        """
+        >>> _, cache = bridge.run_with_cache("When Mary and John")
+        >>> expert_view(cache, layer=0, expert=2).rows("hook_pre").shape
+        torch.Size([2, 64])
+
+        This expert's rows of a hook under `blocks.{i}.mlp` that has the axes `batch pos chosen`.
+        """
+        return _batched(self.cache, self.layer, hook)[self.batch, self.position, self.place]
+
+    @property
+    def weight(self) -> Float[Tensor, " row"]:
+        """How much the expert counts for the token."""
+        return self.rows("hook_expert_weights")
+
+    @property
+    def pre(self) -> Float[Tensor, "row d_mlp"]:
+        """The gate before its activation."""
+        return self.rows("hook_pre")
+
+    @property
+    def pre_linear(self) -> Float[Tensor, "row d_mlp"]:
+        """The ungated hidden layer."""
+        return self.rows("hook_pre_linear")
+
+    @property
+    def post(self) -> Float[Tensor, "row d_mlp"]:
+        """The neurons: activated gate times linear."""
+        return self.rows("hook_post")
+
+    @property
+    def out(self) -> Float[Tensor, "row d_model"]:
+        """The output, before its weight."""
+        return self.rows("hook_expert_out")
+
+
+def expert_view(
+    cache: ActivationCache, layer: int, expert: int, mask: Bool[Tensor, "batch pos"] | None = None
+) -> ExpertView:
+    """
+    >>> _, cache = bridge.run_with_cache("When Mary and John")
+    >>> view = expert_view(cache, layer=0, expert=2)
+    >>> view, view.position.tolist(), view.post.shape
+    (ExpertView of 2 tokens at expert 2 of layer 0, [0, 2], torch.Size([2, 64]))
+
+    The tokens of a run that chose an expert. The cache has to hold `mlp.hook_expert_indices` of that
+    layer, and the hooks that are then read. `mask` leaves tokens out, such as padding, of which a cache
+    knows nothing. Positions are those the cache kept.
+
+    Raises `ValueError` for a dense model, and for a layer or an expert that is not there.
+    """
+    model = cache.model
+    if isinstance(model, TransformerBridge):
+        need_experts(model, "expert_view")
+        (layer,) = layer_numbers(model, layer)
+        expert_numbers(model, expert)
+    chosen = _batched(cache, layer, "hook_expert_indices") == expert
+    if mask is not None:
+        if mask.shape != chosen.shape[:2]:
+            raise ValueError(f"mask: got shape {list(mask.shape)}, expected {list(chosen.shape[:2])}")
+        chosen = chosen & mask.to(chosen.device).bool()[..., None]
+    return ExpertView(cache, layer, expert, *chosen.nonzero(as_tuple=True))
+
+
+def expert_activation(cache: ActivationCache, name: str) -> Tensor:
+    """
+    >>> _, cache = bridge.run_with_cache("When Mary and John")
+    >>> expert_activation(cache, "blocks.0.mlp.experts.2.hook_post").shape
+    torch.Size([2, 64])
+
+    One expert's rows by a name of their own: `blocks.{i}.mlp.experts.{e}.` and `hook_weight`, `hook_pre`,
+    `hook_pre_linear`, `hook_post` or `hook_out`; with `_grad` after it, their gradient. Raises `KeyError`
+    for any other name, and for what the cache does not hold.
+    """
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        raise KeyError(
+            f"no expert activation is named {name!r}; expected blocks.{{i}}.mlp.experts.{{e}}. and one of "
+            f"{', '.join(HOOKS)}"
+        )
+    layer, expert, hook, gradient = parts.groups(default="")
+    return expert_view(cache, int(layer), int(expert)).rows(HOOKS[hook] + gradient)
+
+
+def _batched(cache: ActivationCache, layer: int, hook: str) -> Tensor:
+    tensor = cache[f"blocks.{layer}.mlp.{hook}"]
+    return tensor if cache.has_batch_dim else tensor[None]
