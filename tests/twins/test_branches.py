@@ -195,7 +195,7 @@ def test_branches_are_declared_per_query_head() -> None:
         assert rows[f"blocks.{{i}}.hook_{short}"] == ("batch", "pos", 8, 32)
 
 
-@pytest.mark.parametrize("family", ("7b", "40b", "rw", "mixtral"))
+@pytest.mark.parametrize("family", ["7b", "40b", "rw", "mixtral"])
 def test_an_edit_of_what_enters_attention_counts_beside_an_edit_of_a_branch(family: str) -> None:
     """With nothing entering attention, only the head whose branch was edited has a query (biases aside)."""
     model, ids = make(family), tokens()
