@@ -5,6 +5,7 @@
 
 import contextlib
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,37 @@ in numbers, and why the rest is absent.
 
 """
 MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hooks -->")
+
+
+SPEED_MARKS = ("<!-- speed: written by tests/test_readme.py --write -->\n", "<!-- /speed -->")
+SPEED_ROWS = {
+    "untouched_forward": "forward, nothing hooked",
+    "untouched_decode": "one-token decode, nothing hooked",
+    "resid_cache": "caching every `hook_resid_post`, 2,048 tokens",
+    "pattern_cache": "caching one layer's pattern, 2,048 tokens",
+    "port_cache": "caching every port, 128 tokens",
+    "full_cache": "caching everything, 128 tokens",
+    "steering": "steering one layer, 32 generated tokens",
+}
+
+
+def speed_as_markdown() -> str:
+    """The stored figures as ratios to bare transformers with sdpa."""
+    found: dict[str, dict[str, str]] = {}
+    machine = ""
+    for file in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json")):
+        stored = json.loads(file.read_text())
+        where = stored["environment"]
+        machine = f"{where['processor']}, {where['threads']} threads, torch {where['packages']['torch']}, "
+        machine += f"transformers {where['packages']['transformers']}"
+        for row in stored["rows"]:
+            if row["key"] in SPEED_ROWS:
+                found.setdefault(row["model"], {})[row["key"]] = f"{row['measured']['median']:.2f}"
+    models = sorted(found, key=lambda name: ("tiny" not in name, name))
+    lines = [f"| time / bare model | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for key, what in SPEED_ROWS.items():
+        lines.append(f"| {what} | {' | '.join(found[model].get(key, '') for model in models)} |")
+    return "\n".join([*lines, "", f"Medians of interleaved runs in one process ({machine}).", ""])
 
 
 def hooks_as_markdown() -> str:
@@ -62,6 +94,12 @@ def test_the_table_of_hooks_is_that_of_the_models():
     assert HOOKS.read_text() == HOOKS_TEXT + hooks_as_markdown()
 
 
+def test_the_figures_are_the_stored_ones():
+    text = README.read_text()
+    start, end = text.index(SPEED_MARKS[0]) + len(SPEED_MARKS[0]), text.index(SPEED_MARKS[1])
+    assert text[start:end] == speed_as_markdown()
+
+
 def test_the_commands_the_readme_names_exist():
     text, makefile = README.read_text(), (README.parent / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z-]+)", text))
@@ -73,6 +111,8 @@ def test_the_commands_the_readme_names_exist():
 
 if __name__ == "__main__" and "--write" in sys.argv:
     text = README.read_text()
-    start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    README.write_text(text[:start] + hooks_as_markdown() + text[end:])
+    for (first, last), table in ((MARKS, hooks_as_markdown()), (SPEED_MARKS, speed_as_markdown())):
+        start, end = text.index(first) + len(first), text.index(last)
+        text = text[:start] + table + text[end:]
+    README.write_text(text)
     HOOKS.write_text(HOOKS_TEXT + hooks_as_markdown())

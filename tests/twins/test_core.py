@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
 
 from tests.support import mixtral, tokens
@@ -31,7 +32,12 @@ from tests.twins.test_laws import test_two_bridges_on_one_model as two_bridges
 from tests.twins.test_norms import test_captured_values_are_the_formulas as captured_norms
 from tests.twins.test_norms import test_writes_have_the_predicted_effect as norm_writes
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.attention_math import additive_mask, repeat_groups, rotate
+from transformer_lens.model_bridge.generalized_components.attention_math import (
+    additive_mask,
+    entries,
+    repeat_groups,
+    rotate,
+)
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
 from transformer_lens.model_bridge.twin_call import TwinCall
 from transformer_lens.model_bridge.views import block_k, block_q, block_v
@@ -64,8 +70,24 @@ def test_masks() -> None:
     assert torch.equal(seen(additive_mask(allowed, 3, 4, 2, **KIND), 3, 4), allowed[..., :4])
     numbers = torch.randn(2, 1, 3, 5)
     assert torch.equal(additive_mask(numbers, 3, 4, 2, **KIND), numbers[..., :4])
-    with pytest.raises(TypeError, match="attention mask: got object, which does not show its entries; hooks inside"):
-        additive_mask(object(), 3, 4, 2, **KIND)
+
+
+def test_masks_are_tensors_or_are_asked_for_their_entries() -> None:
+    tensor = torch.ones(1, 1, 3, 4)
+    assert entries(tensor, 3, 4, tensor.device) is tensor
+    assert entries(None, 3, 4, tensor.device) is None
+    # Flex attention's mask: a window of two keys, the second text padded on the left.
+    padded = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]).bool()
+
+    def look(batch, head, query, key):
+        return padded[batch, key] & (key <= query) & (key > query - 2)
+
+    block = create_block_mask(look, 2, None, 5, 5, device="cpu")
+    query, key = torch.arange(5)[:, None], torch.arange(5)
+    by_hand = (key <= query) & (key > query - 2) & padded[:, None, None, :]
+    assert torch.equal(entries(block, 5, 5, tensor.device), by_hand)
+    with pytest.raises(TypeError, match="attention mask: got object, expected a tensor, a flex BlockMask or None"):
+        entries(object(), 3, 4, tensor.device)
 
 
 def test_arithmetic() -> None:

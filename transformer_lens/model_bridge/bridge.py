@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
 from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
 from transformer_lens.model_bridge.loading import load_model, load_tokenizer, named_dtype
+from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
 from transformer_lens.model_bridge.ports import Inside
@@ -36,7 +37,7 @@ from transformer_lens.model_bridge.wrapped_model import WrappedModel
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 
-class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, HookOwner, HookedRootModule):
+class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, HookOwner, HookedRootModule):
     """Read, edit and differentiate the activations of a Falcon or Mixtral by name.
 
     >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.attention_math import (
     additive_mask,
     at_least_float32,
+    entries,
     repeat_groups,
     rotate,
 )
@@ -176,13 +177,14 @@ class TwinnedAttentionBridge(ComponentBridge):
         """Scores with the mask added, in their own memory."""
         queries, keys = scores.shape[-2:]
         first = self.end(call, keys) - queries
-        mask = additive_mask(call.argument("attention_mask", 2), queries, keys, first, scores.dtype, scores.device)
+        call.kept["mask"] = given = entries(call.argument("attention_mask", 2), queries, keys, scores.device)
+        mask = additive_mask(given, queries, keys, first, scores.dtype, scores.device)
         return scores if mask is None else scores.add_(mask)
 
     def probabilities(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """The pattern. Where the mask is no number to add, a query that may see nothing (padding) reads nothing."""
         pattern = self.pattern(call, scores, dtype)
-        mask = call.argument("attention_mask", 2)
+        mask: Tensor | None = call.kept["mask"]
         if mask is None or mask.is_floating_point():
             return pattern
         if mask.ndim == 2:  # flash attention's padding mask: padding is taken out, and comes back as zeros

@@ -33,30 +33,40 @@ def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tenso
     return wide.reshape(batch, n_heads, keys, d_head)
 
 
+def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """An attention mask as a tensor: flex attention's block mask is asked for each of its entries."""
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"attention mask: got {type(mask).__name__}, expected a tensor, a flex BlockMask or None; "
+            "hooks inside attention need attn_implementation 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'"
+        )
+    batch, heads = mask.shape[:2]
+    return create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(device))
+
+
 def additive_mask(
-    mask: Any, queries: int, keys: int, first: int, dtype: torch.dtype, device: torch.device
+    mask: Tensor | None, queries: int, keys: int, first: int, dtype: torch.dtype, device: torch.device
 ) -> Shaped[Tensor, "#B #H Q K"] | None:
     """What to add to the scores: 0 where attention may look, the lowest number where not.
 
-    `mask` is what a transformers attention module is given: nothing (then the kernel is causal),
-    booleans, numbers to add, or flash attention's padding mask `[batch, keys]`. `first` is the place of
-    the first query among the keys.
+    `mask` is what `entries` made of the one a transformers attention module is given: nothing (then the
+    kernel is causal), booleans, numbers to add, or flash attention's padding mask `[batch, keys]`.
+    `first` is the place of the first query among the keys.
     """
     lowest = torch.finfo(dtype).min
-    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+    if mask is None or mask.ndim == 2:
         if queries == 1 and mask is None:
             return None
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)[None, None]
         if mask is not None:
             allowed = allowed & mask[:, None, None, -keys:].bool()
-    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+    elif mask.dtype == torch.bool:
         allowed = mask[..., :keys]
-    elif isinstance(mask, Tensor):
-        return mask[..., :keys]
     else:
-        raise TypeError(
-            f"attention mask: got {type(mask).__name__}, which does not show its entries; hooks inside attention "
-            "need attn_implementation 'sdpa', 'eager' or 'flash_attention_2'"
-        )
+        return mask[..., :keys]
     zero = torch.zeros((), dtype=dtype, device=device)
     return torch.where(allowed, zero, lowest)
