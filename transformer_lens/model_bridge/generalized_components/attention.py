@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.generalized_components.attention_math import 
     entries,
     repeat_groups,
     rotate,
+    softmax,
 )
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 from transformer_lens.model_bridge.ports import Inside, Port
@@ -160,7 +161,7 @@ class TwinnedAttentionBridge(ComponentBridge):
 
     def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """Softmax in float32, rounded to the model's dtype."""
-        return scores.softmax(-1, dtype=torch.float32).to(dtype)
+        return softmax(scores, torch.float32, reuse=self.may_reuse(call)).to(dtype)
 
     def dropout(self, call: TwinCall) -> float:
         """The share of the pattern that training drops."""
@@ -180,6 +181,10 @@ class TwinnedAttentionBridge(ComponentBridge):
         call.kept["mask"] = given = entries(call.argument("attention_mask", 2), queries, keys, scores.device)
         mask = additive_mask(given, queries, keys, first, scores.dtype, scores.device)
         return scores if mask is None else scores.add_(mask)
+
+    def may_reuse(self, call: TwinCall) -> bool:
+        """Whether the pattern may take the memory of the scores; at long contexts no tensor is larger."""
+        return not call.wants("hook_attn_scores") and not torch.is_grad_enabled()
 
     def probabilities(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """The pattern. Where the mask is no number to add, a query that may see nothing (padding) reads nothing."""
@@ -362,7 +367,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
 
     def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """Softmax in the model's own dtype."""
-        return F.softmax(scores, dim=-1, dtype=dtype)
+        return softmax(scores, dtype, reuse=self.may_reuse(call))
 
     def dropout(self, call: TwinCall) -> float:
         """None: with RoPE, Falcon has no attention dropout."""

@@ -33,6 +33,13 @@ def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tenso
     return wide.reshape(batch, n_heads, keys, d_head)
 
 
+def softmax(scores: Float[Tensor, "B H Q K"], dtype: torch.dtype, reuse: bool) -> Float[Tensor, "B H Q K"]:
+    """Softmax over the keys in `dtype`; with `reuse`, in the memory of the scores where that has the dtype."""
+    if reuse and scores.dtype == dtype:
+        return torch.softmax(scores, -1, out=scores)
+    return torch.softmax(scores, -1, dtype=dtype)
+
+
 def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor | None:
     """An attention mask as a tensor: flex attention's block mask is asked for each of its entries."""
     if mask is None or isinstance(mask, Tensor):
