@@ -141,9 +141,11 @@ def parameter_bytes(subject: Subject) -> Row:
     place = subject.place
     model = twin_of(subject.bare)
     own = sum(parameter.nbytes for parameter in model.parameters())
+    tokens = subject.tokens
+    model(tokens)  # what the bare model and its libraries hold on to is not ours
     before = live_tensor_bytes(place.device)
     bridge = TransformerBridge(model)
-    bridge(subject.tokens)
+    bridge(tokens)
     grown = live_tensor_bytes(place.device) - before
     bridge.detach()
     measured = Figure.of([(own + grown) / own])

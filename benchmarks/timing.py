@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 Work = Callable[[], Any]
 
@@ -163,7 +164,10 @@ def live_tensor_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device == device and thing.layout == torch.strided:
+        # What torch.compile leaves behind are tensors without memory, of classes of their own.
+        if type(thing) not in (torch.Tensor, nn.Parameter):
+            continue
+        if thing.device == device and thing.layout == torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

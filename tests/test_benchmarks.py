@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 ONE_PAIR = Effort(min_pairs=1, min_seconds=0.0, max_pairs=1, warm_up=0)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> None:
+    """What other tests compiled may hold tensors, and the tables count every tensor that is alive."""
+    torch._dynamo.reset()
+
+
 # -- timing ----------------------------------------------------------------------------------------------
 
 
