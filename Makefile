@@ -9,7 +9,7 @@ GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full check test-oldest fmt bench bench-peers gpu docs clean
+.PHONY: setup demo test test-full check test-oldest pictures fmt shapes mutants bench bench-peers gpu docs clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,10 +27,15 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m transformer_lens demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not gpu" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not browser" -n 2
+
+# Pictures in a real browser; Debian's Chromium where there is none yet.
+pictures: $(VENV)/.dev
+	command -v chromium >/dev/null || (apt-get update -q && apt-get install -y -q --no-install-recommends chromium)
+	$(BIN)/python -m pytest -q -m browser
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -47,6 +52,15 @@ test-oldest: constraints.txt pyproject.toml
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Every signature of the package that names axes is held to them while these tests run.
+shapes: $(VENV)/.dev
+	PYTHONPATH=tests/shape_checker $(BIN)/python -m pytest -q -n 0 --jaxtyping-packages=transformer_lens,shape_checker.checked \
+		tests/twins/test_core.py tests/twins/test_experts.py tests/equivalence/test_gradients.py tests/equivalence/test_mathematics.py
+
+# Breaks each line of the twins' formulas in a scratch copy and names what no test notices; about an hour.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.mutants
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench

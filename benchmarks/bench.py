@@ -12,23 +12,28 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.budgets import ROWS, Place, Row, Subject
+from benchmarks.budgets import ROWS as BUDGET_ROWS
+from benchmarks.budgets import Place, Row, Subject
+from benchmarks.generation_rows import GENERATION_ROWS
 from benchmarks.import_cost import import_cost
 from benchmarks.models import FAMILIES, SIZES
+from benchmarks.patching_rows import PATCHING_ROWS
 from benchmarks.report import BUDGET_COLUMNS, RESULTS, VERDICT_STYLES, budget_cells, environment, show, store
 from benchmarks.timing import QUICK, Effort, prepare_device
 
+ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS}
 THREADS = 2
 TITLE = "Budgets: the bridge beside bare transformers, in one process"
 # The rows that only mean something on some models; the others are measured on each.
 ONLY_TINY = ("port_hot_path",)
+ONLY_100M = tuple(PATCHING_ROWS)
 
 
 def measure(subject: Subject, rows: Sequence[str] = tuple(ROWS)) -> Iterator[Row]:
     """The chosen rows of one model."""
     with torch.no_grad():
         for key in rows:
-            if key not in ONLY_TINY or subject.size == "tiny":
+            if (key not in ONLY_TINY or subject.size == "tiny") and (key not in ONLY_100M or subject.size == "100m"):
                 yield ROWS[key](subject)
 
 

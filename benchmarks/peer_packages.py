@@ -5,6 +5,7 @@ This file runs in every package's own virtual environment, so it imports a packa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol
@@ -39,6 +40,9 @@ class Package(Protocol):
 
     def inside(self, tokens: Tensor, what: str) -> Tensor:
         """`mlp_out`, `q`, `k` or `v` of the first layer."""
+
+    def patched(self, clean: Tensor, corrupted: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+        """The metric for every layer and position whose incoming stream is taken from the clean run."""
 
 
 def generation_options(prompt: Tensor, new: int) -> dict[str, Any]:
@@ -88,6 +92,14 @@ class Ours:
         _, cache = self.bridge.run_with_cache(tokens, names_filter=name)
         kept: Tensor = cache[name]
         return kept
+
+    def patched(self, clean: Tensor, corrupted: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+        from transformer_lens.patching import get_act_patch_resid_pre
+
+        names = [f"blocks.{layer}.hook_resid_pre" for layer in range(self.layers)]
+        _, cache = self.bridge.run_with_cache(clean, names_filter=lambda name: name in names)
+        found: Tensor = get_act_patch_resid_pre(self.bridge, corrupted, cache, metric)
+        return found
 
 
 class TransformerLens(Ours):
@@ -172,6 +184,9 @@ class NNsight:
             out = self.blocks[0].mlp.output.save()
         kept: Tensor = out
         return kept
+
+    def patched(self, clean: Tensor, corrupted: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+        raise NotOffered("no sweep; the user writes the loop")
 
 
 PACKAGES: dict[str, type[Any]] = {"ours": Ours, "transformer-lens": TransformerLens, "nnsight": NNsight}

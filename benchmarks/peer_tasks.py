@@ -101,6 +101,27 @@ def steering(bench: Bench) -> Answer:
     )
 
 
+def patching(bench: Bench) -> Answer:
+    """A sweep over layers and positions, beside a loop with torch hooks on the bare model."""
+    subject, (clean, corrupted) = bench.subject, random_tokens(bench.bare.config, 20, CPU, batch=2).split(1)
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[0, -1, 5] - logits[0, -1, 7]
+
+    def loop() -> Tensor:
+        return patched_by_hooks(bench.bare, clean, corrupted, metric)
+
+    try:
+        error = largest_error(subject.patched(clean, corrupted, metric), loop())
+    except NotOffered as reason:
+        return {"unit": "x", "not_offered": str(reason)}
+    pairs = min(2, bench.effort.min_pairs)
+    effort = Effort(min_pairs=pairs, min_seconds=0.0, max_pairs=pairs, warm_up=0)
+    found = compare(loop, lambda: subject.patched(clean, corrupted, metric), CPU, effort)
+    seconds = {"bare_s": found.bare.to_dict(), "other_s": found.other.to_dict()}
+    return {"unit": "x", **found.ratio.to_dict(), **seconds, "largest_error": error}
+
+
 def wrapping(bench: Bench) -> Answer:
     seconds = []
     for _ in range(max(3, min(7, bench.effort.min_pairs))):
@@ -128,6 +149,7 @@ TIMINGS: Mapping[str, Callable[[Bench], Answer]] = {
     "full_cache": full_cache,
     "head_patch": head_patch,
     "steering": steering,
+    "patching": patching,
     "wrapping": wrapping,
     "parameter_bytes": parameter_bytes,
 }
@@ -213,6 +235,26 @@ def added_vector(bare: Any, layer: int, vector: Tensor) -> Any:
         yield
     finally:
         handle.remove()
+
+
+def patched_by_hooks(bare: Any, clean: Tensor, corrupted: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
+    """Patching the stream that enters each layer at each position: a forward of the bare model for each."""
+    found = torch.zeros(len(layers_of(bare)), clean.shape[1])
+    streams = bare(clean, output_hidden_states=True).hidden_states
+    for layer, block in enumerate(layers_of(bare)):
+        for pos in range(clean.shape[1]):
+
+            def patch(_: nn.Module, args: tuple[Any, ...], layer: int = layer, pos: int = pos) -> tuple[Any, ...]:
+                stream = args[0].clone()
+                stream[:, pos] = streams[layer][:, pos]
+                return (stream, *args[1:])
+
+            handle = block.register_forward_pre_hook(patch)
+            try:
+                found[layer, pos] = metric(bare(corrupted).logits)
+            finally:
+                handle.remove()
+    return found
 
 
 def layers_of(bare: Any) -> Any:

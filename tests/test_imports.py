@@ -16,13 +16,24 @@ BRIDGE = "transformer_lens.model_bridge"
 
 # Who stands below whom. A file may import from its own rank and from the ranks below it; the first match counts.
 RANKS: list[tuple[str, ...]] = [
-    ("transformer_lens.hook_point", "transformer_lens.slicing", "transformer_lens.hook_names"),
+    (
+        "transformer_lens.generation_step",
+        "transformer_lens.hook_point",
+        "transformer_lens.slicing",
+        "transformer_lens.factored_matrix",
+        "transformer_lens.hook_names",
+    ),
     ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
-    (f"{BRIDGE}.config", f"{BRIDGE}.views", f"{BRIDGE}.ports", f"{BRIDGE}.twin_call", f"{BRIDGE}.twins"),
+    (
+        *(f"{BRIDGE}.config", f"{BRIDGE}.views", f"{BRIDGE}.ports", f"{BRIDGE}.twin_call", f"{BRIDGE}.twins"),
+        # What twins and weights read the model's own tensors through.
+        *(f"{BRIDGE}.sharding", f"{BRIDGE}.weight_access", f"{BRIDGE}.peft_layers", f"{BRIDGE}.quantised"),
+        f"{BRIDGE}.checkpointing",
+    ),
     (f"{BRIDGE}.generalized_components",),
     (f"{BRIDGE}.architecture_adapter",),
     (f"{BRIDGE}.supported_architectures",),
-    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in"),
+    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in", f"{BRIDGE}.watch"),
     (f"{BRIDGE}.attach",),
 ]
 """Everything else stands above these."""

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from transformer_lens.direct_logits import Names
 from transformer_lens.hook_names import get_act_name
-from transformer_lens.hook_point import HookPoint
+from transformer_lens.residual_stacks import ResidualStacks
+from transformer_lens.slicing import Slice, SliceInput
 
 CacheKey = str | tuple[str, int] | tuple[str, int, str] | tuple[str, None, str]
 
 
-class _Names(Protocol):
-    """What a cache asks of the model whose activations it holds."""
-
-    def canonical_name(self, name: str) -> str: ...
-
-    @property
-    def hook_dict(self) -> dict[str, HookPoint]: ...
-
-
-class ActivationCache(Mapping[str, Tensor]):
+class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
     """A mapping from hook name to tensor, also under short names and aliases.
 
     >>> _, cache = bridge.run_with_cache("Mary and John")
@@ -35,7 +28,7 @@ class ActivationCache(Mapping[str, Tensor]):
     activations unless `clone=True` was asked for. Raises `KeyError` for what is not there, and says why.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: _Names, has_batch_dim: bool = True) -> None:
+    def __init__(self, cache_dict: dict[str, Tensor], model: Names, has_batch_dim: bool = True) -> None:
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
@@ -108,6 +101,20 @@ class ActivationCache(Mapping[str, Tensor]):
         self.cache_dict = {name: tensor[0] for name, tensor in self.cache_dict.items()}
         self.has_batch_dim = False
         return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> ActivationCache:
+        """A cache of some of the texts; an int keeps one and drops the batch axis.
+
+        >>> cache.apply_slice_to_batch_dim(0)["q", 0].shape
+        torch.Size([5, 4, 32])
+
+        Raises `ValueError` for a cache without a batch axis, and `IndexError` for a text that is not there.
+        """
+        if not self.has_batch_dim:
+            raise ValueError("apply_slice_to_batch_dim: this cache has no batch axis")
+        keep = Slice(batch_slice)
+        kept = {name: keep.apply(tensor, 0) for name, tensor in self.cache_dict.items()}
+        return ActivationCache(kept, self.model, has_batch_dim=not isinstance(keep.index, int))
 
     def to(self, device: torch.device | str) -> Self:
         """Move every tensor to a device, in place."""

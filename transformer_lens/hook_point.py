@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from transformer_lens.generation_step import GenerationStep
+
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
 
@@ -36,6 +38,7 @@ class _ThreadState(threading.local):
         self.executing: list[HookEntry] = []
         self.recalled: dict[tuple[int, int, str], Any] = {}
         self.pending: dict[Listener, None] | None = None
+        self.generation: GenerationStep | None = None
 
 
 state = _ThreadState()
@@ -229,6 +232,11 @@ class HookPoint(nn.Module):
     def clear_context(self) -> None:
         """Empty `ctx`, the dictionary in which hooks keep what they want to find again."""
         self.ctx.clear()
+
+    @property
+    def generation(self) -> GenerationStep | None:
+        """In a hook during `bridge.generate`: what this forward reads of the text; `None` at other times."""
+        return state.generation
 
     def layer(self) -> int:
         """The layer this point belongs to: `blocks.3.attn.hook_q` -> 3.

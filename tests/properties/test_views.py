@@ -19,7 +19,19 @@ from transformers import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from transformer_lens.model_bridge import views
-from transformer_lens.model_bridge.views import FusedBlocks, FusedQKV, Heads, TokenRows, View, Whole
+from transformer_lens.model_bridge.views import (
+    Columns,
+    FusedBlocks,
+    FusedQKV,
+    Groups,
+    Heads,
+    Moved,
+    TokenRows,
+    Transposed,
+    View,
+    Whole,
+    in_groups,
+)
 
 PARTS = ("q", "k", "v")
 sizes = st.integers(1, 5)
@@ -54,6 +66,14 @@ def seen(draw: st.DrawFn) -> Seen:
         Seen(Heads(groups * per, d), flat, (batch, pos, groups * per, d)),
         Seen(TokenRows(batch, pos), torch.randn(batch * pos, d, dtype=dtype), (batch, pos, d)),
         Seen(Whole(), flat, tuple(flat.shape)),
+        Seen(FusedQKV(groups, per, d, "q", grouped=True), fused, (batch, pos, groups, per, d)),
+        Seen(Groups(Heads(groups * per, d), groups), flat, (batch, pos, groups, per, d)),
+        Seen(Groups(FusedBlocks(groups * per, groups, d, "q"), groups), fused, (batch, pos, groups, per, d)),
+        Seen(Columns(groups, groups * per * d), flat, (batch, pos, groups * (per * d - 1))),
+        Seen(Transposed(Columns(0, pos)), fused, (batch, fused.shape[-1], pos)),
+        Seen(Moved(Heads(groups * per, d), 0, -1), flat, (pos, groups * per, d, batch)),
+        Seen(Moved(Transposed(Heads(groups * per, d)), 1, -2), flat.mT, (batch, groups * per, pos, d)),
+        Seen(Moved(Transposed(FusedQKV(groups, per, d, part)), 1, -2), fused.mT, (batch, heads, pos, d)),
     ]
     return draw(st.sampled_from(options))
 
@@ -180,11 +200,30 @@ def test_k_and_v_are_views_and_so_is_the_q_of_one_group() -> None:
     assert Whole().get(whole) is whole
 
 
+@quickly
+@given(sizes, sizes, sizes)
+def test_query_heads_in_groups_are_the_same_heads_and_a_view(groups: int, per: int, d: int) -> None:
+    for view, width in (
+        (FusedQKV(groups, per, d, "q"), groups * (per + 2) * d),
+        (FusedBlocks(groups * per, groups, d, "q"), groups * (per + 2) * d),
+        (Heads(groups * per, d), groups * per * d),
+    ):
+        weight = numbered(width, 3)
+        grouped = in_groups(view, groups).get(weight.T)
+        assert grouped.shape == (3, groups, per, d)
+        assert torch.equal(grouped.flatten(1, 2), view.get(weight.T))
+        assert grouped.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
 def test_parts_by_hand() -> None:
     """Two groups of two heads of size one: q q k v, q q k v. And GPT-2's blocks: q q q q, k k, v v."""
     whole = torch.arange(8.0)
     grouped = {part: FusedQKV(2, 2, 1, part).get(whole).flatten().tolist() for part in PARTS}
     assert grouped == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
+    by_group = FusedQKV(2, 2, 1, "q", grouped=True).get(whole).flatten(1)
+    assert by_group.tolist() == [[0, 1], [4, 5]]
+    assert Transposed(Columns(1, 3)).get(numbered(4, 2)).tolist() == [[2, 4], [3, 5]]
+    assert Moved(Heads(2, 1), 0, -2).get(numbered(3, 2)).flatten(1).tolist() == [[0, 2, 4], [1, 3, 5]]
     blocks = {part: FusedBlocks(4, 2, 1, part).get(whole).flatten().tolist() for part in PARTS}
     assert blocks == {"q": [0, 1, 2, 3], "k": [4, 5], "v": [6, 7]}
     rows = TokenRows(2, 2).get(torch.arange(4.0)[:, None])

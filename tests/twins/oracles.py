@@ -133,8 +133,12 @@ def attention(
     edits: Mapping[str, Edit] | None = None,
     lowest: float = torch.finfo(torch.float32).min,
     key_positions: Tensor | None = None,
+    changes: Mapping[str, Tensor] | None = None,
 ) -> Steps:
-    """Explicit attention. `x` is the normed stream, or one for each of q, k, v and each query head."""
+    """Explicit attention. `x` is the normed stream, or one for each of q, k, v and each query head.
+
+    `changes` are added to single query heads' q, k and v, [B Q H D], before any rotation.
+    """
     steps = Steps(edits)
     heads, d_head = w.q_HDM.shape[:2]
     if isinstance(x, Tensor):
@@ -144,11 +148,15 @@ def attention(
             for weight, bias in ((w.q_HDM, w.q_bias), (w.k_GDM, w.k_bias), (w.v_GDM, w.v_bias))
         )
     else:
-        q, k, v = (_per_head(x[part].double(), *getattr_pair(w, part), heads) for part in "qkv")
-    q, k, v = steps.step("q", q), steps.step("k", k), steps.step("v", v)
+        q, k, v = (per_head(x[part].double(), *getattr_pair(w, part), heads) for part in "qkv")
+    changes = changes or {}
+    q, k, v = steps.step("q", q + changes.get("q", 0)), steps.step("k", k), steps.step("v", v)
     if not w.alibi:
         q, k = steps.step("rot_q", rope(q, positions, w.theta)), steps.step("rot_k", rope(k, positions, w.theta))
     k, v = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (k, v))
+    if changes:
+        k = k + (changes["k"] if w.alibi else rope(changes["k"], positions, w.theta))
+        v = v + changes["v"]
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(d_head)
     if w.alibi:
         # Falcon scales the bias by 1/sqrt(d_head) too, unlike the paper.
@@ -167,7 +175,8 @@ def getattr_pair(w: AttentionWeights, part: str) -> tuple[Tensor, Tensor]:
     return {"q": (w.q_HDM, w.q_bias), "k": (w.k_GDM, w.k_bias), "v": (w.v_GDM, w.v_bias)}[part]
 
 
-def _per_head(x_BPHM: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def per_head(x_BPHM: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Each query head's own stream through that head's, or its group's, weight."""
     repeats = heads // len(weight)
     weight, bias = weight.repeat_interleave(repeats, dim=0), bias.repeat_interleave(repeats, dim=0)
     return torch.einsum("bphm,hdm->bphd", x_BPHM, weight) + bias
@@ -191,7 +200,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def experts(moe: Any, x: Tensor, edits: Mapping[str, Edit] | None = None) -> Steps:
-    """Mixtral's mixture, one token and one chosen expert at a time."""
+    """Mixtral's mixture: each token has a copy of the matrices of every expert it chose."""
     steps, x = Steps(edits), x.double()
     router = moe.gate.weight.detach().double()
     gate_up, down = (getattr(moe.experts, n).detach().double() for n in ("gate_up_proj", "down_proj"))
@@ -205,12 +214,7 @@ def experts(moe: Any, x: Tensor, edits: Mapping[str, Edit] | None = None) -> Ste
     indices = steps.step("expert_indices", order)
 
     def each(values: Tensor, matrices: Tensor) -> Tensor:
-        rows = [
-            torch.stack([matrices[indices[b, p, c]] @ values[b, p, c] for c in range(indices.shape[-1])])
-            for b in range(x.shape[0])
-            for p in range(x.shape[1])
-        ]
-        return torch.stack(rows).unflatten(0, tuple(x.shape[:2]))
+        return torch.einsum("bpcoi,bpci->bpco", matrices[indices], values)
 
     chosen = x[:, :, None].expand(-1, -1, indices.shape[-1], -1)
     pre = steps.step("pre", each(chosen, gate_up[:, :d_mlp]))

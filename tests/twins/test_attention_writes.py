@@ -191,3 +191,43 @@ def test_rotation_depends_on_distance_alone(family: str) -> None:
             _, one = bridge.run_with_cache(ids)
     assert_close(both["pattern", 0], clean["pattern", 0].double(), model.dtype)
     assert (one["pattern", 0] - clean["pattern", 0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family, attn", [("7b", "sdpa"), ("rw", "eager"), ("mixtral", "eager")])
+def test_the_mask_may_be_passed_by_its_position(family: str, attn: str) -> None:
+    """Attention called on its own, once by names and once by positions: hidden states, positions or bias, mask."""
+    model, ids = make(family, attn), tokens(2, 5)
+    bridge = wrap(model)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    module = model.get_submodule(bridge.get_submodule("blocks.0.attn").path)
+    calls: list[tuple[Any, Any]] = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        bridge(ids, attention_mask=mask)
+    handle.remove()
+    ((args, kwargs),) = calls
+    named = dict(zip(["hidden_states"], args, strict=False)) | kwargs
+    named = {name: None if name in ("past_key_values", "layer_past") else value for name, value in named.items()}
+    first = ("hidden_states", "position_embeddings" if family == "mixtral" else "alibi", "attention_mask")
+    others = {name: value for name, value in named.items() if name not in first}
+    with torch.no_grad():
+        bare = module(**named)[0]
+        with bridge.hooks(fwd_hooks=[(edited_at("pattern"), lambda value, hook: value.clone())]):
+            by_position = module(*(named[name] for name in first), **others)[0]
+            by_name = module(**named)[0]
+    assert torch.equal(by_position, by_name)
+    real = mask.bool()
+    assert_close(by_position[real], bare[real].double(), model.dtype)
+
+
+def test_padding_that_sees_nothing_reads_nothing() -> None:
+    """Under sdpa: its row of the pattern is zero, as is what it reads in the kernel; every other row sums to one."""
+    model, ids = make("7b"), tokens(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        _, cache = wrap(model).run_with_cache(ids, attention_mask=mask)
+    sums = cache["pattern", 0].double().sum(-1)
+    assert_close(sums, mask[:, None].expand_as(sums).double(), torch.float32)
+    assert (cache["z", 0][0, :2] == 0).all()

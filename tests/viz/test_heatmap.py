@@ -21,7 +21,7 @@ def test_html_holds_everything_and_asks_for_nothing(tmp_path):
     assert "a title" in page
     assert "restored" in page
     # Two columns of the same name stay two columns.
-    assert re.search(r'"ticktext":\[" the"," the","\\u003cb\\u003e"\]', page)
+    assert re.search(r'"ticktext":\[" the"," the","&lt;b&gt;"\]', page)
 
 
 def test_png_has_a_size_that_can_be_read(tmp_path):

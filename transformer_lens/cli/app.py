@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from transformer_lens.cli.demo import run_demo
+from transformer_lens.cli.info import run_info
 from transformer_lens.cli.verify import run_verify
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look inside Falcon and Mixtral models by name.")
@@ -38,6 +39,28 @@ def demo(
         if debug:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {error}")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.")
+    ],
+    context: Annotated[
+        str | None, typer.Option(help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Layout, parameters, memory of weights and KV cache of a model, from its config alone."""
+    try:
+        run_info(model, Console(), context=context, dtype=dtype, as_json=json)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        if debug:
+            raise
+        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)))
         raise typer.Exit(1) from None
 
 

@@ -78,6 +78,14 @@ class ArchitectureAdapter:
         """Fields of `BridgeConfig` that the family computes rather than reads."""
         return {}
 
+    def cached_heads(self) -> int:
+        """How many keys (and values) of each position transformers' own KV cache holds in a layer."""
+        return self.cfg.n_key_value_heads
+
+    def layout_name(self) -> str:
+        """What the family calls its layout."""
+        return self.model_type.capitalize()
+
     def components(self) -> dict[str, Part]:
         """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`."""
         raise NotImplementedError(f"{type(self).__name__} has to say where its components live")

@@ -13,22 +13,31 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from transformer_lens.hook_point import nested_forward, state
+from transformer_lens.model_bridge.checkpointing import recalled
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside, Port, Side
+from transformer_lens.model_bridge.sharding import Sharding, Shards
 from transformer_lens.model_bridge.slots import Slot
 from transformer_lens.model_bridge.stand_in import BoundInside, BoundTwin
+from transformer_lens.model_bridge.watch import unwatch, watch
 
 _exchange = threading.Lock()
 """Held while a torch hook is put on or taken off: runs of several threads share them."""
+_counting = threading.Lock()
+"""Held while what is attached is counted."""
 
 
 class Tap:
     """One torch hook on one module, shared by the ports at that place."""
 
-    def __init__(self, find: Callable[[], nn.Module], port: Port, layer: int) -> None:
+    def __init__(
+        self, find: Callable[[], nn.Module], port: Port, layer: int, tell: Callable[[Any, bool], None]
+    ) -> None:
         self.find = find
+        self.tell = tell
+        self.module: nn.Module | None = None
         self.side = port.side
         self.arg = port.arg
         self.keyword = port.keyword
@@ -47,14 +56,30 @@ class Tap:
             self.live_recalls = tuple(port for port in self.recall_for if port.wanted)
             needed = bool(self.live or self.live_recalls)
             if needed and self.handle is None:
-                module = self.find()
-                if self.side == "in":
-                    self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
-                else:
-                    self.handle = module.register_forward_hook(self.on_output)
+                self._put_on()
+                self.tell(self, True)
             elif not needed and self.handle is not None:
-                self.handle.remove()
-                self.handle = None
+                self._take_off()
+                self.tell(self, False)
+
+    def follow(self) -> None:
+        """Move to the module that is at this place now, if another one was put there."""
+        if self.module is not self.find():
+            with _exchange:
+                self._take_off()
+                self._put_on()
+
+    def _put_on(self) -> None:
+        self.module = module = self.find()
+        if self.side == "in":
+            self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
+        else:
+            self.handle = module.register_forward_hook(self.on_output)
+
+    def _take_off(self) -> None:
+        assert self.handle is not None
+        self.handle.remove()
+        self.handle, self.module = None, None
 
     def on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -114,21 +139,33 @@ class BoundPort(Slot):
         cfg: BridgeConfig,
         modules: Callable[[str], nn.Module],
         on_replaced: Callable[[], None],
+        shards: Shards,
     ) -> None:
         super().__init__(hook, owner, on_replaced)
         self.port = port
         self.view = port.view(cfg)
         self.modules = modules
+        self.shards = shards
 
     def remember(self, x: Tensor) -> None:
         """Keep what a later place has to know."""
         state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
 
     def fire(self, x: Tensor) -> Tensor:
-        """Hand the tensor over; returns it as it is unless a hook changed it."""
+        """Hand the tensor over, whole; returns it as it is unless a hook changed it."""
+        if self.shards.size == 1:
+            return self.exchange(x)
+        module: Any = self.modules(self.port.at)
+        sizes = self.shards.even(module.in_features if self.port.side == "in" else module.out_features)
+        whole = self.shards.gather(x, -1, sizes)
+        new = self.exchange(whole)
+        return x if new is whole else self.shards.slice(new, -1, sizes)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Show the view of the whole tensor, and put back what became of it."""
         known = None
         if self.port.recalls is not None:
-            known = state.recalled.pop((id(self), len(state.executing), "input"), None)
+            known = recalled(self, len(state.executing), "input")
             if known is None:  # attached by a hook of this very layer: it fires from the next forward on
                 return x
         value = self.port.read(x, self.view, known)
@@ -141,11 +178,32 @@ class BoundPort(Slot):
 class Attachment:
     """All ports of a bridge, and the taps they share."""
 
-    def __init__(self, cfg: BridgeConfig, on_replaced: Callable[[], None]) -> None:
+    def __init__(
+        self, cfg: BridgeConfig, on_replaced: Callable[[], None], sharding: Sharding, model: nn.Module
+    ) -> None:
         self.cfg = cfg
         self.on_replaced = on_replaced
+        self.sharding = sharding
         self.taps: dict[tuple[str, Side, str, bool], Tap] = {}
         self.twins: dict[str, BoundTwin] = {}
+        self.model = model
+        self.attached: dict[Tap | BoundTwin, None] = {}
+
+    def tell(self, place: Tap | BoundTwin, attached: bool) -> None:
+        """Something was put on the model or taken off; the model is watched as long as anything is there."""
+        with _counting:
+            before = bool(self.attached)
+            if attached:
+                self.attached[place] = None
+            else:
+                del self.attached[place]
+            if bool(self.attached) != before:
+                (watch if attached else unwatch)(self.model, self)
+
+    def follow(self) -> None:
+        """Move everything that is attached to the modules that are in the model now."""
+        for place in tuple(self.attached):
+            place.follow()
 
     def bind(
         self,
@@ -167,7 +225,8 @@ class Attachment:
     def _bind_port(
         self, hook: Hook, port: Port, owner: HookOwner, component: Callable[[str], ComponentBridge | Root], layer: int
     ) -> BoundPort:
-        bound = BoundPort(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        shards = self.sharding.of_port(component(port.at).path, port.side)
+        bound = BoundPort(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced, shards)
         for place in [port, *([port.instead] if port.instead else [])]:
             tap = self.tap(component(place.at), place, layer)
             tap.ports.append(bound)
@@ -186,7 +245,9 @@ class Attachment:
     ) -> BoundInside:
         inside = component(place.at)
         assert isinstance(inside, ComponentBridge)
-        twin = self.twins.setdefault(inside.path, BoundTwin(inside, self.cfg, layer))
+        if inside.path not in self.twins:
+            self.twins[inside.path] = BoundTwin(inside, inside.interior(self.sharding), layer, self.tell)
+        twin = self.twins[inside.path]
         bound = BoundInside(hook, place, owner, twin, self.on_replaced)
         twin.hooks[hook.name] = bound
         bound.listeners.append(twin)
@@ -205,7 +266,7 @@ class Attachment:
         """The tap at a port's place, made when first needed. Keyword and shared ports have their own."""
         key = (component.path, port.side, port.arg if port.keyword else "", port.shared)
         if key not in self.taps:
-            self.taps[key] = Tap(_Find(component), port, layer)
+            self.taps[key] = Tap(_Find(component), port, layer, self.tell)
         return self.taps[key]
 
     def remove(self) -> None:

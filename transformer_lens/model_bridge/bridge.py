@@ -23,21 +23,41 @@ from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
 from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
 from transformer_lens.model_bridge.loading import load_model, load_tokenizer, named_dtype
 from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
+from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.ports import Inside
+from transformer_lens.model_bridge.prefix_cache import PrefixCache
+from transformer_lens.model_bridge.processing import ProcessingMethods
+from transformer_lens.model_bridge.sharding import sharding_of
+from transformer_lens.model_bridge.state import StateMethods
+from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
 from transformer_lens.model_bridge.verify import VerifyMethods
+from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 
-class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, HookOwner, HookedRootModule):
+class TransformerBridge(
+    ProcessingMethods,
+    StateMethods,
+    WrappedModel,
+    VerifyMethods,
+    GenerationMethods,
+    SteeringMethods,
+    TokenMethods,
+    WeightMethods,
+    OldSwitches,
+    HookOwner,
+    HookedRootModule,
+):
     """Read, edit and differentiate the activations of a Falcon or Mixtral by name.
 
     >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")
@@ -55,18 +75,19 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
         HookOwner.__init__(self)
+        place, inner = inner_model(hf_model)
         config: Any = hf_model.config
         self.adapter = adapter_for(config)
         self.original_model = hf_model
         self.tokenizer = tokenizer
         self.cfg: BridgeConfig = self.adapter.cfg
         self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
-        self.cfg.architecture = type(hf_model).__name__
+        self.cfg.architecture = type(inner).__name__
         self._read_parameters()
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
-        self._build_tree()
-        self._bind()
+        self._build_tree(place, inner)
+        self._bind(inner)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
 
@@ -105,7 +126,8 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
             if name_or_path is None:
                 raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
             hf_model = load_model(name_or_path, revision=revision, dtype="auto" if dtype is None else dtype, **given)
-            tokenizer = load_tokenizer(name_or_path, revision=revision) if tokenizer is None else tokenizer
+            if tokenizer is None:
+                tokenizer = load_tokenizer(name_or_path, revision=revision, **from_pretrained_kwargs)
             dtype = None
         elif given or revision is not None:
             names = ", ".join([*given, *(["revision"] if revision is not None else [])])
@@ -120,11 +142,10 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
             bridge.cfg.model_name = str(name_or_path)
         return bridge
 
-    def _build_tree(self) -> None:
-        """Make the components: names beside the modules they stand for."""
-        model: Any = self.original_model
-        base = model.base_model
-        prefix = "" if base is model else model.base_model_prefix
+    def _build_tree(self, place: str, inner: Any) -> None:
+        """Make the components: names beside the modules they stand for. The model may be inside adapters."""
+        model = self.original_model
+        prefix = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
         self.root = Root(model, prefix)
         absent = dict(self.adapter.absent)
         for role, part in self.adapter.component_mapping.items():
@@ -134,23 +155,24 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
                 self.add_module("blocks", nn.ModuleList(blocks))
             else:
                 self.add_module(role, part.kind(part, model, path, role))
-        head = next((name for name in HEADS if name in dict(model.named_children())), None)
+        head = next((name for name in HEADS if name in dict(inner.named_children())), None)
         if head is not None:
             role, part = HEADS[head]
-            self.add_module(role, part.kind(part, model, part.at, role))
-            self.cfg.d_vocab_out = model.get_submodule(head).out_features
+            self.add_module(role, part.kind(part, model, f"{place}.{part.at}" if place else part.at, role))
+            self.cfg.d_vocab_out = inner.get_submodule(head).out_features
         present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
         for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
             if role not in self._modules:
                 absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
         for component in self.components():
             absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
+            component.cfg = self.cfg
         self.absent_names = absent
         self.declare("", self.adapter.root_hooks)
 
-    def _bind(self) -> None:
+    def _bind(self, inner: nn.Module) -> None:
         """Connect every hook point to its place in the model."""
-        self.attachment = Attachment(self.cfg, self._tree_changed)
+        self.attachment = Attachment(self.cfg, self._tree_changed, sharding_of(self.original_model, self.cfg), inner)
         self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
         aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
         for component in self.components():
@@ -180,6 +202,7 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
     def detach(self) -> nn.Module:
         """Take every hook off and give the model back exactly as it came; the bridge is spent."""
         if not self._detached:
+            self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
             self.attachment.remove()
             self._preparation.undo()
@@ -284,10 +307,10 @@ class TransformerBridge(WrappedModel, VerifyMethods, TokenMethods, OldSwitches, 
         start = layer_number("start_at_layer", start_at_layer, self.cfg.n_layers)
         stop = layer_number("stop_at_layer", stop_at_layer, self.cfg.n_layers)
         self._check_call(return_type, start, stop)
-        if start and past_key_values is not None:
+        if start and past_key_values is not None and not isinstance(past_key_values, PrefixCache):
             raise ValueError(
                 f"start_at_layer={start} with past_key_values: the layers below would miss these positions in the "
-                "cache; run the whole model, or leave past_key_values out"
+                "cache; run the whole model, leave past_key_values out, or pass a PrefixCache of it"
             )
         call = prepare_call(
             input,

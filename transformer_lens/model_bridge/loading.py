@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from transformer_lens.data import TINY_MODELS, tiny_model_path
+from transformer_lens.model_bridge.quantised import complete_quantisation
+from transformer_lens.model_bridge.sources import Source, refuse_pickles
+from transformer_lens.model_bridge.state_check import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 logger = logging.getLogger(__name__)
@@ -43,20 +48,89 @@ def model_class(config: Any) -> type[Any]:
     return cast("type[Any]", transformers.AutoModelForCausalLM)
 
 
-def load_model(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> nn.Module:
-    """Load a checkpoint with Hugging Face's own code. Raises `ValueError` before any weight is read
-    if its family is not supported or its configuration cannot run."""
-    name = resolve_name(name_or_path)
-    trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
-    config = AutoConfig.from_pretrained(name, revision=revision, **trust)
-    model: nn.Module = model_class(config).from_pretrained(name, revision=revision, **kwargs)
-    return model
+def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
+    """A checkpoint's config; for an adapter alone, that of its model. Raises `ValueError` if only code in its
+    repository could read it and `trust_remote_code=True` was not asked for."""
+    source = Source(resolve_name(name_or_path), revision=revision, **kwargs).base()
+    return source.config(bool(kwargs.get("trust_remote_code")))
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Any | None:
+def load_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    strict: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a checkpoint with Hugging Face's own code.
+
+    Raises `ValueError` before any weight is read if its family is not supported, its configuration cannot
+    run, or it would run code or read pickles that were not asked for (`trust_remote_code=True`,
+    `allow_pickle=True`); and afterwards if checkpoint and model do not fit, unless `strict=False`.
+    """
+    source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
+    base = source.base()
+    trust = bool(kwargs.pop("trust_remote_code", False))
+    config = base.config(trust)
+    kind = model_class(config)
+    if not allow_pickle:
+        for place in {source.name: source, base.name: base}.values():
+            refuse_pickles(place, config, kwargs)
+        kwargs["use_safetensors"] = True
+    if "output_loading_info" in kwargs:
+        raise ValueError("output_loading_info: what does not fit is raised here, or logged with strict=False")
+    other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
+    other_model = any(key in config.to_dict() for key in kwargs.keys() - {"dtype"})
+    # With ignore_mismatched_sizes transformers reports them all by name; without, its error names none.
+    model, report = kind.from_pretrained(
+        source.name,
+        revision=revision,
+        trust_remote_code=trust,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **kwargs,
+    )
+    complete_quantisation(model)
+    if strict:
+        refuse_misfits(source.name, model, report, other_sizes, other_model)
+    if trust and type(model).__module__.startswith("transformers_modules."):
+        warnings.warn(
+            f"{source.name}: {type(model).__name__} is code of its repository, and hooks are described for "
+            "transformers' own; run bridge.verify() before trusting them",
+            stacklevel=3,
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def refuse_misfits(
+    name: str, model: nn.Module, report: Mapping[str, Any], other_sizes: bool, other_model: bool
+) -> None:
+    """Raise `ValueError` for weights that transformers made up, dropped, or replaced for their shape.
+
+    `other_sizes` and `other_model` say that a keyword asked for it: `ignore_mismatched_sizes`, or a field of
+    the config such as `num_hidden_layers=2`, which leaves weights over.
+    """
+    shapes = {} if other_sizes else {key: (got, expected) for key, got, expected in report["mismatched_keys"]}
+    replaced = {key for key, *_ in report["mismatched_keys"]}
+    missing = sorted(set(report["missing_keys"]) - replaced)
+    unexpected = [] if other_model else sorted(report["unexpected_keys"])
+    if missing or unexpected or shapes:
+        raise StateError(
+            describe(
+                f"{name} does not fit {type(model).__name__}", missing, unexpected, shapes, list(model.state_dict())
+            )
+            + "\nstrict=False loads it all the same: what is missing is then random"
+        )
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any | None:
     """The checkpoint's tokenizer, or `None` with a warning where it has none."""
+    source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
     try:
-        return AutoTokenizer.from_pretrained(resolve_name(name_or_path), revision=revision)
+        trust = bool(kwargs.get("trust_remote_code"))
+        return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust, **source.hub)
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer with %s (%s): the bridge takes token ids only", name_or_path, error)
         return None

@@ -139,5 +139,6 @@ class BranchPort(Port):
         return stream
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
-        branch: Tensor = plain_forward(modules(self.norm))(value)
+        # With layers on several devices, the stream was remembered before it came to this one.
+        branch: Tensor = plain_forward(modules(self.norm))(value.to(x.device))
         return branch

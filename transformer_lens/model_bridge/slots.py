@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookPoint, Listener, tell
+from transformer_lens.model_bridge.checkpointing import show
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
 
 
@@ -21,6 +22,7 @@ class Slot:
         self.owner = owner
         self.on_replaced = on_replaced
         self.listeners: list[Listener] = []
+        self.replays = 0
 
     @property
     def place(self) -> nn.Module | None:
@@ -31,7 +33,9 @@ class Slot:
     def wanted(self) -> bool:
         """Whether anything sits here that has to see the tensor."""
         place = self.owner._modules[self.slot]
-        return bool(place.fwd_hooks or place.bwd_hooks) if isinstance(place, HookPoint) else place is not None
+        if isinstance(place, HookPoint):
+            return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
+        return place is not None
 
     def refresh(self) -> None:
         """Called when a hook came or went: tells what puts the torch hooks on and off."""
@@ -47,7 +51,7 @@ class Slot:
         """Show a tensor to what sits here; returns it as it is unless that changed it."""
         place = self.place
         assert place is not None
-        new = place(value)
+        new = show(self, place, value)
         return value if new is value else check_replacement(self.name, new, value)
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookEntry, HookPoint, nested_forward, state
-from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside
+from transformer_lens.model_bridge.sharding import Interior
 from transformer_lens.model_bridge.slots import Slot
 from transformer_lens.model_bridge.twin_call import ForwardInPlace, TwinCall, observing
 from transformer_lens.model_bridge.views import TokenRows
@@ -56,18 +57,18 @@ class StandIn(ForwardInPlace):
         return call.output
 
     def remove(self) -> None:
-        if self.had:
-            self.module.forward = self.original
-        else:
-            del self.module.__dict__["forward"]
+        self.leave(self.module, self.had)
 
 
 class BoundTwin:
     """The hooks of one bridge inside one module, by name."""
 
-    def __init__(self, component: ComponentBridge, cfg: BridgeConfig, layer: int) -> None:
+    def __init__(
+        self, component: ComponentBridge, interior: Interior, layer: int, tell: Callable[[Any, bool], None]
+    ) -> None:
         self.component = component
-        self.cfg = cfg
+        self.tell = tell
+        self.interior = interior
         self.layer = layer
         self.hooks: dict[str, BoundInside] = {}
         self.stand_in: StandIn | None = None
@@ -77,16 +78,33 @@ class BoundTwin:
         with _exchange:
             needed = any(hook.wanted for hook in self.hooks.values())
             if needed and self.stand_in is None:
-                module = self.component.original_component
-                current = module.__dict__.get("forward")
-                self.stand_in = current if isinstance(current, StandIn) else StandIn(module)
-                module.forward = self.stand_in
-                self.stand_in.twins.append(self)
+                self._put_on()
+                self.tell(self, True)
             elif not needed and self.stand_in is not None:
-                self.stand_in.twins.remove(self)
-                if not self.stand_in.twins:
-                    self.stand_in.remove()
-                self.stand_in = None
+                self._take_off()
+                self.tell(self, False)
+
+    def follow(self) -> None:
+        """Move to the module that is at this place now, if another one was put there."""
+        if self.stand_in is not None and self.stand_in.module is not self.component.computing_module:
+            with _exchange:
+                self._take_off()
+                self._put_on()
+
+    def _put_on(self) -> None:
+        module = self.component.computing_module
+        found = StandIn.on(module)
+        self.stand_in = found or StandIn(module)
+        if found is None:
+            module.forward = self.stand_in
+        self.stand_in.twins.append(self)
+
+    def _take_off(self) -> None:
+        assert self.stand_in is not None
+        self.stand_in.twins.remove(self)
+        if not self.stand_in.twins:
+            self.stand_in.remove()
+        self.stand_in = None
 
     def release(self) -> None:
         """Stop standing in, whatever sits in the hooks' places."""
@@ -95,10 +113,16 @@ class BoundTwin:
 
     def active(self) -> bool:
         """Whether any hook inside fires in what this thread is running."""
+        record = current_record()
+        if record is not None and record.replaying:
+            return self in record.computed
         return covered(self.layer) and any(hook.fires() for hook in self.hooks.values())
 
     def writes(self) -> bool:
         """Whether any of them may change what it sees, or needs a gradient through it."""
+        record = current_record()
+        if record is not None and record.replaying:
+            return self in record.computed
         return any(hook.writes() for hook in self.hooks.values())
 
     def call(
@@ -117,16 +141,22 @@ class BoundTwin:
 
         parts = _Parts(self.component)
         stream: Tensor | None = _first_recalled(twins, "stream")
-        return TwinCall(module, self.cfg, args, kwargs, writing, parts, fire, wants, stream)
+        inside = self.interior
+        return TwinCall(
+            module, inside.cfg, args, kwargs, writing, parts, fire, wants, stream, inside.shards, inside.axes
+        )
 
     def compute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[BoundTwin]) -> Any:
         """The module's output, from its twin."""
+        record = current_record()
+        if record is not None and not record.replaying:
+            record.computed.update(twins)
         return self.component.twin(self.call(module, args, kwargs, twins, writing=True))
 
 
 def _first_recalled(twins: list[BoundTwin], what: str) -> Any:
     """What the hooks of any of the bridges remembered of this call, taken out of memory."""
-    found = [state.recalled.pop((id(twin), len(state.executing), what), None) for twin in twins]
+    found = [recalled(twin, len(state.executing), what) for twin in twins]
     return next((value for value in found if value is not None), None)
 
 
@@ -149,17 +179,23 @@ class BoundInside(Slot):
         super().__init__(hook, owner, on_replaced)
         self.inside = inside
         self.twin = twin
+        self.divided = twin.interior.dim(hook.axes)
 
     def entries(self) -> list[HookEntry] | None:
         """The hooks that fire now; `None` where another module sits in the place."""
         place = self.place
         if not isinstance(place, HookPoint):
             return None
-        backward = place.bwd_hooks if torch.is_grad_enabled() else []
+        record = current_record()
+        graph = torch.is_grad_enabled() or (record is not None and record.reentrant)
+        backward = place.bwd_hooks if graph else []
         return [entry for entry in (*place.fwd_hooks, *backward) if entry.applies()]
 
     def fires(self) -> bool:
         """Whether anything here sees the value in what this thread is running."""
+        record = current_record()
+        if record is not None and record.replaying:
+            return self in record.outcomes
         entries = self.entries()
         return entries is None or bool(entries)
 
@@ -181,8 +217,11 @@ class BoundInside(Slot):
         """Run the hook on the value, as batch and positions where the module has rows."""
         if not self.fires():
             return value
-        shown = value if rows is None else rows.get(value)
+        shards, dim = self.twin.interior.shards, self.divided
+        whole = value if dim is None else shards.gather(value, dim)
+        shown = whole if rows is None else rows.get(whole)
         new = self.show(shown)
         if new is shown:
             return value
-        return new if rows is None else rows.put(value, new)
+        put = new if rows is None else rows.put(whole, new)
+        return put if dim is None else shards.slice(put, dim)

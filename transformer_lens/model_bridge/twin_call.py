@@ -10,18 +10,42 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.peft_layers import is_adapted
+from transformer_lens.model_bridge.quantised import is_quantised
+from transformer_lens.model_bridge.sharding import ALONE, Shards
+from transformer_lens.model_bridge.weight_access import read_weight
+
+DISPATCHED = "_old_forward"
+"""Where accelerate keeps the forward that it found in a module, and that its own forward calls."""
 
 
 class ForwardInPlace:
     """What sits in a module's `forward` in place of its own."""
 
     original: Callable[..., Any]
+
+    @classmethod
+    def on(cls, module: nn.Module) -> Self | None:
+        """The one that is there already, in the module's forward or in the one accelerate's forward calls."""
+        places = (module.__dict__.get(name) for name in ("forward", DISPATCHED))
+        return next((forward for forward in places if isinstance(forward, cls)), None)
+
+    def leave(self, module: nn.Module, had: bool) -> None:
+        """Put back what was there, at the place where this one is now; `had`: in the module's own dictionary."""
+        here = module.__dict__
+        if here.get(DISPATCHED) is self:
+            here[DISPATCHED] = self.original
+        elif here.get("forward") is self:
+            if had:
+                module.forward = self.original
+            else:
+                del here["forward"]
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
@@ -44,6 +68,10 @@ class TwinCall:
     wants: Callable[[str], bool]
     stream: Tensor | None = None
     """The stream that enters the block, where a hook shows it."""
+    shards: Shards = ALONE
+    """The processes that share the inside of the module; `cfg` has the numbers of this one's part."""
+    divided: tuple[str, ...] = ()
+    """The axes along which they share it."""
     output: Any = None
     kept: dict[str, Any] = field(default_factory=dict)
     seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -66,16 +94,13 @@ class TwinCall:
             part(x)
         return self.seen[role]
 
-    def weight(self, role: str) -> Tensor:
-        """The weight of a linear part, or of the module itself (""). Raises `ValueError` if it was offloaded."""
-        module: Any = self.parts(role)
-        weight: Tensor = module.weight
-        if weight.is_meta:
-            raise ValueError(
-                f"the weight of {type(module).__name__} is offloaded (on the meta device), so hooks inside "
-                "it cannot be computed; load the model without offloading this layer"
-            )
-        return weight
+    def weight(self, role: str, name: str = "weight") -> Tensor:
+        """A weight of a part, or of the module itself (""): this process's part of it where the inside is divided."""
+        # A part's module may be a wrapper that adapts it for the length of a call: in this call it did so already.
+        module = self.parts(role) if role else self.module
+        weight = read_weight(module, name, shard=self.shards.size > 1)
+        computed = is_adapted(module) or is_quantised(getattr(module, name))
+        return weight.to(self.cfg.dtype) if computed else weight
 
 
 @contextmanager

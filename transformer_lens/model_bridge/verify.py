@@ -123,6 +123,11 @@ def _refuse_hooks(bridge: TransformerBridge) -> None:
     if bridge.cfg.dtype not in ROUNDINGS:
         known = ", ".join(map(str, ROUNDINGS))
         raise ValueError(f"verify: got a model in {bridge.cfg.dtype}, expected one of {known}")
+    if bridge.attachment.sharding.shards.size > 1:
+        raise ValueError(
+            "verify: this model is divided among processes, and the checks compare with whole weights and modules; "
+            "verify the checkpoint in one process, or offloaded by accelerate"
+        )
     hooked = [name for name, point in bridge.hook_dict.items() if point.has_hooks()]
     slots = [(owner, slot) for owner in (bridge, *bridge.components()) for slot in owner.full_names]
     hooked += [owner.full_names[slot] for owner, slot in slots if not isinstance(owner._modules[slot], HookPoint)]

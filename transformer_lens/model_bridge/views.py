@@ -6,7 +6,7 @@ nothing, and a later put wins. `put` never touches the tensor it is given.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from jaxtyping import Float, Shaped
@@ -65,13 +65,14 @@ class FusedQKV:
     The last axis is `(kv_group, heads_per_group + 2, d_head)`: the queries of a group, then its key,
     then its value. Multi-query has one group, the per-head layout one head in each (source:
     `FalconAttention._split_heads` in transformers). The q of several groups is a copy; k and v are
-    strided views.
+    strided views, and so is q with `grouped=True`, whose heads are `(kv_group, heads_per_group)`.
     """
 
     kv_groups: int
     heads_per_group: int
     d_head: int
     part: Literal["q", "k", "v"]
+    grouped: bool = False
 
     def _grouped(self, x: Tensor) -> Tensor:
         split: Tensor = x.unflatten(-1, (self.kv_groups, self.heads_per_group + 2, self.d_head))
@@ -80,7 +81,7 @@ class FusedQKV:
     def get(self, x: Float[Tensor, "*batch pos fused"]) -> Float[Tensor, "*batch pos head d_head"]:
         grouped = self._grouped(x)
         if self.part == "q":
-            return grouped[..., :-2, :].flatten(-3, -2)
+            return grouped[..., :-2, :] if self.grouped else grouped[..., :-2, :].flatten(-3, -2)
         return grouped[..., -2 if self.part == "k" else -1, :]
 
     def put(
@@ -89,7 +90,8 @@ class FusedQKV:
         changed = x.clone()
         grouped = self._grouped(changed)
         if self.part == "q":
-            grouped[..., :-2, :] = value.unflatten(-2, (self.kv_groups, self.heads_per_group))
+            groups = (self.kv_groups, self.heads_per_group)
+            grouped[..., :-2, :] = value if self.grouped else value.unflatten(-2, groups)
         else:
             grouped[..., -2 if self.part == "k" else -1, :] = value
         return changed
@@ -137,14 +139,92 @@ class TokenRows:
     batch: int
     pos: int
 
-    def get(self, x: Shaped[Tensor, "rows last"]) -> Shaped[Tensor, "batch pos last"]:
+    def get(self, x: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "batch pos ..."]:
         split: Tensor = x.unflatten(0, (self.batch, self.pos))
         return split
 
-    def put(
-        self, x: Shaped[Tensor, "rows last"], value: Shaped[Tensor, "batch pos last"]
-    ) -> Shaped[Tensor, "rows last"]:
+    def put(self, x: Shaped[Tensor, "rows ..."], value: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "rows ..."]:
         return value.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The heads that another view reads as `(kv_group, heads_per_group)`.
+
+    >>> Groups(Heads(6, 4), 2).get(torch.zeros(5, 24)).shape
+    torch.Size([5, 2, 3, 4])
+    """
+
+    view: View
+    kv_groups: int
+
+    def get(self, x: Tensor) -> Float[Tensor, "*batch kv_group heads_per_group d_head"]:
+        split: Tensor = self.view.get(x).unflatten(-2, (self.kv_groups, -1))
+        return split
+
+    def put(self, x: Tensor, value: Float[Tensor, "*batch kv_group heads_per_group d_head"]) -> Tensor:
+        return self.view.put(x, value.flatten(-3, -2))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some entries of the last axis, one after the other.
+
+    >>> Columns(2, 5).get(torch.arange(6))
+    tensor([2, 3, 4])
+    """
+
+    start: int
+    stop: int
+
+    def get(self, x: Shaped[Tensor, "*rows all"]) -> Shaped[Tensor, "*rows some"]:
+        return x[..., self.start : self.stop]
+
+    def put(self, x: Shaped[Tensor, "*rows all"], value: Shaped[Tensor, "*rows some"]) -> Shaped[Tensor, "*rows all"]:
+        changed = x.clone()
+        changed[..., self.start : self.stop] = value
+        return changed
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """What another view reads of the tensor with its last two axes exchanged: a weight kept as `[out, in]`.
+
+    >>> Transposed(Columns(0, 2)).get(torch.zeros(5, 3)).shape
+    torch.Size([3, 2])
+    """
+
+    view: View
+
+    def get(self, x: Shaped[Tensor, "*batch out in"]) -> Tensor:
+        return self.view.get(x.mT)
+
+    def put(self, x: Shaped[Tensor, "*batch out in"], value: Tensor) -> Shaped[Tensor, "*batch out in"]:
+        return self.view.put(x.mT, value).mT
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What another view reads, with one axis at another place.
+
+    >>> Moved(Heads(2, 3), 0, -2).get(torch.zeros(5, 6)).shape
+    torch.Size([2, 5, 3])
+    """
+
+    view: View
+    source: int
+    destination: int
+
+    def get(self, x: Tensor) -> Tensor:
+        return self.view.get(x).movedim(self.source, self.destination)
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return self.view.put(x, value.movedim(self.destination, self.source))
+
+
+def in_groups(view: View, kv_groups: int) -> View:
+    """The query heads that a view reads as `(kv_group, heads_per_group)`, without copying them."""
+    return replace(view, grouped=True) if isinstance(view, FusedQKV) else Groups(view, kv_groups)
 
 
 def whole(cfg: BridgeConfig) -> View:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.weight_access import execution_device
 
 
 class WrappedModel(nn.Module):
@@ -23,11 +24,10 @@ class WrappedModel(nn.Module):
         self.cfg.device = self.input_device()
 
     def input_device(self) -> torch.device:
-        """The device of the token embedding."""
+        """The device on which the token embedding runs."""
         model: Any = self.original_model
         embedding = model.get_input_embeddings()
-        device: torch.device = embedding.weight.device
-        return device
+        return execution_device(embedding)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the model, as `torch.nn.Module.to` does."""
@@ -48,11 +48,3 @@ class WrappedModel(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The model's own parameters."""
         return self.original_model.parameters(recurse)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The model's own state, with its own keys."""
-        return self.original_model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state with the model's own keys."""
-        return self.original_model.load_state_dict(state_dict, strict=strict, assign=assign)

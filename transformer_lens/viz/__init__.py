@@ -1,5 +1,30 @@
 """Pictures: self-contained HTML and PNG. Needs the extra `[viz]`."""
 
-from transformer_lens.viz.heatmap import Heatmap
+from transformer_lens.viz.heatmap import Heatmap, Heatmaps
+from transformer_lens.viz.of_runs import (
+    attention_patterns,
+    head_map,
+    logit_lens_grid,
+    logit_waterfall,
+    patching_map,
+    routing_map,
+    token_losses,
+)
+from transformer_lens.viz.picture import Picture
+from transformer_lens.viz.token_text import TokenText
+from transformer_lens.viz.waterfall import Waterfall
 
-__all__ = ["Heatmap"]
+__all__ = [
+    "Heatmap",
+    "Heatmaps",
+    "Picture",
+    "TokenText",
+    "Waterfall",
+    "attention_patterns",
+    "head_map",
+    "logit_lens_grid",
+    "logit_waterfall",
+    "patching_map",
+    "routing_map",
+    "token_losses",
+]

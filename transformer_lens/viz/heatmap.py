@@ -1,36 +1,52 @@
-"""`Heatmap`: a labelled matrix as a picture, to hover over in HTML or to print as PNG.
-
-The libraries are imported where they draw, so that importing this costs nothing without them.
-"""
+"""`Heatmap`, a labelled matrix, and `Heatmaps`, several of the same axes to pick from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens.utilities import to_numpy
+from transformer_lens.viz.picture import (
+    DIVERGING,
+    FONT,
+    MOST_LABELS,
+    SEQUENTIAL,
+    Picture,
+    escaped,
+    new_drawing,
+    plotly,
+    ticks,
+    visible,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+    from plotly.graph_objects import Figure
 
-MISSING = "drawing needs plotly and matplotlib: pip install 'transformer-lens-bridge[viz]'"
-COLOURS = "RdBu"
-"""Diverging, told apart by the common kinds of colour blindness."""
+MOST_NUMBERS = 400
+"""A PNG shows each cell's value up to this many cells."""
+MOST_PANELS = 24
+"""A PNG shows up to this many panels side by side."""
+COLUMNS = 4
 
 
-@dataclass(frozen=True)
-class Heatmap:
-    """A matrix with named rows and columns, coloured around zero.
+@dataclass(frozen=True, repr=False)
+class Heatmap(Picture):
+    """A matrix with named rows and columns.
 
-    >>> Heatmap(torch.eye(2), rows=["a", "b"], columns=["x", "y"], title="identity").values.shape
-    torch.Size([2, 2])
+    >>> picture = Heatmap(torch.eye(2), rows=["a", "b"], columns=["x", "y"], title="identity")
+    >>> picture
+    Heatmap 'identity' of 2 x 2
 
-    `value` says what a cell means, with its unit. Raises `ValueError` if the labels do not fit.
+    `value` says what a cell means, with its unit. Colours are centred on zero; `limits=(low, high)` with
+    `low >= 0` makes them run from little to much. `texts` are written into the cells, `notes` show on
+    hover. NaN leaves a cell blank. Raises `ValueError` if labels or texts do not fit.
     """
 
     values: Float[Tensor, "row column"]
@@ -40,88 +56,211 @@ class Heatmap:
     row_title: str = ""
     column_title: str = ""
     value: str = "value"
+    limits: tuple[float, float] | None = None
+    texts: Sequence[Sequence[str]] | None = None
+    notes: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        if list(self.values.shape) != [len(self.rows), len(self.columns)]:
+        expected = [len(self.rows), len(self.columns)]
+        if list(self.values.shape) != expected:
             raise ValueError(
-                f"heat map {self.title!r}: got values of shape {list(self.values.shape)}, expected "
-                f"{[len(self.rows), len(self.columns)]} for the labels given"
+                f"heat map {self.title!r}: got values of shape {list(self.values.shape)}, expected {expected} for the "
+                "labels given"
             )
+        for name, cells in (("texts", self.texts), ("notes", self.notes)):
+            if cells is not None and [len(cells), *{len(row) for row in cells}] != expected:
+                raise ValueError(f"heat map {self.title!r}: got {name} that do not fill {expected} cells")
 
-    def _matrix(self) -> tuple[np.ndarray, float]:
-        matrix = to_numpy(self.values.float())
-        return matrix, float(abs(matrix).max()) or 1.0
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.title!r} of {len(self.rows)} x {len(self.columns)}"
 
-    def save_html(self, path: str | Path) -> Path:
-        """Write one HTML file that needs nothing from outside; the values show on hover."""
-        try:
-            import plotly.graph_objects as graph
-        except ImportError as error:
-            raise ImportError(MISSING) from error
-        matrix, limit = self._matrix()
-        # Positions, not labels, are the coordinates: a token may occur twice.
-        picture = graph.Heatmap(
-            z=matrix,
-            x=list(range(len(self.columns))),
-            y=list(range(len(self.rows))),
-            zmin=-limit,
-            zmax=limit,
-            colorscale=COLOURS,
+    @property
+    def matrix(self) -> np.ndarray:
+        """The values as numpy, in single precision."""
+        return to_numpy(self.values.float())
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The values at the two ends of the colours."""
+        if self.limits is not None:
+            return self.limits
+        finite = np.abs(self.matrix[np.isfinite(self.matrix)])
+        limit = float(finite.max(initial=0.0)) or 1.0
+        return -limit, limit
+
+    @property
+    def colours(self) -> str:
+        return SEQUENTIAL if self.range[0] >= 0 else DIVERGING
+
+    # -- HTML --------------------------------------------------------------------------------------
+
+    def trace(self) -> Any:
+        """The cells as a plotly trace. Positions, not labels, are the coordinates: a token may occur twice."""
+        low, high = self.range
+        rows, columns = escaped(self.rows), escaped(self.columns)
+        notes = self.notes or [[""] * len(columns)] * len(rows)
+        about = [
+            [[row, column, note and f"<br>{note}"] for column, note in zip(columns, line, strict=True)]
+            for row, line in zip(rows, notes, strict=True)
+        ]
+        labels = (
+            {}
+            if self.texts is None
+            else {"text": [escaped(r) for r in self.texts], "texttemplate": "%{text}", "textfont": {"size": 11}}
+        )
+        return plotly().Heatmap(
+            z=np.round(self.matrix, 5),
+            x=list(range(len(columns))),
+            y=list(range(len(rows))),
+            zmin=low,
+            zmax=high,
+            colorscale=self.colours,
+            hoverongaps=False,
             xgap=1,
             ygap=1,
             colorbar={"title": {"text": self.value, "side": "right"}},
-            customdata=[[[row, column] for column in self.columns] for row in self.rows],
-            hovertemplate=f"%{{customdata[0]}}, %{{customdata[1]}}<br>{self.value}: %{{z:.3f}}<extra></extra>",
+            customdata=about,
+            hovertemplate=(
+                f"{self.row_title} %{{customdata[0]}}<br>{self.column_title} %{{customdata[1]}}<br>"
+                f"{self.value}: %{{z:.3f}}%{{customdata[2]}}<extra></extra>"
+            ),
+            **labels,
         )
-        figure = graph.Figure(picture)
-        figure.update_layout(
-            title={"text": self.title},
-            template="plotly_white",
-            height=max(320, 34 * len(self.rows) + 220),
-            xaxis={**self._axis(self.columns, self.column_title), "tickangle": -40},
-            yaxis={**self._axis(self.rows, self.row_title), "autorange": "reversed"},
-        )
-        path = Path(path)
-        figure.write_html(path, include_plotlyjs=True, full_html=True, config={"responsive": True})
-        return path
+
+    def layout(self) -> dict[str, Any]:
+        """Title and axes for plotly."""
+        return {
+            "title": {"text": self.title},
+            "template": "plotly_white",
+            "font": {"family": FONT},
+            "height": max(320, (34 if len(self.rows) <= 10 else 26) * min(len(self.rows), 60) + 220),
+            "margin": {"l": 90, "r": 30},
+            "xaxis": {**self._axis(self.columns, self.column_title), "tickangle": -40},
+            "yaxis": {**self._axis(self.rows, self.row_title), "autorange": "reversed"},
+        }
 
     @staticmethod
     def _axis(labels: Sequence[str], title: str) -> dict[str, Any]:
-        ticks = list(range(len(labels)))
+        places = ticks(labels)
+        shown = escaped(labels)
         return {
             "title": {"text": title},
-            "tickvals": ticks,
-            "ticktext": list(labels),
+            "tickvals": places,
+            "ticktext": [shown[place] for place in places],
             "tickangle": 0,
             "showgrid": False,
+            "zeroline": False,
+            "automargin": True,
         }
 
-    def save_png(self, path: str | Path) -> Path:
-        """Write a PNG that is readable at 900 pixels."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(MISSING) from error
-        matrix, limit = self._matrix()
-        width = max(7.5, 0.62 * len(self.columns) + 2.5)
-        figure = Figure(figsize=(width, max(3.2, 0.42 * len(self.rows) + 2.0)), layout="constrained")
-        axes = figure.subplots()
-        picture = axes.imshow(matrix, cmap=COLOURS, vmin=-limit, vmax=limit, aspect="auto")
-        axes.set_xticks(range(len(self.columns)), self.columns, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(self.rows)), self.rows)
+    def figure(self) -> Figure:
+        return plotly().Figure(self.trace(), self.layout())
+
+    # -- PNG ---------------------------------------------------------------------------------------
+
+    def draw(self, axes: Axes, numbers: bool = True) -> Any:
+        """Draw the cells into matplotlib axes; returns the image, for a colour bar."""
+        matrix, (low, high) = self.matrix, self.range
+        picture = axes.imshow(matrix, cmap=self.colours, vmin=low, vmax=high, aspect="auto")
+        x, y = ticks(self.columns), ticks(self.rows)
+        labels = [visible(self.columns[place]) for place in x]
+        axes.set_xticks(x, labels, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(y, [visible(self.rows[place]) for place in y], parse_math=False)
         axes.set_xlabel(self.column_title)
         axes.set_ylabel(self.row_title)
+        if numbers and (self.texts is not None or matrix.size <= MOST_NUMBERS):
+            for (row, column), cell in np.ndenumerate(matrix):
+                text = f"{cell:.2f}" if self.texts is None else visible(self.texts[row][column])
+                if np.isfinite(cell):
+                    ink = _ink((cell - low) / (high - low), self.colours)
+                    axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
+        return picture
+
+    def drawing(self) -> Drawing:
+        width = (0.62 if self.texts is None else 0.8) * min(len(self.columns), MOST_LABELS) + 2.5
+        figure = new_drawing(width, max(3.2, 0.42 * min(len(self.rows), MOST_LABELS) + 2.0))
+        axes = figure.subplots()
         axes.set_title(self.title, loc="left", fontsize=11)
-        for place, cell in ((p, matrix[p]) for p in _cells(matrix) if matrix.size <= 400):
-            dark = abs(cell) > 0.6 * limit
-            axes.text(
-                place[1], place[0], f"{cell:.2f}", ha="center", va="center", fontsize=7, color="w" if dark else "k"
-            )
-        figure.colorbar(picture, label=self.value)
-        path = Path(path)
-        figure.savefig(path, dpi=120)
-        return path
+        figure.colorbar(self.draw(axes), label=self.value)
+        return figure
 
 
-def _cells(matrix: np.ndarray) -> list[tuple[int, int]]:
-    return [(row, column) for row in range(matrix.shape[0]) for column in range(matrix.shape[1])]
+def _ink(share: float, colours: str) -> str:
+    """Black or white, whichever reads better on a colour `share` of the way up."""
+    if colours == SEQUENTIAL:
+        return "w" if share > 0.55 else "k"
+    return "w" if abs(share - 0.5) > 0.3 else "k"
+
+
+@dataclass(frozen=True, repr=False)
+class Heatmaps(Picture):
+    """Several heat maps, one of which shows at a time: a menu picks it. A PNG shows them side by side.
+
+    >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
+    >>> Heatmaps(panels, title="heads")
+    Heatmaps 'heads': 3 panels, head 0 to head 2
+
+    Raises `ValueError` for no panel, and for a `first` that is none of them.
+    """
+
+    panels: Mapping[str, Heatmap]
+    title: str
+    first: str = ""
+    """The panel that shows at the start; by default the first."""
+
+    def __post_init__(self) -> None:
+        if not self.panels:
+            raise ValueError(f"heat maps {self.title!r}: got no panel, expected at least one")
+        if self.first and self.first not in self.panels:
+            raise ValueError(f"heat maps {self.title!r}: got first={self.first!r}, expected one of {list(self.panels)}")
+
+    def __repr__(self) -> str:
+        names = list(self.panels)
+        return f"Heatmaps {self.title!r}: {len(names)} panels, {names[0]} to {names[-1]}"
+
+    def figure(self) -> Figure:
+        names = list(self.panels)
+        at = names.index(self.first or names[0])
+        traces = [panel.trace() for panel in self.panels.values()]
+        for place, trace in enumerate(traces):
+            trace.visible = place == at
+        layouts = [panel.layout() for panel in self.panels.values()]
+        buttons = [
+            {
+                "label": name,
+                "method": "update",
+                "args": [{"visible": [other == place for other in range(len(names))]}, {"xaxis": x, "yaxis": y}],
+            }
+            for place, name in enumerate(names)
+            for x, y in [(layouts[place]["xaxis"], layouts[place]["yaxis"])]
+        ]
+        menu = {"buttons": buttons, "active": at, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
+        layout = {**layouts[at], "title": {"text": self.title, "y": 0.98, "yanchor": "top"}, "updatemenus": [menu]}
+        layout |= {"margin": {**layouts[at]["margin"], "t": 110}, "height": layouts[at]["height"] + 40}
+        return plotly().Figure(traces, layout)
+
+    def drawing(self) -> Drawing:
+        shown = list(self.panels.items())[:MOST_PANELS]
+        columns = min(COLUMNS, len(shown))
+        rows = -(-len(shown) // columns)
+        sample = shown[0][1]
+        height = max(2.2, 0.16 * min(len(sample.rows), MOST_LABELS) + 1.0)
+        figure = new_drawing(3.2 * columns, height * rows + 0.6)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        left_out = len(self.panels) - len(shown)
+        more = f"   (the first {len(shown)} of {len(self.panels)})" if left_out else ""
+        figure.suptitle(self.title + more, x=0.01, ha="left", fontsize=11)
+        for axes in grid.flat[len(shown) :]:
+            axes.set_axis_off()
+        for place, ((name, panel), axes) in enumerate(zip(shown, grid.flat, strict=False)):
+            image = panel.draw(axes, numbers=False)
+            axes.set_title(name, loc="left", fontsize=9)
+            axes.tick_params(labelsize=6)
+            if place % columns:
+                axes.set_ylabel("")
+                axes.set_yticks([])
+            if place + columns < len(shown):
+                axes.set_xlabel("")
+                axes.set_xticks([])
+        figure.colorbar(image, ax=grid, label=sample.value, shrink=0.8)
+        return figure

@@ -2,15 +2,23 @@
 
 from transformer_lens.model_bridge.generalized_components.attention import (
     ALiBiJointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
+)
+from transformer_lens.model_bridge.generalized_components.attention_ports import (
     AttentionBridge,
     JointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
     NormedQKAttentionBridge,
-    PositionEmbeddingsAttentionBridge,
     QKVAttentionBridge,
     QKVBlocksAttentionBridge,
 )
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, HookOwner, Part
+from transformer_lens.model_bridge.generalized_components.base import (
+    ComponentBridge,
+    Hook,
+    HookOwner,
+    Part,
+    StreamMatrix,
+)
 from transformer_lens.model_bridge.generalized_components.block import (
     BlockBridge,
     ParallelBlockBridge,
@@ -73,5 +81,6 @@ __all__ = [
     "RotaryEmbeddingBridge",
     "RouterBridge",
     "SharedNormParallelBlockBridge",
+    "StreamMatrix",
     "UnembeddingBridge",
 ]

@@ -1,13 +1,12 @@
-"""Attention: projections, rotation, scores, pattern, z and each head's result.
+"""Attention with a twin: projections, rotation, scores, pattern, z and each head's result.
 
 Two axes of variation, each a table row: where q, k and v come from (three projections, or one fused
-matmul), and how positions enter (RoPE or ALiBi). Classes without a twin have the ports alone.
+matmul), and how positions enter (RoPE or ALiBi). Classes without a twin are in `attention_ports`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -25,125 +24,31 @@ from transformer_lens.model_bridge.generalized_components.attention_math import 
     rotate,
     softmax,
 )
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import Inside, Port
-from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
-from transformer_lens.model_bridge.views import (
-    View,
-    block_k,
-    block_q,
-    block_v,
-    fused_k,
-    fused_q,
-    fused_v,
-    key_value_heads,
-    query_heads,
+from transformer_lens.model_bridge.generalized_components.attention_ports import (
+    FUSED,
+    OF_ONE_MATMUL,
+    OF_PROJECTIONS,
+    OUTPUT,
+    ROTATED,
+    SCORES,
+    SEPARATE,
+    Places,
+    qkv_hooks,
 )
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
+from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
+from transformer_lens.model_bridge.sharding import Interior, Sharding
+from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
+from transformer_lens.model_bridge.views import View
 
 ALIBI = "ALiBi adds a bias to the scores and rotates nothing"
-LEARNED = "positions are added to the embeddings, and nothing is rotated"
-
-Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
-"""Where q, k and v are: the role whose output holds them, and how to see them in it."""
-SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
-FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
-BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
 
 
-def qkv_hooks(places: Places) -> tuple[Hook, ...]:
-    """The ports of every attention."""
-    meanings = {"q": "queries", "k": "keys", "v": "values"}
-    heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
-    enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
-    projections = tuple(
-        Hook(
-            f"hook_{part}",
-            f"batch pos {heads[part]} d_head",
-            f"the {meanings[part]}" + (" before position encoding" if part != "v" else ""),
-            Port(role, "out", view),
-            aliases=(f"{part}.hook_out",),
-        )
-        for part, (role, view) in places.items()
-    )
-    z = Hook(
-        "hook_z",
-        "batch pos head d_head",
-        "what each head read: the values averaged by its pattern",
-        Port("o", "in", query_heads),
-        aliases=("o.hook_in",),
-    )
-    return (enter, *projections, z)
-
-
-ROTATED = (
-    Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
-    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
-)
-SCORES = (
-    Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
-    Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
-    Hook(
-        "hook_result",
-        "batch pos head d_model",
-        "what each head adds to the stream; with the bias they sum to hook_attn_out",
-        Inside(),
-        on_request=True,
-    ),
-)
-
-
-class AttentionBridge(ComponentBridge):
-    """Attention of which only the ports are known; a subclass with a twin names the inside."""
-
-
-class QKVAttentionBridge(AttentionBridge):
-    """Attention with separate projections, ports alone: roles `q`, `k`, `v`, `o`."""
-
-    hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
-
-
-class JointQKVAttentionBridge(AttentionBridge):
-    """Attention with one fused, grouped matmul, ports alone: roles `qkv`, `o`."""
-
-    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
-
-
-class QKVBlocksAttentionBridge(AttentionBridge):
-    """Attention over learned positions with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o`."""
-
-    hooks = (*qkv_hooks(BLOCKS), *SCORES)
-    absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
-
-
-class NormedQKAttentionBridge(QKVAttentionBridge):
-    """RoPE attention that norms each head's query and key first: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
-
-    `hook_q` and `hook_k` are what the projections return; what is rotated is at the hooks added here.
-    """
-
-    hooks = (
-        *QKVAttentionBridge.hooks,
-        Hook(
-            "hook_q_normed",
-            "batch pos head d_head",
-            "the queries after their norm, before position encoding",
-            Port("q_norm"),
-            aliases=("q_norm.hook_out",),
-        ),
-        Hook(
-            "hook_k_normed",
-            "batch pos kv_head d_head",
-            "the keys after their norm, before position encoding",
-            Port("k_norm"),
-            aliases=("k_norm.hook_out",),
-        ),
-    )
-
-
-class TwinnedAttentionBridge(ComponentBridge):
+class TwinnedAttentionBridge(AttentionWeights, ComponentBridge):
     """Attention with a twin. Subclasses say where q, k and v are and how the model scores."""
 
     places: ClassVar[Places]
+    writes = OUTPUT
     cache_argument: ClassVar[str] = "past_key_values"
     rotates: ClassVar[bool] = True
 
@@ -173,6 +78,11 @@ class TwinnedAttentionBridge(ComponentBridge):
     @property
     def observes(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*dict.fromkeys(role for role, _ in self.places.values()), "o")
+
+    def interior(self, sharding: Sharding) -> Interior:
+        """Several processes share attention by heads."""
+        inputs = [self.role(role).path for role, _ in self.places.values()]
+        return sharding.of_attention(self.path, inputs, self.role("o").path)
 
     def masked(self, call: TwinCall, scores: Tensor) -> Float[Tensor, "B H Q K"]:
         """Scores with the mask added, in their own memory."""
@@ -220,7 +130,7 @@ class TwinnedAttentionBridge(ComponentBridge):
 
     def twin(self, call: TwinCall) -> tuple[Tensor, Tensor | None]:
         x: Float[Tensor, "B Q d_model"] = call.argument("hidden_states", 0)
-        q_BHQD, k_BGQD, v_BGQD = self.projections(call, x, self.branches(call))
+        q_BHQD, k_BGQD, v_BGQD = self.projections(call, x, self.branches(call, x.device))
         if self.rotates:
             q_BHQD, k_BGQD = self.turned(call, q_BHQD), self.turned(call, k_BGQD)
             q_BHQD = call.fire("hook_rot_q", q_BHQD.transpose(1, 2)).transpose(1, 2)
@@ -238,11 +148,13 @@ class TwinnedAttentionBridge(ComponentBridge):
         z_BQHD = torch.matmul(kept, v_BHKD).transpose(1, 2)
         return self.output(call, z_BQHD.reshape(*x.shape[:2], -1)), self.returned_pattern(call, pattern)
 
-    def branches(self, call: TwinCall) -> dict[str, Float[Tensor, "B Q H d_model"]]:
+    def branches(self, call: TwinCall, device: torch.device) -> dict[str, Float[Tensor, "B Q H d_model"]]:
         """What hooks changed of the stream as each query head's q, k and v read it, after the norm."""
         if call.stream is None:
             return {}
-        plain = call.stream[:, :, None].expand(-1, -1, call.cfg.n_heads, -1)
+        # With layers on several devices, the stream was remembered before it came to this one.
+        stream = call.shards.entering(call.stream.to(device))
+        plain = stream[:, :, None].expand(-1, -1, call.cfg.n_heads, -1)
         entering = call.fire("hook_attn_in", plain)
         read = {part: call.fire(f"hook_{part}_input", entering) for part in self.places}
         norm = plain_forward(self.parent.role("ln1").original_component)
@@ -291,7 +203,8 @@ class TwinnedAttentionBridge(ComponentBridge):
         if "past" not in call.kept:
             # A cache of fixed size hands back all of its places, the empty ones masked.
             return (layer.keys, layer.values) if layer.keys.shape[-2] > k.shape[-2] else (k, v)
-        keys, values = call.kept["past"]
+        # A GroupedCache keeps one key for each group, where the model caches one for each query head.
+        keys, values = (repeat_groups(past, k.shape[1]) for past in call.kept["past"])
         size = getattr(layer, "max_cache_len", None)
         if size is not None and keys.shape[-2] + k.shape[-2] <= size:
             return layer.keys, layer.values
@@ -312,9 +225,8 @@ class TwinnedAttentionBridge(ComponentBridge):
         changed = call.fire("hook_result", result)
         if changed is result:
             return out
-        bias = getattr(module, "bias", None)
-        total = changed.sum(2)
-        return total if bias is None else total + bias
+        total = call.shards.summed(changed.sum(2))
+        return total if getattr(module, "bias", None) is None else total + call.weight("o", "bias")
 
     def returned_pattern(self, call: TwinCall, pattern: Tensor) -> Tensor | None:
         """What the module returns beside its output: the pattern, where it computes one."""
@@ -340,6 +252,7 @@ class PositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
     """RoPE attention with separate projections: roles `q`, `k`, `v`, `o` (Mixtral, Llama, Mistral)."""
 
     places = SEPARATE
+    reads = OF_PROJECTIONS
     hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
@@ -347,16 +260,14 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
     """Falcon's RoPE attention, one fused and grouped matmul: roles `qkv`, `o` (`FalconAttention.forward`)."""
 
     places = FUSED
+    reads = OF_ONE_MATMUL
     hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
     cache_argument = "layer_past"
 
-    def projections(self, call: TwinCall, x: Tensor, branches: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().projections(call, x, branches)
-        return (q, k.contiguous(), v.contiguous()) if call.cfg.n_key_value_heads == 1 else (q, k, v)
-
     def cached_heads(self, x_BGKD: Tensor, cfg: BridgeConfig) -> Tensor:
-        """Grouped keys are given to every query head before they are cached; a single one is not."""
-        return x_BGKD if cfg.n_key_value_heads == 1 else repeat_groups(x_BGKD, cfg.n_heads)
+        """The new architecture gives every query head its key before it is cached (`FalconAttention._split_heads`)."""
+        module: Any = self.original_component
+        return repeat_groups(x_BGKD, cfg.n_heads) if module.new_decoder_architecture else x_BGKD
 
     def per_query_head(self, x: Tensor, cfg: BridgeConfig) -> Tensor:
         return x

@@ -13,7 +13,10 @@ from typing import Any, ClassVar, Protocol
 from torch import nn
 
 from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.peft_layers import computing_module
 from transformer_lens.model_bridge.ports import Inside, Port
+from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.twin_call import TwinCall
 
 NO_TWIN = "it is computed inside a module and handed over by none, and this architecture has no twin of that module"
@@ -31,6 +34,20 @@ class Hook:
     read_only: str = ""
     integer: bool = False
     on_request: bool = False
+
+
+@dataclass(frozen=True)
+class StreamMatrix:
+    """A weight that stands at the residual stream: the part it belongs to, and the names of its parameters.
+
+    A reading weight has d_model as its last axis. A writing one has it second to last, unless each
+    row is written as it is (an embedding). `bias=""`: the module has no place for one.
+    """
+
+    role: str = ""
+    weight: str = "weight"
+    bias: str = "bias"
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,16 @@ class ComponentBridge(HookOwner):
     """The component this one is a part of; not a submodule, for the tree has no cycles."""
     observes: ClassVar[tuple[str, ...]] = ()
     """The roles whose inputs and outputs the twin needs when it only looks."""
+    reads: ClassVar[tuple[StreamMatrix, ...]] = ()
+    """The weights that read what the norm in front of this component returns."""
+    writes: ClassVar[tuple[StreamMatrix, ...]] = ()
+    """The weights whose results are added to the stream as they are."""
+    feeds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """In a block: the role of each norm, and the roles that read what it returns."""
+    adds: ClassVar[tuple[str, ...]] = ()
+    """In a block: the roles whose outputs are added to the stream."""
+    cfg: BridgeConfig
+    """The numbers of the whole model, given by the bridge."""
     model: nn.Module
     """The Hugging Face model; not a submodule, for its parameters are not this component's."""
 
@@ -130,8 +157,23 @@ class ComponentBridge(HookOwner):
         """The Hugging Face module this component stands for, as it is in the model now."""
         found: nn.Module = self.model
         for part in self.path.split(".") if self.path else ():
-            found = found._modules[part]  # type: ignore[assignment]  # much faster than get_submodule
+            found = found._modules.get(part)  # type: ignore[assignment]  # much faster than get_submodule
+            if found is None:
+                raise RuntimeError(
+                    f"{self.name}: the model has no module at {self.path!r} any more; if a part of it was exchanged "
+                    "for torch.compile(part), call part.compile() instead, and for other surgery make a new bridge"
+                )
         return found
+
+    @property
+    def computing_module(self) -> nn.Module:
+        """That module without the wrappers that only adapt its parameters: where its twin stands in."""
+        return computing_module(self.original_component)
+
+    def interior(self, sharding: Sharding) -> Interior:
+        """How several processes divide what is inside the module."""
+        sharding.style(self.path)
+        return Interior(sharding.cfg)
 
     def begin(self, call: TwinCall) -> None:
         """Keep what the module is about to change, before a call that the twin looks into."""

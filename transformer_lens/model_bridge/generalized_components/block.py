@@ -36,10 +36,15 @@ RESID_POST = Hook("hook_resid_post", STREAM, "the residual stream that leaves th
 
 NO_MIDDLE = "attention and MLP read the same stream side by side, so there is no stream between them"
 
+EACH_ITS_OWN = {"ln1": ("attn",), "ln2": ("mlp",)}
+"""Every norm feeds one branch."""
+
 
 class BlockBridge(ComponentBridge):
     """A sequential block: roles `ln1`, `attn`, `ln2`, `mlp`."""
 
+    feeds = EACH_ITS_OWN
+    adds = ("attn", "mlp")
     hooks = (
         RESID_PRE,
         *BRANCHES,
@@ -55,6 +60,8 @@ class PostNormBlockBridge(ComponentBridge):
     """A sequential block with a norm before and after each branch: roles `ln1`, `attn`, `ln1_post`, `ln2`, `mlp`,
     `ln2_post`. What is added to the stream is what the later norm returns."""
 
+    feeds = EACH_ITS_OWN
+    adds = ("ln1_post", "ln2_post")
     hooks = (
         RESID_PRE,
         *BRANCHES,
@@ -69,6 +76,8 @@ class PostNormBlockBridge(ComponentBridge):
 class ParallelBlockBridge(ComponentBridge):
     """A parallel block with a norm for each branch: roles `ln1`, `attn`, `ln2`, `mlp`."""
 
+    feeds = EACH_ITS_OWN
+    adds = ("attn", "mlp")
     hooks = (RESID_PRE, *BRANCHES, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST)
     absent = {"hook_resid_mid": NO_MIDDLE}
 
@@ -76,6 +85,8 @@ class ParallelBlockBridge(ComponentBridge):
 class SharedNormParallelBlockBridge(ComponentBridge):
     """A parallel block whose one norm feeds both branches: roles `ln1`, `attn`, `mlp`."""
 
+    feeds = {"ln1": ("attn", "mlp")}
+    adds = ("attn", "mlp")
     hooks = (
         RESID_PRE,
         *BRANCHES,

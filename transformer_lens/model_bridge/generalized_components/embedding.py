@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
+from transformer_lens.model_bridge.generalized_components.weights import Weight, linear, own
 from transformer_lens.model_bridge.ports import Port
 
 
 class EmbeddingBridge(ComponentBridge):
     """The token embedding; its output is the model's `hook_embed`."""
 
+    writes = (StreamMatrix(bias="", rows=True),)
+    W_E = Weight("d_vocab d_model", "what each token writes into the stream", own("weight"))
+
 
 class PositionEmbeddingBridge(ComponentBridge):
     """A table of learned positions; its output is the model's `hook_pos_embed`."""
+
+    writes = (StreamMatrix(bias="", rows=True),)
+    W_pos = Weight("pos d_model", "what each position writes into the stream", own("weight"))
 
 
 class RotaryEmbeddingBridge(ComponentBridge):
@@ -21,12 +28,16 @@ class RotaryEmbeddingBridge(ComponentBridge):
 class UnembeddingBridge(ComponentBridge):
     """The map from the final stream to the vocabulary."""
 
+    reads = (StreamMatrix(),)
+    W_U = Weight("d_model d_vocab", "what each token's logit reads of the final stream", linear(""))
+    b_U = Weight("d_vocab", "added to the logits", linear("", "bias"))
     hooks = (Hook("hook_out", "batch pos d_vocab", "the logits", Port(side="out")),)
 
 
 class HeadBridge(ComponentBridge):
     """A head that is no unembedding: classification of sequences or tokens, or question answering."""
 
+    reads = (StreamMatrix(),)
     hooks = (Hook("hook_out", "batch pos d_vocab_out", "what the head computes at every position", Port(side="out")),)
 
 

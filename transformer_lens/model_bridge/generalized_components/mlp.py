@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
+from transformer_lens.model_bridge.generalized_components.weights import DenseWeights, GatedWeights
 from transformer_lens.model_bridge.ports import Port
 
 DENSE = "this MLP is dense: it has no router and no experts"
 MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in", arg="x"))
 
 
-class MLPBridge(ComponentBridge):
+class MLPBridge(DenseWeights, ComponentBridge):
     """A dense MLP with the roles `in` and `out`."""
 
+    reads = (StreamMatrix("in"),)
+    writes = (StreamMatrix("out"),)
     hooks = (
         MLP_IN,
         Hook(
@@ -38,9 +41,11 @@ class MLPBridge(ComponentBridge):
     }
 
 
-class GatedMLPBridge(ComponentBridge):
+class GatedMLPBridge(GatedWeights, ComponentBridge):
     """A dense gated MLP with the roles `gate`, `in` and `out`: `out(act(gate(x)) * in(x))`."""
 
+    reads = (StreamMatrix("gate"), StreamMatrix("in"))
+    writes = (StreamMatrix("out"),)
     hooks = (
         MLP_IN,
         Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate", "out")),

@@ -9,8 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
+from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
+from transformer_lens.model_bridge.sharding import ALONE, Interior, Sharding, Shards
 from transformer_lens.model_bridge.twin_call import TwinCall
 
 
@@ -32,28 +34,37 @@ class RouterBridge(ComponentBridge):
 class ExpertsBridge(ComponentBridge):
     """The experts: gated MLPs side by side, their weights stacked along the first axis."""
 
+    def interior(self, sharding: Sharding) -> Interior:
+        """Several processes share the neurons of each expert, or have some experts each."""
+        return sharding.of_experts(self.path)
+
     def twin(self, call: TwinCall) -> Float[Tensor, "row d_model"] | None:
         """Each chosen expert's gated MLP on its own tokens, weighted and summed (`MixtralExperts`).
 
         Tokens are grouped by expert in the order of eager transformers, and outputs are added in the
-        order of the experts, so that the sum is bitwise the same.
+        order of the experts, so that the sum is bitwise the same. Processes that share the experts each
+        have some of the pairs, or some of every pair's neurons.
         """
-        x: Float[Tensor, "row d_model"] = call.args[0]
+        x: Float[Tensor, "row d_model"] = call.shards.entering(call.args[0])
         chosen: Int[Tensor, "row chosen"] = call.args[1]
         weights: Float[Tensor, "row chosen"] = call.args[2]
         module: Any = call.module
-        groups = _Groups(chosen, int(call.cfg.num_experts or 1))
-        hidden = groups.linear(x[groups.row], module.gate_up_proj)
+        by_expert = "expert" in call.divided
+        groups = _Groups(chosen, int(call.cfg.num_experts or 1), call.shards if by_expert else ALONE)
+        hidden = groups.linear(x[groups.row], call.weight("", "gate_up_proj"))
         before, straight = hidden.chunk(2, dim=-1)
         gate, linear = groups.fire(call, "hook_pre", before), groups.fire(call, "hook_pre_linear", straight)
         if gate is not before or linear is not straight:
             # Laid out as the module's own hidden layer, or the activation rounds differently.
             gate, linear = torch.cat([gate, linear], dim=-1).chunk(2, dim=-1)
         post = groups.fire(call, "hook_post", module.act_fn(gate) * linear)
-        out = groups.fire(call, "hook_expert_out", groups.linear(post, module.down_proj))
+        if not (call.writing or call.wants("hook_expert_out")):
+            return None
+        out = groups.linear(post, call.weight("", "down_proj"))
+        out = groups.fire(call, "hook_expert_out", out if by_expert else call.shards.summed(out))
         if not call.writing:
             return None
-        weighted = (groups.by_token(out) * weights[..., None]).to(x.dtype)
+        weighted = (groups.by_token(groups.whole(out)) * weights[..., None]).to(x.dtype)
         ordered = weighted.gather(1, torch.argsort(chosen, dim=-1, stable=True)[..., None].expand_as(weighted))
         total = torch.zeros_like(x)
         for nth in range(chosen.shape[1]):
@@ -62,18 +73,32 @@ class ExpertsBridge(ComponentBridge):
 
 
 class _Groups:
-    """The chosen (token, expert) pairs sorted by expert; within one, first choices come first."""
+    """The chosen (token, expert) pairs sorted by expert; within one, first choices come first.
 
-    def __init__(self, chosen: Int[Tensor, "row chosen"], experts: int) -> None:
+    Where processes have some experts each, `row` and `counts` are those of this one's pairs.
+    """
+
+    def __init__(self, chosen: Int[Tensor, "row chosen"], experts: int, shards: Shards) -> None:
         self.shape = chosen.shape
+        self.shards = shards
         self.order = torch.argsort(chosen.T.reshape(-1), stable=True)
-        self.row = self.order % len(chosen)
-        self.counts: list[int] = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
+        counts: list[int] = torch.bincount(chosen.reshape(-1), minlength=experts).tolist()
+        each = experts // shards.size
+        self.sizes = [sum(counts[each * rank : each * (rank + 1)]) for rank in range(shards.size)]
+        start = sum(self.sizes[: shards.rank])
+        self.row = (self.order % len(chosen))[start : start + self.sizes[shards.rank]]
+        self.counts = counts[each * shards.rank : each * (shards.rank + 1)]
 
     def linear(self, x: Float[Tensor, "pair in"], weights: Float[Tensor, "expert out in"]) -> Float[Tensor, "pair out"]:
         """Every pair through its expert's weight."""
+        if not len(x):
+            return F.linear(x, weights[0])
         parts = enumerate(x.split(self.counts))
-        return torch.cat([F.linear(rows, _of_expert(weights, expert)) for expert, rows in parts if len(rows)])
+        return torch.cat([F.linear(rows, weights[expert]) for expert, rows in parts if len(rows)])
+
+    def whole(self, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "pair width"]:
+        """The pairs of all processes."""
+        return self.shards.gather(pairs, 0, self.sizes)
 
     def by_token(self, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "row chosen width"]:
         """Back in the order of the tokens and their choices."""
@@ -85,31 +110,26 @@ class _Groups:
         """Show a value to its hook by token, where any hook wants it."""
         if not call.wants(name):
             return pairs
-        shown = self.by_token(pairs)
+        shown = self.by_token(self.whole(pairs))
         new = call.fire(name, shown)
-        return pairs if new is shown else new.transpose(0, 1).reshape(pairs.shape)[self.order]
-
-
-def _of_expert(weights: Tensor, expert: int) -> Tensor:
-    if weights.is_meta:
-        raise ValueError(
-            "the experts' weights are offloaded (on the meta device), so hooks inside them cannot be computed; "
-            "load the model without offloading this layer"
-        )
-    return weights[expert]
+        if new is shown:
+            return pairs
+        return self.shards.slice(new.transpose(0, 1).reshape(-1, new.shape[-1])[self.order], 0, self.sizes)
 
 
 def _inside_experts(name: str, axes: str, meaning: str) -> Hook:
     return Hook(name, axes, meaning, Inside("experts", rows_of=""))
 
 
-class MoEBridge(ComponentBridge):
+class MoEBridge(ExpertWeights, ComponentBridge):
     """A mixture of experts with the roles `gate` (the router) and `experts`.
 
     The router returns `(logits, weights, indices)` over flattened tokens; the experts use the weights
     and indices alone (source: `MixtralSparseMoeBlock` in transformers >= 5.13).
     """
 
+    reads = (StreamMatrix("gate", bias=""), StreamMatrix("experts", "gate_up_proj", bias=""))
+    writes = (StreamMatrix("experts", "down_proj", bias=""),)
     hooks = (
         Hook(
             "hook_in",

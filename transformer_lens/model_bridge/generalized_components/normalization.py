@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.weights import NormWeights
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.twin_call import TwinCall
 
@@ -36,6 +37,10 @@ class NormalizationBridge(ComponentBridge):
     """
 
     hooks: ClassVar[tuple[Hook, ...]] = (SCALE, NORMALIZED)
+    affine: ClassVar[tuple[str, ...]] = ()
+    """The parameters that multiply, and are added to, the normalised stream; none where the formula is unknown."""
+    centres: ClassVar[bool] = False
+    """Whether the mean over d_model is taken off, so that a constant added along d_model changes nothing."""
 
 
 class FinalNormalizationBridge(NormalizationBridge):
@@ -44,11 +49,13 @@ class FinalNormalizationBridge(NormalizationBridge):
     hooks = (SCALE, NORMALIZED, FINAL_OUT)
 
 
-class LayerNormBridge(NormalizationBridge):
+class LayerNormBridge(NormWeights, NormalizationBridge):
     """LayerNorm (Ba et al. 2016), as `torch.nn.LayerNorm` computes it: half precision in float32."""
 
+    affine = ("weight", "bias")
+    centres = True
+
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
-        module: Any = call.module
         x = _input(call)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if not call.writing:
@@ -59,14 +66,16 @@ class LayerNormBridge(NormalizationBridge):
         centred = wide - wide.mean(-1, keepdim=True)
         scale = call.fire("hook_scale", (centred.square().mean(-1, keepdim=True) + call.cfg.eps).sqrt())
         normalized = call.fire("hook_normalized", (centred / scale).to(x.dtype))
-        return torch.addcmul(module.bias, normalized, call.weight(""))
+        return torch.addcmul(call.weight("", "bias"), normalized, call.weight(""))
 
 
-class RMSNormBridge(NormalizationBridge):
+class RMSNormBridge(NormWeights, NormalizationBridge):
     """RMSNorm (Zhang and Sennrich 2019), as `MixtralRMSNorm` computes it.
 
     In float32 whatever the model's dtype, and rounded before the weight.
     """
+
+    affine = ("weight",)
 
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
         x = _input(call)

@@ -36,6 +36,13 @@ BLOCKS: dict[str, tuple[type[Any], dict[str, str]]] = {
     "parallel, one norm": (SharedNormParallelBlockBridge, {"ln1": "input_layernorm"}),
     "parallel, two norms": (ParallelBlockBridge, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
 }
+LAYOUT_NAMES = {
+    (False, False, "sequential", True): "RW",
+    (False, True, "parallel, one norm", False): "7B",
+    (True, False, "parallel, one norm", False): "11B",
+    (True, False, "parallel, two norms", False): "40B and 180B",
+}
+"""Whether it is the new architecture, whether all heads share a key, the block, ALiBi -> the models that have it."""
 ATTENTION = {True: ALiBiJointQKVAttentionBridge, False: JointQKVPositionEmbeddingsAttentionBridge}
 
 
@@ -127,6 +134,17 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         if c.new_decoder_architecture:
             return int(c.num_kv_heads)
         return 1 if c.multi_query else int(c.num_attention_heads)
+
+    def layout_name(self) -> str:
+        """The published models that have this layout."""
+        new = bool(self.config.new_decoder_architecture)
+        name = LAYOUT_NAMES.get((new, self.key_value_groups() == 1, self.block_kind(), bool(self.config.alibi)))
+        known = f"Falcon {name} layout" if name else "Falcon, as none of the published layouts"
+        return f"{known} (new decoder architecture)" if new else known
+
+    def cached_heads(self) -> int:
+        """The new architecture gives each query head its key before caching it (`FalconAttention._split_heads`)."""
+        return self.cfg.n_heads if self.config.new_decoder_architecture else self.cfg.n_key_value_heads
 
     def variant(self) -> Mapping[str, Any]:
         kind = self.block_kind()

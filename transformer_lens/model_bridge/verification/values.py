@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.verification.evidence import Evidence, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
+from transformer_lens.model_bridge.weight_access import read_weight
 
 NORMED = {"ln1": ("attn",), "ln2": ("mlp",), "ln_final": ("unembed", "head")}
 """Which component reads what a norm returns."""
@@ -226,8 +228,8 @@ def projected_heads(e: Evidence) -> Iterator[CheckResult]:
         if z is None or out is None:
             continue
         module: Any = e.components[f"{attention}.o"].original_component
-        plain = isinstance(module, nn.Linear) and module.weight.is_floating_point() and not module.weight.is_meta
-        if not plain:  # quantised, offloaded, or another class: the module itself knows how to multiply
+        plain = isinstance(module, nn.Linear) and not is_quantised(module.weight) and not module.weight.is_meta
+        if not plain:  # quantised, adapted, offloaded, or another class: the module itself knows how to multiply
             yield compared("z @ W_O", f"{attention}.hook_z", module(z.flatten(-2)), out, e.rounding)
             continue
         wide = z.float() if z.dtype != torch.float64 else z
@@ -258,20 +260,22 @@ def experts(e: Evidence) -> Iterator[CheckResult]:
 
 def _expert_by_expert(e: Evidence, name: str) -> Iterator[CheckResult]:
     """The matmuls of the chosen experts, from the weights themselves, where they are stacked as Mixtral's."""
-    module: Any = e.components[f"{name}.experts"].original_component
+    component = e.components[f"{name}.experts"]
+    module: Any = component.computing_module
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
     values = [e.value(hook) for hook in hooks]
-    stacked = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
+    known = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
     read = e.received(name)
-    if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) or w.is_meta for w in stacked):
+    if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) for w in known):
         return
+    gates_up, downs = (read_weight(component.original_component, w) for w in ("gate_up_proj", "down_proj"))
     chosen, pre, linear, post, out = (value for value in values if value is not None)
     x = read[:, :, None].expand(*chosen.shape, -1)
     expected = {hook: torch.zeros_like(value) for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True)}
     for expert in chosen.unique().tolist():
         here = chosen == expert
-        gate, up = F.linear(x[here], module.gate_up_proj[expert]).chunk(2, -1)
-        down = F.linear(post[here], module.down_proj[expert])
+        gate, up = F.linear(x[here], gates_up[expert]).chunk(2, -1)
+        down = F.linear(post[here], downs[expert])
         for hook, value in zip(hooks[1:], (gate, up, module.act_fn(gate) * up, down), strict=True):
             expected[hook][here] = value
     for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True):

@@ -1,0 +1,308 @@
+"""`make mutants`: break each line of the twins' formulas in a scratch copy, and see a test fail.
+
+Every mutant is one small change of the syntax tree of one file; a mutant that all tests of the twins
+pass is a survivor, and is printed, unless EQUIVALENT says why it computes the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPONENTS = "transformer_lens/model_bridge/generalized_components"
+TWINS = "tests/twins"
+
+FIRST = {
+    "attention": ("test_core.py",),
+    "attention_math": ("test_core.py",),
+    "normalization": ("test_norms.py", "test_core.py"),
+    "moe": ("test_experts.py", "test_core.py"),
+}
+"""The files that are mutated, and the tests that are likeliest to notice; all others of tests/twins follow."""
+
+SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.BitAnd: ast.BitOr,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+DROPPED = {
+    "all",
+    "any",
+    "bool",
+    "clone",
+    "contiguous",
+    "expand",
+    "expand_as",
+    "float",
+    "sum",
+    "mean",
+    "sqrt",
+    "square",
+    "reciprocal",
+    "rsqrt",
+    "softmax",
+    "tril",
+    "transpose",
+    "to",
+    "unsqueeze",
+    "flatten",
+    "unflatten",
+    "reshape",
+    "masked_fill",
+    "mul_",
+    "div_",
+    "add_",
+    "argsort",
+    "chunk",
+    "index_put",
+}
+"""Methods whose call is left out; where what is left has another shape, that is the easiest mutant to kill."""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+"""(line as it stands, the change) -> why no test can tell."""
+
+
+class Mutant(NamedTuple):
+    """One change: which file, which line, what was done, and the whole text that results."""
+
+    file: str
+    line: int
+    text: str
+    change: str
+    source: str
+
+
+def changed_nodes(node: ast.AST) -> Iterator[tuple[str, ast.AST | None]]:
+    """What may stand in a node's place, and what to call it; `None` takes a statement out."""
+    new = copy.deepcopy(node)
+    if isinstance(new, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(new.op) in SWAPPED:
+        old = type(new.op).__name__
+        new.op = SWAPPED[type(new.op)]()  # type: ignore[assignment]
+        yield f"{old} -> {type(new.op).__name__}", new
+    elif isinstance(new, ast.Compare) and type(new.ops[0]) in SWAPPED:
+        old = type(new.ops[0]).__name__
+        new.ops[0] = SWAPPED[type(new.ops[0])]()  # type: ignore[call-overload]
+        yield f"{old} -> {type(new.ops[0]).__name__}", new
+    elif isinstance(new, ast.UnaryOp) and not isinstance(new.operand, ast.Constant):
+        yield f"without {type(new.op).__name__}", new.operand
+    elif isinstance(new, ast.Constant) and isinstance(new.value, (bool, int, float)):
+        new.value = not new.value if isinstance(new.value, bool) else new.value + 1
+        yield f"{ast.unparse(node)} -> {new.value}", new
+    elif isinstance(new, (ast.IfExp, ast.If)) and not isinstance(new.test, (ast.Compare, ast.UnaryOp)):
+        new.test = ast.UnaryOp(ast.Not(), new.test)
+        yield "condition negated", new
+    elif isinstance(new, ast.AugAssign) or (isinstance(new, ast.Expr) and isinstance(new.value, ast.Call)):
+        yield "statement dropped", None
+    elif isinstance(new, ast.Call):
+        yield from changed_calls(new)
+
+
+def changed_calls(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
+    if isinstance(call.func, ast.Attribute) and call.func.attr in DROPPED:
+        yield f"without .{call.func.attr}", call.func.value
+    numbers = [a for a in call.args[:2] if not isinstance(a, (ast.Starred, ast.Constant, ast.UnaryOp))]
+    if len(numbers) == 2 and ast.unparse(numbers[0]) != "call":
+        swapped = copy.deepcopy(call)
+        swapped.args[:2] = swapped.args[1::-1]
+        yield "arguments swapped", swapped
+
+
+class Replace(ast.NodeTransformer):
+    """Puts something else in the place of one node."""
+
+    def __init__(self, target: ast.AST, new: ast.AST | None) -> None:
+        self.target = target
+        self.new = new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if node is self.target:
+            return ast.Pass() if self.new is None else self.new
+        return super().generic_visit(node)
+
+
+def formula_nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every node of a formula's body, without annotations and messages of errors; rows of tables are no formula."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    for function in [n for n in functions if "-> tuple[Hook" not in ast.unparse(n) and "-> Hook" not in ast.unparse(n)]:
+        waiting: list[ast.AST] = list(function.body)
+        while waiting:
+            node = waiting.pop(0)
+            if isinstance(node, (ast.Raise, ast.FunctionDef, ast.arg)):
+                continue
+            yield node
+            annotation = node.annotation if isinstance(node, ast.AnnAssign) else None
+            waiting += [child for child in ast.iter_child_nodes(node) if child is not annotation]
+
+
+def mutants_of(name: str) -> list[Mutant]:
+    """All mutants of one file, in the order of their lines."""
+    file = f"{COMPONENTS}/{name}.py"
+    text = (ROOT / file).read_text()
+    tree, found = ast.parse(text), []
+    places = {node: place for place, node in enumerate(ast.walk(tree))}
+    for node in formula_nodes(tree):
+        for change, new in changed_nodes(node):
+            fresh = copy.deepcopy(tree)
+            target = list(ast.walk(fresh))[places[node]]
+            source = ast.unparse(ast.fix_missing_locations(Replace(target, new).visit(fresh)))
+            line: int = node.lineno  # type: ignore[attr-defined]
+            found.append(Mutant(file, line, text.splitlines()[line - 1].strip(), change, source))
+    return sorted(found, key=lambda mutant: mutant.line)
+
+
+def tests_for(name: str, quick: bool) -> list[list[str]]:
+    first = [f"{TWINS}/{file}" for file in FIRST[name]]
+    rest = [f"{TWINS}/{f.name}" for f in (ROOT / TWINS).glob("test_*.py") if f"{TWINS}/{f.name}" not in first]
+    return [first] if quick else [first, sorted(rest, key=lambda file: ("exactness" in file, file))]
+
+
+def run_tests(place: str, stages: list[list[str]], log: str) -> None:
+    """In a process of its own: exit status 0 if everything passed, though the code is broken."""
+    os.chdir(place)
+    sys.path.insert(0, place)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    import pytest
+
+    for files in stages:
+        options = [
+            "-x",
+            "-q",
+            "-n",
+            "0",
+            "--assert",
+            "plain",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow and not gpu",
+            "--timeout",
+            "120",
+        ]
+        status = pytest.main([*options, *files])
+        import transformer_lens
+
+        assert Path(transformer_lens.__file__).is_relative_to(place), "the tests ran on another copy of the package"
+        if status:
+            os._exit(1)
+    os._exit(0)
+
+
+def survives(place: Path, mutant: Mutant | None, name: str, limit: float, quick: bool = False) -> bool:
+    """Whether every test passes with the mutant in its file; a mutant that never ends is noticed too."""
+    target = place / f"{COMPONENTS}/{name}.py"
+    kept = target.read_text()
+    if mutant is not None:
+        target.write_text(mutant.source)
+    try:
+        process = CONTEXT.Process(target=run_tests, args=(str(place), tests_for(name, quick), str(place / "log.txt")))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return process.exitcode == 0
+    finally:
+        target.write_text(kept)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "torch", "transformers.models.falcon", "transformers.models.mixtral"])
+
+
+def copies(number: int, folder: Path) -> list[Path]:
+    """Scratch copies of what the tests need."""
+    places = []
+    for nth in range(number):
+        place = folder / f"copy{nth}"
+        for part in ("transformer_lens", "tests"):
+            shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", place)
+        places.append(place)
+    return places
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", help=f"of {', '.join(FIRST)}; default all")
+    parser.add_argument("--line", type=int, nargs="*", help="only mutants of these lines")
+    parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--every", type=int, default=1, help="only every n-th mutant")
+    parser.add_argument("--quick", action="store_true", help="the likeliest tests alone")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for one mutant")
+    asked = parser.parse_args()
+    todo = [
+        (name, mutant)
+        for name in asked.files or FIRST
+        for mutant in mutants_of(name)
+        if not asked.line or mutant.line in asked.line
+    ][:: asked.every]
+    if asked.list:
+        for _, mutant in todo:
+            print(f"{mutant.file}:{mutant.line}: {mutant.change}: {mutant.text}")
+        print(f"{len(todo)} mutants")
+        return 0
+    began, survivors, argued = time.monotonic(), [], 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        free = copies(asked.jobs, Path(folder))
+
+        def attempt(job: tuple[str, Mutant]) -> bool:
+            place = free.pop()
+            try:
+                return survives(place, job[1], job[0], asked.limit, asked.quick)
+            finally:
+                free.append(place)
+
+        for name in asked.files or FIRST:
+            if not survives(free[0], None, name, asked.limit, quick=True):
+                print((free[0] / "log.txt").read_text()[-3000:])
+                print(f"the tests of {name} fail on the code as it stands; nothing was mutated")
+                return 2
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            for done, ((_, mutant), alive) in enumerate(zip(todo, pool.map(attempt, todo), strict=True), 1):
+                why = EQUIVALENT.get((mutant.text, mutant.change)) if alive else None
+                argued += why is not None
+                if alive:
+                    survivors += [mutant] if why is None else []
+                    label = "SURVIVED" if why is None else "equivalent"
+                    print(f"{label} {mutant.file}:{mutant.line}: {mutant.change}: {mutant.text}", flush=True)
+                if done % 20 == 0:
+                    print(f"... {done} of {len(todo)} after {time.monotonic() - began:.0f} s", flush=True)
+    killed = len(todo) - len(survivors) - argued
+    seconds = time.monotonic() - began
+    print(f"{len(todo)} mutants: {killed} killed, {argued} equivalent, {len(survivors)} survived; {seconds:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Activation patching: what of a clean run's result comes back when one activation of it is put into a corrupted run.
+
+Sources: Vig et al. 2020 (causal mediation), Meng et al. 2022 (causal tracing), Wang et al. 2022 (indirect
+objects). The sweeps run on `patching_engine`; each equals a loop over `run_with_hooks` to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.patch_setters import (
+    PatchSetter,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+)
+from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
+from transformer_lens.analysis.patching_index import index_rows, make_df_from_ranges
+from transformer_lens.utilities import get_act_name
+
+Cache = Mapping[str, Tensor]
+KEY_VALUE = ("k", "v", "rot_k")
+"""Activations with an axis of key-value heads, of which grouped models have fewer."""
+
+
+def generic_activation_patch(
+    model: TransformerBridge,
+    corrupted_tokens: SweepInput,
+    clean_cache: Cache,
+    patching_metric: Metric,
+    patch_setter: PatchSetter,
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: Any = None,
+    return_index_df: bool = False,
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+    verbose: bool = True,
+) -> Any:
+    """
+    >>> _, clean_cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
+    >>> corrupted = bridge.to_tokens("When Mary and John went to the store, Mary gave a drink to")
+    >>> mary, john = bridge.to_single_token(" Mary"), bridge.to_single_token(" John")
+    >>> def metric(logits):
+    ...     return logits[0, -1, mary] - logits[0, -1, john]
+    >>> sweep = (bridge, corrupted, clean_cache, metric, layer_pos_patch_setter, "mlp_out")
+    >>> generic_activation_patch(*sweep, index_axis_names=("layer", "pos"), verbose=False).shape
+    torch.Size([4, 15])
+    >>> generic_activation_patch(*sweep, index_df=[(0, 9), (2, 14)], verbose=False).shape
+    torch.Size([2])
+
+    The metric under each patch of a sweep: row by row of an index table, `patch_setter(corrupted_activation,
+    index, clean_activation)` says what the activation `activation_name` of layer `index[0]` becomes.
+
+    Give `index_axis_names` for every combination, in the result's shape; the axes are `layer`, `pos`,
+    `src_pos`, `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`. Or give
+    `index_df`, a table whose first column is the layer, for a flat result. `return_index_df` returns the
+    table as well. `corrupted_tokens` may be embeddings. The other keywords are those of `run_interventions`.
+
+    The metric gets logits [batch pos d_vocab] and makes one number of them, once for each row, in no
+    particular order. Raises `KeyError` for an activation that this model or the clean cache does not have,
+    with the reason, and `ValueError` for axes and shapes that do not fit.
+    """
+    if (index_axis_names is None) == (index_df is None):
+        raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
+    input, mask = input_and_mask(model, corrupted_tokens, attention_mask)
+    shape: list[int] = []
+    if index_axis_names is not None:
+        shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
+        index_df = make_df_from_ranges(shape, index_axis_names)
+    rows = index_rows(index_df)
+    found = run_interventions(
+        model,
+        input,
+        _interventions(model, clean_cache, patch_setter, activation_name, rows),
+        patching_metric,
+        attention_mask=mask,
+        memory_budget=memory_budget,
+        verbose=verbose,
+    )
+    result = found if index_axis_names is None else found.reshape(shape)
+    return (result, index_df) if return_index_df else result
+
+
+def _interventions(
+    model: TransformerBridge, clean_cache: Cache, patch_setter: PatchSetter, activation_name: str, rows: list[list[int]]
+) -> list[Intervention]:
+    """Each row of an index table as a hook on that layer's activation."""
+    names = {layer: _full_name(model, activation_name, layer) for layer in dict.fromkeys(row[0] for row in rows)}
+    clean = {layer: _clean_activation(clean_cache, name) for layer, name in names.items()}
+
+    def setting(index: list[int]) -> Callable[..., Any]:
+        def patch(corrupted_activation: Tensor, hook: Any) -> Any:
+            given = clean[index[0]].to(corrupted_activation.device)
+            _check_shapes(str(hook.name), given, corrupted_activation)
+            return patch_setter(corrupted_activation, index, given)
+
+        return patch
+
+    return [(names[row[0]], setting(row)) for row in rows]
+
+
+def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: int) -> int:
+    cfg = model.cfg
+    heads = cfg.n_key_value_heads if activation_name in KEY_VALUE else cfg.n_heads
+    sizes = {"layer": cfg.n_layers, "pos": pos, "src_pos": pos, "dest_pos": pos, "head": heads, "head_index": heads}
+    if cfg.num_experts:
+        sizes["expert"] = cfg.num_experts
+    if axis not in sizes:
+        raise ValueError(f"index_axis_names: got {axis!r}, expected some of {', '.join(sizes)}")
+    return sizes[axis]
+
+
+def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> str:
+    """The hook of an activation: `resid_pre`, `q`, or, in full, `ln1.hook_scale`."""
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
+    full = "hook_" in activation_name
+    return model.canonical_name(f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer))
+
+
+def _clean_activation(clean_cache: Cache, name: str) -> Tensor:
+    if name not in clean_cache:
+        raise KeyError(f"clean_cache: it holds no {name!r}; cache that activation in the clean run as well")
+    return clean_cache[name]
+
+
+def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
+    """The runs have to fit position by position; a clean batch of one serves every corrupted row."""
+    fits = clean.ndim == corrupted.ndim and clean.shape[1:] == corrupted.shape[1:]
+    if not fits or len(clean) not in (1, len(corrupted)):
+        raise ValueError(
+            f"clean_cache at {name!r}: got shape {list(clean.shape)}, expected {list(corrupted.shape)} as in the "
+            "corrupted run (or a batch of one); the prompts need as many tokens, and the cache its batch axis"
+        )
+
+
+@dataclass(frozen=True)
+class PatchSweep:
+    """
+    >>> get_act_patch_resid_pre.index_axis_names
+    ('layer', 'pos')
+
+    A ready-made sweep: `sweep(model, corrupted_tokens, clean_cache, patching_metric)` is a tensor with the
+    axes `index_axis_names`. Keywords as in `generic_activation_patch`.
+    """
+
+    activation_name: str
+    index_axis_names: tuple[str, ...]
+    patch_setter: PatchSetter
+
+    def __call__(
+        self,
+        model: TransformerBridge,
+        corrupted_tokens: SweepInput,
+        clean_cache: Cache,
+        patching_metric: Metric,
+        return_index_df: bool = False,
+        **options: Any,
+    ) -> Any:
+        return generic_activation_patch(
+            model,
+            corrupted_tokens,
+            clean_cache,
+            patching_metric,
+            self.patch_setter,
+            self.activation_name,
+            self.index_axis_names,
+            return_index_df=return_index_df,
+            **options,
+        )
+
+
+_STREAM = ("layer", "pos"), layer_pos_patch_setter
+_BY_POS = ("layer", "pos", "head"), layer_pos_head_vector_patch_setter
+_ALL_POS = ("layer", "head"), layer_head_vector_patch_setter
+
+get_act_patch_resid_pre = PatchSweep("resid_pre", *_STREAM)
+get_act_patch_resid_mid = PatchSweep("resid_mid", *_STREAM)
+get_act_patch_attn_out = PatchSweep("attn_out", *_STREAM)
+get_act_patch_mlp_out = PatchSweep("mlp_out", *_STREAM)
+get_act_patch_attn_head_out_by_pos = PatchSweep("z", *_BY_POS)
+get_act_patch_attn_head_q_by_pos = PatchSweep("q", *_BY_POS)
+get_act_patch_attn_head_k_by_pos = PatchSweep("k", *_BY_POS)
+get_act_patch_attn_head_v_by_pos = PatchSweep("v", *_BY_POS)
+get_act_patch_attn_head_out_all_pos = PatchSweep("z", *_ALL_POS)
+get_act_patch_attn_head_q_all_pos = PatchSweep("q", *_ALL_POS)
+get_act_patch_attn_head_k_all_pos = PatchSweep("k", *_ALL_POS)
+get_act_patch_attn_head_v_all_pos = PatchSweep("v", *_ALL_POS)
+get_act_patch_attn_head_pattern_all_pos = PatchSweep(
+    "pattern", ("layer", "head_index"), layer_head_pattern_patch_setter
+)
+get_act_patch_attn_head_pattern_by_pos = PatchSweep(
+    "pattern", ("layer", "head_index", "dest_pos"), layer_head_pos_pattern_patch_setter
+)
+get_act_patch_attn_head_pattern_dest_src_pos = PatchSweep(
+    "pattern", ("layer", "head_index", "dest_pos", "src_pos"), layer_head_dest_src_pos_pattern_patch_setter
+)
+
+
+def get_act_patch_block_every(
+    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
+) -> Float[Tensor, "patch_type layer pos"]:
+    """
+    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
+    >>> def metric(logits):
+    ...     return logits[0, -1].max()
+    >>> get_act_patch_block_every(bridge, bridge.to_tokens("Mary and Mary"), clean_cache, metric, verbose=False).shape
+    torch.Size([3, 4, 5])
+
+    The sweeps over the stream that enters each block, over attention's output and over the MLP's, stacked.
+    """
+    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
+    return torch.stack([sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps])
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
+) -> Float[Tensor, "patch_type layer head"]:
+    """
+    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
+    >>> def metric(logits):
+    ...     return logits[0, -1].max()
+    >>> found = get_act_patch_attn_head_all_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False)
+    >>> found.shape
+    torch.Size([5, 4, 4])
+
+    The sweeps over each head's output, query, key, value and pattern, at every position, stacked.
+
+    Heads are query heads. Where several share a key and a value, each of them shows what patching that
+    shared key or value does.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_all_pos,
+        get_act_patch_attn_head_q_all_pos,
+        get_act_patch_attn_head_k_all_pos,
+        get_act_patch_attn_head_v_all_pos,
+        get_act_patch_attn_head_pattern_all_pos,
+    )
+    found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps]
+    return torch.stack([_per_query_head(one, model, axis=1) for one in found])
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
+) -> Float[Tensor, "patch_type layer pos head"]:
+    """
+    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
+    >>> def metric(logits):
+    ...     return logits[0, -1].max()
+    >>> found = get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False)
+    >>> found.shape
+    torch.Size([5, 4, 5, 4])
+
+    The sweeps over each head's output, query, key, value and pattern, position by position, stacked; a
+    pattern's position is that of the query. Heads as in `get_act_patch_attn_head_all_pos_every`.
+    """
+    sweeps = (
+        get_act_patch_attn_head_out_by_pos,
+        get_act_patch_attn_head_q_by_pos,
+        get_act_patch_attn_head_k_by_pos,
+        get_act_patch_attn_head_v_by_pos,
+    )
+    found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps]
+    pattern = get_act_patch_attn_head_pattern_by_pos(model, corrupted_tokens, clean_cache, metric, **options)
+    return torch.stack([*(_per_query_head(one, model, axis=2) for one in found), pattern.transpose(1, 2)])
+
+
+def _per_query_head(found: Tensor, model: TransformerBridge, axis: int) -> Tensor:
+    """A sweep over shared keys or values as one over the query heads that read them."""
+    return found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis)

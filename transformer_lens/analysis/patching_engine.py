@@ -1,0 +1,261 @@
+"""The engine of patching: many interventions on one run, as few batched forwards.
+
+A forward begins at the first layer and the first position that an intervention changes; what lies below
+and before is the base run's. Interventions on higher layers join the batch when it reaches their layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from transformer_lens import TransformerBridge, on_each, on_rows
+from transformer_lens.analysis.lazy_logits import LazyLogits
+from transformer_lens.analysis.patching_base import BaseRun, Change, SweepInput, change, input_and_mask
+from transformer_lens.model_bridge import PrefixCache
+
+Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
+"""Makes one number of the logits; any Python function."""
+Intervention = tuple[str, Callable[..., Any]]
+"""The name of a hook inside a block, and a hook function `fn(tensor, hook)`."""
+
+DEFAULT_BUDGET = 1 << 30
+"""Bytes a batch of interventions may take beside the model."""
+ENOUGH_TOKENS = 192
+"""A batch of this many tokens uses the processor well, and need not be filled with longer rows than it has."""
+
+
+@torch.no_grad()
+def run_interventions(
+    model: TransformerBridge,
+    tokens: SweepInput,
+    interventions: Sequence[Intervention],
+    metric: Metric,
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+    verbose: bool = False,
+) -> Float[Tensor, " intervention"]:
+    """
+    >>> tokens = bridge.to_tokens("When Mary and John went to the store")
+    >>> def without(head):
+    ...     return lambda z, hook: z.index_fill(2, torch.tensor(head), 0)
+    >>> heads = [("blocks.1.attn.hook_z", without(head)) for head in range(bridge.cfg.n_heads)]
+    >>> def metric(logits):
+    ...     return logits[0, -1].logsumexp(-1)
+    >>> found = run_interventions(bridge, tokens, heads, metric)
+    >>> alone = metric(bridge.run_with_hooks(tokens, fwd_hooks=[heads[2]]))
+    >>> found.shape, torch.allclose(found[2], alone, atol=1e-5)
+    (torch.Size([4]), True)
+
+    The metric of the model's logits under each of many interventions: what `run_with_hooks(tokens,
+    fwd_hooks=[intervention])` gives one after the other, to rounding. An intervention is the name of a
+    hook inside a block and a hook function, which is called once, on the whole activation of the run without
+    interventions. The metric is called once for each, in no particular order, under `torch.no_grad()`, with
+    logits of its own, [batch pos d_vocab]; those at positions it never looks at are not computed
+    (`LazyLogits`).
+
+    `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` is what a batch may
+    take, in bytes, by an estimate from the model's numbers (one intervention at a time is the least; the
+    base run's own activations come on top). `verbose` shows a progress bar.
+
+    While user hooks are attached, and in a model that predicts no next token, each intervention is a
+    forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
+    """
+    named = [(model.canonical_name(name), fn) for name, fn in interventions]
+    outside = [name for name, _ in named if not name.startswith("blocks.")]
+    if outside:
+        raise ValueError(f"interventions: {outside[0]!r} is not inside a block, and a sweep runs blocks again")
+    with tqdm(total=len(named), disable=not verbose, desc="interventions", leave=False) as bar:
+        hooked = any(point.has_hooks("fwd") for point in model.hook_points())
+        if hooked or "unembed.hook_out" not in model.hook_dict:
+            numbers = _one_by_one(model, tokens, named, metric, attention_mask, bar)
+        else:
+            base = BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
+            sweep = _Sweep(base, metric, memory_budget, bar)
+            numbers = dict(sweep.run(named))
+    values = [numbers[i] for i in range(len(named))]
+    dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
+    return torch.tensor([float(value) for value in values], dtype=dtype, device=model.cfg.device)
+
+
+def _one_by_one(
+    model: TransformerBridge,
+    tokens: SweepInput,
+    interventions: Sequence[Intervention],
+    metric: Metric,
+    mask: Tensor | None,
+    bar: Any,
+) -> dict[int, Tensor]:
+    """Each intervention as a forward of the whole model."""
+    input, mask = input_and_mask(model, tokens, mask)
+    found = {}
+    for number, intervention in enumerate(interventions):
+        found[number] = _number(metric(model.run_with_hooks(input, fwd_hooks=[intervention], attention_mask=mask)))
+        bar.update()
+    return found
+
+
+def _number(value: Any) -> Tensor:
+    """What a metric returned, as one number."""
+    number = torch.as_tensor(value).detach() if isinstance(value, (Tensor, float, int)) else None
+    if number is None or number.numel() != 1 or number.is_complex():
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
+    return number.reshape(())
+
+
+class _Sweep:
+    """Interventions on one base run."""
+
+    def __init__(self, base: BaseRun, metric: Metric, budget: int, bar: Any) -> None:
+        self.base = base
+        self.metric = metric
+        self.budget = budget
+        self.bar = bar
+        self.bridge = base.bridge
+        self.cfg = base.bridge.cfg
+        self.read: Tensor | None = None
+        """The positions that the metric has looked at so far; `None` before its first call."""
+
+    def run(self, interventions: Sequence[Intervention]) -> Iterator[tuple[int, Tensor]]:
+        """The number of each intervention, and its metric."""
+        waiting: list[Change] = []
+        for number, (name, fn) in enumerate(interventions):
+            found = change(self.base, number, name, fn)
+            if found is None:
+                yield number, self.measured(self.base.logits.clone())
+                continue
+            waiting.append(found)
+            if sum(one.nbytes for one in waiting) > self.budget // 4:
+                yield from self.run_changes(waiting)
+                waiting = []
+        yield from self.run_changes(waiting)
+
+    def run_changes(self, changes: list[Change]) -> Iterator[tuple[int, Tensor]]:
+        """Changes as batches of rows that begin at about the same position."""
+        left = sorted(changes, key=lambda one: (one.first, one.layer))
+        while left:
+            start, most = left[0].first, self.most_rows(left[0].first)
+            size = 1
+            while size < min(len(left), most) and self.fits(left[size].first, start, size):
+                size += 1
+            yield from self.batch(left[:size], start)
+            left = left[size:]
+
+    def fits(self, first: int, start: int, size: int) -> bool:
+        """Whether a row that could begin at `first` goes with `size` others that begin at `start`."""
+        rows = self.base.pos - start
+        return first == start or size * self.base.batch * rows < ENOUGH_TOKENS or self.base.pos - first > 0.9 * rows
+
+    def batch(self, changes: Sequence[Change], start: int) -> Iterator[tuple[int, Tensor]]:
+        """One pass through the layers; each change joins at its own."""
+        ordered = sorted(changes, key=lambda one: (one.layer, one.name))
+        layers = {layer: list(members) for layer, members in groupby(ordered, key=lambda one: one.layer)}
+        stream: Tensor | None = None
+        for layer in range(min(layers), self.cfg.n_layers):
+            joining = layers.get(layer, [])
+            if joining:
+                below = self.base.streams[layer][:, start:]
+                parts = [below.repeat(len(joining), 1, 1)]
+                stream = torch.cat(parts if stream is None else [stream, *parts])
+            stream = self.layer(stream, layer, start, joining)
+        yield from self.metrics(ordered, stream, start)
+
+    def layer(self, stream: Any, layer: int, start: int, joining: Sequence[Change]) -> Tensor:
+        """One layer of the model, with the changes that join there written in its last rows."""
+        batch = self.base.batch
+        copies = len(stream) // batch
+        row = len(stream) - len(joining) * batch
+        hooks = []
+        for name, members in groupby(joining, key=lambda one: one.name):
+            writers = [one.writer(start) for one in members]
+            rows = slice(row, row + len(writers) * batch)
+            hooks.append((name, on_rows(rows, on_each(writers, rows_each=batch))))
+            row = rows.stop
+        out: Tensor = self.bridge.run_with_hooks(
+            stream,
+            fwd_hooks=hooks,
+            attention_mask=None if self.base.mask is None else self.base.mask.repeat(copies, 1),
+            start_at_layer=layer,
+            stop_at_layer=layer + 1,
+            past_key_values=PrefixCache(self.base.past, start, copies, layer) if start else None,
+        )
+        return out
+
+    def metrics(self, changes: Sequence[Change], stream: Any, start: int) -> Iterator[tuple[int, Tensor]]:
+        """The metric of each change, from the stream that leaves the last layer."""
+        rows = stream.unflatten(0, (len(changes), self.base.batch))
+        left = [(one, resid[:, one.first - start :]) for one, resid in zip(changes, rows, strict=True)]
+        most = max(1, self.budget // (4 * self.cfg.d_vocab_out * stream.element_size() * stream[0, :, 0].numel()))
+        while left:
+            # Which positions the metric looks at is known after its first call.
+            size = 1 if self.read is None else max(1, most // self.base.batch)
+            yield from self.group_metrics(left[:size])
+            left = left[size:]
+
+    def group_metrics(self, group: Sequence[tuple[Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """The metrics of some changes; the logits they are expected to need are computed together."""
+        pos = self.base.pos
+        expected = torch.zeros(pos, dtype=torch.bool) if self.read is None else self.read
+        needed = [expected & (torch.arange(pos) >= one.first) for one, _ in group]
+        parts = [resid[:, wanted[one.first :]] for (one, resid), wanted in zip(group, needed, strict=True)]
+        logits = self.unembed(torch.cat([part.flatten(0, 1) for part in parts]))
+        computed = logits.split([part.shape[0] * part.shape[1] for part in parts])
+        for (one, resid), wanted, part, new in zip(group, needed, parts, computed, strict=True):
+            values = torch.full_like(self.base.logits, torch.nan)
+            values[:, : one.first] = self.base.logits[:, : one.first]
+            values[:, wanted] = new.unflatten(0, part.shape[:2])
+            yield (
+                one.number,
+                self.looked_at(LazyLogits.of(values, wanted | (torch.arange(pos) < one.first), self.rest(one, resid))),
+            )
+
+    def rest(self, one: Change, resid: Tensor) -> Callable[[Tensor], Tensor]:
+        """Computes the logits of one change at more positions."""
+
+        def compute(wanted: Tensor) -> Tensor:
+            part = resid[:, wanted[one.first :]]
+            logits: Tensor = self.unembed(part.flatten(0, 1)).unflatten(0, part.shape[:2])
+            return logits
+
+        return compute
+
+    def unembed(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+        """The logits of vectors of the final stream."""
+        if not len(vectors):
+            return vectors.new_empty(0, self.cfg.d_vocab_out)
+        # Each as a text of one token: nothing mixes positions any more.
+        logits: Tensor = self.bridge(vectors[:, None], start_at_layer=self.cfg.n_layers)
+        moved: Tensor = logits[:, 0].to(self.base.logits.device)
+        return moved
+
+    def looked_at(self, logits: LazyLogits) -> Tensor:
+        """The metric of logits that are not all there."""
+        value = self.measured(logits, done=False)
+        missed = bool(value.isnan()) and not logits.there.all()
+        if missed or not logits.read.any():  # it may have gone around torch's functions, as vmap and dlpack do
+            value = self.measured(logits.plain(torch.ones_like(logits.there)), done=False)
+        self.read = logits.read if self.read is None else self.read | logits.read
+        self.bar.update()
+        return value
+
+    def measured(self, logits: Tensor, done: bool = True) -> Tensor:
+        value = _number(self.metric(logits))
+        self.bar.update(int(done))
+        return value
+
+    def most_rows(self, start: int) -> int:
+        """How many interventions the budget holds at once, at least one: an estimate from the model's numbers."""
+        cfg, base = self.cfg, self.base
+        new = base.pos - start
+        mlp = 4 * cfg.d_mlp * (cfg.experts_per_token or 1)
+        heads = cfg.n_heads * cfg.d_head
+        numbers = new * (8 * cfg.d_model + mlp + 6 * heads) + base.pos * 4 * heads + 2 * cfg.n_heads * new * base.pos
+        return max(1, self.budget // (2 * base.batch * numbers * base.logits.element_size()))

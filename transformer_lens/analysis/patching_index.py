@@ -1,0 +1,53 @@
+"""The table of a sweep's indices: a pandas DataFrame where pandas is installed, and a small one of our own else."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+
+@dataclass(frozen=True)
+class IndexTable:
+    """
+    >>> table = IndexTable(("layer", "pos"), ((0, 0), (0, 1)))
+    >>> len(table), list(table), table.columns
+    (2, [(0, 0), (0, 1)], ('layer', 'pos'))
+
+    Rows of integers under names: what a sweep patches, one row for each intervention.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self.rows)
+
+
+def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
+    """
+    >>> table = make_df_from_ranges([2, 3], ["layer", "pos"])
+    >>> len(table), list(table.columns)
+    (6, ['layer', 'pos'])
+
+    Every combination of the integers below each maximum, the last column running fastest: a pandas
+    DataFrame if pandas is installed, an `IndexTable` if not. Raises `ValueError` if the lengths differ.
+    """
+    if len(column_max_ranges) != len(column_names):
+        raise ValueError(f"make_df_from_ranges: got {len(column_max_ranges)} ranges and {len(column_names)} names")
+    rows = list(product(*map(range, column_max_ranges)))
+    if find_spec("pandas") is None:
+        return IndexTable(tuple(column_names), tuple(rows))
+    return importlib.import_module("pandas").DataFrame(rows, columns=list(column_names))
+
+
+def index_rows(index_df: Any) -> list[list[int]]:
+    """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers."""
+    rows: Iterable[Any] = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
+    return [[int(number) for number in row] for row in rows]

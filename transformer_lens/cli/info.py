@@ -1,0 +1,53 @@
+"""`info`: a model's layout, parameters and memory, from its config alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens.model_bridge import ModelInfo, model_info
+
+
+def run_info(
+    model: str, console: Console, *, context: str | None = None, dtype: str = "bf16", as_json: bool = False
+) -> None:
+    """Show what a model is and what memory it takes.
+
+    >>> run_info("falcon-7b", Console(), context="2048,8192")  # doctest: +SKIP
+
+    Raises `ValueError` for a context that is no list of numbers, and for a configuration that cannot run.
+    """
+    info = model_info(model, context=None if context is None else lengths(context), dtype=dtype)
+    if as_json:
+        typer.echo(json.dumps(info.to_dict(), indent=2))
+    else:
+        show(info, console)
+
+
+def lengths(text: str) -> list[int]:
+    """
+    >>> from transformer_lens.cli.info import lengths
+    >>> lengths("2048, 8192")
+    [2048, 8192]
+    """
+    parts: list[Any] = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"--context: got {text!r}, expected numbers of tokens with commas between, such as 2048,8192")
+    return [int(part) for part in parts]
+
+
+def show(info: ModelInfo, console: Console) -> None:
+    """The tables of a model."""
+    for title, columns, rows in info.tables():
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)

@@ -1,0 +1,164 @@
+"""From parts of the residual stream to logits: the final norm taken as linear, and the unembedding."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.slicing import Slice, SliceInput
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+Stack = Float[Tensor, "component *batch_and_pos d_model"]
+Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
+
+
+class Names(Protocol):
+    """What a cache asks of the model whose activations it holds."""
+
+    def canonical_name(self, name: str) -> str: ...
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]: ...
+
+
+class DirectLogits(ABC):
+    """What `ActivationCache` knows about the way from the stream to the logits."""
+
+    model: Names
+    has_batch_dim: bool
+    cache_dict: dict[str, Tensor]
+
+    @abstractmethod
+    def __getitem__(self, key: Any, /) -> Tensor: ...
+
+    # -- the final norm and the logits -------------------------------------------------------------
+
+    def apply_ln_to_stack(
+        self,
+        residual_stack: Stack,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        batch_slice: Slice | SliceInput = None,
+        has_batch_dim: bool = True,
+        recompute_ln: bool = False,
+    ) -> Stack:
+        """Each part as the norm before `layer` (the final norm by default) passes it on, with that run's scale.
+
+        >>> normed = cache.apply_ln_to_stack(cache.decompose_resid())
+        >>> torch.allclose(normed.sum(0) + bridge.ln_final.b, cache["ln_final.hook_out"], atol=1e-4)
+        True
+
+        With its scale taken as it was, a norm is linear: centre (LayerNorm only), divide, times the weight.
+        Its bias belongs to no part and is left out. `recompute_ln` scales each part by its own size, as a
+        logit lens does. Give the slices that the stack was made with; `ValueError` where they do not fit.
+        """
+        norm = self._norm(layer, mlp_input)
+        wide = torch.promote_types(residual_stack.dtype, torch.float32)
+        x = residual_stack.to(wide)
+        if self._bridge.cfg.normalization_type.startswith("LN"):
+            x = x - x.mean(-1, keepdim=True)
+        if recompute_ln:
+            scale = (x.square().mean(-1, keepdim=True) + self._bridge.cfg.eps).sqrt()
+        else:
+            scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice), has_batch_dim).to(x.device, wide)
+            if x.shape[1:-1] != scale.shape[:-1]:
+                raise ValueError(
+                    f"apply_ln_to_stack: got a stack of {list(x.shape)} (component axis first), expected "
+                    f"[component, {', '.join(map(str, scale.shape[:-1]))}, d_model] as {norm}.hook_scale has it; "
+                    "give the pos_slice and batch_slice that the stack was made with"
+                )
+        weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
+        return (x / scale * weight.to(x.device, wide)).to(residual_stack.dtype)
+
+    def logit_attrs(
+        self,
+        residual_stack: Stack,
+        tokens: Tokens,
+        incorrect_tokens: Tokens | None = None,
+        pos_slice: Slice | SliceInput = None,
+        batch_slice: Slice | SliceInput = None,
+        has_batch_dim: bool = True,
+    ) -> Float[Tensor, "component ..."]:
+        """What each part adds to the logit of `tokens`, less that of `incorrect_tokens`.
+
+        >>> parts = cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=-1)
+        >>> cache.logit_attrs(parts, " Mary", " John", pos_slice=-1).shape
+        torch.Size([22, 1])
+
+        `tokens` is one token for all, one for each text (`[batch]`), or one for each position
+        (`[batch, pos]`). The sum over parts is the logit, less what the final norm's bias and `b_U` add.
+        Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
+        Circuits").
+        """
+        wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))
+        scaled = self.apply_ln_to_stack(wide, None, False, pos_slice, batch_slice, has_batch_dim)
+        wanted = self._directions(tokens)
+        if incorrect_tokens is not None:
+            unwanted = self._directions(incorrect_tokens)
+            if unwanted.ndim > 1 and wanted.ndim > 1 and unwanted.shape != wanted.shape:
+                raise ValueError(
+                    f"logit_attrs: got tokens of {list(wanted.shape[:-1])} and incorrect_tokens of "
+                    f"{list(unwanted.shape[:-1])}, expected equal shapes"
+                )
+            wanted = wanted - unwanted
+        leading = scaled.shape[1:-1]
+        given = wanted.shape[:-1]
+        if given != leading[: len(given)]:
+            raise ValueError(
+                f"logit_attrs: got tokens of {list(given)}, expected one for all, or as many as the stack has: "
+                f"{list(leading)}"
+            )
+        # One token for each text stands for every position of it.
+        wanted = wanted.reshape(*given, *[1] * (len(leading) - len(given)), -1).expand(*leading, -1)
+        return (scaled * wanted.to(scaled.device, scaled.dtype)).sum(-1)
+
+    # -- shared ------------------------------------------------------------------------------------
+
+    @property
+    def _bridge(self) -> TransformerBridge:
+        return cast("TransformerBridge", self.model)
+
+    @property
+    def _layers(self) -> int:
+        return self._bridge.cfg.n_layers
+
+    @property
+    def _parallel(self) -> bool:
+        return self._bridge.cfg.parallel_attn_mlp
+
+    def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
+        """The number of layers below the wanted stream."""
+        if mlp_input and layer in (None, -1, self._layers):
+            raise ValueError("mlp_input=True: no MLP reads the stream after the last block; name a layer")
+        if layer is None or layer == -1:
+            return self._layers
+        if not 0 <= layer <= self._layers:
+            raise ValueError(
+                f"layer: got {layer}, expected 0 to {self._layers} (the number of layers below the stream), -1 or None "
+                "for all"
+            )
+        return layer
+
+    def _norm(self, layer: int | None, mlp_input: bool) -> str:
+        """The norm that reads the stream which enters `layer`."""
+        stop = self._layer(layer, mlp_input)
+        if stop == self._layers:
+            return "ln_final"
+        second = mlp_input and self._bridge.cfg.norms_per_block == 2
+        return f"blocks.{stop}.ln{2 if second else 1}"
+
+    def _scale(self, norm: str, at: Slice, of_batch: Slice, has_batch_dim: bool) -> Float[Tensor, "*batch_and_pos 1"]:
+        scale = at.apply(self[f"{norm}.hook_scale"], -2)
+        return of_batch.apply(scale, 0) if self.has_batch_dim and has_batch_dim else scale
+
+    def _directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
+        return self._bridge.tokens_to_residual_directions(tokens).detach()

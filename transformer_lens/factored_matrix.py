@@ -1,0 +1,360 @@
+"""`FactoredMatrix`: a product of two thin matrices that is never multiplied out.
+
+A head's QK and OV circuits are `[d_model, d_model]` matrices of rank `d_head`; their products, norms and
+decompositions are computed from the factors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+"""
+
+from __future__ import annotations
+
+from types import EllipsisType
+from typing import Any, overload
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+Index = int | slice | EllipsisType | list[int] | Tensor | None
+
+
+class FactoredMatrix:
+    """The matrix `A @ B`, kept as `A` and `B`; leading axes are a batch of matrices.
+
+    >>> matrix = FactoredMatrix(torch.randn(7, 50, 3), torch.randn(7, 3, 40))
+    >>> matrix.shape, matrix.mdim
+    (torch.Size([7, 50, 40]), 3)
+    >>> (matrix @ torch.randn(40, 2)).shape
+    torch.Size([7, 50, 2])
+    >>> matrix.norm().shape
+    torch.Size([7])
+
+    `A` is `[..., ldim, mdim]` and `B` `[..., mdim, rdim]`; leading axes broadcast, as views. The factors are
+    those it was given, not copies. `svd`, `eigenvalues` and `norm` of half precision are computed in float32.
+    Raises `TypeError` for what is no tensor, and `ValueError` for factors that do not fit.
+    """
+
+    def __init__(self, A: Float[Tensor, "*#leading ldim mdim"], B: Float[Tensor, "*#leading mdim rdim"]) -> None:
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"FactoredMatrix: {name} is a {type(factor).__name__}, expected a tensor")
+            if factor.ndim < 2:
+                raise ValueError(f"FactoredMatrix: {name} has shape {list(factor.shape)}, expected two axes or more")
+        if A.shape[-1] != B.shape[-2]:
+            raise ValueError(
+                f"FactoredMatrix: A has shape {list(A.shape)} and B {list(B.shape)}; the last axis of A and the second "
+                "to last of B are the inner one, and have to be equal"
+            )
+        try:
+            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
+        except RuntimeError as error:
+            raise ValueError(
+                f"FactoredMatrix: the leading axes {list(A.shape[:-2])} of A and {list(B.shape[:-2])} of B do not fit"
+            ) from error
+        self.A = A.expand(*leading, *A.shape[-2:])
+        self.B = B.expand(*leading, *B.shape[-2:])
+
+    # -- shape ---------------------------------------------------------------------------------------
+
+    @property
+    def ldim(self) -> int:
+        """The number of rows.
+
+        >>> FactoredMatrix(torch.ones(5, 2), torch.ones(2, 4)).ldim
+        5
+        """
+        return self.A.shape[-2]
+
+    @property
+    def mdim(self) -> int:
+        """The length of the inner axis, which bounds the rank."""
+        return self.A.shape[-1]
+
+    @property
+    def rdim(self) -> int:
+        """The number of columns."""
+        return self.B.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of `AB`."""
+        return torch.Size((*self.A.shape[:-1], self.rdim))
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of `AB`."""
+        return self.A.ndim
+
+    @property
+    def has_leading_dims(self) -> bool:
+        """Whether it is a batch of matrices."""
+        return self.ndim > 2
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """`(A, B)`."""
+        return self.A, self.B
+
+    def __repr__(self) -> str:
+        return f"FactoredMatrix(shape={list(self.shape)}, mdim={self.mdim})"
+
+    # -- products ------------------------------------------------------------------------------------
+
+    @property
+    def AB(self) -> Float[Tensor, "*leading ldim rdim"]:
+        """The matrix, multiplied out.
+
+        >>> FactoredMatrix(torch.ones(2, 3), torch.ones(3, 2)).AB
+        tensor([[3., 3.],
+                [3., 3.]])
+        """
+        return self.A @ self.B
+
+    @property
+    def BA(self) -> Float[Tensor, "*leading mdim mdim"]:
+        """The factors the other way round; it has the eigenvalues of `AB` that are not zero."""
+        self._square("BA")
+        return self.B @ self.A
+
+    @property
+    def T(self) -> FactoredMatrix:
+        """The transpose of every matrix; leading axes stay.
+
+        >>> FactoredMatrix(torch.ones(7, 5, 2), torch.ones(7, 2, 4)).T.shape
+        torch.Size([7, 4, 5])
+        """
+        return FactoredMatrix(self.B.mT, self.A.mT)
+
+    @overload
+    def __matmul__(self, other: FactoredMatrix) -> FactoredMatrix: ...
+    @overload
+    def __matmul__(self, other: Tensor) -> Any: ...
+    def __matmul__(self, other: Any) -> Any:
+        """With a matrix or a `FactoredMatrix`: a `FactoredMatrix` with the shorter inner axis. With a vector
+        `[rdim]`: a tensor `[..., ldim]`. Leading axes broadcast."""
+        if isinstance(other, FactoredMatrix):
+            self._fits(self.rdim, other.ldim, self.shape, other.shape)
+            return (self @ other.A) @ other.B
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        self._fits(self.rdim, other.shape[0 if other.ndim == 1 else -2] if other.ndim else 0, self.shape, other.shape)
+        if other.ndim == 1:
+            return (self.A @ (self.B @ other)[..., None]).squeeze(-1)
+        if self.mdim <= self.rdim:
+            return FactoredMatrix(self.A, self.B @ other)
+        return FactoredMatrix(self.AB, other)
+
+    def __rmatmul__(self, other: Tensor) -> Any:
+        """A matrix or vector from the left, as `__matmul__` does from the right."""
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        self._fits(other.shape[-1] if other.ndim else 0, self.ldim, other.shape, self.shape)
+        if other.ndim == 1:
+            return ((other @ self.A)[..., None, :] @ self.B).squeeze(-2)
+        return (self.T @ other.mT).T
+
+    def __mul__(self, scalar: float | Tensor) -> FactoredMatrix:
+        """Times a number, or a tensor that holds one."""
+        if isinstance(scalar, Tensor):
+            if scalar.numel() != 1:
+                raise ValueError(
+                    f"FactoredMatrix: got a tensor of shape {list(scalar.shape)} to multiply with, expected one number "
+                    "(@ multiplies with matrices)"
+                )
+            scalar = scalar.reshape(())
+        elif not isinstance(scalar, (int, float)):
+            return NotImplemented
+        return FactoredMatrix(self.A * scalar, self.B)
+
+    __rmul__ = __mul__
+
+    # -- decompositions --------------------------------------------------------------------------------
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Singular values from the factors alone: `(U, S, Vh)` with `AB == U @ diag(S) @ Vh`.
+
+        >>> U, S, Vh = FactoredMatrix(torch.randn(50, 3), torch.randn(3, 40)).svd()
+        >>> U.shape, S.shape, Vh.shape
+        (torch.Size([50, 3]), torch.Size([3]), torch.Size([3, 40]))
+
+        `k = min(ldim, mdim, rdim)` values, the largest first; `U` is `[..., ldim, k]` with orthonormal
+        columns and `Vh` `[..., k, rdim]` with orthonormal rows, as in `torch.linalg.svd`. `V` is `Vh.mT`.
+        """
+        left, inner, right = self._reduced()
+        U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
+        return left @ U, S, Vh @ right.mT
+
+    @property
+    def U(self) -> Float[Tensor, "*leading ldim k"]:
+        """The left singular vectors, as columns. For several of U, S and V call `svd()` once."""
+        return self.svd()[0]
+
+    @property
+    def S(self) -> Float[Tensor, "*leading k"]:
+        """The singular values, the largest first.
+
+        >>> FactoredMatrix(torch.eye(3)[:, :2], torch.diag(torch.tensor([3.0, 4.0]))).S
+        tensor([4., 3.])
+        """
+        return torch.linalg.svdvals(self._reduced()[1])  # type: ignore[no-any-return]
+
+    @property
+    def Vh(self) -> Float[Tensor, "*leading k rdim"]:
+        """The right singular vectors, as rows: the third item of `svd()`."""
+        return self.svd()[2]
+
+    @property
+    def V(self) -> Float[Tensor, "*leading rdim k"]:
+        """The right singular vectors, as columns: `Vh.mT`, so that `AB == U @ diag(S) @ V.mT`."""
+        return self.Vh.mT
+
+    @property
+    def eigenvalues(self) -> Inexact[Tensor, "*leading k"]:
+        """The eigenvalues of a square `AB` that may differ from zero, complex and in no order.
+
+        >>> FactoredMatrix(torch.ones(4, 1), torch.ones(1, 4)).eigenvalues
+        tensor([4.+0.j])
+
+        `k = min(ldim, mdim)`: they are those of `BA`; the other `ldim - k` are zero. Raises `ValueError`
+        unless `ldim == rdim`.
+        """
+        self._square("eigenvalues")
+        smaller = self.BA if self.mdim <= self.ldim else self.AB
+        return torch.linalg.eigvals(_wide(smaller))  # type: ignore[no-any-return]
+
+    def norm(self) -> Float[Tensor, "*leading"]:
+        """The Frobenius norm of each matrix: the root of the sum of its squared entries.
+
+        >>> FactoredMatrix(3 * torch.eye(4)[:, :1], 2 * torch.eye(4)[:1]).norm()
+        tensor(6.)
+        """
+        return torch.linalg.matrix_norm(self._reduced()[1])  # type: ignore[no-any-return]
+
+    def collapse_l(self) -> Float[Tensor, "*leading k rdim"]:
+        """`diag(S) @ Vh`: the matrix without its left rotation. Norms of products from the right stay the same."""
+        _, S, Vh = self.svd()
+        return S[..., :, None] * Vh
+
+    def collapse_r(self) -> Float[Tensor, "*leading ldim k"]:
+        """`U @ diag(S)`: the matrix without its right rotation. Norms of products from the left stay the same."""
+        U, S, _ = self.svd()
+        return U * S[..., None, :]
+
+    def make_even(self) -> FactoredMatrix:
+        """The same matrix with the singular values shared by both factors: `(U sqrt(S)) @ (sqrt(S) Vh)`.
+
+        >>> even = FactoredMatrix(100 * torch.ones(3, 2), torch.ones(2, 3)).make_even()
+        >>> torch.allclose(even.A.norm(), even.B.norm())
+        True
+        """
+        U, S, Vh = self.svd()
+        root = S.sqrt()
+        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * Vh)
+
+    # -- parts -----------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> FactoredMatrix:
+        """Index as `AB` would be, keeping the factors: leading axes first, then rows, then columns.
+
+        A number on a leading axis drops it; on the matrix axes it keeps an axis of length one, since a
+        factored matrix has two. A list or tensor on rows and on columns chooses each on its own.
+        """
+        leading, rows, columns = self._parts_of(index if isinstance(index, tuple) else (index,))
+        A = self.A[(*leading, ...)][..., rows, :]
+        B = self.B[(*leading, ...)][..., :, columns]
+        return FactoredMatrix(A, B)
+
+    def unsqueeze(self, dim: int) -> FactoredMatrix:
+        """A new leading axis of length one.
+
+        >>> FactoredMatrix(torch.ones(7, 3, 2), torch.ones(7, 2, 3)).unsqueeze(0).shape
+        torch.Size([1, 7, 3, 3])
+
+        Raises `IndexError` for a place after the rows or columns.
+        """
+        place = dim + self.ndim + 1 if dim < 0 else dim
+        if not 0 <= place <= self.ndim - 2:
+            raise IndexError(f"unsqueeze: got dim {dim}, expected a leading axis: 0 to {self.ndim - 2}")
+        return FactoredMatrix(self.A.unsqueeze(place), self.B.unsqueeze(place))
+
+    def get_corner(self, k: int = 3) -> Float[Tensor, "*leading rows columns"]:
+        """The first `k` rows and columns (and entries of leading axes), multiplied out: something to look at."""
+        leading = (slice(k),) * (self.ndim - 2)
+        return self.A[leading][..., :k, :] @ self.B[leading][..., :, :k]
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _reduced(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`AB == left @ inner @ right.mT`, where left and right have orthonormal columns and inner is small."""
+        left, left_inner = torch.linalg.qr(_wide(self.A))
+        right, right_inner = torch.linalg.qr(_wide(self.B).mT)
+        return left, left_inner @ right_inner.mT, right
+
+    def _parts_of(self, index: tuple[Index, ...]) -> tuple[list[Index], Index, Index]:
+        """An index as what it says of the leading axes, the rows and the columns."""
+        if sum(entry is Ellipsis for entry in index) > 1:
+            raise IndexError("FactoredMatrix: an index can have one ellipsis ('...')")
+        used = sum(_axes_of(entry) for entry in index)
+        if used > self.ndim:
+            raise IndexError(f"FactoredMatrix: {used} indices for shape {list(self.shape)}")
+        at = next((place for place, entry in enumerate(index) if entry is Ellipsis), len(index))
+        full = [*index[:at], *[slice(None)] * (self.ndim - used), *index[at + 1 :]]
+        if any(entry is None or _axes_of(entry) > 1 for entry in full[-2:]):
+            raise IndexError("FactoredMatrix: rows and columns take a number, a slice, a list or a tensor of one axis")
+        rows, columns = (
+            _kept(entry, size, name)
+            for entry, size, name in zip(full[-2:], self.shape[-2:], ("row", "column"), strict=True)
+        )
+        return full[:-2], rows, columns
+
+    def _square(self, what: str) -> None:
+        if self.ldim != self.rdim:
+            raise ValueError(f"{what}: got a matrix of shape {list(self.shape)}, expected as many rows as columns")
+
+    @staticmethod
+    def _fits(left: int, right: int, left_shape: torch.Size, right_shape: torch.Size) -> None:
+        if left != right:
+            raise ValueError(
+                f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: {left} columns and {right} rows"
+            )
+
+
+def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Tensor, "*left_leading *right_leading"]:
+    """How much of what each `left` writes each `right` reads: `|left @ right| / (|left| |right|)`.
+
+    >>> one = FactoredMatrix(torch.eye(4)[:, :2], torch.eye(4)[:2])
+    >>> composition_scores(one, one)
+    tensor(0.7071)
+
+    Frobenius norms, for every pair of a matrix of `left` and one of `right`. Formula: Elhage et al. 2021, with
+    matrices that act on rows (`x @ W`), as everywhere here. A matrix of zeros scores zero.
+    """
+    if left.rdim != right.ldim:
+        raise ValueError(f"composition_scores: got {left} and {right}, expected as many columns as the second has rows")
+    both = torch.einsum("aim,bmj->abij", _batched(left.collapse_l()), _batched(right.collapse_r()))
+    norms = left.norm().reshape(-1, 1) * right.norm().reshape(1, -1)
+    scores: Tensor = (torch.linalg.matrix_norm(both) / norms).masked_fill(norms == 0, 0)
+    return scores.reshape((*left.shape[:-2], *right.shape[:-2]))
+
+
+def _batched(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """LAPACK has no half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _axes_of(entry: Index) -> int:
+    """How many axes an entry of an index takes."""
+    if entry is None or entry is Ellipsis:
+        return 0
+    return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
+
+
+def _kept(entry: Index, size: int, name: str) -> Index:
+    """An index of rows or columns that keeps the axis."""
+    if not isinstance(entry, int):
+        return entry
+    if not -size <= entry < size:
+        raise IndexError(f"FactoredMatrix: {name} {entry} of {size}")
+    return slice(entry, entry + 1 or None)

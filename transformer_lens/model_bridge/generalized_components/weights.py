@@ -1,0 +1,302 @@
+"""Weights of components under the field's names: views of the model's own parameters wherever a view exists.
+
+Each is one row: its axes, its meaning, and the parameter and view it is read through. Where q, k and v
+are is said by the attention's `places`, which serve activations and weights alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from transformer_lens.factored_matrix import FactoredMatrix
+from transformer_lens.model_bridge.views import Columns, Heads, Moved, Transposed, View, Whole, in_groups
+from transformer_lens.model_bridge.weight_access import execution_device, read_weight
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter of a Hugging Face module, and how a weight is seen in it. `shape` is that of a bias."""
+
+    module: nn.Module
+    parameter: str
+    view: View
+    shape: tuple[int, ...] = ()
+
+    @property
+    def missing(self) -> bool:
+        """Whether the module has no such parameter: a bias that this model does without."""
+        return self.parameter == "bias" and getattr(self.module, "bias", None) is None
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The weight; for a missing bias zeros that take no memory and refuse to be written."""
+        if self.missing:
+            zero = torch.zeros((), dtype=dtype, device=execution_device(self.module))
+            return self.view.get(zero.expand(self.shape))
+        return self.view.get(read_weight(self.module, self.parameter))
+
+    def write(self, value: Tensor, name: str) -> None:
+        """Put a value into the model's own parameter. Raises `ValueError` where there is none, or it does not fit."""
+        stored = self.module._parameters.get(self.parameter)
+        kind = type(self.module).__name__
+        if self.missing:
+            raise ValueError(f"{name} cannot be written: {kind} has no bias in this model, and is read as zeros")
+        if type(stored) is not nn.Parameter or stored.is_meta or not stored.is_floating_point():
+            raise ValueError(
+                f"{name} cannot be written: the {self.parameter} of {kind} is no ordinary parameter in memory (it is "
+                "quantised, offloaded, divided among processes, or lies under an adapter), and is read as a copy"
+            )
+        seen = self.view.get(stored)
+        if not isinstance(value, Tensor) or value.shape != seen.shape:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: got {got}, expected a tensor of shape {list(seen.shape)}")
+        with torch.no_grad():
+            # A copy, since the value may be a view of the very parameter it goes into.
+            stored.copy_(self.view.put(stored, value.detach().to(stored.device, stored.dtype, copy=True)))
+
+
+class Weight:
+    """A row of the weights table, and the attribute of a component that reads and writes that weight.
+
+    >>> attn = bridge.blocks[0].attn
+    >>> attn.W_Q.shape
+    torch.Size([4, 128, 32])
+    >>> attn.W_Q = attn.W_Q.clone()
+    >>> type(attn).W_Q.axes
+    'head d_model d_head'
+
+    Assigning writes the value into the model's parameter in every layout, also where reading copies.
+    """
+
+    def __init__(self, axes: str, meaning: str, place: Callable[[Any], Place]) -> None:
+        self.axes = axes
+        self.meaning = meaning
+        self.place = place
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, component: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, component: object, owner: type) -> Tensor: ...
+    def __get__(self, component: Any, owner: type) -> Any:
+        return self if component is None else self.place(component).read(component.cfg.dtype)
+
+    def __set__(self, component: ComponentBridge, value: Tensor) -> None:
+        self.place(component).write(value, f"{component.name}.{self.name}")
+
+
+def weights_of(kind: type) -> list[Weight]:
+    """The rows of a component class."""
+    return [weight for base in reversed(kind.__mro__) for weight in vars(base).values() if isinstance(weight, Weight)]
+
+
+WHOLE = Whole()
+
+
+def matrix(module: nn.Module, view: View = WHOLE) -> View:
+    """A view of a linear map's weight as `[in, out]`, whichever way round the module keeps it."""
+    return view if isinstance(module, Conv1D) else Transposed(view)
+
+
+def linear(role: str, parameter: str = "weight") -> Callable[[ComponentBridge], Place]:
+    """The weight or bias of the linear map in a role, the weight as `[in, out]`."""
+
+    def place(component: ComponentBridge) -> Place:
+        module: Any = component.role(role).original_component
+        if parameter == "bias":
+            return Place(module, parameter, WHOLE, (_out_features(module),))
+        return Place(module, parameter, matrix(module))
+
+    return place
+
+
+def own(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+    """A parameter of the component's own module, as long as d_model if it is a missing bias."""
+    return lambda component: Place(component.original_component, parameter, view, (component.cfg.d_model,))
+
+
+def _out_features(module: Any) -> int:
+    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
+
+
+# -- attention ---------------------------------------------------------------------------------------------
+
+
+def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> Callable[[Any], Place]:
+    """Where q, k or v is in the weight, or the bias, of the module that projects it."""
+
+    def place(attention: Any) -> Place:
+        role, make = attention.places[part]
+        module: Any = attention.role(role).original_component
+        view = make(attention.cfg)
+        view = in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
+        if parameter == "bias":
+            return Place(module, parameter, view, (_out_features(module),))
+        # The view reads [d_model, heads..., d_head].
+        return Place(module, parameter, Moved(matrix(module, view), 0, -2))
+
+    return place
+
+
+def _output(attention: Any) -> Place:
+    module = attention.role("o").original_component
+    heads = Heads(attention.cfg.n_heads, attention.cfg.d_head)
+    kept_as_out_in: View = Transposed(heads) if isinstance(module, Conv1D) else heads
+    return Place(module, "weight", Moved(kept_as_out_in, 0, -1))
+
+
+class AttentionWeights:
+    """The weights of attention, head by head.
+
+    >>> attn = bridge.blocks[0].attn
+    >>> attn.W_Q.shape, attn.W_K.shape, attn.W_O.shape
+    (torch.Size([4, 128, 32]), torch.Size([2, 128, 32]), torch.Size([4, 32, 128]))
+    >>> attn.W_Q_grouped.shape
+    torch.Size([2, 2, 128, 32])
+
+    Query head `h` reads the key and value of head `h // heads_per_group`, so `W_Q_grouped[g, i]` is query head
+    `g * heads_per_group + i`. All are views of the model's parameters, but `W_Q` and `b_Q` of a fused QKV
+    with several groups of several heads: there the heads of two groups have keys and values between
+    them, and reading copies. `W_Q_grouped` is a view in every layout.
+    """
+
+    cfg: Any
+
+    W_Q = Weight("head d_model d_head", "what each query reads of the stream", _projection("q"))
+    W_Q_grouped = Weight(
+        "kv_group heads_per_group d_model d_head",
+        "W_Q by groups that share a key and value",
+        _projection("q", grouped=True),
+    )
+    W_K = Weight("kv_head d_model d_head", "what each key reads of the stream", _projection("k"))
+    W_V = Weight("kv_head d_model d_head", "what each value reads of the stream", _projection("v"))
+    W_O = Weight("head d_head d_model", "what each head writes into the stream", _output)
+    b_Q = Weight("head d_head", "added to the queries", _projection("q", "bias"))
+    b_Q_grouped = Weight("kv_group heads_per_group d_head", "b_Q by groups", _projection("q", "bias", grouped=True))
+    b_K = Weight("kv_head d_head", "added to the keys", _projection("k", "bias"))
+    b_V = Weight("kv_head d_head", "added to the values", _projection("v", "bias"))
+    b_O = Weight("d_model", "added to the sum of the heads", linear("o", "bias"))
+
+    @property
+    def W_K_grouped(self) -> Float[Tensor, "kv_group heads_per_group d_model d_head"]:
+        """`W_K` for each query head, beside `W_Q_grouped`: an expanded view, which cannot be written in place."""
+        return self._expanded(self.W_K)
+
+    @property
+    def W_V_grouped(self) -> Float[Tensor, "kv_group heads_per_group d_model d_head"]:
+        """`W_V` for each query head, beside `W_Q_grouped`: an expanded view, which cannot be written in place."""
+        return self._expanded(self.W_V)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """`W_Q @ W_K.T` of each query head with its group's key, `[head d_model d_model]`.
+
+        >>> bridge.blocks[0].attn.QK
+        FactoredMatrix(shape=[4, 128, 128], mdim=32)
+
+        `x_query @ QK @ x_key` is the score before scale, biases and position encoding (with RoPE: the score
+        at distance zero). `x` is what the norm returns. Source: Elhage et al. 2021.
+        """
+        return FactoredMatrix(self.W_Q, self.W_K_grouped.flatten(0, 1).mT)
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """`W_V @ W_O` of each query head with its group's value, `[head d_model d_model]`.
+
+        >>> bridge.blocks[0].attn.OV
+        FactoredMatrix(shape=[4, 128, 128], mdim=32)
+
+        `x @ OV` is what a head adds to the stream when it attends fully to a position where the norm returned
+        `x`, before biases. Source: Elhage et al. 2021.
+        """
+        return FactoredMatrix(self.W_V_grouped.flatten(0, 1), self.W_O)
+
+    def _expanded(self, per_group: Tensor) -> Tensor:
+        per = self.cfg.n_heads // self.cfg.n_key_value_heads
+        return per_group[:, None].expand(-1, per, -1, -1)
+
+
+# -- the rest ------------------------------------------------------------------------------------------------
+
+
+def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridge], Place]:
+    """The stacked weights of the experts as `[expert, in, out]`; `half` is 0 or 1 of two maps side by side."""
+
+    def place(component: ComponentBridge) -> Place:
+        width = component.cfg.d_mlp
+        view: View = Whole() if half is None else Columns(half * width, (half + 1) * width)
+        return Place(component.role("experts").original_component, parameter, Transposed(view))
+
+    return place
+
+
+def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
+    """A bias that experts would have; `width` is the name of its length in the config."""
+
+    def place(component: ComponentBridge) -> Place:
+        shape = (int(component.cfg.num_experts or 1), int(getattr(component.cfg, width)))
+        return Place(component.role("experts").original_component, "bias", WHOLE, shape)
+
+    return place
+
+
+class NormWeights:
+    """`w` multiplies the normalised stream, `b` is added to it; an RMSNorm has no `b`, which reads as zeros.
+
+    >>> bridge.blocks[0].ln1.w.shape, bridge.ln_final.b.shape
+    (torch.Size([128]), torch.Size([128]))
+    """
+
+    w = Weight("d_model", "multiplies the normalised stream", own("weight"))
+    b = Weight("d_model", "added after that", own("bias"))
+
+
+class DenseWeights:
+    """The weights of a dense MLP without a gate: `W_gate` is `None`.
+
+    >>> bridge.blocks[0].mlp.W_in.shape, bridge.blocks[0].mlp.W_out.shape
+    (torch.Size([128, 256]), torch.Size([256, 128]))
+    """
+
+    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("in"))
+    W_out = Weight("d_mlp d_model", "what each neuron writes into the stream", linear("out"))
+    b_in = Weight("d_mlp", "added before the activation function", linear("in", "bias"))
+    b_out = Weight("d_model", "added to what the neurons write", linear("out", "bias"))
+    W_gate: Weight | None = None
+    b_gate: Weight | None = None
+
+
+class GatedWeights(DenseWeights):
+    """The weights of a dense gated MLP: `W_gate` is read through the activation function, `W_in` as it is."""
+
+    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate"))
+    b_gate = Weight("d_mlp", "added to the gate", linear("gate", "bias"))
+
+
+class ExpertWeights:
+    """The weights of a mixture of experts, `[expert, in, out]`; its experts have no biases, which read as zeros.
+
+    >>> mlp = moe.blocks[0].mlp
+    >>> mlp.W_in.shape, mlp.W_out.shape, mlp.W_router.shape
+    (torch.Size([4, 128, 64]), torch.Size([4, 64, 128]), torch.Size([128, 4]))
+
+    An expert computes `(act(x @ W_gate) * (x @ W_in)) @ W_out` (source: `MixtralExperts` in transformers).
+    """
+
+    W_gate = Weight("expert d_model d_mlp", "what each neuron's gate reads of the stream", experts("gate_up_proj", 0))
+    W_in = Weight("expert d_model d_mlp", "what each neuron reads of the stream", experts("gate_up_proj", 1))
+    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", experts("down_proj"))
+    b_in = Weight("expert d_mlp", "added before the activation function", no_bias("d_mlp"))
+    b_out = Weight("expert d_model", "added to what the neurons write", no_bias("d_model"))
+    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate"))

@@ -1,0 +1,223 @@
+"""`bridge.generate`: Hugging Face's own `generate`, with text in and out, hooks that know where they are, caches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.generation_step import GenerationStep
+from transformer_lens.hook_point import HookFunction, state
+from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generation_options import (
+    RETURN_TYPES,
+    GenerationCall,
+    own_cache,
+    prepare_prompt,
+    progress,
+    refuse_unknown,
+    settings,
+    take_prompt,
+    translate,
+)
+from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
+from transformer_lens.model_bridge.generation_stream import refuse_unless_streamable, stream
+from transformer_lens.model_bridge.inputs import ModelInput
+from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.model_bridge.tokens import TokenMethods
+
+GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
+
+
+class GenerationMethods(TokenMethods, HookedRootModule):
+    """The generating side of `TransformerBridge`."""
+
+    original_model: nn.Module
+    cfg: BridgeConfig
+    _detached: bool
+
+    @property
+    def generation(self) -> GenerationStep | None:
+        """While this thread runs a forward of `generate`: what it reads of the text; `None` at other times."""
+        return state.generation
+
+    def generate(
+        self,
+        input: ModelInput | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        fwd_hooks: Sequence[GenerationHook] = (),
+        on: Phase = "all",
+        return_cache: bool = False,
+        names_filter: NamesFilter = None,
+        return_type: str = "input",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        use_past_kv_cache: bool | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Continue text, token ids or embeddings, as Hugging Face's `generate` does, with hooks.
+
+        >>> bridge.generate("When Mary and John went to the store, John gave a drink to", max_new_tokens=1)
+        'When Mary and John went to the store, John gave a drink to Mary'
+
+        `options` are those of Hugging Face's `generate`: beams, stopping criteria, streamers, `generation_config`...
+        A temperature, `top_k` or `top_p` asks for sampling; `temperature=0` for the likeliest token.
+        `return_type` "input" gives text for text and ids for ids (embeddings: the new ids), "str" and "tokens" one of
+        them; with `return_dict_in_generate=True` Hugging Face's own output. Texts are padded on the left.
+
+        A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation", "all"; `on` where it is left
+        out) says in which forwards it fires. Inside, `hook.generation` is a `GenerationStep`.
+        `return_cache=True` gives `(output, ActivationCache)`: the hooks of `names_filter` at every token of the
+        output. One more forward reads the last token for it. Scores and patterns have a key axis as long as the text.
+
+        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases
+        where forwards have none (no KV cache, assisted generation) and for a cache of beams.
+        """
+        sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        call = self._generation_call(input, options, how, return_type, prepend_bos, padding_side)
+        run = self._generation_run(call, fwd_hooks, on)
+        if names_filter is not None and not return_cache:
+            raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
+        more = self._capture(call, run, names_filter) if return_cache else {}
+        with run, progress(call.chosen.max_new_tokens, verbose) as watching:
+            with run.forwards():
+                output = call(**more, **watching)
+            tokens = output if isinstance(output, Tensor) else output.sequences
+            activations = self._activations(call, run, tokens) if return_cache else None
+        answer = call.answer(output, tokens)
+        return answer if activations is None else (answer, activations)
+
+    def generate_stream(
+        self,
+        input: ModelInput | None = None,
+        max_new_tokens: int | None = None,
+        *,
+        fwd_hooks: Sequence[GenerationHook] = (),
+        on: Phase = "all",
+        return_type: str = "input",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_at_eos: bool = True,
+        use_past_kv_cache: bool | None = None,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """What `generate` would add, piece by piece as it is chosen; the caller's own thread runs the model.
+
+        >>> list(bridge.generate_stream("When Mary and John went to the store, John gave a drink to", 1))
+        [' Mary']
+
+        Gives strings for one text, lists of strings for several, and ids `[batch]` for ids. A text's pieces together
+        are what `generate` adds to it. A loop that is left early, or fails, leaves no hook behind. Keywords as in
+        `generate`; only the likeliest token or sampling, so beams and assistants raise `ValueError`.
+        """
+        sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        call = self._generation_call(input, options, how, return_type, prepend_bos, padding_side)
+        refuse_unless_streamable(call)
+        return stream(call, self._generation_run(call, fwd_hooks, on))
+
+    # -- its parts ---------------------------------------------------------------------------------
+
+    def _generation_call(
+        self,
+        input: ModelInput | None,
+        options: dict[str, Any],
+        how: dict[str, Any],
+        return_type: str,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> GenerationCall:
+        model: Any = inner_model(self.original_model)[1]
+        if self._detached:
+            raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+        if "unembed" not in self._modules:
+            raise ValueError(
+                f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
+            )
+        refuse_unknown(options, model, OWN_KEYWORDS)
+        prompt = take_prompt(input, options)
+        options = translate(options, **how)
+        chosen = settings(options, model)
+        self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
+        prepared = prepare_prompt(
+            prompt,
+            adapter=self.token_adapter,
+            d_model=self.cfg.d_model,
+            device=self.input_device(),
+            prepend_bos=self.token_adapter is not None and self._prepends(prepend_bos),
+            padding_side=padding_side,
+            attention_mask=options.pop("attention_mask", None),
+            defaults=chosen,
+        )
+        cache = own_cache(model.config, chosen, options)
+        return GenerationCall(model, prepared, options, chosen, cache, return_type, self.token_adapter)
+
+    def _check_return_type(self, return_type: str, as_output: bool) -> None:
+        if return_type not in RETURN_TYPES:
+            raise ValueError(f"return_type: got {return_type!r}, expected 'input', 'str' or 'tokens'")
+        if return_type == "str":
+            self._tokens()
+            if as_output:
+                raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
+
+    def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
+        run = GenerationRun(call.model, call.prompt.mask)
+        phased = False
+        for spec in fwd_hooks:
+            if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
+                raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")
+            where, fn, phase = (*spec, on)[:3]
+            if phase not in PHASES:
+                raise ValueError(
+                    f"phase of the hook at {where!r}: got {phase!r}, expected 'prompt', 'continuation' or 'all'"
+                )
+            phased |= phase != "all"
+            for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
+                run.add(point, entry, phase, named)
+        call.refuse(phased=phased, hooked=bool(fwd_hooks), captured=False)
+        return run
+
+    def _capture(self, call: GenerationCall, run: GenerationRun, names_filter: NamesFilter) -> dict[str, Any]:
+        """Let the run keep the chosen hooks; returns what the model has to be told for that."""
+        call.refuse(phased=False, hooked=False, captured=True)
+        named = names_filter is not None and not callable(names_filter)
+        names = self.select_names(names_filter)
+        for name in names:
+            run.capture(self.hook_dict[name], named)
+        # Left to itself, `generate` asks for the logits of the last position alone.
+        return {"logits_to_keep": 0} if any(name.startswith("unembed.") for name in names) else {}
+
+    def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
+        """What was captured, with the last token, which the generation itself has not read."""
+        before = call.prompt.length if "inputs_embeds" in call.prompt.kwargs else 0
+        length = before + tokens.shape[1]
+        start = run.read if run.cache is not None else 0
+        mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)
+        mask = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
+        with torch.no_grad(), run.forwards():
+            self(tokens[:, start - before :], attention_mask=mask, past_key_values=run.cache, return_type=None)
+        return ActivationCache(joined(run.pieces, self.hook_dict, length), self)
+
+
+OWN_KEYWORDS = frozenset(inspect.signature(GenerationMethods.generate).parameters)

@@ -1,0 +1,260 @@
+"""What a call of `bridge.generate` becomes as a call of Hugging Face's `generate`: prompt, mask and options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from transformer_lens.model_bridge.grouped_cache import GroupedCache
+from transformer_lens.model_bridge.inputs import ModelInput, embeddings_call
+from transformer_lens.model_bridge.tokens import TokenAdapter
+
+RETURN_TYPES = ("input", "str", "tokens")
+CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
+"""Keywords of Hugging Face's `generate` that stand in none of its signatures."""
+PROMPTS = ("input_ids", "inputs", "inputs_embeds")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a generation continues, as the model takes it."""
+
+    kwargs: dict[str, Tensor]
+    mask: Int[Tensor, "batch prompt"]
+    texts: int | None
+    """How many texts it came from: `None` if it was not text, 0 for one bare string."""
+
+    @property
+    def length(self) -> int:
+        """Its columns, padding counted."""
+        return self.mask.shape[1]
+
+
+def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput:
+    """The prompt, wherever it was passed; Hugging Face's own keywords are taken out of `options`."""
+    named = [name for name in PROMPTS if options.get(name) is not None]
+    given = [*(["input"] if input is not None else []), *named]
+    if len(given) != 1:
+        raise ValueError(
+            f"generate: got {', '.join(given) or 'no prompt'}, expected one prompt: text, ids or embeddings"
+        )
+    found = options.get(named[0]) if named else input
+    for name in PROMPTS:
+        options.pop(name, None)
+    return found  # type: ignore[return-value]
+
+
+def prepare_prompt(
+    input: ModelInput,
+    *,
+    adapter: TokenAdapter | None,
+    d_model: int,
+    device: torch.device,
+    prepend_bos: bool,
+    padding_side: str | None,
+    attention_mask: Tensor | None,
+    defaults: GenerationConfig,
+) -> Prompt:
+    """Text, ids or embeddings with their mask. Raises `ValueError` for padding behind a prompt."""
+    texts: int | None = None
+    if isinstance(input, Tensor) and input.is_floating_point():
+        kwargs = embeddings_call(input.to(device), d_model, "input")
+        mask = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.long)
+    elif isinstance(input, Tensor):
+        ids = input[None] if input.ndim == 1 else input
+        if ids.ndim != 2 or ids.dtype == torch.bool or 0 in ids.shape:
+            raise ValueError(
+                f"input: got a {input.dtype} tensor of shape {list(input.shape)}, expected token ids [batch, pos] "
+                "with at least one row and one position"
+            )
+        kwargs, mask = {"input_ids": ids.to(device)}, _mask_of(ids, adapter, defaults)
+    else:
+        if adapter is None:
+            raise ValueError(
+                "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
+                "TransformerBridge(model, tokenizer)"
+            )
+        texts = 0 if isinstance(input, str) else len(input)
+        side = "left" if padding_side is None else padding_side
+        batch = adapter.encode(
+            [input] if isinstance(input, str) else input, prepend_bos=prepend_bos, padding_side=side, truncate=False
+        )
+        kwargs, mask = {"input_ids": batch.ids.to(device)}, batch.mask
+    if attention_mask is not None:
+        mask = attention_mask
+        if mask.ndim != 2 or len(mask) != len(next(iter(kwargs.values()))):
+            raise ValueError(
+                f"attention_mask: got shape {list(mask.shape)}, expected one row for each of the "
+                f"{len(next(iter(kwargs.values())))} prompts, and one column for each token"
+            )
+    if not bool(mask[:, -1].all()):
+        raise ValueError(
+            "generate: a prompt ends in padding, and what is generated follows its last token; "
+            "pad on the left: padding_side='left'"
+        )
+    return Prompt(kwargs, mask.to(device), texts)
+
+
+def _mask_of(ids: Tensor, adapter: TokenAdapter | None, defaults: GenerationConfig) -> Tensor:
+    """Which ids are padding: the run of pad tokens at the left; without a tokenizer, what `generate` infers."""
+    pad, eos = defaults.pad_token_id, defaults.eos_token_id
+    if adapter is not None:
+        ends = (adapter.bos, adapter.eos)
+        right = adapter.tokenizer.pad_token_id
+        behind = right is not None and right not in ends and bool((ids[:, -1] == right).any())
+        return adapter.mask_of(ids, "right" if behind else "left")
+    stops = eos if isinstance(eos, list) else [eos]
+    return torch.ne(ids, pad).long() if pad is not None and pad not in stops else torch.ones_like(ids)
+
+
+def translate(
+    options: dict[str, Any], *, stop_at_eos: bool, use_past_kv_cache: bool | None, **sampling: Any
+) -> dict[str, Any]:
+    """TransformerLens's keywords as Hugging Face's.
+
+    >>> translate({}, stop_at_eos=True, use_past_kv_cache=None, temperature=0.0, top_k=None)
+    {'do_sample': False}
+    """
+    said = {name: value for name, value in sampling.items() if value is not None}
+    if said.get("temperature") == 0:
+        if said.get("do_sample"):
+            raise ValueError("generate: temperature=0 takes the likeliest token, and do_sample=True draws one")
+        said = {"do_sample": False}
+    elif said and "do_sample" not in said:
+        said["do_sample"] = True
+    made = {**options, **said}
+    if not stop_at_eos:
+        if options.get("eos_token_id") is not None:
+            raise ValueError("generate: stop_at_eos=False and eos_token_id say different things; pass one of them")
+        made["eos_token_id"] = None
+    if use_past_kv_cache is not None:
+        if options.get("use_cache", use_past_kv_cache) != use_past_kv_cache:
+            raise ValueError("generate: use_past_kv_cache and use_cache say different things; pass one of them")
+        made["use_cache"] = use_past_kv_cache
+    return made
+
+
+def refuse_unknown(options: Mapping[str, Any], model: Any, own: frozenset[str]) -> None:
+    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before."""
+    known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS}
+    known |= set(inspect.signature(type(model).generate).parameters) | set(inspect.signature(model.forward).parameters)
+    known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
+    for name in options:
+        if name not in known:
+            near = ", ".join(get_close_matches(name, sorted((known | own) - {"self", "options"}), n=3, cutoff=0.0))
+            raise TypeError(f"generate: got an unknown keyword {name!r}; the nearest are {near}")
+
+
+def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
+    """The generation config that holds for a call: what was passed, over the given config, over the model's own."""
+    merged = GenerationConfig()
+    for source in (model.generation_config, options.get("generation_config")):
+        if source is not None:
+            merged.update(**{name: value for name, value in source.to_dict().items() if value is not None})
+    merged.update(**{name: value for name, value in options.items() if name in vars(merged)})
+    return merged
+
+
+def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A `GroupedCache` as an option, where it saves memory and the caller chose no cache."""
+    chosen_by_caller = options.get("past_key_values") is not None or chosen.cache_implementation is not None
+    if chosen_by_caller or chosen.use_cache is False:
+        return {}
+    cache = GroupedCache(config)
+    return {"past_key_values": cache} if cache.saves else {}
+
+
+@dataclass(frozen=True)
+class GenerationCall:
+    """A prepared call of Hugging Face's `generate`."""
+
+    model: Any
+    prompt: Prompt
+    options: dict[str, Any]
+    chosen: GenerationConfig
+    """Every setting that holds for it."""
+    cache: dict[str, Any]
+    """The KV cache we choose for it, as an option."""
+    return_type: str
+    adapter: TokenAdapter | None
+
+    def __call__(self, **more: Any) -> Any:
+        """Hugging Face's own output: token ids, or an output with `sequences`."""
+        made = {**self.prompt.kwargs, "attention_mask": self.prompt.mask, **self.options, **self.cache, **more}
+        criteria = [*(self.options.get("stopping_criteria") or ()), *more.get("stopping_criteria", ())]
+        return self.model.generate(**{**made, "stopping_criteria": StoppingCriteriaList(criteria)})
+
+    def answer(self, output: Any, tokens: Int[Tensor, "batch pos"]) -> Any:
+        """The output as the caller wants it: text where text went in."""
+        if self.return_type == "tokens" or not isinstance(output, Tensor):
+            return output
+        if self.return_type == "input" and self.prompt.texts is None:
+            return output
+        texts = [self.text_of(row) for row in tokens]
+        one = self.prompt.texts == 0 or (self.prompt.texts is None and len(self.prompt.mask) == 1)
+        return texts[0] if one and len(texts) == 1 else texts
+
+    def text_of(self, ids: Any) -> str:
+        """Text of token ids, special tokens left out."""
+        assert self.adapter is not None
+        return str(self.adapter.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def refuse(self, *, phased: bool, hooked: bool, captured: bool) -> None:
+        """Raise `ValueError` for hooks that the way of generating gives no clear meaning."""
+        chosen, options = self.chosen, self.options
+        guessing = options.get("assistant_model") is not None or bool(chosen.prompt_lookup_num_tokens)
+        if phased and guessing:
+            raise ValueError("generate: assisted generation reads prompt and guesses in one forward; pass on='all'")
+        if phased and chosen.use_cache is False:
+            raise ValueError("generate: without a KV cache every forward reads the prompt again; pass on='all'")
+        if (hooked or captured) and (chosen.guidance_scale or 1) != 1:
+            raise ValueError(
+                "generate: guidance_scale runs a second text beside the first, and hooks cannot tell them apart; "
+                "leave it out"
+            )
+        if not captured:
+            return
+        if (chosen.num_beams or 1) > 1 or guessing:
+            raise ValueError(
+                "generate: return_cache has no activations of sequences that were put together from several "
+                "beams or guesses; run_with_cache on the result has"
+            )
+        if options.get("past_key_values") is not None or chosen.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "generate: return_cache needs a KV cache of its own, which grows; leave past_key_values and "
+                "cache_implementation out"
+            )
+
+
+@contextmanager
+def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
+    """Keywords for `generate` that move a progress bar on with every token."""
+    if not shown:
+        yield {}
+        return
+    with tqdm(total=total, unit="token") as bar:
+        yield {"stopping_criteria": [_Progress(bar)]}
+
+
+class _Progress(StoppingCriteria):  # type: ignore[misc]
+    """Sees every token, and never stops."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+        self.seen: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        length = input_ids.shape[1]
+        self.bar.update(1 if self.seen is None else length - self.seen)
+        self.seen = length
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,166 @@
+"""`GenerationRun`: hooks and captures for the length of one generation, however many forwards it takes.
+
+It follows the forwards by two torch hooks on the model, there only meanwhile: they tell the user's hooks
+which part of the text is being read, exchange the hooks of prompt and continuation, and keep what was captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from transformer_lens.generation_step import GenerationStep
+from transformer_lens.hook_point import HookEntry, HookPoint, Run, changing_together, state
+from transformer_lens.hooked_root import Capture
+
+Phase = Literal["prompt", "continuation", "all"]
+PHASES: tuple[Phase, ...] = ("prompt", "continuation", "all")
+
+
+class GenerationRun:
+    """One generation's hooks; enter it around everything, and `forwards()` around whatever runs the model."""
+
+    def __init__(self, model: nn.Module, prompt_mask: Tensor) -> None:
+        self.model = model
+        self.prompt_mask = prompt_mask
+        self.run = Run()
+        self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
+        self.step = 0
+        self.read = 0
+        self.cache: Any = None
+        self.captured: dict[str, Tensor] = {}
+        self.pieces: dict[str, list[Tensor]] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def add(self, point: HookPoint, entry: HookEntry, phase: Phase, named: bool) -> None:
+        """A user's hook; one that was asked for by name has to fire in its phase."""
+        self.entries.append((point, entry, phase, named))
+
+    def capture(self, point: HookPoint, named: bool) -> None:
+        """Keep what this point shows, of every forward."""
+        self.add(point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named)
+
+    # -- its length --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            undo.callback(self._remove)
+            self.handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+            self.handles.append(self.model.register_forward_hook(self._after))
+            self._attach("prompt", "all")
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+        if error is None:
+            self._refuse_silence()
+
+    def _attach(self, *phases: Phase) -> None:
+        with changing_together():
+            for point, entry, phase, _ in self.entries:
+                if phase in phases:
+                    point.attach(entry)
+
+    def _detach(self, *phases: Phase) -> None:
+        with changing_together():
+            for point, entry, phase, _ in self.entries:
+                if phase in phases:
+                    point.remove(entry, silence=False)
+
+    def _remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self._detach(*PHASES)
+
+    def _refuse_silence(self) -> None:
+        """A phase that was never reached, because the text ended before, is no fault of its hooks."""
+        reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
+        silent = [
+            repr(point.name)
+            for point, entry, phase, named in self.entries
+            if named and phase in reached and not entry.fired
+        ]
+        if silent:
+            raise ValueError(
+                f"these hooks were asked for and never fired: {', '.join(silent)}; a module put in a hook's place "
+                "has to call its own hook points"
+            )
+
+    # -- its forwards ------------------------------------------------------------------------------
+
+    @contextmanager
+    def forwards(self) -> Iterator[None]:
+        """While this is entered, forwards of the model in this thread belong to the generation."""
+        outer = state.generation
+        try:
+            with self.run:
+                yield
+        finally:
+            state.generation = outer
+
+    def _ours(self) -> bool:
+        """Not a forward that a user's hook runs, nor one between the steps of a stream."""
+        return state.run is self.run and not state.depth
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None or not self._ours():
+            return
+        read = kwargs.get("input_ids")
+        read = kwargs["inputs_embeds"] if read is None else read
+        self.cache = kwargs.get("past_key_values")
+        past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        columns = range(past, past + read.shape[1])
+        state.generation = GenerationStep(self.step, columns, self.prompt_mask, len(read))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._ours() or state.generation is None:
+            return
+        columns, prompt = state.generation.columns, self.prompt_mask.shape[1]
+        state.generation = None
+        self.step += 1
+        if columns.start == 0:  # without a KV cache everything is read again
+            self.pieces = {}
+        for name, tensor in self.captured.items():
+            self.pieces.setdefault(name, []).append(tensor)
+        self.captured.clear()
+        if self.read < prompt <= columns.stop and any(phase != "all" for _, _, phase, _ in self.entries):
+            self._detach(*PHASES)
+            self._attach("continuation", "all")  # in the order they were given, captures last
+        self.read = columns.stop
+
+
+def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoint], length: int) -> dict[str, Tensor]:
+    """What was captured forward by forward, as one forward over the whole text captures it.
+
+    Scores and patterns of earlier queries get the keys that came later: masked ones.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, parts in pieces.items():
+        axes = points[name].axes.split()
+        along = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), 1)
+        if "key_pos" in axes:
+            lowest = name.endswith("hook_attn_scores")
+            parts = _with_all_keys(parts, along, length, torch.finfo(parts[0].dtype).min if lowest else 0.0)
+        whole[name] = torch.cat(list(parts), dim=along).narrow(along, 0, length)
+    return whole
+
+
+def _with_all_keys(parts: Sequence[Tensor], along: int, length: int, fill: float) -> list[Tensor]:
+    """Every part with `length` keys; a sliding window has lost the first ones, a fixed cache has empty places."""
+    padded, end = [], 0
+    for part in parts:
+        end += part.shape[along]
+        lost = max(0, end - part.shape[-1])
+        kept = part[..., : length - lost]
+        padded.append(F.pad(kept, (lost, length - lost - kept.shape[-1]), value=fill))
+    return padded

@@ -1,0 +1,108 @@
+"""Generation as an iterator, in the caller's own thread.
+
+Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
+loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from transformer_lens.model_bridge.generation_options import GenerationCall
+from transformer_lens.model_bridge.generation_run import GenerationRun
+
+UNFINISHED = "\ufffd"
+"""What decoding shows for a character of which some bytes are still to come."""
+
+
+def refuse_unless_streamable(call: GenerationCall) -> None:
+    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
+    chosen, options = call.chosen, call.options
+    asked = {
+        "num_beams": (chosen.num_beams or 1) > 1,
+        "assistant_model": options.get("assistant_model") is not None,
+        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
+        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
+        "streamer": options.get("streamer") is not None,
+        "custom_generate": options.get("custom_generate") is not None,
+    }
+    wrong = [name for name, on in asked.items() if on]
+    if wrong:
+        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
+
+
+def stream(call: GenerationCall, run: GenerationRun) -> Iterator[Any]:
+    """New token ids, or pieces of text, as they are chosen."""
+    with run:
+        with run.forwards():
+            steps = call(custom_generate=loop_of(run))
+        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
+            yield from steps
+        else:
+            yield from _pieces(call, steps)
+
+
+def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
+    """The decoding loop, to be called by `generate`."""
+
+    def loop(
+        model: Any,
+        input_ids: Int[Tensor, "batch pos"],
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        output = None
+        while bool(going.any()):
+            with torch.no_grad(), run.forwards():
+                if output is None:
+                    output = model._prefill(input_ids, generation_config, model_kwargs)
+                else:
+                    new = 1 if model_kwargs["use_cache"] else None
+                    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+                    with model._optimize_model_for_decode():
+                        output = model(**inputs, return_dict=True)
+                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
+                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                chosen = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
+                if ends:
+                    chosen = torch.where(going, chosen, generation_config._pad_token_tensor)
+                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+                going = going & ~stopping_criteria(input_ids, None)
+            yield chosen
+
+    return loop
+
+
+def _choose(scores: Tensor, sampled: bool) -> Int[Tensor, " batch"]:
+    if not sampled:
+        return scores.argmax(-1)
+    return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+
+
+def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
+    """What each step adds to the texts; a character is held back until all of its bytes are there."""
+    one = call.prompt.texts == 0 or (call.prompt.texts is None and len(call.prompt.mask) == 1)
+    rows: list[list[int]] = []
+    told: list[str] = []
+    for chosen in steps:
+        rows = rows or [[] for _ in chosen]
+        told = told or [""] * len(rows)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            row.append(token)
+        texts = [call.text_of(row) for row in rows]
+        texts = [old if new.endswith(UNFINISHED) else new for old, new in zip(told, texts, strict=True)]
+        added = [new[len(old) :] for old, new in zip(told, texts, strict=True)]
+        told = texts
+        yield added[0] if one and len(added) == 1 else added
+    left = [call.text_of(row)[len(old) :] for row, old in zip(rows, told, strict=True)]
+    if any(left):
+        yield left[0] if one and len(left) == 1 else left

@@ -1,0 +1,97 @@
+"""`GroupedCache`: a KV cache that keeps one key and value per group, and hands the model what it expects.
+
+Falcon's new decoder architecture gives shared keys to every query head before it caches them, so
+transformers' own cache is 16 times what the keys of a 40B model need, and 29 times for 180B.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from transformer_lens.model_bridge.generalized_components.attention_math import repeat_groups
+from transformer_lens.model_bridge.supported_architectures import adapter_for
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Numbers as their bits, by their size in bytes: as such a nan equals itself."""
+
+
+class GroupedLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's cache: takes and returns a key for each query head, and keeps one for each group.
+
+    >>> layer = GroupedLayer(groups=2)
+    >>> shared = torch.randn(1, 2, 1, 5, 8).expand(1, 2, 3, 5, 8).reshape(1, 6, 5, 8)
+    >>> keys, _ = layer.update(shared, shared)
+    >>> torch.equal(keys, shared), layer.keys.shape
+    (True, torch.Size([1, 2, 5, 8]))
+
+    `keys` and `values` are `[batch, kv_group, pos, d_head]`. Everything else (reordering, selecting,
+    cropping, moving) is transformers' `DynamicLayer` on these.
+    """
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch head new d_head"],
+        value_states: Float[Tensor, "batch head new d_head"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]]:
+        """Add new positions; returns all of them, for each query head.
+
+        Heads that do not fall into the groups (those of one part of a sharded model) are kept as they are.
+        Raises `ValueError` if the first keys or values it is given differ within a group.
+        """
+        heads = key_states.shape[1]
+        share = heads // self.groups if heads % self.groups == 0 else 1
+        if not self.is_initialized:
+            for name, states in (("keys", key_states), ("values", value_states)):
+                self._check(name, states, share)
+        super().update(key_states[:, ::share], value_states[:, ::share])
+        # As contiguous as what DynamicLayer returns: the same kernels with the same rounding follow.
+        return repeat_groups(self.keys, heads).contiguous(), repeat_groups(self.values, heads).contiguous()
+
+    def _check(self, name: str, states: Tensor, share: int) -> None:
+        """Only the first ones are compared, since every comparison makes the host wait for the device."""
+        each = states.detach().view(BITS[states.element_size()]).unflatten(1, (-1, share))
+        if not bool(torch.eq(each, each[:, :, :1]).all()):
+            raise ValueError(
+                f"GroupedCache: the {name} of {states.shape[1]} heads differ within their {self.groups} groups, so "
+                "one for each group would lose some; use transformers' DynamicCache with this model"
+            )
+
+
+class GroupedCache(Cache):  # type: ignore[misc]
+    """A transformers cache for any supported model that never holds one key twice.
+
+    >>> grouped = GroupedCache(model.config)
+    >>> ids = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=grouped, max_new_tokens=4, do_sample=False)
+    >>> grouped.layers[0].keys.shape  # batch kv_group pos d_head
+    torch.Size([1, 2, 6, 32])
+
+    Logits and tokens are bitwise those of `DynamicCache`. Where transformers caches nothing twice (Falcon-7B
+    and RW, Mixtral), its layers are `DynamicCache`'s own. While one layer runs, its keys and values are there
+    once more, for every query head. `config` is the Hugging Face config. Raises `ValueError` for a family that
+    is not supported.
+    """
+
+    def __init__(self, config: Any) -> None:
+        adapter = adapter_for(config)
+        groups, count = adapter.cfg.n_key_value_heads, adapter.cfg.n_layers
+        if adapter.cached_heads() > groups:
+            super().__init__(layers=[GroupedLayer(groups) for _ in range(count)])
+        else:
+            super().__init__(layers=DynamicCache(config=config).layers)
+
+    @property
+    def saves(self) -> bool:
+        """Whether it holds less than `DynamicCache` would."""
+        return any(isinstance(layer, GroupedLayer) for layer in self.layers)

@@ -1,0 +1,328 @@
+"""`model_info`: what a model is and what memory it takes, from its config alone.
+
+Parameters are counted on the meta device, where a module has shapes and no numbers; the KV cache is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.loading import load_config, model_class, named_dtype
+from transformer_lens.model_bridge.published import PUBLISHED, published_config
+from transformer_lens.model_bridge.supported_architectures import adapter_for
+
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BLOCK = 64
+"""Weights that share a scale in bitsandbytes' 4-bit formats."""
+MB, GB = 2**20, 2**30
+
+UNQUANTISED = "in 8 and 4 bits, embeddings, head, norms, biases and router stay in bf16"
+FORMULAS = {
+    "fp32": "4 bytes per parameter",
+    "bf16": "2 bytes per parameter",
+    "8-bit": "matrices in the blocks: 1 byte per weight, 4 per row (scale)",
+    "4-bit": f"matrices in the blocks: 1/2 byte per weight, 4 per {BLOCK} weights (scale)",
+}
+
+
+@dataclass(frozen=True)
+class WeightMemory:
+    """Memory of the weights in one precision, in bytes."""
+
+    precision: str
+    bytes: int
+    """By `formula`, with every matrix in the blocks in this precision."""
+    bitsandbytes: int
+    """With linear layers alone in this precision, as bitsandbytes does it: experts stay in bf16."""
+    formula: str
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Memory of the KV cache of one sequence, in bytes."""
+
+    context: int
+    needed: int
+    """One key and value for each group of heads, at each position that attention still looks back to."""
+    allocated: int
+    """What transformers' `DynamicCache` holds while it generates."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model is and what memory it takes; `str()` gives it as text.
+
+    >>> info = model_info("falcon-40b")
+    >>> info.kv_cache[0].needed == 2 * 60 * 8 * 64 * 2048 * 2
+    True
+    """
+
+    name: str
+    architecture: str
+    layout: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    num_experts: int | None
+    experts_per_token: int | None
+    sliding_window: int | None
+    parameters: int
+    active_parameters: int
+    """Those that work on one token: all but the experts that were not chosen."""
+    weights: tuple[WeightMemory, ...]
+    cache_dtype: str
+    kv_cache: tuple[CacheMemory, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data; memory is in bytes."""
+        return asdict(self)
+
+    def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+        """Title, columns and rows of what there is to show."""
+        active = "" if self.active_parameters == self.parameters else f", of which {billions(self.active_parameters)}"
+        shape = [
+            ["layout", self.layout],
+            ["parameters", billions(self.parameters) + (f"{active} work on each token" if active else "")],
+            [
+                "sizes",
+                f"{self.n_layers} layers, d_model {self.d_model}, d_head {self.d_head}, d_mlp {self.d_mlp}, "
+                f"vocabulary {self.d_vocab}, context {self.n_ctx:,}",
+            ],
+        ]
+        yield f"{self.name}: {self.architecture}", ["", ""], shape
+        title = f"Memory of the weights (1 MB is 2^20 bytes, 1 GB 2^30); {UNQUANTISED}"
+        rows = [[w.precision, size(w.bytes), w.formula] for w in self.weights]
+        columns = ["precision", "weights", "formula"]
+        if self.num_experts:
+            title += "; bitsandbytes leaves the experts in bf16 too"
+            rows = [[*row[:2], size(w.bitsandbytes), row[2]] for row, w in zip(rows, self.weights, strict=True)]
+            columns.insert(2, "by bitsandbytes")
+        yield title, columns, rows
+        rows = [
+            [f"{c.context:,}", about(c.needed), about(c.allocated), times(c.allocated, c.needed)] for c in self.kv_cache
+        ]
+        title = f"KV cache of one sequence in {self.cache_dtype}"
+        yield title, ["tokens", "attention needs", "transformers allocates", "ratio"], rows
+
+    def __str__(self) -> str:
+        parts = []
+        for title, columns, rows in self.tables():
+            lines = [columns, *rows] if any(columns) else rows
+            widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+            text = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+            parts.append("\n".join([title, *text]))
+        return "\n\n".join(parts)
+
+
+def size(count: int) -> str:
+    """
+    >>> size(16 * 2**20), size(80 * 2**30), size(1536)
+    ('16.0 MB', '80.0 GB', '1.5 kB')
+
+    Bytes in a unit that fits; 1 MB is 2^20 bytes.
+    """
+    for unit, name in ((GB, "GB"), (MB, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count / 1024:.1f} kB"
+
+
+def about(count: int) -> str:
+    """
+    >>> about(16 * 2**20), about(240 * 2**20), about(3 * 2**30)
+    ('about 20 MB (16.0 MB)', 'about 240 MB (240.0 MB)', '3.0 GB')
+
+    From 10 MB to 1 GB also rounded to tens, as such sizes are usually told.
+    """
+    return f"about {round(count / MB, -1):.0f} MB ({size(count)})" if 10 * MB <= count < GB else size(count)
+
+
+def times(large: int, small: int) -> str:
+    """
+    >>> times(29, 1), times(5, 5)
+    ('29 times', 'the same')
+    """
+    return "the same" if large == small else f"{large / small:.3g} times"
+
+
+def billions(count: int) -> str:
+    """
+    >>> billions(6_921_720_704), billions(1_100_000)
+    ('6.92 billion', '1.1 million')
+    """
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
+
+
+def model_info(
+    model: str | Path | PreTrainedConfig,
+    *,
+    context: Sequence[int] | None = None,
+    dtype: torch.dtype | str = "bf16",
+    **loading: Any,
+) -> ModelInfo:
+    """Layout, parameters and memory of a model, without loading or allocating it.
+
+    >>> from transformer_lens.model_bridge import model_info
+    >>> print(model_info("falcon-40b").layout)
+    Falcon 40B and 180B layout (new decoder architecture): 128 query heads in 8 groups that share a key and value;
+    parallel attention and MLP with two norms; RoPE
+
+    `model` is a hub name, a directory or a `config.json`, a config, or one of the built-in shapes
+    (`published.PUBLISHED`: "falcon-40b", "mixtral-8x7b", ...). `context` is in tokens, by default 2,048
+    and the model's own; `dtype` is that of the KV cache. `loading` goes to Hugging Face (`revision`,
+    `token`). Raises `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else _config(model, loading)
+    adapter = adapter_for(config)
+    cfg = adapter.cfg
+    count = _count(config, adapter)
+    bytes_each = _cache_dtype(dtype)
+    lengths = _lengths(context, cfg.n_ctx)
+    fields = ("n_layers", "d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
+    more = ("num_experts", "experts_per_token", "sliding_window")
+    chosen, experts = cfg.experts_per_token or 1, cfg.num_experts or 1
+    idle = count.expert * (experts - chosen) // experts
+    return ModelInfo(
+        name=str(model) if isinstance(model, (str, Path)) else cfg.model_name,
+        architecture=count.architecture,
+        layout=layout_in_words(adapter),
+        **{field: getattr(cfg, field) for field in (*fields, *more)},
+        parameters=count.total,
+        active_parameters=count.total - idle,
+        weights=count.memory(),
+        cache_dtype=str(bytes_each).removeprefix("torch."),
+        kv_cache=tuple(cache_memory(adapter, length, bytes_each) for length in lengths),
+    )
+
+
+def _config(model: str | Path, loading: dict[str, Any]) -> Any:
+    """The config behind a name; a path or a shipped model of a built-in's name comes first."""
+    name = str(model)
+    if name in PUBLISHED and not Path(name).exists():
+        return published_config(name)
+    try:
+        return load_config(model, **loading)
+    except OSError as error:
+        known = name.rpartition("/")[2].lower()
+        if known in PUBLISHED and not Path(name).exists():
+            raise OSError(f"{error}\nThe shape of {known} is built in: ask for {known!r}") from error
+        raise
+
+
+def _cache_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = named_dtype(SHORT_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    if found is None or not found.is_floating_point:
+        raise ValueError(f"dtype: got {dtype!r}, expected a floating-point one, such as 'bf16', 'fp16' or 'fp32'")
+    return found
+
+
+def _lengths(context: Sequence[int] | None, n_ctx: int) -> list[int]:
+    if context is None:
+        return sorted({min(2048, n_ctx), n_ctx})
+    if not context or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in context):
+        raise ValueError(f"context: got {context!r}, expected numbers of tokens, such as [2048, 8192]")
+    return list(context)
+
+
+def layout_in_words(adapter: ArchitectureAdapter) -> str:
+    """Attention heads, blocks and positions of a layout, in words.
+
+    >>> print(layout_in_words(adapter_for(FalconConfig())))
+    Falcon 7B layout: multi-query, 71 query heads share one key and value;
+    parallel attention and MLP with one norm; RoPE
+    """
+    cfg = adapter.cfg
+    mlp = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token," if cfg.num_experts else "MLP"
+    if cfg.parallel_attn_mlp:
+        block = f"parallel attention and {mlp} with {'two norms' if cfg.norms_per_block == 2 else 'one norm'}"
+    else:
+        block = f"sequential: attention, then {mlp} each with a norm"
+    words = [f"{adapter.layout_name()}: {_heads_in_words(cfg)}", block, _POSITIONS[cfg.positional_embedding_type]]
+    if cfg.sliding_window:
+        words.append(f"each token attends to the last {cfg.sliding_window:,}")
+    return "; ".join(words)
+
+
+_POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi"}
+
+
+def _heads_in_words(cfg: BridgeConfig) -> str:
+    if cfg.n_key_value_heads == cfg.n_heads:
+        return f"{cfg.n_heads} heads, each with a key and value of its own"
+    if cfg.n_key_value_heads == 1:
+        return f"multi-query, {cfg.n_heads} query heads share one key and value"
+    return f"{cfg.n_heads} query heads in {cfg.n_key_value_heads} groups that share a key and value"
+
+
+def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype) -> CacheMemory:
+    """The KV cache after `context` tokens of one sequence.
+
+    >>> cache_memory(adapter_for(FalconConfig()), 2048, torch.bfloat16).needed == 2 * 32 * 1 * 64 * 2048 * 2
+    True
+
+    2 (key and value) * layers * heads * d_head * positions * bytes. With a sliding window attention looks back to
+    `sliding_window - 1` positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
+    """
+    cfg = adapter.cfg
+    each = 2 * cfg.n_layers * cfg.d_head * dtype.itemsize
+    needed, held = (context, context)
+    if cfg.sliding_window:
+        needed, held = min(context, cfg.sliding_window - 1), min(context, cfg.sliding_window)
+    return CacheMemory(context, each * cfg.n_key_value_heads * needed, each * adapter.cached_heads() * held)
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Parameters by what happens to them when a model is quantised. Scales are counted for each matrix."""
+
+    architecture: str
+    total: int
+    linear: int
+    linear_rows: int
+    linear_blocks: int
+    expert: int
+    expert_rows: int
+    expert_blocks: int
+
+    def memory(self) -> tuple[WeightMemory, ...]:
+        linear = {"8-bit": self.linear + 4 * self.linear_rows, "4-bit": ceil(self.linear / 2) + 4 * self.linear_blocks}
+        expert = {"8-bit": self.expert + 4 * self.expert_rows, "4-bit": ceil(self.expert / 2) + 4 * self.expert_blocks}
+        rest = 2 * (self.total - self.linear - self.expert)
+        found = {"fp32": (4 * self.total,) * 2, "bf16": (2 * self.total,) * 2}
+        for name in ("8-bit", "4-bit"):
+            found[name] = (rest + linear[name] + expert[name], rest + linear[name] + 2 * self.expert)
+        return tuple(WeightMemory(name, *found[name], formula) for name, formula in FORMULAS.items())
+
+
+def _count(config: Any, adapter: ArchitectureAdapter) -> _Count:
+    """Count the parameters of the model that this config describes, on the meta device; a tied one counts once."""
+    kind = model_class(config)
+    with torch.device("meta"):
+        model: Any = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+    linear: list[torch.Size] = []
+    expert: list[torch.Size] = []
+    for module in model.base_model.get_submodule(adapter.component_mapping["blocks"].at).modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Linear):
+            linear.append(module.weight.shape)
+        expert += [matrix for p in own if p.ndim == 3 for matrix in [p.shape[1:]] * p.shape[0]]
+    sizes = [
+        (sum(shape.numel() for shape in s), sum(shape[0] for shape in s), sum(ceil(x.numel() / BLOCK) for x in s))
+        for s in (linear, expert)
+    ]
+    return _Count(type(model).__name__, sum(p.numel() for p in model.parameters()), *sizes[0], *sizes[1])

@@ -1,0 +1,273 @@
+"""What processing changed in a model, and its exact inverse.
+
+Everything is an exchange that undoes itself when run again, and copies nothing: the parameter stays the
+object it was and points to other values. So no error can leave a model half-changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from torch import Tensor, nn
+
+RECORD = "weight_processing"
+"""The attribute of the base model that tells that its weights were processed; gone when they are put back."""
+
+
+class Exchange(Protocol):
+    """One thing that is in the model, or waits outside; `swap` makes it the other way round."""
+
+    what: str
+
+    def swap(self) -> None: ...
+
+    def in_place(self) -> bool:
+        """Whether the model still holds what was put there."""
+
+    def altered(self) -> bool:
+        """Whether somebody wrote into what was put there."""
+
+    def bytes_kept(self) -> int:
+        """The memory of what waits outside."""
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    """Which parameter, and how often it was written into."""
+    return id(parameter), parameter._version
+
+
+def _written_since(parameter: nn.Parameter, version: tuple[int, int]) -> bool:
+    """Whether it was written into; a copy of a model counts anew, so there it is not known."""
+    return version[0] == id(parameter) and version[1] != parameter._version
+
+
+class ValueExchange:
+    """Other values in a parameter that stays the same object."""
+
+    def __init__(self, what: str, module: nn.Module, name: str, values: Tensor) -> None:
+        parameter = module._parameters[name]
+        assert parameter is not None
+        self.what, self.module, self.name = what, module, name
+        self.parameter: nn.Parameter = parameter
+        self.values = values
+        self.version = _version(parameter)
+
+    def swap(self) -> None:
+        p = self.parameter
+        # The model may have been moved or cast meanwhile.
+        p.data, self.values = self.values.to(device=p.device, dtype=p.dtype), p.data
+        self.version = _version(p)
+
+    def in_place(self) -> bool:
+        found = self.module._parameters.get(self.name)
+        return found is self.parameter and found.shape == self.values.shape
+
+    def altered(self) -> bool:
+        return _written_since(self.parameter, self.version)
+
+    def bytes_kept(self) -> int:
+        return self.values.nbytes
+
+
+class ParameterExchange:
+    """A parameter of its own where there was none, or one that another module shares."""
+
+    def __init__(self, what: str, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        self.what, self.module, self.name = what, module, name
+        self.made = parameter
+        self.outside: nn.Parameter | None = parameter
+        self.version = _version(parameter)
+
+    def swap(self) -> None:
+        inside = self.module._parameters[self.name]
+        if self.outside is self.made:
+            like = next(p for p in (inside, *self.module.parameters(recurse=False)) if p is not None)
+            self.made.data = self.made.data.to(device=like.device, dtype=like.dtype)
+        self.module._parameters[self.name], self.outside = self.outside, inside
+        self.version = _version(self.made)
+
+    def in_place(self) -> bool:
+        return self.module._parameters.get(self.name) is self.made
+
+    def altered(self) -> bool:
+        return _written_since(self.made, self.version)
+
+    def bytes_kept(self) -> int:
+        return 0  # nothing, or a parameter that the model holds elsewhere
+
+
+class ConfigExchange:
+    """Another value in the model's config."""
+
+    def __init__(self, config: Any, name: str, value: Any) -> None:
+        self.what = f"config.{name}"
+        self.config, self.name, self.value = config, name, value
+        self.put = value
+
+    def swap(self) -> None:
+        inside = getattr(self.config, self.name)
+        setattr(self.config, self.name, self.value)
+        self.value = inside
+
+    def in_place(self) -> bool:
+        return bool(getattr(self.config, self.name) == self.put)
+
+    def altered(self) -> bool:
+        return False
+
+    def bytes_kept(self) -> int:
+        return 0
+
+
+def swap_all(exchanges: Iterable[Exchange]) -> None:
+    """Swap every one, or none if one fails."""
+    with ExitStack() as way_back:
+        for exchange in exchanges:
+            exchange.swap()
+            way_back.callback(exchange.swap)
+        way_back.pop_all()
+
+
+class WeightChanges:
+    """What one call of processing changed; `undo()`, or leaving a `with` block, puts the old weights back.
+
+    >>> with bridge.fold_ln() as changes:
+    ...     changes.steps, bridge.processed
+    (('fold_ln',), ('fold_ln',))
+    >>> bridge.processed
+    ()
+
+    `notes` are the sentences that were logged. Later changes have to be undone before earlier ones.
+    """
+
+    def __init__(self, steps: Sequence[str], exchanges: Sequence[Exchange], notes: Sequence[str]) -> None:
+        self.steps = tuple(steps)
+        self.notes = tuple(notes)
+        self.exchanges = tuple(exchanges)
+        self.record: Record | None = None
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The parameters that hold other values, under Hugging Face's names."""
+        return tuple(exchange.what for exchange in self.exchanges)
+
+    @property
+    def bytes_kept(self) -> int:
+        """The memory in bytes of the original values, which are kept for `undo`."""
+        return sum(exchange.bytes_kept() for exchange in self.exchanges)
+
+    def undo(self) -> None:
+        """Put back the very tensors that were there, bit for bit. Further calls do nothing.
+
+        >>> changes = bridge.center_unembed()
+        >>> changes.undo()
+
+        Raises `ValueError` if later changes stand on these, or if a processed parameter was replaced.
+        Warns if one was written into (trained) since: that is lost.
+        """
+        if self.record is not None:
+            self.record.undo(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"WeightChanges(steps={self.steps}, {len(self.exchanges)} changes, {self.bytes_kept} bytes kept)"
+
+
+class Record:
+    """All changes of one model, in their order. It sits on the base model, so that every bridge sees it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.changes: list[WeightChanges] = []
+        self.suspended = False
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return tuple(step for changes in self.changes for step in changes.steps)
+
+    def add(self, changes: WeightChanges) -> None:
+        """Put changes into the model."""
+        swap_all(changes.exchanges)
+        changes.record = self
+        self.changes.append(changes)
+        self.base.__dict__[RECORD] = self
+
+    def undo(self, changes: WeightChanges) -> None:
+        """Take the latest changes out again."""
+        self.refuse_while_suspended("undo")
+        later = self.changes[self.changes.index(changes) + 1 :]
+        if later:
+            names = ", ".join(step for other in later for step in other.steps)
+            raise ValueError(f"undo of {', '.join(changes.steps)}: {names} came later and has to be undone first")
+        self._take_out([changes])
+
+    def undo_all(self) -> None:
+        """Take every change out again, the last first."""
+        self.refuse_while_suspended("undo_processing")
+        self._take_out(self.changes[::-1])
+
+    def refuse_while_suspended(self, what: str) -> None:
+        if self.suspended:
+            raise ValueError(f"{what}: inside `with bridge.unprocessed()` the weights are lent back; leave it first")
+
+    def _take_out(self, changes: list[WeightChanges]) -> None:
+        exchanges = [exchange for change in changes for exchange in reversed(change.exchanges)]
+        self._check_in_place(exchanges)
+        altered = sorted({exchange.what for exchange in exchanges if exchange.altered()})
+        if altered:
+            warnings.warn(
+                f"{', '.join(altered[:3])}{', ...' if altered[3:] else ''}: written into since processing; "
+                "the weights from before it come back, and what was written is lost",
+                stacklevel=4,
+            )
+        swap_all(exchanges)
+        for change in changes:
+            change.record = None
+            self.changes.remove(change)
+        if not self.changes:
+            self.base.__dict__.pop(RECORD, None)
+
+    def _check_in_place(self, exchanges: list[Exchange]) -> None:
+        """Refuse to put originals where other parameters sit by now; only the last value of each place counts."""
+        seen: set[str] = set()
+        for exchange in exchanges:
+            if exchange.what not in seen and not exchange.in_place():
+                raise ValueError(
+                    f"{exchange.what} was replaced by something else since it was processed, so the original "
+                    "cannot be put back; load the model again"
+                )
+            seen.add(exchange.what)
+
+    @contextmanager
+    def lent_back(self) -> Iterator[None]:
+        """The original weights for a while."""
+        if self.suspended:
+            yield
+            return
+        exchanges = [exchange for changes in self.changes for exchange in changes.exchanges]
+        self._check_in_place(exchanges[::-1])
+        swap_all(exchanges[::-1])
+        self.suspended = True
+        try:
+            yield
+        finally:
+            self.suspended = False
+            swap_all(exchanges)
+
+
+def record_of(base: nn.Module) -> Record | None:
+    """What was done to the weights of a base model, by whichever bridge."""
+    found = base.__dict__.get(RECORD)
+    assert found is None or isinstance(found, Record)
+    return found

@@ -1,0 +1,182 @@
+"""New values for a model's weights, collected beside it before anything is changed.
+
+Every weight is checked when it is read, so a model that cannot be processed is refused as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, StreamMatrix
+from transformer_lens.model_bridge.processing.changes import (
+    ConfigExchange,
+    Exchange,
+    ParameterExchange,
+    ValueExchange,
+)
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+COMPUTED_IN = {
+    torch.float64: torch.float64,
+    # In float32 the rounding of sums over d_model would show in the log-probabilities.
+    torch.float32: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+"""The dtypes of weights that can be processed, and the ones in which the sums are made."""
+HALF = (torch.bfloat16, torch.float16)
+
+UNTIED = (
+    "{unembed} and {embed} were one tied parameter and are two while the weights are processed, "
+    "which takes {megabytes:.1f} MB more; undo_processing() ties them again"
+)
+ROUNDED = (
+    "the weights are {dtype}: they are processed in float32 and rounded back, so log-probabilities move by the "
+    "rounding of {dtype}; load the model in float32 to keep them"
+)
+
+
+class Draft:
+    """The weights as they will be. Reads give a wider dtype (`COMPUTED_IN`), writes round to the weight's own."""
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.d_model = bridge.cfg.d_model
+        self.config: Any = bridge.original_model.config
+        self.values: dict[str, tuple[nn.Module, str, Tensor]] = {}
+        self.owners = _owners(bridge.original_model)
+        ends = [bridge._component(end) for end in ("embed", "unembed") if end in bridge._modules]
+        self.ends = [f"{end.path}.weight" for end in ends]
+        self.unembed = ends[-1]
+        self.dtypes: set[torch.dtype] = set()
+
+    # -- reading and writing -------------------------------------------------------------------------
+
+    def weight(self, owner: ComponentBridge, matrix: StreamMatrix, axis: int) -> Tensor:
+        """A weight that has d_model on this axis."""
+        component = owner.role(matrix.role)
+        found = self.optional(component, matrix.weight)
+        module = component.original_component
+        if found is None:
+            raise self.refusal(component, matrix.weight, f"its {type(module).__name__} holds no parameter there")
+        if matrix.bias and not isinstance(module, nn.Linear):
+            kind = type(module).__name__
+            raise self.refusal(component, matrix.weight, f"it belongs to a {kind}, whose weight is laid out otherwise")
+        if found.shape[axis] != self.d_model:
+            shape = list(found.shape)
+            raise self.refusal(
+                component, matrix.weight, f"its shape is {shape}, and axis {axis} should be d_model {self.d_model}"
+            )
+        return found
+
+    def bias(self, owner: ComponentBridge, matrix: StreamMatrix) -> Tensor | None:
+        """The bias beside a weight, if there is one."""
+        return self.optional(owner.role(matrix.role), matrix.bias) if matrix.bias else None
+
+    def optional(self, component: ComponentBridge, name: str) -> Tensor | None:
+        """A parameter of a component's module, or `None` where the module does without."""
+        module, what = component.original_component, f"{component.path}.{name}"
+        if what in self.values:
+            return _wide(self.values[what][2])
+        if "base_layer" in module._modules:
+            raise self.refusal(
+                component,
+                name,
+                f"an adapter ({type(module).__name__}) sits on it; merge it first, model = model.merge_and_unload(), "
+                "and make a bridge for that",
+            )
+        if name not in module._parameters:
+            raise self.refusal(component, name, f"its {type(module).__name__} has no such parameter of its own")
+        parameter = module._parameters[name]
+        if parameter is None:
+            return None
+        self._check(component, name, parameter)
+        self.dtypes.add(parameter.dtype)
+        return _wide(parameter.detach())
+
+    def write(self, owner: ComponentBridge, role: str, name: str, value: Tensor) -> None:
+        """Note a new value, for a parameter that was read, or for a bias that the module does not have yet."""
+        component = owner.role(role)
+        module = component.original_component
+        like = module._parameters[name]
+        like = module._parameters["weight"] if like is None else like
+        assert like is not None
+        self.values[f"{component.path}.{name}"] = module, name, value.to(like.dtype)
+
+    # -- refusing ------------------------------------------------------------------------------------
+
+    def refusal(self, component: ComponentBridge, name: str, why: str) -> ValueError:
+        """Nothing was changed, and why."""
+        return ValueError(f"weights cannot be processed: {component.path}.{name}: {why}. Nothing was changed")
+
+    def _check(self, component: ComponentBridge, name: str, parameter: nn.Parameter) -> None:
+        if type(parameter) is not nn.Parameter:
+            kind = type(parameter).__name__
+            raise self.refusal(
+                component, name, f"it is a {kind}, quantised or sharded; load the model whole, in a float dtype"
+            )
+        if parameter.is_meta:
+            raise self.refusal(
+                component, name, "it is offloaded (on the meta device); load the model without offloading"
+            )
+        if parameter.dtype not in COMPUTED_IN:
+            raise self.refusal(component, name, f"it holds {parameter.dtype}, which is quantised; load a float dtype")
+        if parameter.is_inference():
+            raise self.refusal(component, name, "it was made under torch.inference_mode(); load the model outside it")
+        others = [path for path in self.owners[parameter.data_ptr()] if path != f"{component.path}.{name}"]
+        if others and not {f"{component.path}.{name}", *others} <= set(self.ends):
+            raise self.refusal(component, name, f"it is shared with {', '.join(others)}; give each a weight of its own")
+
+    # -- becoming real -------------------------------------------------------------------------------
+
+    def exchanges(self) -> tuple[list[Exchange], list[str]]:
+        """What has to be exchanged for this draft to be the model, and sentences about it. Changes nothing."""
+        exchanges: list[Exchange] = []
+        notes: list[str] = []
+        values, tied = dict(self.values), self._tied()
+        if tied is not None:
+            module = self.unembed.original_component
+            values.setdefault(self.ends[1], (module, "weight", tied.detach().clone()))
+            exchanges.append(ConfigExchange(self.config, "tie_word_embeddings", False))
+            megabytes = tied.nbytes / 1e6
+            notes.append(UNTIED.format(unembed=self.ends[1], embed=self.ends[0], megabytes=megabytes))
+        for what, (module, name, value) in values.items():
+            present = module._parameters[name]
+            if present is None or (tied is not None and what == self.ends[1]):
+                like = module._parameters["weight"]
+                new = nn.Parameter(value, requires_grad=like is not None and like.requires_grad)
+                exchanges.append(ParameterExchange(what, module, name, new))
+            else:
+                exchanges.append(ValueExchange(what, module, name, value))
+        return exchanges, notes
+
+    def rounding(self) -> str | None:
+        """A sentence if the weights are too short for the promise about log-probabilities."""
+        half = sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype in HALF)
+        return ROUNDED.format(dtype=half[0]) if half else None
+
+    def _tied(self) -> nn.Parameter | None:
+        """The parameter that embedding and unembedding share, if this draft changes it."""
+        for what in self.ends:
+            module, name, _ = self.values.get(what, (None, "", None))
+            parameter = None if module is None else module._parameters[name]
+            if parameter is not None and len(self.owners[parameter.data_ptr()]) > 1:
+                return parameter
+        return None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else COMPUTED_IN[x.dtype])  # mps has no float64
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Where each piece of memory is a parameter, by Hugging Face's names."""
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if type(parameter) is nn.Parameter:
+            owners.setdefault(parameter.data_ptr(), []).append(path)
+    return owners

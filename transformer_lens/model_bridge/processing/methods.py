@@ -1,0 +1,242 @@
+"""`ProcessingMethods`: what a bridge inherits to rewrite its model's weights, and to put them back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from transformer_lens.model_bridge.processing.changes import Record, WeightChanges, record_of
+from transformer_lens.model_bridge.processing.draft import Draft
+from transformer_lens.model_bridge.processing.steps import STEPS, Step
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+logger = logging.getLogger(__name__)
+
+DONE = "{steps}: already done on this model, so nothing is changed; bridge.undo_processing() puts the old weights back"
+
+
+class ProcessingMethods:
+    """Weights rewritten so that they are easier to read. The log-probabilities stay, and every change can be undone.
+
+    The model's parameters keep their names and stay the objects they are; their values change. The
+    original values are kept beside them until they are put back.
+    """
+
+    _processing: Record | None = None
+    """What this bridge did; `processed` tells what any bridge did."""
+
+    # -- the steps -----------------------------------------------------------------------------------
+
+    def fold_ln(self) -> WeightChanges:
+        """Move each norm's weight and bias into the weights that read it; the norm keeps ones and zeros.
+
+        >>> with bridge.fold_ln():
+        ...     norm = bridge.blocks[0].ln1.original_component
+        ...     bool((norm.weight == 1).all()), bool((norm.bias == 0).all())
+        (True, True)
+
+        Then `ln1.hook_normalized` is what `W_Q`, `W_K` and `W_V` read. Linear layers that had no bias get
+        one where the norm had. Raises `ValueError` for weights that cannot be rewritten (quantised,
+        offloaded, sharded, under an adapter); nothing is changed then.
+        """
+        return self._process(("fold_ln",), asked_for=True)
+
+    fold_layer_norm = fold_ln
+
+    def center_writing_weights(self) -> WeightChanges:
+        """Take the mean over d_model off everything that is written to the residual stream.
+
+        >>> with bridge.center_writing_weights():
+        ...     _, cache = bridge.run_with_cache("Mary and John", names_filter="blocks.0.hook_attn_out")
+        >>> bool(cache["attn_out", 0].mean(-1).abs().max() < 1e-6)
+        True
+
+        Raises `ValueError` for a model with RMSNorm, which reads that mean.
+        """
+        return self._process(("center_writing_weights",), asked_for=True)
+
+    def center_unembed(self) -> WeightChanges:
+        """Take the mean over the vocabulary off the unembedding, and so off the logits.
+
+        >>> with bridge.center_unembed():
+        ...     bool(bridge("Mary and John").mean(-1).abs().max() < 1e-5)
+        True
+
+        Raises `ValueError` for a model without an unembedding.
+        """
+        return self._process(("center_unembed",), asked_for=True)
+
+    def fold_value_biases(self) -> WeightChanges:
+        """Move the biases of the values into the bias of the output projection (`b_O + W_O b_V`).
+
+        >>> with bridge.fold_value_biases() as changes:
+        ...     changes.steps
+        ('fold_value_biases',)
+
+        A pattern row sums to one, so a constant in the values comes out as it went in. Changes nothing in
+        a model without such biases; Falcon's come out of `fold_ln`, so fold norms first.
+        """
+        return self._process(("fold_value_biases",), asked_for=True)
+
+    def process_weights(
+        self,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+    ) -> WeightChanges:
+        """Take all the steps that make sense for this model, or those that are named.
+
+        >>> changes = bridge.process_weights()
+        >>> bridge.processed
+        ('fold_ln', 'center_writing_weights', 'center_unembed', 'fold_value_biases')
+        >>> changes.undo()
+
+        A step that the model has no use for (centred writing with RMSNorm) is left out with a warning; one
+        that was done before, too. Raises `ValueError` where the weights cannot be rewritten.
+        """
+        wanted = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
+        return self._process(tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on))
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+    ) -> WeightChanges:
+        """What older scripts call before they read weights: `process_weights`, in one word.
+
+        >>> with bridge.enable_compatibility_mode(disable_warnings=True):
+        ...     len(bridge.processed)
+        4
+
+        The hook names of older scripts always work here, so `no_processing=True` leaves nothing to do.
+        """
+        wanted = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
+        names = tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on and not no_processing)
+        return self._process(names, quiet=disable_warnings)
+
+    # -- the state -----------------------------------------------------------------------------------
+
+    @property
+    def processed(self) -> tuple[str, ...]:
+        """The steps that the model's weights have gone through, by whichever bridge; `()` for its own weights.
+
+        >>> bridge.processed
+        ()
+        """
+        record = record_of(self._base())
+        return () if record is None or record.suspended else record.steps
+
+    def undo_processing(self) -> None:
+        """Put back the very weights that were there before any processing, bit for bit; ties are tied again.
+
+        >>> changes = bridge.center_unembed()
+        >>> bridge.undo_processing()
+        >>> bridge.processed
+        ()
+        """
+        record = record_of(self._base())
+        if record is not None:
+            record.undo_all()
+
+    def unprocessed(self) -> AbstractContextManager[None]:
+        """The model's own weights for the time of a `with` block, say to save them. Nothing is copied.
+
+        >>> with bridge.fold_ln():
+        ...     with bridge.unprocessed():
+        ...         bridge.processed
+        ()
+        """
+        record = record_of(self._base())
+        return nullcontext() if record is None else record.lent_back()
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _base(self) -> nn.Module:
+        """The base model: what every bridge on these weights has in common, whatever head it sees."""
+        bridge = cast("TransformerBridge", self)
+        return bridge.root.original_component
+
+    def _undo_own_processing(self) -> None:
+        """Put the weights back, if this bridge changed them."""
+        record = self._processing
+        if record is not None and record is record_of(self._base()):
+            record.undo_all()
+
+    def _process(self, names: tuple[str, ...], asked_for: bool = False, quiet: bool = False) -> WeightChanges:
+        """Collect new values for all steps, then exchange them at once."""
+        record = self._writable_record(", ".join(names))
+        steps, remarks = self._chosen(names, record.steps, asked_for)
+        if not steps:
+            _tell(remarks, (), quiet)
+            return WeightChanges((), (), ())
+        bridge = cast("TransformerBridge", self)
+        draft = Draft(bridge)
+        with torch.no_grad():
+            for step in steps:
+                step.run(bridge, draft)
+        exchanges, notes = draft.exchanges()
+        rounding = draft.rounding()
+        # Before anything changes, since a warning may be an error.
+        _tell([*remarks, *([rounding] if rounding else [])], notes, quiet)
+        changes = WeightChanges([step.name for step in steps], exchanges, notes)
+        record.add(changes)
+        self._processing = record
+        return changes
+
+    def _writable_record(self, what: str) -> Record:
+        bridge = cast("TransformerBridge", self)
+        if bridge._detached:
+            raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+        record = record_of(self._base())
+        if record is None:
+            return Record(self._base())
+        if record is not self._processing:
+            raise ValueError(
+                f"{what}: another bridge on these weights has already done {', '.join(record.steps)}; process them "
+                "there, or call undo_processing() first"
+            )
+        record.refuse_while_suspended(what)
+        return record
+
+    def _chosen(self, names: tuple[str, ...], done: tuple[str, ...], asked_for: bool) -> tuple[list[Step], list[str]]:
+        """The steps to take now, and a sentence for each one that is not."""
+        bridge = cast("TransformerBridge", self)
+        chosen: list[Step] = []
+        skipped: list[str] = []
+        again = [name for name in names if name in done]
+        for step in STEPS:
+            if step.name not in names or step.name in again:
+                continue
+            late = [name for name in step.not_after if name in done]
+            if late:
+                raise ValueError(f"{step.name} has to come before {late[0]}; call bridge.undo_processing() first")
+            why = step.inapplicable(bridge)
+            if why is None:
+                chosen.append(step)
+            elif asked_for:
+                raise ValueError(f"{step.name}: {why}. Nothing was changed")
+            else:
+                skipped.append(f"{step.name} is left out: {why}")
+        return chosen, [*skipped, *([DONE.format(steps=", ".join(again))] if again else [])]
+
+
+def _tell(remarks: list[str], notes: tuple[str, ...] | list[str], quiet: bool) -> None:
+    """Warn of what was left out or is less exact; log what was done beside the steps."""
+    if quiet:
+        return
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=4)
+    for note in notes:
+        logger.warning(note)

@@ -1,0 +1,133 @@
+"""Quantised weights: recognising them, reading them as numbers, and quantising the layers that loading skips.
+
+bitsandbytes and torchao are optional. What they made is looked up in what is imported already.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is held as something else than its numbers.
+
+    >>> is_quantised(model.lm_head.weight)
+    False
+    """
+    torchao = sys.modules.get("torchao.utils")
+    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
+        return True
+    return not weight.is_floating_point()
+
+
+def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
+    """The numbers that a quantised weight stands for, in memory of their own; a write there changes nothing.
+
+    >>> torch.equal(dequantised(model.lm_head, model.lm_head.weight), model.lm_head.weight)
+    True
+
+    Raises `ValueError` for a format that only its own kernel can read.
+    """
+    if not is_quantised(weight):
+        return weight
+    torchao = sys.modules.get("torchao.utils")
+    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
+        numbers: Tensor = weight.dequantize()
+        return numbers
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is not None and isinstance(weight, bnb.nn.Params4bit):
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes packed this 4-bit weight for its CPU kernel, which alone reads it and has no gradient; "
+                "load the model with TransformerBridge.boot_transformers, which keeps it from doing so"
+            )
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    if bnb is not None and isinstance(weight, bnb.nn.Int8Params):
+        state: Any = module.state
+        scales = weight.SCB if weight.SCB is not None else state.SCB  # a forward moves them
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    raise ValueError(
+        f"the weight of {type(module).__name__} holds {weight.dtype}, in a format that is not known here; known are "
+        "those of bitsandbytes (4-bit, 8-bit) and torchao"
+    )
+
+
+def complete_quantisation(model: nn.Module) -> list[str]:
+    """Make good what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
+
+    >>> complete_quantisation(model)  # not loaded by bitsandbytes
+    []
+
+    transformers replaces `torch.nn.Linear` itself by bitsandbytes' layers and skips every subclass, and all
+    of Falcon's projections are `FalconLinear`: a Falcon loaded "in 4 bits" has no 4-bit weight. Their
+    formula is a linear layer's, so bitsandbytes' layers compute it. And on some CPUs a 4-bit layer packs
+    its weight at the first forward for a kernel that gives no gradient; that is switched off. Raises
+    `ValueError` for layers that torchao quantised and cannot run.
+    """
+    _refuse_what_torchao_cannot_run(model)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if getattr(method, "value", method) != "bitsandbytes":
+        return []
+    import bitsandbytes as bnb
+
+    paths = _quantise_skipped(model, quantizer.quantization_config, quantizer.modules_to_not_convert)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return paths
+
+
+def _refuse_what_torchao_cannot_run(model: nn.Module) -> None:
+    """FalconLinear multiplies by a transposed weight, and torchao's tensors know no transpose."""
+    torchao = sys.modules.get("torchao.utils")
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if torchao is None or not isinstance(weight, torchao.TorchAOBaseTensor):
+            continue
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"torchao quantised {path}, a {type(module).__name__}, which multiplies in a way that torchao's "
+                "tensors do not support; load this model with a BitsAndBytesConfig instead"
+            )
+
+
+def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[str]:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    found = [(p, m) for p, m in linears if m.weight.is_floating_point() and should_convert_module(p, skip)]
+    for path, linear in found:
+        model.set_submodule(path, _bitsandbytes_layer(linear, config))
+    return [path for path, _ in found]
+
+
+def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
+    """The layer that transformers would have made, had it seen this one."""
+    import bitsandbytes as bnb
+
+    sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight
+    new: Any
+    if config.quantization_method() == "llm_int8":
+        new = bnb.nn.Linear8bitLt(
+            *sizes, has_fp16_weights=config.llm_int8_has_fp16_weight, threshold=config.llm_int8_threshold
+        )
+        new.weight = bnb.nn.Int8Params(
+            weight.data, requires_grad=False, has_fp16_weights=config.llm_int8_has_fp16_weight
+        )
+    else:
+        options = {
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+            "quant_type": config.bnb_4bit_quant_type,
+            "quant_storage": config.bnb_4bit_quant_storage,
+        }
+        new = bnb.nn.Linear4bit(*sizes, config.bnb_4bit_compute_dtype, **options)
+        new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, module=new, **options)
+    new.bias = linear.bias
+    new.train(linear.training)
+    new.requires_grad_(False)
+    on_its_device: nn.Module = new.to(weight.device)  # which quantises
+    return on_its_device

@@ -1,0 +1,121 @@
+"""What a checkpoint would make Python run, code in its repository and pickles: refused unless asked for by name.
+
+transformers reads a pickle where it finds no safetensors, and where a safetensors index or an adapter leads it to one;
+for code it does not know it asks on the terminal. Here both are settled before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import cached_file, has_file
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+"""Keywords that say where a file comes from; config, weights and tokenizer take the same ones."""
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+
+
+class Source:
+    """A hub name or a directory, and what is in it.
+
+    >>> from transformer_lens.data import tiny_model_path
+    >>> from transformer_lens.model_bridge.sources import Source
+    >>> Source(tiny_model_path("tiny-falcon")).has("model.safetensors")
+    True
+    """
+
+    def __init__(self, name: str | Path, *, revision: str | None = None, **options: Any) -> None:
+        self.name = str(name)
+        self.hub = {"revision": revision, **{key: options[key] for key in HUB_OPTIONS if key in options}}
+
+    def has(self, filename: str) -> bool:
+        """Whether the file is there; nothing is downloaded."""
+        options = {key: value for key, value in self.hub.items() if key not in ("subfolder", "force_download")}
+        folder = self.hub.get("subfolder")
+        return bool(has_file(self.name, f"{folder}/{filename}" if folder else filename, **options))
+
+    def base(self) -> Source:
+        """The model below: where this source is an adapter alone, the one its config names; else this source."""
+        if Path(self.name).is_file() or self._small_file("config.json") or not self._small_file(ADAPTER_CONFIG):
+            return self
+        below = self.read_json(ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not below:
+            raise ValueError(
+                f"{self.name}: its {ADAPTER_CONFIG} names no base_model_name_or_path; load the model it was trained "
+                "on, and put the adapter on that"
+            )
+        return Source(below, **self.hub)
+
+    def _small_file(self, filename: str) -> str | None:
+        """Where a file lies on this machine, after a download if it has to be; `None` if the source has none."""
+        found: str | None = cached_file(
+            self.name,
+            filename,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+            **self.hub,
+        )
+        return found
+
+    def read_json(self, filename: str) -> Any:
+        """The content of a small JSON file."""
+        return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
+
+    def config(self, trust_remote_code: bool = False) -> Any:
+        """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can."""
+        if not trust_remote_code:
+            written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)
+            code = (written.get("auto_map") or {}).get("AutoConfig")
+            if code and written.get("model_type") not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"{self.name}: its config is read by code in its repository ({code}), which is not run unless "
+                    "asked for; read that code, and if you trust it pass trust_remote_code=True"
+                )
+        return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub)
+
+    def pickles(self, config: Any, variant: str | None = None) -> list[str]:
+        """The pickled files that transformers would read for this config; empty where all are safetensors."""
+        found = []
+        chosen = getattr(config, "transformers_weights", None) or self._weights(variant)
+        if chosen is not None and chosen.endswith(".json"):
+            shards = set(self.read_json(chosen)["weight_map"].values())
+            found += sorted(shard for shard in shards if not shard.endswith(".safetensors"))
+        elif chosen is not None and not chosen.endswith(".safetensors"):
+            found.append(chosen)
+        if self._small_file(ADAPTER_CONFIG) and not self.has(ADAPTER_WEIGHTS) and self.has(ADAPTER_PICKLE):
+            found.append(ADAPTER_PICKLE)
+        return found
+
+    def _weights(self, variant: str | None) -> str | None:
+        """The file with the weights, or with their list, that transformers takes first."""
+        middle = f".{variant}" if variant else ""
+        names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+        names += [f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"]
+        return next((name for name in names if self.has(name)), None)
+
+
+def refuse_pickles(source: Source, config: Any, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if loading with these keywords would read a pickle."""
+    for keyword in ("use_safetensors", "weights_only"):
+        if options.get(keyword) is False:
+            raise ValueError(
+                f"{keyword}=False asks for pickled weights, and a pickle can run any code; "
+                "if you trust its source pass allow_pickle=True as well"
+            )
+    found = source.pickles(config, options.get("variant"))
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ValueError(
+            f"{source.name}: its weights are pickled ({shown}), and a pickle can run any code when it is read; "
+            "use a safetensors copy, or if you trust its source pass allow_pickle=True"
+        )

@@ -1,0 +1,139 @@
+"""A bridge's state: in memory and on disk it is the Hugging Face model's own, under its own keys and file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from transformer_lens.model_bridge.state_check import StateError, fitted_state, tied_names
+
+
+class StateMethods(nn.Module):
+    """Saving and loading, for `TransformerBridge`."""
+
+    original_model: nn.Module
+    tokenizer: Any
+
+    if TYPE_CHECKING:
+
+        @property
+        def processed(self) -> tuple[str, ...]: ...
+
+        @classmethod
+        def boot_transformers(cls, *args: Any, **kwargs: Any) -> Self: ...
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The model's own state under its own keys, whatever hooks are attached.
+
+        >>> list(bridge.state_dict())[:2]
+        ['transformer.word_embeddings.weight', 'transformer.h.0.self_attention.query_key_value.weight']
+
+        The tensors are the model's, not copies, as with any torch module.
+        """
+        return self.original_model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state with the model's own keys: all of it, or nothing.
+
+        >>> bridge.load_state_dict(bridge.state_dict())
+        <All keys matched successfully>
+
+        A tensor that two keys share may be given under one of them. `strict=False` allows missing and
+        unexpected keys and returns them; values are cast to the model's dtype, as torch does. Raises an
+        error that is both a `ValueError` and torch's `RuntimeError` for keys and shapes that do not fit,
+        for a tied tensor with two values, for tensors on the meta device and for a quantised or processed
+        model, and then nothing has changed.
+        """
+        model: Any = self.original_model
+        if self.processed:
+            raise StateError(
+                f"load_state_dict: the weights were processed ({', '.join(self.processed)}), and undoing that would "
+                "bring back others than these; call bridge.undo_processing() first"
+            )
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise StateError(
+                "load_state_dict: the model is quantised, and its packed weights take no state; load the state into a "
+                "model in full precision and quantise that with from_pretrained(..., quantization_config=...)"
+            )
+        tied = tied_names(model)
+        state = fitted_state(model, state_dict, strict, assign)
+        result = model.load_state_dict(state, strict=strict, assign=assign)
+        if assign and tied:
+            model.tie_weights()
+        return result
+
+    def save_pretrained(self, save_directory: str | Path, *, allow_processed: bool = False, **kwargs: Any) -> None:
+        """Write model, tokenizer and generation config to a directory, in Hugging Face's own format.
+
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     bridge.save_pretrained(directory)
+        ...     type(AutoModelForCausalLM.from_pretrained(directory)).__name__
+        'FalconForCausalLM'
+
+        Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that
+        adapter. Raises `ValueError` for a processed model, whose weights are no longer those of its
+        checkpoint, unless `allow_processed=True`; and for a quantised Falcon, which could not be read back.
+        """
+        directory = Path(save_directory)
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"save_pretrained: {directory} is a file, expected a directory")
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained: push_to_hub would leave the tokenizer out; save, then upload the directory"
+            )
+        if self.processed and not allow_processed:
+            raise ValueError(
+                f"save_pretrained: the weights were processed ({', '.join(self.processed)}) and are not those of the "
+                "checkpoint any more; save inside `with bridge.unprocessed():`, or pass allow_processed=True"
+            )
+        model: Any = self.original_model
+        packed = layers_transformers_would_not_pack(model)
+        if packed:
+            raise ValueError(
+                f"save_pretrained: transformers could not read {len(packed)} quantised layers back ({packed[0]}, ...), "
+                "for it quantises no layers of their class; save the model before it is quantised, or an adapter alone"
+            )
+        model.save_pretrained(directory, **kwargs)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(directory)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load what `save_pretrained` wrote, or any hub name: `boot_transformers` under Hugging Face's name.
+
+        >>> TransformerBridge.from_pretrained("tiny-mixtral").cfg.num_experts
+        4
+
+        Code in the repository is not run and pickles are not read unless `trust_remote_code=True` or
+        `allow_pickle=True` asks for it by name. Missing, unexpected and misshapen weights raise
+        `ValueError` unless `strict=False`.
+        """
+        return cls.boot_transformers(name_or_path, **kwargs)
+
+
+def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
+    """The quantised layers that transformers would expect in full precision when it reads them back.
+
+    >>> from transformer_lens.model_bridge.state import layers_transformers_would_not_pack
+    >>> layers_transformers_would_not_pack(model)
+    []
+
+    They are those whose own class is a subclass of `torch.nn.Linear`: its bitsandbytes loading takes that class
+    alone. An adapter on top is saved by itself, so nothing below it has to be read back.
+    """
+    settings: Any = model
+    if not isinstance(model, PreTrainedModel) or getattr(settings.config, "quantization_config", None) is None:
+        return []
+    if settings._hf_peft_config_loaded:
+        return []
+    with torch.device("meta"):
+        plain = type(settings)(settings.config)
+    linears = [(path, m) for path, m in plain.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    return [path for path, linear in linears if type(model.get_submodule(path)) is not type(linear)]

@@ -1,0 +1,299 @@
+"""`bridge.steer` and `bridge.project_out`: a vector added to an activation, or a direction taken out of it.
+
+Both are ordinary hooks for the length of a `with` block, in plain runs and in `generate`; several of them add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.hooked_root import HookedRootModule, HookSpec
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.hook_table import axis_sizes
+from transformer_lens.row_hooks import Rows, on_rows
+
+Places = str | int | Sequence[str | int] | Callable[[str], bool]
+"""A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""
+Positions = int | Sequence[int] | slice | Bool[Tensor, "batch pos"] | None
+"""A position, several, a slice, a mask over batch and positions, or `None` for all of them."""
+Part = Literal["prompt", "continuation", "all"]
+PARTS: tuple[Part, ...] = ("prompt", "continuation", "all")
+
+
+class SteeringMethods(HookedRootModule):
+    """The steering side of `TransformerBridge`."""
+
+    cfg: BridgeConfig
+
+    def steer(
+        self,
+        vector: Float[Tensor, "..."],
+        at: Places,
+        *,
+        scale: float | Float[Tensor, " batch"] = 1.0,
+        positions: Positions = None,
+        rows: Rows | None = None,
+        on: Part = "all",
+    ) -> AbstractContextManager[Self]:
+        """Add `scale * vector` to an activation while a `with` block runs, in plain runs and in `generate`.
+
+        >>> prompt = "When Mary and John went to the store, John gave a drink to"
+        >>> toward_alice = bridge.tokens_to_residual_directions(" Alice").detach()
+        >>> with bridge.steer(toward_alice, "ln_final.hook_out", scale=20.0):
+        ...     bridge.generate(prompt, max_new_tokens=1)
+        'When Mary and John went to the store, John gave a drink to Alice'
+
+        `at` is a hook, a layer (the stream that leaves it), several of them, or a predicate on names; `vector` has the
+        hook's shape without batch and positions. A vector that requires a gradient gets one. `scale` is
+        one number, or one for each row of the batch.
+
+        `positions` are columns of a plain run. In `generate` they count in each text without its padding, negative
+        ones from the end of the prompt, and an open slice goes on into what is generated; a mask is over the prompt.
+        `rows` as in `on_rows`; `on` says which part of the text is meant, and a plain run is a prompt.
+
+        Raises `KeyError` for an unknown hook, `TypeError` and `ValueError` for hooks that cannot be steered,
+        vectors that do not fit or are not finite, and, in the run, for positions that are not there.
+        """
+        names = self._steered("steer", at)
+        _check_numbers("vector", vector)
+        for name in names:
+            expected = self._tail(name)
+            if list(vector.shape) != expected:
+                raise ValueError(f"vector: got shape {list(vector.shape)}, expected {expected} to steer at {name!r}")
+        return self._while_open(names, _Added(vector, _checked_scale(scale), _where(positions, rows, on)))
+
+    def project_out(
+        self,
+        direction: Float[Tensor, "..."],
+        at: Places,
+        *,
+        positions: Positions = None,
+        rows: Rows | None = None,
+        on: Part = "all",
+    ) -> AbstractContextManager[Self]:
+        """Take a direction, or a subspace, out of an activation while a `with` block runs.
+
+        >>> direction = torch.randn(128)
+        >>> with bridge.project_out(direction, 2):
+        ...     _, cache = bridge.run_with_cache("Mary and John")
+        >>> bool((cache["resid_post", 2] @ direction).abs().max() < 1e-3)
+        True
+
+        `x` becomes `x - (x . d) d / |d|^2`, computed in float32 at least. `direction` has the hook's shape without
+        batch and positions; one more axis in front means the space that several of them span. Other arguments
+        and errors as in `steer`. Source: directional ablation, Arditi et al. 2024, "Refusal in Language Models
+        Is Mediated by a Single Direction".
+        """
+        names = self._steered("project_out", at)
+        _check_numbers("direction", direction)
+        for name in names:
+            expected = self._tail(name)
+            if list(direction.shape) != expected and list(direction.shape[1:]) != expected:
+                raise ValueError(
+                    f"direction: got shape {list(direction.shape)}, expected {expected}, or several of them, at {name!r}"
+                )
+        several = direction.ndim > len(self._tail(names[0]))
+        basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
+        return self._while_open(names, _WithoutDirection(basis, _where(positions, rows, on)))
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _while_open(self, names: list[str], edit: Callable[[Tensor, HookPoint], Tensor]) -> AbstractContextManager[Self]:
+        hooks: list[HookSpec] = [(names, edit)]
+        return self.hooks(hooks)
+
+    def _steered(self, what: str, at: Places) -> list[str]:
+        """The hooks meant, each once. Raises for those that hold no activation of every position."""
+        if callable(at):
+            names = self.select_names(at)
+        else:
+            places = [at] if isinstance(at, (str, int)) else list(at)
+            names = list(dict.fromkeys(self._place(what, place) for place in places))
+        if not names:
+            raise ValueError(f"{what}: got no hook, expected at least one")
+        for name in names:
+            point = self.hook_dict[name]
+            if point.axes.split()[:2] != ["batch", "pos"] or point.integer or point.read_only:
+                why = point.read_only or f"its axes are {point.axes!r}, and it needs floats by batch and position"
+                raise ValueError(f"{what} at {name!r}: {why}")
+        return names
+
+    def _place(self, what: str, place: str | int) -> str:
+        if isinstance(place, str):
+            return self.canonical_name(place)
+        if isinstance(place, bool) or not isinstance(place, int):
+            raise TypeError(f"{what}: got {place!r}, expected a hook's name, a layer, several of them, or a predicate")
+        layers = self.cfg.n_layers
+        if not -layers <= place < layers:
+            raise ValueError(f"{what}: got layer {place}, expected {-layers} to {layers - 1}")
+        return f"blocks.{place % layers}.hook_resid_post"
+
+    def _tail(self, name: str) -> list[int | str]:
+        """A hook's shape without batch and positions."""
+        return list(axis_sizes(self.hook_dict[name].axes, self.cfg)[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class _Where:
+    """Which rows and positions of an activation are meant."""
+
+    positions: Positions
+    rows: Rows | None
+    on: Part
+
+    def mask(self, tensor: Tensor, hook: HookPoint) -> Bool[Tensor, "batch pos"] | None:
+        """Where to edit; `None` means everywhere."""
+        if self.positions is None and self.rows is None and self.on == "all":
+            return None
+        batch, pos = tensor.shape[:2]
+        chosen = torch.ones(batch, pos, dtype=torch.bool, device=tensor.device)
+        if self.on != "all":
+            chosen &= self._part(pos, hook).to(tensor.device)
+        if self.positions is not None:
+            chosen &= self._position_mask(batch, pos, hook).to(tensor.device)
+        if self.rows is not None:
+            every = torch.zeros(batch, 1, dtype=torch.bool, device=tensor.device)
+            chosen &= on_rows(self.rows, lambda part, hook: torch.ones_like(part))(every, hook=hook)
+        return chosen
+
+    def _part(self, pos: int, hook: HookPoint) -> Bool[Tensor, " pos"]:
+        step = hook.generation
+        if step is None:
+            return torch.full((pos,), self.on == "prompt")
+        of_prompt = torch.tensor([column < step.prompt_mask.shape[1] for column in step.columns])
+        return of_prompt if self.on == "prompt" else ~of_prompt
+
+    def _position_mask(self, batch: int, pos: int, hook: HookPoint) -> Bool[Tensor, "batch pos"]:
+        step, wanted = hook.generation, self.positions
+        if step is None:
+            index, length = torch.arange(pos).expand(batch, pos), torch.full((batch, 1), pos)
+        else:
+            index = step.positions.cpu()
+            length = step.prompt_mask.sum(-1, keepdim=True).cpu().repeat_interleave(batch // len(step.prompt_mask), 0)
+        if isinstance(wanted, Tensor):
+            expected = [batch, pos] if step is None else list(step.prompt_mask.shape)
+            if list(wanted.shape) != expected:
+                raise ValueError(f"positions: got a mask of shape {list(wanted.shape)}, expected {expected}")
+            if step is None:
+                return wanted
+            within = torch.nn.functional.pad(wanted.cpu(), (0, max(0, step.columns.stop - wanted.shape[1])))
+            return within.repeat_interleave(batch // len(wanted), 0)[:, step.columns.start : step.columns.stop]
+        if isinstance(wanted, slice):
+            start = _counted(wanted.start or 0, length).clamp(min=0)
+            found = (index >= start) & ((index - start) % (wanted.step or 1) == 0)
+            return found if wanted.stop is None else found & (index < _counted(wanted.stop, length))
+        found = torch.zeros(batch, pos, dtype=torch.bool)
+        for position in [wanted] if isinstance(wanted, int) else wanted or ():
+            place = _counted(position, length)
+            if bool((place < 0).any()) or (step is None and bool((place >= length).any())):
+                raise ValueError(f"positions: got {position}, expected {-int(length.min())} to {int(length.min()) - 1}")
+            found |= index == place
+        return found
+
+
+def _counted(position: int, length: Tensor) -> Tensor:
+    """A position of each row, negative ones counted from the end."""
+    return length + position if position < 0 else torch.full_like(length, position)
+
+
+@dataclass(frozen=True, eq=False)
+class _Added:
+    """A hook that adds a vector."""
+
+    vector: Tensor
+    scale: float | Tensor
+    where: _Where
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        amount = self.vector.to(tensor.device)
+        if isinstance(self.scale, Tensor):
+            if tensor.shape[0] % len(self.scale):
+                raise ValueError(f"scale: got {len(self.scale)} numbers for a batch of {tensor.shape[0]} rows")
+            each = self.scale.to(tensor.device).repeat_interleave(tensor.shape[0] // len(self.scale))
+            amount = each.reshape(-1, *[1] * (tensor.ndim - 1)) * amount
+        else:
+            amount = self.scale * amount
+        return _written(tensor, tensor + amount.to(tensor.dtype), self.where.mask(tensor, hook))
+
+
+@dataclass(frozen=True, eq=False)
+class _WithoutDirection:
+    """A hook that takes the span of orthonormal rows out of an activation."""
+
+    basis: Float[Tensor, "rank d"]
+    where: _Where
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        x, basis = tensor.flatten(2).to(wide), self.basis.to(tensor.device, wide)
+        rest = (x - (x @ basis.mT) @ basis).to(tensor.dtype).reshape(tensor.shape)
+        return _written(tensor, rest, self.where.mask(tensor, hook))
+
+
+def _written(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
+    """`after` where the mask says so; everything else bit for bit as it was."""
+    return after if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (before.ndim - 2)), after, before)
+
+
+# -- what callers may pass ---------------------------------------------------------------------------
+
+
+def _check_numbers(what: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what}: got {got}, expected a tensor of floats")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{what}: {int((~value.isfinite()).sum())} of its {value.numel()} numbers are not finite")
+
+
+def _checked_scale(scale: float | Tensor) -> float | Tensor:
+    if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale):
+        _check_numbers("scale", scale)
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        got = f"a tensor of shape {list(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
+        raise TypeError(f"scale: got {got}, expected a number, or a tensor of one for each row")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number")
+    return scale
+
+
+def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
+    """Positions, rows and part, checked before any model runs."""
+    if on not in PARTS:
+        raise ValueError(f"on: got {on!r}, expected 'prompt', 'continuation' or 'all'")
+    if rows is not None:
+        on_rows(rows, torch.zeros_like)
+    if isinstance(positions, Tensor):
+        suits = positions.dtype == torch.bool and positions.ndim == 2
+        got = f"a {positions.dtype} tensor of shape {list(positions.shape)}"
+    elif isinstance(positions, slice):
+        suits, got = (positions.step or 1) > 0, f"{positions}"
+    else:
+        several = positions if isinstance(positions, (list, tuple, range)) else [positions]
+        suits = positions is None or (len(several) > 0 and all(type(position) is int for position in several))
+        got = repr(positions)
+    if not suits:
+        raise TypeError(f"positions: got {got}, expected ints, a forward slice, a boolean mask [batch, pos] or None")
+    return _Where(positions, rows, on)
+
+
+def _orthonormal(directions: Float[Tensor, "several d"]) -> Float[Tensor, "several d"]:
+    """An orthonormal basis of what the rows span, in float32 at least."""
+    wide = directions.detach().to(torch.promote_types(directions.dtype, torch.float32))
+    norms = wide.norm(dim=-1, keepdim=True)
+    if bool((norms == 0).any()):
+        raise ValueError("direction: it is zero, which points nowhere")
+    _, sizes, basis = torch.linalg.svd(wide / norms, full_matrices=False)
+    if len(sizes) < len(wide) or bool(sizes[-1] < 1e-5):
+        raise ValueError(f"direction: the {len(wide)} given depend on one another; leave out those that add nothing")
+    return basis  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""What sits in the model's own `forward` while hooks are attached, whichever way that is called.
+
+Before each forward it lets the hooks follow modules that were exchanged (PEFT does so). And it runs the
+model outside `torch.compile`, whose compiled code does not look for hooks that came after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from transformer_lens.model_bridge.checkpointing import recording
+from transformer_lens.model_bridge.twin_call import ForwardInPlace
+
+_exchange = threading.Lock()
+"""Held while a model's `forward` is exchanged: the bridges on a model share its watch."""
+
+
+class Follower(Protocol):
+    """What has to be where the modules are."""
+
+    def follow(self) -> None:
+        """Move to the modules that are in the model now."""
+
+
+class Watch(ForwardInPlace):
+    """Stands in a model's `forward` on behalf of every bridge that has hooks in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.had = "forward" in model.__dict__
+        self.original = model.forward
+        self.__wrapped__ = self.original  # generate() and PEFT read the signature
+        self.followers: list[Follower] = []
+        # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
+        parts = [module for module in model.modules() if module.__dict__.get("_compiled_call_impl") is not None]
+        self.compiled = [(module, module.__dict__.pop("_compiled_call_impl")) for module in parts]
+
+    @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for follower in tuple(self.followers):
+            follower.follow()
+        with recording(self.model):
+            return self.original(*args, **kwargs)
+
+    def remove(self) -> None:
+        for module, compiled in self.compiled:
+            module.__dict__.setdefault("_compiled_call_impl", compiled)
+        self.leave(self.model, self.had)
+
+
+def watch(model: nn.Module, follower: Follower) -> None:
+    """Let a follower know of every forward of a model."""
+    with _exchange:
+        found = Watch.on(model)
+        here = found or Watch(model)
+        if found is None:
+            model.forward = here
+        here.followers.append(follower)
+
+
+def unwatch(model: nn.Module, follower: Follower) -> None:
+    """The exact inverse."""
+    with _exchange:
+        here = Watch.on(model)
+        if here is None:  # accelerate's hooks were taken off, and what they found with them
+            return
+        here.followers.remove(follower)
+        if not here.followers:
+            here.remove()

@@ -1,0 +1,77 @@
+"""Reading a weight wherever it lives: in the module, offloaded by accelerate, or divided among processes.
+
+Whatever reads a weight of a Hugging Face module goes through `read_weight`, so that no number is ever
+computed from the empty `meta` tensor that stands in for an offloaded weight.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from transformer_lens.model_bridge.peft_layers import adapted_weight, is_adapted
+from transformer_lens.model_bridge.quantised import dequantised
+
+
+def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False) -> Tensor:
+    """A weight of a module, as its forward computes with it.
+
+    >>> read_weight(model.lm_head).shape
+    torch.Size([735, 128])
+
+    A weight that accelerate offloaded is brought to the device where its module runs; the tensor is
+    the caller's, and the module's own stays offloaded. A weight divided among processes is gathered,
+    for which every process has to ask; `shard=True` gives this process's part instead. Raises
+    `ValueError` for a weight on the meta device that nothing can bring back. A quantised weight is
+    dequantised, and an adapter on top of a weight is added to it: both are copies.
+    """
+    if is_adapted(module):
+        return adapted_weight(module, name, partial(read_weight, shard=shard))
+    weight = _brought_back(module, name)
+    if weight.is_meta:
+        raise ValueError(
+            f"the {name} of {type(module).__name__} is on the meta device: it has a shape and no numbers; load the "
+            "model with weights, or offload it with accelerate (device_map, dispatch_model, cpu_offload or "
+            "disk_offload), which brings a weight back when it is read"
+        )
+    if isinstance(weight, DTensor):
+        local: Tensor = weight.to_local() if shard else weight.full_tensor()
+        return local
+    return dequantised(module, weight)
+
+
+def _brought_back(module: nn.Module, name: str) -> Tensor:
+    """The weight, through accelerate's hook where that has put it away."""
+    weight: Tensor = getattr(module, name)
+    hook = offloading_hook(module)
+    if not weight.is_meta or hook is None:
+        return weight
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def offloading_hook(module: nn.Module) -> Any | None:
+    """The hook of accelerate that puts this module's own weights away between forwards, or `None`."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    return hook if hook is not None and any(h.offload for h in _each(hook) if hasattr(h, "offload")) else None
+
+
+def _each(hook: Any) -> tuple[Any, ...]:
+    """The hooks that one hook of accelerate stands for."""
+    return tuple(hook.hooks) if hasattr(hook, "hooks") else (hook,)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """The device on which a module with weights runs: where they are, or where accelerate brings them."""
+    device = next(module.parameters()).device
+    hook = offloading_hook(module)
+    if device.type != "meta" or hook is None:
+        return device
+    found = next(h.execution_device for h in _each(hook) if hasattr(h, "offload"))
+    return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)

@@ -1,0 +1,297 @@
+"""Weights of the whole model by name, stacked over layers, and the circuits made of them.
+
+`bridge.blocks[i].attn.W_Q` and its like are views of the model's own parameters and live with the components.
+What is stacked here is an explicit copy: changing it changes nothing in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from transformer_lens.factored_matrix import FactoredMatrix, composition_scores
+from transformer_lens.model_bridge.config import BridgeConfig
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
+
+Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
+READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
+    "Q": lambda attention: attention.QK,
+    "K": lambda attention: attention.QK.T,
+    "V": lambda attention: attention.OV,
+}
+"""How a later head can read what an earlier one writes: the matrix whose rows meet it."""
+
+
+class WeightMethods:
+    """What a bridge inherits to read weights."""
+
+    cfg: BridgeConfig
+    blocks: nn.ModuleList
+
+    # -- both ends: views ------------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The token embedding: the model's own parameter.
+
+        >>> bridge.W_E.shape
+        torch.Size([735, 128])
+        """
+        return self._part("embed").W_E  # type: ignore[no-any-return]
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding: a view of the model's own parameter, which may be the embedding's.
+
+        >>> bridge.W_U.shape
+        torch.Size([128, 735])
+
+        Raises `ValueError` for a model class without an unembedding.
+        """
+        return self._part("unembed").W_U  # type: ignore[no-any-return]
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """What is added to the logits; zeros where the model has no such bias.
+
+        >>> bridge.b_U.shape
+        torch.Size([735])
+        """
+        return self._part("unembed").b_U  # type: ignore[no-any-return]
+
+    # -- all layers: copies ----------------------------------------------------------------------------
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
+        """Every layer's `attn.W_Q`, copied.
+
+        >>> bridge.W_Q.shape
+        torch.Size([4, 4, 128, 32])
+        """
+        return self._stacked("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """Every layer's `attn.W_K`, copied; one for each group of query heads.
+
+        >>> bridge.W_K.shape
+        torch.Size([4, 2, 128, 32])
+        """
+        return self._stacked("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
+        """Every layer's `attn.W_V`, copied; one for each group of query heads.
+
+        >>> bridge.W_V.shape
+        torch.Size([4, 2, 128, 32])
+        """
+        return self._stacked("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
+        """Every layer's `attn.W_O`, copied.
+
+        >>> bridge.W_O.shape
+        torch.Size([4, 4, 32, 128])
+        """
+        return self._stacked("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
+        """Every layer's `attn.b_Q`, copied; zeros where the model has none."""
+        return self._stacked("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Every layer's `attn.b_K`, copied; zeros where the model has none."""
+        return self._stacked("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
+        """Every layer's `attn.b_V`, copied; zeros where the model has none."""
+        return self._stacked("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        """Every layer's `attn.b_O`, copied; zeros where the model has none."""
+        return self._stacked("attn", "b_O")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
+        """Every layer's `mlp.W_in`, copied; with an expert axis in a mixture of experts.
+
+        >>> bridge.W_in.shape, moe.W_in.shape
+        (torch.Size([4, 128, 256]), torch.Size([3, 4, 128, 64]))
+        """
+        return self._stacked("mlp", "W_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"] | None:
+        """Every layer's `mlp.W_gate`, copied; `None` where the MLP has no gate.
+
+        >>> bridge.W_gate is None, moe.W_gate.shape
+        (True, torch.Size([3, 4, 128, 64]))
+        """
+        return self._stacked("mlp", "W_gate") if self.cfg.gated_mlp else None
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer *expert d_mlp d_model"]:
+        """Every layer's `mlp.W_out`, copied; with an expert axis in a mixture of experts.
+
+        >>> bridge.W_out.shape, moe.W_out.shape
+        (torch.Size([4, 256, 128]), torch.Size([3, 4, 64, 128]))
+        """
+        return self._stacked("mlp", "W_out")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer *expert d_mlp"]:
+        """Every layer's `mlp.b_in`, copied; zeros where the model has none."""
+        return self._stacked("mlp", "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer *expert d_model"]:
+        """Every layer's `mlp.b_out`, copied; zeros where the model has none."""
+        return self._stacked("mlp", "b_out")
+
+    # -- circuits --------------------------------------------------------------------------------------
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """Every head's QK circuit: `W_Q @ W_K.T` with its group's key, the factors copied.
+
+        >>> bridge.QK
+        FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
+
+        Layer and head lead. `blocks[i].attn.QK` says what it means and leaves out.
+        """
+        return self._circuits("QK")
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """Every head's OV circuit: `W_V @ W_O` with its group's value, the factors copied.
+
+        >>> bridge.OV
+        FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
+        """
+        return self._circuits("OV")
+
+    def all_head_labels(self) -> list[str]:
+        """The names of all heads, in the order of flattened `[layer, head]` axes.
+
+        >>> bridge.all_head_labels()[:5]
+        ['L0H0', 'L0H1', 'L0H2', 'L0H3', 'L1H0']
+        """
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    @torch.no_grad()
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
+        """How much each head's query ("Q"), key ("K") or value ("V") can read what each earlier head writes.
+
+        >>> scores = bridge.all_composition_scores("K")
+        >>> scores.shape, bool((scores[1, :, 1] == 0).all())
+        (torch.Size([4, 4, 4, 4]), True)
+
+        `|OV @ QK|`, `|OV @ QK.T|` or `|OV @ OV|` over the product of the two norms (Frobenius), in float32 for
+        half precision; zero unless the first head's layer is below the second's. Formula: Elhage et al. 2021,
+        "A Mathematical Framework for Transformer Circuits". Norms between the heads are left out.
+        """
+        if mode not in READERS:
+            raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, READERS))}")
+        attention = [self._layer_part(layer, "attn") for layer in range(self.cfg.n_layers)]
+        heads, device = self.cfg.n_heads, attention[0].W_O.device
+        rows = []
+        for earlier, first in enumerate(attention):
+            row = [torch.zeros(heads, heads, device=device)] * (earlier + 1)
+            for second in attention[earlier + 1 :]:
+                row.append(composition_scores(first.OV, READERS[mode](second)).to(device))
+            rows.append(torch.stack(row, dim=1))
+        return torch.stack(rows)
+
+    # -- directions ------------------------------------------------------------------------------------
+
+    def tokens_to_residual_directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
+        """The direction of the final stream that raises each token's logit: its column of `W_U`.
+
+        >>> bridge.tokens_to_residual_directions(" Mary").shape
+        torch.Size([128])
+        >>> bridge.tokens_to_residual_directions([" Mary", " John"]).shape
+        torch.Size([2, 128])
+
+        `tokens` is a token's id or text, several of them, or a tensor of ids; its axes stay, with d_model
+        after them. The final norm's weight is not in it (`cache.apply_ln_to_stack` applies that). Raises
+        `ValueError` for a text of several tokens and `IndexError` for an id outside the vocabulary.
+        """
+        bridge = cast("TransformerBridge", self)
+        if isinstance(tokens, str):
+            tokens = bridge.to_single_token(tokens)
+        elif isinstance(tokens, (list, tuple)):
+            tokens = [bridge.to_single_token(token) if isinstance(token, str) else int(token) for token in tokens]
+        W_U = self.W_U
+        ids = torch.as_tensor(tokens, device=W_U.device)
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"tokens_to_residual_directions: got {ids.dtype}, expected token ids")
+        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < W_U.shape[1]):
+            raise IndexError(
+                f"tokens_to_residual_directions: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                f"{W_U.shape[1] - 1}"
+            )
+        return W_U.T[ids]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """The sum of the biases `b_O` and `b_out` that the layers below add to the stream that enters `layer`.
+
+        >>> bool((bridge.accumulated_bias(2) == sum(b.attn.b_O + b.mlp.b_out for b in bridge.blocks[:2])).all())
+        True
+
+        `mlp_input=True`: to the stream that this layer's MLP reads, where attention comes before it; in a
+        parallel block that is the same stream. `layer` is 0 to `n_layers`, or negative from the end.
+        """
+        layers = self.cfg.n_layers
+        number = layer + layers if isinstance(layer, int) and layer < 0 else layer
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= layers:
+            raise ValueError(f"layer: got {layer!r}, expected 0 to {layers}, or -{layers} to -1")
+        if mlp_input and number == layers:
+            raise ValueError(f"mlp_input: layer {layer} is the stream after the last block, which no MLP reads")
+        total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
+        for below in range(number):
+            total = total + self._layer_part(below, "attn").b_O.to(total.device)
+            if include_mlp_biases and self.cfg.num_experts is None:
+                total = total + self._layer_part(below, "mlp").b_out.to(total.device)
+        if mlp_input and not self.cfg.parallel_attn_mlp:
+            total = total + self._layer_part(number, "attn").b_O.to(total.device)
+        return total
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _part(self, role: str) -> Any:
+        bridge = cast("TransformerBridge", self)
+        if role not in bridge._modules:
+            raise ValueError(bridge.absent_names[f"{role}.hook_out"])
+        return bridge.get_submodule(role)
+
+    def _layer_part(self, layer: int, role: str) -> Any:
+        return self.blocks[layer].get_submodule(role)
+
+    def _stacked(self, role: str, name: str) -> Tensor:
+        weights: list[Tensor] = [getattr(self._layer_part(layer, role), name) for layer in range(self.cfg.n_layers)]
+        # The blocks of a large model may lie on several devices.
+        return torch.stack([weight.to(weights[0].device) for weight in weights])
+
+    def _circuits(self, name: str) -> FactoredMatrix:
+        circuits: list[FactoredMatrix] = [
+            getattr(self._layer_part(layer, "attn"), name) for layer in range(self.cfg.n_layers)
+        ]
+        A, B = (
+            torch.stack([factor.to(circuits[0].A.device) for factor in side])
+            for side in zip(*(c.pair for c in circuits), strict=True)
+        )
+        return FactoredMatrix(A, B)

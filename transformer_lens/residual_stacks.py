@@ -1,0 +1,301 @@
+"""The residual stream of a cached run taken apart: by layer, by head, by neuron, by expert.
+
+Every stack has its component axis first. Its parts sum to the stream they were taken from, but for
+rounding; `tests/bridge/test_residual_stacks.py` holds that on every layout.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens.direct_logits import DirectLogits, Stack
+from transformer_lens.slicing import Slice, SliceInput
+
+Labelled = tuple[Stack, list[str]]
+Rows = list[tuple[str, Tensor]]
+
+
+class ResidualStacks(DirectLogits):
+    """What `ActivationCache` knows about sums in the residual stream.
+
+    `layer=None` (or -1, or the number of layers) stands for the stream after the last block; another
+    `layer` for the stream that enters it. `mlp_input=True` means the stream as that layer's MLP reads
+    it: in a sequential block with its attention added, in a parallel block without. `pos_slice` as in
+    `Slice`; an int drops the position axis.
+    """
+
+    # -- the stream itself -------------------------------------------------------------------------
+
+    def accumulated_resid(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        mlp_input: bool = False,
+        return_labels: bool = False,
+    ) -> Stack | Labelled:
+        """The stream as it enters each layer up to `layer`, for a logit lens.
+
+        >>> cache.accumulated_resid(return_labels=True, pos_slice=-1)[1]
+        ['0_pre', '1_pre', '2_pre', '3_pre', 'final_post']
+
+        `incl_mid` adds the stream between attention and MLP; a parallel block has none, and `KeyError`
+        says so. `apply_ln` divides each by the scale of the norm that reads the last one.
+        """
+        stop = self._layer(layer, mlp_input)
+        rows: Rows = []
+        for i in range(min(stop + 1, self._layers)):
+            rows.append((f"{i}_pre", self["resid_pre", i]))
+            if (incl_mid and i < stop) or (mlp_input and i == stop and not self._parallel):
+                rows.append((f"{i}_mid", self["resid_mid", i]))
+        if stop == self._layers:
+            rows.append(("final_post", self["resid_post", stop - 1]))
+        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: str = "all",
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Stack | Labelled:
+        """What the embedding, each attention and each MLP wrote below `layer`; `mode` "attn" or "mlp" leaves one out.
+
+        >>> stack, labels = cache.decompose_resid(layer=2, return_labels=True)
+        >>> labels, torch.allclose(stack.sum(0), cache["resid_pre", 2], atol=1e-4)
+        (['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out'], True)
+        """
+        if mode not in ("all", "attn", "mlp"):
+            raise ValueError(f"decompose_resid: got mode={mode!r}, expected 'all', 'attn' or 'mlp'")
+        stop = self._layer(layer, mlp_input)
+        rows = [("embed", self["embed"])] if incl_embeds else []
+        for i in range(stop):
+            rows += [(f"{i}_{part}_out", self[f"{part}_out", i]) for part in ("attn", "mlp") if mode in ("all", part)]
+        if mlp_input and not self._parallel and mode != "mlp":
+            rows.append((f"{stop}_attn_out", self["attn_out", stop]))
+        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+
+    # -- heads, neurons, experts -------------------------------------------------------------------
+
+    def compute_head_results(self) -> None:
+        """Add every layer's `attn.hook_result`, `z @ W_O` of each head, to the cache where it is not yet.
+
+        >>> cache.compute_head_results()
+        >>> cache["result", 0].shape
+        torch.Size([1, 5, 4, 128])
+        """
+        for i in range(self._layers):
+            self.cache_dict.setdefault(f"blocks.{i}.attn.hook_result", self._head_results(i, Slice()))
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Stack | Labelled:
+        """What each head below `layer` wrote, without the output bias; `incl_remainder` adds the rest of the stream.
+
+        >>> stack, labels = cache.stack_head_results(layer=1, return_labels=True)
+        >>> stack.shape, labels
+        (torch.Size([4, 1, 5, 128]), ['L0H0', 'L0H1', 'L0H2', 'L0H3'])
+        """
+        keep = Slice(pos_slice)
+        rows = self._head_rows(self._layer(layer), keep)
+        rows += self._remainder(rows, layer, keep) if incl_remainder else []
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+
+    def get_neuron_results(
+        self, layer: int, neuron_slice: Slice | SliceInput = None, pos_slice: Slice | SliceInput = None
+    ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
+        """What each MLP neuron of a layer wrote: its activation times its output weights.
+
+        >>> cache.get_neuron_results(0, neuron_slice=(0, 3), pos_slice=-1).shape
+        torch.Size([1, 3, 128])
+
+        With experts the neurons of all experts follow one another, each times its expert's weight, zero
+        where the expert was not chosen; `neuron_slice` chooses within each expert.
+        """
+        neurons, at = Slice(neuron_slice), Slice(pos_slice)
+        mlp = self._bridge.get_submodule(f"blocks.{layer}.mlp")
+        weight = cast(Tensor, mlp.W_out).detach()
+        post = self._at("mlp.hook_post", layer, at, axes_after=2 if weight.ndim == 3 else 1)
+        kept = neurons.apply(torch.arange(weight.shape[-2])).reshape(-1).to(post.device)
+        post, weight = post[..., kept], weight[..., kept, :].to(post.device)
+        if weight.ndim == 2:
+            return post[..., None] * weight
+        return (self._by_expert(post, layer, at)[..., None] * weight).flatten(-3, -2)
+
+    def stack_neuron_results(
+        self,
+        layer: int | None,
+        pos_slice: Slice | SliceInput = None,
+        neuron_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        apply_ln: bool = False,
+    ) -> Stack | Labelled:
+        """`get_neuron_results` of every layer below `layer`: `L0N3`, or `L0E1N3` with experts.
+
+        >>> cache.stack_neuron_results(2, pos_slice=-1, neuron_slice=(0, 2), return_labels=True)[1]
+        ['L0N0', 'L0N1', 'L1N0', 'L1N1']
+
+        Its size is layers x neurons x d_model for every position, so give `pos_slice` or `neuron_slice`.
+        """
+        keep = Slice(pos_slice)
+        rows = self._neuron_rows(self._layer(layer), Slice(neuron_slice), keep)
+        rows += self._remainder(rows, layer, keep) if incl_remainder else []
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+
+    def stack_expert_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Stack | Labelled:
+        """What each expert below `layer` wrote, times its weight; zero where it was not chosen.
+
+        >>> _, of_experts = moe.run_with_cache("Mary and John")
+        >>> of_experts.stack_expert_results(layer=1, return_labels=True)[1]
+        ['L0E0', 'L0E1', 'L0E2', 'L0E3']
+        """
+        if not self._bridge.cfg.num_experts:
+            raise ValueError("stack_expert_results: this model's MLPs are dense; use stack_neuron_results")
+        keep = Slice(pos_slice)
+        rows: Rows = []
+        for i in range(self._layer(layer)):
+            out = self._by_expert(self._at("mlp.hook_expert_out", i, keep, axes_after=2), i, keep)
+            rows += [(f"L{i}E{e}", part) for e, part in enumerate(out.unbind(-2))]
+        rows += self._remainder(rows, layer, keep) if incl_remainder else []
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+    ) -> Stack | Labelled:
+        """The stream as heads, neurons (or whole MLPs), embedding and biases: the parts sum to it.
+
+        >>> stack, labels = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
+        >>> labels[-3:], torch.allclose(stack.sum(0), cache["resid_post", -1], atol=1e-4)
+        (['3_mlp_out', 'embed', 'bias'], True)
+        """
+        stop, keep = self._layer(layer, mlp_input), Slice(pos_slice)
+        heads_below = stop + (mlp_input and not self._parallel)
+        rows = self._head_rows(heads_below, keep)
+        if expand_neurons:
+            rows += self._neuron_rows(stop, Slice(), keep)
+        else:
+            rows += [(f"{i}_mlp_out", self._at("hook_mlp_out", i, keep)) for i in range(stop)]
+        embed = self._at("hook_embed", None, keep)
+        bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
+        rows += [("embed", embed), ("bias", bias.detach().to(embed.device).expand_as(embed))]
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
+
+    def logit_lens(
+        self,
+        layer: int | None = None,
+        incl_mid: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+    ) -> Float[Tensor, "component *batch_and_pos d_vocab"] | tuple[Tensor, list[str]]:
+        """The logits that the stream at each layer would give, through the final norm and the unembedding.
+
+        >>> lens, labels = cache.logit_lens(pos_slice=-1, return_labels=True)
+        >>> lens.shape, torch.allclose(lens[-1], cache["unembed.hook_out"][:, -1], atol=1e-3)
+        (torch.Size([5, 1, 735]), True)
+
+        `accumulated_resid` says which streams; each is scaled by its own size. Source: nostalgebraist 2020,
+        "interpreting GPT: the logit lens".
+        """
+        stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
+        bridge = self._bridge
+        normed = self.apply_ln_to_stack(stack, recompute_ln=True)
+        norm, unembed = bridge.get_submodule("ln_final"), bridge.get_submodule("unembed")
+        bias = cast(Tensor, norm.b).detach().to(normed.device, normed.dtype)
+        weight, offset = (cast(Tensor, found).detach().to(normed.device) for found in (unembed.W_U, unembed.b_U))
+        logits = (normed + bias) @ weight + offset
+        return (logits, labels) if return_labels else logits
+
+    # -- rows: a label and a part of the stream ----------------------------------------------------
+
+    def _head_rows(self, stop: int, keep: Slice) -> Rows:
+        heads = [(i, self._head_results(i, keep).unbind(-2)) for i in range(stop)]
+        return [(f"L{i}H{h}", part) for i, parts in heads for h, part in enumerate(parts)]
+
+    def _neuron_rows(self, stop: int, neurons: Slice, keep: Slice) -> Rows:
+        cfg = self._bridge.cfg
+        kept = neurons.apply(torch.arange(cfg.d_mlp)).reshape(-1).tolist()
+        experts = [f"E{e}" for e in range(cfg.num_experts)] if cfg.num_experts else [""]
+        rows: Rows = []
+        for i in range(stop):
+            names = [f"L{i}{expert}N{n}" for expert in experts for n in kept]
+            rows += list(zip(names, self.get_neuron_results(i, neurons, keep).unbind(-2), strict=True))
+        return rows
+
+    def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
+        keep = Slice(pos_slice)
+        return [(label, keep.apply(row, -2)) for label, row in rows]
+
+    # -- how rows become a stack -------------------------------------------------------------------
+
+    def _stack(
+        self, rows: Rows, layer: int | None, mlp_input: bool, apply_ln: bool, keep: Slice, return_labels: bool
+    ) -> Stack | Labelled:
+        if rows:
+            stack = torch.stack([row for _, row in rows])
+        else:
+            stack = self._at("hook_embed", None, keep).new_empty(0, *self._at("hook_embed", None, keep).shape)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input, keep, has_batch_dim=self.has_batch_dim)
+        return (stack, [label for label, _ in rows]) if return_labels else stack
+
+    def _remainder(self, rows: Rows, layer: int | None, keep: Slice) -> Rows:
+        """What the rows leave over of the stream."""
+        stop = self._layer(layer)
+        stream = self._at("hook_resid_pre", stop, keep) if stop < self._layers else self._last(keep)
+        return [("remainder", stream - sum(row for _, row in rows))]
+
+    def _last(self, keep: Slice) -> Tensor:
+        return self._at("hook_resid_post", self._layers - 1, keep)
+
+    def _at(self, name: str, layer: int | None, keep: Slice, axes_after: int = 1) -> Tensor:
+        """A cached tensor at the wanted positions; `axes_after` counts its axes after the position."""
+        found = self[name if layer is None else f"blocks.{layer}.{name}"]
+        return keep.apply(found, -1 - axes_after)
+
+    def _head_results(self, layer: int, keep: Slice) -> Float[Tensor, "*batch_and_pos head d_model"]:
+        name = f"blocks.{layer}.attn.hook_result"
+        if name in self.cache_dict:
+            return keep.apply(self.cache_dict[name], -3)
+        weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.attn").W_O).detach()
+        z = self._at("attn.hook_z", layer, keep, axes_after=2)
+        found: Tensor = einsum(z, weight.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")
+        return found
+
+    def _by_expert(
+        self, chosen_values: Float[Tensor, "*batch_and_pos chosen width"], layer: int, keep: Slice
+    ) -> Float[Tensor, "*batch_and_pos expert width"]:
+        """Values of the chosen experts, times their weights, at their experts' places; zero elsewhere."""
+        weights = self._at("mlp.hook_expert_weights", layer, keep)
+        chosen = self._at("mlp.hook_expert_indices", layer, keep)
+        weighted = chosen_values * weights[..., None].to(chosen_values.dtype)
+        *leading, _, width = weighted.shape
+        placed = weighted.new_zeros(*leading, int(self._bridge.cfg.num_experts or 0), width)
+        return placed.scatter_(-2, chosen[..., None].expand_as(weighted), weighted)

@@ -1,0 +1,157 @@
+"""Hooks that see and edit some rows of the batch: many different interventions in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from transformer_lens.hook_point import HookFunction, HookPoint
+
+Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
+"""Rows of the batch: one, a slice, several numbers, or a mask; negative numbers count from the end."""
+
+
+def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
+    """A hook that runs `fn` on some rows of the batch and leaves the others alone.
+
+    >>> def without_head_0(z, hook):
+    ...     z[:, :, 0] = 0
+    >>> twice = bridge.to_tokens(["Mary and John", "Mary and John"])
+    >>> logits = bridge.run_with_hooks(twice, fwd_hooks=[("blocks.0.attn.hook_z", on_rows(1, without_head_0))])
+    >>> [torch.equal(row, plain) for row, plain in zip(logits, bridge(twice))]
+    [True, False]
+
+    `fn` gets `tensor[rows]`, with the batch axis kept, and may edit it in place or return a replacement of
+    its shape, as any hook may, forward and backward. Rows of a list come in the order of the list. Raises
+    `TypeError` and `ValueError` for rows that mean nothing or occur twice and, in the run, for rows that the
+    batch does not have.
+    """
+    return _OnRows(_checked(rows), _checked_function("on_rows", fn))
+
+
+def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
+    """A hook that gives each function rows of its own: the first `rows_each` rows, the next ones, and so on.
+
+    >>> tokens = bridge.to_tokens("Mary and John")
+    >>> def ablation(head):
+    ...     return lambda z, hook: z.index_fill(2, torch.tensor(head), 0)
+    >>> each_head = on_each([ablation(head) for head in range(bridge.cfg.n_heads)])
+    >>> bridge.run_with_hooks(tokens.repeat(4, 1), fwd_hooks=[("blocks.0.attn.hook_z", each_head)]).shape
+    torch.Size([4, 5, 735])
+
+    It costs what one hook costs, however many functions it serves. Raises `ValueError` for no function,
+    and in a run whose batch is not `len(fns) * rows_each`.
+    """
+    if not fns or rows_each < 1:
+        raise ValueError(f"on_each: got {len(fns)} functions with {rows_each} rows each, expected at least one of both")
+    return _OnEach([_checked_function("on_each", fn) for fn in fns], rows_each)
+
+
+class _OnRows:
+    """What `on_rows` makes: an object, so that it can be copied and shown."""
+
+    def __init__(self, rows: slice | Tensor, fn: HookFunction) -> None:
+        self.rows = rows
+        self.fn = fn
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        return tensor if _run(self.fn, tensor, _within(self.rows, tensor, hook), hook) else None
+
+
+class _OnEach:
+    """What `on_each` makes."""
+
+    def __init__(self, fns: Sequence[HookFunction], rows_each: int) -> None:
+        self.fns = fns
+        self.rows_each = rows_each
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        expected = len(self.fns) * self.rows_each
+        if tensor.shape[0] != expected:
+            raise ValueError(
+                f"on_each at {hook.name!r}: got a batch of {tensor.shape[0]}, expected {expected}: "
+                f"{self.rows_each} rows for each of {len(self.fns)} functions"
+            )
+        starts = range(0, expected, self.rows_each)
+        places = [slice(start, start + self.rows_each) for start in starts]
+        replaced = [_run(fn, tensor, rows, hook) for fn, rows in zip(self.fns, places, strict=True)]
+        return tensor if any(replaced) else None
+
+
+def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint) -> bool:
+    """Let `fn` edit some rows of `tensor`, in place; says whether it returned something."""
+    part = tensor[rows]  # a slice shares the tensor's memory, numbers make a copy
+    before = None if part.is_inference() else part._version
+    result: Any = fn(part, hook=hook)
+    if isinstance(result, tuple) and len(result) == 1:  # as a backward hook may answer
+        (result,) = result
+    if result is None:
+        edited = before is None or part._version != before
+        if edited and isinstance(rows, Tensor):
+            tensor[rows] = part
+        return False
+    _check_answer(result, part, hook)
+    tensor[rows] = result
+    return True
+
+
+def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
+    """A replacement of some rows is what those rows are."""
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"hook on rows at {hook.name!r}: its function returned {type(result).__name__}, expected a Tensor or None"
+        )
+    got, expected = (list(result.shape), result.dtype), (list(part.shape), part.dtype)
+    if got != expected:
+        raise ValueError(
+            f"hook on rows at {hook.name!r}: got a replacement of shape {got[0]} and {got[1]}, "
+            f"expected {expected[0]} and {expected[1]}: the rows it was given"
+        )
+
+
+def _checked_function(what: str, fn: HookFunction) -> HookFunction:
+    if not callable(fn):
+        raise TypeError(f"{what}: got {type(fn).__name__}, expected a function fn(tensor, hook)")
+    return fn
+
+
+def _checked(rows: Rows) -> slice | Tensor:
+    """Rows as an index. Raises for what cannot be one, before any model runs."""
+    if isinstance(rows, slice):
+        return rows
+    if isinstance(rows, int) and not isinstance(rows, bool):
+        return slice(rows, rows + 1 or None)
+    numbers = rows if isinstance(rows, Tensor) else list(rows) if isinstance(rows, (list, tuple, range)) else None
+    if isinstance(numbers, list) and all(type(number) is int for number in numbers):
+        numbers = torch.tensor(numbers, dtype=torch.long)
+    if not isinstance(numbers, Tensor) or numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex():
+        raise TypeError(f"rows: got {rows!r}, expected an int, a slice, ints, or a boolean mask over the batch")
+    if not (numbers.any() if numbers.dtype == torch.bool else numbers.numel()):
+        raise ValueError("rows: got none, expected at least one row")
+    if numbers.dtype != torch.bool and numbers.unique().numel() < numbers.numel():
+        raise ValueError(f"rows: got {numbers.tolist()}, expected each row once")
+    return numbers.clone()
+
+
+def _within(rows: slice | Tensor, tensor: Tensor, hook: HookPoint) -> slice | Tensor:
+    """The rows as an index of this batch. Raises `ValueError` for rows that it does not have."""
+    batch = tensor.shape[0]
+    where = f"hook on rows at {hook.name!r}: got a batch of {batch}"
+    if isinstance(rows, slice):
+        if not len(range(*rows.indices(batch))):
+            raise ValueError(f"{where}, which has no rows {rows.start}:{rows.stop}")
+        return rows
+    if rows.dtype == torch.bool:
+        if len(rows) != batch:
+            raise ValueError(f"{where}, and the mask of rows has {len(rows)} entries")
+        return rows.to(tensor.device)
+    if int(rows.max()) >= batch or -int(rows.min()) > batch:
+        raise ValueError(f"{where}, which has no rows {rows.tolist()}")
+    numbers = rows.to(tensor.device) % batch
+    if numbers.unique().numel() < numbers.numel():
+        raise ValueError(f"{where}, in which the rows {rows.tolist()} name one twice")
+    return numbers

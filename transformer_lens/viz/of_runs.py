@@ -1,0 +1,218 @@
+"""Pictures of what a model did: attention patterns, heads by layer, a logit lens, routing, losses by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.viz.heatmap import Heatmap, Heatmaps
+from transformer_lens.viz.token_text import TokenText
+from transformer_lens.viz.waterfall import Waterfall
+
+Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
+
+
+def attention_patterns(
+    tokens: Sequence[str], attention: ActivationCache | Pattern, first: tuple[int, int] = (0, 0), title: str = ""
+) -> Heatmaps:
+    """How much each position attends to each earlier one, one head at a time, with a menu of heads.
+
+    >>> tokens = bridge.to_str_tokens("Mary and John")
+    >>> attention_patterns(tokens, cache, first=(1, 2))
+    Heatmaps 'Attention patterns': 16 panels, layer 0 head 0 to layer 3 head 3
+
+    `attention` is a cache of one text (all patterns in it are shown), or a tensor
+    `[layer head query_pos key_pos]` or `[head query_pos key_pos]`. `first=(layer, head)` shows first.
+    Raises `ValueError` where tokens and positions do not fit.
+    """
+    heads = _heads(attention)
+    panels = {}
+    for (layer, head), pattern in heads.items():
+        if list(pattern.shape[-1:]) != [len(tokens)] or pattern.shape[0] > pattern.shape[1]:
+            raise ValueError(
+                f"attention_patterns: got a pattern of {list(pattern.shape)} and {len(tokens)} tokens, expected a key "
+                "position for each token, and one text"
+            )
+        queries, keys = pattern.shape
+        shown = pattern.detach().float().cpu()
+        unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+        name = f"head {head}" if layer is None else f"layer {layer} head {head}"
+        panels[name] = Heatmap(
+            shown.masked_fill(unseen, float("nan")),
+            rows=tokens[keys - queries :],
+            columns=tokens,
+            title=name,
+            row_title="from",
+            column_title="to",
+            value="attention",
+            limits=(0.0, 1.0),
+        )
+    wanted = f"layer {first[0]} head {first[1]}"
+    if wanted not in panels and first != (0, 0):
+        raise ValueError(f"attention_patterns: got first={first}, and there is no {wanted} among the patterns given")
+    return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
+
+
+def _heads(attention: ActivationCache | Pattern) -> dict[tuple[int | None, int], Tensor]:
+    """Every head's pattern, by layer and head."""
+    if isinstance(attention, Tensor):
+        if attention.ndim not in (3, 4):
+            raise ValueError(
+                f"attention_patterns: got a tensor of {list(attention.shape)}, expected [head query_pos key_pos] or "
+                "[layer head query_pos key_pos]; choose one text of a batch first"
+            )
+        alone: list[tuple[int | None, Tensor]] = [(None, attention)]
+        layers = dict(alone if attention.ndim == 3 else enumerate(attention))
+    else:
+        layers = _cached_patterns(attention)
+    return {(layer, head): pattern for layer, heads in layers.items() for head, pattern in enumerate(heads)}
+
+
+def _cached_patterns(cache: ActivationCache) -> dict[int | None, Tensor]:
+    names = [name for name in cache if name.endswith("attn.hook_pattern")]
+    if not names:
+        raise ValueError(
+            "attention_patterns: this cache holds no attn.hook_pattern; capture it, or leave names_filter out"
+        )
+    found: dict[int | None, Tensor] = {}
+    for name in names:
+        pattern = cache[name]
+        if cache.has_batch_dim and len(pattern) != 1:
+            raise ValueError(
+                f"attention_patterns: got a batch of {len(pattern)}, expected one text; choose it by "
+                "cache.apply_slice_to_batch_dim(i)"
+            )
+        found[int(name.split(".")[1])] = pattern[0] if cache.has_batch_dim else pattern
+    return found
+
+
+def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value") -> Heatmap:
+    """A number for each head, by layer.
+
+    >>> head_map(torch.zeros(4, 4), "score of previous-token heads").columns
+    ['0', '1', '2', '3']
+    """
+    _need_axes("head_map", values, "layer head")
+    rows, columns = (list(map(str, range(size))) for size in values.shape)
+    return Heatmap(values, rows, columns, title, "layer", "head", value)
+
+
+def patching_map(
+    values: Float[Tensor, "layer pos"], tokens: Sequence[str], title: str, value: str = "restored"
+) -> Heatmap:
+    """A number for each layer and position, as a sweep of patches gives it.
+
+    >>> tokens = bridge.to_str_tokens("Mary and John")
+    >>> patching_map(torch.zeros(4, 5), tokens, "patching the residual stream").rows
+    ['0', '1', '2', '3']
+    """
+    _need_axes("patching_map", values, "layer pos")
+    return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value)
+
+
+def _need_axes(what: str, values: Tensor, axes: str) -> None:
+    if values.ndim != len(axes.split()):
+        raise ValueError(f"{what}: got values of shape {list(values.shape)}, expected [{axes}]")
+
+
+def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
+    """The likeliest next token of each position as each layer's stream would predict it.
+
+    >>> grid = logit_lens_grid(bridge, "Mary and John")
+    >>> grid.rows, len(grid.columns)
+    (['0_pre', '1_pre', '2_pre', '3_pre', 'final_post'], 5)
+
+    Colour is its probability; hovering lists the `top` tokens.
+    """
+    names = ["resid_pre", "resid_post"]
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(
+            text, names_filter=lambda name: name.rpartition("hook_")[2] in names, prepend_bos=prepend_bos
+        )
+        lens, labels = cache.apply_slice_to_batch_dim(0).logit_lens(return_labels=True)
+    best = lens.float().softmax(-1).topk(top)
+    words = [[[str(bridge.to_string([i])) for i in ids] for ids in row] for row in best.indices.tolist()]
+    notes = [
+        [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
+        for row in zip(words, best.values.tolist(), strict=True)
+    ]
+    return Heatmap(
+        best.values[..., 0].cpu(),
+        rows=labels,
+        columns=_tokens(bridge, text, prepend_bos),
+        title="Logit lens: the likeliest next token, layer by layer",
+        row_title="stream",
+        column_title="after",
+        value="probability",
+        limits=(0.0, 1.0),
+        texts=[[cell[0] for cell in row] for row in words],
+        notes=notes,
+    )
+
+
+def logit_waterfall(
+    cache: ActivationCache,
+    token: str | int,
+    wrong: str | int | None = None,
+    position: int = -1,
+    most: int = 24,
+) -> Waterfall:
+    """What each head, MLP and the embedding add to a logit at one position, or to a difference of two.
+
+    >>> logit_waterfall(cache, " Mary", " John").labels[:2]
+    ['L0H0', 'L0H1']
+
+    `cache` holds one text. The parts sum to the logit less what the final norm's bias and the
+    unembedding's add.
+    """
+    one = cache.apply_slice_to_batch_dim(0) if cache.has_batch_dim else cache
+    stack, labels = one.get_full_resid_decomposition(expand_neurons=False, pos_slice=position, return_labels=True)
+    parts = one.logit_attrs(stack, token, wrong, pos_slice=position, has_batch_dim=False)
+    what = f"logit of {token!r}" + ("" if wrong is None else f" less that of {wrong!r}")
+    return Waterfall(parts.cpu(), labels, f"What adds to the {what}", most=most)
+
+
+def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
+    """Which experts each token goes to and how much each counts, one layer at a time.
+
+    >>> routing_map(moe, "Mary and John")
+    Heatmaps 'Routing': 3 panels, layer 0 to layer 2
+    """
+    if not bridge.cfg.num_experts:
+        raise ValueError("routing_map: this model's MLPs are dense, so nothing is routed")
+    inside = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(text, names_filter=lambda name: name.endswith(inside), prepend_bos=prepend_bos)
+    tokens = _tokens(bridge, text, prepend_bos)
+    experts = list(map(str, range(bridge.cfg.num_experts)))
+    panels = {}
+    for layer in range(bridge.cfg.n_layers):
+        weights, chosen = cache["expert_weights", layer][0].float(), cache["expert_indices", layer][0]
+        shares = weights.new_zeros(len(tokens), len(experts)).scatter_(1, chosen, weights).T.cpu()
+        name = f"layer {layer}"
+        panels[name] = Heatmap(
+            shares, experts, tokens, name, "expert", "token", "weight of the expert", limits=(0.0, 1.0)
+        )
+    return Heatmaps(panels, "Routing")
+
+
+def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> TokenText:
+    """Running text, each token coloured by how much it surprised the model.
+
+    >>> token_losses(bridge, "Mary and John")
+    TokenText 'Loss by token': 5 tokens, coloured by loss
+
+    The first token is predicted by nothing and has no colour.
+    """
+    with torch.no_grad():
+        loss = bridge(text, return_type="loss", loss_per_token=True, prepend_bos=prepend_bos)[0]
+    tokens = _tokens(bridge, text, prepend_bos)
+    return TokenText(tokens, {"loss": torch.cat([loss.new_zeros(1), loss]).cpu()}, "Loss by token", "nats")
+
+
+def _tokens(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> list[str]:
+    return [str(token) for token in bridge.to_str_tokens(text, prepend_bos=prepend_bos)]

@@ -1,0 +1,108 @@
+"""`Waterfall`: how parts add up to a whole, one bar for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens.viz.picture import FALL, FONT, RISE, TOTAL, Picture, escaped, new_drawing, plotly, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, repr=False)
+class Waterfall(Picture):
+    """The parts of a logit (or of anything that is a sum), each bar starting where the last one ended.
+
+    >>> Waterfall(torch.tensor([1.0, -0.5, 0.25]), ["embed", "L0H0", "bias"], title="logit of ' Mary'")
+    Waterfall "logit of ' Mary'": 3 parts, 0.750 in all
+
+    `most` keeps that many of the largest parts, in their order, and sums the others to one bar, so that
+    the bars still end at the whole. Raises `ValueError` if labels do not fit, or for a NaN.
+    """
+
+    values: Float[Tensor, " component"]
+    labels: Sequence[str]
+    title: str
+    value: str = "logits"
+    most: int = 24
+
+    def __post_init__(self) -> None:
+        if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
+            raise ValueError(
+                f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "
+                f"{len(self.labels)} labels, expected one value for each label, at least one"
+            )
+        if not bool(self.values.isfinite().all()):
+            raise ValueError(f"waterfall {self.title!r}: got values that are not finite")
+        if self.most < 1:
+            raise ValueError(f"waterfall {self.title!r}: got most={self.most}, expected at least 1")
+
+    def __repr__(self) -> str:
+        return f"Waterfall {self.title!r}: {len(self.labels)} parts, {float(self.values.double().sum()):.3f} in all"
+
+    def bars(self) -> tuple[list[str], list[float]]:
+        """The labels and values that show: the largest, and the sum of the others."""
+        values: list[float] = self.values.double().tolist()
+        order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
+        kept = sorted(order[: self.most])
+        rest = [values[i] for i in order[self.most :]]
+        labels = [self.labels[i] for i in kept]
+        shown = [values[i] for i in kept]
+        return ([*labels, f"{len(rest)} others"], [*shown, sum(rest)]) if rest else (labels, shown)
+
+    def figure(self) -> Figure:
+        labels, values = self.bars()
+        steps = list(range(len(values) + 1))
+        bars = plotly().Waterfall(
+            x=steps,
+            y=[*values, 0],
+            measure=["relative"] * len(values) + ["total"],
+            customdata=[*escaped(labels), "total"],
+            increasing={"marker": {"color": RISE}},
+            decreasing={"marker": {"color": FALL}},
+            totals={"marker": {"color": TOTAL}},
+            connector={"line": {"color": "#bbbbbb", "width": 1}},
+            hovertemplate=(
+                f"%{{customdata}}<br>adds %{{delta:.3f}} {self.value}<br>so far %{{final:.3f}}<extra></extra>"
+            ),
+        )
+        axis = {"tickvals": steps, "ticktext": [*escaped(labels), "total"], "tickangle": -40, "automargin": True}
+        layout = {
+            "title": {"text": self.title},
+            "template": "plotly_white",
+            "font": {"family": FONT},
+            "height": 460,
+            "showlegend": False,
+            "xaxis": axis,
+            "yaxis": {"title": {"text": self.value}, "zerolinecolor": "#444444"},
+        }
+        return plotly().Figure(bars, layout)
+
+    def drawing(self) -> Drawing:
+        labels, values = self.bars()
+        ends = list(accumulate(values))
+        starts = [0.0, *ends[:-1]]
+        figure = new_drawing(0.42 * len(values) + 2, 4.2)
+        axes = figure.subplots()
+        axes.bar(range(len(values)), values, bottom=starts, color=[RISE if v >= 0 else FALL for v in values])
+        axes.bar(len(values), ends[-1], color=TOTAL)
+        for place, end in enumerate(ends):
+            axes.plot([place - 0.4, place + 1.4], [end, end], color="#bbbbbb", linewidth=0.8)
+        axes.axhline(0, color="#444444", linewidth=0.8)
+        names = [*map(visible, labels), "total"]
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.use_sticky_edges = False  # bars would sit on the frame
+        axes.margins(y=0.08)
+        axes.set_ylabel(self.value)
+        axes.set_title(self.title, loc="left", fontsize=11)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        return figure
