@@ -1,6 +1,6 @@
-"""`make mutants`: break each line of the twins' formulas in a scratch copy, and see a test fail.
+"""`make mutants`: break each line of a formula in a scratch copy, and see a test fail.
 
-Every mutant is one small change of the syntax tree of one file; a mutant that all tests of the twins
+Every mutant is one small change of the syntax tree of one file; a mutant that all tests of that file
 pass is a survivor, and is printed, unless EQUIVALENT says why it computes the same.
 """
 
@@ -21,16 +21,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPONENTS = "transformer_lens/model_bridge/generalized_components"
-TWINS = "tests/twins"
+BRIDGE = "transformer_lens/model_bridge"
 
-FIRST = {
-    "attention": ("test_core.py",),
-    "attention_math": ("test_core.py",),
-    "normalization": ("test_norms.py", "test_core.py"),
-    "moe": ("test_experts.py", "test_core.py"),
+
+class Target(NamedTuple):
+    """A file that is mutated, the tests likeliest to notice, and the folder or files with the others."""
+
+    file: str
+    first: tuple[str, ...]
+    rest: str = ""
+
+
+TWINS = "tests/twins"
+TARGETS = {
+    "attention": Target(f"{BRIDGE}/generalized_components/attention.py", (f"{TWINS}/test_core.py",), TWINS),
+    "attention_math": Target(f"{BRIDGE}/generalized_components/attention_math.py", (f"{TWINS}/test_core.py",), TWINS),
+    "normalization": Target(
+        f"{BRIDGE}/generalized_components/normalization.py", (f"{TWINS}/test_norms.py", f"{TWINS}/test_core.py"), TWINS
+    ),
+    "moe": Target(
+        f"{BRIDGE}/generalized_components/moe.py", (f"{TWINS}/test_experts.py", f"{TWINS}/test_core.py"), TWINS
+    ),
+    "weights": Target(f"{BRIDGE}/weights.py", ("tests/bridge/test_weights.py",), "tests/adapters/test_weights.py"),
+    "component_weights": Target(
+        f"{BRIDGE}/generalized_components/weights.py",
+        ("tests/adapters/test_weights.py", "tests/bridge/test_weights.py"),
+    ),
+    "processing": Target(
+        f"{BRIDGE}/processing/steps.py", ("tests/processing/test_mathematics.py",), "tests/processing"
+    ),
+    "processing_draft": Target(
+        f"{BRIDGE}/processing/draft.py", ("tests/processing/test_refusals.py",), "tests/processing"
+    ),
+    "processing_changes": Target(
+        f"{BRIDGE}/processing/changes.py", ("tests/processing/test_undo.py",), "tests/processing"
+    ),
+    "grouped_cache": Target(f"{BRIDGE}/grouped_cache.py", ("tests/bridge/test_grouped_cache.py",)),
+    "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
+    "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
 }
-"""The files that are mutated, and the tests that are likeliest to notice; all others of tests/twins follow."""
+FORMULAS = ("attention", "attention_math", "normalization", "moe")
+"""What runs without a name: the formulas of the twins."""
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -164,7 +195,7 @@ def formula_nodes(tree: ast.Module) -> Iterator[ast.AST]:
 
 def mutants_of(name: str) -> list[Mutant]:
     """All mutants of one file, in the order of their lines."""
-    file = f"{COMPONENTS}/{name}.py"
+    file = TARGETS[name].file
     text = (ROOT / file).read_text()
     tree, found = ast.parse(text), []
     places = {node: place for place, node in enumerate(ast.walk(tree))}
@@ -179,9 +210,15 @@ def mutants_of(name: str) -> list[Mutant]:
 
 
 def tests_for(name: str, quick: bool) -> list[list[str]]:
-    first = [f"{TWINS}/{file}" for file in FIRST[name]]
-    rest = [f"{TWINS}/{f.name}" for f in (ROOT / TWINS).glob("test_*.py") if f"{TWINS}/{f.name}" not in first]
-    return [first] if quick else [first, sorted(rest, key=lambda file: ("exactness" in file, file))]
+    """The test files in the order they run: those likeliest to notice, then the others, the largest last."""
+    target = TARGETS[name]
+    first = list(target.first)
+    if quick or not target.rest:
+        return [first]
+    place = ROOT / target.rest
+    files = [place] if place.is_file() else place.glob("test_*.py")
+    rest = [path for file in files if (path := file.relative_to(ROOT).as_posix()) not in first]
+    return [first, sorted(rest, key=lambda file: ("exactness" in file, file))]
 
 
 def run_tests(place: str, stages: list[list[str]], log: str) -> None:
@@ -219,7 +256,7 @@ def run_tests(place: str, stages: list[list[str]], log: str) -> None:
 
 def survives(place: Path, mutant: Mutant | None, name: str, limit: float, quick: bool = False) -> bool:
     """Whether every test passes with the mutant in its file; a mutant that never ends is noticed too."""
-    target = place / f"{COMPONENTS}/{name}.py"
+    target = place / TARGETS[name].file
     kept = target.read_text()
     if mutant is not None:
         target.write_text(mutant.source)
@@ -244,7 +281,7 @@ def copies(number: int, folder: Path) -> list[Path]:
     places = []
     for nth in range(number):
         place = folder / f"copy{nth}"
-        for part in ("transformer_lens", "tests"):
+        for part in ("transformer_lens", "tests", "docs"):
             shutil.copytree(ROOT / part, place / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", place)
         places.append(place)
@@ -253,7 +290,7 @@ def copies(number: int, folder: Path) -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", help=f"of {', '.join(FIRST)}; default all")
+    parser.add_argument("files", nargs="*", help=f"of {', '.join(TARGETS)}; by default {', '.join(FORMULAS)}")
     parser.add_argument("--line", type=int, nargs="*", help="only mutants of these lines")
     parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
     parser.add_argument("--jobs", type=int, default=2)
@@ -263,7 +300,7 @@ def main() -> int:
     asked = parser.parse_args()
     todo = [
         (name, mutant)
-        for name in asked.files or FIRST
+        for name in asked.files or FORMULAS
         for mutant in mutants_of(name)
         if not asked.line or mutant.line in asked.line
     ][:: asked.every]
@@ -283,7 +320,7 @@ def main() -> int:
             finally:
                 free.append(place)
 
-        for name in asked.files or FIRST:
+        for name in asked.files or FORMULAS:
             if not survives(free[0], None, name, asked.limit, quick=True):
                 print((free[0] / "log.txt").read_text()[-3000:])
                 print(f"the tests of {name} fail on the code as it stands; nothing was mutated")

@@ -36,7 +36,7 @@ class SteeringMethods(HookedRootModule):
 
     def steer(
         self,
-        vector: Float[Tensor, "..."],
+        vector: Float[Tensor, "*tail"],
         at: Places,
         *,
         scale: float | Float[Tensor, " batch"] = 1.0,
@@ -73,7 +73,7 @@ class SteeringMethods(HookedRootModule):
 
     def project_out(
         self,
-        direction: Float[Tensor, "..."],
+        direction: Float[Tensor, "*tail"],
         at: Places,
         *,
         positions: Positions = None,
@@ -99,7 +99,7 @@ class SteeringMethods(HookedRootModule):
             expected = self._tail(name)
             if list(direction.shape) != expected and list(direction.shape[1:]) != expected:
                 raise ValueError(
-                    f"direction: got shape {list(direction.shape)}, expected {expected}, or several of them, at {name!r}"
+                    f"direction: got shape {list(direction.shape)}, expected {expected} or several of them, at {name!r}"
                 )
         several = direction.ndim > len(self._tail(names[0]))
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
@@ -107,7 +107,9 @@ class SteeringMethods(HookedRootModule):
 
     # -- inside --------------------------------------------------------------------------------------
 
-    def _while_open(self, names: list[str], edit: Callable[[Tensor, HookPoint], Tensor]) -> AbstractContextManager[Self]:
+    def _while_open(
+        self, names: list[str], edit: Callable[[Tensor, HookPoint], Tensor]
+    ) -> AbstractContextManager[Self]:
         hooks: list[HookSpec] = [(names, edit)]
         return self.hooks(hooks)
 
@@ -170,6 +172,7 @@ class _Where:
         if step is None:
             return torch.full((pos,), self.on == "prompt")
         of_prompt = torch.tensor([column < step.prompt_mask.shape[1] for column in step.columns])
+        of_prompt = of_prompt[-pos:]  # `generate` computes the logits of the last column alone
         return of_prompt if self.on == "prompt" else ~of_prompt
 
     def _position_mask(self, batch: int, pos: int, hook: HookPoint) -> Bool[Tensor, "batch pos"]:
@@ -177,7 +180,7 @@ class _Where:
         if step is None:
             index, length = torch.arange(pos).expand(batch, pos), torch.full((batch, 1), pos)
         else:
-            index = step.positions.cpu()
+            index = step.positions[:, -pos:].cpu()
             length = step.prompt_mask.sum(-1, keepdim=True).cpu().repeat_interleave(batch // len(step.prompt_mask), 0)
         if isinstance(wanted, Tensor):
             expected = [batch, pos] if step is None else list(step.prompt_mask.shape)
@@ -186,7 +189,9 @@ class _Where:
             if step is None:
                 return wanted
             within = torch.nn.functional.pad(wanted.cpu(), (0, max(0, step.columns.stop - wanted.shape[1])))
-            return within.repeat_interleave(batch // len(wanted), 0)[:, step.columns.start : step.columns.stop]
+            return within.repeat_interleave(batch // len(wanted), 0)[:, step.columns.start : step.columns.stop][
+                :, -pos:
+            ]
         if isinstance(wanted, slice):
             start = _counted(wanted.start or 0, length).clamp(min=0)
             found = (index >= start) & ((index - start) % (wanted.step or 1) == 0)

@@ -1,0 +1,228 @@
+"""AtP*: attribution patching with two of its failures repaired (Kramár et al. 2024).
+
+QK fix: a saturated softmax hides what a query or key does, so it is recomputed and not linearised. GradDrop:
+effects that cancel between layers show when the gradient skips one layer after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.analysis.gradient_runs import At, gradient_run, prompt_pair, wide
+from transformer_lens.analysis.patching_base import SweepInput
+from transformer_lens.analysis.patching_engine import Metric
+
+HOOKS = {
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "mlp_post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+}
+"""The parts that can be asked for; a part is scored by position, and by head or neuron where it has those."""
+SUMMED = ("d_head", "d_model")
+WRITES = ("hook_attn_out", "hook_mlp_out")
+
+Tensors = dict[str, Tensor]
+Scores = dict[str, Float[Tensor, "layer batch pos ..."]]
+
+
+def atp_star(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    parts: Sequence[str] = ("q", "k", "v", "z", "mlp_out"),
+    *,
+    at: At = "corrupted",
+    qk_fix: bool = True,
+    grad_drop: bool = True,
+    attention_mask: Tensor | None = None,
+) -> Scores:
+    """
+    >>> def metric(logits):
+    ...     return logits[0, -1, 5] - logits[0, -1, 6]
+    >>> found = atp_star(bridge, "Mary and John", "Mary and Mary", metric)
+    >>> found["q"].shape, found["k"].shape, found["mlp_out"].shape
+    (torch.Size([4, 1, 5, 4]), torch.Size([4, 1, 5, 2]), torch.Size([4, 1, 5]))
+
+    Attribution patching of queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and neurons
+    (`mlp_post`), by layer, text and position; keys and values by key-value head.
+
+    `qk_fix`: a query or key is scored by `sum over the pattern of d metric / d pattern * change of the
+    pattern`, with the softmax recomputed. `grad_drop`: the mean size of the scores over backward passes each
+    of which stops the gradient at what one layer writes, `sum over l of |score without layer l| / (layers -
+    1)`. Sizes have no sign; without `grad_drop` the scores keep theirs, and those of v, z and MLPs are
+    plain attribution patching. Where one metric serves several texts, each has a score of its own.
+
+    It costs two forwards and one backward, or one backward for each layer with `grad_drop`. Errors as in
+    `attribution_patching`; `KeyError` for `mlp_post` in a mixture of experts.
+    """
+    layers = range(bridge.cfg.n_layers)
+    _check(bridge, parts, grad_drop)
+    pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
+    scorers = [(_Softmax if qk_fix and part in ("q", "k") else _Linear)(part, bridge) for part in parts]
+    compared = _in_layers(bridge, [name for scorer in scorers for name in scorer.compared])
+    with torch.no_grad():
+        _, theirs = bridge.run_with_cache(
+            pair.other(at), names_filter=compared, attention_mask=pair.mask, return_cache_object=False, return_type=None
+        )
+    dropping = _Dropping()
+    run = gradient_run(
+        bridge,
+        pair.base(at),
+        pair.mask,
+        metric,
+        list(dict.fromkeys([*compared, *_in_layers(bridge, [n for scorer in scorers for n in scorer.read])])),
+        bwd_hooks=[(_in_layers(bridge, WRITES), dropping)] if grad_drop else [],
+    )
+    ours = run.activations()
+    found: Scores = {}
+    for dropped in layers if grad_drop else [None]:
+        dropping.layer = dropped
+        gradients = dropping.hidden(run.gradients(keep_graph=True))
+        for scorer in scorers:
+            scores = torch.stack([scorer.score(f"blocks.{i}.", ours, theirs, gradients) for i in layers])
+            if grad_drop:
+                scores = scores.abs() / (len(layers) - 1) + found.get(scorer.part, torch.zeros_like(scores))
+            found[scorer.part] = scores if grad_drop or at == "corrupted" else -scores
+    return found
+
+
+def _check(bridge: TransformerBridge, parts: Sequence[str], grad_drop: bool) -> None:
+    if isinstance(parts, str) or not parts or any(part not in HOOKS for part in parts):
+        raise ValueError(f"parts: got {parts!r}, expected some of {', '.join(HOOKS)}")
+    if "mlp_post" in parts and bridge.cfg.num_experts:
+        raise KeyError("parts: 'mlp_post' is about the neurons of chosen experts, which may differ; use 'mlp_out'")
+    if grad_drop and bridge.cfg.n_layers < 2:
+        raise ValueError("grad_drop: it leaves out one layer at a time, and this model has a single one")
+
+
+def _in_layers(bridge: TransformerBridge, names: Sequence[str]) -> list[str]:
+    return [f"blocks.{i}.{name}" for i in range(bridge.cfg.n_layers) for name in dict.fromkeys(names)]
+
+
+class _Dropping:
+    """A backward hook that stops the gradient at what one layer writes."""
+
+    layer: int | None = None
+
+    def __call__(self, gradient: Tensor, hook: HookPoint) -> Tensor | None:
+        return torch.zeros_like(gradient) if hook.layer() == self.layer else None
+
+    def hidden(self, gradients: Tensors) -> Tensors:
+        """The gradients, those at the stop itself zero: torch shows them as they were before or after a hook on them,
+        depending on what else is asked for."""
+        stops = [f"blocks.{self.layer}.{name}" for name in WRITES]
+        return {name: torch.zeros_like(one) if name in stops else one for name, one in gradients.items()}
+
+
+class _Linear:
+    """Plain attribution patching of one part."""
+
+    read: tuple[str, ...] = ()
+    """What only the run with the gradient is asked for."""
+
+    def __init__(self, part: str, bridge: TransformerBridge) -> None:
+        self.part = part
+        self.bridge = bridge
+        self.name = HOOKS[part]
+        self.compared: tuple[str, ...] = (self.name,)
+
+    def score(self, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors) -> Float[Tensor, "batch pos ..."]:
+        name = block + self.name
+        product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
+        return product.sum(-1) if self.bridge.hook_dict[name].axes.split()[-1] in SUMMED else product
+
+
+class _Softmax:
+    """The QK fix of queries or of keys."""
+
+    read = ("attn.hook_attn_scores", "attn.hook_pattern")
+
+    def __init__(self, part: str, bridge: TransformerBridge) -> None:
+        self.part = part
+        self.bridge = bridge
+        rotates = "blocks.0.attn.hook_rot_q" in bridge.hook_dict
+        self.compared = ("attn.hook_rot_q", "attn.hook_rot_k") if rotates else ("attn.hook_q", "attn.hook_k")
+
+    def score(self, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors) -> Float[Tensor, "batch pos head"]:
+        heads = self.bridge.cfg.n_heads
+        sides = [[_per_head(run[block + name].double(), heads) for name in self.compared] for run in (ours, theirs)]
+        (q, k), (other_q, other_k) = sides
+        scores = ours[block + self.read[0]].double()
+        gradient = gradients[block + self.read[1]].double()
+        scale = 1 / math.sqrt(self.bridge.cfg.d_head)
+        if self.part == "q":
+            change = torch.einsum("bqhd,bkhd->bhqk", other_q - q, k) * scale
+            found = query_effects(scores, change, gradient).transpose(1, 2)
+        else:
+            change = torch.einsum("bqhd,bkhd->bhqk", q, other_k - k) * scale
+            found = key_effects(scores, change, gradient).transpose(1, 2)
+            found = found.unflatten(-1, (self.bridge.cfg.n_key_value_heads, -1)).sum(-1)
+        return found.to(wide(ours[block + self.compared[0]]).dtype)
+
+
+def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float[Tensor, "batch pos head d_head"]:
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _hidden(scores: Tensor) -> Tensor:
+    """Where the mask lets no query look: scores near the lowest number there is."""
+    return scores < torch.finfo(torch.float16).min * 0.9
+
+
+def query_effects(
+    scores: Float[Tensor, "batch head query_pos key_pos"],
+    change: Float[Tensor, "batch head query_pos key_pos"],
+    gradient: Float[Tensor, "batch head query_pos key_pos"],
+) -> Float[Tensor, "batch head query_pos"]:
+    """
+    >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
+    >>> query_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))  # softmax(2, 0)[0] - softmax(0, 0)[0]
+    tensor([[[0.3808]]])
+
+    `gradient . (softmax(scores + change) - softmax(scores))`: what one query at a time does, with the
+    gradient at the pattern (Kramár et al. 2024, the query part of their QK fix).
+    """
+    hidden = _hidden(scores)
+    before, after = ((one.masked_fill(hidden, -torch.inf)) for one in (scores, scores + change))
+    difference = (after.softmax(-1) - before.softmax(-1)).masked_fill(hidden, 0)
+    return (difference * gradient).sum(-1)
+
+
+def key_effects(
+    scores: Float[Tensor, "batch head query_pos key_pos"],
+    change: Float[Tensor, "batch head query_pos key_pos"],
+    gradient: Float[Tensor, "batch head query_pos key_pos"],
+) -> Float[Tensor, "batch head key_pos"]:
+    """
+    >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
+    >>> key_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))
+    tensor([[[0.3808, 0.0000]]])
+
+    What one key at a time does: only its own column of the scores changes, for every query (the key part of
+    the QK fix). With `p` the pattern and `c` the change, a column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`: `G_n`
+    is the gradient averaged by the pattern over the other keys, and `p'_n = sigmoid(logit(p_n) + c_n)`, so no
+    softmax is computed anew for each key.
+    """
+    hidden = _hidden(scores)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    pattern = (scores - total).exp()
+    # What the other keys have is 1 - p; at the largest, which may have all but nothing, it is summed up instead.
+    top = scores.argmax(-1, keepdim=True)
+    others = scores.scatter(-1, top, -torch.inf)
+    log_rest = torch.log1p(-pattern).scatter(-1, top, others.logsumexp(-1, keepdim=True) - total)
+    average = ((pattern * gradient).sum(-1, keepdim=True) - pattern * gradient) / (1 - pattern)
+    average = average.scatter(-1, top, (others.softmax(-1) * gradient).nansum(-1, keepdim=True))
+    patched = (scores - total - log_rest + change).sigmoid()
+    return ((patched - pattern) * (gradient - average)).masked_fill(hidden, 0).sum(-2)

@@ -1,0 +1,122 @@
+"""Edge attribution patching: the effect of patching each edge of the model, to first order, all at once.
+
+Sources: Syed et al. 2023 (EAP); Hanna et al. 2024, "Have Faith in Faithfulness" (EAP-IG).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.edge_graph import EdgeGraph, EdgeScores
+from transformer_lens.analysis.edge_values import SenderValues, read_senders, sender_hooks
+from transformer_lens.analysis.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
+from transformer_lens.analysis.integrated_gradients import line_steps, weighted_metric
+from transformer_lens.analysis.patching_base import SweepInput
+from transformer_lens.analysis.patching_engine import Metric
+
+
+def edge_attribution_patching(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    *,
+    at: At = "corrupted",
+    attention_mask: Tensor | None = None,
+) -> EdgeScores:
+    """
+    >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
+    >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
+    >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
+    >>> def metric(logits):
+    ...     return (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> scores = edge_attribution_patching(bridge, clean, corrupted, metric)
+    >>> sender, receiver, score = scores.top(1)[0]
+    >>> sender, receiver
+    ('embed', '0_mlp_in')
+
+    The score of an edge from a sender to a receiver: `(what the sender writes in the clean run - in the
+    corrupted run) . d metric / d what the receiver reads`, summed over texts and positions. With `at` as in
+    `attribution_patching`, it estimates what `edge_effects` measures.
+
+    Senders and receivers are those of `EdgeGraph`, queries, keys and values by query head also where heads
+    share keys. It costs two forwards and one backward, and one product for each layer's receivers. Memory: what
+    every head and expert writes, texts x positions x senders x d_model numbers. Errors as in
+    `attribution_patching`.
+    """
+    pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
+    graph = EdgeGraph.of(bridge)
+    here = SenderValues(graph)
+    hooks = sender_hooks(bridge, graph, here)
+    run = gradient_run(bridge, pair.base(at), pair.mask, metric, _receiver_hooks(graph), fwd_hooks=hooks)
+    gradients = run.gradients()
+    _, there, _ = read_senders(bridge, graph, pair.other(at), pair.mask)
+    change = (there - here.all()) * (-1 if at == "clean" else 1)
+    return _scores(graph, change, gradients)
+
+
+def edge_attribution_patching_ig(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    *,
+    steps: int = 5,
+    steps_per_batch: int = 5,
+    attention_mask: Tensor | None = None,
+) -> EdgeScores:
+    """
+    >>> def metric(logits):
+    ...     return logits[0, -1, 5]
+    >>> edge_attribution_patching_ig(bridge, "Mary and John", "Mary and Mary", metric, steps=2)
+    EdgeScores of 463 edges
+
+    As `edge_attribution_patching`, with the gradient at each receiver averaged over runs whose embeddings lie
+    on the line from the corrupted to the clean ones (EAP-IG), at the points of `line_steps`: Hanna et al.
+    average over evenly spaced points, which tends to the same integral. Scores of edges into the logits, of
+    a model whose final norm were linear, would sum to the difference of the metric.
+
+    It costs two forwards, and `steps` forwards and backwards, `steps_per_batch` at a time.
+    """
+    pair: PromptPair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
+    points, weights = line_steps(steps)
+    if steps_per_batch < 1:
+        raise ValueError(f"steps_per_batch: got {steps_per_batch}, expected at least 1")
+    graph = EdgeGraph.of(bridge)
+    _, here, embeds = read_senders(bridge, graph, pair.corrupted, pair.mask, ["hook_embed"])
+    _, there, others = read_senders(bridge, graph, pair.clean, pair.mask, ["hook_embed"])
+    start, end = embeds["hook_embed"], others["hook_embed"]
+    batch = len(start)
+    mean: dict[str, Tensor] = {}
+    for first in range(0, steps, steps_per_batch):
+        some = points[first : first + steps_per_batch]
+        line = torch.cat([torch.lerp(start, end, point) for point in some])
+        run = gradient_run(
+            bridge,
+            pair.corrupted.repeat(len(some), *[1] * (pair.corrupted.ndim - 1)),
+            None if pair.mask is None else pair.mask.repeat(len(some), 1),
+            weighted_metric(metric, weights[first : first + steps_per_batch], batch),
+            _receiver_hooks(graph),
+            fwd_hooks=[("hook_embed", lambda embeds, hook, line=line: line.clone())],
+        )
+        for name, gradient in run.gradients().items():
+            summed = wide(gradient).unflatten(0, (len(some), batch)).sum(0)
+            mean[name] = mean[name] + summed if name in mean else summed
+    return _scores(graph, there - here, mean)
+
+
+def _receiver_hooks(graph: EdgeGraph) -> list[str]:
+    return list(dict.fromkeys(one.hook for one in graph.receivers))
+
+
+def _scores(graph: EdgeGraph, change: Tensor, gradients: dict[str, Tensor]) -> EdgeScores:
+    """Every sender's change along every receiver's gradient, one product for each hook of receivers."""
+    parts = []
+    for hook in _receiver_hooks(graph):
+        gradient = wide(gradients[hook]).to(change.device)
+        if gradient.ndim == 3:
+            gradient = gradient[:, :, None]
+        parts.append(torch.einsum("bpsd,bprd->sr", change.to(gradient.dtype), gradient))
+    return EdgeScores(graph, torch.cat(parts, 1).masked_fill(~graph.exists.to(change.device), 0))

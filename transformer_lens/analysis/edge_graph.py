@@ -1,0 +1,226 @@
+"""The graph that edges live in: what writes into the residual stream, what reads from it, and who comes before whom.
+
+Senders are the embedding, each head and each MLP or expert. Receivers are the query, key and value input
+of each query head, each MLP's input, and the stream that the final norm reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+
+Edge = tuple[str, str]
+"""The labels of a sender and of a receiver."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A sender or a receiver."""
+
+    label: str
+    hook: str
+    """The hook where its vectors are seen."""
+    index: int | None
+    """Which head or expert of that hook it is."""
+    stage: int
+    """Senders reach receivers of later stages. In a parallel block both branches have one stage."""
+    node: str
+    """Heads of one layer are nodes of their own, an MLP or a layer's experts together are one."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeGraph:
+    """
+    >>> graph = EdgeGraph.of(bridge)
+    >>> graph
+    EdgeGraph of 21 senders, 53 receivers and 463 edges
+    >>> graph.senders[1].label, graph.receivers[0].label, graph.has_edge("L0H1", "0_mlp_in")
+    ('L0H0', 'L0H0.q', False)
+
+    Labels: senders `embed`, `L0H1`, `0_mlp_out`, or `L0E2` for an expert; receivers `L1H2.q`, `.k`, `.v`,
+    `1_mlp_in` (which a layer's router and experts read together) and `logits`.
+    """
+
+    senders: tuple[Place, ...]
+    receivers: tuple[Place, ...]
+
+    @classmethod
+    def of(cls, bridge: TransformerBridge) -> Self:
+        """The graph of a model."""
+        cfg = bridge.cfg
+        parallel = bool(cfg.parallel_attn_mlp)
+        senders = [Place("embed", "hook_embed", None, 0, "embed")]
+        receivers: list[Place] = []
+        for i in range(cfg.n_layers):
+            attn, mlp = 2 * i + 1, 2 * i + (1 if parallel else 2)
+            block, node = f"blocks.{i}.", f"{i}_mlp"
+            heads = range(cfg.n_heads)
+            senders += [Place(f"L{i}H{h}", f"{block}attn.hook_result", h, attn, f"L{i}H{h}") for h in heads]
+            for part in "qkv":
+                hook = f"{block}hook_{part}_input"
+                receivers += [Place(f"L{i}H{h}.{part}", hook, h, attn, f"L{i}H{h}") for h in heads]
+            receivers.append(Place(f"{i}_mlp_in", f"{block}hook_mlp_in", None, mlp, node))
+            if cfg.num_experts:
+                experts = range(cfg.num_experts)
+                senders += [Place(f"L{i}E{e}", f"{block}mlp.hook_expert_out", e, mlp, node) for e in experts]
+            else:
+                senders.append(Place(f"{i}_mlp_out", f"{block}hook_mlp_out", None, mlp, node))
+        last = cfg.n_layers - 1
+        receivers.append(Place("logits", f"blocks.{last}.hook_resid_post", None, 2 * last + 3, "logits"))
+        return cls(tuple(senders), tuple(receivers))
+
+    @cached_property
+    def exists(self) -> Bool[Tensor, "sender receiver"]:
+        """Which edges there are."""
+        sent = torch.tensor([one.stage for one in self.senders])
+        read = torch.tensor([one.stage for one in self.receivers])
+        return sent[:, None] < read
+
+    @cached_property
+    def _sender_numbers(self) -> dict[str, int]:
+        return {one.label: number for number, one in enumerate(self.senders)}
+
+    @cached_property
+    def _receiver_numbers(self) -> dict[str, int]:
+        return {one.label: number for number, one in enumerate(self.receivers)}
+
+    def sender(self, label: str) -> int:
+        """The number of a sender. Raises `KeyError` for a label that is not there."""
+        return _number(label, self._sender_numbers, "sender")
+
+    def receiver(self, label: str) -> int:
+        """The number of a receiver. Raises `KeyError` for a label that is not there."""
+        return _number(label, self._receiver_numbers, "receiver")
+
+    def has_edge(self, sender: str, receiver: str) -> bool:
+        """Whether what this sender writes is in what this receiver reads."""
+        return bool(self.exists[self.sender(sender), self.receiver(receiver)])
+
+    def edges(self) -> list[Edge]:
+        """Every edge."""
+        return [(self.senders[s].label, self.receivers[r].label) for s, r in self.exists.nonzero().tolist()]
+
+    def columns(self, places: Sequence[Place], hook: str) -> slice:
+        """Where the senders or receivers of a hook stand: next to one another."""
+        found = [number for number, one in enumerate(places) if one.hook == hook]
+        return slice(found[0], found[-1] + 1)
+
+    def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "sender receiver"]:
+        """Edges as a table. Raises `ValueError` for a pair without an edge."""
+        kept = torch.zeros_like(self.exists)
+        for sender, receiver in edges:
+            if not self.has_edge(sender, receiver):
+                raise ValueError(f"edges: {sender!r} does not come before {receiver!r}, so there is no edge")
+            kept[self.sender(sender), self.receiver(receiver)] = True
+        return kept
+
+    def __repr__(self) -> str:
+        edges = int(self.exists.sum())
+        return f"EdgeGraph of {len(self.senders)} senders, {len(self.receivers)} receivers and {edges} edges"
+
+
+def _number(label: str, numbers: dict[str, int], what: str) -> int:
+    if label not in numbers:
+        some = list(numbers)
+        raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
+    return numbers[label]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Circuit:
+    """
+    >>> circuit = Circuit.of(EdgeGraph.of(bridge), [("embed", "L0H1.v"), ("L0H1", "logits"), ("embed", "L3H0.q")])
+    >>> circuit, circuit.connected().edges()
+    (Circuit of 3 of 463 edges, [('embed', 'L0H1.v'), ('L0H1', 'logits')])
+
+    Some edges of a graph.
+    """
+
+    graph: EdgeGraph
+    kept: Bool[Tensor, "sender receiver"]
+
+    @classmethod
+    def of(cls, graph: EdgeGraph, edges: Iterable[Edge]) -> Self:
+        """A circuit of edges by label. Raises `KeyError` and `ValueError` for edges that are not there."""
+        return cls(graph, graph.mask(edges))
+
+    def edges(self) -> list[Edge]:
+        """The kept edges."""
+        places = self.kept.nonzero().tolist()
+        return [(self.graph.senders[s].label, self.graph.receivers[r].label) for s, r in places]
+
+    def without(self, edges: Iterable[Edge]) -> Circuit:
+        """The circuit less some edges."""
+        return Circuit(self.graph, self.kept & ~self.graph.mask(edges))
+
+    def connected(self) -> Circuit:
+        """The circuit without edges that no path from the embedding to the logits goes along."""
+        same = torch.tensor([[s.node == r.node for s in self.graph.senders] for r in self.graph.receivers])
+        kept = self.kept
+        while True:
+            fed = torch.tensor([s.node == "embed" for s in self.graph.senders]) | (kept.any(0)[:, None] & same).any(0)
+            used = torch.tensor([r.node == "logits" for r in self.graph.receivers]) | (kept.any(1) & same).any(1)
+            fewer = kept & fed[:, None] & used
+            if torch.equal(fewer, kept):
+                return Circuit(self.graph, kept)
+            kept = fewer
+
+    def __len__(self) -> int:
+        return int(self.kept.sum())
+
+    def __repr__(self) -> str:
+        return f"Circuit of {len(self)} of {int(self.graph.exists.sum())} edges"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores:
+    """A score of every edge: zero where there is none."""
+
+    graph: EdgeGraph
+    scores: Float[Tensor, "sender receiver"]
+
+    def __getitem__(self, edge: Edge) -> float:
+        """The score of one edge, by its labels."""
+        return float(self.scores[self.graph.sender(edge[0]), self.graph.receiver(edge[1])])
+
+    def values(self) -> Float[Tensor, " edge"]:
+        """The scores of the edges there are, in the order of `graph.edges()`."""
+        return self.scores[self.graph.exists]
+
+    def top(self, n: int) -> list[tuple[str, str, float]]:
+        """The `n` edges with the largest scores by size, the largest first."""
+        order = self._order()[:n] if n >= 0 else self._order()
+        width = len(self.graph.receivers)
+        places = [divmod(int(at), width) for at in order]
+        return [
+            (self.graph.senders[s].label, self.graph.receivers[r].label, float(self.scores[s, r])) for s, r in places
+        ]
+
+    def keep(self, n: int) -> Circuit:
+        """The circuit of the `n` edges with the largest scores by size."""
+        if not 0 <= n <= int(self.graph.exists.sum()):
+            raise ValueError(f"keep: got {n}, expected 0 to {int(self.graph.exists.sum())} edges")
+        kept = torch.zeros_like(self.graph.exists).flatten()
+        kept[self._order()[:n]] = True
+        return Circuit(self.graph, kept.view_as(self.graph.exists))
+
+    def prune(self, threshold: float) -> Circuit:
+        """The circuit of edges whose score is at least `threshold` in size, those that lead nowhere taken out."""
+        if not threshold >= 0:
+            raise ValueError(f"threshold: got {threshold}, expected a size of at least 0")
+        return Circuit(self.graph, self.graph.exists & (self.scores.abs().cpu() >= threshold)).connected()
+
+    def _order(self) -> Tensor:
+        sizes = self.scores.abs().cpu().masked_fill(~self.graph.exists, -1).flatten()
+        return sizes.argsort(descending=True, stable=True)[: int(self.graph.exists.sum())]
+
+    def __repr__(self) -> str:
+        return f"EdgeScores of {len(self.values())} edges"

@@ -1,0 +1,143 @@
+"""The run that attribution linearises: activations of one forward, and the gradient of a metric at each of them.
+
+Nothing is left on the parameters: gradients are taken with `torch.autograd.grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.analysis.routing import tokens_and_mask
+
+At = Literal["corrupted", "clean"]
+HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
+
+
+class PromptPair(NamedTuple):
+    """Two inputs that fit token by token, and the mask that both need."""
+
+    clean: Tensor
+    corrupted: Tensor
+    mask: Tensor | None
+
+    def base(self, at: At) -> Tensor:
+        """The input that gradients are taken in."""
+        return self.clean if at == "clean" else self.corrupted
+
+    def other(self, at: At) -> Tensor:
+        """The input whose values are compared with those of the base."""
+        return self.corrupted if at == "clean" else self.clean
+
+
+def prompt_pair(
+    bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None, at: str
+) -> PromptPair:
+    """Raises `ValueError` for prompts that do not fit one another."""
+    if at not in ("corrupted", "clean"):
+        raise ValueError(f"at: got {at!r}, expected 'corrupted' or 'clean': the run whose gradient is taken")
+    (x, mask), (y, other) = (input_and_mask(bridge, one, attention_mask) for one in (clean, corrupted))
+    if x.shape[:2] != y.shape[:2] or not x.numel():
+        raise ValueError(
+            f"clean and corrupted: got {list(x.shape[:2])} and {list(y.shape[:2])} texts and tokens, expected as many "
+            "of each, and at least one; pad them alike"
+        )
+    padded = [tokens_and_mask(bridge, one)[1] for one in (x, y) if not one.is_floating_point()]
+    if attention_mask is None and len(padded) == 2 and not torch.equal(*padded):
+        raise ValueError("clean and corrupted: their padding differs, so positions do not correspond")
+    return PromptPair(x, y, other if mask is None else mask)
+
+
+def one_number(value: Any) -> Float[Tensor, ""]:
+    """What a metric returned, as a tensor of no axes."""
+    number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
+    if number is None or number.numel() != 1 or number.is_complex():
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
+    if not bool(number.isfinite()):
+        raise ValueError(f"metric: it returned {number.item()}, and what is not finite has no attribution")
+    return number.reshape(())
+
+
+@dataclass(frozen=True, eq=False)
+class GradientRun:
+    """A forward whose graph is still there."""
+
+    value: Float[Tensor, ""]
+    """The metric."""
+    tensors: dict[str, Tensor]
+
+    def gradients(self, keep_graph: bool = False) -> dict[str, Tensor]:
+        """The gradient of the metric at every kept activation; zero where it does not depend on one."""
+        found = torch.autograd.grad(
+            self.value, list(self.tensors.values()), retain_graph=keep_graph, materialize_grads=True
+        )
+        return dict(zip(self.tensors, found, strict=True))
+
+    def activations(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+
+
+def gradient_run(
+    bridge: TransformerBridge,
+    input: Tensor,
+    mask: Tensor | None,
+    metric: Metric,
+    names: Sequence[str],
+    *,
+    fwd_hooks: HookList = (),
+    bwd_hooks: HookList = (),
+    start_at_layer: int | None = None,
+) -> GradientRun:
+    """Run the model, `fwd_hooks` first at their points, and keep the named activations in the graph."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("attribution needs gradients, which torch.inference_mode() rules out; leave it")
+    kept: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: HookPoint) -> None:
+        if not tensor.requires_grad:  # all parameters below are frozen
+            tensor.requires_grad_()
+        kept[str(hook.name)] = tensor
+
+    with torch.enable_grad():
+        logits = bridge.run_with_hooks(
+            input,
+            fwd_hooks=[*fwd_hooks, (list(names), keep)],
+            bwd_hooks=list(bwd_hooks),
+            attention_mask=mask,
+            start_at_layer=start_at_layer,
+        )
+        value = one_number(metric(logits))
+    if not value.requires_grad:
+        raise ValueError("metric: its value does not depend on the logits in a way that autograd can follow")
+    return GradientRun(value, kept)
+
+
+def differentiable_names(bridge: TransformerBridge, names: str | Sequence[str]) -> list[str]:
+    """Canonical names, in the order of the model. Raises `ValueError` for hooks that have no gradient to speak of."""
+    found = bridge.select_names(names)
+    if not found:
+        raise ValueError("names: got none, expected the name of at least one hook")
+    for name in found:
+        point = bridge.hook_dict[name]
+        if point.integer:
+            raise ValueError(f"hook {name!r} holds integers, which have no gradient")
+        if "chosen" in point.axes.split():
+            raise ValueError(
+                f"hook {name!r} is about the experts that were chosen, and two runs may choose different ones; "
+                "expert_attribution_patching compares experts by their number"
+            )
+    return found
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,207 @@
+"""`detect_head`: how well each head's attention fits a pattern, under the names and scores that people know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.routing import tokens_and_mask
+
+logger = logging.getLogger(__name__)
+
+HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
+HEAD_NAMES: tuple[HeadName, ...] = get_args(HeadName)
+ErrorMeasure = Literal["abs", "mul"]
+Heads = Sequence[tuple[int, int]] | Mapping[int, Sequence[int]]
+"""(layer, head) pairs, or the heads of each layer."""
+Tokens = Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
+
+
+def get_previous_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
+    """
+    >>> get_previous_token_head_detection_pattern(torch.tensor([5, 6, 5]))
+    tensor([[0., 0., 0.],
+            [1., 0., 0.],
+            [0., 1., 0.]])
+
+    1 where a query (row) looks at the token before it.
+    """
+    length = tokens.shape[-1]
+    return torch.ones(length, length).tril(-1).triu(-1)
+
+
+def get_duplicate_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
+    """
+    >>> get_duplicate_token_head_detection_pattern(torch.tensor([5, 6, 5]))
+    tensor([[0., 0., 0.],
+            [0., 0., 0.],
+            [1., 0., 0.]])
+
+    1 where a query looks at an earlier occurrence of its own token.
+    """
+    ids = tokens.reshape(-1).cpu()
+    return (ids[:, None] == ids[None, :]).float().tril(-1)
+
+
+def get_induction_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
+    """
+    >>> get_induction_head_detection_pattern(torch.tensor([5, 6, 7, 5]))[3]
+    tensor([0., 1., 0., 0.])
+
+    1 where a query looks at a token that followed an earlier occurrence of its own. A token that repeats at once
+    would point at itself, which counts too.
+    """
+    duplicates = get_duplicate_token_head_detection_pattern(tokens)
+    return torch.nn.functional.pad(duplicates[:, :-1], (1, 0))
+
+
+PATTERNS = {
+    "previous_token_head": get_previous_token_head_detection_pattern,
+    "duplicate_token_head": get_duplicate_token_head_detection_pattern,
+    "induction_head": get_induction_head_detection_pattern,
+}
+
+
+@torch.no_grad()
+def detect_head(
+    model: TransformerBridge,
+    seq: str | Sequence[str] | Int[Tensor, "batch pos"],
+    detection_pattern: HeadName | Float[Tensor, "*batch pos pos"],
+    heads: Heads | None = None,
+    cache: ActivationCache | None = None,
+    *,
+    exclude_bos: bool = False,
+    exclude_current_token: bool = False,
+    error_measure: ErrorMeasure = "mul",
+    batch_size: int = 8,
+) -> Float[Tensor, "layer head"]:
+    """
+    >>> text = "The ball is for Mary. The cup is for John. The ball is for"
+    >>> scores = detect_head(bridge, text, "previous_token_head")
+    >>> scores.shape, (scores > 0.5).nonzero().tolist()
+    (torch.Size([4, 4]), [[0, 2], [0, 3]])
+
+    How well each head's attention fits a pattern: one that is named, or your own `[pos, pos]`, zero above its
+    diagonal, also one for each text. -1 for heads that are not among `heads`.
+
+    "mul": the share of a head's attention that falls where the pattern is (0 to 1); attention that was excluded
+    counts nowhere, and a head that has none left scores 0. "abs": 1 less the absolute difference to the pattern,
+    mean over queries (-1 to 1). `exclude_bos` leaves out attention to the first token, `exclude_current_token`
+    that of each token to itself. For several texts every option holds, and the score is the mean over texts. Padding is
+    left out, `batch_size` texts run at a time, and a `cache` of `run_with_cache(seq)` saves the run; it is not changed.
+
+    Raises `ValueError` for patterns, measures, heads and texts that do not fit.
+    """
+    if error_measure not in get_args(ErrorMeasure):
+        raise ValueError(f"error_measure: got {error_measure!r}, expected 'abs' or 'mul'")
+    wanted = _wanted(model, heads)
+    if not isinstance(seq, (str, Tensor)):
+        seq = list(seq)
+    if not len(seq) or batch_size < 1:
+        raise ValueError(f"detect_head: got {len(seq)} texts and batch_size {batch_size}, expected one or more")
+    tokens, mask = tokens_and_mask(model, seq)
+    texts = [row[real] for row, real in zip(tokens, mask, strict=True)]
+    patterns = [_pattern(detection_pattern, text, number, len(texts)) for number, text in enumerate(texts)]
+    if error_measure == "mul" and any(bool(((p != 0) & (p != 1)).any()) for p in patterns):
+        logger.warning("detect_head: the pattern has values other than 0 and 1, and 'mul' weighs attention by them")
+    layers = sorted({layer for layer, _ in wanted})
+    total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
+    for start in range(0, len(texts), batch_size if cache is None else len(texts)):
+        some = slice(start, start + batch_size if cache is None else None)
+        found = _attention(model, tokens[some], mask[some], layers) if cache is None else cache
+        for layer in layers:
+            attention = _of_batch(found, layer, mask[some])
+            for row, (real, pattern) in enumerate(zip(mask[some], patterns[some], strict=True)):
+                seen = attention[row][:, real][:, :, real].float().cpu()
+                total[layer] += _scores(seen, pattern, exclude_bos, exclude_current_token, error_measure)
+    scores = torch.full_like(total, -1.0)
+    for layer, head in wanted:
+        scores[layer, head] = total[layer, head] / len(texts)
+    return scores
+
+
+def _scores(
+    attention: Float[Tensor, "head pos pos"],
+    pattern: Float[Tensor, "pos pos"],
+    exclude_bos: bool,
+    exclude_current_token: bool,
+    measure: ErrorMeasure,
+) -> Float[Tensor, " head"]:
+    """The score of each head of a layer on one text."""
+    counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
+    if exclude_bos:
+        counts[:, 0] = 0
+    if measure == "abs":
+        return 1 - ((attention - pattern).abs() * counts).sum((-1, -2)) / len(pattern)
+    counted = attention * counts
+    # A head with no attention left scores 0, not 0 / 0.
+    return (counted * pattern).sum((-1, -2)) / counted.sum((-1, -2)).clamp(min=1e-30)
+
+
+def _attention(model: TransformerBridge, tokens: Tensor, mask: Tensor, layers: Sequence[int]) -> ActivationCache:
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
+    padded = None if bool(mask.all()) else mask.long()
+    _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, attention_mask=padded)
+    assert isinstance(cache, ActivationCache)
+    return cache
+
+
+def _of_batch(cache: ActivationCache, layer: int, mask: Tensor) -> Float[Tensor, "batch head pos pos"]:
+    """A layer's patterns with a batch axis. Raises `ValueError` for a cache of other texts."""
+    found = cache["pattern", layer]
+    found = found if found.ndim == 4 else found[None]
+    batch, pos = mask.shape
+    if found.shape[0] != batch or found.shape[-1] != pos or found.shape[-2] != pos:
+        raise ValueError(
+            f"cache: its pattern of layer {layer} has shape {list(found.shape)}, expected "
+            f"[{batch}, head, {pos}, {pos}] as seq has it"
+        )
+    return found
+
+
+def _pattern(given: HeadName | Tensor, text: Int[Tensor, " pos"], number: int, texts: int) -> Float[Tensor, "pos pos"]:
+    length = len(text)
+    if length < 2:
+        raise ValueError(f"seq: text {number} has {length} tokens, expected two or more")
+    if isinstance(given, str):
+        if given not in PATTERNS:
+            raise ValueError(f"detection_pattern: got {given!r}, expected a tensor or one of {', '.join(HEAD_NAMES)}")
+        return PATTERNS[given](text)
+    if not isinstance(given, Tensor):
+        raise TypeError(f"detection_pattern: got {type(given).__name__}, expected a tensor or a name")
+    pattern = given[number] if given.ndim == 3 and len(given) == texts else given
+    if list(pattern.shape) != [length, length]:
+        raise ValueError(
+            f"detection_pattern: got shape {list(given.shape)}, expected [{length}, {length}] for the {length} "
+            f"tokens of text {number}"
+        )
+    pattern = pattern.float().cpu()
+    if not bool(pattern.isfinite().all()) or bool(pattern.triu(1).any()):
+        raise ValueError("detection_pattern: expected finite numbers, zero above the diagonal (no head looks ahead)")
+    return pattern
+
+
+def _wanted(model: TransformerBridge, heads: Heads | None) -> list[tuple[int, int]]:
+    """The heads meant. Raises `ValueError` for one that is not there."""
+    cfg = model.cfg
+    if heads is None:
+        return [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
+    if isinstance(heads, Mapping):
+        pairs = [(layer, head) for layer, several in heads.items() for head in several]
+    else:
+        pairs = [(layer, head) for layer, head in heads]
+    for layer, head in pairs:
+        if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+            raise ValueError(
+                f"heads: got ({layer}, {head}), expected layers 0 to {cfg.n_layers - 1} and heads 0 to "
+                f"{cfg.n_heads - 1}"
+            )
+    if not pairs:
+        raise ValueError("heads: got none, expected at least one")
+    return pairs

@@ -1,0 +1,203 @@
+"""What heads do on repeated random tokens, and how alike the subspaces are that they read and write."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.head_detection import detect_head
+from transformer_lens.data.generate import repeated_random_tokens
+
+Matrix = Literal["W_Q", "W_K", "W_V", "W_O"]
+MATRICES: tuple[Matrix, ...] = ("W_Q", "W_K", "W_V", "W_O")
+
+
+def random_repeats(
+    bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
+) -> Int[Tensor, "batch pos"]:
+    """
+    >>> tokens = random_repeats(bridge, length=3, batch=2)
+    >>> tokens.shape, torch.equal(tokens[:, 1:4], tokens[:, 4:])
+    (torch.Size([2, 7]), True)
+
+    A first token (BOS where the model has one), `length` random tokens, and the same once more. Special tokens are
+    left out where the bridge has a tokenizer.
+    """
+    special = set(bridge.tokenizer.all_special_ids) if bridge.tokenizer is not None else set()
+    known = len(bridge.tokenizer) if bridge.tokenizer is not None else bridge.cfg.d_vocab
+    ordinary = [token for token in range(min(known, bridge.cfg.d_vocab)) if token not in special]
+    adapter = bridge.token_adapter
+    first = ordinary[0] if adapter is None or adapter.bos is None else adapter.bos
+    return repeated_random_tokens(ordinary, length, batch, first, Random(seed))
+
+
+def induction_scores(
+    bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
+) -> Float[Tensor, "layer head"]:
+    """
+    >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
+    [[1, 0], [1, 1], [1, 2], [1, 3]]
+
+    Each head's mean attention, over the second half of repeated random tokens, to the token that followed the
+    same token the first time: 0 to 1. Source: the prefix-matching score of Olsson et al. 2022, "In-context Learning
+    and Induction Heads".
+    """
+    tokens = random_repeats(bridge, length, batch, seed)
+    queries = torch.arange(length + 1, 2 * length + 1)
+    return _mean_attention(bridge, tokens, queries, queries - length + 1)
+
+
+def previous_token_scores(
+    bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
+) -> Float[Tensor, "layer head"]:
+    """
+    >>> (previous_token_scores(bridge) > 0.5).nonzero().tolist()
+    [[0, 2], [0, 3]]
+
+    Each head's mean attention to the token before, over all tokens but the first of repeated random tokens: 0 to 1.
+    """
+    tokens = random_repeats(bridge, length, batch, seed)
+    queries = torch.arange(1, tokens.shape[1])
+    return _mean_attention(bridge, tokens, queries, queries - 1)
+
+
+def duplicate_token_scores(
+    bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
+) -> Float[Tensor, "layer head"]:
+    """
+    >>> duplicate_token_scores(bridge).shape
+    torch.Size([4, 4])
+
+    Each head's mean attention, over the second half of repeated random tokens, to the same token in the first.
+    """
+    tokens = random_repeats(bridge, length, batch, seed)
+    queries = torch.arange(length + 1, 2 * length + 1)
+    return _mean_attention(bridge, tokens, queries, queries - length)
+
+
+@torch.no_grad()
+def _mean_attention(
+    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], queries: Tensor, keys: Tensor
+) -> Float[Tensor, "layer head"]:
+    rows = []
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
+
+    def keep(pattern: Float[Tensor, "batch head pos pos"], hook: Any) -> None:
+        rows.append(pattern[:, :, queries, keys].float().mean((0, 2)).cpu())
+
+    bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None)
+    return torch.stack(rows)
+
+
+# -- subspaces ---------------------------------------------------------------------------------------
+
+
+def principal_angles(
+    first: Float[Tensor, "d_model rank"], second: Float[Tensor, "d_model other_rank"]
+) -> Float[Tensor, " k"]:
+    """
+    >>> x, y, z = torch.eye(3).unbind()
+    >>> principal_angles(torch.stack([x, y], 1), torch.stack([y, z], 1)).rad2deg()
+    tensor([ 0., 90.])
+
+    The angles between the spaces that the columns of two matrices span, in radians from 0 to pi/2, the smallest first;
+    as many as the lower rank. Computed in float64 as Björck and Golub 1973 do, from sines where they are small.
+    """
+    if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0]:
+        raise ValueError(
+            f"principal_angles: got {list(first.shape)} and {list(second.shape)}, expected two matrices of as many rows"
+        )
+    A, B = (_basis(given.double(), _rounding(given)) for given in (first, second))
+    if A.shape[1] < B.shape[1]:
+        A, B = B, A
+    cosines = torch.linalg.svdvals(A.mT @ B).clamp(max=1)
+    sines = torch.linalg.svdvals(B - A @ (A.mT @ B)).clamp(max=1).flip(0)
+    return torch.where(cosines > 0.5**0.5, sines.asin(), cosines.acos()).to(first.dtype)
+
+
+@torch.no_grad()
+def head_similarity(
+    bridge: TransformerBridge, matrix: Matrix = "W_O", other: Matrix | None = None
+) -> Float[Tensor, "layer head other_layer other_head"]:
+    """
+    >>> same = head_similarity(bridge, "W_O")
+    >>> same.shape, torch.allclose(same[0, 1, 0, 1], torch.tensor(1.0))
+    (torch.Size([4, 4, 4, 4]), True)
+    >>> head_similarity(bridge, "W_O", "W_K").shape  # what heads write, and what keys read: one key per group
+    torch.Size([4, 4, 4, 2])
+
+    How much of one head's subspace of the residual stream lies in another's: the mean squared cosine of their
+    principal angles, 1 for equal spaces, 0 for orthogonal ones, about `d_head / d_model` for random ones. It is 1 also
+    where the smaller space lies inside the larger.
+
+    "W_O" is the space a head writes; "W_Q", "W_K" and "W_V" those it reads, with the weight of the norm before it, as
+    the stream has them. W_K and W_V have one head for each group: query head `h` uses `h // (n_heads /
+    n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
+    """
+    for name in (matrix, matrix if other is None else other):
+        if name not in MATRICES:
+            raise ValueError(f"head_similarity: got {name!r}, expected one of {', '.join(MATRICES)}")
+    layers = range(bridge.cfg.n_layers)
+    first = [head_bases(bridge, matrix, layer) for layer in layers]
+    second = first if other is None else [head_bases(bridge, other, layer) for layer in layers]
+    rows = []
+    for bases in first:
+        overlaps = [
+            torch.einsum("hdi,gdj->hgij", bases, others.to(bases.device)).square().sum((-1, -2)) for others in second
+        ]
+        rows.append(torch.stack(overlaps, dim=1) / min(bases.shape[-1], second[0].shape[-1]))
+    return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+@torch.no_grad()
+def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[Tensor, "head d_model d_head"]:
+    """
+    >>> bases = head_bases(bridge, "W_V", 0)
+    >>> bases.shape, torch.allclose(bases[0].mT @ bases[0], torch.eye(32), atol=1e-5)
+    (torch.Size([2, 128, 32]), True)
+
+    An orthonormal basis of the space that each head of a layer reads or writes, in float32 at least.
+    """
+    if matrix not in MATRICES:
+        raise ValueError(f"head_bases: got {matrix!r}, expected one of {', '.join(MATRICES)}")
+    if not 0 <= layer < bridge.cfg.n_layers:
+        raise ValueError(f"layer: got {layer}, expected 0 to {bridge.cfg.n_layers - 1}")
+    block: Any = bridge.blocks[layer]
+    weight: Tensor = getattr(block.attn, matrix).detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if matrix == "W_O":
+        return _basis(weight.mT)
+    return _basis(weight * block.ln1.w.detach().to(weight)[:, None])
+
+
+def _basis(
+    columns: Float[Tensor, "*head d_model rank"], rounding: float | None = None
+) -> Float[Tensor, "*head d_model rank"]:
+    """Orthonormal columns that span the same space. Raises `ValueError` where the columns depend on one another."""
+    U, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
+    floor = sizes[..., :1] * (rounding or _rounding(columns)) * max(columns.shape[-2:])
+    if columns.shape[-1] > columns.shape[-2] or bool((sizes <= floor).any()):
+        raise ValueError(f"a matrix of {list(columns.shape[-2:])} has not full rank; its columns span a smaller space")
+    return U  # type: ignore[no-any-return]
+
+
+def _rounding(x: Tensor) -> float:
+    """The relative error of what was computed in this precision; below it a singular value is zero."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+
+
+__all__ = [
+    "detect_head",
+    "duplicate_token_scores",
+    "head_bases",
+    "head_similarity",
+    "induction_scores",
+    "previous_token_scores",
+    "principal_angles",
+    "random_repeats",
+]

@@ -1,0 +1,79 @@
+"""How far a lens is from the model: divergence and loss at each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens.analysis.text_table import TextTable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def divergence(
+    log_probs: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
+) -> Float[Tensor, " token"]:
+    """
+    >>> divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log())
+    tensor([0.1438])
+
+    KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and
+    q by logits.
+    """
+    return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
+
+
+def next_token_loss(
+    logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """
+    >>> next_token_loss(torch.zeros(2, 4), torch.tensor([3, -1]))
+    tensor([1.3863, 0.0000])
+
+    The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
+    """
+    return torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="none")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LensScores:
+    """
+    >>> zeros = torch.zeros(2)
+    >>> print(LensScores(zeros, zeros + 1, zeros + 2, zeros + 3))
+    Nats per token: divergence from the model's prediction, and loss on the next token
+    stream  KL    KL, logit lens  loss  loss, logit lens
+    0_pre   0.00  1.00            2.00  3.00
+    final   0.00  1.00            2.00  3.00
+
+    Each layer's prediction under a tuned lens and under the logit lens. The last row is the model itself.
+    """
+
+    kl: Float[Tensor, " component"]
+    kl_logit_lens: Float[Tensor, " component"]
+    cross_entropy: Float[Tensor, " component"]
+    cross_entropy_logit_lens: Float[Tensor, " component"]
+
+    def table(self) -> TextTable:
+        """The scores as a table."""
+        columns = (self.kl, self.kl_logit_lens, self.cross_entropy, self.cross_entropy_logit_lens)
+        labels = [*(f"{i}_pre" for i in range(len(self.kl) - 1)), "final"]
+        rows = [[label, *(f"{float(column[i]):z.2f}" for column in columns)] for i, label in enumerate(labels)]
+        title = "Nats per token: divergence from the model's prediction, and loss on the next token"
+        return TextTable(title, ["stream", "KL", "KL, logit lens", "loss", "loss, logit lens"], rows)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __repr__(self) -> str:
+        return f"LensScores of {len(self.kl) - 1} layers; print it for a table"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def __rich__(self) -> Table:
+        return self.table().__rich__()

@@ -1,0 +1,218 @@
+"""Patchscopes: a stream of one prompt, put into a run of another prompt that makes the model talk about it.
+
+Source: Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations of
+Language Models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens import HookPoint, TransformerBridge, on_rows
+
+Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
+Mapping = Callable[[Float[Tensor, " d_model"]], Float[Tensor, " d_model"]]
+
+
+def identity_prompt(
+    words: Sequence[str], *, pair: str = "{word} -> {word}", separator: str = "; ", placeholder: str = "?"
+) -> str:
+    """
+    >>> identity_prompt(["cat", "1135", "hello"])
+    'cat -> cat; 1135 -> 1135; hello -> hello; ?'
+
+    The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
+    goes on with the token that the injected stream stands for.
+    """
+    if not words or any(not word for word in words):
+        raise ValueError(f"identity_prompt: got {list(words)}, expected one word or more")
+    return separator.join([*(pair.format(word=word) for word in words), placeholder])
+
+
+@dataclass(frozen=True, eq=False)
+class Patchscope:
+    """
+    >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", position=2)
+    >>> logits = scope.sweep("When Alice and Tom went to the park, Tom gave a ball to", position=2)
+    >>> logits.shape, bridge.to_str_tokens(logits.argmax(-1), prepend_bos=False)
+    (torch.Size([5, 735]), ['...', '...', '...', '...', '...'])
+
+    A target prompt with the place where streams of other prompts are put.
+
+    Layers are streams: `layer` 0 to `n_layers - 1` is the stream that enters that layer, `n_layers` the one that
+    leaves the last; negative ones count from there (-1 enters the last layer). `layer=None` injects each stream
+    at the layer that it was taken from. `mapping` is applied to the stream first, such as an affine map learnt
+    between layers or models. Positions count the prompt's tokens, BOS included, negative ones from the end.
+
+    Raises `ValueError` for layers and positions that are not there, and for a mapping whose answer is no stream.
+    """
+
+    bridge: TransformerBridge
+    prompt: Prompt
+    position: int = -1
+    layer: int | None = None
+    mapping: Mapping | None = None
+
+    def __post_init__(self) -> None:
+        _position(self.position, self.tokens.shape[1], "target position")
+        if self.layer is not None:
+            _layer(self.bridge, self.layer, "target layer")
+
+    @property
+    def tokens(self) -> Int[Tensor, "1 pos"]:
+        """The token ids of the target prompt."""
+        return _one_row(self.bridge, self.prompt)
+
+    def logits(
+        self, source: Prompt | Float[Tensor, " d_model"], layer: int, position: int = -1
+    ) -> Float[Tensor, "1 pos d_vocab"]:
+        """
+        >>> prompt = "When Mary and John went to the store"
+        >>> same = Patchscope(bridge, prompt, position=4).logits(prompt, layer=2, position=4)
+        >>> torch.equal(same, bridge(prompt))
+        True
+
+        The target's logits with the stream of `source` at `layer` and `position` in its place. `source` may be such
+        a stream itself, and `layer` then only says where it goes if the target has no layer of its own.
+        """
+        number = _layer(self.bridge, layer, "layer")
+        stream = self._mapped(self._stream(source, number, position))
+        hook = self._writer(stream)
+        name = stream_name(self.bridge, number if self.layer is None else self.layer)
+        logits: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(name, hook)])
+        return logits
+
+    def generate(
+        self,
+        source: Prompt | Float[Tensor, " d_model"],
+        layer: int,
+        position: int = -1,
+        *,
+        max_new_tokens: int = 10,
+        **options: Any,
+    ) -> Any:
+        """
+        >>> prompt = "When Mary and John went to the store, John gave a drink to"
+        >>> Patchscope(bridge, prompt).generate(prompt, layer=1, max_new_tokens=1)
+        'When Mary and John went to the store, John gave a drink to Mary'
+
+        The target prompt continued with the stream injected: text for a prompt of text, else token ids. `options` are
+        those of `bridge.generate`.
+        """
+        number = _layer(self.bridge, layer, "layer")
+        stream = self._mapped(self._stream(source, number, position))
+        name = stream_name(self.bridge, number if self.layer is None else self.layer)
+        hooks = [(name, self._writer(stream))]
+        target = self.prompt if isinstance(self.prompt, str) else self.tokens
+        return self.bridge.generate(target, max_new_tokens=max_new_tokens, fwd_hooks=hooks, **options)
+
+    @torch.no_grad()
+    def sweep(
+        self, source: Prompt, position: int = -1, layers: Sequence[int] | None = None, *, batch_size: int = 16
+    ) -> Float[Tensor, "layer d_vocab"]:
+        """
+        >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", layer=1)
+        >>> scope.sweep("Mary and John", layers=[0, 4]).shape
+        torch.Size([2, 735])
+
+        The next-token logits of the target for streams of many layers (all of them by default), `batch_size` of them
+        in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
+        """
+        every = range(self.bridge.cfg.n_layers + 1) if layers is None else layers
+        numbers = [_layer(self.bridge, layer, "layers") for layer in every]
+        if not numbers or batch_size < 1:
+            raise ValueError(f"sweep: got {len(numbers)} layers and batch_size {batch_size}, expected one or more")
+        streams = [self._mapped(stream) for stream in _streams(self.bridge, source, numbers, position)]
+        rows = []
+        for start in range(0, len(numbers), batch_size):
+            some = range(start, min(start + batch_size, len(numbers)))
+            hooks = []
+            for row, i in enumerate(some):
+                name = stream_name(self.bridge, numbers[i] if self.layer is None else self.layer)
+                hooks.append((name, on_rows(row, self._writer(streams[i]))))
+            logits = self.bridge.run_with_hooks(self.tokens.expand(len(some), -1), fwd_hooks=hooks)
+            rows.append(logits[:, -1])
+        return torch.cat(rows)
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _stream(self, source: Prompt | Tensor, number: int, position: int) -> Float[Tensor, " d_model"]:
+        if isinstance(source, Tensor) and source.is_floating_point():
+            if list(source.shape) != [self.bridge.cfg.d_model]:
+                raise ValueError(f"source: got a stream of {list(source.shape)}, expected [{self.bridge.cfg.d_model}]")
+            return source
+        return _streams(self.bridge, source, [number], position)[0]
+
+    def _mapped(self, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        found = stream if self.mapping is None else self.mapping(stream)
+        if not isinstance(found, Tensor) or found.shape != stream.shape:
+            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"mapping: it returned {got}, expected a tensor of shape {list(stream.shape)}")
+        return found
+
+    def _writer(self, stream: Float[Tensor, " d_model"]) -> Callable[..., None]:
+        """A hook that writes a stream at the target position, in a plain run and in `generate`."""
+        place = _position(self.position, self.tokens.shape[1], "target position")
+
+        def write(x: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
+            columns = range(x.shape[1]) if hook.generation is None else hook.generation.columns
+            if place in columns:
+                x[:, place - columns.start] = stream.to(x)
+
+        return write
+
+
+def stream_name(bridge: TransformerBridge, layer: int) -> str:
+    """
+    >>> stream_name(bridge, 0), stream_name(bridge, 4)
+    ('blocks.0.hook_resid_pre', 'blocks.3.hook_resid_post')
+
+    The hook at which the stream below `layer` is: `n_layers` means the stream after the last one.
+    """
+    number, layers = _layer(bridge, layer, "layer"), bridge.cfg.n_layers
+    return f"blocks.{number}.hook_resid_pre" if number < layers else f"blocks.{layers - 1}.hook_resid_post"
+
+
+@torch.no_grad()
+def _streams(bridge: TransformerBridge, source: Prompt, layers: Sequence[int], position: int) -> list[Tensor]:
+    """The streams of a prompt at some layers and one position."""
+    tokens = _one_row(bridge, source)
+    place = _position(position, tokens.shape[1], "source position")
+    names = [stream_name(bridge, layer) for layer in layers]
+    _, cache = bridge.run_with_cache(tokens, names_filter=names, pos_slice=[place], return_type=None, clone=True)
+    return [cache[name][0, 0] for name in names]
+
+
+def _one_row(bridge: TransformerBridge, prompt: Prompt) -> Int[Tensor, "1 pos"]:
+    if not isinstance(prompt, (str, Tensor)):
+        raise TypeError(f"prompt: got {type(prompt).__name__}, expected one text or its token ids")
+    tokens = bridge.to_tokens(prompt) if isinstance(prompt, str) else prompt
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.is_floating_point():
+        raise ValueError(
+            f"prompt: got a {tokens.dtype} tensor of shape {list(tokens.shape)}, expected one prompt's ids"
+        )
+    return tokens
+
+
+def _position(position: int, length: int, what: str) -> int:
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise TypeError(f"{what}: got {position!r}, expected an int")
+    if not -length <= position < length:
+        raise ValueError(f"{what}: got {position}, expected {-length} to {length - 1} in a prompt of {length} tokens")
+    return position % length
+
+
+def _layer(bridge: TransformerBridge, layer: int, what: str) -> int:
+    layers = bridge.cfg.n_layers
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"{what}: got {layer!r}, expected an int")
+    if not -layers <= layer <= layers:
+        raise ValueError(f"{what}: got {layer}, expected {-layers} to {layers} in a model of {layers} layers")
+    return layer + layers if layer < 0 else layer

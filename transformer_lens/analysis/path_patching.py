@@ -1,0 +1,187 @@
+"""Path patching, the effect of single edges, and the faithfulness of circuits: exact, by running the model.
+
+Sources: Wang et al. 2022 (path patching); Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path
+Patching"; Hanna et al. 2024 (faithfulness). `edge_patching` runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
+from transformer_lens.analysis.edge_patching import EdgeRuns, Experiment
+from transformer_lens.analysis.gradient_runs import one_number
+from transformer_lens.analysis.patching_base import SweepInput
+from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Metric
+
+Stop = str | Sequence[str]
+"""A sender or a receiver, or several side by side."""
+
+
+def path_patching(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    paths: Sequence[Sequence[Stop]],
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> Float[Tensor, " path"]:
+    """
+    >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
+    >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
+    >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
+    >>> def metric(logits):
+    ...     return (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> paths = [("embed", "L3H2.k"), ("embed", "L3H2"), ("L0H1", ["L3H2.q", "L3H2.v"]), ("embed", "L3H2", "logits")]
+    >>> path_patching(bridge, clean, corrupted, metric, paths).shape
+    torch.Size([4])
+
+    The metric of the corrupted run when what the clean run changes travels along one path alone.
+
+    A path begins with a sender, which writes what it writes in the clean run, and goes on with receivers. On
+    the way to the last of them only the path is live; what comes after the last is computed anew (so a
+    path that ends at `"logits"` is that path and no other). Each step may be a list of senders or receivers; a
+    head as receiver (`"L3H2"`) means its query, key and value inputs together. Labels as in `EdgeGraph`; an
+    MLP's input leads to all experts of its layer.
+
+    It is exact: each head's input is edited for itself, also where heads share keys, and the final norm, the
+    softmaxes and the routers are run. It costs two forwards, and one row of a batch for each path and text,
+    from the first layer on that reads the path. Raises `KeyError` for unknown labels, `ValueError` for a step
+    that has no edge.
+    """
+    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    experiments = [along_path(runs.graph, path) for path in paths]
+    return runs.measure(experiments, metric, memory_budget)
+
+
+def edge_effects(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    edges: Iterable[Edge] | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> EdgeScores:
+    """
+    >>> def metric(logits):
+    ...     return logits[0, -1, 5]
+    >>> effects = edge_effects(bridge, "Mary and John", "Mary and Mary", metric, [("embed", "L3H2.k")])
+    >>> len(effects.top(1)), effects["embed", "L3H2.v"]
+    (1, 0.0)
+
+    What each edge does by itself: the metric when its sender's clean value goes along it and what follows is
+    computed anew, less the metric of the corrupted run. `edges=None` means every edge; those left out have
+    the score 0. It is what `edge_attribution_patching` estimates, at a row of a batch for each edge.
+    """
+    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    chosen = runs.graph.edges() if edges is None else list(edges)
+    experiments = [along_path(runs.graph, edge) for edge in chosen]
+    base = one_number(metric(runs.corrupted_logits)).detach()
+    effects = runs.measure(experiments, metric, memory_budget) - base
+    scores = effects.new_zeros(runs.graph.exists.shape)
+    for (sender, receiver), effect in zip(chosen, effects, strict=True):
+        scores[runs.graph.sender(sender), runs.graph.receiver(receiver)] = effect
+    return EdgeScores(runs.graph, scores)
+
+
+def circuit_metric(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    circuits: Sequence[Circuit],
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> Float[Tensor, " circuit"]:
+    """
+    >>> def metric(logits):
+    ...     return logits[0, -1, 5]
+    >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)
+    >>> found = circuit_metric(bridge, "Mary and John", "Mary and Mary", metric, [whole])
+    >>> torch.allclose(found[0], metric(bridge("Mary and John")), atol=1e-4)
+    True
+
+    The metric of the clean run when only a circuit's edges carry what the model computes, and every other
+    edge what it carries in the corrupted run. All of them run as rows of one batch.
+    """
+    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    return runs.measure(_of_circuits(runs.graph, circuits), metric, memory_budget)
+
+
+def faithfulness(
+    bridge: TransformerBridge,
+    clean: SweepInput,
+    corrupted: SweepInput,
+    metric: Metric,
+    circuits: Sequence[Circuit],
+    *,
+    attention_mask: Tensor | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> Float[Tensor, " circuit"]:
+    """
+    >>> def metric(logits):
+    ...     return logits[0, -1, 5]
+    >>> graph = EdgeGraph.of(bridge)
+    >>> nothing, whole = Circuit.of(graph, []), Circuit(graph, graph.exists)
+    >>> found = faithfulness(bridge, "Mary and John", "Mary and Mary", metric, [nothing, whole])
+    >>> torch.allclose(found, torch.tensor([0.0, 1.0]), atol=1e-3)
+    True
+
+    `(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 where the circuit does all
+    that the model does, 0 where it does nothing (Hanna et al. 2024). Raises `ValueError` where clean and
+    corrupted runs have the same metric.
+    """
+    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    best, worst = (one_number(metric(logits)).detach() for logits in (runs.clean_logits, runs.corrupted_logits))
+    if bool(best == worst):
+        raise ValueError(f"faithfulness: the metric is {float(best)} in the clean and in the corrupted run")
+    found = runs.measure(_of_circuits(runs.graph, circuits), metric, memory_budget)
+    return (found - worst) / (best - worst)
+
+
+def _of_circuits(graph: EdgeGraph, circuits: Sequence[Circuit]) -> list[Experiment]:
+    embed = torch.tensor([one.label == "embed" for one in graph.senders])
+    for one in circuits:
+        if one.graph.senders != graph.senders or one.graph.receivers != graph.receivers:
+            raise ValueError(f"circuits: got {one!r} of another model, expected edges of {graph!r}")
+    return [Experiment(one.kept, embed) for one in circuits]
+
+
+def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
+    """The experiment in which one path is live, and all that comes after it."""
+    if isinstance(path, str) or len(path) < 2:
+        raise ValueError(f"path: got {path!r}, expected a sender and at least one receiver")
+    stops = [[stop] if isinstance(stop, str) else list(stop) for stop in path]
+    if not all(stops):
+        raise ValueError(f"path: got {path!r}, in which a step is empty")
+    forced = torch.zeros(len(graph.senders), dtype=torch.bool)
+    forced[[graph.sender(label) for label in stops[0]]] = True
+    live = graph.exists.clone()
+    writing = forced
+    for step in stops[1:]:
+        readers = torch.zeros(len(graph.receivers), dtype=torch.bool)
+        readers[[number for label in step for number in _receivers(graph, label)]] = True
+        if not (graph.exists & writing[:, None])[:, readers].any(0).all():
+            raise ValueError(f"path: got {path!r}, but nothing of the step before reaches {step}")
+        live[writing] = readers
+        nodes = {graph.receivers[int(number)].node for number in readers.nonzero()}
+        writing = torch.tensor([one.node in nodes for one in graph.senders])
+    return Experiment(live & graph.exists, forced)
+
+
+def _receivers(graph: EdgeGraph, label: str) -> list[int]:
+    """A receiver, or the three of a head."""
+    if any(one.label == label for one in graph.receivers):
+        return [graph.receiver(label)]
+    parts = [number for number, one in enumerate(graph.receivers) if one.node == label]
+    return parts or [graph.receiver(label)]

@@ -1,0 +1,345 @@
+"""Linear probes with controls: what can be read off an activation, and how much of that is the probe's own doing.
+
+Needs the extra `[probes]` (scikit-learn). `probe` judges any features, `probe_layers` those of a model's layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.features import Position, Texts, activations_at, tokens_at
+from transformer_lens.analysis.text_table import TextTable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Task = Literal["classification", "regression"]
+Values = np.ndarray[Any, np.dtype[Any]]
+RESAMPLES = 1000
+FEWEST_TYPES = 10
+"""A control task over fewer types can be learnt from almost nothing, and says nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeScore:
+    """What cross-validation says of one probe. Every score is on examples that the probe was not trained on."""
+
+    task: Task
+    score: float
+    """Accuracy; R2 for a regression."""
+    interval: tuple[float, float]
+    """Its bootstrap confidence interval, over groups (over examples without groups)."""
+    auc: float
+    """The area under the ROC curve, mean over folds and, with several classes, over classes; NaN for a regression."""
+    control: float
+    """The score of the same probe on the control task, a random label for each type (Hewitt and Liang 2019); NaN where
+    there are too few types."""
+    shuffled: float
+    """The score on labels shuffled over all examples: what chance gives."""
+    direction: Float[Tensor, "*class features"]
+    """The probe's direction in the space of the activation, one long: towards the second of two classes, towards each
+    of several, or towards larger values. Trained on every example."""
+    classes: tuple[Any, ...]
+    """The labels, in the order of `direction`; empty for a regression."""
+
+    @property
+    def selectivity(self) -> float:
+        """`score - control`: how much of the score is in the activation, and not in what a probe can learn by heart."""
+        return self.score - self.control
+
+
+def probe(
+    features: Float[Tensor, "example features"],
+    labels: Sequence[Any] | Tensor,
+    *,
+    task: Task | None = None,
+    types: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    folds: int = 5,
+    strength: float = 1.0,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ProbeScore:
+    """
+    >>> x = torch.randn(200, 8)
+    >>> found = probe(x, (x[:, 2] > 0).tolist())
+    >>> found.score > 0.9, found.shuffled < 0.65, int(found.direction.argmax())
+    (True, True, 2)
+
+    Cross-validate a linear probe: logistic regression, or ridge regression where labels are floats (`task` says
+    which), on features scaled by the training folds alone.
+
+    `groups` keeps examples that belong together (of one text, one name) in one fold, so that a probe cannot score by
+    recognising them. `types` are what the control task gives random labels to, drawn as often as the real ones: a
+    token, mostly. Without them each example is its own type, and the control is chance; fewer than 10 give NaN.
+    `strength` is the inverse of the regularisation (scikit-learn's C; ridge takes alpha = 1 / strength). Sources: Alain
+    and Bengio 2016; Hewitt and Liang 2019, "Designing and Interpreting Probes with Control Tasks".
+
+    Raises `ImportError` without scikit-learn, and `ValueError` for features that are not finite, labels of one class,
+    lengths that differ, and too few examples or groups for the folds.
+    """
+    x, y, task = _checked(features, labels, task, folds, strength, confidence)
+    classes, targets = (np.unique(y, return_inverse=True)) if task == "classification" else (np.array([]), y)
+    group_of = _numbered("groups", groups, len(x))
+    rng = np.random.default_rng(seed)
+    splits = _splits(x, targets, group_of, task, folds, seed)
+    fitted = _predicted(x, targets, splits, task, strength)
+    type_of = _numbered("types", types, len(x))
+    control = _control_labels(type_of, targets, rng)
+    few = type_of is not None and len(np.unique(type_of)) < FEWEST_TYPES
+    shuffled = rng.permutation(targets)
+    return ProbeScore(
+        task=task,
+        score=_score(targets, fitted.predictions, task),
+        interval=_interval(targets, fitted.predictions, group_of, task, confidence, rng),
+        auc=fitted.auc,
+        control=math.nan if few else _control_score(x, control, splits, task, strength),
+        shuffled=_control_score(x, shuffled, splits, task, strength),
+        direction=_direction(x, targets, task, strength),
+        classes=tuple(classes.tolist()),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbeTable:
+    """Probes of several places, by hook name. Prints as a table."""
+
+    scores: dict[str, ProbeScore]
+
+    def __getitem__(self, name: str) -> ProbeScore:
+        if name not in self.scores:
+            raise KeyError(f"no probe of {name!r}; there are those of {', '.join(map(repr, self.scores))}")
+        return self.scores[name]
+
+    @property
+    def best(self) -> str:
+        """The place with the highest score."""
+        return max(self.scores, key=lambda name: self.scores[name].score)
+
+    def table(self) -> TextTable:
+        """One row for each place."""
+        rows = [
+            [
+                name,
+                f"{found.score:.2f}",
+                f"{found.interval[0]:.2f} to {found.interval[1]:.2f}",
+                *([f"{found.auc:.2f}"] if found.task == "classification" else []),
+                f"{found.control:.2f}",
+                f"{found.selectivity:.2f}",
+                f"{found.shuffled:.2f}",
+            ]
+            for name, found in self.scores.items()
+        ]
+        classification = next(iter(self.scores.values())).task == "classification"
+        measure = ["accuracy", "interval", "AUC"] if classification else ["R2", "interval"]
+        columns = ["activation", *measure, "control", "selectivity", "shuffled"]
+        return TextTable("Linear probes, on examples left out of their training", columns, rows)
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def __repr__(self) -> str:
+        return f"ProbeTable of {len(self.scores)} places; print it for a table"
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def __rich__(self) -> Table:
+        return self.table().__rich__()
+
+
+def probe_layers(
+    bridge: TransformerBridge,
+    texts: Texts,
+    labels: Sequence[Any] | Tensor,
+    *,
+    at: Sequence[str | int] | None = None,
+    position: Position = -1,
+    types: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None,
+    batch_size: int = 16,
+    verbose: bool = False,
+    **options: Any,
+) -> ProbeTable:
+    """
+    >>> texts = [f"{a} and {b} went to the" for a in ("Mary", "Tom", "Alice") for b in ("John", "Paul", "Anna", "Emma")]
+    >>> labels = [text.startswith("Mary") for text in texts]
+    >>> found = probe_layers(bridge, texts, labels, at=[0, 3], position=-1, folds=2)
+    >>> list(found.scores)
+    ['blocks.0.hook_resid_post', 'blocks.3.hook_resid_post']
+
+    Probe the activation that each text has at `position`, at each place `at`: hooks, or layers (the stream that leaves
+    them); every layer and `hook_embed` by default. One label for each text. `types` default to the token at `position`
+    (none for "mean"). `options` are those of `probe`; `position` and `batch_size` those of `activations_at`.
+
+    A direction found can be given to `bridge.steer` and `bridge.project_out`.
+    """
+    if len(labels) != len(texts):
+        raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(texts)} texts")
+    sklearn_modules()
+    places = ["hook_embed", *range(bridge.cfg.n_layers)] if at is None else list(at)
+    features = activations_at(bridge, texts, places, position, batch_size=batch_size, verbose=verbose)
+    if types is None and not isinstance(position, str):
+        types = tokens_at(bridge, texts, position)
+    return ProbeTable({n: probe(x, labels, types=types, groups=groups, **options) for n, x in features.items()})
+
+
+def sklearn_modules() -> tuple[Any, Any, Any, Any, Any]:
+    """
+    >>> [module.__name__.split(".")[1] for module in sklearn_modules()]
+    ['linear_model', 'metrics', 'model_selection', 'pipeline', 'preprocessing']
+
+    The parts of scikit-learn that probes use. Raises `ImportError`, and says what to install, where it is not there.
+    """
+    try:
+        from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
+    except ImportError as error:
+        raise ImportError(
+            "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'"
+        ) from error
+    return linear_model, metrics, model_selection, pipeline, preprocessing
+
+
+# -- inside ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What a cross-validation gave: each example's prediction by the probe that did not see it."""
+
+    predictions: Values
+    auc: float
+
+
+def _model(task: Task, strength: float) -> Any:
+    linear, _, _, pipeline, preprocessing = sklearn_modules()
+    last = (
+        linear.Ridge(alpha=1 / strength)
+        if task == "regression"
+        else linear.LogisticRegression(C=strength, max_iter=2000)
+    )
+    return pipeline.make_pipeline(preprocessing.StandardScaler(), last)
+
+
+def _splits(
+    x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
+) -> list[tuple[Values, Values]]:
+    """Training and test rows of each fold."""
+    _, _, selection, _, _ = sklearn_modules()
+    kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
+        ("classification", False): selection.StratifiedKFold,
+        ("classification", True): selection.StratifiedGroupKFold,
+        ("regression", False): selection.KFold,
+        ("regression", True): selection.GroupKFold,
+    }
+    if groups is not None and len(np.unique(groups)) < folds:
+        raise ValueError(f"groups: got {len(np.unique(groups))} of them for {folds} folds, expected as many or more")
+    fewest = int(np.unique(y, return_counts=True)[1].min()) if task == "classification" else len(y)
+    if fewest < folds:
+        raise ValueError(f"folds: got {folds}, and the rarest label has {fewest} examples, expected as many or more")
+    splitter = kinds[task, groups is not None](n_splits=folds, shuffle=True, random_state=seed)
+    splits = list(splitter.split(x, y, groups))
+    if task == "classification" and any(len(np.unique(y[train])) < len(np.unique(y)) for train, _ in splits):
+        raise ValueError("groups: some fold leaves no example of a class to train on; use fewer folds or more groups")
+    return splits
+
+
+def _predicted(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> _Fitted:
+    _, metrics, _, _, _ = sklearn_modules()
+    predictions = np.empty_like(y)
+    areas = []
+    for train, test in splits:
+        if len(np.unique(y[train])) < 2:  # a control task may come out constant in a fold
+            predictions[test] = y[train][0]
+            continue
+        model = _model(task, strength).fit(x[train], y[train])
+        predictions[test] = model.predict(x[test])
+        if task == "classification" and len(np.unique(y[test])) == len(model.classes_) == len(np.unique(y)):
+            scores = model.predict_proba(x[test])
+            binary = scores.shape[1] == 2
+            areas.append(metrics.roc_auc_score(y[test], scores[:, 1] if binary else scores, multi_class="ovr"))
+    return _Fitted(predictions, float(np.mean(areas)) if areas else math.nan)
+
+
+def _control_score(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> float:
+    return _score(y, _predicted(x, y, splits, task, strength).predictions, task)
+
+
+def _score(y: Values, predictions: Values, task: Task) -> float:
+    if task == "classification":
+        return float((y == predictions).mean())
+    spread = ((y - y.mean()) ** 2).sum()
+    return float(1 - ((y - predictions) ** 2).sum() / spread) if spread else math.nan
+
+
+def _interval(
+    y: Values, predictions: Values, groups: Values | None, task: Task, confidence: float, rng: np.random.Generator
+) -> tuple[float, float]:
+    """A percentile bootstrap over groups, which are drawn whole."""
+    group_of = np.arange(len(y)) if groups is None else groups
+    members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
+    found = []
+    for _ in range(RESAMPLES):
+        drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
+        found.append(_score(y[drawn], predictions[drawn], task))
+    low, high = np.nanquantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _control_labels(types: Values | None, y: Values, rng: np.random.Generator) -> Values:
+    """A label for each type at random, as often over types as the real labels are over examples."""
+    kinds = np.arange(len(y)) if types is None else types
+    evenly = np.linspace(0, len(y) - 1, int(kinds.max()) + 1).round().astype(int)
+    drawn: Values = rng.permutation(np.sort(y)[evenly])[kinds]
+    return drawn
+
+
+def _direction(x: Values, y: Values, task: Task, strength: float) -> Tensor:
+    model = _model(task, strength).fit(x, y)
+    coefficients = np.atleast_2d(model[-1].coef_) / model[0].scale_
+    found: Tensor = torch.from_numpy(coefficients).float()
+    found = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return found[0] if len(found) == 1 else found
+
+
+def _numbered(what: str, values: Sequence[Hashable] | None, count: int) -> Values | None:
+    """Each distinct value as a number."""
+    if values is None:
+        return None
+    if len(values) != count:
+        raise ValueError(f"{what}: got {len(values)}, expected one for each of the {count} examples")
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
+
+
+def _checked(
+    features: Tensor, labels: Sequence[Any] | Tensor, task: Task | None, folds: int, strength: float, confidence: float
+) -> tuple[Values, Values, Task]:
+    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
+        got = f"a {features.dtype} tensor of {list(features.shape)}" if isinstance(features, Tensor) else type(features)
+        raise TypeError(f"features: got {got}, expected floats [example, features]")
+    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if y.shape != (len(features),):
+        raise ValueError(f"labels: got shape {list(y.shape)}, expected one for each of the {len(features)} examples")
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"features: {int((~features.isfinite()).sum())} of them are not finite")
+    floats = np.issubdtype(y.dtype, np.floating)
+    task = task or ("regression" if floats else "classification")
+    if task not in ("classification", "regression"):
+        raise ValueError(f"task: got {task!r}, expected 'classification' or 'regression'")
+    if floats and not np.isfinite(y).all():
+        raise ValueError("labels: some are not finite")
+    if folds < 2 or not 0 < strength < math.inf or not 0 < confidence < 1:
+        raise ValueError(f"got folds {folds}, strength {strength}, confidence {confidence}; expected 2 up, > 0, 0 to 1")
+    if len(np.unique(y)) < 2:
+        raise ValueError(f"labels: all {len(y)} are the same, and there is nothing to tell apart")
+    return features.detach().double().cpu().numpy(), y.astype(float) if task == "regression" else y, task

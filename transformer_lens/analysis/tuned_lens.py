@@ -1,0 +1,273 @@
+"""Tuned lens: a learnt affine map for each layer, after which the logit lens reads that layer's stream rightly.
+
+Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.features import Texts, check_texts
+from transformer_lens.analysis.lens_files import read_lens, write_lens
+from transformer_lens.analysis.lens_scores import LensScores, divergence, next_token_loss
+from transformer_lens.analysis.routing import tokens_and_mask
+
+Stream = Float[Tensor, "*batch_and_pos d_model"]
+
+
+class TunedLens:
+    """
+    >>> lens = TunedLens(bridge)
+    >>> _, cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
+    >>> torch.equal(lens.logits(cache), cache.logit_lens())
+    True
+
+    One affine map for the stream that enters each layer: `x + W x + b`, then the final norm and the unembedding.
+    `W` and `b` start at zero, and the lens as the logit lens; `fit` trains them until the lens predicts what the model
+    predicts. The model is not changed. Parameters are float32, `n_layers * d_model * (d_model + 1)` of them.
+
+    Raises `ValueError` for a model without an unembedding.
+    """
+
+    def __init__(self, bridge: TransformerBridge) -> None:
+        self.bridge = bridge
+        size, layers = bridge.cfg.d_model, bridge.cfg.n_layers
+        self.translators = nn.ModuleList(nn.Linear(size, size, device=bridge.W_U.device) for _ in range(layers))
+        for parameter in self.translators.parameters():
+            nn.init.zeros_(parameter)
+
+    def translate(self, stream: Stream, layer: int) -> Stream:
+        """
+        >>> lens = TunedLens(bridge)
+        >>> torch.equal(lens.translate(cache["resid_pre", 2], 2), cache["resid_pre", 2])
+        True
+
+        The stream that enters `layer` as the final stream that the lens takes it for; that of `n_layers` is
+        the final stream, and stays.
+        """
+        layers = len(self.translators)
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= layers:
+            raise ValueError(f"layer: got {layer!r}, expected 0 to {layers} (the number of layers below the stream)")
+        if not isinstance(stream, Tensor) or stream.shape[-1:] != (self.bridge.cfg.d_model,):
+            got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+            raise ValueError(f"stream: got {got}, expected a tensor [..., {self.bridge.cfg.d_model}]")
+        if layer == layers:
+            return stream
+        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
+        found: Tensor = (wide + self.translators[layer](wide.float()).to(wide)).to(stream.dtype)
+        return found
+
+    def logits(
+        self, source: ActivationCache | Stream, layer: int | None = None, *, pos_slice: Any = None
+    ) -> Float[Tensor, "*component_batch_and_pos d_vocab"]:
+        """
+        >>> lens = TunedLens(bridge)
+        >>> lens.logits(cache, pos_slice=-1).shape, lens.logits(cache["resid_pre", 1], layer=1).shape
+        (torch.Size([5, 1, 735]), torch.Size([1, 5, 735]))
+
+        The logits that each layer's stream of a cache would give, [component, batch, pos, d_vocab], the rows of
+        `cache.accumulated_resid` (the last is the model's own); or those of one stream [..., d_model] that enters
+        `layer`. Gradients flow to streams and to the lens unless `torch.no_grad()` is on.
+        """
+        if isinstance(source, ActivationCache):
+            if layer is not None:
+                raise ValueError("layer: a cache gives every layer; index the result, or pass one stream and its layer")
+            stack = source.accumulated_resid(pos_slice=pos_slice)
+            assert isinstance(stack, Tensor)
+            return self._unembed(torch.stack([self.translate(stream, i) for i, stream in enumerate(stack)]))
+        if layer is None or pos_slice is not None:
+            raise ValueError("logits of one stream: expected its layer, and no pos_slice")
+        return self._unembed(self.translate(source, layer)[None])[0]
+
+    def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
+        """The final norm and the unembedding, as `ActivationCache.logit_lens` computes them."""
+        normed = ActivationCache({}, self.bridge).apply_ln_to_stack(stack, recompute_ln=True)
+        norm: Any = self.bridge.get_submodule("ln_final")
+        bias = norm.b.detach().to(normed.device, normed.dtype)
+        weight, offset = (found.detach().to(normed.device) for found in (self.bridge.W_U, self.bridge.b_U))
+        logits: Tensor = (normed + bias) @ weight + offset
+        return logits
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        texts: Texts,
+        *,
+        epochs: int = 1,
+        batch_size: int = 8,
+        lr: float | None = None,
+        weight_decay: float = 1e-3,
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        tokens_at_once: int = 2048,
+        seed: int = 0,
+        verbose: bool = False,
+    ) -> Float[Tensor, "step layer"]:
+        """
+        >>> from transformer_lens.data.generate import training_text
+        >>> texts = list(training_text(16, seed=3))
+        >>> losses = TunedLens(bridge).fit(texts, epochs=4)
+        >>> losses.shape, bool((losses[-1] < losses[0]).all())
+        (torch.Size([8, 4]), True)
+
+        Train every layer's map to give the model's own distribution: the loss is the mean over tokens, padding left
+        out, of KL(model || lens), in nats. Returns it, one row for each step.
+
+        `texts` are texts or token ids, shuffled by `seed` in every epoch. "adamw" starts at `lr` 1e-3, "muon" (for
+        the matrices; AdamW for the biases) at 2e-2; both fall linearly to zero. `weight_decay` pulls towards the
+        logit lens. Logits of one layer and `tokens_at_once` tokens exist at a time, beside the model's own
+        for a batch. `verbose` shows a progress bar.
+
+        After an exception, an interrupt or a loss that is not finite (`ValueError`) the lens is as it was before.
+        """
+        check_texts(texts)
+        rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}.get(optimizer, math.nan)
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer: got {optimizer!r}, expected 'adamw' or 'muon'")
+        if epochs < 1 or batch_size < 1 or tokens_at_once < 1 or not 0 < rate < math.inf or not len(texts):
+            raise ValueError(
+                f"fit: got {len(texts)} texts, epochs {epochs}, batch_size {batch_size}, tokens_at_once "
+                f"{tokens_at_once}, lr {rate}, expected positive numbers"
+            )
+        before = {name: value.clone() for name, value in self.translators.state_dict().items()}
+        steps = epochs * math.ceil(len(texts) / batch_size)
+        optimizers = self._optimizers(optimizer, rate, weight_decay)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 - step / steps) for each in optimizers]
+        losses: list[Tensor] = []
+        done = False
+        try:
+            batches = _shuffled(texts, epochs, batch_size, Random(seed))
+            for batch in tqdm(batches, total=steps, disable=not verbose, desc="tuned lens", leave=False):
+                losses.append(self._step(batch, optimizers, tokens_at_once))
+                for schedule in schedules:
+                    schedule.step()
+            done = True
+        finally:
+            for parameter in self.translators.parameters():
+                parameter.grad = None
+            if not done:
+                self.translators.load_state_dict(before)
+        return torch.stack(losses)
+
+    def _optimizers(self, name: str, rate: float, decay: float) -> list[torch.optim.Optimizer]:
+        matrices = [parameter for parameter in self.translators.parameters() if parameter.ndim == 2]
+        biases = [parameter for parameter in self.translators.parameters() if parameter.ndim == 1]
+        if name == "adamw":
+            return [torch.optim.AdamW([*matrices, *biases], lr=rate, weight_decay=decay)]
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
+        return [muon, torch.optim.AdamW(biases, lr=min(rate, 1e-3), weight_decay=decay)]
+
+    def _step(
+        self, batch: Texts, optimizers: list[torch.optim.Optimizer], tokens_at_once: int
+    ) -> Float[Tensor, " layer"]:
+        """One step of the optimisers on one batch. Returns each layer's loss."""
+        streams, logits, _ = self._run(batch)
+        wanted = logits.log_softmax(-1)
+        losses = torch.zeros(len(self.translators))
+        with torch.enable_grad():
+            for layer, stream in enumerate(streams[:-1]):
+                for x, target in zip(stream.split(tokens_at_once), wanted.split(tokens_at_once), strict=True):
+                    loss = divergence(target, self.logits(x, layer).float()).sum() / len(stream)
+                    loss.backward()
+                    losses[layer] += loss.detach().cpu()
+        if not bool(losses.isfinite().all()):
+            raise ValueError(
+                f"fit: the loss is {losses.tolist()}; the lens is as it was before. Use a smaller lr, or look for "
+                "activations that are not finite"
+            )
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        return losses
+
+    @torch.no_grad()
+    def _run(self, batch: Texts) -> tuple[list[Tensor], Tensor, Int[Tensor, " token"]]:
+        """One run of the model: each layer's stream, the final one and the logits, at every token that is no padding.
+
+        Third: the token that follows each of them, -1 where none does.
+        """
+        tokens, mask = tokens_and_mask(self.bridge, batch if isinstance(batch, Tensor) else list(batch))
+        layers = self.bridge.cfg.n_layers
+        names = [f"blocks.{i}.hook_resid_pre" for i in range(layers)] + [f"blocks.{layers - 1}.hook_resid_post"]
+        padded = None if bool(mask.all()) else mask.long()
+        logits, cache = self.bridge.run_with_cache(tokens, names_filter=names, attention_mask=padded)
+        followed = torch.nn.functional.pad(mask[:, 1:], (0, 1))
+        following = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).masked_fill(~followed, -1)
+        # Clones, since inference tensors cannot enter a graph.
+        streams = [cache[name][mask.to(cache[name].device)].to(self.bridge.W_U.device).clone() for name in names]
+        return streams, logits[mask.to(logits.device)].float(), following[mask].to(logits.device)
+
+    # -- judging -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, texts: Texts, *, batch_size: int = 8, tokens_at_once: int = 2048) -> LensScores:
+        """
+        >>> scores = TunedLens(bridge).evaluate(["When Mary and John went to the store"])
+        >>> torch.equal(scores.kl, scores.kl_logit_lens), scores.kl.shape
+        (True, torch.Size([5]))
+
+        How far each layer's prediction is from the model's, under this lens and under the logit lens: KL(model || lens)
+        and the cross-entropy with the next token, in nats, mean over tokens. The last row is the model itself.
+        """
+        check_texts(texts)
+        if not len(texts) or batch_size < 1 or tokens_at_once < 1:
+            raise ValueError(f"evaluate: got {len(texts)} texts and batch_size {batch_size}, expected one or more")
+        plain = TunedLens(self.bridge)
+        sums = torch.zeros(4, len(self.translators) + 1, dtype=torch.float64)
+        tokens = predicted = 0
+        for start in range(0, len(texts), batch_size):
+            streams, logits, following = self._run(texts[start : start + batch_size])
+            tokens, predicted = tokens + len(logits), predicted + int((following >= 0).sum())
+            target = logits.log_softmax(-1)
+            for layer, stream in enumerate(streams):
+                for place in range(0, len(stream), tokens_at_once):
+                    some = slice(place, place + tokens_at_once)
+                    for row, lens in enumerate((self, plain)):
+                        found = lens.logits(stream[some], layer).float()
+                        sums[row, layer] += float(divergence(target[some], found).double().sum())
+                        sums[2 + row, layer] += float(next_token_loss(found, following[some]).double().sum())
+        if not predicted:
+            raise ValueError("evaluate: no text has two tokens, so nothing is predicted")
+        kl, plain_kl, ce, plain_ce = sums / torch.tensor([tokens, tokens, predicted, predicted])[:, None]
+        return LensScores(kl.float(), plain_kl.float(), ce.float(), plain_ce.float())
+
+    # -- files ---------------------------------------------------------------------------------------
+
+    def save(self, directory: str | Path) -> None:
+        """
+        >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
+
+        Write `lens.safetensors` and `lens.json` (sizes, the model's name, a sample of its unembedding).
+        """
+        write_lens(Path(directory), self.bridge, self.translators.state_dict())
+
+    @classmethod
+    def load(cls, directory: str | Path, bridge: TransformerBridge) -> TunedLens:
+        """
+        >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP
+
+        A lens that `save` wrote. Raises `FileNotFoundError` where there is none, and `ValueError` for a lens of
+        another model, told by its sizes, final norm and unembedding; the model's name may differ.
+        """
+        lens = cls(bridge)
+        lens.translators.load_state_dict(read_lens(Path(directory), bridge, lens.translators.state_dict()))
+        return lens
+
+
+def _shuffled(texts: Texts, epochs: int, batch_size: int, rng: Random) -> Iterator[Texts]:
+    """Batches of each epoch, in an order of its own."""
+    for _ in range(epochs):
+        order = rng.sample(range(len(texts)), len(texts))
+        for start in range(0, len(order), batch_size):
+            some: Iterable[int] = order[start : start + batch_size]
+            yield texts[list(some)] if isinstance(texts, Tensor) else [texts[i] for i in some]
