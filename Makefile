@@ -9,7 +9,7 @@ GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full check test-oldest pictures fmt shapes mutants bench bench-peers gpu docs clean
+.PHONY: setup demo test test-full check test-oldest pictures notebooks fmt shapes test-collect mutants bench bench-peers gpu docs clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ pictures: $(VENV)/.dev
 	command -v chromium >/dev/null || (apt-get update -q && apt-get install -y -q --no-install-recommends chromium)
 	$(BIN)/python -m pytest -q -m browser
 
+# Every notebook in a fresh kernel; an error or a warning of ours fails.
+notebooks: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python demos/build_notebooks.py run --jobs 2
+
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,6 +61,10 @@ fmt: $(VENV)/.dev
 shapes: $(VENV)/.dev
 	PYTHONPATH=tests/shape_checker $(BIN)/python -m pytest -q -n 0 --jaxtyping-packages=transformer_lens,shape_checker.checked \
 		tests/twins/test_core.py tests/twins/test_experts.py tests/equivalence/test_gradients.py tests/equivalence/test_mathematics.py
+
+# Kills a job hundreds of times at random moments, and compares the bytes it ends with; some minutes.
+test-collect: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
 
 # Breaks each line of the twins' formulas in a scratch copy and names what no test notices; about an hour.
 mutants: $(VENV)/.dev

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.budgets import ROWS as BUDGET_ROWS
 from benchmarks.budgets import Place, Row, Subject
+from benchmarks.collect_rows import COLLECT_ROWS
 from benchmarks.generation_rows import GENERATION_ROWS
 from benchmarks.import_cost import import_cost
 from benchmarks.models import FAMILIES, SIZES
@@ -21,7 +22,7 @@ from benchmarks.patching_rows import PATCHING_ROWS
 from benchmarks.report import BUDGET_COLUMNS, RESULTS, VERDICT_STYLES, budget_cells, environment, show, store
 from benchmarks.timing import QUICK, Effort, prepare_device
 
-ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS}
+ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS, **COLLECT_ROWS}
 THREADS = 2
 TITLE = "Budgets: the bridge beside bare transformers, in one process"
 # The rows that only mean something on some models; the others are measured on each.

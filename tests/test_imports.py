@@ -33,13 +33,15 @@ RANKS: list[tuple[str, ...]] = [
     (f"{BRIDGE}.generalized_components",),
     (f"{BRIDGE}.architecture_adapter",),
     (f"{BRIDGE}.supported_architectures",),
-    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in", f"{BRIDGE}.watch"),
+    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in", f"{BRIDGE}.watch", f"{BRIDGE}.elsewhere"),
     (f"{BRIDGE}.attach",),
 ]
 """Everything else stands above these."""
 
 GUESTS = ("analysis", "collect", "distributed", "viz", "cli")
 """They use the public API alone."""
+METHODS_OF_GUESTS = (f"{BRIDGE}.collecting",)
+"""Methods of the bridge that import what they are a spelling of when they are called."""
 PUBLIC = {
     "transformer_lens",
     "transformer_lens.hook_points",
@@ -127,8 +129,8 @@ def test_guests_use_the_public_api(file):
 
 
 def name_of_entry(file: Path) -> bool:
-    """`python -m transformer_lens` and modules that only pass names on, such as `transformer_lens.patching`."""
-    if file.name == "__main__.py":
+    """`python -m transformer_lens`, and modules that only pass names on, such as `transformer_lens.patching`."""
+    if file.name == "__main__.py" or module_name(file) in METHODS_OF_GUESTS:
         return True
     kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Expr)
     return file.parent == PACKAGE and file.name != "__init__.py" and all(isinstance(n, kinds) for n in tree(file).body)

@@ -103,11 +103,17 @@ with_sketches = pytest.mark.usefixtures("sketches")
 # -- the page ------------------------------------------------------------------------------------------
 
 
-def test_a_sketch_is_about_forty_lines() -> None:
-    for code, _ in code_blocks(SKETCHES):
+@pytest.mark.parametrize(("page", "limit", "families"), [(SKETCHES, 45, 8), (GUIDE, 60, 1)])
+def test_an_adapter_is_a_screen_of_lines(page: Path, limit: int, families: int) -> None:
+    """The worked third family of the guide, with its imports, and every sketch of decision 004."""
+    adapters = 0
+    for code, _ in code_blocks(page):
         for adapter in (node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)):
-            lines = [line for line in (ast.get_source_segment(code, adapter) or "").splitlines() if line.strip()]
-            assert len(lines) <= 45, adapter.name
+            text = code if page is GUIDE else ast.get_source_segment(code, adapter) or ""
+            lines = [line for line in text.splitlines() if line.strip()]
+            assert len(lines) <= limit, adapter.name
+            adapters += adapter.name.endswith("Adapter")
+    assert adapters >= families
 
 
 @with_sketches

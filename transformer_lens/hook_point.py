@@ -156,6 +156,7 @@ class HookPoint(nn.Module):
         self.fwd_hooks: list[HookEntry] = []
         self.bwd_hooks: list[HookEntry] = []
         self.on_change: Callable[[], None] | None = None
+        self.admit: Callable[[HookEntry, Direction], None] | None = None
 
     def extra_repr(self) -> str:
         return repr(self.name) if self.name else ""
@@ -190,6 +191,8 @@ class HookPoint(nn.Module):
         self._entries(dir)
         if dir == "bwd" and self.integer and not entry.reads_only:
             raise ValueError(f"backward hook at {self.name!r}: it holds integers, which have no gradient")
+        if self.admit is not None:
+            self.admit(entry, dir)
 
     def add_perma_hook(self, hook: HookFunction, dir: Direction = "fwd") -> HookEntry:
         """Attach a hook that `reset_hooks` leaves alone."""

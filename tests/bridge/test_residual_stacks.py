@@ -280,6 +280,8 @@ def test_what_does_not_fit_is_refused(cache, x):
         cache.logit_attrs(stack, torch.tensor([3, 4]))
     with pytest.raises(ValueError, match=r"got tokens of \[3\] and incorrect_tokens of \[3, 5\], expected equal"):
         cache.logit_attrs(stack, torch.tensor([3, 4, 5]), x)
+    with pytest.raises(ValueError, match=r"got tokens of \[3\] and incorrect_tokens of \[1\], expected equal"):
+        cache.logit_attrs(stack, torch.tensor([3, 4, 5]), torch.tensor([3]))
     with pytest.raises(KeyError, match="was not captured"):
         cache.apply_slice_to_batch_dim(0)["result", 0]
 

@@ -20,6 +20,7 @@ from transformer_lens.viz import (
     routing_map,
     token_losses,
 )
+from transformer_lens.viz.picture import visible
 
 TEXT = "When Mary and John went to the store, John gave a drink to"
 
@@ -202,3 +203,18 @@ def test_what_does_not_fit_is_refused(falcon, tokens):
         routing_map(falcon, TEXT)
     with pytest.raises(ValueError, match=r"got 'x.svg', expected a name that ends in .html or .png"):
         head_map(torch.eye(2), "x").save("x.svg")
+
+
+def test_panels_with_rows_of_their_own_keep_their_labels():
+    def panel(rows):
+        return Heatmap(torch.eye(2), rows, ["x", "y"], "")
+
+    drawn = Heatmaps({"a": panel(["1", "2"]), "b": panel(["1", "2"]), "c": panel(["3", "4"])}, "panels").drawing()
+    labels = [[tick.get_text() for tick in axes.get_yticklabels()] for axes in drawn.axes[:3]]
+    assert labels == [["1", "2"], [], ["3", "4"]]
+
+
+def test_control_characters_show_as_codes(recwarn):
+    Heatmap(torch.eye(2), ["\x03", "\r"], ["\n", "\u200d"], "codes").png()
+    assert [visible(token) for token in ("\x03", "\r", "\u200d", "é", " a")] == ["\\x03", "\\r", "\\u200d", "é", " a"]
+    assert not recwarn.list

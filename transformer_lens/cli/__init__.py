@@ -1,4 +1,7 @@
-"""The command line: `python -m transformer_lens COMMAND`. Built on the public API alone."""
+"""The command line: `transformer-lens COMMAND`, or `python -m transformer_lens COMMAND`. On the public API alone.
+
+`app` has the commands; what each does is in a module of its own, which is imported when the command runs.
+"""
 
 from __future__ import annotations
 
@@ -17,5 +20,6 @@ def main() -> None:
         raise SystemExit(2) from None
     del rich, typer
     from transformer_lens.cli.app import app
+    from transformer_lens.cli.running import run
 
-    app()
+    run(app)

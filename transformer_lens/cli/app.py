@@ -1,87 +1,160 @@
-"""The commands. Each reads its options, calls the public API and shows what it returns."""
+"""The commands. Each reads its options, calls the public API and shows what it returns.
+
+Nothing here imports torch until a command runs, so that `--help` and the TAB key answer at once.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from transformer_lens.cli.demo import run_demo
-from transformer_lens.cli.info import run_info
-from transformer_lens.cli.verify import run_verify
+from transformer_lens.cli.collect import collect
+from transformer_lens.cli.generate import generate
+from transformer_lens.cli.hooks import hooks
+from transformer_lens.cli.options import (
+    AllowPickle,
+    AsJson,
+    AttnImplementation,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    complete_model,
+    complete_shape,
+    load_bridge,
+)
+from transformer_lens.cli.patch import patch
+from transformer_lens.cli.running import FAILED, Commands, Debug, Output
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look inside Falcon and Mixtral models by name.")
+app = Commands(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version, and leave."""
+    if wanted:
+        typer.echo(f"transformer-lens-bridge {version('transformer-lens-bridge')}")
+        raise typer.Exit
 
 
 @app.callback()
-def _commands() -> None:
-    """Look inside Falcon and Mixtral models by name."""
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Read, edit and understand the activations of Falcon and Mixtral models, by name.
+
+    Results go to standard output, everything else to standard error.
+
+    [bold]Exit codes[/]  0: done. 1: it could not be done, or a check failed. 2: the command line was not understood. \
+130: Ctrl-C. 141: the reader of the output went away.
+
+    [bold]Examples[/]
+
+    transformer-lens info falcon-40b
+
+    transformer-lens hooks tiny-falcon attn
+
+    transformer-lens generate tiny-falcon "Mary and John went" --ablate-head 3.2
+    """
 
 
 @app.command()
 def demo(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="A hub name or directory; repeatable. Default: both shipped models."),
+        typer.Option(
+            "--model",
+            help="A hub name or directory; repeatable. Default: both shipped models.",
+            autocompletion=complete_model,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("out/demo"),
-    device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    device: Device = None,
+    debug: Debug = False,
 ) -> None:
-    """Find induction heads, patch an indirect-object circuit, and watch experts being chosen."""
-    console = Console()
-    try:
-        run_demo(model or ["tiny-falcon", "tiny-mixtral"], out, console, device=device)
-    except (ValueError, KeyError, OSError) as error:
-        if debug:
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}")
-        raise typer.Exit(1) from None
+    """Find induction heads, patch an indirect-object circuit, and watch experts being chosen.
+
+    [bold]Example[/]
+
+    transformer-lens demo --out pictures
+    """
+    from transformer_lens.cli.demo import run_demo
+
+    run_demo(model or ["tiny-falcon", "tiny-mixtral"], out, Output(), device=device)
 
 
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
+            autocompletion=complete_shape,
+        ),
     ],
     context: Annotated[
         str | None, typer.Option(help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Layout, parameters, memory of weights and KV cache of a model, from its config alone."""
-    try:
-        run_info(model, Console(), context=context, dtype=dtype, as_json=json)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        if debug:
-            raise
-        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)))
-        raise typer.Exit(1) from None
+    """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
+
+    [bold]Examples[/]
+
+    transformer-lens info falcon-40b --context 2048,8192
+
+    transformer-lens info tiny-mixtral --json
+    """
+    from transformer_lens.cli.info import run_info
+
+    run_info(model, Output(), context=context, dtype=dtype, as_json=json)
+
+
+app.command()(hooks)
 
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="A hub name or directory, such as tiny-falcon.")],
-    device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="For example bfloat16. Default: the checkpoint's own.")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flash_attention_2.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print every comparison as JSON.")] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    model: Model,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: AttnImplementation = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
-    """Compare every component, layer and hook of a model with Hugging Face's own; exit status 1 if one differs."""
-    try:
-        passed = run_verify(
-            model, Console(), as_json=json, device=device, dtype=dtype, attn_implementation=attn_implementation
-        )
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        if debug:
-            raise
-        Console(stderr=True).print("[bold red]error:[/]", Text(str(error)))
-        raise typer.Exit(1) from None
-    if not passed:
-        raise typer.Exit(1)
+    """Compare every component, layer and hook of a model with Hugging Face's own; exit code 1 if one differs.
+
+    [bold]Example[/]
+
+    transformer-lens verify tiny-falcon --dtype bfloat16
+    """
+    from transformer_lens.cli.verify import run_verify
+
+    bridge = load_bridge(
+        model,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    if not run_verify(bridge, Output(), as_json=json):
+        raise typer.Exit(FAILED)
+
+
+app.command()(generate)
+app.command()(patch)
+app.command()(collect)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import typer
 from rich.console import Console
 
 from transformer_lens import TransformerBridge
 
 
-def run_verify(model: str, console: Console, *, as_json: bool = False, **loading: Any) -> bool:
-    """Load a model, verify it and show the report; returns whether everything passed.
+def run_verify(bridge: TransformerBridge, console: Console, *, as_json: bool = False) -> bool:
+    """Verify a model and show the report; returns whether everything passed.
 
-    >>> run_verify("tiny-falcon", Console(), dtype="bfloat16")  # doctest: +SKIP
+    >>> from transformer_lens import TransformerBridge
+    >>> bridge = TransformerBridge.boot_transformers("tiny-falcon", dtype="bfloat16")
+    >>> run_verify(bridge, Console())  # doctest: +SKIP
     True
-
-    `loading` goes to `boot_transformers`; what is `None` is left out.
     """
-    given = {name: value for name, value in loading.items() if value is not None}
-    report = TransformerBridge.boot_transformers(model, **given).verify()
+    report = bridge.verify()
     if as_json:
         typer.echo(report.to_json())
     else:

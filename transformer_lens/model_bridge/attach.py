@@ -6,7 +6,7 @@ A torch hook is put on when the first user hook arrives at one of its ports, and
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_point import nested_forward, state
 from transformer_lens.model_bridge.checkpointing import recalled
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside, Port, Side
@@ -146,6 +147,12 @@ class BoundPort(Slot):
         self.view = port.view(cfg)
         self.modules = modules
         self.shards = shards
+        self.elsewhere: HookElsewhere | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything needs the tensor here: hooks that another process runs do not."""
+        return super().wanted and not (self.elsewhere is not None and self.elsewhere.takes_all())
 
     def remember(self, x: Tensor) -> None:
         """Keep what a later place has to know."""
@@ -179,7 +186,12 @@ class Attachment:
     """All ports of a bridge, and the taps they share."""
 
     def __init__(
-        self, cfg: BridgeConfig, on_replaced: Callable[[], None], sharding: Sharding, model: nn.Module
+        self,
+        cfg: BridgeConfig,
+        on_replaced: Callable[[], None],
+        sharding: Sharding,
+        model: nn.Module,
+        blocks_elsewhere: Mapping[int, tuple[str, BlockElsewhere]],
     ) -> None:
         self.cfg = cfg
         self.on_replaced = on_replaced
@@ -187,6 +199,8 @@ class Attachment:
         self.taps: dict[tuple[str, Side, str, bool], Tap] = {}
         self.twins: dict[str, BoundTwin] = {}
         self.model = model
+        self.blocks_elsewhere = blocks_elsewhere
+        self.elsewhere: list[HookElsewhere] = []
         self.attached: dict[Tap | BoundTwin, None] = {}
 
     def tell(self, place: Tap | BoundTwin, attached: bool) -> None:
@@ -215,10 +229,17 @@ class Attachment:
         """Bind the hooks of one component; `component` finds its parts by role."""
         for hook in hooks:
             slot: Slot
-            if isinstance(hook.port, Inside):
+            path, block = self.blocks_elsewhere.get(layer, ("", None))
+            if block is not None and component(hook.port.at).path != path:
+                slot = HookElsewhere(hook, owner, block, layer, self.on_replaced)
+                self.elsewhere.append(slot)
+            elif isinstance(hook.port, Inside):
                 slot = self._bind_inside(hook, hook.port, owner, component, layer)
             else:
-                slot = self._bind_port(hook, hook.port, owner, component, layer)
+                slot = port = self._bind_port(hook, hook.port, owner, component, layer)
+                if block is not None:
+                    port.elsewhere = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
+                    self.elsewhere.append(port.elsewhere)
             owner.watchers[hook.name] = slot
             setattr(owner, hook.name, owner._modules[hook.name])
 
@@ -273,6 +294,9 @@ class Attachment:
         """Take every torch hook and every stand-in off, also under modules put in hooks' places."""
         for twin in self.twins.values():
             twin.release()
+        for slot in self.elsewhere:
+            slot.release()
+        self.elsewhere = []
         for tap in self.taps.values():
             for port in tap.ports:
                 port.owner.watchers.clear()

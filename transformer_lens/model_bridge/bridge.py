@@ -21,7 +21,9 @@ from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
 from transformer_lens.model_bridge.attach import Attachment, Root
+from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
@@ -50,6 +52,7 @@ class TransformerBridge(
     StateMethods,
     WrappedModel,
     VerifyMethods,
+    CollectMethods,
     GenerationMethods,
     SteeringMethods,
     TokenMethods,
@@ -172,7 +175,8 @@ class TransformerBridge(
 
     def _bind(self, inner: nn.Module) -> None:
         """Connect every hook point to its place in the model."""
-        self.attachment = Attachment(self.cfg, self._tree_changed, sharding_of(self.original_model, self.cfg), inner)
+        sharding = sharding_of(self.original_model, self.cfg)
+        self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
         self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
         aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
         for component in self.components():
@@ -183,6 +187,12 @@ class TransformerBridge(
             for hook in component.declared:
                 aliases |= {f"{component.name}.{alias}": f"{component.name}.{hook.name}" for alias in hook.aliases}
         self.aliases = aliases
+
+    def _blocks_elsewhere(self) -> dict[int, tuple[str, BlockElsewhere]]:
+        """The blocks that another process computes, by layer, and where they stand in the model."""
+        blocks = [self._component(f"blocks.{i}") for i in range(self.cfg.n_layers)]
+        found = [(layer, block.path, block.original_component) for layer, block in enumerate(blocks)]
+        return {layer: (path, module) for layer, path, module in found if isinstance(module, BlockElsewhere)}
 
     def _root_role(self, role: str) -> ComponentBridge | Root:
         found = self.get_submodule(role) if role else None

@@ -187,7 +187,7 @@ def model_info(
     and the model's own; `dtype` is that of the KV cache. `loading` goes to Hugging Face (`revision`,
     `token`). Raises `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
     """
-    config = model if isinstance(model, PreTrainedConfig) else _config(model, loading)
+    config = model if isinstance(model, PreTrainedConfig) else find_config(model, loading)
     adapter = adapter_for(config)
     cfg = adapter.cfg
     count = _count(config, adapter)
@@ -210,7 +210,7 @@ def model_info(
     )
 
 
-def _config(model: str | Path, loading: dict[str, Any]) -> Any:
+def find_config(model: str | Path, loading: dict[str, Any]) -> Any:
     """The config behind a name; a path or a shipped model of a built-in's name comes first."""
     name = str(model)
     if name in PUBLISHED and not Path(name).exists():

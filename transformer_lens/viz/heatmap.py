@@ -256,10 +256,11 @@ class Heatmaps(Picture):
             image = panel.draw(axes, numbers=False)
             axes.set_title(name, loc="left", fontsize=9)
             axes.tick_params(labelsize=6)
-            if place % columns:
+            if place % columns and list(panel.rows) == list(shown[place - 1][1].rows):
                 axes.set_ylabel("")
                 axes.set_yticks([])
-            if place + columns < len(shown):
+            below = place + columns
+            if below < len(shown) and list(panel.columns) == list(shown[below][1].columns):
                 axes.set_xlabel("")
                 axes.set_xticks([])
         figure.colorbar(image, ax=grid, label=sample.value, shrink=0.8)

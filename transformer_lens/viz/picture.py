@@ -28,16 +28,16 @@ RISE, FALL, TOTAL = "#0072B2", "#D55E00", "#777777"
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
 MOST_LABELS = 60
 """More labels than this along an axis are thinned out, or nobody can read them."""
-SHOWN = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
 def visible(token: str) -> str:
-    """A token as a label: line breaks and tabs get a sign, nothing becomes a sign too.
+    """A token as a label: line breaks and tabs get a sign, nothing becomes a sign too, other control characters a code.
 
-    >>> visible("a\\n"), visible("")
-    ('a⏎', '∅')
+    >>> visible("a\\n"), visible(""), visible("\\x03")
+    ('a⏎', '∅', '\\\\x03')
     """
-    return "".join(SHOWN.get(letter, letter) for letter in token) or "∅"
+    return "".join(SHOWN.get(one) or (one if one.isprintable() else repr(one)[1:-1]) for one in token) or "∅"
 
 
 def escaped(labels: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from transformer_lens.model_bridge.generalized_components.base import (
     Hook,
     HookOwner,
     Part,
+    PartsElsewhere,
     StreamMatrix,
 )
 from transformer_lens.model_bridge.generalized_components.block import (
@@ -72,6 +73,7 @@ __all__ = [
     "NormedQKAttentionBridge",
     "ParallelBlockBridge",
     "Part",
+    "PartsElsewhere",
     "PositionEmbeddingBridge",
     "PositionEmbeddingsAttentionBridge",
     "PostNormBlockBridge",

@@ -106,6 +106,10 @@ class HookOwner(nn.Module):
             watcher.replaced()
 
 
+class PartsElsewhere(nn.Module):
+    """A module in the model that stands for one whose parts and weights are in another process."""
+
+
 class ComponentBridge(HookOwner):
     """A component in the tree: its hook points and its parts, beside the Hugging Face module it stands for."""
 
@@ -157,6 +161,11 @@ class ComponentBridge(HookOwner):
         """The Hugging Face module this component stands for, as it is in the model now."""
         found: nn.Module = self.model
         for part in self.path.split(".") if self.path else ():
+            if isinstance(found, PartsElsewhere):
+                raise ValueError(
+                    f"{self.name}: its block runs in another process, where its modules and weights are; its "
+                    "activations can be read and edited by name, its weights only in a model that is here"
+                )
             found = found._modules.get(part)  # type: ignore[assignment]  # much faster than get_submodule
             if found is None:
                 raise RuntimeError(

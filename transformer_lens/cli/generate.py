@@ -1,0 +1,285 @@
+"""`generate`: a model continues prompts, as it is or with heads taken out and a vector added."""
+
+from __future__ import annotations
+
+import inspect
+import json as json_text
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from transformer_lens.cli.edits import edited, heads_of
+from transformer_lens.cli.hooks import complete_hook
+from transformer_lens.cli.options import (
+    AllowPickle,
+    AsJson,
+    AttnImplementation,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    load_bridge,
+    write_json,
+)
+from transformer_lens.cli.running import Debug
+
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
+CHOICE, EDITS = "How tokens are chosen", "Changes to the model"
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False),
+]
+File = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input."),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens.")
+]
+Stream = Annotated[bool, typer.Option("--stream", help="Show the text token by token.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="How many prompts run at once, padded on the left.")]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option("--prepend-bos/--no-prepend-bos", help="Begin with BOS. Default: as the tokenizer is set up."),
+]
+Sample = Annotated[
+    bool | None,
+    typer.Option(
+        "--sample/--greedy",
+        help="Draw tokens, or take the likeliest. Default: the model's own; a setting below asks for drawing.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.", rich_help_panel=CHOICE),
+]
+TopK = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Draw from so many likeliest.", rich_help_panel=CHOICE)
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability.", rich_help_panel=CHOICE
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="The same seed draws the same tokens.", rich_help_panel=CHOICE)
+]
+NumBeams = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Beam search of this width.", rich_help_panel=CHOICE)
+]
+StopAtEos = Annotated[
+    bool, typer.Option("--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.", rich_help_panel=CHOICE)
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="NAME=VALUE",
+        help="Another keyword of Hugging Face's generate; repeatable. A value is JSON or text.",
+        rich_help_panel=CHOICE,
+    ),
+]
+AblateHead = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER.HEAD",
+        help="Let a head write nothing (its hook_z is zero), such as 3.2; repeatable.",
+        rich_help_panel=EDITS,
+    ),
+]
+Steer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Add the one vector in this .safetensors file at --steer-at, at every position.",
+        rich_help_panel=EDITS,
+    ),
+]
+SteerAt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYER|HOOK",
+        help="A layer (the stream that leaves it; -1 is the last) or a hook's name.",
+        autocompletion=complete_hook,
+        rich_help_panel=EDITS,
+    ),
+]
+SteerScale = Annotated[
+    float, typer.Option(metavar="X", help="What the vector is multiplied by.", rich_help_panel=EDITS)
+]
+
+
+def generate(
+    model: Model,
+    prompts: Prompts = None,
+    file: File = None,
+    max_new_tokens: MaxNewTokens = 50,
+    stream: Stream = False,
+    batch_size: BatchSize = 8,
+    prepend_bos: PrependBos = None,
+    sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    num_beams: NumBeams = None,
+    stop_at_eos: StopAtEos = True,
+    options: Options = None,
+    ablate_head: AblateHead = None,
+    steer: Steer = None,
+    steer_at: SteerAt = None,
+    steer_scale: SteerScale = 1.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: AttnImplementation = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Let a model continue prompts, as it is or changed.
+
+    [bold]Examples[/]
+
+    transformer-lens generate tiny-falcon -n 2 \\
+      "When Mary and John went to the store, John gave a drink to"
+
+    transformer-lens generate tiny-falcon "Mary and" --sample --seed 1 --stream
+
+    transformer-lens generate tiny-falcon "Mary and" --ablate-head 3.2 --json
+
+    echo "Mary and John went" | transformer-lens generate tiny-falcon --file -
+    """
+    if stream and json:
+        raise typer.BadParameter("--stream and --json exclude each other", param_hint="--stream")
+    if (steer is None) != (steer_at is None):
+        raise typer.BadParameter("--steer and --steer-at belong together", param_hint="--steer")
+    sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "num_beams": num_beams}
+    how = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "prepend_bos": prepend_bos, **sampling}
+    how = {name: value for name, value in how.items() if value is not None} | more_of(options or [])
+    heads, texts = heads_of(ablate_head or []), prompts_of(prompts or [], file)
+    where = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
+    bridge = load_bridge(model, **where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    with seeded(seed), edited(bridge, heads, steer, steer_at or "", steer_scale):
+        if stream:
+            show_stream(bridge, texts, how)
+        else:
+            show(continued(bridge, texts, batch_size, how), {"model": model, "seed": seed, **how} if json else None)
+
+
+def more_of(options: Sequence[str]) -> dict[str, Any]:
+    """
+    >>> more_of(["repetition_penalty=1.2", "cache_implementation=static"])
+    {'repetition_penalty': 1.2, 'cache_implementation': 'static'}
+
+    Further keywords of Hugging Face's `generate`; a value is JSON where it reads as that, else text.
+    """
+    from transformer_lens import TransformerBridge
+
+    own = {*inspect.signature(TransformerBridge.generate).parameters, "num_beams", "return_dict_in_generate"}
+    found = {}
+    for text in options:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals):
+            raise typer.BadParameter(
+                f"got {text!r}, expected NAME=VALUE, such as repetition_penalty=1.2", param_hint="--option"
+            )
+        if name in own:
+            raise typer.BadParameter(f"{name} has an option of its own, or none in this program", param_hint="--option")
+        try:
+            found[name] = json_text.loads(value)
+        except json_text.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def prompts_of(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of a file, one on each line. Raises where there is none."""
+    found = list(prompts)
+    if file is not None:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        found += [line for line in text.splitlines() if line.strip()]
+        if not found:
+            raise ValueError(f"--file: no prompt in {'standard input' if str(file) == '-' else file}")
+    if not found:
+        raise typer.BadParameter("give a prompt in quotes, or --file with prompts", param_hint="PROMPT")
+    return found
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers that begin at a seed; afterwards the generator is where it was."""
+    import torch
+
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt and what follows it."""
+
+    prompt: str
+    continuation: str
+    text: str
+    """Both, as the tokenizer writes them."""
+
+
+def continued(
+    bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
+) -> Iterator[Continuation]:
+    """What the model makes of each prompt.
+
+    >>> [one.continuation for one in continued(bridge, ["Mary and John went", "Mary and"], 2, {"max_new_tokens": 1})]
+    [' to', ' Jason']
+    """
+    for start in range(0, len(texts), batch_size):
+        batch = list(texts[start : start + batch_size])
+        columns = bridge.to_tokens(batch, prepend_bos=how.get("prepend_bos"), padding_side="left").shape[1]
+        for prompt, row in zip(batch, bridge.generate(batch, return_type="tokens", **how), strict=True):
+            text, read = (
+                bridge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                for ids in (row, row[:columns])
+            )
+            yield Continuation(prompt, text.removeprefix(read), text)
+
+
+def show(found: Iterator[Continuation], about: dict[str, Any] | None) -> None:
+    """Each text as soon as it is there; with `about`, all of them as JSON."""
+    if about is not None:
+        write_json({**about, "results": [asdict(one) for one in found]})
+        return
+    for number, one in enumerate(found):
+        begin(one.prompt, number)
+        typer.echo(one.continuation)
+
+
+def show_stream(bridge: TransformerBridge, texts: Sequence[str], how: Mapping[str, Any]) -> None:
+    """One text after the other, token by token."""
+    for number, text in enumerate(texts):
+        begin(text, number)
+        for piece in bridge.generate_stream(text, **how):
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+        typer.echo()
+
+
+def begin(prompt: str, number: int) -> None:
+    """The prompt, paler than what follows; an empty line before all but the first."""
+    typer.secho(("\n" if number else "") + prompt, dim=True, nl=False)

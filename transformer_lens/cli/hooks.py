@@ -1,0 +1,129 @@
+"""`hooks`: the hook table of a model, from its config alone, whole or the rows that match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+import typer
+
+from transformer_lens.cli.options import (
+    PUBLISHED,
+    AsJson,
+    Revision,
+    TrustRemoteCode,
+    complete_model,
+    complete_shape,
+    named,
+    output,
+    quiet,
+    write_json,
+)
+from transformer_lens.cli.running import Debug, load_package
+
+
+def complete_hook(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of the model's hooks, at layer 0; nothing for a model that would have to be fetched."""
+    # After an option that still lacks its value, arguments are not told apart yet.
+    model = context.params.get("model") or next(iter(context.args), "")
+    if model not in (*PUBLISHED, *complete_model(model)):
+        return []
+    names = (row.name.replace("{i}", "0") for row in _table(model).present())
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def hooks(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b. No weights are read.",
+            autocompletion=complete_shape,
+        ),
+    ],
+    patterns: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PATTERN",
+            help="Only names, or other spellings of them, that contain this. * and ? are wildcards; a layer's number "
+            "stands for {i}. Default: all.",
+            autocompletion=complete_hook,
+            show_default=False,
+        ),
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Every hook of a model: its shape in numbers, its meaning, and why other names are absent.
+
+    [bold]Examples[/]
+
+    transformer-lens hooks tiny-falcon
+
+    transformer-lens hooks falcon-40b attn.hook_k "ln?.hook_scale"
+
+    transformer-lens hooks tiny-mixtral blocks.1.mlp.hook_expert_out --json
+    """
+    run_hooks(model, patterns or [], as_json=json, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def run_hooks(model: str, patterns: Sequence[str] = (), *, as_json: bool = False, **loading: Any) -> None:
+    """Show the hook table of a model.
+
+    >>> run_hooks("tiny-falcon", ["hook_z"])  # doctest: +SKIP
+
+    Raises `KeyError` for a pattern that matches no hook, with the nearest names.
+    """
+    from transformer_lens.model_bridge import skeleton_bridge
+
+    with quiet(), named(model):
+        bridge = skeleton_bridge(model, **{name: value for name, value in loading.items() if value})
+    table, layers = bridge.hook_table(), bridge.cfg.n_layers
+    spelled = [(row, (row.name, *row.aliases)) for row in table]
+    for pattern in patterns:
+        if not any(matches(pattern, name, layers) for _, names in spelled for name in names):
+            raise _nothing_matches(pattern, [name for _, names in spelled for name in names], layers)
+    table.rows = [
+        row
+        for row, names in spelled
+        if not patterns or any(matches(pattern, name, layers) for pattern in patterns for name in names)
+    ]
+    if as_json:
+        rows = [{**row, "shape": list(row["shape"]), "aliases": list(row["aliases"])} for row in table.to_dicts()]
+        write_json({"model": model, "architecture": bridge.cfg.architecture, "n_layers": layers, "hooks": rows})
+    else:
+        output().print(table)
+
+
+def matches(pattern: str, name: str, layers: int) -> bool:
+    """
+    >>> matches("hook_q", "blocks.{i}.attn.hook_q", 4), matches("blocks.7.attn", "blocks.{i}.attn.hook_q", 4)
+    (True, False)
+    >>> matches("*.hook_[qk]", "blocks.{i}.attn.hook_q", 4), matches("blocks.3.*_q", "blocks.{i}.attn.hook_q", 4)
+    (True, True)
+
+    Whether a name of the table contains the pattern; `*`, `?` and `[...]` are wildcards.
+    """
+    general = re.sub(
+        r"^blocks\.(\d+)(?=\.|$)", lambda found: "blocks.{i}" if int(found[1]) < layers else found[0], pattern
+    )
+    return fnmatchcase(name, f"*{general}*")
+
+
+def _nothing_matches(pattern: str, names: Sequence[str], layers: int) -> KeyError:
+    near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.0))
+    return KeyError(
+        f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are {near}"
+    )
+
+
+def _table(model: str) -> Any:
+    load_package()
+    from transformer_lens.model_bridge import skeleton_bridge
+
+    return skeleton_bridge(model).hook_table()

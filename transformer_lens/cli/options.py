@@ -1,0 +1,155 @@
+"""The options that several commands have, once; and what they do: load a model, write JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from transformer_lens.cli.running import Output
+from transformer_lens.data import TINY_MODELS
+
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+PUBLISHED = ("falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-180b", "mixtral-8x7b", "mixtral-8x22b")
+"""The built-in shapes, for completion: importing them would import torch."""
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """
+    >>> complete_model("tiny-m")
+    ['tiny-mixtral']
+
+    The shipped models, and the directories that hold a model or lead to one.
+    """
+    base, _, start = incomplete.rpartition("/")
+    here = Path(base or ("/" if incomplete.startswith("/") else ".")).expanduser()
+    places = sorted(here.iterdir()) if here.is_dir() else []
+    prefix = incomplete.removesuffix(start)
+    folders = [place for place in places if place.is_dir() and place.name.startswith(start) and place.name[:1] != "."]
+    found = [f"{prefix}{place.name}" + ("" if (place / "config.json").exists() else "/") for place in folders]
+    return [name for name in TINY_MODELS if name.startswith(incomplete)] + found
+
+
+def complete_shape(incomplete: str) -> list[str]:
+    """
+    >>> complete_shape("falcon-1")
+    ['falcon-11b', 'falcon-180b']
+
+    As `complete_model`, and the built-in shapes.
+    """
+    return [name for name in PUBLISHED if name.startswith(incomplete)] + complete_model(incomplete)
+
+
+def _one_of(names: tuple[str, ...]) -> Any:
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+LOADING = "Loading the model"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub name such as tiiuae/falcon-7b, a directory, or a model that comes with the package: tiny-falcon, "
+        "tiny-mixtral.",
+        autocompletion=complete_model,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where it runs, such as cuda or cuda:1. Default: the CPU.", rich_help_panel=LOADING),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as float32 or bfloat16. Default: the checkpoint's own.",
+        autocompletion=_one_of(DTYPES),
+        rich_help_panel=LOADING,
+    ),
+]
+AttnImplementation = Annotated[
+    str | None,
+    typer.Option(
+        help="sdpa, eager or flash_attention_2. Default: transformers' own choice.",
+        autocompletion=_one_of(ATTENTION),
+        rich_help_panel=LOADING,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of the hub repository.", rich_help_panel=LOADING)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=LOADING)
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Read weights that are pickled. A pickle can run any code.", rich_help_panel=LOADING
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+def load_bridge(model: str, **loading: Any) -> TransformerBridge:
+    """`boot_transformers`, quietly; an error says which model could not be read.
+
+    >>> load_bridge("tiny-falcon", dtype="bfloat16", revision=None, allow_pickle=False).cfg.dtype
+    torch.bfloat16
+    """
+    from transformer_lens import TransformerBridge
+
+    with quiet(), named(model):
+        return TransformerBridge.boot_transformers(model, **loading)
+
+
+@contextmanager
+def named(model: str) -> Iterator[None]:
+    """Say which model could not be read, and what a name may be: Hugging Face's own errors do not always."""
+    try:
+        yield
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        known = ", ".join((*TINY_MODELS, *PUBLISHED))
+        raise OSError(
+            f"{model!r} is no directory here, and was not to be had from the hub. Shipped models and built-in shapes: "
+            f"{known}\n{error}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no remarks from transformers where nobody watches: output that is no terminal."""
+    from transformers.utils import logging
+
+    if sys.stdout.isatty():
+        yield
+        return
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def write_json(data: Any) -> None:
+    """Data on standard output, nothing else."""
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def output() -> Output:
+    """Standard output for tables: numbers and paths in them get no colours of rich's own."""
+    return Output(highlight=False)

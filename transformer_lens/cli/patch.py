@@ -1,0 +1,261 @@
+"""`patch`: which activations of a clean run bring its answer back in a corrupted one, as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens.cli.options import (
+    AllowPickle,
+    AsJson,
+    AttnImplementation,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    load_bridge,
+    output,
+    write_json,
+)
+from transformer_lens.cli.running import Debug
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from transformer_lens import TransformerBridge
+
+SWEEPS = {
+    "resid_pre": ("get_act_patch_resid_pre", "the stream that enters a layer"),
+    "resid_mid": ("get_act_patch_resid_mid", "the stream between attention and MLP (sequential blocks)"),
+    "attn_out": ("get_act_patch_attn_out", "what attention adds to the stream"),
+    "mlp_out": ("get_act_patch_mlp_out", "what the MLP adds to the stream"),
+    "router_logits": ("get_act_patch_router_logits", "where the router sends a token (experts)"),
+    "head_out": ("get_act_patch_attn_head_out_all_pos", "a head's output"),
+    "head_q": ("get_act_patch_attn_head_q_all_pos", "a head's queries"),
+    "head_k": ("get_act_patch_attn_head_k_all_pos", "a key head's keys"),
+    "head_v": ("get_act_patch_attn_head_v_all_pos", "a value head's values"),
+    "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "a head's attention pattern"),
+    "expert_out": ("get_act_patch_expert_out", "what an expert adds to the stream"),
+}
+"""What can be patched: the sweep of `transformer_lens.patching`, and its meaning."""
+BY_POSITION = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "router_logits")
+SUFFIXES = (".html", ".png")
+
+
+def complete_what(incomplete: str) -> list[tuple[str, str]]:
+    """
+    >>> complete_what("mlp")
+    [('mlp_out', 'what the MLP adds to the stream')]
+    """
+    return [(name, meaning) for name, (_, meaning) in SWEEPS.items() if name.startswith(incomplete)]
+
+
+Clean = Annotated[str, typer.Option(metavar="TEXT", help="The prompt that --answer follows.", show_default=False)]
+Corrupted = Annotated[
+    str,
+    typer.Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False),
+]
+Answer = Annotated[str, typer.Option(metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False)]
+Wrong = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TOKEN",
+        help="The answer of the corrupted prompt. The measure is then the difference of the two logits; without it, "
+        "the answer's log-probability.",
+    ),
+]
+What = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what),
+]
+Out = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."),
+]
+
+
+def patch(
+    model: Model,
+    clean: Clean,
+    corrupted: Corrupted,
+    answer: Answer,
+    wrong: Wrong = None,
+    what: What = "resid_pre",
+    out: Out = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn_implementation: AttnImplementation = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Put each activation of a clean run into a corrupted one: how much of the clean answer does it bring back?
+
+    0 is the corrupted run, 1 the clean one. resid_pre, resid_mid, attn_out, mlp_out and router_logits are patched at \
+one position at a time; heads and experts at all positions.
+
+    [bold]Examples[/]
+
+    transformer-lens patch tiny-falcon \\
+      --clean "When Mary and John went to the park, John gave a ball to" \\
+      --corrupted "When Mary and John went to the park, Mary gave a ball to" \\
+      --answer " Mary" --wrong " John"
+
+    transformer-lens patch tiny-falcon --what head_out --out heads.png \\
+      --clean "When Mary and John went to the park, John gave a ball to" \\
+      --corrupted "When Mary and John went to the park, Mary gave a ball to" \\
+      --answer " Mary" --wrong " John"
+    """
+    if what not in SWEEPS:
+        raise typer.BadParameter(f"got {what!r}, expected one of {', '.join(SWEEPS)}", param_hint="--what")
+    for path in out or []:
+        if path.suffix.lower() not in SUFFIXES:
+            raise typer.BadParameter(f"got {path}, expected a name that ends in .html or .png", param_hint="--out")
+    where = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
+    bridge = load_bridge(model, **where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    found = sweep(bridge, clean, corrupted, answer, wrong, what)
+    for path in out or []:
+        save(found, path, model)
+    if json:
+        write_json({"model": model, **found.to_dict()})
+    else:
+        show(found)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What patching restores, and the two runs it is measured by."""
+
+    what: str
+    measure: str
+    tokens: list[str]
+    """Those of the clean prompt."""
+    clean: float
+    corrupted: float
+    restored: Tensor
+    """The share of the way from the corrupted run's measure to the clean one's: [layer pos], or [layer head]."""
+
+    @property
+    def axis(self) -> str:
+        """What the second axis counts."""
+        name = (
+            "expert" if self.what.startswith("expert") else "kv_head" if self.what in ("head_k", "head_v") else "head"
+        )
+        return "pos" if self.what in BY_POSITION else name
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        numbers = {"clean": self.clean, "corrupted": self.corrupted, "restored": self.restored.tolist()}
+        about = {"what": self.what, "measure": self.measure, "axes": ["layer", self.axis], "tokens": self.tokens}
+        return {**about, **numbers}
+
+
+def sweep(
+    bridge: TransformerBridge,
+    clean: str,
+    corrupted: str,
+    answer: str,
+    wrong: str | None = None,
+    what: str = "resid_pre",
+) -> Sweep:
+    """
+    >>> prompt = "When Noah and Adam went to the church, {} bought a ball for"
+    >>> found = sweep(bridge, prompt.format("Adam"), prompt.format("Noah"), " Noah", " Adam", "mlp_out")
+    >>> found.restored.shape
+    torch.Size([4, 15])
+
+    One of the sweeps of `transformer_lens.patching`. Raises `ValueError` for prompts of different lengths or with
+    the same result, and for answers that are not one token.
+    """
+    import torch
+
+    from transformer_lens.analysis import expert_patching, patching
+
+    right, other = bridge.to_single_token(answer), None if wrong is None else bridge.to_single_token(wrong)
+    clean_ids, corrupted_ids = bridge.to_tokens(clean), bridge.to_tokens(corrupted)
+    if clean_ids.shape != corrupted_ids.shape:
+        raise ValueError(
+            f"--clean has {clean_ids.shape[1]} tokens and --corrupted {corrupted_ids.shape[1]}, and patching goes "
+            f"token by token, so they need as many. They are {bridge.to_str_tokens(clean)} and "
+            f"{bridge.to_str_tokens(corrupted)}"
+        )
+
+    def measured(logits: Tensor) -> Tensor:
+        last = logits[0, -1].float()
+        return last.log_softmax(-1)[right] if other is None else last[right] - last[other]
+
+    name = SWEEPS[what][0]
+    run = vars(expert_patching if name in vars(expert_patching) else patching)[name]
+    with torch.no_grad():
+        clean_logits, cache = bridge.run_with_cache(clean_ids)
+        best, worst = measured(clean_logits), measured(bridge(corrupted_ids))
+        if not bool((best - worst).isfinite()) or bool(best == worst):
+            raise ValueError(f"the clean run measures {best:.4g} and the corrupted one {worst:.4g}: nothing to restore")
+        found = run(
+            bridge, corrupted_ids, cache, lambda logits: (measured(logits) - worst) / (best - worst), verbose=False
+        )
+    tokens = [str(token) for token in bridge.to_str_tokens(clean)]
+    measure = f"log-probability of {answer!r}" if wrong is None else f"logit of {answer!r} less that of {wrong!r}"
+    return Sweep(what, measure, tokens, float(best), float(worst), found.cpu())
+
+
+def save(found: Sweep, path: Path, model: str) -> None:
+    """Draw the sweep into a file."""
+    from transformer_lens.viz import head_map, patching_map
+
+    title, value = f"{model}: patching {SWEEPS[found.what][1]}", "restored (0: corrupted, 1: clean)"
+    picture = head_map(found.restored, title, value)
+    if found.axis == "pos":
+        picture = patching_map(found.restored, found.tokens, title, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def show(found: Sweep) -> None:
+    """The table: positions (or heads) down, layers across, in as many parts as the width asks for."""
+    console = output()
+    console.print(f"{found.measure}: {signed(found.clean)} clean, {signed(found.corrupted)} corrupted", markup=False)
+    labels = [repr(token) for token in found.tokens] if found.axis == "pos" else [""] * found.restored.shape[1]
+    places = [(str(number), label) for number, label in enumerate(labels)]
+    taken = len(found.axis) + max(map(len, labels)) + 6
+    fit = max(1, (console.width - taken) // 7)
+    layers = range(len(found.restored))
+    console.print(f"Share of that difference which patching {SWEEPS[found.what][1]} restores, by layer:")
+    for part in (layers[start : start + fit] for start in range(0, len(layers), fit)):
+        console.print(_part(found, places, part))
+
+
+def _part(found: Sweep, places: Sequence[tuple[str, str]], layers: range) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(found.axis, justify="right")
+    if found.axis == "pos":
+        table.add_column("token", no_wrap=True)
+    for layer in layers:
+        table.add_column(f"L{layer}", justify="right")
+    for row, (number, label) in enumerate(places):
+        about = [number, Text(label)] if found.axis == "pos" else [number]
+        table.add_row(*about, *(_shaded(float(found.restored[layer, row])) for layer in layers))
+    return table
+
+
+def signed(value: float) -> str:
+    """
+    >>> signed(0.5), signed(-0.001)
+    ('+0.50', '+0.00')
+    """
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def _shaded(value: float) -> Text:
+    style = "bold white on blue" if value > 0.5 else "white on blue" if value > 0.1 else "dim"
+    return Text(signed(value), style="white on red" if value < -0.1 else style)

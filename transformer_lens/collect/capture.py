@@ -1,0 +1,141 @@
+"""One batch through the model, stopped after the last hook that is needed, and the values of the kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from transformer_lens.collect.files import DTYPES, Column
+from transformer_lens.collect.manifest import dtype_name
+from transformer_lens.collect.plan import Batch
+
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What is stored of a hook: its axes with the token in place of batch and position."""
+
+    axes: str
+    column: Column
+
+    def to_dict(self) -> dict[str, Any]:
+        """The hook as plain data."""
+        return {"axes": self.axes, "shape": list(self.column.shape), "dtype": dtype_name(self.column.dtype)}
+
+
+def stop_after(names: Sequence[str]) -> int | None:
+    """The smallest `stop_at_layer` in which all these hooks fire; `None` for the whole model.
+
+    >>> stop_after(["hook_embed", "blocks.2.attn.hook_z"])
+    3
+    """
+    stop = 0
+    for name in names:
+        place = name.split(".")
+        if place[0] == "blocks":
+            stop = max(stop, int(place[1]) + 1)
+        elif name != "hook_embed":
+            return None
+    return stop
+
+
+def probe(bridge: TransformerBridge, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
+    """Run two tokens to see what each hook gives. Raises `ValueError` for hooks that have no value for each token."""
+    for name in names:
+        axes = bridge.hook_dict[name].axes
+        if "key_pos" in axes:
+            raise ValueError(
+                f"{name!r} has an entry for each pair of positions ({axes}), so what belongs to a token grows with its "
+                "context; collect attn.hook_rot_q and attn.hook_rot_k (attn.hook_q and attn.hook_k) and multiply, or "
+                "use run_with_cache"
+            )
+        if axes.split()[:2] != ["batch", "pos"]:
+            raise ValueError(
+                f"{name!r} has the axes {axes!r}, and only hooks with a value for each token, 'batch pos ...', can be "
+                "collected"
+            )
+    stop = stop_after(names)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(
+            torch.zeros(1, 2, dtype=torch.long),
+            names_filter=list(names),
+            stop_at_layer=stop,
+            return_cache_object=False,
+            padding_side="right",
+        )
+    return {name: _hook(name, bridge.hook_dict[name].axes, cache[name], dtype) for name in names}
+
+
+def _hook(name: str, axes: str, value: Tensor, dtype: torch.dtype | None) -> Hook:
+    kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+    if kept not in DTYPES:
+        raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
+    return Hook(" ".join(["token", *axes.split()[2:]]), Column(kept, tuple(value.shape[2:])))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The values of one batch, perhaps still being computed by a GPU."""
+
+    values: Mapping[str, Tensor]
+    ready: torch.cuda.Event | None
+
+    def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
+        """Each hook's values, copied beside whatever the GPU goes on with."""
+        if self.ready is None:
+            yield from self.values.items()
+            return
+        beside = torch.cuda.Stream()
+        beside.wait_event(self.ready)
+        for name, value in self.values.items():
+            with torch.cuda.stream(beside):
+                copied = value.to("cpu", non_blocking=True)
+            beside.synchronize()
+            yield name, copied
+
+
+class Capturing:
+    """Runs batches and keeps what a job stores."""
+
+    def __init__(self, bridge: TransformerBridge, hooks: Mapping[str, Hook]) -> None:
+        self.bridge = bridge
+        self.hooks = hooks
+        self.stop_at_layer = stop_after(list(hooks))
+
+    def run(self, batch: Batch) -> Captured:
+        """The kept tokens' values at every hook, in the dtype they are stored in."""
+        device = self.bridge.input_device()
+        # Padding stands on the right, where it changes nothing before it: the call stays the model's plain one.
+        _, cache = self.bridge.run_with_cache(
+            torch.from_numpy(batch.ids).to(device),
+            names_filter=list(self.hooks),
+            stop_at_layer=self.stop_at_layer,
+            return_type=None if self.stop_at_layer is None else "logits",
+            return_cache_object=False,
+            padding_side="right",
+        )
+        everything = bool(batch.keep.all())
+        kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
+        values = {}
+        for name, hook in self.hooks.items():
+            flat = cache[name].reshape(-1, *cache[name].shape[2:])
+            some = flat if everything else flat.index_select(0, kept.to(flat.device))
+            values[name] = _cast(name, some, hook.column.dtype)
+        on_gpu = any(value.is_cuda for value in values.values())
+        ready = torch.cuda.current_stream().record_event() if on_gpu else None
+        return Captured(values, ready)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype)
+    if dtype is torch.float16 and value.dtype is not dtype and bool((cast.isinf() & ~value.isinf()).any()):
+        raise ValueError(
+            f"{name!r} reaches {float(value.abs().max()):.4g}, beyond float16's 65504; pass dtype=torch.bfloat16"
+        )
+    return cast

@@ -1,0 +1,212 @@
+"""Files that are whole or not there: written aside, flushed to the disk, then renamed; and the safetensors layout.
+
+A shard's place for every tensor is known before its first value, so it is written as the batches come.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import file_digest
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+DTYPES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""How safetensors calls each dtype."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One tensor of a shard: a value, or an array, for each token."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of one token."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes for one token."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+ABOUT_TOKENS = {
+    "context_ids": Column(torch.int64, ()),
+    "document_ids": Column(torch.int64, ()),
+    "token_ids": Column(torch.int32, ()),
+    "positions": Column(torch.int32, ()),
+    "document_positions": Column(torch.int32, ()),
+}
+"""What is stored about each token: its context, its document, its id, and its position in context and document."""
+
+
+def header_of(columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, and where in the file each tensor begins."""
+    # The widest first, so that each begins at a multiple of its item size.
+    order = sorted(columns, key=lambda name: -columns[name].dtype.itemsize)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+    begin = 0
+    for name in order:
+        column = columns[name]
+        end = begin + tokens * column.token_bytes
+        shape = [tokens, *column.shape]
+        entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + entries[name]["data_offsets"][0] for name in order} | {"": len(header) + begin}
+
+
+class ShardFile:
+    """A shard being written, in a file aside that no other process may write."""
+
+    def __init__(self, path: Path, columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> None:
+        self.path = path
+        self.aside = path.with_name(path.name + ".part")
+        self.columns = columns
+        self.header, self._places = header_of(columns, tokens, about)
+        self.bytes = self._places.pop("")
+        self._file: int | None = None
+
+    def open(self) -> None:
+        """Make the file, with room for all of it. Raises `OSError` where the disk has not that much."""
+        handle = os.open(self.aside, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = self.aside.exists() and self.aside.stat().st_ino == os.fstat(handle).st_ino
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            os.close(handle)
+            raise ValueError(
+                f"{self.path.name} is being written by another process; give each process of a job its own "
+                "shard=(rank, world)"
+            )
+        self._file = handle
+        os.ftruncate(handle, 0)
+        os.posix_fallocate(handle, 0, self.bytes)
+        self._write(memoryview(self.header), 0)
+
+    def write(self, name: str, values: Tensor) -> None:
+        """The next tokens of one tensor."""
+        column = self.columns[name]
+        if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
+            raise ValueError(
+                f"{name!r}: got {values.dtype} {list(values.shape[1:])} for a token, expected {column.dtype} "
+                f"{list(column.shape)}, as in the job's first batch"
+            )
+        if values.numel():
+            raw = memoryview(cast("Buffer", values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._write(raw, self._places[name])
+            self._places[name] += len(raw)
+
+    def _write(self, raw: memoryview, place: int) -> None:
+        assert self._file is not None
+        while len(raw):
+            written = os.pwrite(self._file, raw, place)
+            raw, place = raw[written:], place + written
+
+    def finish(self) -> str:
+        """Flush the file to the disk and give it its name; returns its sha256."""
+        assert self._file is not None
+        os.fsync(self._file)
+        with os.fdopen(os.dup(self._file), "rb") as written:
+            written.seek(0)
+            found = file_digest(written, "sha256").hexdigest()
+        os.replace(self.aside, self.path)
+        flush_folder(self.path.parent)
+        os.close(self._file)
+        self._file = None
+        return found
+
+    def abandon(self) -> None:
+        """Drop a file that will not be finished; its room is free again."""
+        if self._file is not None:
+            with suppress(FileNotFoundError):
+                self.aside.unlink()
+            os.close(self._file)
+            self._file = None
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a rename last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of a job waiting; the lock leaves nothing behind, however this process ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file that is either whole or as it was before."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, as `sha256sum` gives it."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+ADVICE: Mapping[int, str] = {
+    errno.ENOSPC: "the disk is full: make room, or move the folder to a larger one",
+    errno.EDQUOT: "the disk quota is used up: make room, or move the folder elsewhere",
+    errno.EFBIG: "the file is larger than this place allows: lower shard_tokens in a new folder",
+    errno.EROFS: "the folder is on a file system that can only be read: choose another out_dir, or remount it",
+    errno.EACCES: "this user may not write there: choose another out_dir, or change its permissions",
+    errno.EPERM: "this user may not write there: choose another out_dir, or change its permissions",
+    errno.EIO: "the disk reports a fault: move the folder to another one",
+}
+
+
+def advised(error: OSError, out_dir: Path, finished: int) -> OSError:
+    """The same error with what to do, and what is kept."""
+    advice = ADVICE.get(error.errno or 0, str(error))
+    kept = f"{finished} finished shard{'s are' if finished != 1 else ' is'} kept"
+    return OSError(error.errno, f"{advice}; {kept}, and the same call goes on from there", str(out_dir))

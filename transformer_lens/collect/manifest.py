@@ -1,0 +1,254 @@
+"""The manifest of a job: what was asked of which model and data, and the shards with their checksums.
+
+Nothing in it depends on when, or in how many goes, the job ran.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from transformer_lens.collect.files import locked, sha256_of, write_json
+from transformer_lens.collect.plan import Cursor
+
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+SAMPLED = 256
+"""Values of each parameter that go into the fingerprint of the weights."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard."""
+
+    shard: int
+    file: str
+    bytes: int
+    sha256: str
+    tokens: int
+    """How many are stored, after the filters."""
+    contexts: int
+    first_document: int
+    last_document: int
+    begin: Cursor
+    end: Cursor
+    last: bool
+    """Whether the data end with it."""
+    data_sha256: str
+    """Of the token ids that were read for it."""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> ShardRecord:
+        """A record as it stands in a file."""
+        return cls(**{**entry, "begin": Cursor(**entry["begin"]), "end": Cursor(**entry["end"])})
+
+    def problem(self, out_dir: Path, checksum: bool = True) -> str:
+        """What is wrong with the shard's file, in words; nothing if it is whole."""
+        path = out_dir / self.file
+        if not path.is_file():
+            return f"{self.file} is missing"
+        if path.stat().st_size != self.bytes:
+            return f"{self.file} has {path.stat().st_size} bytes, expected {self.bytes}"
+        if checksum and (found := sha256_of(path)) != self.sha256:
+            return f"{self.file} has the sha256 {found}, expected {self.sha256}"
+        return ""
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard; its record has the same name with another ending."""
+    return f"shard-{number:06d}.safetensors"
+
+
+def record_path(out_dir: Path, number: int) -> Path:
+    """Where the record of a finished shard is."""
+    return (out_dir / shard_name(number)).with_suffix(".json")
+
+
+# -- what identifies a job -----------------------------------------------------------------------------
+
+
+def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
+    """What model ran: its name and revision, and a fingerprint of its weights."""
+    model: Any = bridge.original_model
+    config = model.config
+    return {
+        "name": bridge.cfg.model_name,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": bridge.cfg.architecture,
+        "weights": weights_fingerprint(model),
+        "dtype": dtype_name(bridge.cfg.dtype),
+        "attention": config._attn_implementation,
+        "experts": getattr(config, "_experts_implementation", None),
+        "hooked": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
+    }
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A checksum of every parameter's name, shape and some of its values: other weights give another one.
+
+    >>> from transformer_lens.collect.manifest import weights_fingerprint
+    >>> weights_fingerprint(model) == weights_fingerprint(TransformerBridge.boot_transformers("tiny-falcon").detach())
+    True
+    """
+    found = sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        # What is offloaded, or divided among processes, is not here to be read.
+        if isinstance(parameter.data, torch.Tensor) and type(parameter.data) is torch.Tensor and not parameter.is_meta:
+            flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+            found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
+    """What turned texts into tokens."""
+    if tokenizer is None:
+        return None
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": sha256(vocabulary.encode()).hexdigest(),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else decides the last bits of a number."""
+    versions = {name: version(name) for name in LIBRARIES}
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    return {"versions": versions, "device": device.type, "threads": threads}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+# -- the file ------------------------------------------------------------------------------------------
+
+
+class Manifest:
+    """The manifest in a folder, and the records beside it."""
+
+    def __init__(self, out_dir: Path, job: Mapping[str, Any], around: Mapping[str, Any]) -> None:
+        self.out_dir = out_dir
+        self.job = json.loads(json.dumps(job))
+        self.environment = json.loads(json.dumps(around))
+        self.job_sha256 = sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
+        self.complete = False
+        self._shards: list[dict[str, Any]] = []
+
+    @classmethod
+    def read(cls, out_dir: Path) -> Manifest:
+        """The manifest of a folder. Raises `ValueError` if there is none, or it was changed by hand."""
+        path = out_dir / MANIFEST
+        if not path.is_file():
+            raise ValueError(f"{out_dir} holds no {MANIFEST}: nothing was collected there")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            manifest = cls(out_dir, found["job"], found["environment"])
+            manifest.complete, manifest._shards = found["complete"], found["shards"]
+            stated, form = found["job_sha256"], found["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error!r}); restore it, or collect into another folder") from None
+        if form != FORMAT:
+            raise ValueError(f"{path} has format {form}, this version reads {FORMAT}")
+        if stated != manifest.job_sha256:
+            raise ValueError(f"{path} was changed since it was written: its job does not have the checksum it states")
+        return manifest
+
+    def start(self, same_environment: bool) -> None:
+        """Write the manifest, or go on with one that asks for the same. Raises `ValueError` naming what differs."""
+        with locked(self.out_dir):
+            if not (self.out_dir / MANIFEST).exists():
+                self._write([])
+                return
+            before = Manifest.read(self.out_dir)
+        changed = differences(before.job, self.job)
+        if changed:
+            raise ValueError(
+                f"{self.out_dir} holds another job; choose another out_dir, or pass what it was begun with: "
+                + "; ".join(changed)
+            )
+        changed = differences(before.environment, self.environment)
+        if changed and same_environment:
+            raise ValueError(
+                f"{self.out_dir} was begun in another environment, where numbers may round otherwise: "
+                f"{'; '.join(changed)}; go back to it, or pass same_environment=False to go on all the same"
+            )
+        self.environment, self.complete, self._shards = before.environment, before.complete, before._shards
+
+    def _write(self, shards: Sequence[ShardRecord]) -> None:
+        self._shards = [asdict(record) for record in shards]
+        document = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "job_sha256": self.job_sha256,
+            "job": self.job,
+            "environment": self.environment,
+            "tokens": sum(record.tokens for record in shards),
+            "shards": self._shards,
+        }
+        write_json(self.out_dir / MANIFEST, document)
+
+    def keep(self, record: ShardRecord) -> None:
+        """Write the record of a shard: from here on it counts as finished."""
+        write_json(record_path(self.out_dir, record.shard), asdict(record))
+
+    def records(self) -> dict[int, ShardRecord]:
+        """The finished shards by number, whether or not all are."""
+        if self.complete:
+            return {entry["shard"]: ShardRecord.of(entry) for entry in self._shards}
+        found = {}
+        for path in sorted(self.out_dir.glob("shard-*.json")):
+            try:
+                record = ShardRecord.of(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} cannot be read ({error!r}); delete it to compute its shard again") from None
+            found[record.shard] = record
+        return found
+
+    def finish(self) -> bool:
+        """State that the job is complete, if every shard is there; returns whether it is."""
+        if self.complete:
+            return True
+        with locked(self.out_dir):
+            records = self.records()
+            last = [number for number, record in records.items() if record.last]
+            if not last or set(records) != set(range(last[0] + 1)):
+                return False
+            self.complete = True
+            self._write([records[number] for number in sorted(records)])
+            return True
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The keys in which two nested documents differ, with both values.
+
+    >>> from transformer_lens.collect.manifest import differences
+    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ['b.c was 2, now 3']
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys([*before, *now]))
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [f"{name} was {before!r}, now {now!r}"]

@@ -1,0 +1,188 @@
+"""Which tokens go into which context, batch and shard: a function of the data and the options alone.
+
+So a run that goes on from the end of any shard makes the very batches that an uninterrupted one makes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import islice
+
+import numpy as np
+
+from transformer_lens.collect.sources import Encoder, Source
+
+TOGETHER = 32
+"""Documents tokenised in one call."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the data: the next token to be read."""
+
+    document: int = 0
+    offset: int = 0
+    tokens: int = 0
+    """How many tokens lie before it."""
+
+    def to_dict(self) -> dict[str, int]:
+        """The cursor as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens are laid out; all of it is written into the manifest."""
+
+    context_size: int
+    batch_size: int
+    contexts_per_shard: int
+    packing: bool
+    pad: int
+    bos: int | None
+    drop_bos: bool
+    drop_first: int
+    max_tokens: int | None
+
+
+class TokenStream:
+    """The documents of a source as token ids, read forwards, a few at a time."""
+
+    def __init__(self, source: Source, encoder: Encoder, start: int) -> None:
+        self._encoder = encoder
+        self._documents: Iterator[tuple[int, object]] = enumerate(source.read(start), start)
+        self._held: deque[tuple[int, np.ndarray]] = deque()
+
+    def at(self, document: int) -> tuple[int, np.ndarray] | None:
+        """The first document from this number on that has tokens, or `None` at the end."""
+        while True:
+            while self._held and (self._held[0][0] < document or not len(self._held[0][1])):
+                self._held.popleft()
+            if self._held:
+                return self._held[0]
+            # Documents that are gone over are not tokenised.
+            wanted = (pair for pair in self._documents if pair[0] >= document)
+            some = list(islice(wanted, TOGETHER))
+            if not some:
+                return None
+            self._held.extend(self._encoder.encode(some))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some contexts, padded on the right to the longest, and which of their positions are kept."""
+
+    ids: np.ndarray
+    keep: np.ndarray
+    tokens: int
+    """How many are not padding."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The contexts of one shard: arrays of [context, pos]."""
+
+    number: int
+    begin: Cursor
+    end: Cursor
+    last: bool
+    ids: np.ndarray
+    documents: np.ndarray
+    document_positions: np.ndarray
+    lengths: np.ndarray
+    keep: np.ndarray
+    first_context: int
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The batches in which the model reads them."""
+        for start in range(0, len(self.ids), size):
+            rows = slice(start, start + size)
+            longest = int(self.lengths[rows].max())
+            tokens = int(self.lengths[rows].sum())
+            yield Batch(self.ids[rows, :longest], self.keep[rows, :longest], tokens)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """What is stored about each token that is kept, beside its activations."""
+        contexts, positions = np.broadcast_arrays(np.arange(len(self.ids))[:, None], np.arange(self.ids.shape[1]))
+        return {
+            "context_ids": (contexts + self.first_context)[self.keep].astype(np.int64),
+            "document_ids": self.documents[self.keep].astype(np.int64),
+            "token_ids": self.ids[self.keep].astype(np.int32),
+            "positions": positions[self.keep].astype(np.int32),
+            "document_positions": self.document_positions[self.keep].astype(np.int32),
+        }
+
+    def digest(self) -> str:
+        """A checksum of what was read, by which a later run knows the same data."""
+        found = sha256()
+        for array in (self.ids, self.documents, self.document_positions, self.lengths):
+            found.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return found.hexdigest()
+
+
+def plan_shard(stream: TokenStream, number: int, begin: Cursor, layout: Layout) -> ShardPlan | None:
+    """The shard that begins at a cursor, or `None` if the data end there."""
+    shape = (layout.contexts_per_shard, layout.context_size)
+    ids = np.full(shape, layout.pad, np.int64)
+    documents, document_positions = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
+    lengths = np.zeros(shape[0], np.int64)
+    cursor, rows = begin, 0
+    for row in range(shape[0]):
+        for number_, offset, piece in _context(stream, cursor, layout):
+            place = slice(lengths[row], lengths[row] + len(piece))
+            ids[row, place] = piece
+            documents[row, place] = number_
+            document_positions[row, place] = np.arange(offset, offset + len(piece))
+            lengths[row] += len(piece)
+            cursor = Cursor(number_, offset + len(piece), cursor.tokens + len(piece))
+        if not lengths[row]:
+            break
+        rows = row + 1
+    if not rows:
+        return None
+    keep = np.arange(shape[1]) < lengths[:rows, None]
+    keep &= np.arange(shape[1]) >= layout.drop_first
+    if layout.drop_bos:
+        keep &= ids[:rows] != layout.bos
+    return ShardPlan(
+        number=number,
+        begin=begin,
+        end=cursor,
+        last=_next(stream, cursor, layout) is None,
+        ids=ids[:rows],
+        documents=documents[:rows],
+        document_positions=document_positions[:rows],
+        lengths=lengths[:rows],
+        keep=keep,
+        first_context=number * layout.contexts_per_shard,
+    )
+
+
+def _context(stream: TokenStream, cursor: Cursor, layout: Layout) -> Iterator[tuple[int, int, np.ndarray]]:
+    """The pieces of documents that fill one context: (document, position in it, token ids)."""
+    room = layout.context_size
+    while room:
+        found = _next(stream, cursor, layout)
+        if found is None:
+            return
+        number, offset, rest = found
+        piece = rest[:room]
+        yield number, offset, piece
+        room = room - len(piece) if layout.packing else 0
+        cursor = Cursor(number, offset + len(piece), cursor.tokens + len(piece))
+
+
+def _next(stream: TokenStream, cursor: Cursor, layout: Layout) -> tuple[int, int, np.ndarray] | None:
+    """The document a cursor is in, or the one after it: its number, the position in it, and its tokens from there."""
+    left = None if layout.max_tokens is None else layout.max_tokens - cursor.tokens
+    if left == 0:
+        return None
+    found, offset = stream.at(cursor.document), 0
+    if found is not None and found[0] == cursor.document:
+        offset = cursor.offset
+        if offset == len(found[1]):
+            found, offset = stream.at(cursor.document + 1), 0
+    return None if found is None else (found[0], offset, found[1][offset:][:left])

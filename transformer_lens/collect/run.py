@@ -1,0 +1,264 @@
+"""`collect`: the activations of a whole data set, to disk, in shards that are whole or not there.
+
+The model runs in this thread, a second one writes. What a shard holds depends on data and options alone, so a job
+that was killed goes on with its next shard, and ends with the bytes it would have had.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm import tqdm
+
+from transformer_lens.collect.background import Background
+from transformer_lens.collect.capture import Captured, Capturing, probe
+from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
+from transformer_lens.collect.manifest import (
+    Manifest,
+    ShardRecord,
+    environment,
+    model_identity,
+    shard_name,
+    tokenizer_identity,
+)
+from transformer_lens.collect.options import Options
+from transformer_lens.collect.plan import Cursor, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.sources import Encoder, open_source
+from transformer_lens.collect.store import ActivationStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformer_lens import TransformerBridge
+
+    NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
+
+logger = logging.getLogger(__name__)
+
+WAITING = 4
+"""Batches that may wait for the writer, which is all that memory holds of a job."""
+
+
+class Job:
+    """One process's part of a job. Making it checks everything that can be checked before the first batch."""
+
+    def __init__(self, bridge: TransformerBridge, data: Any, names: Any, out_dir: Path, options: Options) -> None:
+        self.options, self.out_dir = options, out_dir
+        if bridge.original_model.training:
+            raise ValueError(
+                "collect: the model is in training mode, where dropout is random; call bridge.eval() first"
+            )
+        chosen = bridge.select_names(names)
+        self.source = open_source(data)
+        special = options.special_tokens(bridge)
+        self.layout = options.layout(bridge, special)
+        self.encoder = Encoder(bridge.tokenizer, options.text_key, special.bos, special.eos, bridge.cfg.d_vocab)
+        self.capturing = Capturing(bridge, probe(bridge, chosen, options.dtype))
+        identity = {
+            "model": model_identity(bridge),
+            "tokenizer": tokenizer_identity(bridge.tokenizer),
+            "data": dict(self.source.about),
+            "text_key": options.text_key,
+            "prepend_bos": special.bos is not None,
+            "append_eos": special.eos is not None,
+            "hooks": {name: hook.to_dict() for name, hook in self.capturing.hooks.items()},
+            "stop_at_layer": self.capturing.stop_at_layer,
+            **asdict(self.layout),
+        }
+        self.manifest = Manifest(out_dir, identity, environment(bridge.input_device()))
+        self.done: dict[int, ShardRecord] = {}
+        self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
+
+    def run(self) -> None:
+        """Compute what is missing of this process's shards."""
+        with self._advising():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.manifest.start(self.options.same_environment)
+        self.done = self.manifest.records()
+        broken = broken_shards(self.out_dir, self.done, self.options.check)
+        for number in broken:
+            logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
+        if not broken and self.manifest.finish():
+            return
+        try:
+            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad():
+                for plan in self._missing(set(self.done) - set(broken)):
+                    self._compute(plan, writer, bar)
+        finally:
+            for file in self._begun:
+                file.abandon()
+        with self._advising():
+            self.manifest.finish()
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise advised(error, self.out_dir, len(self.done)) from error
+
+    # -- what is missing ---------------------------------------------------------------------------
+
+    def _missing(self, kept: set[int]) -> Iterator[ShardPlan]:
+        """The shards this process has to compute. What lies in finished ones is not read."""
+        rank, world = self.options.shard
+        stream: TokenStream | None = None
+        cursor, number, last = Cursor(), 0, False
+        while not last:
+            before = self.done.get(number)
+            if before is not None and number in kept:
+                cursor, last = before.end, before.last
+            else:
+                if stream is None:
+                    stream = self._open(number)
+                plan = plan_shard(stream, number, cursor, self.layout)
+                if plan is None:
+                    raise ValueError("data: got no tokens at all")
+                if before is not None and before.data_sha256 != plan.digest():
+                    raise changed_data(self.out_dir, number)
+                cursor, last = plan.end, plan.last
+                if number % world == rank:
+                    yield plan
+            number += 1
+
+    def _open(self, number: int) -> TokenStream:
+        """The data, read from the shard before `number` on: that one has to be what it was."""
+        before = self.done.get(number - 1)
+        if before is None:
+            return TokenStream(self.source, self.encoder, 0)
+        stream = TokenStream(self.source, self.encoder, before.begin.document)
+        again = plan_shard(stream, before.shard, before.begin, self.layout)
+        if again is None or again.digest() != before.data_sha256 or again.last != before.last:
+            raise changed_data(self.out_dir, before.shard)
+        return stream
+
+    def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
+        if not self.options.progress:
+            # Not even a hidden bar: it would wait for the lock that tqdm shares among forked processes.
+            return nullcontext()
+        rank, world = self.options.shard
+        done = sum(r.end.tokens - r.begin.tokens for r in self.done.values() if r.shard % world == rank)
+        bar = tqdm(initial=done, unit=" tokens", unit_scale=True, desc="collect")
+        return cast("AbstractContextManager[tqdm[Any]]", bar)
+
+    # -- one shard ---------------------------------------------------------------------------------
+
+    def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
+        stored = {name: hook.column for name, hook in self.capturing.hooks.items()}
+        about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
+        path = self.out_dir / shard_name(plan.number)
+        file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
+        self._begun.append(file)
+        writer.call(lambda: self._begin(plan, file))
+        for batch in plan.batches(self.layout.batch_size):
+            captured = self.capturing.run(batch)
+            writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
+            if bar is not None:
+                bar.total = expected_tokens(self, plan)
+                bar.update(batch.tokens)
+        writer.call(lambda: self._finish(plan, file))
+
+    def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
+        with self._advising():
+            file.open()
+            for name, values in plan.columns().items():
+                file.write(name, torch.from_numpy(values))
+
+    def _write(self, captured: Captured, file: ShardFile) -> None:
+        with self._advising():
+            for name, values in captured.on_cpu():
+                file.write(name, values)
+
+    def _finish(self, plan: ShardPlan, file: ShardFile) -> None:
+        before = self.done.get(plan.number)
+        with self._advising():
+            checksum = file.finish()
+            record = ShardRecord(
+                shard=plan.number,
+                file=file.path.name,
+                bytes=file.bytes,
+                sha256=checksum,
+                tokens=int(plan.keep.sum()),
+                contexts=len(plan.ids),
+                first_document=int(plan.documents[0, 0]),
+                last_document=int(plan.documents.max()),
+                begin=plan.begin,
+                end=plan.end,
+                last=plan.last,
+                data_sha256=plan.digest(),
+            )
+            if before is None:
+                self.manifest.keep(record)
+        if before is not None and before != record:
+            raise ValueError(
+                f"{file.path} was computed again and differs from what its record states: model or environment are not "
+                "what they were; collect into another folder"
+            )
+        self.done[plan.number] = record
+
+
+def broken_shards(out_dir: Path, records: dict[int, ShardRecord], check: bool) -> list[int]:
+    """The finished shards whose file is missing or has another size or, with `check`, another checksum."""
+    return [number for number, record in records.items() if record.problem(out_dir, check)]
+
+
+def changed_data(out_dir: Path, number: int) -> ValueError:
+    """The error for data that are not those a job was begun with."""
+    return ValueError(
+        f"data: shard {number} of {out_dir} was made from other tokens; pass the documents of the first call, in their "
+        "order, or choose another out_dir"
+    )
+
+
+def expected_tokens(job: Job, plan: ShardPlan) -> int | None:
+    """How many tokens this process will have read, judged by the documents that lie behind; `None` if unknown."""
+    most, documents = job.layout.max_tokens, job.source.documents
+    if plan.last:
+        most = plan.end.tokens
+    elif documents is not None and plan.end.document:
+        guess = plan.end.tokens * documents // plan.end.document
+        most = guess if most is None else min(most, guess)
+    return None if most is None else most // job.options.shard[1]
+
+
+def collect(
+    bridge: TransformerBridge, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
+) -> ActivationStore:
+    """Write the activations of a data set at some hooks to disk, and open them.
+
+    >>> import tempfile
+    >>> from transformer_lens.collect import collect
+    >>> folder = tempfile.mkdtemp()
+    >>> texts = ["Mary and John", "went to the store"]
+    >>> store = collect(bridge, texts, "blocks.1.hook_resid_post", folder, progress=False)
+    >>> store["blocks.1.hook_resid_post"].shape
+    (11, 128)
+
+    `dataset` is a `.txt` file (each line a document), a `.jsonl` file, a folder or list of such paths, a list of texts
+    or of token ids, a token tensor [document, pos], a Hugging Face data set, or any iterable of documents that gives
+    them in the same order again. `names` are as in `run_with_cache`. A call that was killed goes on where it was when
+    it is made again, and the finished files are byte for byte those of a run that was not.
+
+    - `context_size` tokens are a context (default: the model's, at most 1024), `batch_size` contexts a batch.
+    - `packing` fills contexts with one document after another; without it each document has its own, padded.
+    - `prepend_bos` (default: if the model has one) and `append_eos` frame each text; token ids are taken as they are.
+    - `drop_bos`, `drop_first` (positions of each context) are not stored; padding never is.
+    - `max_tokens` ends the data early; `text_key` names the text in a row.
+    - `dtype` to store floats in (default: as computed); `shard_tokens` is about how many tokens a file has.
+    - `shard=(rank, world)`: this process computes every `world`-th shard; the last one to end completes the manifest.
+    - `check` compares finished shards with their checksums first, and computes again those that differ.
+    - `same_environment=False` goes on under other library versions, device or threads.
+    - `progress` shows tokens per second and the time left.
+
+    Raises `ValueError` for another job's folder, naming what differs, for other data than before, and for hooks
+    without a value for each token; `OSError` for a full or read-only disk. Finished shards stay valid.
+    """
+    Job(bridge, dataset, names, Path(out_dir), Options.of(options)).run()
+    return ActivationStore(out_dir)

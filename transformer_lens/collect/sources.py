@@ -1,0 +1,179 @@
+"""Where documents come from: files, data sets, lists of texts, token ids.
+
+A source gives its documents in an order that stays, from any number on, and holds no more than a few of them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+TEXT_SUFFIXES = (".txt", ".text")
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents by number: texts, rows of a table, or token ids."""
+
+    read: Callable[[int], Iterator[Any]]
+    """The documents from this number on."""
+    about: Mapping[str, Any]
+    """What identifies the data in a manifest."""
+    documents: int | None = None
+    """How many there are, where that is known without reading them."""
+
+
+def open_source(data: Any) -> Source:
+    """The documents of whatever `collect` takes.
+
+    >>> from transformer_lens.collect.sources import open_source
+    >>> list(open_source(["one", "two", "three"]).read(1))
+    ['two', 'three']
+
+    Raises `ValueError` for a path that is not there or of an unknown kind, and `TypeError` for other things.
+    """
+    if isinstance(data, (str, Path)):
+        return _files([Path(data)])
+    if isinstance(data, (list, tuple)) and data and all(isinstance(item, Path) for item in data):
+        return _files(data)
+    library = sys.modules.get("datasets")  # whoever passes one of its data sets has imported it
+    if library is not None:
+        if isinstance(data, (library.DatasetDict, library.IterableDatasetDict)):
+            raise ValueError(
+                f"data: got a DatasetDict, expected one of its splits: data[{next(iter(data), 'train')!r}]"
+            )
+        if isinstance(data, library.IterableDataset):
+            return Source(lambda start: iter(data.skip(start)), {"kind": "datasets.IterableDataset"})
+        if isinstance(data, library.Dataset):
+            rows = len(data)
+            return Source(
+                lambda start: iter(data.select(range(start, rows))), {"kind": "datasets.Dataset", "rows": rows}, rows
+            )
+    return _in_memory(data)
+
+
+def _in_memory(data: Any) -> Source:
+    if isinstance(data, (Tensor, np.ndarray)):
+        ids = np.asarray(data.cpu() if isinstance(data, Tensor) else data)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(f"data: got {ids.dtype} of shape {list(ids.shape)}, expected token ids [document, pos]")
+        return Source(lambda start: iter(ids[start:]), {"kind": "token ids", "shape": list(ids.shape)}, len(ids))
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected a path, a list of paths, texts or token ids, a token tensor, "
+            "a Hugging Face data set, or another iterable of documents"
+        )
+    if isinstance(data, Sequence):
+        return Source(
+            lambda start: (data[i] for i in range(start, len(data))),
+            {"kind": "list", "documents": len(data)},
+            len(data),
+        )
+    return Source(lambda start: islice(iter(data), start, None), {"kind": "iterable"})
+
+
+# -- files ---------------------------------------------------------------------------------------------
+
+
+def _files(paths: Sequence[Path]) -> Source:
+    found = [file for path in paths for file in _inside(path)]
+    sizes = [[file.name, file.stat().st_size] for file in found]
+    return Source(lambda start: islice(_documents(found), start, None), {"kind": "files", "files": sizes})
+
+
+def _inside(path: Path) -> list[Path]:
+    known = (*TEXT_SUFFIXES, *JSON_SUFFIXES)
+    expected = f"expected {', '.join(known)}, or a folder of them"
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in known)
+        if not files:
+            raise ValueError(f"data: {path} holds no file that could be read; {expected}")
+        return files
+    if not path.is_file():
+        raise ValueError(f"data: there is no file {str(path)!r}; for a text rather than a file, pass a list: [text]")
+    if path.suffix not in known:
+        raise ValueError(f"data: got the file {path.name!r}, {expected}")
+    return [path]
+
+
+def _documents(files: Sequence[Path]) -> Iterator[Any]:
+    """Each line that is not blank is a document: a text, or a JSON object."""
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            numbered = enumerate(lines, 1)
+            for number, line in numbered:
+                if line.strip():
+                    yield _parsed(line, file, number) if file.suffix in JSON_SUFFIXES else line.rstrip("\r\n")
+
+
+def _parsed(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number}: not JSON ({error}); one object in each line is expected") from None
+
+
+# -- documents to token ids ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns documents into token ids: texts by the tokenizer, token ids as they are."""
+
+    tokenizer: Any
+    text_key: str
+    bos: int | None
+    """Put in front of each text, or `None`."""
+    eos: int | None
+    """Put behind each text, or `None`."""
+    d_vocab: int
+
+    def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:
+        """The token ids of some numbered documents."""
+        contents = [(number, self._content(number, document)) for number, document in documents]
+        texts = [content for _, content in contents if isinstance(content, str)]
+        if texts and self.tokenizer is None:
+            raise ValueError("data: got texts, and this bridge has no tokenizer; pass token ids, or a tokenizer to it")
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        return [
+            (number, self._framed(next(encoded)) if isinstance(content, str) else self._ids(number, content))
+            for number, content in contents
+        ]
+
+    def _content(self, number: int, document: Any) -> Any:
+        if isinstance(document, Mapping):
+            if self.text_key not in document:
+                has = ", ".join(map(repr, document))
+                raise ValueError(f"document {number} has no {self.text_key!r}, only {has}; name the text with text_key")
+            return document[self.text_key]
+        return document
+
+    def _framed(self, ids: Sequence[int]) -> np.ndarray:
+        if not len(ids):
+            return np.empty(0, np.int64)
+        front = [] if self.bos is None else [self.bos]
+        back = [] if self.eos is None else [self.eos]
+        return np.asarray([*front, *ids, *back], np.int64)
+
+    def _ids(self, number: int, content: Any) -> np.ndarray:
+        array = np.asarray(content.cpu() if isinstance(content, Tensor) else content)
+        if array.size == 0 and array.ndim == 1:
+            return np.empty(0, np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            got = type(content).__name__ if array.dtype.kind not in "iuf" else f"{array.dtype} {list(array.shape)}"
+            raise TypeError(f"document {number}: got {got}, expected a text, or the token ids of one")
+        if int(array.min()) < 0 or int(array.max()) >= self.d_vocab:
+            raise ValueError(
+                f"document {number}: got token ids from {array.min()} to {array.max()}, expected 0 to "
+                f"{self.d_vocab - 1}"
+            )
+        return array.astype(np.int64)

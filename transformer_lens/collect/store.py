@@ -1,0 +1,178 @@
+"""`ActivationStore`: what `collect` wrote, read in place by token, document or hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transformer_lens.collect.batches import ActivationBatches
+from transformer_lens.collect.columns import Index, Shards, StoredTensor
+from transformer_lens.collect.files import ABOUT_TOKENS
+from transformer_lens.collect.manifest import Manifest
+from transformer_lens.collect.statistics import RunningStatistics
+from transformer_lens.utilities import get_act_name
+
+CHUNK = 8192
+"""Tokens that a statistic reads at a time."""
+
+
+class ActivationStore:
+    """The activations in a folder. Nothing is read before it is indexed; a job that still runs shows what is finished.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> store = bridge.collect(["Mary and John", "went to the store"], ["hook_embed"], folder, progress=False)
+    >>> store["hook_embed"][2:4].shape, bridge.to_string(store.document(1)["token_ids"])
+    (torch.Size([2, 128]), '<|bos|>went to the store')
+
+    `store[name]` is a tensor over all tokens (`StoredTensor`), under a hook's name, a short key such as
+    `("resid_post", 1)`, or one of `context_ids`, `document_ids`, `token_ids`, `positions` and
+    `document_positions`. `store[i]`, `store[a:b]` and `store[[i, j]]` are everything about some tokens. Raises
+    `ValueError` for a folder without a manifest, and for a shard that is missing or damaged, saying what to do.
+    """
+
+    def __init__(self, out_dir: str | Path) -> None:
+        self.out_dir = Path(out_dir)
+        self.manifest = Manifest.read(self.out_dir)
+        records = self.manifest.records()
+        numbers = sorted(records)
+        # Of a job that several processes share, later shards may be finished before earlier ones.
+        self._shards = Shards(self.out_dir, [records[number] for number in numbers])
+        about = {name: StoredTensor(self._shards, name, c.dtype, c.shape, "token") for name, c in ABOUT_TOKENS.items()}
+        hooks = {
+            name: StoredTensor(self._shards, name, getattr(torch, hook["dtype"]), tuple(hook["shape"]), hook["axes"])
+            for name, hook in self.manifest.job["hooks"].items()
+        }
+        self._tensors = {**hooks, **about}
+
+    @property
+    def hooks(self) -> list[str]:
+        """The names of the hooks that were collected."""
+        return list(self.manifest.job["hooks"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether all shards of the job are there."""
+        return self.manifest.complete
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "not complete"
+        lines = [
+            f"ActivationStore({str(self.out_dir)!r}): {len(self)} tokens, {len(self._shards.records)} shards, {state}"
+        ]
+        return "\n".join([*lines, *(f"  {self._tensors[name]!r}" for name in self.hooks)])
+
+    def __getitem__(self, index: str | tuple[str, int] | Index) -> Any:
+        if isinstance(index, (str, tuple)):
+            return self._named(index)
+        return {name: tensor[index] for name, tensor in self._tensors.items()}
+
+    def _named(self, key: str | tuple[Any, ...]) -> StoredTensor:
+        name = key if isinstance(key, str) else get_act_name(*key)
+        if name not in self._tensors:
+            near = get_close_matches(name, list(self._tensors), n=3, cutoff=0.0)
+            raise KeyError(f"{name!r} was not collected; the nearest names are {', '.join(map(repr, near))}")
+        return self._tensors[name]
+
+    def document(self, number: int) -> dict[str, Tensor]:
+        """Everything about the tokens of one document, by its number in the data.
+
+        Raises `KeyError` if none of its tokens is stored.
+        """
+        parts: list[dict[str, Tensor]] = []
+        for place, record in enumerate(self._shards.records):
+            if record.first_document <= number <= record.last_document:
+                tensors = self._shards.tensors(place)
+                ids = tensors["document_ids"].numpy()
+                rows = slice(*(int(np.searchsorted(ids, number, side=side)) for side in ("left", "right")))
+                if rows.start != rows.stop:
+                    parts.append({name: tensors[name][rows] for name in self._tensors})
+        if not parts:
+            raise KeyError(
+                f"document {number}: none of its tokens is stored; there may be fewer documents, or a filter"
+            )
+        return {name: torch.cat([part[name] for part in parts]) for name in self._tensors}
+
+    # -- a pass over all ---------------------------------------------------------------------------
+
+    def batches(
+        self,
+        names: str | Sequence[str] | None = None,
+        batch_size: int = 4096,
+        *,
+        shuffle: bool = True,
+        buffer_tokens: int = 65536,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> ActivationBatches:
+        """Batches of tokens as a torch `IterableDataset`, each token once in an epoch.
+
+        One name gives tensors [token, ...], several give dictionaries of them; `None` stands for all hooks.
+        Shuffling mixes short runs of tokens in a buffer of `buffer_tokens`, which is all that is held. `seed` and
+        `set_epoch(n)` choose the order. Goes into `DataLoader(batches, batch_size=None, num_workers=n)`.
+        """
+        chosen: str | list[str] = (
+            self._named(names).name if isinstance(names, str) else [self._named(n).name for n in names or self.hooks]
+        )
+        return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
+
+    def statistics(self, names: str | Sequence[str] | None = None) -> dict[str, RunningStatistics]:
+        """Mean, variance and mean norm of hooks over all tokens, read once.
+
+        >>> store.statistics()["hook_embed"].mean.shape  # doctest: +SKIP
+        torch.Size([128])
+        """
+        wanted = [names] if isinstance(names, str) else names or self.hooks
+        found = {}
+        for name in wanted:
+            tensor, running = self._named(name), RunningStatistics()
+            for start in range(0, len(self), CHUNK):
+                running.update(tensor[start : start + CHUNK])
+            found[tensor.name] = running
+        return found
+
+    # -- out of here -------------------------------------------------------------------------------
+
+    def to_numpy(self, name: str, index: Index = slice(None)) -> np.ndarray:
+        """Some tokens of one tensor as an array; bfloat16, which numpy lacks, becomes float32."""
+        values: Tensor = self._named(name)[index]
+        return (values.float() if values.dtype == torch.bfloat16 else values.clone()).numpy()
+
+    def to_dataset(self, names: Sequence[str] | None = None, **options: Any) -> Any:
+        """A Hugging Face `Dataset` with a row for each token; `options` go to its `from_generator`.
+
+        Raises `ImportError` without the extra `[data]`.
+        """
+        try:
+            from datasets import Dataset
+        except ImportError:
+            raise ImportError("to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'") from None
+        chosen = [self._named(name).name for name in names] if names else list(self._tensors)
+        # The library caches by these arguments, so they say what is in the folder; a list it would divide into shards.
+        version = f"{self.manifest.job_sha256} {len(self)}"
+        arguments = {"out_dir": str(self.out_dir), "chosen": tuple(chosen), "version": version}
+        return Dataset.from_generator(_rows, gen_kwargs=arguments, **options)
+
+    def check(self) -> list[str]:
+        """Read every shard and compare its checksum: what is wrong, in words; nothing if all are whole.
+
+        The same `collect` call with `check=True` computes damaged shards again.
+        """
+        return [trouble for record in self._shards.records if (trouble := record.problem(self.out_dir))]
+
+
+def _rows(out_dir: str, chosen: tuple[str, ...], version: str) -> Iterator[dict[str, Any]]:
+    store = ActivationStore(out_dir)
+    for start in range(0, len(store), CHUNK):
+        parts = {name: store.to_numpy(name, slice(start, start + CHUNK)) for name in chosen}
+        for row in range(len(next(iter(parts.values())))):
+            yield {name: values[row] for name, values in parts.items()}
