@@ -109,7 +109,7 @@ class HookElsewhere(Slot):
         for entry in tuple(place.fwd_hooks):
             if entry.applies():
                 yield HookRequest(self.name, place, entry, "fwd")
-        if torch.is_grad_enabled() and not place.integer:
+        if torch.is_grad_enabled():
             for entry in tuple(place.bwd_hooks):
                 if entry.applies():
                     yield HookRequest(self.name, place, entry, "bwd")

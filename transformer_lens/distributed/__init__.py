@@ -1,0 +1,33 @@
+"""Blocks on other machines: configurations, spans of remote blocks, and models that run over them."""
+
+from transformer_lens.distributed.configs import (
+    AutoDistributedConfig,
+    DistributedFalconConfig,
+    DistributedMixtralConfig,
+)
+from transformer_lens.distributed.edits import Edit, Keep
+from transformer_lens.distributed.messages import Limits, MessageError
+from transformer_lens.distributed.models import (
+    AutoDistributedModelForCausalLM,
+    DistributedFalconForCausalLM,
+    DistributedMixtralForCausalLM,
+)
+from transformer_lens.distributed.server import SpanServer
+from transformer_lens.distributed.spans import LocalSpan, Span, SpanError
+
+__all__ = [
+    "AutoDistributedConfig",
+    "AutoDistributedModelForCausalLM",
+    "DistributedFalconConfig",
+    "DistributedFalconForCausalLM",
+    "DistributedMixtralConfig",
+    "DistributedMixtralForCausalLM",
+    "Edit",
+    "Keep",
+    "Limits",
+    "LocalSpan",
+    "MessageError",
+    "Span",
+    "SpanError",
+    "SpanServer",
+]

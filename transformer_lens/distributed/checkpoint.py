@@ -1,0 +1,80 @@
+"""Reading a part of a safetensors checkpoint: only the files and tensors that one side needs are opened.
+
+The client needs all but the blocks, a server the blocks of its span. Nothing else is downloaded or read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from transformer_lens.distributed.configs import FILE_OPTIONS, source_of
+
+WHOLE, LISTED = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass
+class PartOfCheckpoint:
+    """Tensors by their names in the checkpoint, and what was opened for them."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """How much was read, in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+
+def block_of(name: str, block_prefix: str) -> int | None:
+    """The block that a tensor of a checkpoint belongs to; `None` for the ends of the model.
+
+    >>> block_of("transformer.h.3.mlp.dense_h_to_4h.weight", "transformer.h")
+    3
+    """
+    place = re.escape(block_prefix.rpartition(".")[2])  # a checkpoint of the model without its head has no prefix
+    found = re.search(rf"(?:^|\.){place}\.(\d+)\.", name)
+    return None if found is None else int(found.group(1))
+
+
+def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartOfCheckpoint:
+    """The tensors of a checkpoint whose names are wanted.
+
+    >>> part = read_part("tiny-falcon", lambda name: ".h.2." in name)
+    >>> len(part.tensors), part.files
+    (8, ['model.safetensors'])
+
+    `options` say where files come from (`revision`, `cache_dir`, `token`, ...). Raises `ValueError` for a checkpoint
+    that is not safetensors, `OSError` for one that is not there.
+    """
+    source = source_of(name)
+    hub = {key: value for key, value in options.items() if key in FILE_OPTIONS and key != "trust_remote_code"}
+    missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    part = PartOfCheckpoint()
+    listed = cached_file(source, LISTED, **hub, **missing)
+    if listed is not None:
+        places = json.loads(Path(listed).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({file for tensor, file in places.items() if wanted(tensor)})
+    else:
+        names = [WHOLE]
+        if cached_file(source, WHOLE, **hub, **missing) is None:
+            raise ValueError(
+                f"{name}: found neither {WHOLE} nor {LISTED}; only safetensors checkpoints are read in part"
+            )
+    for file in names:
+        if not file.endswith(".safetensors"):
+            raise ValueError(f"{name}: {file} is not safetensors, and pickled weights are not read")
+        with safe_open(cached_file(source, file, **hub), framework="pt") as opened:
+            part.files.append(file)
+            for tensor in opened.keys():  # noqa: SIM118 - not a dictionary
+                if wanted(tensor):
+                    part.tensors[tensor] = opened.get_tensor(tensor)
+    return part

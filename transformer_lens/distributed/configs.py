@@ -1,0 +1,268 @@
+"""`DistributedFalconConfig` and `DistributedMixtralConfig`: a model's own config, and how a client uses servers for it.
+
+Neither needs the network library. Settings of the client are not written into a saved `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import FalconConfig, MixtralConfig, PreTrainedConfig
+from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
+
+from transformer_lens.data import TINY_MODELS, tiny_model_path
+from transformer_lens.distributed.settings import (
+    CLIENT_SETTINGS,
+    ClientSettings,
+    HeadSettings,
+    PromptSettings,
+    check_settings,
+)
+
+logger = logging.getLogger(__name__)
+
+Name = str | os.PathLike[str]
+
+
+class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
+    """What the two configurations share: loading by name, the prefix of the blocks, saving without the client."""
+
+    block_prefix: ClassVar[str]
+    """Where the blocks are in the model: a block is the module `{block_prefix}.{layer}`."""
+    block_class: ClassVar[type[nn.Module]]
+    """The class of the blocks that a server hosts."""
+    attn_class: ClassVar[type[nn.Module]]
+    """The class of the attention in them."""
+    full_name_in_prefix: ClassVar[bool]
+    """Whether the prefix keeps the owner of a hub name."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        check_settings(self)
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """How many query heads share a key, as Petals documents it."""
+        raise NotImplementedError
+
+    @property
+    def query_heads_per_key(self) -> int:
+        """How many query heads share a key: what memory and length are sized by."""
+        return self.num_key_value_groups
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Name,
+        *args: Any,
+        dht_prefix: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The config of a hub name or a directory, with any setting as a keyword.
+
+        >>> from transformer_lens.distributed import DistributedFalconConfig
+        >>> config = DistributedFalconConfig.from_pretrained("tiny-falcon", request_timeout=30)
+        >>> config.dht_prefix, config.request_timeout
+        ('tiny-falcon', 30)
+
+        `dht_prefix` is kept as it is; without one it comes from the hub name. `return_unused_kwargs=True` gives
+        `(config, unused)`. Raises `ValueError` for `None`, a config of another family, a setting that does not
+        fit, and a local directory whose config names no prefix.
+        """
+        name = plain_name(pretrained_model_name_or_path)
+        source = source_of(name)
+        kwargs |= dict(zip(POSITIONAL, args, strict=False))
+        written, _ = PreTrainedConfig.get_config_dict(source, **_of_files(kwargs))
+        _refuse_other_family(cls, name, written)
+        if dht_prefix is None:
+            dht_prefix = written.get("dht_prefix") if _is_local(source) else None
+        if dht_prefix is None:
+            dht_prefix = cls.prefix_of(name)
+        if "180B" in name:
+            logger.warning("%s has a licence of its own: read it in the model's repository before you use it", name)
+        result: Any = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
+        config = result[0] if kwargs.get("return_unused_kwargs") else result
+        config.dht_prefix = dht_prefix
+        if config.pad_token_id is None:
+            config.pad_token_id = 0
+        config._name_or_path = name
+        check_settings(config)
+        return result
+
+    @classmethod
+    def get_config_dict(cls, name: Name, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a `config.json` says of the model: peers and limits that somebody saved in it are left out."""
+        written, unused = super().get_config_dict(name, **kwargs)  # type: ignore[misc]
+        return {key: value for key, value in written.items() if key not in CLIENT_SETTINGS}, unused
+
+    @classmethod
+    def prefix_of(cls, name: Name) -> str:
+        """The prefix of a hub name. Raises `ValueError` for a local directory, whose name says nothing of the model.
+
+        >>> from transformer_lens.distributed import DistributedFalconConfig, DistributedMixtralConfig
+        >>> DistributedFalconConfig.prefix_of("tiiuae/falcon-180B")
+        'falcon-180B'
+        >>> DistributedMixtralConfig.prefix_of("mistralai/Mixtral-8x7B-v0.1")
+        'mistralai/Mixtral-8x7B-v0-1'
+        """
+        plain = plain_name(name)
+        if _is_local(source_of(plain)) and plain not in TINY_MODELS:
+            raise ValueError(
+                f"{plain} is a local directory and its config names no dht_prefix, so nothing says under which name "
+                "servers announce its blocks; pass dht_prefix='...', the one the servers use"
+            )
+        kept = plain if cls.full_name_in_prefix else plain.rpartition("/")[2]
+        return kept.replace(".", "-")
+
+    def block_uid(self, layer: int) -> str:
+        """The name under which a block is announced.
+
+        >>> from transformer_lens.distributed import DistributedFalconConfig
+        >>> DistributedFalconConfig.from_pretrained("tiny-falcon").block_uid(2)
+        'tiny-falcon.2'
+        """
+        if self.dht_prefix is None:
+            raise ValueError("this config has no dht_prefix; load it by name, or pass dht_prefix='...'")
+        return f"{self.dht_prefix}.{layer}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data, without the settings of the client: what is saved."""
+        output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
+
+
+class DistributedFalconConfig(DistributedConfig, FalconConfig):
+    """The config of a Falcon whose blocks are on other machines.
+
+    >>> DistributedFalconConfig().num_key_value_groups
+    71
+    """
+
+    block_prefix: ClassVar[str] = "transformer.h"
+    block_class: ClassVar[type[nn.Module]] = FalconDecoderLayer
+    attn_class: ClassVar[type[nn.Module]] = FalconAttention
+    full_name_in_prefix: ClassVar[bool] = False
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """How many query heads share a key; the new architecture wins over `multi_query`."""
+        if self.new_decoder_architecture:
+            return int(self.num_attention_heads // self.num_kv_heads)
+        return int(self.num_attention_heads) if self.multi_query else 1
+
+
+class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
+    """The config of a Mixtral whose blocks are on other machines.
+
+    >>> config = DistributedMixtralConfig()
+    >>> config.num_key_value_groups, config.query_heads_per_key
+    (1, 4)
+    """
+
+    block_prefix: ClassVar[str] = "model.layers"
+    block_class: ClassVar[type[nn.Module]] = MixtralDecoderLayer
+    attn_class: ClassVar[type[nn.Module]] = MixtralAttention
+    full_name_in_prefix: ClassVar[bool] = True
+
+    @property
+    def num_key_value_groups(self) -> int:
+        """Always 1, as Petals documents it for Mixtral; `query_heads_per_key` is the true number."""
+        return 1
+
+    @property
+    def query_heads_per_key(self) -> int:
+        """How many query heads share a key."""
+        return int(self.num_attention_heads // self.num_key_value_heads)
+
+
+CONFIGS: dict[str, type[DistributedConfig]] = {
+    "falcon": DistributedFalconConfig,
+    "mixtral": DistributedMixtralConfig,
+}
+"""`model_type` -> its distributed config."""
+
+
+class AutoDistributedConfig:
+    """Loads the distributed config of whatever family a checkpoint is of."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: Name, *args: Any, **kwargs: Any) -> Any:
+        """The distributed config of a hub name or a directory; keywords as in `DistributedFalconConfig`.
+
+        >>> type(AutoDistributedConfig.from_pretrained("tiny-mixtral")).__name__
+        'DistributedMixtralConfig'
+
+        Raises `ValueError` for a family that is not supported.
+        """
+        name = plain_name(pretrained_model_name_or_path)
+        kwargs |= dict(zip(POSITIONAL, args, strict=False))
+        written, _ = PreTrainedConfig.get_config_dict(source_of(name), **_of_files(kwargs))
+        kind = written.get("model_type")
+        if kind not in CONFIGS:
+            raise ValueError(
+                f"{name}: model_type {kind!r} has no distributed config; supported are {', '.join(CONFIGS)}"
+            )
+        return CONFIGS[kind].from_pretrained(name, **kwargs)
+
+
+def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:
+    """The config of a name with these settings. Raises `TypeError` for a keyword that is no setting."""
+    config, unused = kind.from_pretrained(name, return_unused_kwargs=True, **options)
+    refuse_unknown(name, unused)
+    return config
+
+
+def refuse_unknown(name: Name, options: dict[str, Any]) -> None:
+    """Raise `TypeError` for keywords that say nothing about where files come from."""
+    unknown = sorted(set(options) - set(FILE_OPTIONS))
+    if unknown:
+        raise TypeError(f"{name}: got the keywords {', '.join(unknown)}, which nothing here takes")
+
+
+POSITIONAL = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+"""What transformers takes after the name, in its order."""
+FILE_OPTIONS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
+    "trust_remote_code",
+)
+
+
+def _of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that say where a file comes from."""
+    return {key: kwargs[key] for key in FILE_OPTIONS if key in kwargs}
+
+
+def plain_name(name: Name) -> str:
+    """A name or path as text, without a trailing slash. Raises `ValueError` for none.
+
+    >>> plain_name(Path("tiiuae/falcon-180B")), plain_name("tiiuae/falcon-180B/")
+    ('tiiuae/falcon-180B', 'tiiuae/falcon-180B')
+    """
+    if name is None:
+        raise ValueError("pretrained_model_name_or_path: got None, expected a hub name or a directory")
+    text = os.fspath(name)
+    return text.rstrip("/") or text
+
+
+def source_of(name: str) -> str:
+    """Where the files of a name are: the directory of a shipped model, or the name as it is."""
+    return str(tiny_model_path(name)) if name in TINY_MODELS and not _is_local(name) else name
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).exists()
+
+
+def _refuse_other_family(cls: type[Any], name: str, written: dict[str, Any]) -> None:
+    kind = written.get("model_type")
+    if kind != cls.model_type:
+        raise ValueError(
+            f"{name}: its model_type is {json.dumps(kind)}, and {cls.__name__} is for {cls.model_type!r}; "
+            "AutoDistributedConfig chooses by itself"
+        )

@@ -1,0 +1,161 @@
+"""`Edit` and `Keep`: the hooks that also work inside blocks on other machines, because they can be sent there.
+
+They are ordinary hook functions, so the very same objects run on a local bridge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens.hook_points import HookPoint
+
+Operation = Literal["set", "add", "scale", "zero", "project_out"]
+
+
+def _project_out(x: Tensor, direction: Float[Tensor, "... width"]) -> Tensor:
+    """What is left of `x` at right angles to a direction of its last axis."""
+    unit = direction / direction.norm(dim=-1, keepdim=True)
+    rest: Tensor = x - (x * unit).sum(-1, keepdim=True) * unit
+    return rest
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "set": lambda x, value: value.expand(x.shape),
+    "add": lambda x, value: x + value,
+    "scale": lambda x, value: x * value,
+    "zero": lambda x, _: torch.zeros_like(x),
+    "project_out": _project_out,
+}
+"""Operation -> what becomes of the chosen part of the activation, given the edit's value."""
+
+AXES = {"positions": ("pos", "query_pos"), "heads": ("head", "kv_head"), "experts": ("expert",)}
+"""What an edit can choose, and the axes of the hook table that it chooses along."""
+
+
+class Edit:
+    """An edit of an activation: an operation of a closed list, on chosen positions, heads or experts.
+
+    >>> ablate = Edit("zero", heads=[1], positions=[-1])
+    >>> logits = bridge.run_with_hooks("Mary and John", fwd_hooks=[("blocks.0.attn.hook_z", ablate)])
+
+    `set`, `add` and `scale` take a number, or a tensor that broadcasts to the chosen part; `project_out` a direction
+    along the last axis, which it removes; `zero` takes nothing. A negative position counts from the end of the text.
+    Gradients flow to `value` where it requires one. Raises `ValueError` for an unknown operation, a value that does
+    not fit, and for a choice along an axis that the hook has not.
+    """
+
+    def __init__(
+        self,
+        operation: Operation,
+        value: Tensor | float | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        experts: Sequence[int] | None = None,
+    ) -> None:
+        if operation not in OPERATIONS:
+            raise ValueError(f"Edit: got the operation {operation!r}, expected one of {', '.join(OPERATIONS)}")
+        if (value is None) != (operation == "zero"):
+            raise ValueError(f"Edit({operation!r}): {'needs a value' if value is None else 'takes no value'}")
+        if operation == "project_out" and not isinstance(value, Tensor):
+            raise TypeError(f"Edit('project_out'): got {type(value).__name__}, expected a direction, a Tensor")
+        if value is not None and not isinstance(value, (Tensor, int, float)):
+            raise TypeError(f"Edit: got a value of {type(value).__name__}, expected a Tensor or a number")
+        self.operation = operation
+        self.value = value if value is None or isinstance(value, Tensor) else float(value)
+        self.chosen: dict[str, list[int] | None] = {
+            "positions": _numbers("positions", positions),
+            "heads": _numbers("heads", heads),
+            "experts": _numbers("experts", experts),
+        }
+
+    def __repr__(self) -> str:
+        where = "".join(f", {what}={places}" for what, places in self.chosen.items() if places is not None)
+        return f"Edit({self.operation!r}{where})"
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        """The edited activation."""
+        value = self._value(tensor, hook)
+        places = [self._places(tensor, hook, axis, size) for axis, size in zip(*self._axes(tensor, hook), strict=True)]
+        change = OPERATIONS[self.operation]
+        if all(chosen is None for chosen in places):
+            self._check_shape(tensor, value, hook)
+            return change(tensor, value)
+        taken = [range(size) if some is None else some for some, size in zip(places, tensor.shape, strict=True)]
+        index = torch.meshgrid(*(torch.tensor(list(some), device=tensor.device) for some in taken), indexing="ij")
+        part = tensor[index]
+        self._check_shape(part, value, hook)
+        return tensor.index_put(index, change(part, value))
+
+    def _axes(self, tensor: Tensor, hook: HookPoint) -> tuple[list[str], list[int]]:
+        axes = hook.axes.split() or ["batch", "pos", *("width" for _ in tensor.shape[2:])]
+        for what, chosen in self.chosen.items():
+            if chosen is not None and not set(AXES[what]) & set(axes):
+                raise ValueError(f"{self!r} at {hook.name!r}: this hook has the axes {' '.join(axes)}, and no {what}")
+        return axes, list(tensor.shape)
+
+    def _places(self, tensor: Tensor, hook: HookPoint, axis: str, size: int) -> list[int] | None:
+        """The chosen places along one axis, counted from its beginning; `None` for all."""
+        what = next((what for what, axes in AXES.items() if axis in axes), None)
+        chosen = None if what is None else self.chosen[what]
+        if chosen is None:
+            return None
+        outside = [place for place in chosen if not -size <= place < size]
+        if outside:
+            raise ValueError(f"{self!r} at {hook.name!r}: {what} {outside} are outside its {size} places")
+        counted = [place % size for place in chosen]
+        if len(set(counted)) != len(counted):
+            raise ValueError(f"{self!r} at {hook.name!r}: {what} names one of its {size} places twice")
+        return counted
+
+    def _value(self, tensor: Tensor, hook: HookPoint) -> Tensor:
+        if not isinstance(self.value, Tensor):
+            return torch.tensor(0 if self.value is None else self.value, dtype=tensor.dtype, device=tensor.device)
+        if self.value.dtype != tensor.dtype:
+            raise ValueError(
+                f"{self!r} at {hook.name!r}: got a value of {self.value.dtype}, expected {tensor.dtype} like the hook's"
+            )
+        return self.value.to(tensor.device)
+
+    def _check_shape(self, part: Tensor, value: Tensor, hook: HookPoint) -> None:
+        pairs = zip(reversed(value.shape), reversed(part.shape), strict=False)
+        if value.ndim > part.ndim or any(one not in (1, other) for one, other in pairs):
+            raise ValueError(
+                f"{self!r} at {hook.name!r}: got a value of shape {list(value.shape)}, expected one that broadcasts to "
+                f"{list(part.shape)}"
+            )
+
+
+class Keep:
+    """A hook that keeps the activation with its graph, so that a loss on it can be differentiated.
+
+    >>> pattern = Keep()
+    >>> logits = bridge.run_with_hooks("Mary and John", fwd_hooks=[("blocks.0.attn.hook_pattern", pattern)])
+    >>> pattern.value.shape
+    torch.Size([1, 4, 5, 5])
+
+    `run_with_cache` keeps activations without it. `value` is the last run's.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        """Keep it."""
+        self.value = tensor
+
+
+def _numbers(what: str, places: Sequence[int] | None) -> list[int] | None:
+    if places is None:
+        return None
+    found = list(places)
+    if not found or not all(isinstance(place, int) and not isinstance(place, bool) for place in found):
+        raise ValueError(f"Edit: got {what}={places!r}, expected a list of whole numbers, at least one")
+    if len(set(found)) != len(found):
+        raise ValueError(f"Edit: got {what}={places!r}, which names one twice")
+    return found

@@ -1,0 +1,246 @@
+"""Messages between a client and the server of a span: a msgpack head and safetensors, nothing that can run.
+
+Everything about a message is checked against `Limits` before a tensor is made of it. Needs the extra `[swarm]`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+MAGIC = b"TLB1"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
+"""What a tensor in a message may be, in the words of safetensors."""
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}
+FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
+
+KINDS = ("forward", "backward", "step", "close", "info")
+READS = ("look", "keep", "gradient")
+"""What an action brings back: the activation, the activation in the graph, the gradient at it."""
+EDITS = ("set", "add", "scale", "zero", "project_out")
+
+
+class MessageError(ValueError):
+    """A message that is not one, or is larger than allowed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest message that is read, and the largest answer that is computed. Sizes are in bytes."""
+
+    message: int = 256 * 2**20
+    head: int = 256 * 2**10
+    tensors: int = 4096
+    rank: int = 5
+    actions: int = 2048
+    places: int = 4096
+    """Positions, heads or experts of one edit."""
+    answer: int = 2**30
+    rows: int = 256
+    sessions: int = 16
+    """Sessions of one peer."""
+    session_bytes: int = 2**30
+    """Keys and values of one peer."""
+    session_seconds: float = 600
+    """A session that nobody asked for this long is forgotten."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that happens at a hook on the server; actions at one name happen in their order."""
+
+    name: str
+    do: str
+    number: float | None = None
+    positions: list[int] | None = None
+    heads: list[int] | None = None
+    experts: list[int] | None = None
+
+
+@dataclass
+class Request:
+    """What a client asks of a span: run blocks `first` to `end`, with these actions inside."""
+
+    kind: str
+    first: int
+    end: int
+    actions: list[Action] = field(default_factory=list)
+    use_cache: bool = True
+    grad: bool = False
+    session: str = ""
+    start: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Reply:
+    """What comes back: tensors by name, facts about the server, or why there is no answer."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    turns: list[int] = field(default_factory=list)
+    """The actions that read, in the order in which the model came to them."""
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ImportError as error:
+        raise ImportError(
+            "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
+        ) from error
+    return msgpack
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    packed = _msgpack().packb(head)
+    # One memory for each tensor: safetensors refuses shared and strided ones.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return b"".join([MAGIC, struct.pack("<I", len(packed)), packed, save(plain)])
+
+
+def pack_request(request: Request) -> bytes:
+    """The bytes of a request.
+
+    >>> unpack_request(pack_request(Request("info", 0, 0)), Limits()).kind
+    'info'
+    """
+    head = {**vars(request), "actions": [vars(action) for action in request.actions]}
+    tensors = head.pop("tensors")
+    return _frame(head, tensors)
+
+
+def pack_reply(reply: Reply) -> bytes:
+    """The bytes of a reply."""
+    return _frame({"error": reply.error, "info": reply.info, "turns": reply.turns}, reply.tensors)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_places(value: Any, limits: Limits) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, list) and 0 < len(value) <= limits.places and all(map(_is_int, value))
+
+
+REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "kind": lambda value: value in KINDS,
+    "first": lambda value: _is_int(value) and value >= 0,
+    "end": lambda value: _is_int(value) and value >= 0,
+    "actions": lambda value: isinstance(value, list),
+    "use_cache": lambda value: isinstance(value, bool),
+    "grad": lambda value: isinstance(value, bool),
+    "session": lambda value: isinstance(value, str) and len(value) <= 64 and (value.isalnum() or not value),
+    "start": lambda value: _is_int(value) and 0 <= value < 2**31,
+}
+"""The fields of a request, and what each may hold."""
+
+
+REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
+"""The fields of a reply, and what each holds."""
+
+
+def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+    """Head and tensors of a message."""
+    if not isinstance(message, bytes) or len(message) < len(MAGIC) + 4 or message[:4] != MAGIC:
+        raise MessageError("not a message of this protocol")
+    if len(message) > limits.message:
+        raise MessageError(f"the message has {len(message)} bytes, and at most {limits.message} are read")
+    (size,) = struct.unpack_from("<I", message, 4)
+    if size > limits.head or 8 + size > len(message):
+        raise MessageError(f"the head says it has {size} bytes; at most {limits.head}, and what is there, are read")
+    msgpack = _msgpack()
+    try:
+        head = msgpack.unpackb(message[8 : 8 + size], strict_map_key=True)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise MessageError("the head is not msgpack") from error
+    if not isinstance(head, dict):
+        raise MessageError("the head is not a map")
+    return head, memoryview(message)[8 + size :]
+
+
+def _tensors(data: memoryview, limits: Limits) -> dict[str, Tensor]:
+    """The tensors of a message, after all that their header says was checked."""
+    if len(data) < 8:
+        raise MessageError("the tensors are cut off")
+    (size,) = struct.unpack_from("<Q", data)
+    if size > limits.head or 8 + size > len(data):
+        raise MessageError(f"the header of the tensors says it has {size} bytes")
+    try:
+        header = json.loads(bytes(data[8 : 8 + size]))
+    except (ValueError, RecursionError) as error:
+        raise MessageError("the header of the tensors is not JSON") from error
+    if not isinstance(header, dict) or len(header) > limits.tensors:
+        raise MessageError(f"the tensors are no map, or more than {limits.tensors}")
+    total = sum(_declared_bytes(name, row, limits) for name, row in header.items())
+    if total != len(data) - 8 - size:
+        raise MessageError(f"the tensors say they have {total} bytes, and there are {len(data) - 8 - size}")
+    try:
+        return dict(load(bytes(data)))
+    except SafetensorError as error:
+        raise MessageError("the tensors are not safetensors") from error
+
+
+def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
+    """How large a tensor says it is."""
+    dtype, shape = (row.get("dtype"), row.get("shape")) if isinstance(row, dict) else (None, None)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise MessageError(f"tensor {name[:64]!r} has the dtype {str(dtype)[:16]!r}; allowed are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > limits.rank or not all(_is_int(n) and n > 0 for n in shape):
+        raise MessageError(f"tensor {name[:64]!r} has no shape of at most {limits.rank} lengths above 0")
+    return SIZES[dtype] * math.prod(shape)
+
+
+def unpack_request(message: bytes, limits: Limits) -> Request:
+    """A request from bytes. Raises `MessageError` before anything is allocated for what it declares."""
+    head, data = _split(message, limits)
+    if set(head) != set(REQUEST_FIELDS):
+        raise MessageError(f"a request has the fields {', '.join(REQUEST_FIELDS)}")
+    for name, fits in REQUEST_FIELDS.items():
+        if not fits(head[name]):
+            raise MessageError(f"{name}: got {str(head[name])[:64]!r}")
+    if len(head["actions"]) > limits.actions:
+        raise MessageError(f"the request has {len(head['actions'])} actions, and at most {limits.actions} are read")
+    actions = [_action(row, limits) for row in head.pop("actions")]
+    return Request(**head, actions=actions, tensors=_tensors(data, limits))
+
+
+def _action(row: Any, limits: Limits) -> Action:
+    if not isinstance(row, dict) or set(row) != set(Action.__dataclass_fields__):
+        raise MessageError(f"an action has the fields {', '.join(Action.__dataclass_fields__)}")
+    if not isinstance(row["name"], str) or len(row["name"]) > 128 or row["do"] not in (*READS, *EDITS):
+        raise MessageError(f"an action is a name and one of {', '.join((*READS, *EDITS))}")
+    if row["number"] is not None and not isinstance(row["number"], float):
+        raise MessageError("the number of an action is a float")
+    for what in ("positions", "heads", "experts"):
+        if not _is_places(row[what], limits):
+            raise MessageError(f"{what} of an action: whole numbers, 1 to {limits.places} of them, or nothing")
+    return Action(**row)
+
+
+def unpack_reply(message: bytes, limits: Limits) -> Reply:
+    """A reply from bytes. Raises `MessageError` as `unpack_request` does."""
+    head, data = _split(message, limits)
+    if set(head) != set(REPLY_FIELDS) or not all(isinstance(head[name], kind) for name, kind in REPLY_FIELDS.items()):
+        raise MessageError(f"a reply has the fields {', '.join(REPLY_FIELDS)}")
+    if not all(map(_is_int, head["turns"])):
+        raise MessageError("the turns of a reply are numbers of actions")
+    return Reply(tensors=_tensors(data, limits), **head)

@@ -1,0 +1,320 @@
+"""Falcon and Mixtral whose blocks run elsewhere; embeddings, final norm and head are here, under the family's own code.
+
+`RemoteBlock` stands where a block is. A forward sends one call for each stretch of blocks between two places where
+something has to happen here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
+
+from transformer_lens.distributed.checkpoint import block_of, read_part
+from transformer_lens.distributed.configs import (
+    FILE_OPTIONS,
+    AutoDistributedConfig,
+    DistributedConfig,
+    DistributedFalconConfig,
+    DistributedMixtralConfig,
+    config_with,
+    refuse_unknown,
+)
+from transformer_lens.distributed.messages import Request
+from transformer_lens.distributed.remote_cache import RemoteText, remote_text
+from transformer_lens.distributed.remote_call import StretchCall, action_of, refusal
+from transformer_lens.distributed.spans import Route, Span
+from transformer_lens.hook_points import HookEntry
+from transformer_lens.model_bridge import BlockElsewhere
+
+
+@dataclass
+class Pass:
+    """One forward of a model: what the servers have to know of it, and how many blocks are done."""
+
+    route: Route
+    tensors: dict[str, Tensor]
+    use_cache: bool
+    text: RemoteText | None
+    done: int = 0
+
+
+class _Passes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Pass] = []
+
+
+_passes = _Passes()
+
+
+class RemoteBlock(BlockElsewhere):
+    """Stands where a block is that a server runs. The first of a stretch sends the call, the others hand on."""
+
+    def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.route = route
+        self.__dict__["blocks"] = blocks  # not a submodule: it holds this one
+        self.returns_tuple = returns_tuple
+
+    def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
+        """Why a hook cannot work inside this block; `None` if it can."""
+        return refusal(name, entry, direction)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The stream after this block, or as it is where an earlier call went through this block."""
+        current = _passes.stack[-1] if _passes.stack else None
+        if current is None or current.route is not self.route:
+            raise ValueError(f"block {self.layer} runs on another machine; call the model, not its block")
+        if self.layer >= current.done:
+            span = self.route.at(self.layer)
+            end = self._end_of_stretch(span)
+            hooks = [hook for block in self._between(self.layer, end) for hook in block.requests()]
+            request = Request(
+                "forward" if current.text is None else "step",
+                self.layer,
+                end,
+                actions=[action_of(hook) for hook in hooks],
+                use_cache=current.use_cache,
+                tensors=current.tensors,
+            )
+            hidden_states = StretchCall(span, request, hooks, text=current.text).run(hidden_states)
+            current.done = end
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+    def _between(self, first: int, end: int) -> list[RemoteBlock]:
+        blocks: Any = self.blocks
+        return list(blocks)[first:end]
+
+    def _end_of_stretch(self, span: Span) -> int:
+        """Where this call ends: with the span, or where torch hooks, of whoever, wait at a block's edge."""
+        for block in self._between(self.layer, span.blocks.stop):
+            if block.layer > self.layer and (block._forward_pre_hooks or block._backward_hooks):
+                return block.layer
+            if block._forward_hooks or block._backward_hooks or block._backward_pre_hooks:
+                return block.layer + 1
+        return span.blocks.stop
+
+
+INSTEAD = {
+    "output_hidden_states": "run_with_cache(names_filter=lambda name: name.endswith('hook_resid_pre'))",
+    "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
+    "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
+}
+"""What transformers would collect inside the blocks, and how to ask for it here."""
+DROPOUTS = ("attention_dropout", "hidden_dropout", "router_jitter_noise")
+
+
+class RemoteBlocks:
+    """A base model whose blocks are remote: notes each forward's mask and positions for the servers."""
+
+    route: Route
+    config: Any
+    training: bool
+
+    def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
+        """Put a `RemoteBlock` in each block's place."""
+        self.route = Route(self.config.num_hidden_layers)
+        blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The family's own forward, over remote blocks."""
+        self._refuse(args, kwargs)
+        self.route.close_sessions()
+        cache = kwargs.get("past_key_values")
+        text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
+        with self._passing(kwargs, text):
+            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if text is not None:
+            text.advance(output[0].shape[1])
+        if isinstance(output, tuple):
+            return output[:1] if text is None else output
+        output.past_key_values = cache  # without one, the servers kept nothing
+        return output
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1:
+            raise TypeError("a distributed model takes its arguments after the first by name")
+        for name, instead in INSTEAD.items():
+            given = kwargs.get(name)
+            if getattr(self.config, name, False) if given is None else given:
+                raise ValueError(f"{name}: it is inside blocks on other machines; use {instead} of a TransformerBridge")
+        drops = [name for name in DROPOUTS if getattr(self.config, name, 0)]
+        if self.training and drops:
+            raise ValueError(
+                f"model.train(): {', '.join(drops)} would act on servers, which evaluate; call model.eval()"
+            )
+
+    @contextmanager
+    def _passing(self, kwargs: dict[str, Any], text: RemoteText | None) -> Iterator[None]:
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
+        tensors = {"mask": mask, "position_ids": positions}
+        use_cache = text is not None or kwargs.get("use_cache")
+        sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
+        use_cache = self.config.use_cache if use_cache is None else bool(use_cache)
+        _passes.stack.append(Pass(self.route, sent, use_cache, text))
+        try:
+            yield
+        finally:
+            _passes.stack.pop()
+
+
+class DistributedFalconModel(RemoteBlocks, FalconModel):
+    """Falcon without its head, over remote blocks."""
+
+
+class DistributedMixtralModel(RemoteBlocks, MixtralModel):
+    """Mixtral without its head, over remote blocks."""
+
+
+class DistributedCausalLM:
+    """What the two causal models share: blocks that are placed, loading in part, connecting."""
+
+    config: Any
+    base_model: Any
+    config_class: ClassVar[Any]
+    remote_base: ClassVar[type[Any]]
+    returns_tuple: ClassVar[bool]
+
+    def __init__(self, config: DistributedConfig) -> None:
+        here: Any = config
+        if here.tuning_mode is not None:
+            raise ValueError(f"tuning_mode={here.tuning_mode!r}: trained prompts are not supported yet; leave it None")
+        layers, here.num_hidden_layers = here.num_hidden_layers, 0
+        try:
+            super().__init__(config)  # type: ignore[call-arg]  # the family's own, with no block allocated
+        finally:
+            here.num_hidden_layers = layers
+        self.base_model.__class__ = self.remote_base
+        self.base_model.place_blocks(self.blocks, self.returns_tuple)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The places of the blocks."""
+        found: nn.ModuleList = self.get_submodule(self.config.block_prefix)  # type: ignore[attr-defined]
+        return found
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        spans: Sequence[Span] = (),
+        config: Any = None,
+        dtype: torch.dtype | str = "auto",
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """A model by hub name or directory: of its weights, only those outside the blocks are opened and read.
+
+        >>> from transformer_lens.distributed import LocalSpan
+        >>> spans = [LocalSpan("tiny-falcon", range(0, 2)), LocalSpan("tiny-falcon", range(2, 4))]
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans)
+        >>> TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
+        torch.Size([1, 3, 735])
+
+        `spans` run the blocks; without them call `connect` later. `options` are settings of the config and say where
+        files come from. Raises `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
+        """
+        name = pretrained_model_name_or_path
+        if config is None:
+            config = config_with(cls.config_class, name, options)
+        else:
+            refuse_unknown(name, options)
+        part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) is None, **_of_files(options))
+        if dtype == "auto":
+            dtype = config.dtype or next(iter(part.tensors.values())).dtype
+        model, report = super().from_pretrained(  # type: ignore[misc]
+            None,
+            config=config,
+            state_dict=part.tensors,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        misfits = [*report["missing_keys"], *report["unexpected_keys"], *(k for k, *_ in report["mismatched_keys"])]
+        if misfits:
+            raise ValueError(f"{name}: its weights outside the blocks do not fit: {', '.join(sorted(misfits))}")
+        model.read = part
+        if spans:
+            model.connect(spans)
+        return model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: what is here is not the whole model."""
+        raise ValueError(
+            "save_pretrained: the weights of the blocks are on other machines, and what is here is not the model; "
+            "its config is saved by model.config.save_pretrained"
+        )
+
+    def connect(self, spans: Sequence[Span]) -> None:
+        """Run the blocks on these spans. Raises `ValueError` if a block is missing or a server has another model.
+
+        >>> from transformer_lens.distributed import LocalSpan
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
+        >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
+        """
+        here: Any = self
+        expected = {
+            "dht_prefix": here.config.dht_prefix,
+            "model_type": here.config.model_type,
+            "n_layers": here.config.num_hidden_layers,
+            "d_model": here.config.hidden_size,
+            "dtype": str(here.dtype).removeprefix("torch."),
+            "attn_implementation": str(here.config._attn_implementation),
+        }
+        self.base_model.route.connect(spans, expected)
+
+
+class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):
+    """A Falcon whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
+
+    config_class = DistributedFalconConfig
+    remote_base = DistributedFalconModel
+    returns_tuple = True
+
+
+class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
+    """A Mixtral whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
+
+    config_class = DistributedMixtralConfig
+    remote_base = DistributedMixtralModel
+    returns_tuple = False
+
+
+MODELS: dict[str, type[DistributedCausalLM]] = {
+    "falcon": DistributedFalconForCausalLM,
+    "mixtral": DistributedMixtralForCausalLM,
+}
+"""`model_type` -> its distributed causal model."""
+
+
+class AutoDistributedModelForCausalLM:
+    """Loads the distributed model of whatever family a checkpoint is of."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: Any, *, config: Any = None, **options: Any) -> Any:
+        """The distributed causal model of a hub name or a directory; keywords as for each family's own class.
+
+        >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
+        'DistributedMixtralForCausalLM'
+        """
+        model = {key: options.pop(key) for key in ("spans", "dtype", "attn_implementation") if key in options}
+        if config is None:
+            config = config_with(AutoDistributedConfig, pretrained_model_name_or_path, options)
+            options = _of_files(options)
+        return MODELS[config.model_type].from_pretrained(
+            pretrained_model_name_or_path, config=config, **model, **options
+        )
+
+
+def _of_files(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in FILE_OPTIONS if key in options}

@@ -1,0 +1,78 @@
+"""The model of a server: a family's own base model that holds the blocks of one span and nothing else of weight."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import FalconModel, MixtralModel, PreTrainedModel
+
+from transformer_lens.distributed.checkpoint import PartOfCheckpoint, block_of, read_part
+from transformer_lens.distributed.configs import AutoDistributedConfig, config_with
+
+MODELS: dict[str, type[PreTrainedModel]] = {"falcon": FalconModel, "mixtral": MixtralModel}
+"""`model_type` -> the class whose blocks a server runs."""
+
+ENDS = {
+    "falcon": {"word_embeddings.weight": 2, "ln_f.weight": 1, "ln_f.bias": 1},
+    "mixtral": {"embed_tokens.weight": 2, "norm.weight": 1},
+}
+"""What a span has no use for, and how many axes it has: an embedding of one row, and a final norm that never runs."""
+
+
+def span_config(config: Any, blocks: range) -> Any:
+    """The config of a model that has these blocks alone, as its own first ones."""
+    here = copy.deepcopy(config)
+    here.num_hidden_layers = len(blocks)
+    here.vocab_size, here.pad_token_id = 1, None
+    return here
+
+
+def check_blocks(blocks: range, n_layers: int) -> range:
+    """Raise for blocks that are not some of the model's, one after the other."""
+    if not isinstance(blocks, range):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
+    if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > n_layers:
+        raise ValueError(f"blocks: got {blocks}, expected some of range(0, {n_layers}), one after the other")
+    return blocks
+
+
+def load_span(
+    name: str, blocks: range, dtype: torch.dtype | None = None, attn_implementation: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
+    """The blocks of a span in a model of their own, the whole model's config, and what was read for them.
+
+    >>> model, config, part = load_span("tiny-falcon", range(1, 3))
+    >>> len(model.h), config.num_hidden_layers, len(part.tensors)
+    (2, 4, 16)
+
+    `options` are settings of the config, and say where files come from. Weights keep the checkpoint's dtype unless
+    `dtype` is given. Raises `ValueError` for blocks the model has not, or tensors the checkpoint has not.
+    """
+    config = config_with(AutoDistributedConfig, name, options)
+    check_blocks(blocks, config.num_hidden_layers)
+    part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
+    weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
+    dtype = dtype or config.dtype or next(iter(weights.values())).dtype
+    ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in ENDS[config.model_type].items()}
+    model, report = MODELS[config.model_type].from_pretrained(
+        None,
+        config=span_config(config, blocks),
+        state_dict={**weights, **ends},
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    misfits = [*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if misfits:
+        raise ValueError(f"{name}: its blocks {blocks} do not fit {type(model).__name__}: {', '.join(sorted(misfits))}")
+    return model.eval().requires_grad_(False), config, part
+
+
+def _name_here(tensor: str, block_prefix: str, blocks: range) -> str:
+    """The name of a checkpoint's tensor in a model that has these blocks alone, and no head."""
+    layer = block_of(tensor, block_prefix)
+    place = block_prefix.rpartition(".")[2]
+    assert layer is not None
+    return f"{place}.{layer - blocks.start}.{tensor.partition(f'{place}.{layer}.')[2]}"
