@@ -114,15 +114,15 @@ class TwinnedAttentionBridge(AttentionWeights, ComponentBridge):
         return keys if layer is None else min(keys, int(layer.get_seq_length()))
 
     def begin(self, call: TwinCall) -> None:
-        """The cached keys and values, before the module adds the new ones."""
+        """The cached keys, before the module adds the new ones; a look at the pattern needs no values."""
         layer = self.cache_layer(call)
         if layer is None or not layer.is_initialized or not layer.keys.numel():
             return
         held = int(layer.get_seq_length())
-        keys, values = layer.keys[:, :, :held], layer.values[:, :, :held]
+        keys = layer.keys[:, :, :held]
         # A window of fixed size is shifted in place.
         shifts = layer.is_sliding and hasattr(layer, "max_cache_len")
-        call.kept["past"] = (keys.clone(), values.clone()) if shifts else (keys, values)
+        call.kept["past"] = keys.clone() if shifts else keys
 
     def cache_layer(self, call: TwinCall) -> Any:
         cache, module = call.argument(self.cache_argument), cast("Any", call.module)
@@ -193,23 +193,27 @@ class TwinnedAttentionBridge(AttentionWeights, ComponentBridge):
         return torch.cat([before, (new + change).to(new.dtype), after], dim=2)
 
     def with_cache(self, call: TwinCall, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values: those of the cache, then the new ones."""
+        """All keys and values: those of the cache, then the new ones. When looking, all keys and the new values."""
         cache = call.argument(self.cache_argument)
         if cache is None:
             return k, v
         if call.writing:
             return cache.update(k, v, call.module.layer_idx)  # type: ignore[no-any-return]
+        return self.keys_seen(call, k), v
+
+    def keys_seen(self, call: TwinCall, k: Tensor) -> Tensor:
+        """The keys that the module, which has worked by now, attended to."""
         layer = self.cache_layer(call)
         if "past" not in call.kept:
             # A cache of fixed size hands back all of its places, the empty ones masked.
-            return (layer.keys, layer.values) if layer.keys.shape[-2] > k.shape[-2] else (k, v)
+            return layer.keys if layer.keys.shape[-2] > k.shape[-2] else k
         # A GroupedCache keeps one key for each group, where the model caches one for each query head.
-        keys, values = (repeat_groups(past, k.shape[1]) for past in call.kept["past"])
+        past: Tensor = repeat_groups(call.kept["past"], k.shape[1])
         size = getattr(layer, "max_cache_len", None)
-        if size is not None and keys.shape[-2] + k.shape[-2] <= size:
-            return layer.keys, layer.values
-        oldest = 1 if keys.shape[-2] == size else 0  # a full window of fixed size drops one
-        return torch.cat([keys[:, :, oldest:], k], dim=-2), torch.cat([values[:, :, oldest:], v], dim=-2)
+        if size is not None and past.shape[-2] + k.shape[-2] <= size:
+            return layer.keys  # type: ignore[no-any-return]
+        oldest = 1 if past.shape[-2] == size else 0  # a full window of fixed size drops one
+        return torch.cat([past[:, :, oldest:], k], dim=-2)
 
     def per_query_head(self, x: Tensor, cfg: BridgeConfig) -> Tensor:
         return repeat_groups(x, cfg.n_heads)
