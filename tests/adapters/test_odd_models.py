@@ -53,3 +53,12 @@ def test_experts_without_a_single_token(write):
         out = experts.original_component(hidden, chosen, torch.zeros(0, 2))
     assert out.shape == (0, 32)
     assert seen == [(0, 2, 32)]
+
+
+def test_a_weight_that_is_not_in_memory_cannot_be_written():
+    model = falcon(multi_query=True)
+    bridge = TransformerBridge(model)
+    dense = model.transformer.h[0].self_attention.dense
+    dense.weight = torch.nn.Parameter(dense.weight.to("meta"))
+    with pytest.raises(ValueError, match="W_O cannot be written: the weight of FalconLinear is no ordinary parameter"):
+        bridge.blocks[0].attn.W_O = torch.zeros(8, 4, 32)
