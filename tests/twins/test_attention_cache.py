@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from tests.support import tokens
+from tests.twins import cases
 from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, make, run_edited, wrap
 from tests.twins.test_attention_writes import edited_at
 from transformer_lens.model_bridge import TransformerBridge
@@ -89,6 +90,13 @@ def test_chunks_see_what_the_whole_run_sees(family: str, kind: str, attn: str) -
                 else:
                     wanted = full[name][:, start:end]
                 assert_close(got, wanted.double(), model.dtype, f"{short} of {start}:{end}")
+
+
+@pytest.mark.parametrize("window", [4, 5])
+def test_windows_of_other_sizes(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a chunk of two overfills a window that has as many places as heads and new positions together."""
+    monkeypatch.setattr(cases, "WINDOW", window)
+    test_chunks_see_what_the_whole_run_sees("mixtral-window", "static", "sdpa")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
