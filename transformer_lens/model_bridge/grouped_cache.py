@@ -19,6 +19,8 @@ from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Numbers as their bits, by their size in bytes: as such a nan equals itself."""
+FEW = 2**19
+"""Up to so many numbers, selecting by index is quicker than repeating: 2 and 5 µs for a few, 40 and 30 ms for many."""
 
 
 class GroupedLayer(DynamicLayer):  # type: ignore[misc]
@@ -37,6 +39,7 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
+        self.group_of_head: Tensor | None = None
 
     def update(
         self,
@@ -55,9 +58,12 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             for name, states in (("keys", key_states), ("values", value_states)):
                 self._check(name, states, share)
-        super().update(key_states[:, ::share], value_states[:, ::share])
-        # As contiguous as what DynamicLayer returns: the same kernels with the same rounding follow.
-        return repeat_groups(self.keys, heads).contiguous(), repeat_groups(self.values, heads).contiguous()
+            self.group_of_head = torch.arange(heads, device=key_states.device) // share
+        keys, values = super().update(key_states[:, ::share], value_states[:, ::share])
+        # Contiguous, as what DynamicLayer returns: the same kernels with the same rounding follow.
+        if keys.numel() * share <= FEW:
+            return keys.index_select(1, self.group_of_head), values.index_select(1, self.group_of_head)
+        return repeat_groups(keys, heads).contiguous(), repeat_groups(values, heads).contiguous()
 
     def _check(self, name: str, states: Tensor, share: int) -> None:
         """Only the first ones are compared, since every comparison makes the host wait for the device."""
