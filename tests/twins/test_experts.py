@@ -235,3 +235,36 @@ def test_gradients_are_those_of_the_explicit_loop(short: str) -> None:
     expected = steps[short].grad
     assert expected is not None and expected.abs().max() > 0
     assert_close(found[0], expected, torch.float32, short)
+
+
+def test_a_router_called_by_itself_takes_any_axes_before_the_last() -> None:
+    """As transformers' own does: `[batch, pos, d_model]` gives a row for each token."""
+    model = model_of(4, 2)
+    x = torch.randn(2, 3, model.config.hidden_size)
+    bridge, gate = wrap(model), moe(model).gate
+    with torch.no_grad():
+        bare = gate(x)
+        with bridge.hooks(fwd_hooks=[(at("router_logits"), lambda logits, hook: logits.clone())]):
+            through = gate(x)
+    assert [part.shape for part in through] == [(6, 4), (6, 2), (6, 2)]
+    assert all(torch.equal(one, other) for one, other in zip(through, bare, strict=True))
+
+
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("short", ["pre", "post", "expert_out"])
+def test_no_token_at_all(short: str, number: int) -> None:
+    """A mixture takes an empty batch, and its hooks see its shape; a single expert has no neighbour."""
+    model = model_of(number, 1)
+    bridge, mixture = wrap(model), moe(model)
+    x = torch.zeros(0, 3, model.config.hidden_size)
+    width = {"pre": 24, "post": 24, "expert_out": 32}[short]
+    seen: list[Tensor] = []
+
+    def same(value: Tensor, hook: Any) -> Tensor:
+        seen.append(value)
+        return value.clone()
+
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(at(short), same)]):
+        out = mixture(x)
+    assert [value.shape for value in seen] == [(0, 3, 1, width)]
+    assert out.shape == x.shape
