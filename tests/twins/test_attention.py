@@ -135,6 +135,22 @@ def test_an_eager_twin_computes_the_modules_output_bitwise(family: str, dtype: s
                     assert torch.equal(bridge.run_with_hooks(ids, attention_mask=given, fwd_hooks=neutral), bare), name
 
 
+def test_an_alibi_attention_called_by_itself_takes_the_bias_of_all_rows_in_one_axis() -> None:
+    """`FalconAttention` takes `[batch * head, 1, key]`, though Falcon's own forward of today gives four axes."""
+    model, ids = make("rw", "eager"), tokens()
+    attn, heads = layer_of(model, 0).self_attention, model.config.num_attention_heads
+    x = torch.randn(*ids.shape, model.config.hidden_size)
+    given = {
+        "alibi": torch.randn(len(ids) * heads, 1, ids.shape[1]),
+        "attention_mask": torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1]),
+    }
+    bridge = wrap(model)
+    with torch.no_grad():
+        bare = attn(x, **given)[0]
+        with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_attn_scores", lambda scores, hook: scores.clone())]):
+            assert torch.equal(attn(x, **given)[0], bare)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_sdpa_twin_computes_the_modules_output_within_rounding(family: str, dtype: str) -> None:
