@@ -54,7 +54,7 @@ class ExpertsBridge(ComponentBridge):
         hidden = groups.linear(x[groups.row], call.weight("", "gate_up_proj"))
         before, straight = hidden.chunk(2, dim=-1)
         gate, linear = groups.fire(call, "hook_pre", before), groups.fire(call, "hook_pre_linear", straight)
-        if gate is not before or linear is not straight:
+        if gate is not before:
             # Laid out as the module's own hidden layer, or the activation rounds differently.
             gate, linear = torch.cat([gate, linear], dim=-1).chunk(2, dim=-1)
         post = groups.fire(call, "hook_post", module.act_fn(gate) * linear)
