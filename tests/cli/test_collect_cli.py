@@ -80,22 +80,29 @@ def test_shared_by_processes(texts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "code", "sentence"),
     [
-        ((), "expected either --data PATH or --dataset NAME"),
-        (("--data", "a.txt", "--dataset", "b"), "expected either --data PATH or --dataset NAME"),
-        (("--data", "nothing.txt"), "there is no file 'nothing.txt'"),
-        (("--data", "TEXTS", "--hooks", "blocks.0.attn.hook_zz"), "the nearest names are"),
-        (("--data", "TEXTS", "--shard", "2"), "--shard: got '2', expected RANK/WORLD"),
-        (("--data", "TEXTS", "--shard", "2/2"), "shard: got (2, 2)"),
-        (("--data", "TEXTS", "--store-dtype", "float31"), "--store-dtype: got 'float31'"),
-        (("--data", "TEXTS", "--store-dtype", "int32"), "dtype: got torch.int32"),
-        (("--data", "TEXTS", "--drop-first", "-1"), "drop_first: got -1"),
+        ((), 2, "expected either --data PATH or --dataset NAME"),
+        (("--data", "a.txt", "--dataset", "b"), 2, "expected either --data PATH or --dataset NAME"),
+        (("--data", "nothing.txt"), 1, "there is no file 'nothing.txt'"),
+        (("--data", "TEXTS", "--hooks", "blocks.0.attn.hook_zz"), 1, "the nearest names are"),
+        (("--data", "TEXTS", "--shard", "2"), 2, "got '2', expected RANK/WORLD"),
+        (("--data", "TEXTS", "--shard", "2/2"), 1, "shard: got (2, 2)"),
+        (("--data", "TEXTS", "--store-dtype", "float31"), 2, "got 'float31', expected the name of a torch dtype"),
+        (("--data", "TEXTS", "--store-dtype", "int32"), 1, "dtype: got torch.int32"),
+        (("--data", "TEXTS", "--drop-first", "-1"), 2, "Invalid value for '--drop-first'"),
+        (("--data", "TEXTS", "--batch-size", "0"), 2, "Invalid value for '--batch-size'"),
+        (("--data", "TEXTS", "--shard-tokens", "0"), 2, "Invalid value for '--shard-tokens'"),
+        (("--data", "TEXTS", "--max-tokens", "0"), 2, "Invalid value for '--max-tokens'"),
+        (("--data", "TEXTS", "--context-size", "0"), 2, "Invalid value for '--context-size'"),
     ],
 )
-def test_an_error_is_a_sentence(arguments: tuple[str, ...], sentence: str, texts: Path, tmp_path: Path) -> None:
+def test_an_error_is_a_sentence(
+    arguments: tuple[str, ...], code: int, sentence: str, texts: Path, tmp_path: Path
+) -> None:
     given = [str(texts) if argument == "TEXTS" else argument for argument in arguments]
     result = run("--hooks", "hook_embed", "--out", str(tmp_path / "out"), *given)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ") and sentence in " ".join(result.stderr.split())
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ") == (code == 1)
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.output

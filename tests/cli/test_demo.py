@@ -1,6 +1,9 @@
 """The main job, on the shipped models: what it finds is really there."""
 
 import io
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,13 +11,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.heads import induction_scores, previous_token_scores, random_repeats
 from transformer_lens.cli.app import app
 from transformer_lens.cli.circuits import (
-    attention_scores,
     heads_that_repeat,
     mean_ablation,
     patch_residual_stream,
-    repeated_tokens,
     second_half_loss,
     suitable_pair,
 )
@@ -34,21 +36,45 @@ def test_the_demo_prints_and_draws_what_it_found(tmp_path):
     console = Console(width=100, record=True, file=io.StringIO())
     run_demo(["tiny-falcon", "tiny-mixtral"], tmp_path, console)
     text = console.export_text()
-    for expected in ("blocks.{i}.attn.hook_q", "bitwise equal", "induction", "previous token", "Experts chosen"):
+    for expected in ("blocks.{i}.hook_resid_pre", "bitwise equal", "induction", "previous token", "Experts chosen"):
         assert expected in text
     assert "DIFFERENT" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"tiny-falcon-resid-pre.html", "tiny-falcon-resid-pre.png"}
 
 
-def test_induction_scores_are_the_attention_to_the_token_after_the_first_occurrence(falcon):
-    tokens = repeated_tokens(falcon, length=5, batch=3)
-    assert torch.equal(tokens[:, 1:6], tokens[:, 6:])
-    induction, previous = attention_scores(falcon, tokens)
-    _, cache = falcon.run_with_cache(tokens, names_filter="blocks.1.attn.hook_pattern")
-    by_hand = [cache["pattern", 1][:, 2, query, query - 4].mean() for query in range(6, 11)]
-    torch.testing.assert_close(induction[1, 2], torch.stack(by_hand).mean())
-    before = [cache["pattern", 1][:, 2, query, query - 1].mean() for query in range(1, 11)]
-    torch.testing.assert_close(previous[1, 2], torch.stack(before).mean())
+def test_the_demo_is_short_and_says_what_to_do_next(tmp_path):
+    console = Console(width=80, record=True, file=io.StringIO())
+    run_demo(["tiny-falcon"], tmp_path, console)
+    lines = console.export_text().splitlines()
+    assert len(lines) < 100
+    hooks = next(line for line in lines if line.startswith("... and "))
+    count = re.match(r"\.\.\. and (\d+) more\. .* (\S+ -m transformer_lens hooks tiny-falcon)$", hooks)
+    shown = {word for line in lines[: lines.index(hooks)] for word in line.split() if "hook_" in word}
+    table = TransformerBridge.boot_transformers("tiny-falcon").hook_table()
+    named = [row.name for row in table.present() if row.name in shown]
+    assert named == [row.name for row in table.present()][: len(named)] and len(named) + int(count[1]) == len(
+        table.present()
+    )
+    done = next(place for place, line in enumerate(lines) if line.startswith("done in"))
+    pictures, read_on, attempt = lines[done + 1 :]
+    assert pictures == f"pictures: {tmp_path / 'tiny-falcon-resid-pre.html'} (open in a browser)"
+    root = Path(__file__).parents[2]
+    for place in re.findall(r"(?:demos|docs)/\S+\.(?:ipynb|md)", read_on):
+        assert (root / place).is_file()
+    assert len(re.findall(r"demos/|docs/", read_on)) == 2
+    command = shlex.split(attempt.removeprefix("try:"))
+    assert command[1:3] == ["-m", "transformer_lens"]
+    assert CliRunner().invoke(app, command[3:]).stdout.endswith("to John\n")  # without the heads it takes: " Mary"
+    assert CliRunner().invoke(app, shlex.split(count[2])[3:]).exit_code == 0
+
+
+def test_its_scores_are_those_of_the_analysis(falcon):
+    found = heads_that_repeat(falcon, plain)
+    induction, previous = induction_scores(falcon), previous_token_scores(falcon)
+    assert len(found) >= 6
+    for effect in found:
+        assert effect.induction == float(induction[effect.layer, effect.head])
+        assert effect.previous == float(previous[effect.layer, effect.head])
 
 
 def test_the_heads_it_finds_are_induction_and_previous_token_heads(falcon):
@@ -58,7 +84,7 @@ def test_the_heads_it_finds_are_induction_and_previous_token_heads(falcon):
     assert induction == {(1, 0), (1, 1), (1, 2), (1, 3)}
     assert previous == {(0, 2), (0, 3)}
     # What they are worth: without all of layer 1's heads, the repeat can no longer be predicted.
-    tokens = repeated_tokens(falcon)
+    tokens = random_repeats(falcon)
     with torch.no_grad():
         with_them = second_half_loss(falcon, tokens)
         hooks = [("blocks.1.attn.hook_z", mean_ablation(head)) for head in range(4)]

@@ -440,3 +440,77 @@ def test_originals_are_not_put_where_the_shape_is_another_by_now():
     assert model.lm_head.weight.shape == (50, 32)
     model.lm_head.weight.data = kept
     bridge.detach()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["rw", "40b", "mixtral"])
+def test_a_vocabulary_resized_since_is_not_overwritten(name, tied):
+    model = family(name, tie_word_embeddings=tied)
+    bridge = TransformerBridge(model)
+    bridge.fold_ln()  # of the two ends, only the unembedding
+    model.resize_token_embeddings(64, mean_resizing=False)
+    after = snapshot(model)
+    for call in (bridge.undo_processing, bridge.detach):
+        with pytest.raises(
+            ValueError,
+            match=r"^lm_head.weight was replaced .* \(as resize_token_embeddings does\).*load the model again",
+        ):
+            call()
+        assert same(model, after)
+    with pytest.raises(ValueError, match=r"^lm_head.weight was replaced"), bridge.unprocessed():
+        pass
+    assert same(model, after)
+    assert bridge.processed == ("fold_ln",)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["rw", "mixtral"])
+def test_a_vocabulary_resized_on_the_models_own_weights_keeps_them(name, tied):
+    model, expected = (family(name, tie_word_embeddings=tied) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    bridge = TransformerBridge(model)
+    changes = quietly(bridge)
+    said = r"replaced while the model's own weights were lent back.*process_weights\(\)"
+    with pytest.warns(UserWarning, match=said), bridge.unprocessed():
+        model.resize_token_embeddings(40)
+    expected.resize_token_embeddings(40)
+    assert bridge.processed == () and changes_module.RECORD not in bridge.root.original_component.__dict__
+    ids = tokens() % 40
+    with torch.no_grad():
+        assert torch.equal(bridge(ids), expected(ids).logits)
+        changes.undo()  # nothing is left to undo
+        assert torch.equal(bridge(ids), expected(ids).logits)
+        quietly(bridge)
+        torch.testing.assert_close(
+            bridge(ids).log_softmax(-1), expected(ids).logits.log_softmax(-1), rtol=1e-4, atol=1e-4
+        )
+    bridge.undo_processing()
+    assert torch.equal(bridge(ids), expected(ids).logits)
+
+
+def test_a_vocabulary_that_processing_did_not_touch_may_be_resized():
+    model = family("rw", tie_word_embeddings=False)
+    bridge = TransformerBridge(model)
+    bias = model.transformer.h[1].self_attention.query_key_value.bias
+    before = bias.detach().clone()
+    bridge.fold_value_biases()
+    model.resize_token_embeddings(40)
+    assert not torch.equal(bias, before)
+    bridge.undo_processing()
+    assert bridge.processed == () and torch.equal(bias, before)
+    assert bridge(tokens() % 40).shape[-1] == 40
+
+
+def test_an_adapter_that_came_since_stands_around_what_is_put_back():
+    from peft import LoraConfig, get_peft_model
+
+    model = family("rw", tie_word_embeddings=False)
+    bridge = TransformerBridge(model)
+    linear = model.transformer.h[1].self_attention.query_key_value
+    before = linear.weight.detach().clone()
+    bridge.fold_ln()
+    get_peft_model(model, LoraConfig(target_modules=["query_key_value"], r=2))
+    assert model.transformer.h[1].self_attention.query_key_value.base_layer is linear
+    assert not torch.equal(linear.weight, before)
+    bridge.undo_processing()
+    assert torch.equal(linear.weight, before)

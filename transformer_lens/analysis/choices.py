@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -12,6 +13,8 @@ from transformer_lens import TransformerBridge
 
 Layers = int | Sequence[int] | None
 """A layer, several, or `None` for all of them; negative ones count from the end."""
+Pairs = Sequence[tuple[int | None, int]]
+"""Layers, each with one of its experts; `None` for all layers."""
 Positions = int | Sequence[int] | slice | Bool[Tensor, "batch pos"] | None
 """A position, several, a slice, a mask over batch and positions, or `None` for all of them."""
 
@@ -52,6 +55,32 @@ def expert_numbers(bridge: TransformerBridge, experts: int | Sequence[int]) -> l
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"experts: got {wanted}, expected each expert once")
     return wanted
+
+
+def experts_by_layer(
+    bridge: TransformerBridge, layer: Layers | Pairs, expert: int | Sequence[int] | None
+) -> dict[int, list[int]]:
+    """The experts meant in each layer, from pairs or from layers that all have the same ones.
+
+    Raises `ValueError` for one that is not there, for one named twice, and unless experts are given just once.
+    """
+    layers: Any = layer
+    several: list[Any] = [] if layer is None or isinstance(layer, int) else list(layer)
+    pairs = [pair for pair in several if not isinstance(pair, int)]
+    if len(pairs) < len(several) if pairs else expert is None:
+        raise ValueError(
+            f"experts: got layer={layer} and expert={expert}, expected layers and an expert, or pairs (layer, expert)"
+        )
+    if not pairs:
+        numbers = [] if expert is None else expert_numbers(bridge, expert)
+        return dict.fromkeys(layer_numbers(bridge, layers), numbers)
+    if expert is not None:
+        raise ValueError(f"expert: got {expert} beside pairs (layer, expert), which name the experts already")
+    found: dict[int, list[int]] = {}
+    for where, number in pairs:
+        for i in layer_numbers(bridge, where):
+            found[i] = expert_numbers(bridge, [*found.get(i, []), number])
+    return dict(sorted(found.items()))
 
 
 def check_positions(positions: Positions) -> None:

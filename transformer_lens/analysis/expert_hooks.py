@@ -17,9 +17,11 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.choices import (
     Layers,
+    Pairs,
     Positions,
     check_positions,
     expert_numbers,
+    experts_by_layer,
     layer_numbers,
     need_experts,
     position_mask,
@@ -30,8 +32,8 @@ Hooks = list[tuple[str, Callable[..., Any]]]
 
 def ablate_expert(
     bridge: TransformerBridge,
-    layer: Layers,
-    expert: int,
+    layer: Layers | Pairs,
+    expert: int | Sequence[int] | None = None,
     positions: Positions = None,
     renormalize: bool = False,
 ) -> Hooks:
@@ -40,17 +42,19 @@ def ablate_expert(
     >>> text = "When Mary and John went to the store"
     >>> bool(bridge.run_with_hooks(text, fwd_hooks=hooks, return_type="loss") > bridge(text, return_type="loss"))
     True
+    >>> several = ablate_expert(bridge, [(0, 2), (0, 3), (2, 1)])  # pairs of layer and expert
+    >>> everywhere = ablate_expert(bridge, layer=None, expert=[2, 3])  # two experts of every layer
 
-    Take one expert's weighted output out of the stream where it was chosen, everywhere or at some
-    positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
-    scales those to sum to one (where the expert alone had any weight, nothing is left to scale).
+    Take the weighted output of one expert, or of several, out of the stream where it was chosen, everywhere
+    or at some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
+    scales those to sum to one (where the experts taken away had all the weight, nothing is left to scale).
 
-    `layer=None` stands for all layers. Positions are those of the forward that runs, padding included.
-    The experts' twin computes the layers named, within rounding of the model's own kernel. Raises
-    `ValueError` for a dense model, and for a layer, an expert or a position that is not there.
+    `layer=None` stands for all layers, also in a pair. Positions are those of the forward that runs, padding
+    included. The experts' twin computes the layers named, within rounding of the model's own kernel. Raises
+    `ValueError` for a dense model, for a layer, an expert or a position that is not there, and for one named twice.
     """
     need_experts(bridge, "ablate_expert")
-    (number,) = expert_numbers(bridge, expert)
+    gone_of = experts_by_layer(bridge, layer, expert)
     check_positions(positions)
     if renormalize and bridge.cfg.experts_per_token == 1:
         raise ValueError("renormalize: this model chooses 1 expert for each token, so no weight is left to scale")
@@ -66,7 +70,8 @@ def ablate_expert(
         out: Float[Tensor, "batch pos chosen d_model"], hook: HookPoint
     ) -> Float[Tensor, "batch pos chosen d_model"]:
         chosen: Int[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_indices")
-        gone = (chosen == number) & position_mask(positions, out)[..., None]
+        taken = torch.isin(chosen, torch.tensor(gone_of[hook.layer()], device=chosen.device))
+        gone = taken & position_mask(positions, out)[..., None]
         left = out.masked_fill(gone[..., None], 0)
         if not renormalize:
             return left
@@ -77,7 +82,7 @@ def ablate_expert(
 
     needed = ["hook_expert_indices", *(["hook_expert_weights"] if renormalize else [])]
     hooks: Hooks = []
-    for i in layer_numbers(bridge, layer):
+    for i in gone_of:
         hooks += [(f"{_mlp(i)}.{name}", note) for name in needed]
         hooks.append((f"{_mlp(i)}.hook_expert_out", ablate))
     return hooks

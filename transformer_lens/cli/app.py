@@ -26,6 +26,7 @@ from transformer_lens.cli.options import (
     complete_model,
     complete_shape,
     load_bridge,
+    need_device,
 )
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
@@ -86,6 +87,7 @@ def demo(
     """
     from transformer_lens.cli.demo import run_demo
 
+    need_device(device)
     run_demo(model or ["tiny-falcon", "tiny-mixtral"], out, Output(), device=device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.data.generate import IOIPair, ioi_pair, repeated_random_tokens
+from transformer_lens.analysis.heads import induction_scores, previous_token_scores, random_repeats
+from transformer_lens.data.generate import IOIPair, ioi_pair
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable in a progress bar with a description."""
@@ -32,42 +32,16 @@ class HeadEffect:
     """How much the loss on the repeat rises when the head's output is replaced by its mean, in nats per token."""
 
 
-def repeated_tokens(bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0) -> Tensor:
-    """Random tokens, twice in a row: what only copying from the past can predict. [batch, 1 + 2 * length]"""
-    special = set(bridge.tokenizer.all_special_ids)
-    ordinary = [token for token in range(bridge.cfg.d_vocab) if token not in special and token < len(bridge.tokenizer)]
-    bos = bridge.to_tokens("")[0, 0].item() if bridge.cfg.default_prepend_bos else ordinary[0]
-    return repeated_random_tokens(ordinary, length, batch, int(bos), Random(seed))
-
-
 def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], **hooks: Any) -> Tensor:
     """Mean next-token loss over the repeat, from its second token on, in nats."""
     per_token: Tensor = bridge.run_with_hooks(tokens, return_type="loss", loss_per_token=True, **hooks)
     return per_token[:, tokens.shape[1] // 2 + 1 :].mean()
 
 
-def attention_scores(
-    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
-) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
-    """Each head's mean attention to the induction target, and to the previous token.
-
-    The target of a repeated token is the one that followed it the first time (Olsson et al. 2022).
-    """
-    half = tokens.shape[1] // 2
-    repeat = torch.arange(half + 1, tokens.shape[1], device=tokens.device)
-    later = torch.arange(1, tokens.shape[1], device=tokens.device)
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_pattern"))
-    patterns = [cache["pattern", layer].float() for layer in range(bridge.cfg.n_layers)]
-    induction = [pattern[:, :, repeat, repeat - half + 1].mean((0, 2)) for pattern in patterns]
-    previous = [pattern[:, :, later, later - 1].mean((0, 2)) for pattern in patterns]
-    return torch.stack(induction).cpu(), torch.stack(previous).cpu()
-
-
 def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 6) -> list[HeadEffect]:
     """The heads that attend most to induction targets and previous tokens, each ablated to see what it is worth."""
-    tokens = repeated_tokens(bridge)
-    induction, previous = attention_scores(bridge, tokens)
+    tokens = random_repeats(bridge)
+    induction, previous = induction_scores(bridge), previous_token_scores(bridge)
     best = dict.fromkeys(
         index
         for scores in (induction, previous)

@@ -20,6 +20,7 @@ from transformer_lens.cli.options import (
     Model,
     Revision,
     TrustRemoteCode,
+    dtype_of,
     load_bridge,
     output,
     write_json,
@@ -48,7 +49,9 @@ Subset = Annotated[str | None, typer.Option(help="Its configuration.", rich_help
 Split = Annotated[str, typer.Option(help="Its split.", rich_help_panel=DATA)]
 Streaming = Annotated[bool, typer.Option("--streaming", help="Read it as it is downloaded.", rich_help_panel=DATA)]
 TextKey = Annotated[str, typer.Option(help="What the text of a row is called.", rich_help_panel=DATA)]
-MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="End after so many tokens.", rich_help_panel=DATA)]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="End after so many tokens.", rich_help_panel=DATA)
+]
 Hooks = Annotated[
     list[str],
     typer.Option(
@@ -61,9 +64,11 @@ Hooks = Annotated[
 Out = Annotated[Path, typer.Option(metavar="FOLDER", help="Where shards and manifest go.")]
 ContextSize = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Tokens of a context. Default: the model's, at most 1024.", rich_help_panel=LAYOUT),
+    typer.Option(
+        metavar="N", min=1, help="Tokens of a context. Default: the model's, at most 1024.", rich_help_panel=LAYOUT
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(metavar="N", help="Contexts in a batch.", rich_help_panel=LAYOUT)]
+BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Contexts in a batch.", rich_help_panel=LAYOUT)]
 Packing = Annotated[
     bool,
     typer.Option(
@@ -83,13 +88,18 @@ PrependBos = Annotated[
 AppendEos = Annotated[bool, typer.Option("--append-eos", help="End each text with EOS.", rich_help_panel=LAYOUT)]
 DropBos = Annotated[bool, typer.Option("--drop-bos", help="Do not store BOS tokens.", rich_help_panel=LAYOUT)]
 DropFirst = Annotated[
-    int, typer.Option(metavar="N", help="Do not store the first N positions of a context.", rich_help_panel=LAYOUT)
+    int,
+    typer.Option(metavar="N", min=0, help="Do not store the first N positions of a context.", rich_help_panel=LAYOUT),
 ]
 StoredDtype = Annotated[
     str | None,
-    typer.Option(help="Such as bfloat16, on disk. Default: as the model computes.", rich_help_panel=FILES),
+    typer.Option(
+        help="Such as bfloat16, on disk. Default: as the model computes.", callback=dtype_of, rich_help_panel=FILES
+    ),
 ]
-ShardTokens = Annotated[int, typer.Option(metavar="N", help="About so many tokens in a file.", rich_help_panel=FILES)]
+ShardTokens = Annotated[
+    int, typer.Option(metavar="N", min=1, help="About so many tokens in a file.", rich_help_panel=FILES)
+]
 Shard = Annotated[
     str,
     typer.Option(metavar="RANK/WORLD", help="This process's part of a job that several share.", rich_help_panel=FILES),
@@ -196,9 +206,9 @@ def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str
 
 
 def read_data(paths: Sequence[Path], name: str | None, subset: str | None, split: str, streaming: bool) -> Any:
-    """What the data options name. Raises `ValueError` unless it is one thing."""
+    """What the data options name. Raises typer's `BadParameter`, exit code 2, unless it is one thing."""
     if bool(paths) == (name is not None):
-        raise ValueError("collect: expected either --data PATH or --dataset NAME")
+        raise typer.BadParameter("expected either --data PATH or --dataset NAME", param_hint="--data")
     if name is not None:
         return _datasets().load_dataset(name, subset, split=split, streaming=streaming)
     if len(paths) == 1 and paths[0].suffix == ".npy":
@@ -225,19 +235,16 @@ def rank_of(text: str) -> tuple[int, int]:
     >>> rank_of("3/8")
     (3, 8)
 
-    Raises `ValueError` for anything else than two numbers with a stroke between.
+    Raises typer's `BadParameter`, exit code 2, for anything else than two numbers with a stroke between.
     """
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise ValueError(f"--shard: got {text!r}, expected RANK/WORLD such as 0/4")
+        raise typer.BadParameter(f"got {text!r}, expected RANK/WORLD such as 0/4", param_hint="--shard")
     return int(parts[0]), int(parts[1])
 
 
 def stored_dtype(name: str | None) -> Any:
-    """The dtype of a name. Raises `ValueError` for a name that torch does not have."""
+    """The dtype of a name that `dtype_of` let pass."""
     import torch
 
-    found = None if name is None else getattr(torch, name, name)
-    if found is not None and not isinstance(found, torch.dtype):
-        raise ValueError(f"--store-dtype: got {name!r}, expected the name of one such as bfloat16")
-    return found
+    return None if name in (None, "auto") else getattr(torch, str(name))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +28,8 @@ from transformer_lens.cli.circuits import (
 from transformer_lens.data.generate import ioi_examples
 from transformer_lens.viz import Heatmap
 
+FIRST_HOOKS = 5
+"""So many rows of the hook table, before the demo goes on."""
 SENTENCES = ("When Mary and John went to the store, John gave a drink to Mary.",)
 
 
@@ -31,12 +37,14 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
     """Run every part that each model allows, and write the pictures to `out`."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
+    silenced: list[tuple[int, int]] = []
     for number, name in enumerate(models):
         bridge = TransformerBridge.boot_transformers(name, device=device)
         console.rule(f"[bold]{name}")
         console.print(describe(bridge))
         if not number:
-            console.print(bridge.hook_table())
+            silenced = [(bridge.cfg.n_layers - 1, head) for head in range(min(4, bridge.cfg.n_heads))]
+            show_hooks(bridge, name, console)
         show_cache(bridge, console)
         if bridge.tokenizer is None:
             raise ValueError(f"{name} has no tokenizer, and the demo reads text")
@@ -46,6 +54,40 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
             show_heads(heads_that_repeat(bridge, _progress(console)), console)
             show_patching(patch_residual_stream(bridge, _progress(console)), out / Path(name).name, console)
     console.print(f"[dim]done in {time.perf_counter() - started:.0f} s")
+    show_next(models[0], silenced, sorted(out.glob("*.html")), console)
+
+
+def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:
+    """The first rows of the hook table, and the command that shows all."""
+    table = bridge.hook_table()
+    whole = len(table.present())
+    table.rows = table.present()[:FIRST_HOOKS]
+    console.print(table)
+    rest = f"... and {whole - len(table)} more. All, with shapes and meanings: {_program()} hooks {shlex.quote(name)}\n"
+    console.print(rest, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_next(model: str, heads: Sequence[tuple[int, int]], pages: Sequence[Path], console: Console) -> None:
+    """Where to go from here: the pictures, a notebook and a page, a command."""
+    pictures = ", ".join(map(str, pages)) or "none was drawn"
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    command = f"{_program()} generate {shlex.quote(model)} {prompt!r} -n 1"
+    command += "".join(f" --ablate-head {layer}.{head}" for layer, head in heads)
+    for label, text in (
+        ("pictures", f"{pictures} (open in a browser)" if pages else pictures),
+        ("read on", "demos/1_main_demo.ipynb, or docs/tutorials/first_steps.md"),
+        ("try", command),
+    ):
+        console.print(f"{label + ':':<10}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """How this program is called where the demo ran: `make demo` activates no environment."""
+    found = shutil.which("python")
+    if found is not None and Path(found) == Path(sys.executable):
+        return "python -m transformer_lens"
+    near = os.path.relpath(sys.executable)
+    return f"{sys.executable if near.startswith('..') else near} -m transformer_lens"
 
 
 def _progress(console: Console) -> Any:

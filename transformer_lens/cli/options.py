@@ -64,15 +64,50 @@ Model = Annotated[
         autocompletion=complete_model,
     ),
 ]
+
+
+def device_of(text: str | None) -> str | None:
+    """
+    >>> device_of("cuda:1")
+    'cuda:1'
+
+    The device as it was given. Raises typer's `BadParameter`, exit code 2, for what names none.
+    """
+    import torch
+
+    try:
+        torch.device(text or "cpu")
+    except RuntimeError as error:
+        raise typer.BadParameter(f"got {text!r}, expected a device such as cpu, cuda or cuda:1") from error
+    return text
+
+
+def dtype_of(text: str | None) -> str | None:
+    """
+    >>> dtype_of("bfloat16")
+    'bfloat16'
+
+    The dtype as it was given. Raises typer's `BadParameter`, exit code 2, for what names none.
+    """
+    import torch
+
+    if text not in (None, "auto") and not isinstance(getattr(torch, str(text), None), torch.dtype):
+        raise typer.BadParameter(f"got {text!r}, expected the name of a torch dtype, such as {', '.join(DTYPES)}")
+    return text
+
+
 Device = Annotated[
     str | None,
-    typer.Option(help="Where it runs, such as cuda or cuda:1. Default: the CPU.", rich_help_panel=LOADING),
+    typer.Option(
+        help="Where it runs, such as cuda or cuda:1. Default: the CPU.", callback=device_of, rich_help_panel=LOADING
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         help="Such as float32 or bfloat16. Default: the checkpoint's own.",
         autocompletion=_one_of(DTYPES),
+        callback=dtype_of,
         rich_help_panel=LOADING,
     ),
 ]
@@ -108,7 +143,21 @@ def load_bridge(model: str, **loading: Any) -> TransformerBridge:
     from transformer_lens import TransformerBridge
 
     with quiet(), named(model):
+        need_device(loading.get("device"))
         return TransformerBridge.boot_transformers(model, **loading)
+
+
+def need_device(device: str | None) -> None:
+    """Raise `ValueError` for a device that this computer or this torch does not have.
+
+    >>> need_device("cpu")
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device: {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

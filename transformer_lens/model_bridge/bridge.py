@@ -155,6 +155,8 @@ class TransformerBridge(
             path = f"{prefix}.{part.at}" if prefix else part.at
             if role == "blocks":
                 blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in range(self.cfg.n_layers)]
+                for block in blocks:
+                    block.__dict__["run"] = self  # not a submodule of its own part
                 self.add_module("blocks", nn.ModuleList(blocks))
             else:
                 self.add_module(role, part.kind(part, model, path, role))

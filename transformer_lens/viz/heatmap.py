@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from transformer_lens.viz.picture import (
     MOST_LABELS,
     SEQUENTIAL,
     Picture,
+    entitle,
     escaped,
     new_drawing,
     plotly,
@@ -70,6 +72,8 @@ class Heatmap(Picture):
         for name, cells in (("texts", self.texts), ("notes", self.notes)):
             if cells is not None and [len(cells), *{len(row) for row in cells}] != expected:
                 raise ValueError(f"heat map {self.title!r}: got {name} that do not fill {expected} cells")
+        if self.limits is not None and not -math.inf < self.limits[0] < self.limits[1] < math.inf:
+            raise ValueError(f"heat map {self.title!r}: got limits={self.limits}, expected (low, high), low below high")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.title!r} of {len(self.rows)} x {len(self.columns)}"
@@ -135,7 +139,11 @@ class Heatmap(Picture):
             "font": {"family": FONT},
             "height": max(320, (34 if len(self.rows) <= 10 else 26) * min(len(self.rows), 60) + 220),
             "margin": {"l": 90, "r": 30},
-            "xaxis": {**self._axis(self.columns, self.column_title), "tickangle": -40},
+            "xaxis": {
+                **self._axis(self.columns, self.column_title),
+                "tickangle": None,  # as the labels need it
+                "autotickangles": [0, -40, -90],
+            },
             "yaxis": {**self._axis(self.rows, self.row_title), "autorange": "reversed"},
         }
 
@@ -158,30 +166,41 @@ class Heatmap(Picture):
 
     # -- PNG ---------------------------------------------------------------------------------------
 
-    def draw(self, axes: Axes, numbers: bool = True) -> Any:
-        """Draw the cells into matplotlib axes; returns the image, for a colour bar."""
+    def draw(self, axes: Axes, width: float, size: float = 10, numbers: bool = True) -> Any:
+        """Draw the cells into matplotlib axes about `width` inches wide; returns the image, for a colour bar."""
         matrix, (low, high) = self.matrix, self.range
         picture = axes.imshow(matrix, cmap=self.colours, vmin=low, vmax=high, aspect="auto")
         x, y = ticks(self.columns), ticks(self.rows)
         labels = [visible(self.columns[place]) for place in x]
-        axes.set_xticks(x, labels, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+        # Labels lie as long as the longest has room; a letter is about 0.009 inches wide for each point of its size.
+        room = width / max(1, len(x)) / (0.009 * size)
+        lying = max(map(len, labels), default=0) + 1 <= room
+        turn: dict[str, Any] = {} if lying else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(x, labels, parse_math=False, **turn)
         axes.set_yticks(y, [visible(self.rows[place]) for place in y], parse_math=False)
-        axes.set_xlabel(self.column_title)
-        axes.set_ylabel(self.row_title)
-        if numbers and (self.texts is not None or matrix.size <= MOST_NUMBERS):
+        axes.tick_params(labelsize=size)
+        axes.set_xlabel(self.column_title, fontsize=max(8, size))
+        axes.set_ylabel(self.row_title, fontsize=max(8, size))
+        if numbers and self._written:
             for (row, column), cell in np.ndenumerate(matrix):
-                text = f"{cell:.2f}" if self.texts is None else visible(self.texts[row][column])
+                text = f"{round(float(cell), 2) + 0.0:.2f}" if self.texts is None else visible(self.texts[row][column])
                 if np.isfinite(cell):
                     ink = _ink((cell - low) / (high - low), self.colours)
                     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
         return picture
 
+    @property
+    def _written(self) -> bool:
+        """Whether a PNG has something written in its cells."""
+        return self.texts is not None or self.matrix.size <= MOST_NUMBERS
+
     def drawing(self) -> Drawing:
-        width = (0.62 if self.texts is None else 0.8) * min(len(self.columns), MOST_LABELS) + 2.5
-        figure = new_drawing(width, max(3.2, 0.42 * min(len(self.rows), MOST_LABELS) + 2.0))
-        axes = figure.subplots()
-        axes.set_title(self.title, loc="left", fontsize=11)
-        figure.colorbar(self.draw(axes), label=self.value)
+        width, height = (0.8 if self.texts is not None else 0.62, 0.42) if self._written else (0.2, 0.2)
+        columns, rows = (min(len(labels), MOST_LABELS) for labels in (self.columns, self.rows))
+        figure = new_drawing(width * columns + 2.5, max(3.2, height * rows + 2.0))
+        entitle(figure, self.title)
+        beside = 1.6 + 0.09 * max((len(visible(row)) for row in self.rows), default=0)  # row labels and colour bar
+        figure.colorbar(self.draw(figure.subplots(), figure.get_figwidth() - beside), label=self.value)
         return figure
 
 
@@ -194,7 +213,8 @@ def _ink(share: float, colours: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Heatmaps(Picture):
-    """Several heat maps, one of which shows at a time: a menu picks it. A PNG shows them side by side.
+    """Several heat maps, one of which shows at a time: a menu picks it. A PNG shows them side by side,
+    with one colour bar where their colours mean the same, else one for each.
 
     >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
     >>> Heatmaps(panels, title="heads")
@@ -247,15 +267,17 @@ class Heatmaps(Picture):
         height = max(2.2, 0.16 * min(len(sample.rows), MOST_LABELS) + 1.0)
         figure = new_drawing(3.2 * columns, height * rows + 0.6)
         grid = figure.subplots(rows, columns, squeeze=False)
+        shared = len({(*panel.range, panel.value) for _, panel in shown}) == 1
         left_out = len(self.panels) - len(shown)
         more = f"   (the first {len(shown)} of {len(self.panels)})" if left_out else ""
-        figure.suptitle(self.title + more, x=0.01, ha="left", fontsize=11)
+        entitle(figure, self.title + more)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for place, ((name, panel), axes) in enumerate(zip(shown, grid.flat, strict=False)):
-            image = panel.draw(axes, numbers=False)
+            image = panel.draw(axes, figure.get_figwidth() / columns - (0.8 if shared else 1.4), 6.5, numbers=False)
+            if not shared:
+                _bar(figure, image, axes, panel.value)
             axes.set_title(name, loc="left", fontsize=9)
-            axes.tick_params(labelsize=6)
             if place % columns and list(panel.rows) == list(shown[place - 1][1].rows):
                 axes.set_ylabel("")
                 axes.set_yticks([])
@@ -263,5 +285,13 @@ class Heatmaps(Picture):
             if below < len(shown) and list(panel.columns) == list(shown[below][1].columns):
                 axes.set_xlabel("")
                 axes.set_xticks([])
-        figure.colorbar(image, ax=grid, label=sample.value, shrink=0.8)
+        if shared:
+            _bar(figure, image, grid, sample.value, shrink=0.8)
         return figure
+
+
+def _bar(figure: Drawing, image: Any, axes: Any, value: str, **options: Any) -> None:
+    """A colour bar in the small letters of several panels."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    bar.set_label(value, fontsize=8)
+    bar.ax.tick_params(labelsize=6.5)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -14,10 +15,19 @@ from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
+Numbers = int | Sequence[int] | None
+"""One number, several, or `None` for all there are."""
+Limits = tuple[float, float] | None
+"""The values at the two ends of the colours; `None` takes them from the data, centred on zero."""
 
 
 def attention_patterns(
-    tokens: Sequence[str], attention: ActivationCache | Pattern, first: tuple[int, int] = (0, 0), title: str = ""
+    tokens: Sequence[str],
+    attention: ActivationCache | Pattern,
+    first: tuple[int, int] = (0, 0),
+    title: str = "",
+    heads: Numbers = None,
+    layers: Numbers = None,
 ) -> Heatmaps:
     """How much each position attends to each earlier one, one head at a time, with a menu of heads.
 
@@ -25,13 +35,16 @@ def attention_patterns(
     >>> attention_patterns(tokens, cache, first=(1, 2))
     Heatmaps 'Attention patterns': 16 panels, layer 0 head 0 to layer 3 head 3
 
-    `attention` is a cache of one text (all patterns in it are shown), or a tensor
-    `[layer head query_pos key_pos]` or `[head query_pos key_pos]`. `first=(layer, head)` shows first.
-    Raises `ValueError` where tokens and positions do not fit.
+    >>> attention_patterns(tokens, cache["pattern", 1][0, [2, 3]], heads=[2, 3], layers=1)
+    Heatmaps 'Attention patterns': 2 panels, layer 1 head 2 to layer 1 head 3
+
+    `attention` is a cache of one text, or a tensor `[layer head query_pos key_pos]`, `[head query_pos key_pos]` or,
+    with one number as `heads`, `[query_pos key_pos]`. Of a cache, `heads` and `layers` choose what is shown; of a
+    tensor they say which heads it holds, else they count from 0. `first=(layer, head)` shows first. Raises
+    `ValueError` where tokens and positions do not fit, and for heads or layers that are not there.
     """
-    heads = _heads(attention)
     panels = {}
-    for (layer, head), pattern in heads.items():
+    for (layer, head), pattern in _heads(attention, layers, heads).items():
         if list(pattern.shape[-1:]) != [len(tokens)] or pattern.shape[0] > pattern.shape[1]:
             raise ValueError(
                 f"attention_patterns: got a pattern of {list(pattern.shape)} and {len(tokens)} tokens, expected a key "
@@ -57,28 +70,58 @@ def attention_patterns(
     return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
 
 
-def _heads(attention: ActivationCache | Pattern) -> dict[tuple[int | None, int], Tensor]:
+def _heads(
+    attention: ActivationCache | Pattern, layers: Numbers, heads: Numbers
+) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
     """Every head's pattern, by layer and head."""
     if isinstance(attention, Tensor):
-        if attention.ndim not in (3, 4):
+        return _numbered(attention, layers, heads)
+    cached = _cached_patterns(attention)
+    held = len(next(iter(cached.values())))
+    for what, wanted, there in (("layers", layers, sorted(cached)), ("heads", heads, list(range(held)))):
+        absent = [number for number in _several(wanted, there) if number not in there]
+        if absent:
             raise ValueError(
-                f"attention_patterns: got a tensor of {list(attention.shape)}, expected [head query_pos key_pos] or "
-                "[layer head query_pos key_pos]; choose one text of a batch first"
+                f"attention_patterns: got {what}={wanted}, expected some of {there}, which the cache holds"
             )
-        alone: list[tuple[int | None, Tensor]] = [(None, attention)]
-        layers = dict(alone if attention.ndim == 3 else enumerate(attention))
-    else:
-        layers = _cached_patterns(attention)
-    return {(layer, head): pattern for layer, heads in layers.items() for head, pattern in enumerate(heads)}
+    several = _several(heads, range(held))
+    return {(layer, head): cached[layer][head] for layer in _several(layers, cached) for head in several}
 
 
-def _cached_patterns(cache: ActivationCache) -> dict[int | None, Tensor]:
+def _numbered(
+    pattern: Pattern, layers: Numbers, heads: Numbers
+) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
+    """The heads of a tensor under the numbers given, or counted from 0."""
+    if pattern.ndim not in (3, 4) and not (pattern.ndim == 2 and isinstance(heads, int)):
+        raise ValueError(
+            f"attention_patterns: got a tensor of {list(pattern.shape)}, expected [head query_pos key_pos] or "
+            "[layer head query_pos key_pos]; choose one text of a batch first, and say which head a single one is "
+            "with heads="
+        )
+    stacked = pattern[(None,) * (4 - pattern.ndim)]
+    unnamed: Sequence[int | None] = [None] if pattern.ndim < 4 else range(len(stacked))
+    of_layers = unnamed if layers is None else _several(layers, ())
+    of_heads = _several(heads, range(stacked.shape[1]))
+    for what, numbers, size in (("layers", of_layers, len(stacked)), ("heads", of_heads, stacked.shape[1])):
+        if len(set(numbers)) != size or len(numbers) != size:
+            raise ValueError(
+                f"attention_patterns: got {what}={list(numbers)}, expected {size} different numbers, one for each of "
+                f"the {what} in the tensor of {list(pattern.shape)}"
+            )
+    return {(layer, head): stacked[i, j] for i, layer in enumerate(of_layers) for j, head in enumerate(of_heads)}
+
+
+def _several(wanted: Numbers, every: Iterable[int]) -> list[int]:
+    return list(every) if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
+
+
+def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head query_pos key_pos"]]:
     names = [name for name in cache if name.endswith("attn.hook_pattern")]
     if not names:
         raise ValueError(
             "attention_patterns: this cache holds no attn.hook_pattern; capture it, or leave names_filter out"
         )
-    found: dict[int | None, Tensor] = {}
+    found: dict[int, Tensor] = {}
     for name in names:
         pattern = cache[name]
         if cache.has_batch_dim and len(pattern) != 1:
@@ -90,28 +133,36 @@ def _cached_patterns(cache: ActivationCache) -> dict[int | None, Tensor]:
     return found
 
 
-def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value") -> Heatmap:
+def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value", limits: Limits = None) -> Heatmap:
     """A number for each head, by layer.
 
     >>> head_map(torch.zeros(4, 4), "score of previous-token heads").columns
     ['0', '1', '2', '3']
+
+    `limits=(low, high)` are the values at the ends of the colours, so that several maps can be compared.
     """
     _need_axes("head_map", values, "layer head")
     rows, columns = (list(map(str, range(size))) for size in values.shape)
-    return Heatmap(values, rows, columns, title, "layer", "head", value)
+    return Heatmap(values, rows, columns, title, "layer", "head", value, limits)
 
 
 def patching_map(
-    values: Float[Tensor, "layer pos"], tokens: Sequence[str], title: str, value: str = "restored"
+    values: Float[Tensor, "layer pos"],
+    tokens: Sequence[str],
+    title: str,
+    value: str = "restored",
+    limits: Limits = None,
 ) -> Heatmap:
     """A number for each layer and position, as a sweep of patches gives it.
 
     >>> tokens = bridge.to_str_tokens("Mary and John")
     >>> patching_map(torch.zeros(4, 5), tokens, "patching the residual stream").rows
     ['0', '1', '2', '3']
+
+    `limits` as in `head_map`.
     """
     _need_axes("patching_map", values, "layer pos")
-    return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value)
+    return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value, limits)
 
 
 def _need_axes(what: str, values: Tensor, axes: str) -> None:
@@ -166,14 +217,23 @@ def logit_waterfall(
     >>> logit_waterfall(cache, " Mary", " John").labels[:2]
     ['L0H0', 'L0H1']
 
-    `cache` holds one text. The parts sum to the logit less what the final norm's bias and the
-    unembedding's add.
+    `cache` holds one text. Tokens are text or ids; the title shows their text. The parts sum to the logit less
+    what the final norm's bias and the unembedding's add.
     """
     one = cache.apply_slice_to_batch_dim(0) if cache.has_batch_dim else cache
     stack, labels = one.get_full_resid_decomposition(expand_neurons=False, pos_slice=position, return_labels=True)
     parts = one.logit_attrs(stack, token, wrong, pos_slice=position, has_batch_dim=False)
-    what = f"logit of {token!r}" + ("" if wrong is None else f" less that of {wrong!r}")
-    return Waterfall(parts.cpu(), labels, f"What adds to the {what}", most=most)
+    what = f"the logit of {_named(one, token)}" + ("" if wrong is None else f" less that of {_named(one, wrong)}")
+    place = range(len(one["ln_final.hook_scale"]))[position]
+    return Waterfall(parts.cpu(), labels, f"What adds to {what}, at position {place}", most=most)
+
+
+def _named(cache: ActivationCache, token: str | int) -> str:
+    """A token's text in quotes, also where its number is given; the number if the model has no tokenizer."""
+    if isinstance(token, str):
+        return repr(token)
+    bridge = cast(TransformerBridge, cache.model)
+    return f"token {int(token)}" if bridge.tokenizer is None else repr(bridge.to_string([int(token)]))
 
 
 def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,12 @@ def new_drawing(width: float, height: float) -> Drawing:
     except ImportError as error:
         raise ImportError(MISSING) from error
     return Figure(figsize=(max(7.5, width), height), layout="constrained")
+
+
+def entitle(figure: Drawing, title: str) -> None:
+    """A title from the left edge, in as many lines as it needs: an inch holds about 11 letters of this size."""
+    lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=11, parse_math=False)
 
 
 def plotly() -> Any:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from transformer_lens.viz.heatmap import Heatmap
-from transformer_lens.viz.picture import FONT, Picture, visible
+from transformer_lens.viz.picture import FALL, FONT, RISE, Picture, entitle, new_drawing, visible
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
 
+Line = list[tuple[int, int, str]]
+"""Tokens of a line: which one, its first column, and what it looks like."""
+COLUMNS, MOST_LINES = 80, 150
+"""A PNG has lines of so many characters, and so many lines."""
+WIDTH, LINE, HEAD, FONT_SIZE = 8.0, 0.27, 0.3, 9.5
+"""Of a PNG, a line in it and a title, in inches; points. So a character of a monospaced font fills its column."""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title></head><body>{body}</body></html>"""
 FRAGMENT = """<figure class="token-text" style="margin:1em;font-family:{font};max-width:60em">
@@ -80,12 +89,14 @@ class TokenText(Picture):
     def fragment(self) -> str:
         """The text as a piece of HTML, with its own few lines of script."""
         rows = [[round(float(v), 6) for v in row.double().tolist()] for row in self.values.values()]
+        most = max(map(abs, rows[0]))
+        colours = [_tint(value, most) for value in rows[0]]  # a page that may run no script has the first row's
         data = json.dumps({"rows": rows, "unit": self.unit}).replace("<", "\\u003c")
         return FRAGMENT.format(
             font=html.escape(FONT),
             title=html.escape(self.title),
             options="".join(f"<option>{html.escape(name)}</option>" for name in self.values),
-            tokens="".join(map(_token, self.tokens)),
+            tokens="".join(_token(*pair) for pair in zip(self.tokens, colours, strict=True)),
             data=data,
             script=SCRIPT,
         )
@@ -93,24 +104,74 @@ class TokenText(Picture):
     def html(self) -> str:
         return PAGE.format(title=html.escape(self.title), body=self.fragment())
 
-    def _heatmap(self) -> Heatmap:
-        import torch
-
-        rows = torch.stack([row.detach().cpu().float() for row in self.values.values()])
-        return Heatmap(rows, list(self.values), self.tokens, self.title, "", "token", self.unit or "value")
-
     def figure(self) -> Figure:
-        return self._heatmap().figure()
+        rows = torch.stack([row.detach().cpu().float() for row in self.values.values()])
+        return Heatmap(rows, list(self.values), self.tokens, self.title, "", "token", self.unit or "value").figure()
 
     def drawing(self) -> Drawing:
-        return self._heatmap().drawing()
+        """The text once for each row of values, up to `MOST_LINES` lines in all."""
+        lines = _lines(self.tokens)
+        each = max(1, MOST_LINES // len(lines))
+        names, lines = list(self.values)[:each], lines[:MOST_LINES]
+        figure = new_drawing(WIDTH, HEAD + len(names) * (HEAD + LINE * len(lines)))
+        for axes, name in zip(figure.subplots(len(names), squeeze=False).flat, names, strict=True):
+            self._write(axes, name, lines)
+        whole = len(names) == len(self.values) and sum(map(len, lines)) == len(self.tokens)
+        entitle(figure, self.title + ("" if whole else "   (the first part)"))
+        return figure
+
+    def _write(self, axes: Axes, name: str, lines: Sequence[Line]) -> None:
+        """One row of values: its name and largest value, then the text on its colours."""
+        values = self.values[name].double().tolist()
+        axes.set(xlim=(0, COLUMNS), ylim=(len(lines), 0))
+        axes.set_axis_off()
+        most = max(map(abs, values))
+        axes.set_title(
+            f"{name}: full colour is {most:.3g} {self.unit}".rstrip(), loc="left", fontsize=9, color="#444444"
+        )
+        for y, line in enumerate(lines):
+            for place, start, shown in line:
+                colour = RISE if values[place] >= 0 else FALL
+                span = [(start, len(shown))]
+                axes.broken_barh(span, (y + 0.08, 0.84), color=colour, alpha=_share(values[place], most), linewidth=0)
+                axes.text(start, y + 0.5, shown, family="monospace", fontsize=FONT_SIZE, va="center", parse_math=False)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        return {"text/html": self.fragment(), "text/plain": repr(self)}
+        """For Jupyter: with a script where it may run, coloured HTML without, an image where HTML is not shown."""
+        return {
+            "text/html": self.fragment(),
+            "image/png": base64.b64encode(self.png()).decode(),
+            "text/plain": repr(self),
+        }
 
 
-def _token(token: str) -> str:
+def _lines(tokens: Sequence[str]) -> list[Line]:
+    """Tokens as they stand in lines of `COLUMNS` characters, each broken where a token would not fit."""
+    lines: list[Line] = [[]]
+    column = 0
+    for place, token in enumerate(tokens):
+        shown = visible(token).replace(" ", "\u00a0")[:COLUMNS]
+        if column + len(shown) > COLUMNS and lines[-1]:
+            lines.append([])
+            column = 0
+        lines[-1].append((place, column, shown))
+        column += len(shown)
+        if token.endswith("\n"):
+            column = COLUMNS
+    return lines
+
+
+def _share(value: float, most: float) -> float:
+    """How strong a value's colour is; black text can be read on the strongest."""
+    return 0.75 * abs(value) / (most or 1.0)
+
+
+def _tint(value: float, most: float) -> str:
+    return f"rgba({'0,114,178' if value >= 0 else '213,94,0'},{_share(value, most):.3f})"
+
+
+def _token(token: str, colour: str) -> str:
     shown = html.escape(visible(token).replace(" ", "\u00a0"))
-    style = "padding:.15em .05em;border-radius:.2em;cursor:default;display:inline-block"
+    style = f"padding:.15em .05em;border-radius:.2em;cursor:default;display:inline-block;background:{colour}"
     wide = "<br>" if token.endswith("\n") else ""
     return f'<span style="{style}" data-token="{html.escape(token)}">{shown}</span>{wide}'

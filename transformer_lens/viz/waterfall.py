@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.viz.picture import FALL, FONT, RISE, TOTAL, Picture, escaped, new_drawing, plotly, visible
+from transformer_lens.viz.picture import (
+    FALL,
+    FONT,
+    RISE,
+    TOTAL,
+    Picture,
+    entitle,
+    escaped,
+    new_drawing,
+    plotly,
+    visible,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -102,7 +113,7 @@ class Waterfall(Picture):
         axes.use_sticky_edges = False  # bars would sit on the frame
         axes.margins(y=0.08)
         axes.set_ylabel(self.value)
-        axes.set_title(self.title, loc="left", fontsize=11)
+        entitle(figure, self.title)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         return figure

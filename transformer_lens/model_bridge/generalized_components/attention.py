@@ -32,10 +32,10 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     ROTATED,
     SCORES,
     SEPARATE,
+    AttentionPlace,
     Places,
     qkv_hooks,
 )
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
@@ -44,7 +44,7 @@ from transformer_lens.model_bridge.views import View
 ALIBI = "ALiBi adds a bias to the scores and rotates nothing"
 
 
-class TwinnedAttentionBridge(AttentionWeights, ComponentBridge):
+class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
     """Attention with a twin. Subclasses say where q, k and v are and how the model scores."""
 
     places: ClassVar[Places]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
@@ -75,7 +75,25 @@ SCORES = (
 )
 
 
-class AttentionBridge(AttentionWeights, ComponentBridge):
+class AttentionPlace(ComponentBridge):
+    """Any attention: called by itself, it takes all that the model hands to its module."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) <= 1:
+            raise ValueError(
+                f"{self.name}: got the normalised stream alone, and attention reads a mask and positions too, which "
+                f"the model makes for a whole block: call the block on a stream, bridge.{self._block()}(stream), with "
+                f"a hook at {self.name}.hook_in to change what attention reads, or pass everything that "
+                f"{type(self.original_component).__name__}.forward takes"
+            )
+        return super().forward(*args, **kwargs)
+
+    def _block(self) -> str:
+        block, layer = self.name.split(".")[:2]
+        return f"{block}[{layer}]"
+
+
+class AttentionBridge(AttentionWeights, AttentionPlace):
     """Attention of which only the ports are known; a subclass with a twin names the inside."""
 
     places: ClassVar[Places] = {}

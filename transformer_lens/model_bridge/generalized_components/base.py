@@ -184,6 +184,18 @@ class ComponentBridge(HookOwner):
         sharding.style(self.path)
         return Interior(sharding.cfg)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the Hugging Face module this component stands for; its hooks fire as they do in a run of the model.
+
+        >>> stream = bridge.embed(bridge.to_tokens("Mary and John"))
+        >>> bridge.blocks[0].ln1(stream).shape, bridge.unembed(bridge.ln_final(stream)).shape
+        (torch.Size([1, 5, 128]), torch.Size([1, 5, 735]))
+
+        Arguments and results are those of that module. A block takes the stream alone and returns the stream.
+        Attention needs the mask and the positions too, and raises `ValueError` without them.
+        """
+        return self.original_component(*args, **kwargs)
+
     def begin(self, call: TwinCall) -> None:
         """Keep what the module is about to change, before a call that the twin looks into."""
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 from transformer_lens.model_bridge.ports import BranchPort, Inside, Port, SharedPort
@@ -40,7 +45,25 @@ EACH_ITS_OWN = {"ln1": ("attn",), "ln2": ("mlp",)}
 """Every norm feeds one branch."""
 
 
-class BlockBridge(ComponentBridge):
+class StreamBlock(ComponentBridge):
+    """Any block: called on a residual stream, it returns the stream that leaves it."""
+
+    run: Callable[..., Any]
+    """The bridge of the whole model; not a submodule, for the tree has no cycles."""
+
+    def forward(self, stream: Float[Tensor, "batch pos d_model"], **options: Any) -> Float[Tensor, "batch pos d_model"]:
+        """Run this block alone, with the mask and the positions that the model makes for it.
+
+        >>> torch.equal(bridge.blocks[0](cache["resid_pre", 0]), cache["resid_post", 0])
+        True
+
+        The same as `bridge(stream, start_at_layer=i, stop_at_layer=i + 1)`, whose options it takes.
+        """
+        layer = int(self.name.split(".")[1])
+        return self.run(stream, start_at_layer=layer, stop_at_layer=layer + 1, **options)  # type: ignore[no-any-return]
+
+
+class BlockBridge(StreamBlock):
     """A sequential block: roles `ln1`, `attn`, `ln2`, `mlp`."""
 
     feeds = EACH_ITS_OWN
@@ -56,7 +79,7 @@ class BlockBridge(ComponentBridge):
     )
 
 
-class PostNormBlockBridge(ComponentBridge):
+class PostNormBlockBridge(StreamBlock):
     """A sequential block with a norm before and after each branch: roles `ln1`, `attn`, `ln1_post`, `ln2`, `mlp`,
     `ln2_post`. What is added to the stream is what the later norm returns."""
 
@@ -73,7 +96,7 @@ class PostNormBlockBridge(ComponentBridge):
     )
 
 
-class ParallelBlockBridge(ComponentBridge):
+class ParallelBlockBridge(StreamBlock):
     """A parallel block with a norm for each branch: roles `ln1`, `attn`, `ln2`, `mlp`."""
 
     feeds = EACH_ITS_OWN
@@ -82,7 +105,7 @@ class ParallelBlockBridge(ComponentBridge):
     absent = {"hook_resid_mid": NO_MIDDLE}
 
 
-class SharedNormParallelBlockBridge(ComponentBridge):
+class SharedNormParallelBlockBridge(StreamBlock):
     """A parallel block whose one norm feeds both branches: roles `ln1`, `attn`, `mlp`."""
 
     feeds = {"ln1": ("attn", "mlp")}

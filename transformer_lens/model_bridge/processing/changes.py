@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 RECORD = "weight_processing"
@@ -45,13 +46,26 @@ def _written_since(parameter: nn.Parameter, version: tuple[int, int]) -> bool:
     return version[0] == id(parameter) and version[1] != parameter._version
 
 
+def _shape(parameter: nn.Parameter | None) -> torch.Size | None:
+    return None if parameter is None else parameter.shape
+
+
+def _still_in(model: nn.Module, what: str, module: nn.Module) -> bool:
+    """Whether the module of a parameter is one of the model's: resizing its vocabulary puts another one there."""
+    found: nn.Module | None = model
+    for part in what.split(".")[:-1]:
+        found = found._modules.get(part) if found is not None else None
+    # An adapter that came later stands around the module.
+    return found is module or any(other is module for other in model.modules())
+
+
 class ValueExchange:
     """Other values in a parameter that stays the same object."""
 
-    def __init__(self, what: str, module: nn.Module, name: str, values: Tensor) -> None:
+    def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, values: Tensor) -> None:
         parameter = module._parameters[name]
         assert parameter is not None
-        self.what, self.module, self.name = what, module, name
+        self.what, self.model, self.module, self.name = what, model, module, name
         self.parameter: nn.Parameter = parameter
         self.values = values
         self.version = _version(parameter)
@@ -64,7 +78,8 @@ class ValueExchange:
 
     def in_place(self) -> bool:
         found = self.module._parameters.get(self.name)
-        return found is self.parameter and found.shape == self.values.shape
+        same = found is self.parameter and found.shape == self.values.shape
+        return same and _still_in(self.model, self.what, self.module)
 
     def altered(self) -> bool:
         return _written_since(self.parameter, self.version)
@@ -76,10 +91,12 @@ class ValueExchange:
 class ParameterExchange:
     """A parameter of its own where there was none, or one that another module shares."""
 
-    def __init__(self, what: str, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        self.what, self.module, self.name = what, module, name
+    def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        self.what, self.model, self.module, self.name = what, model, module, name
         self.made = parameter
         self.outside: nn.Parameter | None = parameter
+        self.put = module._parameters[name]
+        self.shape = _shape(self.put)
         self.version = _version(parameter)
 
     def swap(self) -> None:
@@ -87,11 +104,13 @@ class ParameterExchange:
         if self.outside is self.made:
             like = next(p for p in (inside, *self.module.parameters(recurse=False)) if p is not None)
             self.made.data = self.made.data.to(device=like.device, dtype=like.dtype)
-        self.module._parameters[self.name], self.outside = self.outside, inside
+        self.module._parameters[self.name] = self.put = self.outside
+        self.outside, self.shape = inside, _shape(self.put)
         self.version = _version(self.made)
 
     def in_place(self) -> bool:
-        return self.module._parameters.get(self.name) is self.made
+        same = self.module._parameters.get(self.name) is self.put and _shape(self.put) == self.shape
+        return same and _still_in(self.model, self.what, self.module)
 
     def altered(self) -> bool:
         return _written_since(self.made, self.version)
@@ -110,7 +129,8 @@ class ConfigExchange:
 
     def swap(self) -> None:
         inside = getattr(self.config, self.name)
-        setattr(self.config, self.name, self.value)
+        self.put = self.value
+        setattr(self.config, self.name, self.put)
         self.value = inside
 
     def in_place(self) -> bool:
@@ -239,15 +259,12 @@ class Record:
             self.base.__dict__.pop(RECORD, None)
 
     def _check_in_place(self, exchanges: list[Exchange]) -> None:
-        """Refuse to put originals where other parameters sit by now; only the last value of each place counts."""
-        seen: set[str] = set()
-        for exchange in exchanges:
-            if exchange.what not in seen and not exchange.in_place():
-                raise ValueError(
-                    f"{exchange.what} was replaced by something else since it was processed, so the original "
-                    "cannot be put back; load the model again"
-                )
-            seen.add(exchange.what)
+        """Refuse to put originals where other parameters sit by now."""
+        for what in _replaced(exchanges):
+            raise ValueError(
+                f"{what} was replaced by something else since it was processed (as resize_token_embeddings does), so "
+                "the original cannot be put back; load the model again, and call undo_processing() before the change"
+            )
 
     @contextmanager
     def lent_back(self) -> Iterator[None]:
@@ -263,7 +280,31 @@ class Record:
             yield
         finally:
             self.suspended = False
-            swap_all(exchanges)
+            replaced = _replaced(exchanges)
+            if replaced:
+                self._forget(replaced[0])
+            else:
+                swap_all(exchanges)
+
+    def _forget(self, what: str) -> None:
+        """Leave the model's own weights where they are: processed values of before do not fit any more."""
+        for changes in self.changes:
+            changes.record = None
+        self.changes.clear()
+        self.base.__dict__.pop(RECORD, None)
+        warnings.warn(
+            f"{what} was replaced while the model's own weights were lent back, so the model keeps these, and is not "
+            "processed any more; call process_weights() again",
+            stacklevel=4,
+        )
+
+
+def _replaced(exchanges: Iterable[Exchange]) -> list[str]:
+    """The places where something else sits by now; of several exchanges of a place the first given counts."""
+    latest: dict[str, Exchange] = {}
+    for exchange in exchanges:
+        latest.setdefault(exchange.what, exchange)
+    return [what for what, exchange in latest.items() if not exchange.in_place()]
 
 
 def record_of(base: nn.Module) -> Record | None:

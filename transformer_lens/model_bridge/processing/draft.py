@@ -46,7 +46,8 @@ class Draft:
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.d_model = bridge.cfg.d_model
-        self.config: Any = bridge.original_model.config
+        self.model = bridge.original_model
+        self.config: Any = self.model.config
         self.values: dict[str, tuple[nn.Module, str, Tensor]] = {}
         self.owners = _owners(bridge.original_model)
         ends = [bridge._component(end) for end in ("embed", "unembed") if end in bridge._modules]
@@ -149,9 +150,9 @@ class Draft:
             if present is None or (tied is not None and what == self.ends[1]):
                 like = module._parameters["weight"]
                 new = nn.Parameter(value, requires_grad=like is not None and like.requires_grad)
-                exchanges.append(ParameterExchange(what, module, name, new))
+                exchanges.append(ParameterExchange(what, self.model, module, name, new))
             else:
-                exchanges.append(ValueExchange(what, module, name, value))
+                exchanges.append(ValueExchange(what, self.model, module, name, value))
         return exchanges, notes
 
     def rounding(self) -> str | None:
