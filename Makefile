@@ -9,7 +9,7 @@ GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full check test-oldest pictures notebooks fmt shapes test-collect mutants bench bench-peers gpu docs clean
+.PHONY: setup demo test test-full check test-oldest pictures notebooks fmt shapes test-collect test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,10 +27,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m transformer_lens demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser and not swarm" -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not gpu and not browser" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not browser and not swarm" -n 2
 
 # Pictures in a real browser; Debian's Chromium where there is none yet.
 pictures: $(VENV)/.dev
@@ -65,6 +65,29 @@ shapes: $(VENV)/.dev
 # Kills a job hundreds of times at random moments, and compares the bytes it ends with; some minutes.
 test-collect: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
+
+$(VENV)/.swarm: $(VENV)/.dev
+	$(BIN)/python $(PIP_INSTALL) -e ".[swarm]"
+	touch $@
+
+# Servers as processes, in a network of their own: nothing but loopback is there, so nothing can leave the machine.
+test-swarm: $(VENV)/.swarm
+	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m pytest -q -n 0 tests/swarm'
+
+$(VENV)/.demo-swarm: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) -e ".[cli,viz,swarm]"
+	touch $@
+
+# In a network of its own where the system lets us make one; elsewhere on loopback, the only place its servers listen on.
+demo-swarm: $(VENV)/.demo-swarm
+	@if unshare -rn sh -c 'ip link set lo up' 2>/dev/null; \
+	then unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python demos/swarm.py'; \
+	else $(BIN)/python demos/swarm.py; fi
+
+# Round trips, steps, throughput, starting and recovering, on servers in a network of their own.
+bench-swarm: $(VENV)/.swarm
+	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m benchmarks.swarm'
 
 # Breaks each line of the twins' formulas in a scratch copy and names what no test notices; about an hour.
 mutants: $(VENV)/.dev

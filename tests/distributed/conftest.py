@@ -23,12 +23,13 @@ class CountingSpan:
     def __init__(self, span: LocalSpan) -> None:
         self.span = span
         self.blocks = span.blocks
+        self.peer = span.peer
         self.sent: list[bytes] = []
         self.server = span.server
 
-    def send(self, message: bytes) -> bytes:
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
         self.sent.append(message)
-        return self.span.send(message)
+        return self.span.send(message, timeout)
 
 
 def spans_of(name: str, n_layers: int, cuts: tuple[int, ...] = (), **options: Any) -> list[CountingSpan]:

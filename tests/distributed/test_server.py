@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 
 import msgpack
 import pytest
@@ -92,6 +93,7 @@ def test_requests_and_replies_survive_the_wire() -> None:
 
 def test_info(server) -> None:
     info = answer(server, Request("info", 0, 0)).info
+    assert info.pop("seconds_per_block") >= 0
     assert info == {
         "dht_prefix": "tiny-mixtral",
         "model_type": "mixtral",
@@ -100,7 +102,12 @@ def test_info(server) -> None:
         "d_model": D_MODEL,
         "dtype": "float32",
         "attn_implementation": "sdpa",
+        "state": "serving",
+        "load": 1,  # this call itself
+        "version": version("transformer-lens-bridge"),
         "sessions": 0,
+        "kv_bytes": 0,
+        "kv_bytes_free": Limits().session_bytes_of_all,
     }
 
 
@@ -184,7 +191,7 @@ REFUSED = {
     ),
     "rows that are not there": (
         forward(kind="step", tensors={"stream": STREAM, "rows": torch.tensor([0, 2])}),
-        "rows: expected numbers 0 ... 1",
+        "rows: expected whole numbers 0 ... 1",
     ),
     "rows of another number": (
         forward(kind="step", tensors={"stream": STREAM, "rows": torch.tensor([0])}),
@@ -364,9 +371,10 @@ class Liar:
     def __init__(self, change) -> None:
         self.span = LocalSpan("tiny-mixtral", range(0, 3))
         self.blocks = self.span.blocks
+        self.peer = self.span.peer
         self.change = change
 
-    def send(self, message: bytes) -> bytes:
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
         reply = unpack_reply(self.span.send(message), Limits())
         if reply.tensors:
             self.change(reply)
@@ -387,7 +395,7 @@ class Liar:
 def test_answers_that_are_refused(change, text) -> None:
     from transformer_lens.distributed import AutoDistributedModelForCausalLM
 
-    model = AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral", spans=[Liar(change)])
+    model = AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral", spans=[Liar(change)], max_retries=0)
     with pytest.raises(SpanError, match=text):
         TransformerBridge(model).run_with_cache(torch.tensor([[5, 6, 7, 8, 9]]), names_filter="blocks.1.attn.hook_q")
 

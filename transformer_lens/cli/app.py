@@ -30,6 +30,8 @@ from transformer_lens.cli.options import (
 )
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
+from transformer_lens.cli.serve import serve
+from transformer_lens.cli.status import status
 
 app = Commands(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -160,3 +162,5 @@ def verify(
 app.command()(generate)
 app.command()(patch)
 app.command()(collect)
+app.command()(serve)
+app.command()(status)

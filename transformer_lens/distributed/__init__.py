@@ -12,8 +12,10 @@ from transformer_lens.distributed.models import (
     DistributedFalconForCausalLM,
     DistributedMixtralForCausalLM,
 )
+from transformer_lens.distributed.prompts import TrainedPrompts
+from transformer_lens.distributed.routing import ServerFacts
 from transformer_lens.distributed.server import SpanServer
-from transformer_lens.distributed.spans import LocalSpan, Span, SpanError
+from transformer_lens.distributed.spans import LocalSpan, Span, SpanError, SpanSource, SpanUnreachable, StaticSpans
 
 __all__ = [
     "AutoDistributedConfig",
@@ -27,7 +29,12 @@ __all__ = [
     "Limits",
     "LocalSpan",
     "MessageError",
+    "ServerFacts",
     "Span",
     "SpanError",
     "SpanServer",
+    "SpanSource",
+    "SpanUnreachable",
+    "StaticSpans",
+    "TrainedPrompts",
 ]

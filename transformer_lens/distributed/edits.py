@@ -87,7 +87,7 @@ class Edit:
             self._check_shape(tensor, value, hook)
             return change(tensor, value)
         taken = [range(size) if some is None else some for some, size in zip(places, tensor.shape, strict=True)]
-        index = torch.meshgrid(*(torch.tensor(list(some), device=tensor.device) for some in taken), indexing="ij")
+        index = torch.meshgrid(*(tensor.new_tensor(list(some), dtype=torch.int64) for some in taken), indexing="ij")
         part = tensor[index]
         self._check_shape(part, value, hook)
         return tensor.index_put(index, change(part, value))

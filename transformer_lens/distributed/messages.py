@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 """What a tensor in a message may be, in the words of safetensors."""
 SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}
 FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
+INTEGER = DTYPES["I64"]
 
 KINDS = ("forward", "backward", "step", "close", "info")
 READS = ("look", "keep", "gradient")
@@ -31,6 +32,10 @@ EDITS = ("set", "add", "scale", "zero", "project_out")
 
 class MessageError(ValueError):
     """A message that is not one, or is larger than allowed."""
+
+
+class FullError(ValueError):
+    """There is no room for a call that is fine in itself; another server may have it, or this one later."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,27 @@ class Limits:
     """Positions, heads or experts of one edit."""
     answer: int = 2**30
     rows: int = 256
+    memory: int = 16 * 2**30
+    """What a call may take while it runs, by an estimate from its shapes."""
+    work: int = 2**36
+    """Numbers that a call may compute in its streams and at its hooks."""
     sessions: int = 16
     """Sessions of one peer."""
+    sessions_of_all: int = 1024
     session_bytes: int = 2**30
     """Keys and values of one peer."""
+    session_bytes_of_all: int = 4 * 2**30
     session_seconds: float = 600
     """A session that nobody asked for this long is forgotten."""
+    kept: int = 2**28
+    """Answers of one peer that are kept in case they have to be given again."""
+    kept_of_all: int = 2**30
+    calls: int = 8
+    """Calls of one peer that wait or run."""
+    calls_of_all: int = 64
+    waiting: int = 2**29
+    """Messages of one peer that wait or run."""
+    waiting_of_all: int = 2**31
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,15 @@ def _msgpack() -> Any:
     return msgpack
 
 
+def printable(text: str, most: int = 2000) -> str:
+    """A text of another process without control characters, and not longer than `most`.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])[:most]
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 
@@ -143,8 +172,8 @@ def _is_places(value: Any, limits: Limits) -> bool:
 
 REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: value in KINDS,
-    "first": lambda value: _is_int(value) and value >= 0,
-    "end": lambda value: _is_int(value) and value >= 0,
+    "first": lambda value: _is_int(value) and 0 <= value < 2**31,
+    "end": lambda value: _is_int(value) and 0 <= value < 2**31,
     "actions": lambda value: isinstance(value, list),
     "use_cache": lambda value: isinstance(value, bool),
     "grad": lambda value: isinstance(value, bool),
@@ -169,7 +198,9 @@ def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
         raise MessageError(f"the head says it has {size} bytes; at most {limits.head}, and what is there, are read")
     msgpack = _msgpack()
     try:
-        head = msgpack.unpackb(message[8 : 8 + size], strict_map_key=True)
+        # A list says how long it is before what is in it: without a limit, lists in lists reserve much memory.
+        most = {"max_array_len": 2 * max(limits.actions, limits.places), "max_map_len": 64, "max_ext_len": 0}
+        head = msgpack.unpackb(message[8 : 8 + size], strict_map_key=True, **most)
     except (ValueError, msgpack.UnpackException) as error:
         raise MessageError("the head is not msgpack") from error
     if not isinstance(head, dict):
@@ -185,7 +216,10 @@ def _tensors(data: memoryview, limits: Limits) -> dict[str, Tensor]:
     if size > limits.head or 8 + size > len(data):
         raise MessageError(f"the header of the tensors says it has {size} bytes")
     try:
-        header = json.loads(bytes(data[8 : 8 + size]))
+        text = bytes(data[8 : 8 + size]).decode()
+        header = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except MessageError:
+        raise
     except (ValueError, RecursionError) as error:
         raise MessageError("the header of the tensors is not JSON") from error
     if not isinstance(header, dict) or len(header) > limits.tensors:
@@ -199,14 +233,34 @@ def _tensors(data: memoryview, limits: Limits) -> dict[str, Tensor]:
         raise MessageError("the tensors are not safetensors") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON map; readers differ in which of two equal keys they believe."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise MessageError("the header of the tensors names something twice")
+    return found
+
+
+def _no_number(word: str) -> None:
+    raise MessageError(f"the header of the tensors holds {word}, which is not JSON")
+
+
 def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
     """How large a tensor says it is."""
-    dtype, shape = (row.get("dtype"), row.get("shape")) if isinstance(row, dict) else (None, None)
+    if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
+        raise MessageError(f"tensor {name[:64]!r} has other facts than dtype, shape and data_offsets")
+    dtype, shape = row["dtype"], row["shape"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise MessageError(f"tensor {name[:64]!r} has the dtype {str(dtype)[:16]!r}; allowed are {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > limits.rank or not all(_is_int(n) and n > 0 for n in shape):
+        raise MessageError(f"tensor {name[:64]!r} has the dtype {_shown(dtype)}; allowed are {', '.join(DTYPES)}")
+    fits = isinstance(shape, list) and len(shape) <= limits.rank
+    if not fits or not all(_is_int(n) and 0 < n < 2**63 for n in shape):
         raise MessageError(f"tensor {name[:64]!r} has no shape of at most {limits.rank} lengths above 0")
     return SIZES[dtype] * math.prod(shape)
+
+
+def _shown(value: Any) -> str:
+    """A value of a stranger in an error's text: a short one as it is, of others their kind."""
+    return repr(value)[:66] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def unpack_request(message: bytes, limits: Limits) -> Request:
@@ -216,7 +270,7 @@ def unpack_request(message: bytes, limits: Limits) -> Request:
         raise MessageError(f"a request has the fields {', '.join(REQUEST_FIELDS)}")
     for name, fits in REQUEST_FIELDS.items():
         if not fits(head[name]):
-            raise MessageError(f"{name}: got {str(head[name])[:64]!r}")
+            raise MessageError(f"{name}: got {_shown(head[name])}")
     if len(head["actions"]) > limits.actions:
         raise MessageError(f"the request has {len(head['actions'])} actions, and at most {limits.actions} are read")
     actions = [_action(row, limits) for row in head.pop("actions")]
@@ -237,10 +291,11 @@ def _action(row: Any, limits: Limits) -> Action:
 
 
 def unpack_reply(message: bytes, limits: Limits) -> Reply:
-    """A reply from bytes. Raises `MessageError` as `unpack_request` does."""
+    """A reply from bytes. Raises `MessageError` as `unpack_request` does; it may be as large as an answer."""
+    limits = replace(limits, message=max(limits.message, limits.answer))
     head, data = _split(message, limits)
     if set(head) != set(REPLY_FIELDS) or not all(isinstance(head[name], kind) for name, kind in REPLY_FIELDS.items()):
         raise MessageError(f"a reply has the fields {', '.join(REPLY_FIELDS)}")
-    if not all(map(_is_int, head["turns"])):
+    if len(head["turns"]) > limits.actions or not all(map(_is_int, head["turns"])):
         raise MessageError("the turns of a reply are numbers of actions")
     return Reply(tensors=_tensors(data, limits), **head)

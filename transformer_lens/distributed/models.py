@@ -26,12 +26,18 @@ from transformer_lens.distributed.configs import (
     config_with,
     refuse_unknown,
 )
+from transformer_lens.distributed.connecting import ConnectMethods
+from transformer_lens.distributed.edits import Edit
+from transformer_lens.distributed.lm_head import LMHead
 from transformer_lens.distributed.messages import Request
+from transformer_lens.distributed.prompted_call import PromptedCall, with_prompts
+from transformer_lens.distributed.prompts import PromptFacts, PromptMethods, TrainedPrompts
 from transformer_lens.distributed.remote_cache import RemoteText, remote_text
 from transformer_lens.distributed.remote_call import StretchCall, action_of, refusal
-from transformer_lens.distributed.spans import Route, Span
-from transformer_lens.hook_points import HookEntry
-from transformer_lens.model_bridge import BlockElsewhere
+from transformer_lens.distributed.route import Route
+from transformer_lens.distributed.spans import Span, SpanSource
+from transformer_lens.hook_points import HookEntry, HookPoint
+from transformer_lens.model_bridge import BlockElsewhere, HookRequest
 
 
 @dataclass
@@ -42,7 +48,14 @@ class Pass:
     tensors: dict[str, Tensor]
     use_cache: bool
     text: RemoteText | None
+    edits: Sequence[Edit] = ()
+    """What trained prompts add to the input of each block."""
     done: int = 0
+
+    def prompts_at(self, layer: int) -> list[HookRequest]:
+        """The same as hooks that wait at a block's input."""
+        name = f"blocks.{layer}.hook_resid_pre"
+        return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
 
 
 class _Passes(threading.local):
@@ -67,15 +80,30 @@ class RemoteBlock(BlockElsewhere):
         """Why a hook cannot work inside this block; `None` if it can."""
         return refusal(name, entry, direction)
 
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block on the stream with its prompts: they are there before any torch hook of this module sees it."""
+        current = self._current()
+        if current is not None and self.layer >= current.done:
+            for prompt in current.prompts_at(self.layer):
+                hidden_states = prompt.entry.fn(hidden_states, hook=prompt.point)
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def _current(self) -> Pass | None:
+        """The forward that this thread is in, if it is one of this model."""
+        current = _passes.stack[-1] if _passes.stack else None
+        return current if current is not None and current.route is self.route else None
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stream after this block, or as it is where an earlier call went through this block."""
-        current = _passes.stack[-1] if _passes.stack else None
-        if current is None or current.route is not self.route:
+        current = self._current()
+        if current is None:
             raise ValueError(f"block {self.layer} runs on another machine; call the model, not its block")
         if self.layer >= current.done:
-            span = self.route.at(self.layer)
-            end = self._end_of_stretch(span)
-            hooks = [hook for block in self._between(self.layer, end) for hook in block.requests()]
+            legs = self.route if current.text is None else current.text
+            end = self._end_of_stretch(legs.end_of_leg(self.layer))
+            hooks = self.requests()  # what its prompts add is in the stream
+            for block in self._between(self.layer + 1, end):
+                hooks += [*current.prompts_at(block.layer), *block.requests()]
             request = Request(
                 "forward" if current.text is None else "step",
                 self.layer,
@@ -84,7 +112,7 @@ class RemoteBlock(BlockElsewhere):
                 use_cache=current.use_cache,
                 tensors=current.tensors,
             )
-            hidden_states = StretchCall(span, request, hooks, text=current.text).run(hidden_states)
+            hidden_states = StretchCall(self.route, request, hooks, text=current.text).run(hidden_states)
             current.done = end
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
@@ -92,14 +120,14 @@ class RemoteBlock(BlockElsewhere):
         blocks: Any = self.blocks
         return list(blocks)[first:end]
 
-    def _end_of_stretch(self, span: Span) -> int:
-        """Where this call ends: with the span, or where torch hooks, of whoever, wait at a block's edge."""
-        for block in self._between(self.layer, span.blocks.stop):
+    def _end_of_stretch(self, end: int) -> int:
+        """Where this call ends: with a server's blocks, or where torch hooks, of whoever, wait at a block's edge."""
+        for block in self._between(self.layer, end):
             if block.layer > self.layer and (block._forward_pre_hooks or block._backward_hooks):
                 return block.layer
             if block._forward_hooks or block._backward_hooks or block._backward_pre_hooks:
                 return block.layer + 1
-        return span.blocks.stop
+        return end
 
 
 INSTEAD = {
@@ -117,11 +145,20 @@ class RemoteBlocks:
     route: Route
     config: Any
     training: bool
+    prompts: TrainedPrompts | None
 
     def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         """Put a `RemoteBlock` in each block's place."""
-        self.route = Route(self.config.num_hidden_layers)
+        self.route = Route(self.config.num_hidden_layers, self.config)
         blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
+        tuned = self.config.tuning_mode is not None
+        self.prompts = TrainedPrompts(PromptFacts.of(self.config), self.config.initializer_range) if tuned else None
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TrainedPrompts):  # which no checkpoint has
+            module.reset()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The family's own forward, over remote blocks."""
@@ -129,12 +166,15 @@ class RemoteBlocks:
         self.route.close_sessions()
         cache = kwargs.get("past_key_values")
         text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
-        with self._passing(kwargs, text):
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
+        call = with_prompts(self, args, kwargs, text)
+        with self._passing(call, text):
+            output = super().forward(*call.args, **call.kwargs)  # type: ignore[misc]
         if text is not None:
-            text.advance(output[0].shape[1])
+            text.advance(output[0].shape[1], call.ahead)
+        stream = output[0][:, call.ahead :] if call.ahead else output[0]
         if isinstance(output, tuple):
-            return output[:1] if text is None else output
+            return (stream,) if text is None else (stream, *output[1:])
+        output.last_hidden_state = stream
         output.past_key_values = cache  # without one, the servers kept nothing
         return output
 
@@ -150,17 +190,17 @@ class RemoteBlocks:
             raise ValueError(
                 f"model.train(): {', '.join(drops)} would act on servers, which evaluate; call model.eval()"
             )
-
-    @contextmanager
-    def _passing(self, kwargs: dict[str, Any], text: RemoteText | None) -> Iterator[None]:
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
-        tensors = {"mask": mask, "position_ids": positions}
-        use_cache = text is not None or kwargs.get("use_cache")
+
+    @contextmanager
+    def _passing(self, call: PromptedCall, text: RemoteText | None) -> Iterator[None]:
+        tensors = {"mask": call.mask, "position_ids": call.position_ids}
+        use_cache = text is not None or call.kwargs.get("use_cache")
         sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
         use_cache = self.config.use_cache if use_cache is None else bool(use_cache)
-        _passes.stack.append(Pass(self.route, sent, use_cache, text))
+        _passes.stack.append(Pass(self.route, sent, use_cache, text, call.edits))
         try:
             yield
         finally:
@@ -175,19 +215,17 @@ class DistributedMixtralModel(RemoteBlocks, MixtralModel):
     """Mixtral without its head, over remote blocks."""
 
 
-class DistributedCausalLM:
+class DistributedCausalLM(ConnectMethods, PromptMethods):
     """What the two causal models share: blocks that are placed, loading in part, connecting."""
 
     config: Any
-    base_model: Any
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]
     returns_tuple: ClassVar[bool]
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
 
     def __init__(self, config: DistributedConfig) -> None:
         here: Any = config
-        if here.tuning_mode is not None:
-            raise ValueError(f"tuning_mode={here.tuning_mode!r}: trained prompts are not supported yet; leave it None")
         layers, here.num_hidden_layers = here.num_hidden_layers, 0
         try:
             super().__init__(config)  # type: ignore[call-arg]  # the family's own, with no block allocated
@@ -195,6 +233,14 @@ class DistributedCausalLM:
             here.num_hidden_layers = layers
         self.base_model.__class__ = self.remote_base
         self.base_model.place_blocks(self.blocks, self.returns_tuple)
+        LMHead.put(self.get_output_embeddings(), config)  # type: ignore[attr-defined]
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """In a tuned model nothing trains but its prompts."""
+        if self.prompts is not None:
+            self.requires_grad_(False)  # type: ignore[attr-defined]
+            self.prompts.requires_grad_()
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -207,7 +253,7 @@ class DistributedCausalLM:
         cls,
         pretrained_model_name_or_path: Any,
         *,
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span] | SpanSource = (),
         config: Any = None,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
@@ -221,7 +267,8 @@ class DistributedCausalLM:
         >>> TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
         torch.Size([1, 3, 735])
 
-        `spans` run the blocks; without them call `connect` later. `options` are settings of the config and say where
+        `spans`, or those that a source finds, run the blocks; without them it is the servers that `initial_peers` lead
+        to, and without these too call `connect` later. `options` are settings of the config and say where
         files come from. Raises `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
         """
         name = pretrained_model_name_or_path
@@ -244,34 +291,16 @@ class DistributedCausalLM:
         if misfits:
             raise ValueError(f"{name}: its weights outside the blocks do not fit: {', '.join(sorted(misfits))}")
         model.read = part
-        if spans:
-            model.connect(spans)
+        model._freeze()
+        model.connect_as_given(spans)
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: what is here is not the whole model."""
         raise ValueError(
             "save_pretrained: the weights of the blocks are on other machines, and what is here is not the model; "
-            "its config is saved by model.config.save_pretrained"
+            "its config is saved by model.config.save_pretrained, its trained prompts by model.save_prompts"
         )
-
-    def connect(self, spans: Sequence[Span]) -> None:
-        """Run the blocks on these spans. Raises `ValueError` if a block is missing or a server has another model.
-
-        >>> from transformer_lens.distributed import LocalSpan
-        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
-        >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
-        """
-        here: Any = self
-        expected = {
-            "dht_prefix": here.config.dht_prefix,
-            "model_type": here.config.model_type,
-            "n_layers": here.config.num_hidden_layers,
-            "d_model": here.config.hidden_size,
-            "dtype": str(here.dtype).removeprefix("torch."),
-            "attn_implementation": str(here.config._attn_implementation),
-        }
-        self.base_model.route.connect(spans, expected)
 
 
 class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):

@@ -1,6 +1,6 @@
 """A text that is being generated over remote blocks: keys and values are on the servers, the way to make them is here.
 
-Each stretch's inputs are kept, so that a server that lost a session, or another one, replays them in the same parts.
+Each server's inputs are kept, so that a server that lost a session, or another one, is sent them in the same chunks.
 """
 
 from __future__ import annotations
@@ -17,15 +17,38 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from transformer_lens.distributed.messages import Reply, Request
-from transformer_lens.distributed.spans import Route, Span, SpanError, ask
+from transformer_lens.distributed.pieces import check_forward, piece
+from transformer_lens.distributed.route import Leg, Route, Tries
+from transformer_lens.distributed.spans import Span, SpanError, SpanSource
 
 
 @dataclass
-class _Part:
-    """One stretch of blocks: its session on the server, and every step so far."""
+class _Segment:
+    """Blocks of a stretch that one server runs, in one session."""
 
+    leg: Leg
     session: str
+    source: SpanSource
+    """Where the leg is from."""
+    streams: list[Tensor] = field(default_factory=list)
+    """What came in at each step, as far as it is known."""
+    done: int = 0
+    """How many steps the session holds, as far as its server answered."""
+
+
+@dataclass
+class _Stretch:
+    """Blocks that are called together: every step so far, and who holds their keys and values."""
+
     steps: list[Request] = field(default_factory=list)
+    segments: list[_Segment] = field(default_factory=list)
+
+    def forget_from(self, length: int) -> None:
+        """A step that failed further up is done again, perhaps with other hooks."""
+        self.steps = [step for step in self.steps if step.start < length]
+        for segment in self.segments:
+            del segment.streams[len(self.steps) :]
+            segment.done = min(segment.done, len(self.steps))
 
 
 class RemoteText:
@@ -34,9 +57,12 @@ class RemoteText:
     def __init__(self, route: Route) -> None:
         self.route = route
         self.length = 0
+        """Positions that the servers hold, those of trained prompts too."""
+        self.ahead = 0
+        """How many of them are in front of the text."""
         self.rows: Tensor | None = None
         """Which of the rows so far each row goes on from, if that changed since the last step."""
-        self.parts: dict[tuple[int, int], _Part] = {}
+        self.stretches: dict[tuple[int, int], _Stretch] = {}
         self._sessions: deque[tuple[Span, str]] = deque()
         weakref.finalize(self, route.closing.extend, self._sessions).atexit = False
 
@@ -44,43 +70,113 @@ class RemoteText:
         """Go on with other rows, as beam search does."""
         self.rows = rows.long() if self.rows is None else self.rows[rows]
 
-    def step(self, span: Span, request: Request) -> Reply:
-        """One more step of a stretch. If the server does not hold what came before, that is replayed first."""
-        stretch = (request.first, request.end)
-        if stretch not in self.parts:
-            if self.length:
-                raise ValueError(
-                    f"blocks {stretch[0]} to {stretch[1]} were not called by themselves for the first {self.length} "
-                    "positions, so no server holds their keys and values; attach a function at the edge of a block "
-                    "before the prompt is read (it may return None until it is needed), and leave it until the end"
-                )
-            self.parts[stretch] = self._part(span)
-        part = self.parts[stretch]
-        # A step that failed further up is done again, perhaps with other hooks.
-        part.steps = [step for step in part.steps if step.start < self.length]
+    def end_of_leg(self, layer: int) -> int:
+        """Where a call that begins with this block ends; a text keeps its stretches."""
+        known = [end for first, end in self.stretches if first == layer and self.length]
+        return known[0] if known else self.route.end_of_leg(layer)
+
+    def step(self, request: Request) -> Reply:
+        """One more step of a stretch. A server that does not hold what came before is sent that first."""
+        stretch = self._stretch(request.first, request.end)
+        stretch.forget_from(self.length)
         rows = {} if self.rows is None else {"rows": self.rows}
         request = replace(request, start=self.length, tensors={**request.tensors, **rows})
-        try:
-            reply = ask(span, replace(request, session=part.session))
-        except SpanError as error:
-            if "held" not in error.info:
-                raise
-            part.session = self._part(span).session
-            for step in part.steps:
-                ask(span, replace(step, session=part.session))
-            reply = ask(span, replace(request, session=part.session))
-        part.steps.append(request)
-        return reply
+        tries = Tries(self.route, "step", request.first, request.end)
+        if not stretch.segments:
+            stretch.segments = self._segments(tries.legs(request.first, request.end), [])
+        stretch.steps.append(request)
+        stretch.segments[0].streams.append(request.tensors["stream"])
+        whole, nth = Reply(), 0
+        while nth < len(stretch.segments):
+            self._check_leg(stretch, nth, tries)
+            if self._catch_up(stretch, nth, whole, tries):
+                nth += 1
+            else:
+                leg = stretch.segments[nth].leg
+                self._exchange(stretch, nth, tries.legs(leg.first, leg.end))
+        tries.done()
+        return whole
 
-    def advance(self, positions: int) -> None:
-        """All blocks are through."""
+    def advance(self, positions: int, ahead: int = 0) -> None:
+        """All blocks are through with these positions, of which `ahead` are in front of the text."""
         self.length += positions
+        self.ahead += ahead
         self.rows = None
 
-    def _part(self, span: Span) -> _Part:
-        part = _Part(uuid.uuid4().hex)
-        self._sessions.append((span, part.session))
-        return part
+    def _stretch(self, first: int, end: int) -> _Stretch:
+        if (first, end) in self.stretches:
+            return self.stretches[first, end]
+        if self.length:
+            raise ValueError(
+                f"blocks {first} to {end} were not called by themselves for the first {self.length} positions, so no "
+                "server holds their keys and values; attach a function at the edge of a block before the prompt is "
+                "read (it may return None until it is needed), and leave it until the end"
+            )
+        # Of a prompt that failed, and whose blocks are called in other stretches now.
+        for old in [old for old in self.stretches if old[0] < end and first < old[1]]:
+            for segment in self.stretches.pop(old).segments:
+                self._close(segment)
+        return self.stretches.setdefault((first, end), _Stretch())
+
+    def _catch_up(self, stretch: _Stretch, nth: int, whole: Reply, tries: Tries) -> bool:
+        """Send a segment all steps that its session does not hold, in the same chunks. `False`: its server is lost."""
+        segment, last = stretch.segments[nth], len(stretch.steps) - 1
+        following = stretch.segments[nth + 1] if nth + 1 < len(stretch.segments) else None
+        while segment.done <= last:
+            step = replace(stretch.steps[segment.done], session=segment.session)
+            part = piece(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
+            try:
+                reply = tries.ask(segment.leg.span, part.request, check_forward)
+            except SpanError as error:
+                if "held" not in error.info:
+                    raise
+                tries.lost(segment.leg.span, error)
+                self._close(segment)
+                self.route.close_sessions()  # what the old one may hold still would count beside the new one
+                segment.session, segment.done = self._session(segment.leg.span), 0
+                continue
+            if reply is None:
+                return False
+            if following is not None and len(following.streams) == segment.done:
+                following.streams.append(reply.tensors["stream"])
+            if segment.done == last:
+                part.add_to(whole, reply)
+            else:
+                tries.replayed += 1
+            segment.done += 1
+        return True
+
+    def _check_leg(self, stretch: _Stretch, nth: int, tries: Tries) -> None:
+        """A text stays on its servers, unless one failed in another call or the model was connected anew."""
+        segment, source = stretch.segments[nth], self.route.connected()
+        if segment.source is source:
+            self._exchange(stretch, nth, tries.instead_of(segment.leg))
+        else:
+            self._exchange(stretch, nth, tries.legs(segment.leg.first, segment.leg.end))
+            segment.source = source
+
+    def _exchange(self, stretch: _Stretch, nth: int, legs: list[Leg]) -> None:
+        """Let other servers run the blocks of a segment, from the first step on."""
+        old = stretch.segments[nth]
+        if legs and legs != [old.leg]:  # if nobody else is there, the session may be there still
+            stretch.segments[nth : nth + 1] = self._segments(legs, old.streams)
+            self._close(old)
+
+    def _segments(self, legs: list[Leg], streams: list[Tensor]) -> list[_Segment]:
+        found = [_Segment(leg, self._session(leg.span), self.route.connected()) for leg in legs]
+        found[0].streams = list(streams)
+        return found
+
+    def _session(self, span: Span) -> str:
+        session = uuid.uuid4().hex
+        self._sessions.append((span, session))
+        return session
+
+    def _close(self, segment: _Segment) -> None:
+        """Nobody will ask for this session again."""
+        known = (segment.leg.span, segment.session)
+        self._sessions.remove(known)
+        self.route.closing.append(known)
 
 
 class RemoteLayer(CacheLayerMixin):
@@ -101,12 +197,12 @@ class RemoteLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """How many positions the servers hold."""
-        return self.text.length
+        """How many positions of the text the servers hold."""
+        return self.text.length - self.text.ahead
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys."""
-        return self.text.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit."""

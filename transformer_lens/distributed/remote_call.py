@@ -11,8 +11,10 @@ from torch.autograd.function import once_differentiable
 
 from transformer_lens.distributed.edits import Edit, Keep
 from transformer_lens.distributed.messages import EDITS, Action, Reply, Request
+from transformer_lens.distributed.pieces import check_backward, check_forward, piece
 from transformer_lens.distributed.remote_cache import RemoteText, refuse_gradients
-from transformer_lens.distributed.spans import Span, SpanError, ask
+from transformer_lens.distributed.route import Route, Tries
+from transformer_lens.distributed.spans import SpanError
 from transformer_lens.hook_points import Capture, HookEntry
 from transformer_lens.model_bridge import HookRequest
 
@@ -49,9 +51,9 @@ def refusal(name: str, entry: HookEntry, direction: str) -> Exception | None:
 
 @dataclass
 class StretchCall:
-    """Blocks `first` to `end` of one forward, on one span, with the hooks that wait in them."""
+    """Blocks `first` to `end` of one forward, with the hooks that wait in them."""
 
-    span: Span
+    route: Route
     request: Request
     waiting: list[HookRequest]
     looked: dict[int, Tensor] = field(default_factory=dict)
@@ -94,56 +96,99 @@ class StretchCall:
 
     def forward(self, stream: Tensor, values: list[Tensor], grad: bool) -> tuple[Tensor, ...]:
         """The stream after these blocks, then what is kept of them."""
-        tensors = {"stream": stream, **self._named(values), **self.request.tensors}
-        request = replace(self.request, grad=grad, tensors=tensors)
-        reply = ask(self.span, request) if self.text is None else self.text.step(self.span, request)
-        reads = [n for n, action in enumerate(self.request.actions) if action.do in ("look", "keep")]
-        _check(reply, {"stream", *(f"seen.{n}" for n in reads)}, set())
-        self.turns = _turns(reply, reads)
-        output = _like(reply, "stream", stream)
-        seen = {n: reply.tensors[f"seen.{n}"].to(stream.device) for n in reads}
+        request = self._request(stream, values, grad=grad)
+        reply = forward(self.route, request) if self.text is None else self.text.step(request)
+        self.turns = reply.turns
+        self._check_seen(reply, stream)
+        seen = {n: reply.tensors[f"seen.{n}"].to(stream.device) for n in reply.turns}
         self.looked = {n: tensor for n, tensor in seen.items() if n not in self.kept}
-        return (output, *(seen[n] for n in self.kept))
+        return (reply.tensors["stream"].to(stream.device), *(seen[n] for n in self.kept))
 
     def backward(self, stream: Tensor, values: list[Tensor], gradients: tuple[Tensor | None, ...]) -> list[Any]:
         """Gradients at the stream and at the edits' values; those at hooks are handed to them."""
         names = ["grad.stream", *(f"grad.{n}" for n in self.kept)]
         given = {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
-        tensors = {"stream": stream, **self._named(values), **given, **self.request.tensors}
-        reply = ask(self.span, replace(self.request, kind="backward", grad=True, tensors=tensors))
-        at_values = [f"grad.value.{n}" for n in self.values()]
-        at_hooks = {f"seen.{n}": n for n, action in enumerate(self.request.actions) if action.do == "gradient"}
-        _check(reply, set(), {"grad.stream", *at_values, *at_hooks})
-        for n in _turns(reply, [n for name, n in at_hooks.items() if name in reply.tensors]):
+        reply = backward(self.route, self._request(stream, values, grad=True), given)
+        self._check_seen(reply, stream)
+        for n in reply.turns:
             self.waiting[n].deliver(reply.tensors[f"seen.{n}"].to(stream.device))
-        wanted = [("grad.stream", stream), *zip(at_values, values, strict=True)]
-        return [_like(reply, name, tensor) if name in reply.tensors else None for name, tensor in wanted]
+        wanted = [("grad.stream", stream), *zip((f"grad.value.{n}" for n in self.values()), values, strict=True)]
+        return [reply.tensors[name].to(like.device) if name in reply.tensors else None for name, like in wanted]
 
-    def _named(self, values: list[Tensor]) -> dict[str, Tensor]:
-        return {f"value.{n}": value for n, value in zip(self.values(), values, strict=True)}
+    def _check_seen(self, reply: Reply, stream: Tensor) -> None:
+        """Raise `SpanError` for an activation that cannot be that of its hook, before any hook is given one."""
+        rows, new, width = stream.shape
+        keys = new + (self.text.length if self.text is not None else 0)
+        known = {"batch": rows, "pos": new, "query_pos": new, "key_pos": keys, "d_model": width, "1": 1}
+        for n in reply.turns:
+            point, found = self.waiting[n].point, reply.tensors[f"seen.{n}"]
+            axes = point.axes.split()
+            fits = len(axes) == found.ndim and all(
+                known.get(a, size) == size for a, size in zip(axes, found.shape, strict=True)
+            )
+            if not fits or found.is_floating_point() == point.integer:
+                expected = [known.get(axis, axis) for axis in axes]
+                got = f"{found.dtype} {list(found.shape)}"
+                raise SpanError(f"the server answered {self.waiting[n].name!r} as {got}, expected {expected}")
+
+    def _request(self, stream: Tensor, values: list[Tensor], grad: bool) -> Request:
+        named = {f"value.{n}": value for n, value in zip(self.values(), values, strict=True)}
+        return replace(self.request, grad=grad, tensors={"stream": stream, **named, **self.request.tensors})
 
 
-def _check(reply: Reply, needed: set[str], allowed: set[str]) -> None:
-    names = set(reply.tensors)
-    if not needed <= names or names - needed - allowed:
-        raise SpanError(f"the server answered with the tensors {sorted(names)}, expected {sorted(needed | allowed)}")
+def forward(route: Route, request: Request) -> Reply:
+    """Blocks of a forward, on one server or on several, as many as it takes.
+
+    A part that is done stays done: where a later one fails, its input is here, and another server goes on from it.
+    """
+    tries = Tries(route, "forward", request.first, request.end)
+    whole, at = Reply(), request.first
+    stream = request.tensors["stream"]
+    while at < request.end:
+        leg = tries.legs(at, request.end)[0]
+        part = piece(request, leg.first, leg.end, {"stream": stream})
+        reply = tries.ask(leg.span, part.request, check_forward)
+        if reply is not None:
+            part.add_to(whole, reply)
+            stream, at = reply.tensors["stream"], leg.end
+    tries.done()
+    return whole
 
 
-def _turns(reply: Reply, expected: list[int]) -> list[int]:
-    if sorted(reply.turns) != expected:
-        raise SpanError(f"the server answered for the hooks {reply.turns}, expected {expected}")
-    return reply.turns
+def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Reply:
+    """Gradients through the blocks of a forward: `grad.stream` at its end and `grad.n` at what was kept come in.
 
-
-def _like(reply: Reply, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the reply that has to have the shape and dtype of another one."""
-    found = reply.tensors[name]
-    if found.shape != tensor.shape or found.dtype != tensor.dtype:
-        raise SpanError(
-            f"the server answered {name} as {found.dtype} {list(found.shape)}, expected {tensor.dtype} "
-            f"{list(tensor.shape)}"
-        )
-    return found.to(tensor.device)
+    Where servers are cut otherwise than in the forward, the stream between them is computed again on the way.
+    """
+    tries = Tries(route, "backward", request.first, request.end)
+    whole, end = Reply(), request.end
+    streams = {request.first: request.tensors["stream"]}
+    gradients = dict(gradients)
+    while end > request.first:
+        legs = tries.legs(request.first, end)
+        unknown = next((leg for leg in legs[:-1] if leg.end not in streams), None)
+        if unknown is not None:
+            part = piece(request, unknown.first, unknown.end, {"stream": streams[unknown.first]})
+            reply = tries.ask(unknown.span, part.request, check_forward)
+            if reply is not None:
+                streams[unknown.end] = reply.tensors["stream"]
+            continue
+        leg = legs[-1]
+        back = replace(request, kind="backward", tensors={**request.tensors, **gradients})
+        part = piece(back, leg.first, end, {"stream": streams[leg.first]})
+        if part.has_gradients():
+            reply = tries.ask(leg.span, part.request, check_backward)
+            if reply is None:
+                continue
+            part.add_to(whole, reply)
+            # What came in was used up; what comes back enters the blocks before.
+            gradients.pop("grad.stream", None)
+            gradients |= {name: found for name, found in reply.tensors.items() if name == "grad.stream"}
+        end = leg.first
+    tries.done()
+    whole.tensors.pop("grad.stream", None)
+    whole.tensors |= {name: gradient for name, gradient in gradients.items() if name == "grad.stream"}
+    return whole
 
 
 class _Through(torch.autograd.Function):

@@ -6,36 +6,60 @@ It keeps nothing between calls but the keys and values of sessions. A bad messag
 from __future__ import annotations
 
 import hashlib
-import math
-import re
+import logging
+import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from transformer_lens.distributed.checks import Checks
 from transformer_lens.distributed.edits import Edit
 from transformer_lens.distributed.messages import (
     EDITS,
-    FLOATS,
     Action,
+    FullError,
     Limits,
     MessageError,
     Reply,
     Request,
     pack_reply,
+    printable,
     unpack_request,
 )
 from transformer_lens.distributed.sessions import Session, Sessions
 from transformer_lens.distributed.span_model import load_span
+from transformer_lens.distributed.turns import Turns
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-ANSWERABLE = (ValueError, TypeError, KeyError, IndexError, RuntimeError)
-"""What a call may raise for its content; a `MessageError` is a `ValueError`."""
+TOLD = (ValueError, TypeError)
+"""Errors whose text is for the client; a `MessageError` is a `ValueError`."""
+ANSWERABLE = (
+    *TOLD,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+)
+"""What a call may raise for its content. Other texts may name files and states of this machine, and stay in its log."""
+
+VERSION = version("transformer-lens-bridge")
+"""Read once: looking it up opens files."""
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = 0.2
+"""Of the latest call, in moving averages."""
 
 
 class Seen:
@@ -70,8 +94,14 @@ class SpanServer:
         self.blocks = blocks
         self.limits = limits or Limits()
         self.bridge = TransformerBridge(self.model)
-        self.shapes = {row.name: row.shape for row in self.bridge.hook_table().present()}
+        self.checks = Checks(self.bridge, self.config, blocks, self.limits)
         self.sessions = Sessions(self.limits)
+        self.turns = Turns(self.limits)
+        self.draining = False
+        """Whether it takes nothing new; texts whose keys and values it holds go on."""
+        self.seconds_per_block = 0.0
+        """How long a block took of late, in forwards and steps: a moving average."""
+        self._told = self._held()
         self._given: dict[str, Any] = {}
         self.model.register_forward_pre_hook(self._call_with, with_kwargs=True)
         # Another thread, so that nothing of a caller's state (gradient mode, hooks, partial runs) reaches the blocks.
@@ -79,30 +109,61 @@ class SpanServer:
 
     def close(self) -> None:
         """Answer what was asked, and stop."""
+        self.turns.finish()
         self._worker.shutdown()
 
-    def handle(self, message: bytes, peer: str = "local") -> bytes:
-        """The answer to a message, which is an error's text where there is none."""
-        return self._worker.submit(self._answer, message, peer).result()
+    def tidy(self) -> None:
+        """Forget the sessions that nobody asked for in time, as every call does; for a server that has none."""
+        self._worker.submit(self._tidy).result()
+
+    def _tidy(self) -> None:
+        self.sessions.expire()
+        self._told = self._held()
+
+    def handle(self, message: bytes, peer: str = "local", deadline: float | None = None) -> bytes:
+        """The answer to a message, which is an error's text where there is none.
+
+        Nothing is computed after `deadline`, by `time.monotonic()`: nobody waits for it any more.
+        """
+        try:
+            with self.turns.turn(peer, len(message)):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise FullError("this call waited longer for its turn than its time limit")
+                return self._worker.submit(self._answer, message, peer).result()
+        except FullError as error:
+            return _refusal(error, peer)
 
     def _answer(self, message: bytes, peer: str) -> bytes:
+        self.sessions.expire()
         try:
             request = unpack_request(message, self.limits)
             if request.kind == "info":
+                self._told = self._held()
                 return pack_reply(Reply(info=self.info()))
             if request.kind == "close":
                 self.sessions.drop(peer, request.session)
                 return pack_reply(Reply(info={"closed": request.session}))
-            self._check(request)
+            if self.draining and (request.kind != "step" or not request.start):
+                raise FullError("this server is leaving and takes nothing new")
+            self.checks.check(request)
+            begin = time.perf_counter()
+            if request.kind == "backward":
+                return pack_reply(self._backward(request))
             if request.kind == "step":
-                return self._step(request, peer, hashlib.sha256(message).digest())
-            return pack_reply(self._backward(request) if request.kind == "backward" else self._forward(request))
+                answer = self._step(request, peer, hashlib.sha256(message).digest())
+            else:
+                answer = pack_reply(self._forward(request))
+            took = (time.perf_counter() - begin) / (request.end - request.first)
+            self.seconds_per_block += (took - self.seconds_per_block) * (WEIGHT if self.seconds_per_block else 1)
+            return answer
         except ANSWERABLE as error:
-            text = str(error.args[0]) if error.args else type(error).__name__
-            return pack_reply(Reply(error=f"{type(error).__name__}: {text[:2000]}"))
+            return _refusal(error, peer)
+        finally:
+            self._told = self._held()
+            self._given = {}  # nothing of a call stays here: these may be a whole session's keys and values
 
     def info(self) -> dict[str, Any]:
-        """What a client has to know before it sends anything."""
+        """What a client has to know before it sends anything, and how busy the server is; from any thread."""
         return {
             "dht_prefix": self.config.dht_prefix,
             "model_type": self.config.model_type,
@@ -111,88 +172,21 @@ class SpanServer:
             "d_model": self.config.hidden_size,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attn_implementation": str(self.model.config._attn_implementation),
-            "sessions": sum(map(len, self.sessions.of_peer.values())),
+            "state": "draining" if self.draining else "serving",
+            "load": self.turns.load(),
+            "seconds_per_block": self.seconds_per_block,
+            "version": VERSION,
+            **self._told,
         }
 
-    # -- what is checked before anything runs --------------------------------------------------------
-
-    def _check(self, request: Request) -> None:
-        if not self.blocks.start <= request.first < request.end <= self.blocks.stop:
-            raise MessageError(
-                f"blocks {request.first} to {request.end} were asked for, and this server has {self.blocks}"
-            )
-        stream = request.tensors.get("stream")
-        width = self.config.hidden_size
-        if stream is None or stream.ndim != 3 or stream.shape[-1] != width or stream.dtype != self.model.dtype:
-            raise MessageError(f"stream: expected a tensor [batch, pos, {width}] of {self.model.dtype}")
-        rows, new = stream.shape[:2]
-        if rows > self.limits.rows or new > self.config.max_position_embeddings:
-            raise MessageError(
-                f"stream: got {rows} rows of {new} positions, and at most {self.limits.rows} of "
-                f"{self.config.max_position_embeddings} are run"
-            )
-        total = new + (request.start if request.kind == "step" else 0)
-        _check_integers(request, "mask", [[rows, total]], most=1)
-        _check_integers(request, "position_ids", [[rows, new], [1, new]], most=2**31)
-        _check_integers(request, "rows", [[rows]], most=self.limits.rows)
-        self._check_actions(request)
-
-    def _check_actions(self, request: Request) -> None:
-        sizes = {"batch": request.tensors["stream"].shape[0]}
-        new = request.tensors["stream"].shape[1]
-        sizes |= {"pos": new, "query_pos": new, "key_pos": new + request.start}
-        expected, total = {"stream", "mask", "position_ids"}, 0
-        if request.kind == "step":
-            expected.add("rows")
-        for nth, action in enumerate(request.actions):
-            point = self._point(action.name)
-            shape = [int(sizes.get(str(axis), axis)) for axis in self.shapes[_general(point)]]
-            value = request.tensors.get(f"value.{nth}")
-            if action.do in EDITS:
-                expected.add(f"value.{nth}")
-                self._check_edit(action, point, value)
-            else:
-                total += math.prod(shape) * 8
-            gradient = request.tensors.get(f"grad.{nth}")
-            if request.kind == "backward" and action.do == "keep" and gradient is not None:
-                expected.add(f"grad.{nth}")
-                if list(gradient.shape) != shape or gradient.dtype not in FLOATS:
-                    raise MessageError(f"grad.{nth}: expected a gradient of shape {shape}")
-        if total > self.limits.answer:
-            raise MessageError(f"the answer would have up to {total} bytes, and at most {self.limits.answer} are made")
-        if request.kind == "backward":
-            expected.add("grad.stream")
-            gradient = request.tensors.get("grad.stream")
-            if gradient is not None and (gradient.shape, gradient.dtype) != (
-                request.tensors["stream"].shape,
-                request.tensors["stream"].dtype,
-            ):
-                raise MessageError("grad.stream: expected the shape and dtype of the stream")
-        if set(request.tensors) - expected:
-            raise MessageError(f"tensors nobody asked for: {', '.join(sorted(set(request.tensors) - expected))[:256]}")
-
-    def _check_edit(self, action: Action, point: HookPoint, value: Tensor | None) -> None:
-        if (value is not None) + (action.number is not None) != (action.do != "zero"):
-            raise MessageError(
-                f"{action.do} at {action.name!r}: expected {'no' if action.do == 'zero' else 'one'} value"
-            )
-        if point.integer:
-            experts = int(self.bridge.cfg.num_experts or 0)
-            if action.do != "set" or value is None or value.min() < 0 or value.max() >= experts:
-                raise MessageError(
-                    f"{action.name!r} holds the numbers of experts; it can be set, to 0 ... {experts - 1}"
-                )
-
-    def _point(self, name: str) -> HookPoint:
-        """The hook of a name of the whole model."""
-        found = re.fullmatch(r"blocks\.(\d{1,5})\.([\w.]+)", name)
-        layer = int(found.group(1)) if found else -1
-        if found is None or layer not in self.blocks:
-            raise MessageError(f"hook {name!r} is not in the blocks of this server, {self.blocks}")
-        here = f"blocks.{layer - self.blocks.start}.{found.group(2)}"
-        if here not in self.bridge.hook_dict:
-            raise MessageError(f"no hook of these blocks is named {name!r}")
-        return self.bridge.hook_dict[here]
+    def _held(self) -> dict[str, int]:
+        """What sessions take; read where no other thread changes them."""
+        held = self.sessions.held()
+        return {
+            "sessions": sum(map(len, self.sessions.of_peer.values())),
+            "kv_bytes": held,
+            "kv_bytes_free": max(0, self.limits.session_bytes_of_all - held),
+        }
 
     # -- running ---------------------------------------------------------------------------------------
 
@@ -224,7 +218,7 @@ class SpanServer:
                 else:
                     reading.append(Seen(nth, turns, in_graph=action.do == "keep"))
                     entry = HookEntry(reading[-1], reads_only=action.do != "keep")
-                point, direction = self._point(action.name), "bwd" if action.do == "gradient" else "fwd"
+                point, direction = self.checks.point(action.name), "bwd" if action.do == "gradient" else "fwd"
                 point.attach(entry, direction)  # type: ignore[arg-type]
                 entries.append((point, entry, direction, action.name))
             yield reading
@@ -283,29 +277,27 @@ class SpanServer:
             told = f"{stream.shape[0]} rows and starts at {request.start}"
             error = f"session {request.session!r} holds {held}, and the step has {told}"
             return pack_reply(Reply(error=error, info={"held": session.length}))
-        done = False
         try:
             self.sessions.check_room(peer, session, stream.shape[1])
-            self._reorder(session, request.tensors.get("rows"))
+        except FullError:
+            if not session.length:
+                self.sessions.drop(peer, name)
+            raise
+        done = False
+        try:
+            if "rows" in request.tensors:  # each row goes on from another one, as in beam search
+                for layer in dict.fromkeys(session.cache.layers):  # blocks that are not run share the first one's
+                    layer.reorder_cache(request.tensors["rows"])
             with torch.no_grad(), self._attached(request, self._values(request)) as hooks:
                 output = self._run(request, stream, session.cache)
             answer = pack_reply(_reply({"stream": output}, hooks))
             session.length += stream.shape[1]
-            session.last = (digest, answer)
+            self.sessions.keep(peer, session, digest, answer)
             done = True
         finally:
             if not done:  # some layers may hold these positions already, so none of it can be used
                 self.sessions.drop(peer, name)
         return answer
-
-    def _reorder(self, session: Session, rows: Tensor | None) -> None:
-        """Let each row go on from another one, as beam search does."""
-        if rows is None:
-            return
-        if int(rows.max()) >= session.rows:
-            raise MessageError(f"rows: expected numbers 0 ... {session.rows - 1}")
-        for layer in dict.fromkeys(session.cache.layers):  # blocks that are not run share the first one's
-            layer.reorder_cache(rows)
 
     def _new_session(self, request: Request) -> Session:
         cfg = self.bridge.cfg
@@ -319,19 +311,6 @@ class SpanServer:
         return Session(cache, bytes_per_position=each, rows=request.tensors["stream"].shape[0])
 
 
-def _general(point: HookPoint) -> str:
-    """A hook's name in the hook table."""
-    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", str(point.name))
-
-
-def _check_integers(request: Request, name: str, shapes: list[list[int]], most: int) -> None:
-    tensor = request.tensors.get(name)
-    if tensor is None:
-        return
-    if list(tensor.shape) not in shapes or tensor.dtype != torch.int64 or tensor.min() < 0 or tensor.max() > most:
-        raise MessageError(f"{name}: expected whole numbers 0 ... {most} of shape {shapes[0]}")
-
-
 def _edit(action: Action, value: Any) -> Edit:
     places = {"positions": action.positions, "heads": action.heads, "experts": action.experts}
     return Edit(action.do, value, **places)  # type: ignore[arg-type]
@@ -342,3 +321,14 @@ def _reply(tensors: dict[str, Tensor], hooks: list[Seen]) -> Reply:
     seen = {f"seen.{hook.number}": hook.value for hook in hooks if hook.value is not None}
     turns = hooks[0].turns if hooks else []
     return Reply({**tensors, **seen}, turns=[turn for turn in turns if f"seen.{turn}" in seen])
+
+
+def _refusal(error: Exception, peer: str) -> bytes:
+    """The reply that says why there is no answer."""
+    name = type(error).__name__
+    if not isinstance(error, TOLD):
+        logger.warning("a call of peer %r failed: %s: %.2000s", peer[:128], name, error)
+        return pack_reply(Reply(error=f"{name}: the blocks could not compute this; the server's log says more"))
+    text = str(error.args[0]) if error.args else name
+    info = {"retry": "full"} if isinstance(error, FullError) else {}
+    return pack_reply(Reply(error=printable(f"{name}: {text}"), info=info))

@@ -1,4 +1,7 @@
-"""Sessions of a server: the keys and values of texts that are being generated, with a budget for each peer."""
+"""Sessions of a server: the keys and values of texts that are being generated, and each one's last answer.
+
+Each peer has a budget, and all of them together have one, of which nobody gets more than is left for the others.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens.distributed.messages import Limits
+from transformer_lens.distributed.messages import FullError, Limits
+
+
+def has_room(more: int, mine: int, most: int, everyone: int, most_of_all: int) -> bool:
+    """Whether a peer that has `mine` of what `everyone` has may have `more`.
+
+    Beside its own limit, it may have as much as is left for the others: one peer alone half of it all, two equal ones
+    a third each. So somebody new always finds room, until very many have come.
+
+    >>> has_room(1, mine=49, most=100, everyone=49, most_of_all=100)
+    True
+    >>> has_room(1, mine=50, most=100, everyone=50, most_of_all=100)
+    False
+    >>> has_room(50, mine=0, most=100, everyone=50, most_of_all=100)
+    True
+    """
+    return mine + more <= min(most, most_of_all - everyone)
 
 
 @dataclass
@@ -22,9 +41,17 @@ class Session:
     used: float = 0
     last: tuple[bytes, bytes] | None = None
 
+    def held(self) -> int:
+        """Bytes of its keys and values."""
+        return self.length * self.rows * self.bytes_per_position
+
+    def kept(self) -> int:
+        """Bytes of its last answer."""
+        return len(self.last[1]) if self.last else 0
+
 
 class Sessions:
-    """The sessions of every peer. Raises `ValueError` where a peer is at the end of its budget."""
+    """The sessions of every peer. Raises `FullError` at the end of a budget."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
@@ -43,23 +70,46 @@ class Sessions:
     def open(self, peer: str, name: str, make: Callable[[], Session]) -> Session:
         """The session of this name, made if it is new."""
         self.expire()
-        sessions = self.of_peer.setdefault(peer, {})
+        sessions = self.of_peer.get(peer, {})
         if name not in sessions:
             if len(sessions) >= self.limits.sessions:
-                raise ValueError(f"this peer has {len(sessions)} sessions, as many as it may; close one, or wait")
+                raise FullError(f"this peer has {len(sessions)} sessions, as many as it may; close one, or wait")
+            everyone = sum(map(len, self.of_peer.values()))
+            if not has_room(1, len(sessions), self.limits.sessions, everyone, self.limits.sessions_of_all):
+                raise FullError(f"this server has {everyone} sessions, and no more for this peer; wait, or ask another")
             sessions[name] = make()
+            self.of_peer[peer] = sessions
         sessions[name].used = self.clock()
         return sessions[name]
 
+    def held(self, peer: str | None = None) -> int:
+        """Bytes of the keys and values of a peer, or of all."""
+        return sum(session.held() for session in self._sessions(peer))
+
+    def kept(self, peer: str | None = None) -> int:
+        """Bytes of the answers that are kept for a peer, or for all."""
+        return sum(session.kept() for session in self._sessions(peer))
+
     def check_room(self, peer: str, session: Session, positions: int) -> None:
         """Raise unless the peer's keys and values may grow by these positions."""
-        held = sum(s.length * s.rows * s.bytes_per_position for s in self.of_peer[peer].values())
-        more = positions * session.rows * session.bytes_per_position
+        held, more = self.held(peer), positions * session.rows * session.bytes_per_position
         if held + more > self.limits.session_bytes:
-            raise ValueError(
+            raise FullError(
                 f"keys and values of this peer would take {held + more} bytes, and it may have "
                 f"{self.limits.session_bytes}"
             )
+        if not has_room(more, held, self.limits.session_bytes, self.held(), self.limits.session_bytes_of_all):
+            raise FullError(
+                f"keys and values of this peer would take {held + more} bytes, and all peers have {self.held()} of "
+                f"{self.limits.session_bytes_of_all}; a peer may have as much as is left"
+            )
+
+    def keep(self, peer: str, session: Session, digest: bytes, answer: bytes) -> None:
+        """Keep an answer in place of the session's last one, if it fits; without it, the client starts again."""
+        session.last = None
+        limits = self.limits
+        if has_room(len(answer), self.kept(peer), limits.kept, self.kept(), limits.kept_of_all):
+            session.last = digest, answer
 
     def drop(self, peer: str, name: str) -> None:
         """Forget a session, on whichever of the blocks; its memory is free at once."""
@@ -68,3 +118,7 @@ class Sessions:
             del sessions[found]
         if not sessions:
             self.of_peer.pop(peer, None)
+
+    def _sessions(self, peer: str | None) -> list[Session]:
+        peers = self.of_peer if peer is None else {peer: self.of_peer.get(peer, {})}
+        return [session for sessions in peers.values() for session in sessions.values()]

@@ -5,11 +5,20 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from transformer_lens.distributed.messages import Limits, Reply, Request, pack_request, unpack_reply
+from transformer_lens.distributed.messages import (
+    Limits,
+    MessageError,
+    Reply,
+    Request,
+    pack_request,
+    printable,
+    unpack_reply,
+)
+from transformer_lens.distributed.routing import ServerFacts
 from transformer_lens.distributed.server import SpanServer
 
 
@@ -21,13 +30,63 @@ class SpanError(RuntimeError):
         self.info = info or {}
 
 
+class SpanUnreachable(SpanError):
+    """No answer came that can be used: the peer is gone, too slow, or broke off. Another server may do it."""
+
+
 class Span(Protocol):
     """Some blocks of a model, wherever they run."""
 
     blocks: range
+    peer: str
+    """Who runs them: a libp2p peer id, or a name such as `local-1`."""
 
-    def send(self, message: bytes) -> bytes:
-        """The answer to one message."""
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        """The answer to one message. Raises `SpanUnreachable` if none comes within `timeout` seconds."""
+
+
+class SpanSource(Protocol):
+    """Where a route gets its spans from."""
+
+    def spans(self) -> Sequence[Span]:
+        """What is known now; a quick call."""
+
+    def refresh(self) -> None:
+        """Look again, as after a failure."""
+
+    def facts(self, span: Span) -> ServerFacts:
+        """What is known of a span's speed."""
+
+    def close(self) -> None:
+        """Stop looking."""
+
+
+class StaticSpans:
+    """Spans that somebody listed; where two have a block, the earlier one is asked first.
+
+    >>> source = StaticSpans([LocalSpan("tiny-falcon", range(0, 4))])
+    >>> source.given.append(LocalSpan("tiny-falcon", range(0, 4)))
+    >>> [source.facts(span).latency for span in source.spans()]
+    [0.0, 1.0]
+    """
+
+    def __init__(self, given: Iterable[Span]) -> None:
+        self.given: list[Span] = list(given)
+        """Spans may be added and removed at any time."""
+
+    def spans(self) -> Sequence[Span]:
+        """The spans that were given."""
+        return tuple(self.given)
+
+    def refresh(self) -> None:
+        """Nothing to do: the list is all there is."""
+
+    def facts(self, span: Span) -> ServerFacts:
+        """Nothing was measured, so a span's place in the list stands for its latency."""
+        return ServerFacts(span.peer, span.blocks, latency=float(self.given.index(span)))
+
+    def close(self) -> None:
+        """The spans belong to whoever made them."""
 
 
 class LocalSpan:
@@ -41,21 +100,30 @@ class LocalSpan:
     Arguments as for `SpanServer`.
     """
 
+    _numbers = itertools.count(1)
+
     def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
         self.server = SpanServer(name, blocks, limits=limits, **options)
         self.blocks = blocks
+        self.peer = f"local-{next(self._numbers)}"
+        self.closed = False
 
-    def send(self, message: bytes) -> bytes:
-        """The answer to one message."""
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        """The answer to one message; a server in this process is waited for without a limit."""
+        if self.closed:
+            raise SpanUnreachable(f"{self.peer} was closed")
         return self.server.handle(message)
 
     def close(self) -> None:
         """Stop the server."""
+        self.closed = True
         self.server.close()
 
 
-def ask(span: Span, request: Request, limits: Limits | None = None) -> Reply:
+def ask(span: Span, request: Request, limits: Limits | None = None, timeout: float | None = None) -> Reply:
     """One call: a request and its reply. Raises `SpanError` with the server's words if it refused.
+
+    `timeout` is in seconds. Raises `SpanUnreachable` if no answer came, or one that cannot be read.
 
     >>> ask(LocalSpan("tiny-falcon", range(0, 2)), Request("forward", 0, 4))
     Traceback (most recent call last):
@@ -67,56 +135,10 @@ def ask(span: Span, request: Request, limits: Limits | None = None) -> Reply:
     message = pack_request(request)
     if len(message) > limits.message:
         raise SpanError(f"{where}: the request has {len(message)} bytes, and a message has at most {limits.message}")
-    reply = unpack_reply(span.send(message), limits)
+    try:
+        reply = unpack_reply(span.send(message, timeout), limits)
+    except MessageError as error:
+        raise SpanUnreachable(f"{where}: the answer cannot be read: {error}") from error
     if reply.error:
-        raise SpanError(f"{where}: {reply.error}", reply.info)
+        raise SpanError(f"{where}: {printable(reply.error)}", reply.info)
     return reply
-
-
-class Route:
-    """The spans that a model's blocks run on: for every block, the first span given that has it."""
-
-    def __init__(self, n_layers: int) -> None:
-        self.n_layers = n_layers
-        self.spans: list[Span] = []
-        self.closing: deque[tuple[Span, str]] = deque()
-        """Sessions of texts that are gone, to be closed with the next call."""
-
-    def close_sessions(self) -> None:
-        """Tell the servers which keys and values nobody will ask for again."""
-        while self.closing:
-            span, session = self.closing.popleft()
-            ask(span, Request("close", 0, 0, session=session))
-
-    def connect(self, spans: Sequence[Span], expected: dict[str, Any]) -> None:
-        """Use these spans from now on. Raises `ValueError` if a block is missing or a server has another model."""
-        missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
-        if missing:
-            raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
-        for span in spans:
-            told = ask(span, Request("info", 0, 0)).info
-            for what, wanted in expected.items():
-                if told.get(what) != wanted:
-                    raise ValueError(
-                        f"the span of blocks {span.blocks.start} to {span.blocks.stop} serves another model: its "
-                        f"{what} is {told.get(what)!r}, and this model's is {wanted!r}"
-                    )
-            if told.get("blocks") != [span.blocks.start, span.blocks.stop]:
-                raise ValueError(f"a span says it has {span.blocks}, and its server says {told.get('blocks')}")
-        self.spans = list(spans)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
-        """A copy of a model asks the same servers."""
-        other = Route(self.n_layers)
-        other.spans = list(self.spans)
-        return other
-
-    def at(self, layer: int) -> Span:
-        """The span that runs a block."""
-        found = next((span for span in self.spans if layer in span.blocks), None)
-        if found is None:
-            raise ValueError(
-                f"block {layer} runs on another machine, and this model is connected to none; "
-                "call model.connect(spans) first, or pass spans= to from_pretrained"
-            )
-        return found

@@ -45,6 +45,11 @@ class BlockElsewhere(PartsElsewhere):
         """Why a hook cannot work inside; `None` if it can."""
         raise NotImplementedError(f"{type(self).__name__} has to say which hooks the other process knows")
 
+    @staticmethod
+    def begins_at_embedding() -> bool:
+        """Whether what this thread is running begins at the embedding, and not with a stream at some block."""
+        return covered(-1)
+
     def requests(self) -> list[HookRequest]:
         """The hooks that fire inside in what this thread is running now, in their order at each name."""
         with nested_forward():

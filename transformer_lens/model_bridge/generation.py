@@ -217,7 +217,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         mask = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
         with torch.no_grad(), run.forwards():
             self(tokens[:, start - before :], attention_mask=mask, past_key_values=run.cache, return_type=None)
-        return ActivationCache(joined(run.pieces, self.hook_dict, length), self)
+        return ActivationCache(joined(run.pieces, self.hook_dict), self)
 
 
 OWN_KEYWORDS = frozenset(inspect.signature(GenerationMethods.generate).parameters)

@@ -139,19 +139,21 @@ class GenerationRun:
         self.read = columns.stop
 
 
-def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoint], length: int) -> dict[str, Tensor]:
+def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoint]) -> dict[str, Tensor]:
     """What was captured forward by forward, as one forward over the whole text captures it.
 
-    Scores and patterns of earlier queries get the keys that came later: masked ones.
+    Scores and patterns of earlier queries get the keys that came later: masked ones. A model with trained prompts has
+    more positions inside than its text.
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():
         axes = points[name].axes.split()
         along = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), 1)
         if "key_pos" in axes:
+            length = sum(part.shape[along] for part in parts)
             lowest = name.endswith("hook_attn_scores")
             parts = _with_all_keys(parts, along, length, torch.finfo(parts[0].dtype).min if lowest else 0.0)
-        whole[name] = torch.cat(list(parts), dim=along).narrow(along, 0, length)
+        whole[name] = torch.cat(list(parts), dim=along)
     return whole
 
 

@@ -1,0 +1,393 @@
+"""When nobody is there: a clear error in bounded time, nothing half-changed, and the same text goes on later."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from tests.distributed.faults import FaultySpan, Place, Schedule, Stop
+from tests.distributed.test_recovery import PLACES, forward, generated, same
+from transformer_lens import TransformerBridge
+from transformer_lens.distributed import Edit, LocalSpan, ServerFacts, Span, SpanError, SpanUnreachable, StaticSpans
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [31, 30, 29, 28, 27, 26]])
+STEPS: list[tuple[Tensor, list[int] | None]] = [
+    (IDS[:, :4], None),  # a prompt in two chunks
+    (IDS[:, 4:], None),
+    (torch.tensor([[40], [41]]), [1, 0]),  # then tokens, with rows that change places
+    (torch.tensor([[50], [51]]), None),
+    (torch.tensor([[60], [61]]), [1, 1]),
+]
+"""What a text is made of: the next ids, and the rows to go on from."""
+EDIT = ("blocks.1.hook_mlp_out", Edit("scale", 0.5))
+
+
+@pytest.fixture(scope="module", params=list(PLACES))
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    place = Place(request.param, *PLACES[request.param])
+    yield place
+    place.close()
+
+
+def read(bridge: TransformerBridge, cache: DynamicCache, nth: int) -> Tensor:
+    """One step of the text."""
+    rows = STEPS[nth][1]
+    if rows is not None:
+        cache.reorder_cache(torch.tensor(rows))
+    return read_again(bridge, cache, nth)
+
+
+def read_again(bridge: TransformerBridge, cache: DynamicCache, nth: int) -> Tensor:
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[EDIT]):
+        logits: Tensor = bridge.original_model(STEPS[nth][0], past_key_values=cache).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def expected(place: Place) -> list[Tensor]:
+    cache = DynamicCache()
+    return [read(place.local, cache, nth) for nth in range(len(STEPS))]
+
+
+def test_a_text_is_taken_up_again_when_somebody_comes(place: Place, expected: list[Tensor]) -> None:
+    calls = len(STEPS) * len(place.primary)
+    for nth in range(calls):
+        for replicas in (place.primary, place.other):
+            schedule = Schedule({nth: "dies_after" if nth % 2 else "dies_before"})
+            source = StaticSpans(place.spans(place.primary, "first", schedule))
+            bridge, clock = place.connected(source, max_retries=2)
+            cache, failed = DynamicCache(), 0
+            for step in range(len(STEPS)):
+                length = cache.get_seq_length()
+                try:
+                    logits = read(bridge, cache, step)
+                except SpanError as error:
+                    failed += 1
+                    blocks = place.primary[nth % len(place.primary)]
+                    text = str(error)
+                    assert text.startswith(f"step of blocks {blocks.start} to {blocks.stop}: given up after 3.0 s: ")
+                    assert f"first-{nth % len(place.primary)} said: " in text and "broke off" in text
+                    assert "start a server for these blocks and make the same call again" in text
+                    assert cache.get_seq_length() == length
+                    assert clock.slept == [1.0, 2.0]
+                    source.given += place.spans(replicas, "late")
+                    logits = read_again(bridge, cache, step)
+                assert torch.equal(logits, expected[step]), (nth, step)
+            assert failed == 1
+            assert cache.get_seq_length() == sum(ids.shape[1] for ids, _ in STEPS)
+
+
+def test_the_same_without_a_cache(place: Place) -> None:
+    with torch.no_grad():
+        wanted = place.local(IDS)
+    source = StaticSpans(place.spans(place.primary, "first"))
+    bridge, _ = place.connected(source, max_retries=0)
+    source.given[-1].dead = True  # type: ignore[attr-defined]
+    with torch.no_grad():
+        with pytest.raises(SpanError, match=r"forward of blocks . to .: given up after 0\.0 s: 1 failures, and m"):
+            bridge(IDS)
+        source.given += place.spans(place.other, "late")
+        assert torch.equal(bridge(IDS), wanted)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_many_failures_anywhere(place: Place, data: st.DataObject) -> None:
+    kinds = ["hangs", "loses_answer", "garbles", "answers_too_little", "is_busy", "restarts", "forgets"]
+    faults = data.draw(st.dictionaries(st.integers(0, 30), st.sampled_from(kinds), max_size=12))
+    beams = data.draw(st.sampled_from([1, 2]))
+    schedule = Schedule(faults)
+    everybody = [*place.spans(place.primary, "first", schedule), *place.spans(place.other, "second", schedule)]
+    bridge, _ = place.connected(StaticSpans(everybody), max_retries=12)
+    if (found := MANY.get((place.name, beams))) is None:
+        found = MANY[place.name, beams] = generated(place.local, max_new_tokens=4, num_beams=beams)
+    assert same(generated(bridge, max_new_tokens=4, num_beams=beams), found)
+
+
+MANY: dict[tuple[str, int], Any] = {}
+
+
+@pytest.mark.parametrize("when", ["interrupts_before", "interrupts_after"])
+def test_after_an_interrupt_everything_goes_on(place: Place, expected: list[Tensor], when: str) -> None:
+    wanted = forward(place.local)
+    for nth in range(len(STEPS) * len(place.primary)):
+        bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first", Schedule({nth: when}))))
+        cache, stopped = DynamicCache(), 0
+        for step in range(len(STEPS)):
+            try:
+                logits = read(bridge, cache, step)
+            except Stop:
+                stopped += 1
+                if nth % 2:  # something else may come first
+                    assert same(forward(bridge), wanted)
+                logits = read_again(bridge, cache, step)
+            assert torch.equal(logits, expected[step])
+        assert stopped == 1
+        assert not any(hook.fwd_hooks or hook.bwd_hooks for hook in bridge.hook_dict.values())
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+class Slow(FaultySpan):
+    """Never answers; as long as it is waited for, time passes."""
+
+    clock: Any
+
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        if b"info" in message[:200]:
+            return super().send(message, timeout)
+        assert timeout is not None
+        self.clock.sleep(timeout)
+        raise SpanError("late", {"retry": "busy"})
+
+
+def test_the_longest_time(place: Place) -> None:
+    spans = [Slow(place.loaded[blocks], f"slow-{n}") for n, blocks in enumerate(place.primary)]
+    bridge, clock = place.connected(StaticSpans(spans), max_retries=3)
+    for span in spans:
+        span.clock = clock
+    route = bridge.original_model.route
+    with pytest.raises(SpanError, match=r"given up after 727\.0 s: 4 failures, and max_retries is 3. slow-0 said: "):
+        bridge(IDS)
+    assert clock.slept == [180.0, 1.0, 180.0, 2.0, 180.0, 4.0, 180.0]
+    assert clock.now == route.health.longest(180) == 727
+
+
+def test_the_time_for_all_tries_bounds_each_of_them(place: Place) -> None:
+    bridge, clock = place.connected(StaticSpans(place.spans(place.primary, "first")), max_retries=3)
+    route = bridge.original_model.route
+    given: list[float] = []
+
+    first = route.source.given[0]
+    send = first.send
+
+    def late(message: bytes, timeout: float | None = None) -> bytes:
+        if b"info" in message[:200]:
+            return bytes(send(message, timeout))
+        given.append(timeout or 0)
+        clock.now += 300  # longer than it was allowed
+        raise SpanError("late", {"retry": "busy"})
+
+    first.send = late
+    with pytest.raises(SpanError, match=r"given up after 903\.0 s: the time for all tries is over"):
+        bridge(IDS)
+    assert given == [180, 180, 727 - 603]
+
+
+def test_a_server_that_does_not_let_this_client_in_is_passed_over(place: Place) -> None:
+    shut, right = (place.spans(place.whole, name)[0] for name in ("shut", "right"))
+
+    def refuses(message: bytes, timeout: float | None = None) -> bytes:
+        raise SpanError("not on the list")
+
+    shut.send = refuses  # type: ignore[method-assign]
+    bridge, clock = place.connected(Source([shut, right], {"shut-0": 0.1}))
+    with torch.no_grad():
+        assert torch.equal(bridge(IDS), place.local(IDS))
+    assert clock.slept == [] and len(right.sent) == 1
+
+
+# -- who may be asked ------------------------------------------------------------------------------
+
+
+class Source:
+    """Spans that are found, with times that were measured."""
+
+    def __init__(self, spans: list[Any], latency: dict[str, float] | None = None) -> None:
+        self.known = spans
+        self.latency = latency or {}
+        self.looked = 0
+        self.closed = False
+
+    def spans(self) -> list[Span]:
+        return list(self.known)
+
+    def refresh(self) -> None:
+        self.looked += 1
+
+    def facts(self, span: Span) -> ServerFacts:
+        return ServerFacts(span.peer, span.blocks, latency=self.latency.get(span.peer, 1.0))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_servers_of_another_model_are_passed_over(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    others = [LocalSpan(place.name, place.whole[0], **odd) for odd in ({"dtype": torch.bfloat16}, {"dht_prefix": "x"})]
+    wrong = [FaultySpan(span, f"wrong-{n}") for n, span in enumerate(others)]
+    dead = place.spans(place.whole, "dead")[0]
+    dead.dead = True
+    right = place.spans(place.primary, "right")
+    source = Source([*wrong, dead, *right], {"wrong-0": 0.1, "wrong-1": 0.2, "dead-0": 0.3})
+    with caplog.at_level(logging.WARNING):
+        bridge, clock = place.connected(source)
+    assert "wrong-0 is not used: the span of blocks 0 to" in caplog.text and "its dtype is 'bfloat16'" in caplog.text
+    assert "its dht_prefix is 'x'" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(bridge(IDS), place.local(IDS))
+    assert [len(span.sent) for span in wrong] == [0, 0] and all(span.sent for span in right)
+    assert clock.slept == []
+    for span in others:
+        span.close()
+
+
+def test_a_source_that_lacks_blocks_changes_nothing(place: Place) -> None:
+    bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first")))
+    source = Source(place.spans([place.other[0]], "lone"))
+    with pytest.raises(
+        ValueError, match=r"these spans cannot be used: search for servers of blocks 0 to .*has the blocks \[1, 2"
+    ):
+        bridge.original_model.connect(source)
+    assert source.looked == 1
+    with torch.no_grad():
+        assert torch.equal(bridge(IDS), place.local(IDS))
+
+
+def test_allowed_and_blocked_servers(place: Place) -> None:
+    for asked in ({"blocked_servers": ["fast-0"]}, {"allowed_servers": ["slow-0"]}):
+        spans = {name: place.spans(place.whole, name)[0] for name in ("fast", "slow")}
+        bridge, _ = place.connected(Source(list(spans.values()), {"fast-0": 0.1}), **asked)
+        with torch.no_grad():
+            bridge(IDS)
+        assert (len(spans["fast"].sent), len(spans["slow"].sent)) == (0, 1)
+
+
+def test_a_server_that_failed_is_asked_again_after_its_ban(place: Place) -> None:
+    fast, slow = (place.spans(place.whole, name)[0] for name in ("fast", "slow"))
+    fast.schedule = Schedule({0: "is_busy", 2: "is_busy"})
+    bridge, clock = place.connected(Source([slow, fast], {"fast-0": 0.1}))
+    asked = []
+    with torch.no_grad():
+        for now in (0, 14.9, 15.1, 15.2, 30.3):
+            clock.now = now
+            before = len(fast.sent)
+            bridge(IDS)
+            asked.append(len(fast.sent) - before)
+    assert asked == [1, 0, 1, 1, 1]
+    recoveries = list(bridge.original_model.route.recoveries)
+    assert [(one.kind, one.peers, one.replayed) for one in recoveries] == [("forward", ("fast-0",), 0)] * 2
+
+
+def test_recoveries_tell_what_was_lost(place: Place) -> None:
+    schedule = Schedule({3 * len(place.primary): "hangs"})
+    source = Source([*place.spans(place.primary, "first", schedule)])
+    bridge, clock = place.connected(source)
+    cache = DynamicCache()
+    for step in range(len(STEPS)):
+        if step == 3:
+            source.known += place.spans(place.primary, "second")
+            source.latency = {span.peer: 2.0 for span in source.known[len(place.primary) :]}
+        read(bridge, cache, step)
+    (one,) = bridge.original_model.route.recoveries
+    assert (one.kind, one.blocks, one.peers, one.replayed) == ("step", place.primary[0], ("first-0",), 3)
+    assert one.seconds == 0 == clock.now
+
+
+def test_sessions_that_moved_are_closed(place: Place) -> None:
+    first, second = (place.spans(place.whole, name)[0] for name in ("first", "second"))
+    first.schedule = Schedule({2: "loses_answer"})
+    bridge, clock = place.connected(StaticSpans([first, second]))
+    cache = DynamicCache()
+    for step in range(len(STEPS)):
+        read(bridge, cache, step)
+    sessions = first.server.sessions.of_peer
+    assert len(sessions["second-0"]) == len(sessions["first-0"]) == 1
+    clock.now += 100
+    bridge.original_model.route.close_sessions()
+    assert "first-0" not in sessions and "second-0" in sessions
+    del cache
+    bridge.original_model.close()
+    assert "second-0" not in sessions
+    with pytest.raises(ValueError, match="connected to none"):
+        bridge(IDS)
+
+
+def test_a_text_stays_where_it_is_when_somebody_faster_comes(place: Place, expected: list[Tensor]) -> None:
+    old, new = (place.spans(place.whole, name)[0] for name in ("old", "new"))
+    bridge, _ = place.connected(Source([old]))
+    source, cache = Source([old, new], {"new-0": 2.0}), DynamicCache()
+    for step in range(len(STEPS)):
+        if step == 1:
+            bridge.original_model.connect(source)
+        if step == 2:
+            source.latency = {"new-0": 0.1}
+        assert torch.equal(read(bridge, cache, step), expected[step])
+    assert (len(old.sent), len(new.sent)) == (len(STEPS), 0)
+
+
+def test_a_dead_server_is_asked_once_to_close_sessions(place: Place) -> None:
+    span = place.spans(place.whole, "only")[0]
+    bridge, _ = place.connected(StaticSpans([span]))
+    texts = [DynamicCache() for _ in range(3)]
+    for cache in texts:
+        read(bridge, cache, 0)
+    asked: list[bytes] = []
+
+    def gone(message: bytes, timeout: float | None = None) -> bytes:
+        asked.append(message)
+        assert timeout == bridge.original_model.config.connect_timeout
+        raise SpanUnreachable("gone")
+
+    span.send = gone  # type: ignore[method-assign]
+    del cache
+    texts.clear()
+    bridge.original_model.route.close_sessions()
+    assert len(asked) == 1 and list(bridge.original_model.route.health.banned()) == ["only-0"]
+
+
+def test_a_text_goes_with_its_model_to_other_servers(place: Place, expected: list[Tensor]) -> None:
+    first, second = place.spans(place.primary, "first"), place.spans(place.other, "second")
+    bridge, _ = place.connected(StaticSpans(first))
+    model, cache = bridge.original_model, DynamicCache()
+    for step in range(len(STEPS)):
+        if step == 2:
+            model.connect(second)
+            for span in first:
+                span.sent.clear()
+        if step == 3:
+            model.connect([*second])  # the same servers, which need not be told again
+        if step == 4:
+            model.close()
+            with pytest.raises(ValueError, match="connected to none"):
+                read(bridge, cache, step)
+            model.connect(second)
+            assert torch.equal(read_again(bridge, cache, step), expected[step])
+        else:
+            assert torch.equal(read(bridge, cache, step), expected[step])
+    assert not any(span.sent for span in first)
+    calls = [(request.first, request.end) for span in second for request in span.sent]
+    assert {calls.count(stretch) for stretch in calls} == {len(STEPS)}
+
+
+def test_a_model_is_a_context_that_leaves_the_source_alone(place: Place) -> None:
+    source = Source(place.spans(place.primary, "first"))
+    bridge, _ = place.connected(source)
+    with bridge.original_model as model:
+        twin = copy.deepcopy(model)
+        assert twin.route.source is source and twin.route is not model.route
+    assert not source.closed and model.route.source is None
+    with torch.no_grad():
+        assert torch.equal(TransformerBridge(twin)(IDS), place.local(IDS))
+
+
+def test_the_route_is_shown(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    bridge, _ = place.connected(StaticSpans(place.spans(place.whole, "all")))
+    shown = bridge.original_model.config
+    text = f"route: blocks 0 to {place.whole[0].stop} on all-0"
+    for setting, grad, times in (("inference", True, 0), (False, False, 0), ("inference", False, 1), (True, True, 0)):
+        caplog.clear()
+        shown.show_route = setting
+        with caplog.at_level(logging.INFO), torch.set_grad_enabled(grad):
+            bridge(IDS)
+        assert caplog.text.count(text) == times  # the same route is shown once
+    shown.show_route = "inference"

@@ -1,0 +1,115 @@
+"""`status`: who serves which blocks of a model, how busy each server is, and which blocks nobody serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from transformer_lens.cli.options import AsJson, Model, named, output, quiet, write_json
+from transformer_lens.cli.running import FAILED, Debug
+from transformer_lens.cli.serve import Identity, InitialPeers, Prefix
+
+
+def status(
+    model: Model,
+    initial_peers: InitialPeers = None,
+    identity: Identity = None,
+    prefix: Prefix = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show the servers of a model: blocks, state, load, latency; exit code 1 if nobody serves one of its blocks.
+
+    [bold]Example[/]
+
+    transformer-lens status tiny-falcon --initial-peers /ip4/127.0.0.1/tcp/31337/p2p/12D3KooW...
+    """
+    found = look(model, initial_peers or (), identity=identity, prefix=prefix)
+    if json:
+        write_json(found)
+    else:
+        show(found)
+    if found["missing"]:
+        raise typer.Exit(FAILED)
+
+
+def look(
+    model: str, initial_peers: Sequence[str], *, identity: Path | None = None, prefix: str | None = None
+) -> dict[str, Any]:
+    """What can be found out about a model's servers.
+
+    >>> look("tiny-falcon", ["/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..."])["missing"]  # doctest: +SKIP
+    []
+
+    Raises `SpanUnreachable` if none of the peers answers.
+    """
+    from transformer_lens.distributed import AutoDistributedConfig
+    from transformer_lens.distributed.swarm import Swarm
+
+    with quiet(), named(model):
+        config = AutoDistributedConfig.from_pretrained(
+            model, initial_peers=list(initial_peers), max_pinged=2**15, dht_prefix=prefix
+        )
+    swarm = Swarm(config, identity=identity)
+    try:
+        rows = [row.describe() for row in swarm.known()]
+    finally:
+        swarm.close()
+    serving = [row["blocks"] for row in rows if row["state"] == "serving"]
+    missing = [n for n in range(config.num_hidden_layers) if not any(first <= n < end for first, end in serving)]
+    return {
+        "model": model,
+        "dht_prefix": config.dht_prefix,
+        "n_layers": config.num_hidden_layers,
+        "servers": rows,
+        "missing": missing,
+    }
+
+
+WIDE = 1000
+COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms per block", "version", "peer")
+
+
+def show(found: dict[str, Any]) -> None:
+    """A table of servers, and a line about blocks that nobody serves."""
+    table = Table(
+        title=f"{found['model']}: {len(found['servers'])} servers of {found['n_layers']} blocks",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=True)
+    for row in found["servers"]:
+        cells = (
+            "{}:{}".format(*row["blocks"]),
+            row["state"],
+            *(number(row[name]) for name in ("load", "sessions", "kv_bytes", "kv_bytes_free")),
+            *(number(row[name], 1000) for name in ("latency", "seconds_per_block")),
+            row["version"],
+            row["peer"],
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    console = output()
+    # A peer id that is cut or broken over lines is of no use, so a narrow terminal breaks the lines itself.
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)
+    console.print(table)
+    if found["missing"]:
+        console.print(Text(f"nobody serves the blocks {', '.join(map(str, found['missing']))}"))
+
+
+def number(value: float | None, scale: float = 1) -> str:
+    """
+    >>> number(1234567), number(0.0023456, 1000), number(None)
+    ('1,234,567', '2.346', '')
+
+    A number as a cell; nothing where nobody told it.
+    """
+    return "" if value is None else f"{value * scale:,.4g}" if scale != 1 else f"{value:,.0f}"

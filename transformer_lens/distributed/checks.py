@@ -1,0 +1,149 @@
+"""What a server checks of a request before anything runs: its blocks, tensors and actions, and what it would cost."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from torch import Tensor
+
+from transformer_lens.distributed.messages import EDITS, FLOATS, INTEGER, Action, Limits, MessageError, Request
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+NUMBER = 8
+"""Bytes of the largest number in an activation."""
+
+
+class Checks:
+    """The checks of one server; each raises `MessageError`, and changes nothing."""
+
+    def __init__(self, bridge: TransformerBridge, config: Any, blocks: range, limits: Limits) -> None:
+        self.bridge = bridge
+        self.config = config
+        self.blocks = blocks
+        self.limits = limits
+        self.shapes = {row.name: row.shape for row in bridge.hook_table().present()}
+
+    def check(self, request: Request) -> None:
+        """Raise for what does not fit these blocks, and for what is too much."""
+        if not self.blocks.start <= request.first < request.end <= self.blocks.stop:
+            raise MessageError(
+                f"blocks {request.first} to {request.end} were asked for, and this server has {self.blocks}"
+            )
+        self._check_stream(request)
+        self._check_names(request)
+        for nth, action in enumerate(request.actions):
+            self._check_action(request, nth, action)
+        self._check_cost(request)
+
+    def point(self, name: str) -> HookPoint:
+        """The hook of a name of the whole model."""
+        found = re.fullmatch(r"blocks\.(\d{1,5})\.([\w.]+)", name, re.ASCII)
+        layer = int(found.group(1)) if found else -1
+        if found is None or layer not in self.blocks:
+            raise MessageError(f"hook {name!r} is not in the blocks of this server, {self.blocks}")
+        here = f"blocks.{layer - self.blocks.start}.{found.group(2)}"
+        if here not in self.bridge.hook_dict:
+            raise MessageError(f"no hook of these blocks is named {name!r}")
+        return self.bridge.hook_dict[here]
+
+    def shape(self, request: Request, action: Action) -> list[int]:
+        """The shape of the activation at an action's hook."""
+        rows, new = request.tensors["stream"].shape[:2]
+        sizes = {"batch": rows, "pos": new, "query_pos": new, "key_pos": new + request.start}
+        general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", str(self.point(action.name).name))
+        return [int(sizes.get(str(axis), axis)) for axis in self.shapes[general]]
+
+    # -- one after the other -------------------------------------------------------------------------
+
+    def _check_stream(self, request: Request) -> None:
+        stream, width = request.tensors.get("stream"), self.config.hidden_size
+        dtype = self.bridge.original_model.dtype
+        if stream is None or stream.ndim != 3 or stream.shape[-1] != width or stream.dtype != dtype:
+            raise MessageError(f"stream: expected a tensor [batch, pos, {width}] of {dtype}")
+        rows, new = stream.shape[:2]
+        longest = self.config.max_position_embeddings
+        if rows > self.limits.rows or request.start + new > longest:
+            after = f" after {request.start}" if request.start else ""
+            got = f"stream: got {rows} rows of {new} positions{after}"
+            raise MessageError(f"{got}, and at most {self.limits.rows} of {longest} are run")
+        if request.kind != "step" and request.start:
+            raise MessageError(f"start: got {request.start}, and only a step goes on with a text")
+        if request.kind == "step" and not request.use_cache:
+            raise MessageError("use_cache: a step keeps keys and values")
+        _check_integers(request, "mask", [[rows, new + request.start]], most=1)
+        # Rotary frequencies of some kinds change with the highest position seen, for every later call.
+        _check_integers(request, "position_ids", [[rows, new], [1, new]], most=longest - 1)
+        _check_integers(request, "rows", [[rows]], most=rows - 1)
+
+    def _check_names(self, request: Request) -> None:
+        expected = {"stream", "mask", "position_ids"} | ({"rows"} if request.kind == "step" else set())
+        expected |= {f"value.{nth}" for nth, action in enumerate(request.actions) if action.do in EDITS}
+        if request.kind == "backward":
+            keeps = (f"grad.{nth}" for nth, action in enumerate(request.actions) if action.do == "keep")
+            expected |= {"grad.stream", *keeps}
+        more = sorted(set(request.tensors) - expected)
+        if more:
+            raise MessageError(f"tensors nobody asked for: {', '.join(more)[:256]}")
+        stream, gradient = request.tensors["stream"], request.tensors.get("grad.stream")
+        if gradient is not None and (gradient.shape, gradient.dtype) != (stream.shape, stream.dtype):
+            raise MessageError("grad.stream: expected the shape and dtype of the stream")
+
+    def _check_action(self, request: Request, nth: int, action: Action) -> None:
+        point = self.point(action.name)
+        if action.do in EDITS:
+            self._check_edit(action, point, request.tensors.get(f"value.{nth}"))
+        gradient = request.tensors.get(f"grad.{nth}")
+        if gradient is not None:
+            shape = self.shape(request, action)
+            if list(gradient.shape) != shape or gradient.dtype not in FLOATS or point.integer:
+                raise MessageError(f"grad.{nth}: expected a gradient of shape {shape}")
+
+    def _check_edit(self, action: Action, point: HookPoint, value: Tensor | None) -> None:
+        if (value is not None) + (action.number is not None) != (action.do != "zero"):
+            raise MessageError(
+                f"{action.do} at {action.name!r}: expected {'no' if action.do == 'zero' else 'one'} value"
+            )
+        if point.integer:
+            experts = int(self.bridge.cfg.num_experts or 0)
+            fits = action.do == "set" and value is not None and value.dtype == INTEGER
+            if value is None or not fits or value.min() < 0 or value.max() >= experts:
+                raise MessageError(
+                    f"{action.name!r} holds the numbers of experts; it can be set, to 0 ... {experts - 1}"
+                )
+
+    def _check_cost(self, request: Request) -> None:
+        """Bound the answer's size, and estimates of the memory and the work of a call, all from shapes alone."""
+        rows, new = request.tensors["stream"].shape[:2]
+        cfg, blocks = self.bridge.cfg, request.end - request.first
+        sizes = [math.prod(self.shape(request, action)) for action in request.actions]
+        answer = NUMBER * sum(n for n, a in zip(sizes, request.actions, strict=True) if a.do not in EDITS)
+        if answer > self.limits.answer:
+            raise MessageError(f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made")
+        # One block's activations, a few of each width, with scores of every head as attention that is looked into has.
+        mlp = int(cfg.d_mlp or 4 * cfg.d_model) * int(cfg.experts_per_token or 1)
+        scores = cfg.n_heads * (new + request.start)
+        block = rows * new * (12 * cfg.d_model + 4 * mlp + 3 * scores)
+        graph = blocks if request.grad or request.kind == "backward" else 1
+        # An edit's activation lives three times while it is made, and as long as the graph.
+        edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]
+        edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
+        memory = answer + (block * graph + edited) * NUMBER
+        if memory > self.limits.memory:
+            raise MessageError(
+                f"the call would take about {memory} bytes, and at most {self.limits.memory} may be used"
+            )
+        passes = 3 if request.kind == "backward" else 1
+        work = passes * (rows * new * blocks * cfg.d_model + sum(sizes))
+        if work > self.limits.work:
+            raise MessageError(f"the call would compute {work} numbers, and at most {self.limits.work} are computed")
+
+
+def _check_integers(request: Request, name: str, shapes: list[list[int]], most: int) -> None:
+    tensor = request.tensors.get(name)
+    if tensor is None:
+        return
+    if list(tensor.shape) not in shapes or tensor.dtype != INTEGER or tensor.min() < 0 or tensor.max() > most:
+        raise MessageError(f"{name}: expected whole numbers 0 ... {most} of shape {shapes[0]}")

@@ -1,0 +1,319 @@
+"""Calls of any size, cut into pieces that each fit one small message and its answer: who sends what next.
+
+Pure bytes, without a network. `conversation` is the client's side, `Exchange` the server's: it checks the sizes that
+a piece declares before it keeps anything, holds at most what `Room` allows, and runs a repeated call once.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformer_lens.distributed.messages import Limits
+
+PIECE = 3 * 2**20
+"""Bytes of a piece. The engine's messages end at 4 MiB; from 1 MiB on, its throughput does not depend on the size."""
+MAGIC = b"TLF1"
+REQUEST = struct.Struct("<4sB16sQQd")
+"""Magic, what is wanted, the call, how many bytes it has in all, where this piece begins, seconds left for the call."""
+REPLY = struct.Struct("<4sBQQ")
+"""Magic, the status, how many bytes the answer has in all, where this piece begins (or how many bytes have come)."""
+
+PING, SEND, FETCH = range(3)
+PONG, MORE, ANSWER, REFUSED, NOT_NOW = range(5)
+LONGEST = 7 * 24 * 3600.0
+"""The longest time limit that a call may declare, in seconds."""
+
+
+class FrameError(ValueError):
+    """An answer that is none, or is larger than allowed."""
+
+
+class FrameRefused(ValueError):
+    """The other side takes no such piece. `retry`: later, or somebody else, may."""
+
+    def __init__(self, text: str, retry: bool) -> None:
+        super().__init__(text)
+        self.retry = retry
+
+
+# -- the client's side -----------------------------------------------------------------------------
+
+
+def ping() -> bytes:
+    """A piece that asks whether somebody is there; the answer's data is what the server tells of itself.
+
+    >>> pong(Exchange(about=lambda: b"here").take("me", ping()))
+    b'here'
+    """
+    return REQUEST.pack(MAGIC, PING, bytes(16), 0, 0, 1.0)
+
+
+def pong(reply: bytes) -> bytes:
+    """What a server tells of itself. Raises `FrameError` and `FrameRefused`."""
+    status, _, _, data = _read_reply(reply)
+    if status != PONG:
+        raise FrameError("a ping was answered with something else")
+    return data
+
+
+def conversation(
+    message: bytes, seconds: float, most: int, piece: int = PIECE, call: bytes | None = None
+) -> Generator[bytes, bytes, bytes]:
+    """Yields the pieces of a call, is sent the answer to each, and returns the answer to the whole.
+
+    >>> exchange, talk = Exchange(), conversation(b"a long message", 60, most=100, piece=4)
+    >>> frame = next(talk)
+    >>> while isinstance(found := exchange.take("me", frame), bytes):
+    ...     frame = talk.send(found)
+    >>> found.message
+    b'a long message'
+    >>> exchange.finish(found, b"yes")
+    >>> talk.send(exchange.part(found, 0))
+    Traceback (most recent call last):
+    ...
+    StopIteration: b'yes'
+
+    `seconds` are left for the call, `most` is how many bytes an answer may have, `piece` how many a piece has.
+    Raises `FrameError` for answers that are none, and `FrameRefused` with the server's words.
+    """
+    call = call or uuid.uuid4().bytes
+    sent = 0
+    while True:
+        part = message[sent : sent + piece]
+        reply = yield REQUEST.pack(MAGIC, SEND, call, len(message), sent, seconds) + part
+        status, total, offset, data = _read_reply(reply)
+        sent += len(part)
+        if status == ANSWER and sent == len(message):
+            break
+        if status != MORE or offset != sent or sent == len(message):
+            raise FrameError(f"after {sent} of {len(message)} bytes the server answered out of turn")
+    parts: list[bytes] = []
+    have = 0
+    if total > most:
+        raise FrameError(f"the answer has {total} bytes, and at most {most} are read")
+    whole = total
+    while True:
+        if status != ANSWER or offset != have or total != whole or len(data) > total - have or not data:
+            raise FrameError(f"a piece of the answer does not follow the {have} of {whole} bytes before it")
+        parts.append(data)
+        have += len(data)
+        if have == whole:
+            return b"".join(parts)
+        status, total, offset, data = _read_reply((yield REQUEST.pack(MAGIC, FETCH, call, whole, have, seconds)))
+
+
+def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
+    if len(reply) < REPLY.size or reply[:4] != MAGIC:
+        raise FrameError("the answer is not one of this protocol")
+    _, status, total, offset = REPLY.unpack_from(reply)
+    data = bytes(memoryview(reply)[REPLY.size :])
+    if status in (REFUSED, NOT_NOW):
+        raise FrameRefused(data[:2000].decode("utf-8", "replace"), retry=status == NOT_NOW)
+    return status, total, offset, data
+
+
+# -- the server's side -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a server holds for calls that are under way. Sizes are in bytes."""
+
+    message: int = Limits().message
+    """The largest message."""
+    receiving: int = 2 * Limits().message
+    """What the half-received messages of one peer may declare."""
+    receiving_all: int = 8 * Limits().message
+    """What has come of the half-received messages of all peers."""
+    answers: int = Limits().answer
+    """Answers of one peer that it did not fetch yet."""
+    answers_all: int = 4 * Limits().answer
+    kept: int = 16 * 2**20
+    """Answers of one peer that it fetched, kept in case it asks again."""
+    calls: int = 32
+    """Calls of one peer, from their first piece until their answer was fetched."""
+    seconds: float = 60
+    """A half-received message, or an answer, that nobody asked for this long is forgotten."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call on the server: its message as it comes, then its answer until that was fetched."""
+
+    peer: str
+    call: bytes
+    total: int
+    used: float
+    deadline: float = 0.0
+    """When nobody waits for the answer any more, on the exchange's clock."""
+    parts: list[bytes] = field(default_factory=list)
+    have: int = 0
+    answer: bytes | None = None
+    fetched: bool = False
+    task: Any = None
+    """Whatever computes the answer; for the transport to set, and to look at when a call is repeated."""
+
+    @property
+    def message(self) -> bytes:
+        """The whole message, once it is here."""
+        if len(self.parts) > 1:
+            self.parts = [b"".join(self.parts)]
+        return self.parts[0]
+
+
+class Exchange:
+    """The calls of all peers, as their pieces come in any order and as often as they like.
+
+    `about` is what a ping is answered with, `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        room: Room | None = None,
+        piece: int = PIECE,
+        clock: Callable[[], float] = time.monotonic,
+        about: Callable[[], bytes] = bytes,
+    ) -> None:
+        self.room = room or Room()
+        self.piece = piece
+        self.clock = clock
+        self.about = about
+        self.of_peer: dict[str, dict[bytes, Call]] = {}
+
+    def take(self, peer: str, frame: bytes) -> bytes | Call:
+        """The answer to a piece, or the call whose answer has to be computed, or is being computed, first."""
+        try:
+            if len(frame) < REQUEST.size or frame[:4] != MAGIC:
+                raise FrameRefused("not a piece of this protocol", retry=False)
+            _, wanted, call, total, offset, seconds = REQUEST.unpack_from(frame)
+            data = bytes(memoryview(frame)[REQUEST.size :])
+            if wanted == PING:
+                return REPLY.pack(MAGIC, PONG, 0, 0) + self.about()
+            self.forget()
+            found = self.of_peer.get(peer, {}).get(call)
+            if wanted == FETCH:
+                return self._fetch(found, offset)
+            if wanted != SEND or not 0 < seconds <= LONGEST:
+                raise FrameRefused("a piece that asks for nothing known, or has no time", retry=False)
+            return self._receive(found or self._new(peer, call, total, offset), total, offset, seconds, data)
+        except FrameRefused as error:
+            return refused(str(error), error.retry)
+
+    def finish(self, call: Call, answer: bytes) -> None:
+        """The answer of a call, which is kept until it was fetched."""
+        call.answer, call.parts, call.task = answer, [], None
+        call.used = self.clock()
+        self._make_room(call.peer)
+
+    def part(self, call: Call, offset: int) -> bytes:
+        """A piece of a call's answer."""
+        assert call.answer is not None
+        data = call.answer[offset : offset + self.piece]
+        call.used = self.clock()
+        call.fetched = call.fetched or offset + len(data) == len(call.answer)
+        self._keep_little(call.peer)
+        return REPLY.pack(MAGIC, ANSWER, len(call.answer), offset) + data
+
+    def drop(self, call: Call) -> None:
+        """Forget a call."""
+        calls = self.of_peer.get(call.peer, {})
+        if calls.get(call.call) is call:
+            del calls[call.call]
+        if not calls:
+            self.of_peer.pop(call.peer, None)
+
+    def forget(self) -> None:
+        """Forget what nobody asked for in time. A call that is being computed stays until it is answered."""
+        oldest = self.clock() - self.room.seconds
+        for call in [call for call in self._all() if call.task is None and call.used < oldest]:
+            self.drop(call)
+
+    def bytes_held(self, peer: str | None = None) -> int:
+        """How many bytes of messages and answers are here, of one peer or of all."""
+        return sum(call.have + len(call.answer or b"") for call in self._all() if peer in (None, call.peer))
+
+    def unfetched(self) -> int:
+        """Calls that are whole, and whose answer was not fetched yet."""
+        return sum(call.have == call.total and not call.fetched for call in self._all())
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterator[Call]:
+        return (call for calls in self.of_peer.values() for call in calls.values())
+
+    def _new(self, peer: str, call: bytes, total: int, offset: int) -> Call:
+        if offset:
+            raise FrameRefused("a piece of a call whose beginning is not here (any more)", retry=True)
+        if not 0 < total <= self.room.message:
+            raise FrameRefused(f"the message has {total} bytes, and at most {self.room.message} are read", retry=False)
+        held = [other for other in self.of_peer.get(peer, {}).values() if not other.fetched]
+        if len(held) >= self.room.calls:
+            raise FrameRefused(f"this peer has {len(held)} calls under way, as many as it may", retry=True)
+        declared = sum(other.total for other in held if other.have < other.total)
+        if declared + total > self.room.receiving:
+            raise FrameRefused(f"this peer has messages of {declared} bytes under way; send them first", retry=True)
+        made = Call(peer, call, total, self.clock())
+        self.of_peer.setdefault(peer, {})[call] = made
+        return made
+
+    def _receive(self, call: Call, total: int, offset: int, seconds: float, data: bytes) -> bytes | Call:
+        call.used = self.clock()
+        fits = total == call.total and offset + len(data) <= total and data
+        if not fits or len(data) > self.piece or (offset > call.have):
+            if not call.have:
+                self.drop(call)
+            raise FrameRefused(
+                f"a piece of {len(data)} bytes at {offset} of {total} does not follow the {call.have} of {call.total} "
+                "that are here",
+                retry=False,
+            )
+        if call.answer is not None:
+            return self.part(call, 0)
+        if offset == call.have:
+            if sum(other.have for other in self._all()) + len(data) > self.room.receiving_all:
+                self.drop(call)
+                raise FrameRefused("too many messages are on their way to this server", retry=True)
+            call.parts.append(data)
+            call.have += len(data)
+            call.deadline = self.clock() + seconds
+        if call.have == call.total and offset + len(data) == call.total:
+            return call
+        return REPLY.pack(MAGIC, MORE, 0, offset + len(data))
+
+    def _fetch(self, call: Call | None, offset: int) -> bytes:
+        if call is None or call.answer is None or offset >= len(call.answer):
+            raise FrameRefused("an answer, or a place in one, that is not here (any more)", retry=True)
+        return self.part(call, offset)
+
+    def _make_room(self, peer: str) -> None:
+        """Forget the oldest answers where there are more than there is room for."""
+        for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
+            held = sorted(
+                (call for call in self._all() if call.answer is not None and (call.peer == peer or not mine)),
+                key=lambda call: (not call.fetched, call.used),
+            )
+            total = sum(len(call.answer or b"") for call in held)
+            for call in held[:-1]:
+                if total > most:
+                    total -= len(call.answer or b"")
+                    self.drop(call)
+
+    def _keep_little(self, peer: str) -> None:
+        """Of the answers that a peer has fetched, keep the last ones."""
+        done = [call for call in self.of_peer.get(peer, {}).values() if call.fetched]
+        done.sort(key=lambda call: call.used)
+        total = sum(len(call.answer or b"") for call in done)
+        for number, call in enumerate(done):
+            if total > self.room.kept or len(done) - number > self.room.calls:
+                total -= len(call.answer or b"")
+                self.drop(call)
+
+
+def refused(text: str, retry: bool) -> bytes:
+    """The answer to a piece that is not taken."""
+    return REPLY.pack(MAGIC, NOT_NOW if retry else REFUSED, 0, 0) + text[:2000].encode()

@@ -1,0 +1,376 @@
+"""One libp2p peer in this process: hivemind's daemon as a child process, and a thread that talks to it.
+
+Unary calls only: a pending one fails at once when the other side dies. Nothing leaves the addresses that were given:
+no relays, no NAT mapping, no public peers. Needs the extra `[swarm]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import ipaddress
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
+
+from transformer_lens.distributed.frames import FrameError, FrameRefused, conversation, ping, pong
+from transformer_lens.distributed.messages import Limits
+from transformer_lens.distributed.records import PEER, may_be_kept
+from transformer_lens.distributed.spans import SpanError, SpanUnreachable
+
+logger = logging.getLogger(__name__)
+
+HANDLER = "transformer_lens.span.1"
+"""The name of the call in libp2p; its number changes when older peers would not understand."""
+MISSING = "servers on other machines need hivemind: pip install 'transformer-lens-bridge[swarm]'"
+GRACE = 3.0
+"""Seconds for the daemon to end before it is killed."""
+AFTER_FAILURE = 0.2
+"""Seconds until asyncio has seen the end of a daemon that did not start; without them it complains."""
+ADDRESS = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d+(/[\w-]+)*/p2p/{PEER.pattern}")
+Result = TypeVar("Result")
+Handler = Callable[[bytes, str], Awaitable[bytes]]
+
+
+def _engine() -> Any:
+    try:
+        import hivemind.dht.node
+        import hivemind.dht.validation
+        import hivemind.p2p
+        import hivemind.p2p.p2p_daemon_bindings.utils
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    return hivemind
+
+
+def address_of(host: str, port: int) -> str:
+    """The address to listen on, in libp2p's words.
+
+    >>> address_of("127.0.0.1", 0), address_of("::1", 4000)
+    ('/ip4/127.0.0.1/tcp/0', '/ip6/::1/tcp/4000')
+
+    Raises `ValueError` for what is no IP address or port.
+    """
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError as error:
+        raise ValueError(f"host: got {host!r}, expected an IP address such as 127.0.0.1") from error
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port: got {port}, expected 0 (any) to 65535")
+    return f"/ip{found.version}/{found}/tcp/{port}"
+
+
+class Node:
+    """A peer that calls others and keeps records with them; with `listen` it can be called, too.
+
+    >>> node = Node(listen="/ip4/127.0.0.1/tcp/0")  # doctest: +SKIP
+    >>> other = Node(node.addresses)  # doctest: +SKIP
+
+    `initial_peers` are addresses of peers to join; none: it is the first. `identity` is a file with its key, made
+    when missing, so that its peer id stays the same. Raises `SpanUnreachable` when no initial peer answers, and
+    `RuntimeError` when the daemon does not start.
+    """
+
+    def __init__(
+        self,
+        initial_peers: Sequence[str] = (),
+        *,
+        listen: str | None = None,
+        identity: str | os.PathLike[str] | None = None,
+        startup_timeout: float = 60,
+    ) -> None:
+        for address in initial_peers:
+            if not ADDRESS.fullmatch(address):
+                raise ValueError(
+                    f"initial_peers: got {address!r}, expected an address that a server prints, such as "
+                    "/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..."
+                )
+        _engine()
+        self.initial_peers = list(initial_peers)
+        self.peer = ""
+        self.addresses: list[str] = []
+        self.dead = ""
+        """Why nothing can be called any more; empty while all is well."""
+        self.ended = threading.Event()
+        """Set when the daemon is gone, whether it was asked to or not."""
+        self._pid = os.getpid()
+        self._closing = False
+        self._p2p: Any = None
+        self._dht: Any = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="libp2p", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        started = False
+        try:
+            if identity is not None:
+                make_identity(identity)
+            self.wait(self._start(listen, identity, startup_timeout))
+            started = True
+        finally:
+            if not started:
+                self.close()
+
+    # -- starting and stopping -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        # The daemon inherits this: Ctrl-C is for this process alone, which then stops in good order.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _start(self, listen: str | None, identity: Any, startup_timeout: float) -> None:
+        engine = _engine()
+        failures: tuple[type[Exception], ...] = (RuntimeError, *_engine_errors(engine))
+        here = {"host_maddrs": [listen]} if listen else {"host_maddrs": [], "no_listen": True}
+        try:
+            self._p2p = await engine.p2p.P2P.create(
+                initial_peers=self.initial_peers or None,
+                identity_path=None if identity is None else os.fspath(identity),
+                dht_mode="server" if listen else "client",
+                startup_timeout=startup_timeout,
+                auto_nat=False,
+                nat_port_map=False,
+                use_relay=False,
+                use_auto_relay=False,
+                use_ipfs=False,
+                check_if_identity_free=False,  # it would start a second daemon, which maps ports
+                **here,
+            )
+        except failures as error:
+            await asyncio.sleep(AFTER_FAILURE)
+            raise self._not_started(error) from error
+        self.peer = self._p2p.peer_id.to_base58()
+        self._ended = self._loop.create_future()
+        self._keep(self._watch())
+        try:
+            self._dht = await engine.dht.node.DHTNode.create(
+                p2p=self._p2p,
+                initial_peers=self.initial_peers or None,
+                client_mode=listen is None,
+                # What others announce is asked for anew each time, or a server that joins would be seen late.
+                cache_locally=False,
+                cache_nearest=0,
+                record_validator=_validator(engine),
+            )
+        except failures as error:
+            raise self._not_started(error) from error
+        if listen:
+            self.addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
+
+    def _not_started(self, error: Exception) -> Exception:
+        if self.initial_peers:
+            return SpanUnreachable(f"none of the initial peers {', '.join(self.initial_peers)} answered: {error}")
+        return RuntimeError(f"the libp2p daemon did not start: {error}")
+
+    async def _watch(self) -> None:
+        code = await self._p2p._child.wait()  # hivemind itself does not look; a pending call would wait for ever
+        if not self._closing:
+            self.dead = f"the libp2p daemon of this process ended with code {code}"
+            logger.error("%s; no server can be reached until a new connection is made", self.dead)
+        self._ended.set_result(None)
+        self.ended.set()
+
+    def close(self) -> None:
+        """Leave, and end the daemon."""
+        if self._closing or os.getpid() != self._pid:
+            return
+        self._closing = True
+        self.dead = self.dead or "this connection was closed"
+        try:
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(2 * GRACE)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(GRACE)
+            atexit.unregister(self.close)
+            self.ended.set()
+
+    async def _stop(self) -> None:
+        if self._p2p is not None:
+            child = self._p2p._child
+            if self._dht is not None:
+                self._dht.is_alive = False
+            try:
+                await asyncio.wait_for(self._p2p.shutdown(), GRACE)
+            except TimeoutError:
+                child.kill()
+                await child.wait()
+        rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    # -- the thread ----------------------------------------------------------------------------------
+
+    def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Let the node's thread do something."""
+        if self._closing:
+            work.close()
+            raise SpanUnreachable(self.dead)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Let the node's thread do something, and wait for it."""
+        future = self.begin(work)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise SpanUnreachable(self.dead or "the call was cancelled") from error
+        finally:
+            future.cancel()  # after Ctrl-C nobody waits for it any more; one that is done stays so
+            del future  # its error holds this frame, and so the text whose sessions are closed once it is gone
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that is held until it is done."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- calls ---------------------------------------------------------------------------------------
+
+    def call(self, peer: str, message: bytes, seconds: float, most: int = Limits().answer) -> bytes:
+        """The answer of a peer to a message, both of any size.
+
+        Raises `SpanUnreachable` if none comes within `seconds`, `SpanError` with the peer's words if it refuses.
+        """
+        return self.wait(self._converse(peer, message, time.monotonic() + seconds, seconds, most))
+
+    def ping(self, peer: str, seconds: float) -> tuple[float, bytes]:
+        """How long a small message and its answer take, and what the peer tells of itself."""
+        return self.wait(self.pinged(peer, seconds))
+
+    async def pinged(self, peer: str, seconds: float) -> tuple[float, bytes]:
+        """`ping`, in the node's own thread."""
+        begin = time.perf_counter()
+        try:
+            reply = await self._once(peer, ping(), seconds, seconds)
+            took = time.perf_counter() - begin
+            return took, pong(reply)
+        except (ConnectionError, FrameError) as error:
+            raise SpanUnreachable(f"peer {peer}: {error}") from error
+        except FrameRefused as error:
+            raise SpanError(f"peer {peer}: {error}", {"retry": error.retry}) from error
+
+    async def _converse(self, peer: str, message: bytes, until: float, seconds: float, most: int) -> bytes:
+        talk = conversation(message, seconds, most)
+        frame = next(talk)
+        while True:
+            try:
+                reply = await self._twice(peer, frame, until, seconds)
+                frame = talk.send(reply)
+            except StopIteration as done:
+                return bytes(done.value)
+            except FrameError as error:
+                raise SpanUnreachable(f"peer {peer}: {error}") from error
+            except FrameRefused as error:
+                raise SpanError(f"peer {peer}: {error}", {"retry": error.retry}) from error
+
+    async def _twice(self, peer: str, frame: bytes, until: float, seconds: float) -> bytes:
+        """A piece, once more if the connection broke: the server does not compute a repeated call again."""
+        begin = time.monotonic()
+        try:
+            return await self._once(peer, frame, until - begin, seconds)
+        except ConnectionError as error:
+            logger.info("peer %s: %s; trying once more", peer, error)
+        try:
+            return await self._once(peer, frame, until - time.monotonic(), seconds)
+        except ConnectionError as error:
+            raise SpanUnreachable(f"peer {peer}: {error}") from error
+
+    async def _once(self, peer: str, frame: bytes, left: float, seconds: float) -> bytes:
+        """One unary call. Raises `ConnectionError` where it broke, `SpanUnreachable` where there is no more time."""
+        if self.dead:
+            raise SpanUnreachable(self.dead)
+        engine = _engine()
+        value = _value()
+        work = self._keep(
+            self._p2p.call_protobuf_handler(engine.p2p.PeerID.from_base58(peer), HANDLER, value(value=frame), value)
+        )
+        try:
+            await asyncio.wait({work, self._ended}, timeout=max(left, 0.001), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return bytes(work.result().value)
+        except _engine_errors(engine) as error:
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        finally:
+            work.cancel()
+        if self.dead:
+            raise SpanUnreachable(self.dead)
+        raise SpanUnreachable(f"peer {peer}: no answer within {seconds:g} s")
+
+    def serve(self, handler: Handler) -> None:
+        """Answer pieces of calls: `handler(piece, peer id of the caller)` gives each one's answer."""
+
+        async def answer(request: Any, context: Any) -> Any:
+            return _value()(value=await handler(request.value, context.remote_id.to_base58()))
+
+        self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, _value()))
+
+    # -- records -------------------------------------------------------------------------------------
+
+    def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
+        """Keep a value under each of these names with this peer's id, for some seconds; whether somebody did."""
+        keys = list(uids)
+        stored: Mapping[Any, bool] = self.wait(
+            self._dht.store_many(
+                keys, [value] * len(keys), [time.time() + seconds] * len(keys), subkeys=[self.peer] * len(keys)
+            )
+        )
+        return all(stored.values())
+
+    async def found(self, uids: Sequence[str]) -> dict[str, dict[Any, Any]]:
+        """What anybody keeps under these names: name -> peer id -> (value, when it ends)."""
+        got = await self._dht.get_many(list(uids), sufficient_expiration_time=float("inf"))
+        rows = {uid: entry.value for uid, entry in got.items() if entry is not None}
+        return {uid: dict(row.items()) for uid, row in rows.items() if isinstance(row, Mapping)}
+
+
+def make_identity(path: str | os.PathLike[str]) -> None:
+    """A new key in this file, which only its owner may read; a file that is there stays."""
+    if os.path.exists(path):
+        return
+    engine = _engine()
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    engine.p2p.P2P.generate_identity(os.fspath(path))
+
+
+def peer_of(identity: str | os.PathLike[str]) -> str:
+    """The peer id of an identity file, which is made if it is not there: what a server's `--allow` takes.
+
+    >>> peer_of("me.key")  # doctest: +SKIP
+    'QmNiBr4s9Cr9vNE2yLcbVLcMVoLC4jUcXgQuSKuzfHyyyV'
+    """
+    make_identity(identity)
+    with open(identity, "rb") as file:
+        return str(_engine().p2p.PeerID.from_identity(file.read()).to_base58())
+
+
+def _value() -> Any:
+    from google.protobuf.wrappers_pb2 import BytesValue
+
+    return BytesValue
+
+
+def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:
+    """What a call over the daemon may raise for reasons of the network."""
+    bindings = engine.p2p.p2p_daemon_bindings.utils
+    return (bindings.P2PDaemonError, bindings.P2PHandlerError, OSError, EOFError)
+
+
+def _validator(engine: Any) -> Any:
+    """This peer keeps and believes records that announce a span, and no others."""
+
+    class Announcements(engine.dht.validation.RecordValidatorBase):
+        def validate(self, record: Any) -> bool:
+            return may_be_kept(record.subkey, record.value)
+
+    return Announcements()

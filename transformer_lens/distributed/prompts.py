@@ -1,0 +1,217 @@
+"""Trained prompts: embeddings in front of the text, and what each block's input gains at their positions.
+
+They are all that trains. Servers are sent them as `add` edits, so they need to know nothing of them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from transformer_lens.distributed.edits import Edit
+
+FORMAT = "transformer_lens.trained_prompts.1"
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What trained prompts are, and of which model: two that differ here do not fit each other."""
+
+    dht_prefix: str
+    model_type: str
+    tuning_mode: str
+    pre_seq_len: int
+    d_model: int
+    n_layers: int
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """What a config's prompts are. Raises `ValueError` for more of them than the model has positions."""
+        longest = config.max_position_embeddings
+        if config.pre_seq_len >= longest:
+            raise ValueError(
+                f"pre_seq_len: got {config.pre_seq_len}, and this model has {longest} positions for prompts and text; "
+                f"expected at most {longest - 1}"
+            )
+        sizes = (config.pre_seq_len, config.hidden_size, config.num_hidden_layers)
+        return cls(str(config.dht_prefix), config.model_type, config.tuning_mode, *sizes)
+
+
+class TrainedPrompts(nn.Module):
+    """The values of prompt tuning: `embeddings`, and under `deep_ptune` also `deep`.
+
+    >>> from transformer_lens.distributed import AutoDistributedConfig
+    >>> config = AutoDistributedConfig.from_pretrained("tiny-falcon", tuning_mode="deep_ptune", pre_seq_len=3)
+    >>> prompts = TrainedPrompts(PromptFacts.of(config))
+    >>> prompts.embeddings.shape, prompts.deep.shape
+    (torch.Size([3, 128]), torch.Size([4, 3, 128]))
+
+    `ptune` is prompt tuning (Lester et al. 2021, arXiv:2104.08691): the embeddings stand in front of the text's own.
+    `deep_ptune` also adds `deep[i]` to the stream at their positions where it enters block `i`, as Petals does. That is
+    P-tuning v2 (Liu et al. 2022, arXiv:2110.07602) with sums: there each layer's prompts replace what came before.
+    Embeddings begin as the family draws its own, normal with `initializer_range`; deep values begin at zero, so that
+    `deep_ptune` begins as `ptune`. Both are float32 in a 16-bit model, and are cast where they are used.
+    """
+
+    def __init__(self, facts: PromptFacts, std: float = 0.02) -> None:
+        super().__init__()
+        self.facts = facts
+        self.std = std
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # a step of AdamW is lost in 16 bits
+        self.embeddings = nn.Parameter(torch.empty(facts.pre_seq_len, facts.d_model, dtype=dtype))
+        deep = torch.empty(facts.n_layers, facts.pre_seq_len, facts.d_model, dtype=dtype)
+        self.deep = nn.Parameter(deep) if facts.tuning_mode == "deep_ptune" else None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin again."""
+        self.embeddings.normal_(0, self.std)
+        if self.deep is not None:
+            self.deep.zero_()
+
+    def extra_repr(self) -> str:
+        return f"{self.facts.tuning_mode}, {self.facts.pre_seq_len} in front of {self.facts.dht_prefix}"
+
+    def in_front(
+        self, embeddings: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pre_seq_len+pos d_model"]:
+        """The embeddings of a text with the trained ones in front of every row."""
+        mine = self.embeddings.to(device=embeddings.device, dtype=embeddings.dtype)
+        return torch.cat([mine.expand(len(embeddings), -1, -1), embeddings], dim=1)
+
+    def edits(self, dtype: torch.dtype | None = None) -> list[Edit]:
+        """What is added to the input of each block, in the order of the blocks; nothing under `ptune`."""
+        if self.deep is None:
+            return []
+        positions = range(self.facts.pre_seq_len)
+        return [Edit("add", value, positions=positions) for value in self.deep.to(dtype or self.deep.dtype).unbind()]
+
+    def hooks(self, dtype: torch.dtype | None = None) -> list[tuple[str, Edit]]:
+        """`edits` with the names where they belong: hooks that make a local bridge run these prompts.
+
+        >>> prompts = TrainedPrompts(PromptFacts("tiny-falcon", "falcon", "deep_ptune", 3, 128, 4))
+        >>> stream = prompts.in_front(bridge.W_E[bridge.to_tokens("Mary and John")])
+        >>> logits = bridge.run_with_hooks(stream, fwd_hooks=prompts.hooks())[:, 3:]
+        """
+        return [(f"blocks.{layer}.hook_resid_pre", edit) for layer, edit in enumerate(self.edits(dtype))]
+
+    # -- files -------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them to a safetensors file, with what they are and of which model.
+
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
+        >>> TrainedPrompts(PromptFacts("tiny-falcon", "falcon", "ptune", 3, 128, 4)).save(file)
+        >>> TrainedPrompts.load(file).facts.pre_seq_len
+        3
+        """
+        values = {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
+        facts = {name: str(fact) for name, fact in asdict(self.facts).items()}
+        save_file(values, path, metadata={"format": FORMAT, **facts})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Prompts from a file, without their model. Raises `ValueError` for a file that holds something else."""
+        values, found = _read(path)
+        if found.get("format") != FORMAT or set(found) - {"format"} != set(PromptFacts.__dataclass_fields__):
+            raise ValueError(f"{path}: holds no trained prompts; expected a file that save_prompts wrote")
+        wrong = [name for name in ("pre_seq_len", "d_model", "n_layers") if not found[name].isascii()]
+        wrong += [name for name in ("pre_seq_len", "d_model", "n_layers") if not found[name].isdigit()]
+        if wrong or found["tuning_mode"] not in ("ptune", "deep_ptune"):
+            raise ValueError(f"{path}: says of its prompts {found}, which are no sizes and no tuning_mode")
+        pre_seq_len, d_model, n_layers = (int(found[name]) for name in ("pre_seq_len", "d_model", "n_layers"))
+        shapes = {"embeddings": [pre_seq_len, d_model], "deep": [n_layers, pre_seq_len, d_model]}
+        if found["tuning_mode"] == "ptune":
+            del shapes["deep"]
+        held = {name: list(value.shape) for name, value in values.items()}
+        if held != shapes:
+            raise ValueError(f"{path}: holds {held}, and says it holds {shapes}")
+        bad = [n for n, value in values.items() if not value.is_floating_point() or not value.isfinite().all()]
+        if bad:
+            raise ValueError(f"{path}: {', '.join(bad)} holds values that are not finite numbers; train them again")
+        names = (found["dht_prefix"], found["model_type"], found["tuning_mode"])
+        prompts = cls(PromptFacts(*names, pre_seq_len, d_model, n_layers))
+        prompts.copy_from(values)
+        return prompts
+
+    @torch.no_grad()
+    def copy_from(self, values: dict[str, Tensor]) -> None:
+        """Take these values, by the names of the parameters; what an optimizer holds stays the same tensors."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(values[name])
+
+    def take(self, other: TrainedPrompts, path: str | os.PathLike[str]) -> None:
+        """Take another's values. Raises `ValueError`, and changes nothing, where they are another model's."""
+        mine, theirs = asdict(self.facts), asdict(other.facts)
+        differing = [f"{name} {theirs[name]!r}, here {mine[name]!r}" for name in mine if mine[name] != theirs[name]]
+        if differing:
+            raise ValueError(
+                f"{path}: these prompts were trained on something else: {'; '.join(differing)}; load the model that "
+                "they belong to, with their tuning_mode, pre_seq_len and dht_prefix"
+            )
+        self.copy_from(dict(other.named_parameters()))
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected one that save_prompts wrote")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: is not a safetensors file, and prompts are read from nothing else") from error
+
+
+class PromptMethods:
+    """Saving and loading of what a tuned model trains."""
+
+    base_model: Any
+
+    @property
+    def prompts(self) -> TrainedPrompts | None:
+        """The trained prompts; `None` in a model without a `tuning_mode`."""
+        found: TrainedPrompts | None = self.base_model.prompts
+        return found
+
+    def _tuned(self, what: str) -> TrainedPrompts:
+        if self.prompts is None:
+            raise ValueError(
+                f"{what}: this model has no trained prompts; load it with tuning_mode='ptune' or 'deep_ptune', and "
+                "pre_seq_len"
+            )
+        return self.prompts
+
+    def save_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
+
+        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
+        >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
+        >>> model.save_prompts(file)
+        >>> model.load_prompts(file)
+
+        Raises `ValueError` for a model without prompts.
+        """
+        self._tuned("save_prompts").save(path)
+
+    def load_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Take the values of such a file, in place.
+
+        Raises `ValueError` for a file that is no such file, for values that are not finite, and for prompts of another
+        model, mode or length; then nothing has changed. Raises `FileNotFoundError` where there is none.
+        """
+        prompts = self._tuned("load_prompts")
+        prompts.take(TrainedPrompts.load(path), path)

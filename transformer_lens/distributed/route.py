@@ -1,0 +1,366 @@
+"""`Route`: gets a model's calls done. It chooses servers, goes elsewhere where one fails, and gives up in bounded time.
+
+What it tries for one call is in `Tries`; the choice itself is in `routing`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transformer_lens.distributed.messages import Reply, Request, printable
+from transformer_lens.distributed.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
+from transformer_lens.distributed.spans import Span, SpanError, SpanSource, SpanUnreachable, StaticSpans, ask
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Blocks `first` to `end` of a way through the model, and the span that runs them."""
+
+    span: Span
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A call that failed somewhere and was done all the same."""
+
+    kind: str
+    """`forward`, `backward` or `step`."""
+    blocks: range
+    peers: tuple[str, ...]
+    """Who failed, in order; one that failed twice is there twice."""
+    seconds: float
+    """From the first failure to the answer, with all that was waited, computed and replayed."""
+    replayed: int
+    """Steps of a text that were sent again, summed over servers."""
+
+
+class Route:
+    """Where a model's blocks run, and what its servers did so far.
+
+    `settings` are the model's `ClientSettings`; time limits are read at each call. `clock` and `sleep` are replaced
+    in tests.
+    """
+
+    def __init__(self, n_layers: int, settings: Any) -> None:
+        self.n_layers = n_layers
+        self.settings = settings
+        self.source: SpanSource | None = None
+        self.expected: dict[str, Any] = {}
+        """What a server has to say of itself."""
+        self.clock: Callable[[], float] = time.monotonic
+        self.sleep: Callable[[float], None] = time.sleep
+        self.health = Health.of(settings, lambda: self.clock())
+        self.recoveries: deque[Recovery] = deque(maxlen=1000)
+        """What went wrong and was repaired, the latest last."""
+        self.closing: deque[tuple[Span, str]] = deque()
+        """Sessions of texts that are gone, to be closed with the next call."""
+        self._looked_at: dict[int, _Look] = {}
+        """Spans whose server was asked what it is, by identity."""
+        self._shown: list[Leg] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
+        """A copy of a model asks the same servers."""
+        other = Route(self.n_layers, self.settings)
+        other.source, other.expected, other.health = self.source, self.expected, self.health
+        other.clock, other.sleep = self.clock, self.sleep
+        return other
+
+    def connect(self, spans: Sequence[Span] | SpanSource, expected: dict[str, Any]) -> None:
+        """Use these spans from now on.
+
+        Raises `ValueError` if a block is missing, or a server of a list has another model. Servers of a source that
+        have another model, or do not answer, are passed over.
+        """
+        source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
+        trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
+        trial.source, trial.expected = source, expected
+        if isinstance(spans, Sequence):
+            trial.check_all(spans)
+        else:
+            trial.check_path()
+        self.source, self.expected, self._looked_at = source, expected, trial._looked_at
+
+    def close(self) -> None:
+        """Tell the servers that the texts are done, and be connected to none."""
+        self.close_sessions()
+        self.source = None
+
+    def close_sessions(self) -> None:
+        """Tell the servers which keys and values nobody will ask for again. Those that do not answer forget by time."""
+        for _ in range(len(self.closing)):
+            span, session = self.closing.popleft()
+            if span.peer in self.health.banned():
+                self.closing.append((span, session))  # later
+                continue
+            try:
+                ask(span, Request("close", 0, 0, session=session), timeout=self.settings.connect_timeout)
+            except SpanError as error:
+                logger.debug("a session was not closed: %s", error)
+                if isinstance(error, SpanUnreachable):  # do not wait for it once for each session
+                    self.health.failed(span.peer)
+
+    # -- who is there ----------------------------------------------------------------------------------
+
+    def check_all(self, spans: Sequence[Span]) -> None:
+        """Raise `ValueError` unless these are spans of the model for all blocks."""
+        missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
+        if missing:
+            raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
+        for span in spans:
+            misfit = self.misfit(span, self.settings.request_timeout)
+            if misfit:
+                raise ValueError(misfit)
+
+    def check_path(self) -> None:
+        """Raise `ValueError` unless there is a way through all blocks."""
+        tries = Tries(self, "search for servers", 0, self.n_layers, waits=False)
+        try:
+            tries.legs(0, self.n_layers)
+        except SpanError as error:
+            raise ValueError(f"these spans cannot be used: {error}") from error
+
+    def misfit(self, span: Span, timeout: float) -> str:
+        """Why a span's server cannot be used, empty if it can. It is asked once, and again after a failure."""
+        seen = self._looked_at.get(id(span))
+        if seen is None or (seen.misfit and self.clock() - seen.when > LONGEST_BAN * self.health.ban_timeout):
+            told = ask(span, Request("info", 0, 0), timeout=timeout).info
+            seen = self._looked_at[id(span)] = _Look(span, self._what_differs(span, told), self.clock())
+            if seen.misfit:
+                logger.warning("%s is not used: %s", span.peer, seen.misfit)
+        return seen.misfit
+
+    def _what_differs(self, span: Span, told: dict[str, Any]) -> str:
+        for what, wanted in self.expected.items():
+            if told.get(what) != wanted:
+                return (
+                    f"the span of blocks {span.blocks.start} to {span.blocks.stop} serves another model: its {what} is "
+                    f"{printable(repr(told.get(what)), 200)}, and this model's is {wanted!r}"
+                )
+        if told.get("blocks") != [span.blocks.start, span.blocks.stop]:
+            said = printable(repr(told.get("blocks")), 200)
+            return f"a span says it has {span.blocks}, and its server says {said}"
+        return ""
+
+    def forget(self, span: Span) -> None:
+        """A server failed: when it comes back it may be another one."""
+        self._looked_at.pop(id(span), None)
+
+    def connected(self, layer: int = 0) -> SpanSource:
+        """The source of spans. Raises `ValueError` if there is none."""
+        if self.source is None:
+            raise ValueError(
+                f"block {layer} runs on another machine, and this model is connected to none; "
+                "call model.connect(spans) first, or pass spans= to from_pretrained"
+            )
+        return self.source
+
+    def usable(self) -> list[Span]:
+        """The spans that may be asked, as far as is known."""
+        known = self.connected().spans()
+        self._looked_at = {key: look for key, look in self._looked_at.items() if any(look.span is s for s in known)}
+        misfits = {key for key, look in self._looked_at.items() if look.misfit}
+        return [span for span in known if self.health.permits(span.peer) and id(span) not in misfits]
+
+    def plan(self, first: int, end: int, banned: dict[str, float]) -> list[Leg]:
+        """The way through some blocks that is expected to take the least time. Raises `NoPath`."""
+        source = self.connected(first)
+        spans = self.usable()
+        hops = best_path([source.facts(span) for span in spans], first, end, banned)
+        return [Leg(_span_of(spans, hop), hop.first, hop.end) for hop in hops]
+
+    def end_of_leg(self, layer: int) -> int:
+        """Where a call that begins with this block goes on to another server, if all goes well."""
+        legs = Tries(self, "search for servers", layer, self.n_layers).legs(layer, self.n_layers)
+        self._show(legs)
+        return legs[0].end
+
+    def _show(self, legs: list[Leg]) -> None:
+        show = self.settings.show_route
+        if legs[0].first or legs == self._shown or not show or (show == "inference" and torch.is_grad_enabled()):
+            return
+        self._shown = legs
+        logger.info("route: %s", ", ".join(f"blocks {leg.first} to {leg.end} on {leg.span.peer}" for leg in legs))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was found when a server was asked what it is."""
+
+    span: Span
+    misfit: str
+    when: float
+
+
+def _span_of(spans: list[Span], hop: Hop) -> Span:
+    return next(s for s in spans if s.peer == hop.peer and s.blocks.start <= hop.first and hop.end <= s.blocks.stop)
+
+
+class Tries:
+    """What was tried to get one call done, and what may still be tried.
+
+    There are `max_retries` tries after the first, and as many waits for somebody to be there. Every request has
+    `request_timeout`, and all of them and the waits together `Health.longest(request_timeout)`.
+    """
+
+    def __init__(self, route: Route, kind: str, first: int, end: int, waits: bool = True) -> None:
+        self.route = route
+        self.kind = kind
+        self.blocks = range(first, end)
+        self.waits = waits
+        self.failures: list[tuple[str, str]] = []
+        """Who failed, and what was said."""
+        self.replayed = 0
+        self._began = route.clock()
+        self._deadline = self._began + route.health.longest(route.settings.request_timeout)
+        self._first_failure = self._began
+        self._tried = 0
+        self._losses = 0
+        self._waited = 0
+        self._looked = False
+        """Whether the source was asked again, or waited for, since the last failure."""
+        self._rested = False
+        self._excused: set[str] = set()
+        """Who is asked in spite of a ban, since nobody else is there."""
+
+    def ask(self, span: Span, request: Request, check: Callable[[Request, Reply], None]) -> Reply | None:
+        """A server's answer, or `None` if there was none and another one has to be found.
+
+        Raises `SpanError` where a server refuses for a reason that others would have too, and when all was tried.
+        """
+        timeout = self._timeout()
+        try:
+            reply = ask(span, request, timeout=timeout)
+            check(request, reply)
+        except SpanError as error:
+            if not isinstance(error, SpanUnreachable) and not error.info.get("retry"):
+                raise
+            self.failed(span, error)
+            return None
+        self.route.health.succeeded(span.peer)
+        return reply
+
+    def failed(self, span: Span, error: SpanError) -> None:
+        """Leave a server out for a while. Raises `SpanError` when nothing may be tried any more."""
+        self.route.health.failed(span.peer)
+        self.route.forget(span)
+        self._excused.discard(span.peer)
+        self._looked = self._rested = False
+        self._note(span.peer, error)
+        self._tried += 1
+        self._check_number(self._tried)
+
+    def lost(self, span: Span, error: SpanError) -> None:
+        """A server that answers has not the text's beginning any more: it may be asked again at once."""
+        self._note(span.peer, error)
+        self._losses += 1
+        self._check_number(self._losses - 1)  # the first time is no failure: keys and values may be forgotten
+
+    def _note(self, who: str, error: SpanError) -> None:
+        if not self.failures:
+            self._first_failure = self.route.clock()
+        self.failures.append((who, str(error)))
+        logger.info("%s of blocks %d to %d: %s failed: %s", self.kind, *self._ends(), who, error)
+
+    def _check_number(self, failures: int) -> None:
+        most = self.route.health.max_retries
+        if failures > most:
+            raise self._given_up(f"{failures} failures, and max_retries is {most}")
+
+    def legs(self, first: int, end: int) -> list[Leg]:
+        """A way through these blocks; where nobody is there, it is waited for. Raises `SpanError` in the end."""
+        while True:
+            banned = {peer: left for peer, left in self.route.health.banned().items() if peer not in self._excused}
+            try:
+                legs = self.route.plan(first, end, banned)
+            except NoPath as error:
+                self._nobody(error)
+                continue
+            if all(self._fits(leg.span) for leg in legs):
+                return legs
+
+    def instead_of(self, leg: Leg) -> list[Leg]:
+        """Others for the blocks of a server that failed lately, in another call; none if there are none."""
+        banned = self.route.health.banned()
+        if leg.span.peer not in banned:
+            return []
+        try:
+            legs = self.route.plan(leg.first, leg.end, banned)
+        except NoPath:
+            return []
+        if not all(self._fits(other.span) for other in legs):
+            return []
+        self._note(leg.span.peer, SpanError("it failed in another call"))
+        return legs
+
+    def _fits(self, span: Span) -> bool:
+        timeout = self._timeout()
+        try:
+            return not self.route.misfit(span, timeout)
+        except SpanError as error:  # also one that does not let this client in
+            self.failed(span, error)
+            return False
+
+    def _nobody(self, error: NoPath) -> None:
+        """Nobody has these blocks: look again, then wait, then ask who failed longest ago."""
+        if self._rested and error.banned:
+            self._excused.add(min(error.banned, key=lambda peer: (error.banned[peer], peer)))
+            return
+        if self._looked:
+            if not self.waits or self._waited >= self.route.health.max_retries:
+                raise self._given_up(str(error)) from error
+            self._waited += 1
+            self.route.sleep(min(self._left(), self.route.health.backoff(self._waited)))
+            self._rested = True
+        self._looked = True
+        try:
+            self.route.connected().refresh()
+        except SpanUnreachable as lost:
+            self._note("the search for servers", lost)
+
+    def _timeout(self) -> float:
+        """Seconds for one request."""
+        return min(self._left(), float(self.route.settings.request_timeout))
+
+    def _left(self) -> float:
+        """Seconds that are left for all tries. Raises `SpanError` if there are none."""
+        left = self._deadline - self.route.clock()
+        if left <= 0:
+            raise self._given_up("the time for all tries is over")
+        return left
+
+    def _given_up(self, why: str) -> SpanError:
+        first, end = self._ends()
+        told = "; ".join(f"{peer} said: {text}" for peer, text in self.failures) or "nobody was asked"
+        return SpanError(
+            f"{self.kind} of blocks {first} to {end}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
+            f"{told}. Nothing was changed: start a server for these blocks and make the same call again, or raise "
+            "max_retries or request_timeout",
+            {"tried": [peer for peer, _ in self.failures]},
+        )
+
+    def done(self) -> None:
+        """The call is done; if anything failed on the way, note how long that took."""
+        if not self.failures:
+            return
+        seconds = self.route.clock() - self._first_failure
+        peers = tuple(peer for peer, _ in self.failures)
+        self.route.recoveries.append(Recovery(self.kind, self.blocks, peers, seconds, self.replayed))
+        logger.info(
+            "%s of blocks %d to %d: recovered in %.3f s from %s; %d steps were replayed",
+            *(self.kind, *self._ends(), seconds, ", ".join(peers), self.replayed),
+        )
+
+    def _ends(self) -> tuple[int, int]:
+        return self.blocks.start, self.blocks.stop

@@ -1,0 +1,190 @@
+"""Which servers run which blocks: the fastest path over their spans, and who is left out after a failure.
+
+Pure Python without a clock of its own, so that a simulation runs the same code as a client.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST_BAN = 16
+"""A ban doubles with every failure in a row, up to this many times `ban_timeout`."""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What is known of a server's speed. Times are in seconds.
+
+    >>> ServerFacts("near", range(0, 4), latency=0.25, seconds_per_block=0.125).seconds(0, 4)
+    0.75
+    """
+
+    peer: str
+    blocks: range
+    latency: float = 0.0
+    """A measured round trip, as a moving average."""
+    seconds_per_block: float = 0.0
+    """Measured and announced by the server."""
+    load: float = 0.0
+    """Calls that wait or run there, announced by the server."""
+
+    def __post_init__(self) -> None:
+        for name in ("latency", "seconds_per_block", "load"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{self.peer}: {name} is {getattr(self, name)}, expected a finite number, at least 0")
+
+    def seconds_of_block(self) -> float:
+        """How long one block is expected to take, where as many calls as `load` are served in turn with it."""
+        return self.seconds_per_block * (1 + self.load)
+
+    def seconds(self, first: int, end: int) -> float:
+        """How long a call of these blocks is expected to take: one round trip, and its turn at each block."""
+        return self.latency + (end - first) * self.seconds_of_block()
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One call of a path: a server, and the blocks that it runs of its span."""
+
+    peer: str
+    first: int
+    end: int
+
+
+class NoPath(LookupError):
+    """Some blocks are on no server that may be asked."""
+
+    def __init__(self, missing: list[int], banned: dict[str, float], known: Collection[str]) -> None:
+        self.missing = missing
+        self.banned = banned
+        """Servers that have these blocks and are left out for a while, and for how many seconds."""
+        text = f"no server that may be asked has the blocks {missing}"
+        if banned:
+            waits = ", ".join(f"{peer} for {seconds:.1f} s" for peer, seconds in banned.items())
+            text += f"; left out after failures: {waits}"
+        super().__init__(f"{text}; {len(known)} servers are known{': ' if known else ''}{', '.join(sorted(known))}")
+
+
+def best_path(
+    servers: Iterable[ServerFacts], first: int, end: int, banned: Mapping[str, float] | None = None
+) -> list[Hop]:
+    """The path through blocks `first` to `end` that is expected to take the least time.
+
+    >>> servers = [ServerFacts("a", range(0, 3), 0.01, 0.001), ServerFacts("b", range(2, 4), 0.02, 0.002)]
+    >>> best_path(servers, 0, 4)
+    [Hop(peer='a', first=0, end=3), Hop(peer='b', first=3, end=4)]
+
+    A hop may be any part of a server's span, and costs `ServerFacts.seconds`. Paths of equal time: the one with fewer
+    hops, then the one whose peers' names come first; the order of `servers` does not count. `banned` maps peers that
+    are left out to the seconds that this still lasts. Raises `NoPath` where a block is on no other server.
+    """
+    banned = banned or {}
+    everybody = list(servers)
+    asked = [server for server in everybody if server.peer not in banned]
+    # Riding on a server from where it was entered costs a fixed sum for each block. So one sweep over the blocks,
+    # which keeps the best way to be on each server, finds what a search over all pairs of boundaries would find.
+    arrived: _Way = (0.0, 0, ())
+    riding: dict[int, _Way] = {}
+    for layer in range(first, end):
+        here: dict[int, _Way] = {}
+        for number, server in enumerate(asked):
+            if layer not in server.blocks:
+                continue
+            seconds, hops, path = arrived
+            entered = (seconds + server.latency, hops + 1, (*path, (server.peer, layer)))
+            way = min(entered, riding[number]) if number in riding else entered
+            here[number] = (way[0] + server.seconds_of_block(), way[1], way[2])
+        if not here:
+            raise _no_path(everybody, first, end, banned)
+        riding, arrived = here, min(here.values())
+    starts = [*arrived[2], ("", end)]
+    return [Hop(peer, begin, stop) for (peer, begin), (_, stop) in itertools.pairwise(starts)]
+
+
+_Way = tuple[float, int, tuple[tuple[str, int], ...]]
+"""Seconds so far, hops so far, and the peer and first block of each hop."""
+
+
+def _no_path(servers: list[ServerFacts], first: int, end: int, banned: Mapping[str, float]) -> NoPath:
+    held = {layer for server in servers if server.peer not in banned for layer in server.blocks}
+    missing = [layer for layer in range(first, end) if layer not in held]
+    helpful = {s.peer: banned[s.peer] for s in servers if s.peer in banned and set(missing) & set(s.blocks)}
+    return NoPath(missing, helpful, {server.peer for server in servers})
+
+
+class Health:
+    """Who failed lately, and how long to wait.
+
+    >>> now = [0.0]
+    >>> health = Health(ban_timeout=15, clock=lambda: now[0])
+    >>> health.failed("far")
+    >>> health.banned()
+    {'far': 15.0}
+    >>> now[0] = 20
+    >>> health.banned()
+    {}
+
+    Each failure in a row bans a peer for twice as long as the last, from `ban_timeout` to `LONGEST_BAN` times it; a
+    success forgets them. Times are in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ban_timeout: float = 15,
+        min_backoff: float = 1,
+        max_backoff: float = 60,
+        max_retries: int = 5,
+        allowed_servers: Collection[str] | None = None,
+        blocked_servers: Collection[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ban_timeout = ban_timeout
+        self.min_backoff = min_backoff
+        self.max_backoff = max_backoff
+        self.max_retries = max_retries
+        self.allowed = None if allowed_servers is None else frozenset(allowed_servers)
+        self.blocked = frozenset(blocked_servers or ())
+        self.clock = clock
+        self.failures: dict[str, int] = {}
+        """Failures in a row of each peer."""
+        self._until: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, settings: Any, clock: Callable[[], float] = time.monotonic) -> Health:
+        """With the values of `ClientSettings`."""
+        names = ("ban_timeout", "min_backoff", "max_backoff", "max_retries", "allowed_servers", "blocked_servers")
+        return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
+
+    def permits(self, peer: str) -> bool:
+        """Whether the settings let this peer be asked at all."""
+        return peer not in self.blocked and (self.allowed is None or peer in self.allowed)
+
+    def failed(self, peer: str) -> None:
+        """A call failed: leave the peer out for a while."""
+        self.failures[peer] = self.failures.get(peer, 0) + 1
+        times = min(2 ** (self.failures[peer] - 1), LONGEST_BAN)
+        self._until[peer] = self.clock() + self.ban_timeout * times
+
+    def succeeded(self, peer: str) -> None:
+        """A call succeeded: what was before is forgotten."""
+        self.failures.pop(peer, None)
+        self._until.pop(peer, None)
+
+    def banned(self) -> dict[str, float]:
+        """The peers that are left out, and for how many seconds more."""
+        now = self.clock()
+        return {peer: until - now for peer, until in self._until.items() if until > now}
+
+    def backoff(self, nth: int) -> float:
+        """Seconds to wait before the `nth` time (from 1) that a call is tried again with nobody else there."""
+        return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))
+
+    def longest(self, request_timeout: float) -> float:
+        """The most seconds that a call may take with all that is tried for it: every try, and every wait between."""
+        tries, waits = self.max_retries + 1, range(1, self.max_retries + 1)
+        return tries * request_timeout + sum(self.backoff(nth) for nth in waits)

@@ -1,0 +1,231 @@
+"""Servers that are found on the network: who is there, how fast each answers, and spans that send messages to them.
+
+What servers announce is asked for every `update_period`; a few of each block are pinged then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformer_lens.distributed.messages import Limits, MessageError, unpack_reply
+from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.records import STATES, Announcement, announced
+from transformer_lens.distributed.routing import ServerFacts
+from transformer_lens.distributed.spans import SpanError, SpanUnreachable
+
+logger = logging.getLogger(__name__)
+
+WEIGHT = 0.3
+"""Of the latest ping, in the moving average."""
+
+
+class RemoteSpan:
+    """Blocks on another machine."""
+
+    def __init__(self, swarm: Swarm, peer: str, blocks: range) -> None:
+        self.swarm = swarm
+        self.peer = peer
+        self.blocks = blocks
+        self._reached = False
+
+    def __repr__(self) -> str:
+        return f"RemoteSpan({self.peer!r}, {self.blocks})"
+
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        """The answer to one message. Raises `SpanUnreachable` if none comes within `timeout` seconds.
+
+        The first time, and after a failure, the peer has to answer a ping within `connect_timeout`.
+        """
+        settings = self.swarm.config
+        seconds = settings.request_timeout if timeout is None else timeout
+        until = time.monotonic() + seconds
+        try:
+            if not self._reached:
+                self.swarm.node.ping(self.peer, min(seconds, settings.connect_timeout))
+            self._reached = True
+            return self.swarm.node.call(self.peer, message, max(0.001, until - time.monotonic()))
+        except SpanUnreachable:
+            self._reached = False
+            raise
+
+
+@dataclass
+class Server:
+    """What is known of a server."""
+
+    announcement: Announcement
+    span: RemoteSpan
+    latency: float | None = None
+    """In seconds, as a moving average; `None`: never measured."""
+    failed: bool = False
+    """Whether the last ping was not answered."""
+    pinged: float = float("-inf")
+    info: dict[str, Any] = field(default_factory=dict)
+    """What it told of itself when it was pinged."""
+
+    @property
+    def state(self) -> str:
+        """What it does, as far as is known."""
+        if self.failed:
+            return "no answer"
+        told = self.info.get("state")
+        return told if told in STATES else self.announcement.state
+
+    def describe(self) -> dict[str, Any]:
+        """What is known, as plain data. Times are in seconds; what nobody told is `None`."""
+        there = self.announcement
+        return {
+            "peer": there.peer,
+            "blocks": [there.blocks.start, there.blocks.stop],
+            "state": self.state,
+            "load": self.number("load", there.load),
+            "sessions": self.number("sessions"),
+            "kv_bytes": self.number("kv_bytes"),
+            "kv_bytes_free": self.number("kv_bytes_free"),
+            "latency": self.latency,
+            "seconds_per_block": self.number("seconds_per_block", there.seconds_per_block),
+            "version": there.version,
+        }
+
+    def number(self, name: str, otherwise: Any = None) -> Any:
+        """A number out of what it told, or what it announced."""
+        value = self.info.get(name)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e18
+        return value if fits else otherwise
+
+
+class Swarm:
+    """The servers of a model's blocks, found through `initial_peers` of its config.
+
+    >>> config = AutoDistributedConfig.from_pretrained("tiny-falcon", initial_peers=[address])  # doctest: +SKIP
+    >>> Swarm(config).spans()  # doctest: +SKIP
+    [RemoteSpan('12D3KooW...', range(0, 2)), RemoteSpan('12D3KooW...', range(2, 4))]
+
+    `node` is a connection to use; without one, its own is made, with the key of the file `identity` if given. Raises
+    `ValueError` for a config without peers, and `SpanUnreachable` if none of them answers.
+    """
+
+    def __init__(self, config: Any, node: Node | None = None, identity: str | os.PathLike[str] | None = None) -> None:
+        if node is None and not config.initial_peers:
+            raise ValueError(
+                "initial_peers: got none, expected addresses of servers, such as "
+                "/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..., which `transformer-lens serve` prints"
+            )
+        self.config = config
+        self.uids = [config.block_uid(layer) for layer in range(config.num_hidden_layers)]
+        self._servers: dict[str, Server] = {}
+        self._looking: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._updates: Future[None] | None = None
+        self._owns_node = node is None
+        self.node = node or Node(config.initial_peers, identity=identity, startup_timeout=config.daemon_startup_timeout)
+        try:
+            self.refresh()
+            self._updates = self.node.begin(self._update())
+        finally:
+            if self._updates is None:
+                self.close()
+
+    def spans(self) -> Sequence[RemoteSpan]:
+        """The spans of servers that take calls, as far as is known now."""
+        return [server.span for server in self.known() if server.state != "draining"]
+
+    def known(self) -> list[Server]:
+        """The servers that may be used, also those that are leaving."""
+        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers or ()
+        return [
+            server
+            for peer, server in list(self._servers.items())
+            if peer not in blocked and (allowed is None or peer in allowed)
+        ]
+
+    def facts(self, span: Any) -> ServerFacts:
+        """How fast a span's server is: of one that was never pinged, as fast as the others are on average."""
+        server = self._servers.get(span.peer)
+        if server is None:
+            return ServerFacts(span.peer, span.blocks, latency=self.config.ping_timeout)
+        latency = server.latency
+        if server.failed:
+            latency = float(self.config.ping_timeout)
+        if latency is None:
+            measured = [other.latency for other in list(self._servers.values()) if other.latency is not None]
+            latency = sum(measured) / len(measured) if measured else 0.0
+        there = server.announcement
+        return ServerFacts(
+            span.peer,
+            span.blocks,
+            latency=latency,
+            seconds_per_block=server.number("seconds_per_block", there.seconds_per_block),
+            load=server.number("load", there.load),
+        )
+
+    def refresh(self) -> None:
+        """Look again now, and wait for what is found. Raises `SpanUnreachable` if this process has lost its daemon."""
+        with self._lock:  # several callers wait for one look
+            if self._looking is None or self._looking.done():
+                self._looking = self.node.begin(self._look())
+            looking = self._looking
+        looking.result()
+
+    def close(self) -> None:
+        """Stop looking, and leave the network."""
+        if self._updates is not None:
+            self._updates.cancel()
+        if self._owns_node:
+            self.node.close()
+
+    # -- in the node's thread ------------------------------------------------------------------------
+
+    async def _update(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.update_period)
+            try:
+                await self._look()
+            except SpanUnreachable as error:
+                logger.warning("could not look for servers: %s", error)
+
+    async def _look(self) -> None:
+        if self.node.dead:
+            raise SpanUnreachable(self.node.dead)
+        found = announced(await self.node.found(self.uids), self.uids)
+        servers = {}
+        for there in found:
+            before = self._servers.get(there.peer)
+            if before is not None and before.span.blocks == there.blocks:
+                servers[there.peer] = replace(before, announcement=there)
+            else:
+                servers[there.peer] = Server(there, RemoteSpan(self, there.peer, there.blocks))
+                logger.info("found server %s with blocks %s", there.peer, there.blocks)
+        for peer in self._servers.keys() - servers.keys():
+            logger.info("server %s is gone", peer)
+        self._servers = servers
+        await asyncio.gather(*(self._ping(server) for server in self._to_ping()))
+
+    def _to_ping(self) -> list[Server]:
+        """Of the servers of each block, `max_pinged`; those that were pinged longest ago first."""
+        chosen: dict[str, Server] = {}
+        known = sorted(self.known(), key=lambda server: server.pinged)
+        for layer in range(len(self.uids)):
+            there = [server for server in known if layer in server.span.blocks]
+            chosen |= {server.span.peer: server for server in there[: self.config.max_pinged]}
+        return list(chosen.values())
+
+    async def _ping(self, server: Server) -> None:
+        server.pinged = time.monotonic()
+        try:
+            took, told = await self.node.pinged(server.span.peer, self.config.ping_timeout)
+            server.info = unpack_reply(told, Limits()).info
+        except (SpanError, MessageError) as error:
+            server.failed = True
+            logger.debug("ping: %s", error)
+            return
+        server.failed = False
+        server.latency = took if server.latency is None else server.latency + WEIGHT * (took - server.latency)
