@@ -39,12 +39,12 @@ class Weighed(FaultySpan):
         return answer
 
 
-def cached_heads(config: Any) -> int:
+def kv_heads(config: Any) -> int:
     """By the rules of the two families' own code."""
     if config.model_type == "mixtral":
         return int(config.num_key_value_heads)
     if config.new_decoder_architecture:
-        return int(config.num_attention_heads)
+        return int(config.num_kv_heads)
     return 1 if config.multi_query else int(config.num_attention_heads)
 
 
@@ -60,7 +60,7 @@ def test_bytes(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(tmp_path)
     head = config.hidden_size // config.num_attention_heads
     d_head = head if config.model_type == "falcon" else getattr(config, "head_dim", None) or head
-    sizes = Sizes(3, config.hidden_size, cached_heads(config), d_head, dtype.itemsize)
+    sizes = Sizes(3, config.hidden_size, kv_heads(config), d_head, dtype.itemsize)
     cache, before = DynamicCache(), 0
     for nth, new in enumerate(CHUNKS):
         mask = torch.ones(ROWS, before + new, dtype=torch.long)
@@ -96,12 +96,12 @@ def test_a_replay_is_a_call_for_each_chunk() -> None:
 def test_published_models() -> None:
     """By hand, from the published configurations."""
     falcon = FalconConfig(hidden_size=14848, num_attention_heads=232, num_kv_heads=8, new_decoder_architecture=True)
-    assert FALCON_180B.cached_heads == cached_heads(falcon) == 232 and FALCON_180B.d_head == 14848 // 232
+    assert FALCON_180B.kv_heads == kv_heads(falcon) == 8 and FALCON_180B.d_head == 14848 // 232
     mixtral = MixtralConfig(hidden_size=6144, num_attention_heads=48, num_key_value_heads=8)
-    assert MIXTRAL_8X22B.cached_heads == cached_heads(mixtral) and MIXTRAL_8X22B.d_head == 6144 // 48
+    assert MIXTRAL_8X22B.kv_heads == kv_heads(mixtral) and MIXTRAL_8X22B.d_head == 6144 // 48
     assert FALCON_180B.stream_bytes(1) == 29_696
     assert FALCON_180B.request_bytes(1, 2047) == 29_696 + 8 + 8 * 2048
-    assert FALCON_180B.kv_bytes(2048, blocks=80) == 9_730_785_280
+    assert FALCON_180B.kv_bytes(2048, blocks=80) == 9_730_785_280 // 29
     assert MIXTRAL_8X22B.kv_bytes(2048, blocks=56) == 2 * 2048 * 56 * 8 * 128 * 2
 
 

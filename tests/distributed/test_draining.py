@@ -36,7 +36,7 @@ def test_what_a_server_tells_of_itself(server: SpanServer) -> None:
     asked(server, "step", session="a")
     took = time.perf_counter() - begin
     told = server.info()
-    each = 2 * 2 * server.bridge.adapter.cached_heads() * server.bridge.cfg.d_head * 4  # keys and values, 2 blocks
+    each = 2 * 2 * server.bridge.cfg.n_key_value_heads * server.bridge.cfg.d_head * 4  # keys and values, 2 blocks
     assert (told["sessions"], told["kv_bytes"]) == (1, 2 * 5 * each)
     assert told["kv_bytes_free"] == Limits().session_bytes_of_all - told["kv_bytes"]
     assert 0 < told["seconds_per_block"] <= took / 2

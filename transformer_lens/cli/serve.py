@@ -19,10 +19,12 @@ import typer
 from transformer_lens.cli.options import (
     LOADING,
     AttnImplementation,
+    Device,
     Dtype,
     Model,
     Revision,
     named,
+    need_device,
     quiet,
 )
 from transformer_lens.cli.running import FAILED, Debug, say
@@ -50,11 +52,32 @@ Prefix = Annotated[
     ),
 ]
 
-Blocks = Annotated[str, typer.Option(help="Which blocks, such as 0:16; the end is not among them.")]
+
+def span_of(text: str) -> range:
+    """
+    >>> span_of("0:16")
+    range(0, 16)
+
+    The blocks of an option. Raises typer's `BadParameter`, exit code 2, for anything but a first block and an end.
+    """
+    found = re.fullmatch(r"\s*(\d{1,5})\s*:\s*(\d{1,5})\s*", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise typer.BadParameter(f"got {text!r}, expected a first block and an end, such as 0:16")
+    return range(int(found[1]), int(found[2]))
+
+
+LEAST = 0.001
+"""Seconds, where zero would be no time at all."""
+Blocks = Annotated[
+    range,
+    typer.Option(parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."),
+]
 Host = Annotated[
     str, typer.Option(help="IP address to listen on. Others than loopback can be called.", rich_help_panel=NETWORK)
 ]
-Port = Annotated[int, typer.Option(help="Port to listen on; 0: any that is free.", rich_help_panel=NETWORK)]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.", rich_help_panel=NETWORK)
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="Peer id that is served; repeatable. Default: everybody.", rich_help_panel=NETWORK),
@@ -63,17 +86,19 @@ AddressFile = Annotated[
     Path | None,
     typer.Option(help="File that gets the addresses, too, once calls are answered.", rich_help_panel=NETWORK),
 ]
-UpdatePeriod = Annotated[float, typer.Option(help="Seconds between two announcements.", rich_help_panel=NETWORK)]
+UpdatePeriod = Annotated[
+    float, typer.Option(min=LEAST, help="Seconds between two announcements.", rich_help_panel=NETWORK)
+]
 DrainSeconds = Annotated[
-    float, typer.Option(help="Seconds that running texts have when a signal comes.", rich_help_panel=NETWORK)
+    float, typer.Option(min=0, help="Seconds that running texts have when a signal comes.", rich_help_panel=NETWORK)
 ]
 SessionSeconds = Annotated[
-    float | None, typer.Option(help="A text that nobody goes on with is forgotten.", rich_help_panel=LIMITS)
+    float | None, typer.Option(min=LEAST, help="A text that nobody goes on with is forgotten.", rich_help_panel=LIMITS)
 ]
-SessionBytes = Annotated[int | None, typer.Option(help="Keys and values of one peer.", rich_help_panel=LIMITS)]
-MessageBytes = Annotated[int | None, typer.Option(help="The largest message.", rich_help_panel=LIMITS)]
+SessionBytes = Annotated[int | None, typer.Option(min=1, help="Keys and values of one peer.", rich_help_panel=LIMITS)]
+MessageBytes = Annotated[int | None, typer.Option(min=1, help="The largest message.", rich_help_panel=LIMITS)]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of torch. Default: its own choice.", rich_help_panel=LOADING)
+    int | None, typer.Option(min=1, help="CPU threads of torch. Default: its own choice.", rich_help_panel=LOADING)
 ]
 
 
@@ -93,6 +118,7 @@ def serve(
     session_bytes: SessionBytes = None,
     message_bytes: MessageBytes = None,
     threads: Threads = None,
+    device: Device = None,
     dtype: Dtype = None,
     attn_implementation: AttnImplementation = None,
     revision: Revision = None,
@@ -109,11 +135,17 @@ def serve(
 
     transformer-lens serve tiiuae/falcon-180B --blocks 0:16 --host 10.0.0.5 --identity server.key --allow 12D3KooW...
     """
+    need_device(device)
     limits = {"session_seconds": session_seconds, "session_bytes": session_bytes, "message": message_bytes}
-    options = {"attn_implementation": attn_implementation, "revision": revision, "dht_prefix": prefix}
+    options = {
+        "device": device,
+        "attn_implementation": attn_implementation,
+        "revision": revision,
+        "dht_prefix": prefix,
+    }
     ended_well = run_serve(
         model,
-        span_of(blocks),
+        blocks,
         host=host,
         port=port,
         initial_peers=initial_peers or (),
@@ -129,20 +161,6 @@ def serve(
     )
     if not ended_well:
         raise typer.Exit(FAILED)
-
-
-def span_of(text: str) -> range:
-    """
-    >>> from transformer_lens.cli.serve import span_of
-    >>> span_of("0:16")
-    range(0, 16)
-
-    The blocks of an option. Raises `ValueError` for anything but a first block and an end.
-    """
-    found = re.fullmatch(r"\s*(\d{1,5})\s*:\s*(\d{1,5})\s*", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise ValueError(f"--blocks: got {text!r}, expected a first block and an end, such as 0:16")
-    return range(int(found[1]), int(found[2]))
 
 
 def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
@@ -208,8 +226,6 @@ def set_threads(number: int | None) -> None:
     import torch
 
     if number is not None:
-        if number < 1:
-            raise ValueError(f"--threads: got {number}, expected at least 1")
         torch.set_num_threads(number)
 
 

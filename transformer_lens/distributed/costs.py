@@ -19,13 +19,13 @@ class Sizes:
     """A model's measures, as far as they cost anything.
 
     >>> FALCON_180B.kv_bytes(positions=1, rows=1, blocks=80) // 1000
-    4751
+    163
     """
 
     n_layers: int
     d_model: int
-    cached_heads: int
-    """Keys of each position in a layer's cache. Falcon's new architecture caches one for every query head."""
+    kv_heads: int
+    """Keys of each position in a layer's cache: one for each group, also where transformers would keep more."""
     d_head: int
     itemsize: int = 2
     """Bytes of a number: 2 for bfloat16."""
@@ -44,16 +44,16 @@ class Sizes:
 
     def kv_bytes(self, positions: int, rows: int = 1, blocks: int = 1) -> int:
         """Keys and values on a server, and as many again on another one that takes over."""
-        return 2 * positions * rows * blocks * self.cached_heads * self.d_head * self.itemsize
+        return 2 * positions * rows * blocks * self.kv_heads * self.d_head * self.itemsize
 
     def kept_bytes(self, positions: int, rows: int = 1, spans: int = 1) -> int:
         """What the client keeps of a text to replay it: the stream that went into each span."""
         return spans * self.stream_bytes(positions, rows)
 
 
-FALCON_180B = Sizes(n_layers=80, d_model=14848, cached_heads=232, d_head=64)
+FALCON_180B = Sizes(n_layers=80, d_model=14848, kv_heads=8, d_head=64)
 """`tiiuae/falcon-180B` in bfloat16."""
-MIXTRAL_8X22B = Sizes(n_layers=56, d_model=6144, cached_heads=8, d_head=128)
+MIXTRAL_8X22B = Sizes(n_layers=56, d_model=6144, kv_heads=8, d_head=128)
 """`mistralai/Mixtral-8x22B-v0.1` in bfloat16."""
 
 

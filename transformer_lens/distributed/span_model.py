@@ -39,7 +39,13 @@ def check_blocks(blocks: range, n_layers: int) -> range:
 
 
 def load_span(
-    name: str, blocks: range, dtype: torch.dtype | None = None, attn_implementation: str | None = None, **options: Any
+    name: str,
+    blocks: range,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
     """The blocks of a span in a model of their own, the whole model's config, and what was read for them.
 
@@ -48,7 +54,8 @@ def load_span(
     (2, 4, 16)
 
     `options` are settings of the config, and say where files come from. Weights keep the checkpoint's dtype unless
-    `dtype` is given. Raises `ValueError` for blocks the model has not, or tensors the checkpoint has not.
+    `dtype` is given; `device` is where they run. Raises `ValueError` for blocks the model has not, or tensors the
+    checkpoint has not.
     """
     config = config_with(AutoDistributedConfig, name, options)
     check_blocks(blocks, config.num_hidden_layers)
@@ -67,7 +74,7 @@ def load_span(
     misfits = [*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if misfits:
         raise ValueError(f"{name}: its blocks {blocks} do not fit {type(model).__name__}: {', '.join(sorted(misfits))}")
-    return model.eval().requires_grad_(False), config, part
+    return model.to(device).eval().requires_grad_(False), config, part
 
 
 def _name_here(tensor: str, block_prefix: str, blocks: range) -> str:
