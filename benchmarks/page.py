@@ -1,17 +1,17 @@
-"""`python -m benchmarks.page`: writes docs/performance.md from the figures in benchmarks/results/.
+"""`python -m benchmarks.page`: writes the tables of the pages on performance and swarm costs from benchmarks/results/.
 
-The words stand in the page; what is between two marks is written here. A test holds the page to the figures.
+The words stand in the pages; what is between two marks is written here. A test holds the pages to the figures.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS
+from benchmarks import swarm_page
+from benchmarks.report import RESULTS, markdown, place, read
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 UNITS = {
@@ -32,24 +32,6 @@ TASKS = {
     "parameter_bytes": "parameter bytes after wrapping / before",
 }
 """What `make bench-peers` times; its other tasks are questions with one right answer."""
-
-
-def read(name: str) -> Any:
-    """A stored document."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-    return "\n".join(lines) + "\n"
-
-
-def place(environment: Mapping[str, Any]) -> str:
-    """The machine and the versions, in a sentence."""
-    versions = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if "lens" not in name)
-    device = environment.get("gpu", f"{environment['processor']}, {environment['threads']} threads")
-    return f"{device}; {versions}; {environment['date'][:10]}; `{' '.join(environment['command'][1:])}`"
 
 
 def budget_table(documents: Sequence[Mapping[str, Any]]) -> str:
@@ -125,12 +107,16 @@ def peers() -> str:
     )
 
 
-PARTS = {"budgets": budgets, "gpu": on_gpu, "peers": peers}
+PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
+    PAGE: {"budgets": budgets, "gpu": on_gpu, "peers": peers},
+    swarm_page.PAGE: swarm_page.PARTS,
+}
 
 
-def filled(text: str) -> str:
-    """The page with its figures."""
-    for name, write in PARTS.items():
+def filled(page: Path) -> str:
+    """A page with its figures."""
+    text = page.read_text()
+    for name, write in PAGES[page].items():
         marks = re.compile(rf"(<!-- {name}: written by benchmarks/page.py -->\n).*?(<!-- /{name} -->)", re.S)
         assert marks.search(text), name
         text = marks.sub(lambda found, write=write: f"{found[1]}{write()}\n{found[2]}", text)
@@ -138,4 +124,5 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(filled(path))

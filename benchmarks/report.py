@@ -59,6 +59,24 @@ def store(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
+def read(name: str) -> Any:
+    """A stored document."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def place(environment: Mapping[str, Any]) -> str:
+    """The machine and the versions, in a sentence."""
+    versions = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if "lens" not in name)
+    device = environment.get("gpu", f"{environment['processor']}, {environment['threads']} threads")
+    return f"{device}; {versions}; {environment['date'][:10]}; `{' '.join(environment['command'][1:])}`"
+
+
 def amount(value: float, unit: str) -> str:
     """A figure for reading.
 

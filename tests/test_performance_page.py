@@ -1,13 +1,25 @@
-"""docs/performance.md shows the stored figures, and says what is over its budget."""
+"""docs/performance.md and docs/swarm_costs.md show the stored figures, and say what is over its budget."""
 
 import json
+
+import pytest
 
 from benchmarks import page
 
 
-def test_the_page_shows_the_stored_figures():
-    text = page.PAGE.read_text()
-    assert page.filled(text) == text, "run: python -m benchmarks.page"
+@pytest.mark.parametrize("path", page.PAGES, ids=lambda path: path.name)
+def test_the_page_shows_the_stored_figures(path):
+    assert page.filled(path) == path.read_text(), "run: python -m benchmarks.page"
+
+
+def test_the_figures_of_servers_are_the_stored_medians():
+    stored = json.loads((page.RESULTS / "swarm.json").read_text())["figures"]
+    lines = page.swarm_page.swarm().splitlines()
+    for figure in stored:
+        assert any(
+            line.startswith(f"| {figure['what']} | {page.swarm_page.readable(figure['median'], figure['unit'])} |")
+            for line in lines
+        )
 
 
 def test_every_row_over_its_budget_is_marked():

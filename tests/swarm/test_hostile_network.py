@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.distributed.hostile import seeds
-from tests.swarm.conftest import Servers
+from tests.swarm.processes import Servers
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedConfig, AutoDistributedModelForCausalLM, frames
 from transformer_lens.distributed.frames import ANSWER, FETCH, MAGIC, MORE, NOT_NOW, REFUSED, REPLY, REQUEST, SEND, Room

@@ -32,7 +32,8 @@ from tests.distributed.test_generation import (  # noqa: F401
     test_texts_of_several_lengths_hooks_and_captures,
     test_tokens_and_scores,
 )
-from tests.swarm.conftest import CUTS, Server, Servers, daemons, wait_until
+from tests.swarm.conftest import CUTS
+from tests.swarm.processes import Server, Servers, daemons, wait_until
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import (
     AutoDistributedConfig,
@@ -306,6 +307,10 @@ def test_hostile_records_are_passed_over(shared: dict[str, list[Server]]) -> Non
     ):
         liar.store(uids, bad, 60)
         liar.wait(liar._dht.store_many(uids, [bad] * 4, [time.time() + 90] * 4))  # in place of everybody's records
+    first = group[0].peer  # signed by the liar, under the peer id of a server, and to last longer than its own word
+    forged = {**good, "state": "gone"}
+    table = liar._dht.store_many(uids, [forged] * 4, [time.time() + 900] * 4, subkeys=[first] * 4)
+    assert not any(liar.wait(table).values())
     swarm.refresh()
     assert [(span.peer, span.blocks) for span in swarm.spans()] == honest
     liar.store(uids, good, 60)  # well formed, but there is no server behind it
