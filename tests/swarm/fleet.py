@@ -144,8 +144,6 @@ class Fleet:
         chosen = [self.lasting[server] if isinstance(server, str) else server for server in servers]
         self.model.route.close_sessions()
         self.model.route.recoveries.clear()
-        for peer in list(self.model.route.health.failures):
-            self.model.route.health.succeeded(peer)  # of another test
         source = Watched(self.swarm, [server.peer for server in chosen], trap)
         self.model.connect(source)
         yield source

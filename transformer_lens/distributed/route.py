@@ -78,19 +78,20 @@ class Route:
         return other
 
     def connect(self, spans: Sequence[Span] | SpanSource, expected: dict[str, Any]) -> None:
-        """Use these spans from now on.
+        """Use these spans from now on; who failed before is forgotten.
 
         Raises `ValueError` if a block is missing, or a server of a list has another model. Servers of a source that
         have another model, or do not answer, are passed over.
         """
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
-        trial.source, trial.expected = source, expected
+        trial.source, trial.expected, trial.health = source, expected, self.health.anew()
         if isinstance(spans, Sequence):
             trial.check_all(spans)
         else:
             trial.check_path()
-        self.source, self.expected, self._looked_at = source, expected, trial._looked_at
+        self.source, self.expected, self.health = source, expected, trial.health
+        self._looked_at = trial._looked_at
 
     def close(self) -> None:
         """Tell the servers that the texts are done, and be connected to none."""

@@ -5,6 +5,7 @@ Pure Python without a clock of its own, so that a simulation runs the same code 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -159,6 +160,18 @@ class Health:
         """With the values of `ClientSettings`."""
         names = ("ban_timeout", "min_backoff", "max_backoff", "max_retries", "allowed_servers", "blocked_servers")
         return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
+
+    def anew(self) -> Health:
+        """The same settings, and nobody has failed.
+
+        >>> health = Health(clock=lambda: 0.0)
+        >>> health.failed("far")
+        >>> health.anew().banned()
+        {}
+        """
+        other = copy.copy(self)
+        other.failures, other._until = {}, {}
+        return other
 
     def permits(self, peer: str) -> bool:
         """Whether the settings let this peer be asked at all."""
