@@ -25,7 +25,7 @@ BRIDGE = "transformer_lens/model_bridge"
 
 
 class Target(NamedTuple):
-    """A file that is mutated, the tests likeliest to notice, and the folder or files with the others."""
+    """A file that is mutated, what pytest is told to run the tests likeliest to notice, and where the others are."""
 
     file: str
     first: tuple[str, ...]
@@ -33,6 +33,13 @@ class Target(NamedTuple):
 
 
 TWINS = "tests/twins"
+WIRE = "transformer_lens/distributed"
+REMOTE = "tests/distributed"
+READ = (
+    f"{REMOTE}/test_limits.py",
+    f"{REMOTE}/test_server.py",
+    *("-k", "not hostile and not damaged and not estimate and not nothing_of_a_call"),
+)
 TARGETS = {
     "attention": Target(f"{BRIDGE}/generalized_components/attention.py", (f"{TWINS}/test_core.py",), TWINS),
     "attention_math": Target(f"{BRIDGE}/generalized_components/attention_math.py", (f"{TWINS}/test_core.py",), TWINS),
@@ -60,6 +67,45 @@ TARGETS = {
     "grouped_cache": Target(f"{BRIDGE}/grouped_cache.py", ("tests/bridge/test_grouped_cache.py",)),
     "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
+    "messages": Target(f"{WIRE}/messages.py", READ),
+    "checks": Target(f"{WIRE}/checks.py", READ),
+    "sessions": Target(f"{WIRE}/sessions.py", READ),
+    "turns": Target(f"{WIRE}/turns.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
+    "frames": Target(f"{WIRE}/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
+    "pieces": Target(
+        f"{WIRE}/pieces.py",
+        (
+            f"{REMOTE}/test_server.py",
+            f"{REMOTE}/test_recovery.py",
+            f"{REMOTE}/test_hostile_servers.py",
+            *("-k", "answers_that_are or (backward and other and falcon) or test_lies"),
+        ),
+    ),
+    "routing": Target(f"{WIRE}/routing.py", (f"{REMOTE}/test_routing.py",)),
+    "route": Target(f"{WIRE}/route.py", (f"{REMOTE}/test_giving_up.py", "-k", "not many and not interrupt")),
+    "remote_call": Target(
+        f"{WIRE}/remote_call.py",
+        (
+            f"{REMOTE}/test_bridge.py",
+            f"{REMOTE}/test_recovery.py",
+            f"{REMOTE}/test_hostile_servers.py",
+            *("-k", "(test_bridge and falcon) or (recovery and (backward or set_stops) and falcon) or cannot"),
+        ),
+    ),
+    "remote_cache": Target(
+        f"{WIRE}/remote_cache.py",
+        (
+            f"{REMOTE}/test_giving_up.py",
+            f"{REMOTE}/test_generation.py",
+            *("-k", "mixtral and not many and not sessions_are_closed"),
+        ),
+    ),
+    "prompted_call": Target(
+        f"{WIRE}/prompted_call.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")
+    ),
+    "lm_head": Target(f"{WIRE}/lm_head.py", (f"{REMOTE}/test_head.py",)),
+    "records": Target(f"{WIRE}/records.py", (f"{REMOTE}/test_records.py",)),
+    "signing": Target(f"{WIRE}/signing.py", (f"{REMOTE}/test_signing.py",)),
 }
 FORMULAS = ("attention", "attention_math", "normalization", "moe")
 """What runs without a name: the formulas of the twins."""
@@ -122,6 +168,8 @@ ONE_DEVICE = "there is one device here; tests/gpu has several"
 SYMMETRIC = "the function does not care for the order"
 SHARED = "one process has all pairs and experts; tests/sharded (moe_sharded) kills it"
 SETTLED = "the config of a mixture always says it"
+DECLARED = "lengths between are refused for the bytes that they declare"
+BLOCKLESS = "these requests are about no blocks"
 STABLE = "torch sorts so few numbers in their order anyway"
 GROUPED = "groups = _Groups(chosen, int(call.cfg.num_experts or 1), call.shards if by_expert else ALONE)"
 SLICED = "return self.shards.slice(new.transpose(0, 1).reshape(-1, new.shape[-1])[self.order], 0, self.sizes)"
@@ -160,6 +208,62 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "True -> False",
     ): STABLE,
     ("self.order = torch.argsort(chosen.T.reshape(-1), stable=True)", "True -> False"): STABLE,
+    ("return mine + more <= min(most, most_of_all - everyone)", "arguments swapped"): SYMMETRIC,
+    (
+        "if not has_room(more, held, self.limits.session_bytes, self.held(), self.limits.session_bytes_of_all):",
+        "arguments swapped",
+    ): SYMMETRIC,
+    (
+        "if has_room(len(answer), self.kept(peer), limits.kept, self.kept(), limits.kept_of_all):",
+        "arguments swapped",
+    ): SYMMETRIC,
+    (
+        "if not has_room(call.size, sizes[0], limits.waiting, sizes[1], limits.waiting_of_all):",
+        "arguments swapped",
+    ): SYMMETRIC,
+    (
+        'most = {"max_array_len": 2 * max(limits.actions, limits.places), "max_map_len": 64, "max_ext_len": 0}',
+        "arguments swapped",
+    ): SYMMETRIC,
+    (
+        "if not fits or not all(_is_int(n) and 0 < n < 2**63 for n in shape):",
+        "63 -> 64",
+    ): DECLARED,
+    ("if not fits or not all(_is_int(n) and 0 < n < 2**63 for n in shape):", "2 -> 3"): DECLARED,
+    (
+        'ask(span, Request("close", 0, 0, session=session), timeout=self.settings.connect_timeout)',
+        "0 -> 1",
+    ): BLOCKLESS,
+    ('told = ask(span, Request("info", 0, 0), timeout=timeout).info', "0 -> 1"): BLOCKLESS,
+    (
+        "return [reply.tensors[name].to(like.device) if name in reply.tensors else None for name, like in wanted]",
+        "without .to",
+    ): ONE_DEVICE,
+    (
+        "known.get(a, size) == size for a, size in zip(axes, found.shape, strict=True)",
+        "True -> False",
+    ): "their numbers were compared",
+    ("expected = [known.get(axis, axis) for axis in axes]", "arguments swapped"): "both are the same",
+    ('few = {"max_array_len": 8, "max_map_len": 8, "max_ext_len": 0}', "8 -> 9"): "no announcement has as many",
+    (
+        "memory = weight.new_empty(min(step, len(weight)), weight.shape[1], dtype=torch.float32)",
+        "arguments swapped",
+    ): SYMMETRIC,
+    ("arrived: _Way = (0.0, 0, ())", "0.0 -> 1.0"): "the same seconds more for every way",
+    ("way = min(entered, riding[number]) if number in riding else entered", "arguments swapped"): SYMMETRIC,
+    (
+        "return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))",
+        "64 -> 65",
+    ): "longer than any that is allowed",
+    ("super().__init__(text)", "statement dropped"): "an exception keeps what it was made with",
+    (
+        "weakref.finalize(self, route.closing.extend, self._sessions).atexit = False",
+        "False -> True",
+    ): "when the process ends, nobody sends what is noted",
+    (
+        "answer = NUMBER * sum(n for n, a in zip(sizes, request.actions, strict=True) if a.do not in EDITS)",
+        "True -> False",
+    ): "there is one size for each action",
     ("heads, device = self.cfg.n_heads, attention[0].W_O.device", "0 -> 1"): ONE_DEVICE,
     ("row.append(composition_scores(first.OV, READERS[mode](second)).to(device))", "without .to"): ONE_DEVICE,
 }

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
-from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+from transformer_lens.distributed import AutoDistributedModelForCausalLM, Limits, LocalSpan
+from transformer_lens.distributed.messages import unpack_request
 
 CUTS = {"tiny-falcon": (2,), "tiny-mixtral": (1, 2)}
 """Where the spans begin, after the first."""
 
 
 class CountingSpan:
-    """A span that remembers the messages that went through it."""
+    """A span that remembers the calls that went through it, not the end of texts, which comes when those are freed."""
 
     def __init__(self, span: LocalSpan) -> None:
         self.span = span
@@ -28,7 +29,8 @@ class CountingSpan:
         self.server = span.server
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        self.sent.append(message)
+        if unpack_request(message, Limits()).kind != "close":
+            self.sent.append(message)
         return self.span.send(message, timeout)
 
 
@@ -53,7 +55,7 @@ class Pair:
         return iter((self.remote, self.local))
 
     def calls(self) -> int:
-        """How many messages went out since the last time this was asked."""
+        """How many calls went out since the last time this was asked."""
         number = sum(len(span.sent) for span in self.spans)
         for span in self.spans:
             span.sent.clear()

@@ -135,6 +135,10 @@ class FaultySpan:
         self.server.sessions.of_peer.pop(self.peer, None)
         return self.handle(message)
 
+    def denies(self, message: bytes) -> bytes:
+        """Says that it has nothing of the text, whose keys and values it holds."""
+        return pack_reply(Reply(error="nothing is here", info={"held": 0}))
+
     def interrupts_before(self, message: bytes) -> bytes:
         raise Stop
 

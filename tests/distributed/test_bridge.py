@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tests.distributed.conftest import Pair, make_pair
 from tests.support import FAMILIES, family
@@ -39,6 +41,23 @@ def test_logits_and_one_call_for_each_span(pair: Pair, grad: bool) -> None:
     assert torch.equal(logits, expected)
     assert pair.calls() == len(pair.spans)
     assert torch.equal(pair.remote.original_model(pair.tokens).logits, expected)
+
+
+def test_servers_keep_a_graph_only_where_a_gradient_is_wanted(pair: Pair) -> None:
+    model = pair.remote.original_model
+
+    def asked(run: Callable[[], Any], grad: bool) -> set[bool]:
+        pair.calls()
+        with torch.set_grad_enabled(grad):
+            run()
+        return {unpack_request(message, Limits()).grad for span in pair.spans for message in span.sent}
+
+    cut = ("hook_embed", lambda tensor, hook: tensor.detach())
+    embeddings = torch.zeros(2, 9, 128, requires_grad=True)
+    assert asked(lambda: model(pair.tokens), True) == {True}
+    assert asked(lambda: pair.remote.run_with_hooks(pair.tokens, fwd_hooks=[cut]), True) == {False}
+    assert asked(lambda: model(inputs_embeds=embeddings), False) == {False}
+    assert asked(lambda: model(pair.tokens, past_key_values=DynamicCache()), False) == {False}
 
 
 def test_losses_of_texts_of_several_lengths(pair: Pair) -> None:

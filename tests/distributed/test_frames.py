@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from collections.abc import Generator
 
 import pytest
@@ -262,6 +263,32 @@ def test_sizes_are_checked_before_anything_is_kept() -> None:
     assert "this peer has messages of 100 bytes under way" in str(busy) and busy.retry
     assert read(exchange.take("me", send(0, b"x", 50, b"b" * 16)))[0] == MORE
     assert read(exchange.take("you", send(0, b"x", 100, b"b" * 16)))[0] == MORE
+
+
+def test_a_message_that_is_whole_is_not_under_way() -> None:
+    exchange, _ = exchange_of(piece=100)
+    assert isinstance(exchange.take("me", send(0, b"x" * 100, 100, b"a" * 16)), Call)
+    assert read(exchange.take("me", send(0, b"x", 100, b"b" * 16)))[0] == MORE
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_small_pieces_take_no_more_memory_than_large_ones(size: int) -> None:
+    exchange, total = Exchange(piece=1000), 40_000
+    frames = (send(offset, b"x" * size, total + 1) for offset in range(0, total, size))
+    asked, talk = 0, conversation(b"q", 5, most=total + 1)
+    next(talk)
+    tracemalloc.start()
+    try:
+        for frame in frames:
+            exchange.take("me", frame)
+        assert exchange.bytes_held() == total
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * total
+        for offset in range(0, total, size):
+            asked = REQUEST.unpack_from(talk.send(reply(ANSWER, total + 1, offset, b"y" * size)))[4]
+        assert asked == total
+        assert tracemalloc.get_traced_memory()[0] < 3 * total
+    finally:
+        tracemalloc.stop()
 
 
 def test_all_peers_together_have_a_limit() -> None:

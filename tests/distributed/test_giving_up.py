@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,18 @@ from transformers import DynamicCache
 from tests.distributed.faults import FaultySpan, Place, Schedule, Stop
 from tests.distributed.test_recovery import PLACES, forward, generated, same
 from transformer_lens import TransformerBridge
-from transformer_lens.distributed import Edit, LocalSpan, ServerFacts, Span, SpanError, SpanUnreachable, StaticSpans
+from transformer_lens.distributed import (
+    Edit,
+    Limits,
+    LocalSpan,
+    ServerFacts,
+    Span,
+    SpanError,
+    SpanUnreachable,
+    StaticSpans,
+)
+from transformer_lens.distributed.messages import Request, pack_reply, unpack_reply
+from transformer_lens.distributed.remote_cache import RemoteText
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [31, 30, 29, 28, 27, 26]])
 STEPS: list[tuple[Tensor, list[int] | None]] = [
@@ -241,6 +253,23 @@ def test_servers_of_another_model_are_passed_over(place: Place, caplog: pytest.L
         span.close()
 
 
+@pytest.mark.parametrize("what", ["dtype", "blocks"])
+def test_what_a_server_says_of_itself_is_shown_in_part(place: Place, what: str) -> None:
+    bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first")))
+    liar = place.spans(place.whole, "liar")[0]
+    send = liar.send
+
+    def lies(message: bytes, timeout: float | None = None) -> bytes:
+        reply = unpack_reply(send(message, timeout), Limits())
+        reply.info[what] = "x" * 5000
+        return pack_reply(reply)
+
+    liar.send = lies  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="s another model|its server says") as caught:
+        bridge.original_model.connect([liar])
+    assert str(caught.value).count("x") == 199  # and a quotation mark
+
+
 def test_a_source_that_lacks_blocks_changes_nothing(place: Place) -> None:
     bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first")))
     source = Source(place.spans([place.other[0]], "lone"))
@@ -278,7 +307,26 @@ def test_a_server_that_failed_is_asked_again_after_its_ban(place: Place) -> None
     assert [(one.kind, one.peers, one.replayed) for one in recoveries] == [("forward", ("fast-0",), 0)] * 2
 
 
-def test_recoveries_tell_what_was_lost(place: Place) -> None:
+@pytest.mark.parametrize("back", ["fast", "slow"])
+def test_of_two_that_failed_the_one_whose_ban_ends_first_is_asked(place: Place, back: str) -> None:
+    fast, slow = (place.spans(place.whole, name)[0] for name in ("fast", "slow"))
+    bridge, clock = place.connected(Source([slow, fast], {"fast-0": 0.1}))
+    health = bridge.original_model.route.health
+    for _ in range(2):
+        health.failed("fast-0")  # left out for 30 s
+    health.failed("slow-0")  # for 15 s
+    gone = slow if back == "fast" else fast
+    gone.dead = True
+    with torch.no_grad():
+        assert torch.equal(bridge(IDS), place.local(IDS))
+    # Once when the way was looked for, and once for the call.
+    assert clock.slept == ([1.0, 1.0] if back == "slow" else [1.0, 2.0, 1.0])
+    assert health.failures == ({"fast-0": 2} if back == "slow" else {"slow-0": 2})
+    assert (len(fast.sent), len(slow.sent)) == ((0, 1) if back == "slow" else (1, 0))
+
+
+def test_recoveries_tell_what_was_lost(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     schedule = Schedule({3 * len(place.primary): "hangs"})
     source = Source([*place.spans(place.primary, "first", schedule)])
     bridge, clock = place.connected(source)
@@ -291,6 +339,119 @@ def test_recoveries_tell_what_was_lost(place: Place) -> None:
     (one,) = bridge.original_model.route.recoveries
     assert (one.kind, one.blocks, one.peers, one.replayed) == ("step", place.primary[0], ("first-0",), 3)
     assert one.seconds == 0 == clock.now
+    ends = f"{place.primary[0].start} to {place.primary[0].stop}"
+    assert f"step of blocks {ends}: recovered in 0.000 s from first-0; 3 steps were replayed" in caplog.messages
+    assert f"step of blocks {ends}: first-0 failed: first-0 did not answer in time" in caplog.messages
+
+
+def test_a_session_that_is_lost_is_closed(place: Place, expected: list[Tensor]) -> None:
+    only = place.spans(place.whole, "only")[0]
+    only.schedule = Schedule({1: "denies"})
+    bridge, _ = place.connected(StaticSpans([only]))
+    cache = DynamicCache()
+    for step in range(3):
+        assert torch.equal(read(bridge, cache, step), expected[step])
+        assert len(only.server.sessions.of_peer["only-0"]) == 1
+    assert len(only.sent) == 3 + 2 and cache.get_max_length() == -1
+
+
+def test_nobody_is_there_for_as_long_as_is_waited(place: Place) -> None:
+    source = Source(place.spans(place.whole, "only"))
+    bridge, clock = place.connected(source, max_retries=2)
+    source.known, source.looked, clock.now = [], 0, 50.0
+    with pytest.raises(
+        SpanError, match=r"given up after 3\.0 s: no server that may be asked .* known\. nobody was ask"
+    ):
+        bridge(IDS)
+    assert clock.slept == [1.0, 2.0] and source.looked == 3
+
+
+@pytest.mark.parametrize("other", ["answers", "is gone"])
+def test_another_text_on_a_server_that_failed(place: Place, expected: list[Tensor], other: str) -> None:
+    """It moves before it is hurt too, unless who could take it over does not answer."""
+    first, second = (place.spans(place.whole, name)[0] for name in ("first", "second"))
+    source = StaticSpans([first])
+    bridge, clock = place.connected(source)
+    route, cache = bridge.original_model.route, DynamicCache()
+    read(bridge, cache, 0)
+    route.health.failed("first-0")
+    second.dead = other == "is gone"
+    source.given.append(second)
+    assert torch.equal(read(bridge, cache, 1), expected[1])
+    assert clock.slept == []
+    (one,) = route.recoveries
+    if other == "answers":
+        assert (len(first.sent), len(second.sent)) == (1, 2)
+        assert (one.peers, one.replayed) == (("first-0",), 1)
+    else:
+        assert (len(first.sent), len(second.sent)) == (2, 0)
+        assert (one.peers, one.replayed) == (("second-0",), 0)
+
+
+def test_a_server_that_forgets_every_time(place: Place, expected: list[Tensor]) -> None:
+    only = place.spans(place.whole, "only")[0]
+    bridge, clock = place.connected(StaticSpans([only]), max_retries=2)
+    cache = DynamicCache()
+    read(bridge, cache, 0)
+    only.schedule = Schedule(dict.fromkeys(range(100), "forgets"))
+    with pytest.raises(SpanError, match="3 failures, and max_retries is 2") as caught:
+        read(bridge, cache, 1)
+    assert caught.value.info["tried"] == ["only-0"] * 4  # the first time may happen to anybody
+    assert clock.slept == [] and len(only.sent) == 1 + 4 + 3  # each time but the last, what came before once more
+    only.schedule = Schedule()
+    assert torch.equal(read_again(bridge, cache, 1), expected[1])
+
+
+def test_masks_are_kept_once_and_told_again_as_they_were(place: Place) -> None:
+    ids = torch.arange(24).view(2, 12) + 5
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[1, :2] = 0
+    later = padding.clone()  # one that is not the beginning of the next, and has other zeros from there on
+    later[0, 3] = 0
+
+    def read_all(bridge: TransformerBridge, masks: list[Any], alive: list[Any]) -> list[Tensor]:
+        cache, found = DynamicCache(), []
+        for end in range(4, 13):
+            begin = cache.get_seq_length()
+            mask = None if masks[end] is None else masks[end][:, :end].clone()
+            alive.append(mask is not None and weakref.ref(mask))
+            with torch.no_grad():
+                found.append(
+                    bridge.original_model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits
+                )
+        del mask
+        assert sum(ref() is not None for ref in alive if ref) <= 2
+        return found
+
+    for masks in ([padding] * 13, [padding] * 8 + [later] * 5, [None] * 7 + [padding] * 3 + [None] * 3):
+        wanted = read_all(place.local, masks, [])
+        schedule = Schedule({9 * len(place.primary) - 1: "restarts"})
+        bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first", schedule)))
+        found = read_all(bridge, masks, [])
+        (one,) = bridge.original_model.route.recoveries
+        assert one.replayed == 8 and same(found, wanted)
+
+
+@pytest.mark.parametrize("columns", [5, 7, 9])
+def test_a_mask_of_another_length_is_refused_and_the_text_goes_on(place: Place, columns: int) -> None:
+    bridge, _ = place.connected(StaticSpans(place.spans(place.primary, "first")))
+    text, blocks = RemoteText(bridge.original_model.route), place.primary[0]
+    whole, padding = torch.randn(2, 6, 128), torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+
+    def step(begin: int, end: int, mask: Tensor) -> Tensor:
+        given = {"stream": whole[:, begin:end], "mask": mask}
+        return text.step(Request("step", blocks.start, blocks.stop, tensors=given)).tensors["stream"]
+
+    step(0, 4, padding[:, :4])
+    text.advance(4)
+    for mask in (torch.ones(2, columns, dtype=torch.long), torch.ones(columns, dtype=torch.long)):
+        with pytest.raises(SpanError, match="mask: expected whole numbers 0 ... 1 of shape"):
+            step(4, 6, mask)
+    found = step(4, 6, padding)
+    text = RemoteText(bridge.original_model.route)
+    step(0, 4, padding[:, :4])
+    text.advance(4)
+    assert torch.equal(found, step(4, 6, padding))
 
 
 def test_sessions_that_moved_are_closed(place: Place) -> None:

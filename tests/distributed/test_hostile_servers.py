@@ -95,10 +95,21 @@ def generate(bridge: TransformerBridge) -> list[torch.Tensor]:
     return [bridge.original_model.generate(TOKENS, max_new_tokens=3, do_sample=False, num_beams=2, pad_token_id=0)]
 
 
+def way_back(bridge: TransformerBridge) -> list[torch.Tensor]:
+    add = torch.zeros(bridge.cfg.d_model, requires_grad=True)
+    with bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", Edit("add", add))]):
+        _, cache = bridge.run_with_cache(
+            TOKENS, return_type="loss", names_filter=["blocks.1.attn.hook_q"], incl_bwd=True
+        )
+    assert add.grad is not None
+    return [*cache.values(), add.grad]
+
+
 WORK: dict[str, Callable[[TransformerBridge], list[torch.Tensor]]] = {
     "look": look,
     "gradient": gradient,
     "generate": generate,
+    "way back": way_back,
 }
 
 
@@ -156,7 +167,7 @@ LIES: dict[str, tuple[Change, str]] = {
     "odd turns": (with_head(turns=[None]), "the turns of a reply"),
     "odd info": (with_head(info=[1, 2]), "a reply has the fields"),
     "odd error": (with_head(error=b"no"), "a reply has the fields"),
-    "a long nasty error": (an_error(NASTY, {}), r"blocks 1 to \d: \\x1b\[2J\\x1b"),
+    "a long nasty error": (an_error(NASTY, {}), r"blocks 1 to \d on local-\d+: \\x1b\[2J\\x1b"),
     "no, and odd info": (an_error("no", {"retry": [None, {"a": 1}], "held": None}), "no"),
     "no, forever": (an_error("no", {"held": -1}), "no"),
     "not now, forever": (an_error("no", {"retry": "full"}), "max_retries is 1"),
@@ -171,6 +182,42 @@ def test_lies(world: World, what: str, lie: str) -> None:
     told = world.lie(what, change)
     assert re.search(text, told), told
     world.check(what)
+
+
+def on_the_way_back(change: Change) -> Change:
+    """Forwards are answered as they should be."""
+
+    def changed(answer: bytes) -> bytes:
+        back = any(name.startswith("grad.") for name in unpack_reply(answer, Limits()).tensors)
+        return change(answer) if back else answer
+
+    return changed
+
+
+BACK: dict[str, tuple[Change, str]] = {
+    "a tensor too many": (with_tensors(lambda found: found.update(more=TOKENS)), "answered with the tensors"),
+    "a stream": (with_tensors(lambda found: found.update(stream=TOKENS)), "answered with the tensors"),
+    "of nobody": (with_tensors(lambda f: f.update({"grad.value.7": TOKENS})), "answered with the tensors"),
+    "no turns": (with_head(turns=[]), r"answered for the hooks \[\], expected \[\d\]"),
+    "turns twice": (with_head(turns=[2, 2]), r"answered for the hooks \[2, 2\]"),
+    "others' turns": (with_head(turns=[0]), r"answered for the hooks \[0\]"),
+    "another dtype": (
+        with_tensors(lambda f: f.update({n: t.double() for n, t in f.items()})),
+        "answered grad.stream as",
+    ),
+    "another shape": (
+        with_tensors(lambda f: f.update({n: t[:1] for n, t in f.items() if "value" in n})),
+        r"answered grad.value.\d as",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", BACK)
+def test_lies_on_the_way_back(world: World, lie: str) -> None:
+    change, text = BACK[lie]
+    told = world.lie("way back", on_the_way_back(change))
+    assert re.search(text, told), told
+    world.check("way back")
 
 
 SEEN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -163,6 +163,52 @@ def test_heads(case: str) -> None:
         unpack_request(message_of(({**head, **changes}, header, data)), Limits())
 
 
+@pytest.mark.parametrize("what", ["positions", "heads", "experts"])
+def test_places_of_an_edit(what: str) -> None:
+    for places, fine in (([], False), ([0], True), ([0, 1, 2], True), ([0, 1, 2, 3], False), ([True], False)):
+        action = Action("blocks.1.hook_mlp_out", "zero", **{what: places})
+        message = pack_request(replace(FORWARD, actions=[action]))
+        if fine:
+            assert unpack_request(message, Limits(places=3)).actions == [action]
+        else:
+            with pytest.raises(MessageError, match=f"{what} of an action: whole numbers, 1 to 3 of them"):
+                unpack_request(message, Limits(places=3))
+
+
+def test_a_head_ends_where_it_says() -> None:
+    for size, text in ((1, "a request has the fields"), (2, "the head says it has 2 bytes"), (9, "the head says it")):
+        with pytest.raises(MessageError, match=text):
+            unpack_request(b"TLB1" + struct.pack("<I", size) + msgpack.packb({}), Limits())
+
+
+@pytest.mark.parametrize(
+    ("fits", "more"),
+    [
+        ({str(n): n for n in range(64)}, {str(n): n for n in range(65)}),
+        ({"a": [0] * 6}, {"a": [0] * 7}),
+        ({"a": msgpack.ExtType(1, b"")}, {"a": msgpack.ExtType(1, b"x")}),
+    ],
+)
+def test_what_is_in_a_head_is_small(fits: dict[str, Any], more: dict[str, Any]) -> None:
+    limits = Limits(actions=2, places=3)
+    assert unpack_reply(pack_reply(Reply(info=fits)), limits).info == fits
+    with pytest.raises(MessageError, match="the head is not msgpack"):
+        unpack_reply(pack_reply(Reply(info=more)), limits)
+
+
+def test_actions_are_counted() -> None:
+    message = pack_request(replace(FORWARD, actions=[Action("blocks.1.hook_mlp_out", "zero")] * 3))
+    assert len(unpack_request(message, Limits(actions=3)).actions) == 3
+    with pytest.raises(MessageError, match="the request has 3 actions, and at most 2 are read"):
+        unpack_request(message, Limits(actions=2))
+
+
+def test_what_a_stranger_wrote_is_shown_in_part() -> None:
+    with pytest.raises(MessageError) as caught:
+        unpack_request(pack_request(replace(FORWARD, kind="x" * 500)), Limits())
+    assert str(caught.value) == "kind: got '" + "x" * 65
+
+
 def test_turns_of_a_reply_are_counted() -> None:
     message = pack_reply(Reply({"x": STREAM}, turns=[0] * 9))
     assert unpack_reply(message, Limits(actions=9)).turns == [0] * 9
@@ -198,6 +244,14 @@ CHECKED: dict[str, tuple[Request, str]] = {
     ),
     "floats for experts": (
         replace(FORWARD, actions=[INDICES], tensors={"stream": STREAM, "value.0": torch.tensor([0.0, 1.0])}),
+        "it can be set, to 0 ... 3",
+    ),
+    "whole numbers added to experts": (
+        replace(
+            FORWARD,
+            actions=[replace(INDICES, do="add")],
+            tensors={"stream": STREAM, "value.0": torch.tensor([0, 1])},
+        ),
         "it can be set, to 0 ... 3",
     ),
     "a gradient at whole numbers": (
@@ -241,6 +295,13 @@ def test_requests_that_are_refused(server: SpanServer, case: str, monkeypatch: p
     reply = answer(server, request)
     assert text in reply.error and reply.error.startswith("MessageError: ")
     assert not server.sessions.of_peer
+
+
+def test_the_first_and_the_last_expert_can_be_set(server: SpanServer) -> None:
+    look = replace(INDICES, do="look")
+    values = {"stream": STREAM, "value.0": torch.tensor([3, 0])}
+    reply = answer(server, replace(FORWARD, actions=[INDICES, look], tensors=values))
+    assert torch.equal(reply.tensors["seen.1"], torch.tensor([3, 0]).expand(2, 5, 2))
 
 
 def test_the_last_positions_of_the_longest_text_are_run(server: SpanServer) -> None:
@@ -302,6 +363,33 @@ def test_the_work_of_a_call(limits: dict[str, int], fine: Request, text: str) ->
     more = replace(fine, actions=[Action("blocks.1.hook_mlp_out", "zero")])
     assert text in answer(server, more).error
     server.close()
+
+
+ZERO, KEEP = Action("blocks.1.hook_mlp_out", "zero"), Action("blocks.2.attn.hook_q", "keep")
+STREAMS = 2 * 5 * D_MODEL
+BLOCK = 2 * 5 * (12 * D_MODEL + 4 * 2 * 64 + 3 * 4 * 5)
+"""Numbers of one block: widths of 128, two experts of 64 for each token, four heads' scores of five keys."""
+
+
+@pytest.mark.parametrize(
+    ("limit", "exact", "changes"),
+    [
+        ("answer", 8 * STREAMS, {"actions": [ZERO, KEEP]}),
+        ("memory", 8 * BLOCK, {}),
+        ("memory", 8 * (BLOCK + 3 * STREAMS), {"actions": [ZERO, ZERO]}),
+        ("memory", 8 * (2 * BLOCK + 3 * 2 * STREAMS), {"actions": [ZERO, ZERO], "grad": True}),
+        ("memory", 8 * (2 * BLOCK + STREAMS), {"actions": [KEEP], "kind": "backward"}),
+        ("work", 3 * (2 + 1) * STREAMS, {"actions": [KEEP], "kind": "backward"}),
+    ],
+)
+def test_what_a_call_would_take_by_hand(limit: str, exact: int, changes: dict[str, Any]) -> None:
+    request = replace(FORWARD, **changes)
+    if request.kind == "backward":
+        request.tensors = {"stream": STREAM, "grad.stream": STREAM}
+    for most, refused in ((exact, False), (exact - 1, True)):
+        server = make(**{limit: most})
+        assert bool(answer(server, request).error) is refused, most
+        server.close()
 
 
 def test_the_memory_of_a_call_is_bounded_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

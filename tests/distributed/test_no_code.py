@@ -26,10 +26,8 @@ CALLS = (
 )
 
 WIRE = ("messages", "checks", "edits", "server", "sessions", "turns", "remote_call", "remote_cache", "spans")
-"""The modules of `distributed` that touch what another process sent; the network's ones are added where they are."""
-WIRE += tuple(
-    name for name in ("pieces", "route", "frames", "records") if (PACKAGE / f"distributed/{name}.py").exists()
-)
+"""The modules of `distributed` that touch what another process sent."""
+WIRE += ("pieces", "route", "frames", "records", "signing")
 
 
 def file_of(module: str) -> Path | None:

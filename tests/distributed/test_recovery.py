@@ -150,6 +150,37 @@ def test_another_server_takes_over(place: Place, expected: dict[str, Any], run, 
     assert times >= FEWEST[run.__name__]
 
 
+SET = ["blocks.0.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"]
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "and keep"])
+@pytest.mark.parametrize("at", SET)
+def test_what_is_set_stops_the_gradient(place: Place, at: str, keeps: bool) -> None:
+    """No gradient comes to what is before it, or only that of what was kept there, on whichever servers."""
+
+    def run(bridge: TransformerBridge) -> Any:
+        values = torch.linspace(-1, 1, 2 * 6 * 128).view(2, 6, 128).requires_grad_()
+        begin = torch.full((2, 6, 128), 0.5, requires_grad=True)
+        early, kept = torch.full((32,), 0.25, requires_grad=True), Keep()
+        hooks = [
+            ("hook_embed", lambda tensor, hook: begin * 1.0),
+            ("blocks.0.attn.hook_q", Edit("add", early)),
+            ("blocks.0.attn.hook_pattern", kept),
+            (at, Edit("set", values)),
+        ]
+        loss = bridge.run_with_hooks(TOKENS, return_type="loss", fwd_hooks=hooks)
+        (loss + (kept.value[0, 1, -1, 2] if keeps else 0)).backward()
+        return [loss.detach(), values.grad, begin.grad, early.grad]
+
+    expected = run(place.local)
+    assert (expected[2] is None) == (at == SET[0] or (at != SET[1] and not keeps))
+    times = 0
+    for one in every_call(place, "dies_before", place.other, run):
+        assert same(one.found, expected), f"call {one.nth}"
+        times += 1
+    assert times >= FEWEST["backward"]
+
+
 ALONE = [(run, fault) for run in (forward, backward) for fault in ("loses_answer", "garbles", "is_busy")]
 ALONE += [(greedy, fault) for fault in ("hangs", "loses_answer", "garbles", "answers_too_little", "restarts")]
 ALONE += [(beams, fault) for fault in ("hangs", "is_busy", "forgets")]

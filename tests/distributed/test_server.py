@@ -25,6 +25,7 @@ from transformer_lens.distributed.messages import (
     Request,
     pack_reply,
     pack_request,
+    too_much,
     unpack_reply,
     unpack_request,
 )
@@ -516,13 +517,49 @@ def test_the_servers_budget_counts_keys_and_values() -> None:
     server.close()
 
 
-def test_ask_says_which_blocks(server) -> None:
+def test_ask_says_which_blocks_and_who(server) -> None:
     span = LocalSpan("tiny-mixtral", range(1, 3))
-    with pytest.raises(SpanError, match="blocks 1 to 3: MessageError: blocks 0 to 3 were asked for"):
+    with pytest.raises(SpanError, match=f"^blocks 1 to 3 on {span.peer}: MessageError: blocks 0 to 3 were asked for"):
         ask(span, forward(first=0))
-    with pytest.raises(SpanError, match="blocks 1 to 3: the request has .* bytes, and a message has at most 99"):
+    size = len(pack_request(forward()))
+    with pytest.raises(SpanError, match=f"^blocks 1 to 3 on {span.peer}: the request has {size} bytes, .* at most 99"):
         ask(span, forward(), Limits(message=99))
+    assert ask(span, forward(), Limits(message=size)).tensors
     span.close()
+
+
+class Silent:
+    """A span that is not to be asked."""
+
+    blocks, peer = range(0, 80), "silent"
+
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        raise AssertionError("a message that nobody would read was sent")
+
+
+def test_too_many_places_are_refused_before_anything_is_sent() -> None:
+    """As deep prompts of 1500 positions in 80 blocks would have; the server's own check, at the client."""
+    for places, refused in ((1000, False), (1500, True)):
+        actions = [Action(f"blocks.{n}.hook_resid_pre", "add", positions=list(range(places))) for n in range(80)]
+        message = pack_request(Request("forward", 0, 80, actions=actions))
+        head = struct.unpack_from("<I", message, 4)[0]
+        assert (head > Limits().head) is refused
+        if refused:
+            with pytest.raises(
+                SpanError, match=f"80 on silent: the hooks of the request take {head} bytes, and .* 262"
+            ):
+                ask(Silent(), Request("forward", 0, 80, actions=actions))
+            with pytest.raises(MessageError, match=f"the head says it has {head} bytes"):
+                unpack_request(message, Limits())
+        else:
+            assert too_much(message, Limits()) == too_much(message, Limits(head=head)) == ""
+            assert too_much(message, Limits(head=head - 1)) != ""
+            assert len(unpack_request(message, Limits(head=head)).actions) == 80
+            with pytest.raises(MessageError, match=f"the head says it has {head} bytes; at most {head - 1}"):
+                unpack_request(message, Limits(head=head - 1))
+    many = Request("forward", 0, 80, tensors={f"value.{n}": torch.zeros(1) for n in range(4000)})
+    with pytest.raises(SpanError, match="fewer hooks"):  # the header of the tensors
+        ask(Silent(), many)
 
 
 REPLY = {"error": "", "info": {}, "turns": []}

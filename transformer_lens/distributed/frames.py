@@ -92,19 +92,19 @@ def conversation(
             break
         if status != MORE or offset != sent or sent == len(message):
             raise FrameError(f"after {sent} of {len(message)} bytes the server answered out of turn")
-    parts: list[bytes] = []
-    have = 0
+    received = bytearray()
     if total > most:
         raise FrameError(f"the answer has {total} bytes, and at most {most} are read")
     whole = total
     while True:
+        have = len(received)
         if status != ANSWER or offset != have or total != whole or len(data) > total - have or not data:
             raise FrameError(f"a piece of the answer does not follow the {have} of {whole} bytes before it")
-        parts.append(data)
-        have += len(data)
-        if have == whole:
-            return b"".join(parts)
-        status, total, offset, data = _read_reply((yield REQUEST.pack(MAGIC, FETCH, call, whole, have, seconds)))
+        received += data
+        if len(received) == whole:
+            return bytes(received)
+        asked = REQUEST.pack(MAGIC, FETCH, call, whole, len(received), seconds)
+        status, total, offset, data = _read_reply((yield asked))
 
 
 def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
@@ -151,7 +151,8 @@ class Call:
     used: float
     deadline: float = 0.0
     """When nobody waits for the answer any more, on the exchange's clock."""
-    parts: list[bytes] = field(default_factory=list)
+    received: bytearray = field(default_factory=bytearray)
+    """One memory, so that many small pieces take no more than few large ones."""
     have: int = 0
     answer: bytes | None = None
     fetched: bool = False
@@ -161,9 +162,7 @@ class Call:
     @property
     def message(self) -> bytes:
         """The whole message, once it is here."""
-        if len(self.parts) > 1:
-            self.parts = [b"".join(self.parts)]
-        return self.parts[0]
+        return bytes(self.received)
 
 
 class Exchange:
@@ -206,7 +205,7 @@ class Exchange:
 
     def finish(self, call: Call, answer: bytes) -> None:
         """The answer of a call, which is kept until it was fetched."""
-        call.answer, call.parts, call.task = answer, [], None
+        call.answer, call.received, call.task = answer, bytearray(), None
         call.used = self.clock()
         self._make_room(call.peer)
 
@@ -278,7 +277,7 @@ class Exchange:
             if sum(other.have for other in self._all()) + len(data) > self.room.receiving_all:
                 self.drop(call)
                 raise FrameRefused("too many messages are on their way to this server", retry=True)
-            call.parts.append(data)
+            call.received += data
             call.have += len(data)
             call.deadline = self.clock() + seconds
         if call.have == call.total and offset + len(data) == call.total:

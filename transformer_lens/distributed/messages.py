@@ -157,6 +157,25 @@ def pack_reply(reply: Reply) -> bytes:
     return _frame({"error": reply.error, "info": reply.info, "turns": reply.turns}, reply.tensors)
 
 
+def too_much(message: bytes, limits: Limits) -> str:
+    """Why a message of ours would not be read for its size; empty if it would.
+
+    >>> too_much(pack_request(Request("info", 0, 0)), Limits(head=9))
+    'the hooks of the request take 65 bytes, and a message has room for 9; ...'
+    """
+    if len(message) > limits.message:
+        return f"the request has {len(message)} bytes, and a message has at most {limits.message}"
+    (head,) = struct.unpack_from("<I", message, 4)
+    (names,) = struct.unpack_from("<Q", message, 8 + head)
+    if max(head, names) > limits.head:
+        return (
+            f"the hooks of the request take {max(head, names)} bytes, and a message has room for {limits.head}; each "
+            "position, head and expert that an edit names counts: use fewer hooks, or fewer places, or edit all of "
+            "them, or let a server have fewer blocks"
+        )
+    return ""
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,7 +22,8 @@ from typing import Any, TypeVar
 
 from transformer_lens.distributed.frames import FrameError, FrameRefused, conversation, ping, pong
 from transformer_lens.distributed.messages import Limits
-from transformer_lens.distributed.records import PEER, may_be_kept
+from transformer_lens.distributed.records import PEER
+from transformer_lens.distributed.signing import validator
 from transformer_lens.distributed.spans import SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class Node:
         """Set when the daemon is gone, whether it was asked to or not."""
         self._pid = os.getpid()
         self._closing = False
+        self._identity: bytes | None = None
         self._p2p: Any = None
         self._dht: Any = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -110,9 +113,14 @@ class Node:
         atexit.register(self.close)
         started = False
         try:
-            if identity is not None:
-                make_identity(identity)
-            self.wait(self._start(listen, identity, startup_timeout))
+            with tempfile.TemporaryDirectory(prefix="identity-") as folder:
+                if identity is None and listen:  # what it announces is signed
+                    identity = os.path.join(folder, "key")
+                if identity is not None:
+                    make_identity(identity)
+                    with open(identity, "rb") as file:
+                        self._identity = file.read()
+                self.wait(self._start(listen, identity, startup_timeout))
             started = True
         finally:
             if not started:
@@ -159,7 +167,7 @@ class Node:
                 # What others announce is asked for anew each time, or a server that joins would be seen late.
                 cache_locally=False,
                 cache_nearest=0,
-                record_validator=_validator(engine),
+                record_validator=validator(engine.dht.validation.RecordValidatorBase, self._identity),
             )
         except failures as error:
             raise self._not_started(error) from error
@@ -364,13 +372,3 @@ def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:
     """What a call over the daemon may raise for reasons of the network."""
     bindings = engine.p2p.p2p_daemon_bindings.utils
     return (bindings.P2PDaemonError, bindings.P2PHandlerError, OSError, EOFError)
-
-
-def _validator(engine: Any) -> Any:
-    """This peer keeps and believes records that announce a span, and no others."""
-
-    class Announcements(engine.dht.validation.RecordValidatorBase):
-        def validate(self, record: Any) -> bool:
-            return may_be_kept(record.subkey, record.value)
-
-    return Announcements()

@@ -37,15 +37,53 @@ class _Segment:
 
 
 @dataclass
+class _Mask:
+    """The mask of a step and of those before it, as long as each only adds columns to the one before."""
+
+    columns: Tensor
+
+
+def _end(step: Request) -> int:
+    """How many positions there are after a step."""
+    return step.start + step.tensors["stream"].shape[1]
+
+
+@dataclass
 class _Stretch:
     """Blocks that are called together: every step so far, and who holds their keys and values."""
 
     steps: list[Request] = field(default_factory=list)
+    """Without what is in `masks`."""
+    masks: list[_Mask | None] = field(default_factory=list)
+    """Of each step. One for all, mostly: a mask of its own for each would take the square of their number."""
     segments: list[_Segment] = field(default_factory=list)
+
+    def add(self, request: Request) -> None:
+        """One more step."""
+        self.segments[0].streams.append(request.tensors["stream"])
+        new, last = request.tensors.get("mask"), self.masks[-1] if self.masks else None
+        if new is None or new.shape[1:] != (_end(request),):  # none, or one that is refused
+            self.masks.append(None)
+            self.steps.append(request)
+            return
+        if last is not None and torch.equal(last.columns[:, : request.start], new[:, : request.start]):
+            last.columns = new
+        else:
+            last = _Mask(new)
+        self.masks.append(last)
+        self.steps.append(replace(request, tensors={k: v for k, v in request.tensors.items() if k != "mask"}))
+
+    def step(self, nth: int) -> Request:
+        """A step as it came."""
+        step, mask = self.steps[nth], self.masks[nth]
+        if mask is None:
+            return step
+        return replace(step, tensors={**step.tensors, "mask": mask.columns[:, : _end(step)]})
 
     def forget_from(self, length: int) -> None:
         """A step that failed further up is done again, perhaps with other hooks."""
         self.steps = [step for step in self.steps if step.start < length]
+        del self.masks[len(self.steps) :]
         for segment in self.segments:
             del segment.streams[len(self.steps) :]
             segment.done = min(segment.done, len(self.steps))
@@ -84,8 +122,7 @@ class RemoteText:
         tries = Tries(self.route, "step", request.first, request.end)
         if not stretch.segments:
             stretch.segments = self._segments(tries.legs(request.first, request.end), [])
-        stretch.steps.append(request)
-        stretch.segments[0].streams.append(request.tensors["stream"])
+        stretch.add(request)
         whole, nth = Reply(), 0
         while nth < len(stretch.segments):
             self._check_leg(stretch, nth, tries)
@@ -123,7 +160,7 @@ class RemoteText:
         segment, last = stretch.segments[nth], len(stretch.steps) - 1
         following = stretch.segments[nth + 1] if nth + 1 < len(stretch.segments) else None
         while segment.done <= last:
-            step = replace(stretch.steps[segment.done], session=segment.session)
+            step = replace(stretch.step(segment.done), session=segment.session)
             part = piece(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
             try:
                 reply = tries.ask(segment.leg.span, part.request, check_forward)

@@ -69,7 +69,6 @@ class Sessions:
 
     def open(self, peer: str, name: str, make: Callable[[], Session]) -> Session:
         """The session of this name, made if it is new."""
-        self.expire()
         sessions = self.of_peer.get(peer, {})
         if name not in sessions:
             if len(sessions) >= self.limits.sessions:

@@ -16,6 +16,7 @@ from transformer_lens.distributed.messages import (
     Request,
     pack_request,
     printable,
+    too_much,
     unpack_reply,
 )
 from transformer_lens.distributed.routing import ServerFacts
@@ -128,13 +129,14 @@ def ask(span: Span, request: Request, limits: Limits | None = None, timeout: flo
     >>> ask(LocalSpan("tiny-falcon", range(0, 2)), Request("forward", 0, 4))
     Traceback (most recent call last):
     ...
-    transformer_lens.distributed.spans.SpanError: blocks 0 to 2: MessageError: blocks 0 to 4 were asked for, ...
+    transformer_lens.distributed.spans.SpanError: blocks 0 to 2 on local-...: MessageError: blocks 0 to 4 were asked ...
     """
     limits = limits or Limits()
-    where = f"blocks {span.blocks.start} to {span.blocks.stop}"
+    where = f"blocks {span.blocks.start} to {span.blocks.stop} on {span.peer}"
     message = pack_request(request)
-    if len(message) > limits.message:
-        raise SpanError(f"{where}: the request has {len(message)} bytes, and a message has at most {limits.message}")
+    excess = too_much(message, limits)
+    if excess:
+        raise SpanError(f"{where}: {excess}")
     try:
         reply = unpack_reply(span.send(message, timeout), limits)
     except MessageError as error:
