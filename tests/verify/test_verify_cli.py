@@ -79,8 +79,8 @@ def test_an_error_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_wrong_dtype_is_a_sentence(checkpoint: str) -> None:
     result = run(checkpoint, "--dtype", "float31")
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
+    assert result.exit_code == 2
+    assert "got 'float31', expected the name of a torch dtype" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_as_a_module() -> None:

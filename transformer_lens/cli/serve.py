@@ -196,11 +196,12 @@ def run_serve(
     >>> run_serve("tiny-falcon", range(0, 2), ready=list.append)  # doctest: +SKIP
     """
     from transformer_lens.distributed import Limits, SpanServer
-    from transformer_lens.distributed.node import Node, address_of
+    from transformer_lens.distributed.node import Node, address_of, need_engine
     from transformer_lens.distributed.serve import ServedSpan, check_options
 
     address = address_of(host, port)
     check_options(limits or {}, update_period, drain_seconds, allow)
+    need_engine()  # before minutes of reading weights
     warn_if_open(host, allow)
     set_threads(threads)
     with log_to_stderr() as log, signals() as (stop, now):

@@ -51,6 +51,11 @@ def _engine() -> Any:
     return hivemind
 
 
+def need_engine() -> None:
+    """Raise `ImportError`, with what to install, where the network library is missing."""
+    _engine()
+
+
 def address_of(host: str, port: int) -> str:
     """The address to listen on, in libp2p's words.
 
