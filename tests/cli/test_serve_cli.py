@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -50,11 +52,26 @@ def test_what_is_no_such_option(options: list[str]) -> None:
         (["--blocks", "0:2", "--prefix", "a.b"], "dht_prefix: got 'a.b'"),
     ],
 )
-def test_options_that_do_not_fit(options: list[str], error: str) -> None:
+def test_options_that_do_not_fit(options: list[str], error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformer_lens.distributed.node.need_engine", lambda: None)  # also where it is missing
     found = run("serve", "tiny-falcon", *options)
     assert found.exit_code == 1
     assert error in found.stderr
     assert found.stdout == ""
+
+
+def test_a_missing_network_library_is_said_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "hivemind"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hivemind", None)
+    found = run("serve", "tiny-falcon", "--blocks", "0:2")
+    assert found.exit_code == 1
+    assert (
+        "error: servers on other machines need hivemind: pip install 'transformer-lens-bridge[swarm]'" in found.stderr
+    )
+    assert "tensors" not in found.stderr + caplog.text
 
 
 def test_status_without_peers() -> None:

@@ -10,11 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer_lens.distributed.records import Announcement
-
-pytest.importorskip("hivemind")
-
 from transformer_lens.distributed.node import peer_of
+from transformer_lens.distributed.records import Announcement
 from transformer_lens.distributed.signing import MAX_BYTES, peer_of_key, sign, signed, validator
 
 
