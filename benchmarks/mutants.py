@@ -105,7 +105,7 @@ TARGETS = {
     ),
     "lm_head": Target(f"{WIRE}/lm_head.py", (f"{REMOTE}/test_head.py",)),
     "records": Target(f"{WIRE}/records.py", (f"{REMOTE}/test_records.py",)),
-    "signing": Target(f"{WIRE}/signing.py", (f"{REMOTE}/../swarm/test_signing.py",)),
+    "signing": Target(f"{WIRE}/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
 }
 FORMULAS = ("attention", "attention_math", "normalization", "moe")
 """What runs without a name: the formulas of the twins."""
