@@ -98,6 +98,8 @@ def peers() -> str:
         if "crashed" in a["result"]
     }
     reasons = "".join(f"- {package}, crashed: `{reason.replace('`', '')}`\n" for package, reason in why)
+    few = ", ".join(dict.fromkeys(TASKS.get(a["task"], a["task"]) for a in stored["answers"] if a.get("quick")))
+    reasons += f"- few samples: {few}\n" if few else ""
     versions = ", ".join(f"{p} {found['packages'][p]}" for p, found in stored["packages"].items() if p != "ours")
     return (
         markdown(["time / bare transformers", "model", *titles], timed)

@@ -1,6 +1,6 @@
 """`make bench-peers`: the same work in TransformerLens 4.3.0 and nnsight 0.8.1, each in its own environment.
 
-python -m benchmarks.peers [--size 100m] [--family falcon mixtral] [--quick] [--out FILE]
+python -m benchmarks.peers [--size 100m] [--family falcon mixtral] [--quick] [--out FILE] [--add]
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--quick", action="store_true")
     made.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    made.add_argument("--add", action="store_true", help="keep what the file has of other tasks and models")
     return made
 
 
@@ -173,9 +174,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(answer.package, model, answer.task, said, sep=" | ", file=sys.stderr, flush=True)
     tables(answers, options.package)
     places = {answer.package: answer.result for answer in answers if answer.task == "environment"}
-    figures = [{**vars(answer), "text": answer.text} for answer in answers if answer.task != "environment"]
+    asked = [answer for answer in answers if answer.task != "environment"]
+    figures = [{**vars(answer), "text": answer.text, "quick": options.quick} for answer in asked]
     here = environment(torch.device("cpu"))
-    store(options.out, {"environment": here, "packages": places, "quick": options.quick, "answers": figures})
+    if options.add:
+        before = json.loads(options.out.read_text())
+        anew = {(row["package"], row["model"], row["task"]) for row in figures}
+        kept = [row for row in before["answers"] if (row["package"], row["model"], row["task"]) not in anew]
+        figures = [*kept, *figures]
+        here, places = before["environment"], before["packages"] | places
+    store(options.out, {"environment": here, "packages": places, "answers": figures})
     print(f"stored in {options.out}")
     return 0
 
