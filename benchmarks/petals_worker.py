@@ -45,8 +45,8 @@ def answer(**facts: Any) -> None:
 def prepare_petals() -> None:
     """Make hivemind 1.1.12 look as Petals 2.2.0 expects it, and keep its client from waiting for itself.
 
-    Its sessions close themselves when Python collects them. One whose closing failed before (a broken pipe: about one
-    in ten generations here) is collected later, at times in the very thread that would have to do the closing; then
+    Its sessions close themselves when Python collects them. One whose closing failed before (a broken pipe, now and
+    then) is collected later, at times in the very thread that would have to do the closing; then
     the client stands still for good. All of them are closed by hand as well, so that is left out here.
     """
     hivemind = importlib.import_module("hivemind")

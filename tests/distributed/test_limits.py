@@ -33,7 +33,6 @@ from transformer_lens.distributed.messages import (
 )
 from transformer_lens.distributed.server import ANSWERABLE
 from transformer_lens.distributed.sessions import Session, Sessions
-from transformer_lens.distributed.turns import Turns
 
 D_MODEL = 128
 STREAM = torch.randn(2, 5, D_MODEL)
@@ -718,14 +717,6 @@ def test_bytes_that_wait() -> None:
         queue.errors("one")[0]
         == f"FullError: {2 * size} bytes of this peer and {2 * size} of all wait or run, and no more may"
     )
-
-
-def test_a_call_that_breaks_off_gives_its_turn_on() -> None:
-    turns = Turns(Limits(calls=1))
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt), turns.turn("one", 5):
-            raise KeyboardInterrupt
-    assert turns.load() == 0
 
 
 def test_closing_waits_for_what_was_asked() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from tests.swarm.forked import ForkedServers, children
+from tests.swarm.forked import ForkedServers
 from tests.swarm.processes import Server, daemons, wait_until
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM
@@ -186,7 +186,7 @@ class Fleet:
     def close(self) -> None:
         """Stop everything; nothing of it may be there afterwards."""
         self.model.close()
-        mine = {pid for server in self.servers.all for pid in children(server.process.pid)}
+        mine = {pid for server in self.servers.all for pid in daemons(server.process.pid)}
         self.servers.close()
         assert all(server.process.poll() is not None for server in self.servers.all)
         wait_until("the daemons to end", lambda: not mine & set(daemons()), 10)
@@ -210,7 +210,7 @@ def kill_before(server: Server, nth: int, kind: str = "") -> Trap:
 
 def kill_on_arrival(server: Server, nth: int) -> Trap:
     """`kill -9` when the nth call has come to its daemon, and the server, which is stopped, has not read it yet."""
-    daemon = children(server.process.pid)[0]
+    daemon = daemons(server.process.pid)[0]
 
     def trap(call: Call) -> None:
         if call.peer == server.peer and call.nth == nth:
@@ -234,7 +234,7 @@ def kill_daemon_before(server: Server, nth: int) -> Trap:
 
     def trap(call: Call) -> None:
         if call.peer == server.peer and call.nth == nth:
-            os.kill(children(server.process.pid)[0], signal.SIGKILL)
+            os.kill(daemons(server.process.pid)[0], signal.SIGKILL)
 
     return trap
 

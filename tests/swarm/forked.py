@@ -82,18 +82,3 @@ class ForkedServers(Servers):
         for server in self.all:
             server.signal(signal.SIGCONT)  # one that a failed test left stopped would not hear the rest
         super().close()
-
-
-def children(pid: int, name: str = "p2pd") -> list[int]:
-    """The processes of this name that a process started."""
-    found = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                text = (place / "stat").read_text()
-            except OSError:
-                continue  # it ended while we looked
-            called, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
-            if called == name and int(rest[1]) == pid and rest[0] != "Z":
-                found.append(int(place.name))
-    return found

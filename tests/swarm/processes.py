@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 LIMIT = 90.0
 """Seconds for a server to start, and for one to leave: the machines that run this are slow at times."""
@@ -101,8 +102,17 @@ class Servers:
                 server.stop()
 
 
-def daemons() -> list[int]:
-    """The libp2p daemons in this network, by process id."""
+class Running(NamedTuple):
+    """A process that is there and not a zombie."""
+
+    pid: int
+    name: str
+    parent: int
+    group: int
+
+
+def running() -> list[Running]:
+    """The processes of this network."""
     found = []
     mine = os.readlink("/proc/self/ns/net")
     for place in Path("/proc").iterdir():
@@ -112,7 +122,13 @@ def daemons() -> list[int]:
                 text = (place / "stat").read_text()
             except OSError:
                 continue  # it ended while we looked
-            name, state = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2]
-            if same and name == "p2pd" and state != "Z":
-                found.append(int(place.name))
+            state, parent, group = text[text.rindex(")") + 2 :].split()[:3]
+            if same and state != "Z":
+                name = text[text.index("(") + 1 : text.rindex(")")]
+                found.append(Running(int(place.name), name, int(parent), int(group)))
     return sorted(found)
+
+
+def daemons(parent: int | None = None) -> list[int]:
+    """The libp2p daemons by process id: those that a process started, or all."""
+    return [one.pid for one in running() if one.name == "p2pd" and parent in (None, one.parent)]

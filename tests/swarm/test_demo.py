@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from demos import swarm
-from tests.swarm.processes import daemons, wait_until
+from tests.swarm.processes import daemons, running, wait_until
 
 DEMO = Path(__file__).parents[2] / "demos" / "swarm.py"
 
@@ -43,21 +43,7 @@ def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the servers, too
     assert process.wait(60) != 0
     wait_until("the demo's daemons to end", lambda: daemons() == before, 10)
-    wait_until("the demo's servers to end", lambda: not in_group(process.pid), 10)
-
-
-def in_group(group: int) -> list[str]:
-    found = []
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal():
-            try:
-                text = (place / "stat").read_text()
-            except OSError:
-                continue  # it ended while we looked
-            state, _, its = text[text.rindex(")") + 2 :].split()[:3]
-            if int(its) == group and state != "Z":
-                found.append(place.name)
-    return found
+    wait_until("the demo's servers to end", lambda: process.pid not in {one.group for one in running()}, 10)
 
 
 def test_a_difference_is_told_and_counts(capsys: pytest.CaptureFixture[str]) -> None:

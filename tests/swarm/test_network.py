@@ -210,17 +210,12 @@ def test_processes_end_and_leave_no_daemon(servers: Servers) -> None:
     for number, server in started.items():
         server.signal(number)
         assert server.process.wait(30) == (-number if number == signal.SIGKILL else 0)
-    theirs = [pid for pid in daemons() if pid in mine and parent(pid) == lost.process.pid]
+    theirs = daemons(lost.process.pid)
     assert len(theirs) == 1
     os.kill(theirs[0], signal.SIGKILL)
     assert lost.process.wait(30) == 1
     assert "the libp2p daemon of this process ended with code -9" in lost.log
     wait_until("the daemons to end", lambda: not set(daemons()) & mine, 5)
-
-
-def parent(pid: int) -> int:
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return int(text[text.rindex(")") + 2 :].split()[1])
 
 
 CLIENT = """
@@ -247,7 +242,7 @@ def test_clients_leave_no_daemon(shared: dict[str, list[Server]]) -> None:
         with clients[name] as client:
             assert client.stdout is not None and client.stdout.readline() == "ready\n", name
             if number is not None:
-                assert len([pid for pid in daemons() if parent(pid) == client.pid]) == 1
+                assert len(daemons(client.pid)) == 1
                 client.send_signal(number)
             try:
                 code = client.wait(60)
@@ -260,7 +255,7 @@ def test_clients_leave_no_daemon(shared: dict[str, list[Server]]) -> None:
 def test_the_clients_daemon_dies(shared: dict[str, list[Server]]) -> None:
     swarm = swarm_of(shared["tiny-falcon"][0].address)
     span = swarm.spans()[0]
-    stopped = next(pid for pid in daemons() if parent(pid) == os.getpid() and swarm.node._p2p._child.pid == pid)
+    stopped = next(pid for pid in daemons(os.getpid()) if swarm.node._p2p._child.pid == pid)
     os.kill(stopped, signal.SIGKILL)
     begin = time.monotonic()
     with pytest.raises(SpanUnreachable, match="the libp2p daemon of this process ended with code -9"):

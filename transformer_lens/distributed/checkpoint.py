@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,3 +78,13 @@ def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartO
                 if wanted(tensor):
                     part.tensors[tensor] = opened.get_tensor(tensor)
     return part
+
+
+def misfits(report: Mapping[str, Any]) -> str:
+    """What transformers says of weights that a model lacks, has no place for, or has in another shape; empty if none.
+
+    >>> misfits({"missing_keys": ["b"], "unexpected_keys": [], "mismatched_keys": [("a", (1,), (2,))]})
+    'a, b'
+    """
+    names = [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    return ", ".join(sorted(names))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import FalconConfig, MixtralConfig, PreTrainedConfig
+from transformers import FalconConfig, FalconModel, MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
 
@@ -39,6 +39,10 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     """The class of the blocks that a server hosts."""
     attn_class: ClassVar[type[nn.Module]]
     """The class of the attention in them."""
+    base_class: ClassVar[type[PreTrainedModel]]
+    """The family's model without its head: what runs the blocks on a server."""
+    ends: ClassVar[dict[str, int]]
+    """What a server has no use for, and how many axes each has: an embedding of one row, a norm that never runs."""
     full_name_in_prefix: ClassVar[bool]
     """Whether the prefix keeps the owner of a hub name."""
 
@@ -147,6 +151,8 @@ class DistributedFalconConfig(DistributedConfig, FalconConfig):
     block_prefix: ClassVar[str] = "transformer.h"
     block_class: ClassVar[type[nn.Module]] = FalconDecoderLayer
     attn_class: ClassVar[type[nn.Module]] = FalconAttention
+    base_class: ClassVar[type[PreTrainedModel]] = FalconModel
+    ends: ClassVar[dict[str, int]] = {"word_embeddings.weight": 2, "ln_f.weight": 1, "ln_f.bias": 1}
     full_name_in_prefix: ClassVar[bool] = False
 
     @property
@@ -168,6 +174,8 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
     block_prefix: ClassVar[str] = "model.layers"
     block_class: ClassVar[type[nn.Module]] = MixtralDecoderLayer
     attn_class: ClassVar[type[nn.Module]] = MixtralAttention
+    base_class: ClassVar[type[PreTrainedModel]] = MixtralModel
+    ends: ClassVar[dict[str, int]] = {"embed_tokens.weight": 2, "norm.weight": 1}
     full_name_in_prefix: ClassVar[bool] = True
 
     @property

@@ -6,19 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from transformers import FalconModel, MixtralModel, PreTrainedModel
+from transformers import PreTrainedModel
 
-from transformer_lens.distributed.checkpoint import PartOfCheckpoint, block_of, read_part
+from transformer_lens.distributed.checkpoint import PartOfCheckpoint, block_of, misfits, read_part
 from transformer_lens.distributed.configs import AutoDistributedConfig, config_with
-
-MODELS: dict[str, type[PreTrainedModel]] = {"falcon": FalconModel, "mixtral": MixtralModel}
-"""`model_type` -> the class whose blocks a server runs."""
-
-ENDS = {
-    "falcon": {"word_embeddings.weight": 2, "ln_f.weight": 1, "ln_f.bias": 1},
-    "mixtral": {"embed_tokens.weight": 2, "norm.weight": 1},
-}
-"""What a span has no use for, and how many axes it has: an embedding of one row, and a final norm that never runs."""
 
 
 def span_config(config: Any, blocks: range) -> Any:
@@ -62,8 +53,8 @@ def load_span(
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
     weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
     dtype = dtype or config.dtype or next(iter(weights.values())).dtype
-    ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in ENDS[config.model_type].items()}
-    model, report = MODELS[config.model_type].from_pretrained(
+    ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in config.ends.items()}
+    model, report = config.base_class.from_pretrained(
         None,
         config=span_config(config, blocks),
         state_dict={**weights, **ends},
@@ -71,9 +62,9 @@ def load_span(
         attn_implementation=attn_implementation,
         output_loading_info=True,
     )
-    misfits = [*report["missing_keys"], *report["unexpected_keys"], *(key for key, *_ in report["mismatched_keys"])]
-    if misfits:
-        raise ValueError(f"{name}: its blocks {blocks} do not fit {type(model).__name__}: {', '.join(sorted(misfits))}")
+    wrong = misfits(report)
+    if wrong:
+        raise ValueError(f"{name}: its blocks {blocks} do not fit {type(model).__name__}: {wrong}")
     return model.to(device).eval().requires_grad_(False), config, part
 
 

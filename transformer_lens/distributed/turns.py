@@ -83,4 +83,4 @@ class Turns:
         if had_turn or not queue:
             del self._queues[call.peer]
         if had_turn and queue:
-            self._queues[call.peer] = queue
+            self._queues[call.peer] = queue  # behind those of all other peers
