@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
 
-from transformer_lens.distributed.checkpoint import block_of, read_part
+from transformer_lens.distributed.checkpoint import block_of, misfits, read_part
 from transformer_lens.distributed.configs import (
     FILE_OPTIONS,
     AutoDistributedConfig,
@@ -30,7 +30,7 @@ from transformer_lens.distributed.connecting import ConnectMethods
 from transformer_lens.distributed.edits import Edit
 from transformer_lens.distributed.lm_head import LMHead
 from transformer_lens.distributed.messages import Request
-from transformer_lens.distributed.prompted_call import PromptedCall, with_prompts
+from transformer_lens.distributed.prompted_call import ModelCall, PromptedCall, with_prompts
 from transformer_lens.distributed.prompts import PromptFacts, PromptMethods, TrainedPrompts
 from transformer_lens.distributed.remote_cache import RemoteText, remote_text
 from transformer_lens.distributed.remote_call import StretchCall, action_of, refusal
@@ -38,6 +38,7 @@ from transformer_lens.distributed.route import Route
 from transformer_lens.distributed.spans import Span, SpanSource
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import BlockElsewhere, HookRequest
+from transformer_lens.model_bridge.upstream import CACHE, MASK, USE_CACHE, Arguments, arguments_of, output_name
 
 
 @dataclass
@@ -143,6 +144,8 @@ class RemoteBlocks:
     """A base model whose blocks are remote: notes each forward's mask and positions for the servers."""
 
     route: Route
+    arguments: Arguments
+    """What the family's own forward calls its arguments."""
     config: Any
     training: bool
     prompts: TrainedPrompts | None
@@ -150,6 +153,7 @@ class RemoteBlocks:
     def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         """Put a `RemoteBlock` in each block's place."""
         self.route = Route(self.config.num_hidden_layers, self.config)
+        self.arguments = arguments_of(self.config.base_class)
         blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
         tuned = self.config.tuning_mode is not None
         self.prompts = TrainedPrompts(PromptFacts.of(self.config), self.config.initializer_range) if tuned else None
@@ -164,9 +168,10 @@ class RemoteBlocks:
         """The family's own forward, over remote blocks."""
         self._refuse(args, kwargs)
         self.route.close_sessions()
-        cache = kwargs.get("past_key_values")
+        given = ModelCall(self.arguments, args, kwargs)
+        cache = given[CACHE]
         text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
-        call = with_prompts(self, args, kwargs, text)
+        call = with_prompts(self, given, text)
         with self._passing(call, text):
             output = super().forward(*call.args, **call.kwargs)  # type: ignore[misc]
         if text is not None:
@@ -175,7 +180,7 @@ class RemoteBlocks:
         if isinstance(output, tuple):
             return (stream,) if text is None else (stream, *output[1:])
         output.last_hidden_state = stream
-        output.past_key_values = cache  # without one, the servers kept nothing
+        setattr(output, output_name(output, CACHE), cache)  # without one, the servers kept nothing
         return output
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -190,14 +195,14 @@ class RemoteBlocks:
             raise ValueError(
                 f"model.train(): {', '.join(drops)} would act on servers, which evaluate; call model.eval()"
             )
-        mask = kwargs.get("attention_mask")
+        mask = self.arguments.value(MASK, args, kwargs)
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
 
     @contextmanager
     def _passing(self, call: PromptedCall, text: RemoteText | None) -> Iterator[None]:
         tensors = {"mask": call.mask, "position_ids": call.position_ids}
-        use_cache = text is not None or call.kwargs.get("use_cache")
+        use_cache = text is not None or self.arguments.value(USE_CACHE, call.args, call.kwargs)
         sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
         use_cache = self.config.use_cache if use_cache is None else bool(use_cache)
         _passes.stack.append(Pass(self.route, sent, use_cache, text, call.edits))
@@ -287,9 +292,9 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-        misfits = [*report["missing_keys"], *report["unexpected_keys"], *(k for k, *_ in report["mismatched_keys"])]
-        if misfits:
-            raise ValueError(f"{name}: its weights outside the blocks do not fit: {', '.join(sorted(misfits))}")
+        wrong = misfits(report)
+        if wrong:
+            raise ValueError(f"{name}: its weights outside the blocks do not fit: {wrong}")
         model.read = part
         model._freeze()
         model.connect_as_given(spans)

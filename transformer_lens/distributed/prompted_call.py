@@ -16,6 +16,7 @@ from transformer_lens.distributed.edits import Edit
 from transformer_lens.distributed.prompts import TrainedPrompts
 from transformer_lens.distributed.remote_cache import RemoteText
 from transformer_lens.model_bridge import BlockElsewhere
+from transformer_lens.model_bridge.upstream import EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 
 
 def mask_in_front(mask: Tensor | None, count: int) -> Tensor | None:
@@ -59,35 +60,45 @@ class PromptedCall:
     edits: Sequence[Edit] = ()
 
 
-def without_prompts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptedCall:
+@dataclass(frozen=True)
+class ModelCall:
+    """One forward of a base model as it came; the model takes its arguments after the first by name."""
+
+    arguments: Arguments
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __getitem__(self, word: Word) -> Any:
+        return self.arguments.value(word, self.args, self.kwargs)
+
+
+def without_prompts(call: ModelCall) -> PromptedCall:
     """The call as it came."""
-    return PromptedCall(args, kwargs, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    return PromptedCall(call.args, call.kwargs, call[MASK], call[POSITIONS])
 
 
-def go_on(args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> PromptedCall:
+def go_on(call: ModelCall, count: int) -> PromptedCall:
     """The call where a cache holds the text's beginning, and `count` prompts before it.
 
     The model's own code is told nothing of them: of what it computes of positions, nothing is used.
     """
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    return PromptedCall(
-        args, kwargs, mask_in_front(mask, count), positions_in_front(positions, mask, count, first=False)
-    )
+    mask, positions = call[MASK], call[POSITIONS]
+    positions = positions_in_front(positions, mask, count, first=False)
+    return PromptedCall(call.args, call.kwargs, mask_in_front(mask, count), positions)
 
 
-def begin_above(prompts: TrainedPrompts, kwargs: dict[str, Any], dtype: torch.dtype) -> PromptedCall:
+def begin_above(prompts: TrainedPrompts, call: ModelCall, dtype: torch.dtype) -> PromptedCall:
     """The call that begins with the stream at a later block, which holds the prompts' positions already."""
-    count, held = prompts.facts.pre_seq_len, kwargs["inputs_embeds"].shape[1]
+    count, held = prompts.facts.pre_seq_len, call[EMBEDDINGS].shape[1]
     if held <= count:
         raise ValueError(
             f"start_at_layer: got a stream of {held} positions, and with trained prompts it holds {count} for them and "
             "then those of the text, as stop_at_layer and hook_resid_pre give it"
         )
-    plain = without_prompts((), kwargs)
-    return replace(plain, ahead=count, edits=prompts.edits(dtype))
+    return replace(without_prompts(call), ahead=count, edits=prompts.edits(dtype))
 
 
-def begin(prompts: TrainedPrompts, embeddings: Tensor, kwargs: dict[str, Any], longest: int) -> PromptedCall:
+def begin(prompts: TrainedPrompts, embeddings: Tensor, call: ModelCall, longest: int) -> PromptedCall:
     """The call that reads a text from its beginning: prompts first."""
     count, new = prompts.facts.pre_seq_len, embeddings.shape[1]
     if count + new > longest:
@@ -95,40 +106,41 @@ def begin(prompts: TrainedPrompts, embeddings: Tensor, kwargs: dict[str, Any], l
             f"{count} trained prompts and {new} tokens are {count + new} positions, and this model has {longest}; "
             f"give it at most {longest - count} tokens"
         )
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    positions = positions_in_front(positions, mask, count, first=True)
-    mask = mask_in_front(mask, count)
-    given = {"input_ids": None, "inputs_embeds": prompts.in_front(embeddings)}
-    given |= {"attention_mask": mask, "position_ids": positions}
-    return PromptedCall((), {**kwargs, **given}, mask, positions, count, prompts.edits(embeddings.dtype))
+    positions = positions_in_front(call[POSITIONS], call[MASK], count, first=True)
+    mask = mask_in_front(call[MASK], count)
+    given = {TOKENS: None, EMBEDDINGS: prompts.in_front(embeddings), MASK: mask, POSITIONS: positions}
+    return PromptedCall(
+        (), {**call.kwargs, **call.arguments.named(given)}, mask, positions, count, prompts.edits(embeddings.dtype)
+    )
 
 
-def _check(kwargs: dict[str, Any], given: Tensor, held: int) -> None:
+def _check(call: ModelCall, given: Tensor, held: int) -> None:
     """Raise `ValueError` for a mask or positions that are not those of the text."""
     if given.ndim < 2:
         raise ValueError(f"input_ids: got shape {list(given.shape)}, expected [batch, pos]")
     rows, new = given.shape[:2]
-    expected = {"attention_mask": [[rows, held + new]], "position_ids": [[rows, new], [1, new]]}
-    for name, shapes in expected.items():
-        if kwargs.get(name) is not None and list(kwargs[name].shape) not in shapes:
-            got = list(kwargs[name].shape)
+    expected = {MASK: [[rows, held + new]], POSITIONS: [[rows, new], [1, new]]}
+    for word, shapes in expected.items():
+        passed = call[word]
+        if passed is not None and list(passed.shape) not in shapes:
+            got = list(passed.shape)
             raise ValueError(
-                f"{name}: got shape {got}, expected {shapes[0]}, of the text alone; what trained prompts need is added"
+                f"{call.arguments.name(word)}: got shape {got}, expected {shapes[0]}, of the text "
+                "alone; what trained prompts need is added"
             )
 
 
-def with_prompts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], text: RemoteText | None) -> PromptedCall:
+def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> PromptedCall:
     """The call of a base model, whichever of these it is."""
-    tokens: Any = args[0] if args else kwargs.get("input_ids")
-    embeddings = kwargs.get("inputs_embeds")
+    tokens, embeddings = call[TOKENS], call[EMBEDDINGS]
     if model.prompts is None or (tokens is None) == (embeddings is None):  # the latter is the family's to refuse
-        return without_prompts(args, kwargs)
+        return without_prompts(call)
     held = 0 if text is None else text.length - text.ahead
-    _check(kwargs, tokens if embeddings is None else embeddings, held)
+    _check(call, tokens if embeddings is None else embeddings, held)
     if text is not None and text.length:
-        return go_on(args, kwargs, text.ahead)
+        return go_on(call, text.ahead)
     if not BlockElsewhere.begins_at_embedding():
-        return begin_above(model.prompts, kwargs, model.dtype)
+        return begin_above(model.prompts, call, model.dtype)
     if embeddings is None:
         embeddings = model.get_input_embeddings()(tokens)
-    return begin(model.prompts, embeddings, kwargs, model.config.max_position_embeddings)
+    return begin(model.prompts, embeddings, call, model.config.max_position_embeddings)

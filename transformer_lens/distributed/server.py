@@ -38,6 +38,7 @@ from transformer_lens.distributed.span_model import load_span
 from transformer_lens.distributed.turns import Turns
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
 TOLD = (ValueError, TypeError)
 """Errors whose text is for the client; a `MessageError` is a `ValueError`."""
@@ -197,9 +198,10 @@ class SpanServer:
     def _run(self, request: Request, stream: Tensor, cache: Any = None) -> Tensor:
         """The blocks of a request on its stream."""
         mask, positions = request.tensors.get("mask"), request.tensors.get("position_ids")
-        self._given = {"attention_mask": mask, "position_ids": positions, "use_cache": request.use_cache}
+        given = {MASK: mask, POSITIONS: positions, USE_CACHE: request.use_cache}
         if cache is not None:
-            self._given["past_key_values"] = cache
+            given[CACHE] = cache
+        self._given = self.bridge.arguments.named(given)
         first, end = request.first - self.blocks.start, request.end - self.blocks.start
         output: Tensor = self.bridge(stream, start_at_layer=first or None, stop_at_layer=end)
         return output

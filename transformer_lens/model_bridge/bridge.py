@@ -41,6 +41,7 @@ from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.upstream import EMBEDDINGS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
@@ -75,6 +76,8 @@ class TransformerBridge(
     """
 
     absent_names: Mapping[str, str]
+    arguments: Arguments
+    """What the model's forward calls its arguments."""
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
         HookOwner.__init__(self)
@@ -86,6 +89,7 @@ class TransformerBridge(
         self.cfg: BridgeConfig = self.adapter.cfg
         self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
         self.cfg.architecture = type(inner).__name__
+        self.arguments = arguments_of(type(inner))
         self._read_parameters()
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
@@ -326,6 +330,7 @@ class TransformerBridge(
             )
         call = prepare_call(
             input,
+            arguments=self.arguments,
             adapter=self.token_adapter,
             d_model=self.cfg.d_model,
             device=self.input_device(),
@@ -344,7 +349,7 @@ class TransformerBridge(
             if stop is not None:
                 stack.enter_context(stopping_at(places[stop], token))
             if start is not None:
-                stream = call.kwargs["inputs_embeds"]
+                stream = call.kwargs[self.arguments.name(EMBEDDINGS)]
                 stack.enter_context(starting_at(start, places, stream, self.adapter.block_returns_tuple))
             try:
                 return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)

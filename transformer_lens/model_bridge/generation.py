@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generation_stream import refuse_unless_stream
 from transformer_lens.model_bridge.inputs import ModelInput
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.tokens import TokenMethods
+from transformer_lens.model_bridge.upstream import CACHE, Arguments, spelled
 
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
 
@@ -39,6 +40,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
 
     original_model: nn.Module
     cfg: BridgeConfig
+    arguments: Arguments
     _detached: bool
 
     @property
@@ -155,9 +157,9 @@ class GenerationMethods(TokenMethods, HookedRootModule):
             raise ValueError(
                 f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
             )
-        refuse_unknown(options, model, OWN_KEYWORDS)
+        refuse_unknown(options, model, OWN_KEYWORDS, CACHE.names)
         prompt = take_prompt(input, options)
-        options = translate(options, **how)
+        options = translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how)
         chosen = settings(options, model)
         self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
         prepared = prepare_prompt(
@@ -169,9 +171,10 @@ class GenerationMethods(TokenMethods, HookedRootModule):
             padding_side=padding_side,
             attention_mask=options.pop("attention_mask", None),
             defaults=chosen,
+            arguments=self.arguments,
         )
-        cache = own_cache(model.config, chosen, options)
-        return GenerationCall(model, prepared, options, chosen, cache, return_type, self.token_adapter)
+        cache = own_cache(model.config, chosen, options, self.arguments.name(CACHE))
+        return GenerationCall(model, self.arguments, prepared, options, chosen, cache, return_type, self.token_adapter)
 
     def _check_return_type(self, return_type: str, as_output: bool) -> None:
         if return_type not in RETURN_TYPES:
@@ -210,7 +213,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
         """What was captured, with the last token, which the generation itself has not read."""
-        before = call.prompt.length if "inputs_embeds" in call.prompt.kwargs else 0
+        before = call.prompt.length if call.prompt.embedded else 0
         length = before + tokens.shape[1]
         start = run.read if run.cache is not None else 0
         mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)

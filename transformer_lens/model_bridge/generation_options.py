@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
-from transformer_lens.model_bridge.inputs import ModelInput, embeddings_call
+from transformer_lens.model_bridge.inputs import ModelInput, batched_embeddings
 from transformer_lens.model_bridge.tokens import TokenAdapter
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, TOKENS, Arguments
 
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -33,6 +34,8 @@ class Prompt:
     mask: Int[Tensor, "batch prompt"]
     texts: int | None
     """How many texts it came from: `None` if it was not text, 0 for one bare string."""
+    embedded: bool
+    """Whether it came as embeddings."""
 
     @property
     def length(self) -> int:
@@ -64,12 +67,13 @@ def prepare_prompt(
     padding_side: str | None,
     attention_mask: Tensor | None,
     defaults: GenerationConfig,
+    arguments: Arguments,
 ) -> Prompt:
     """Text, ids or embeddings with their mask. Raises `ValueError` for padding behind a prompt."""
     texts: int | None = None
     if isinstance(input, Tensor) and input.is_floating_point():
-        kwargs = embeddings_call(input.to(device), d_model, "input")
-        mask = torch.ones(kwargs["inputs_embeds"].shape[:2], dtype=torch.long)
+        word, given = EMBEDDINGS, batched_embeddings(input.to(device), d_model, "input")
+        mask = torch.ones(given.shape[:2], dtype=torch.long)
     elif isinstance(input, Tensor):
         ids = input[None] if input.ndim == 1 else input
         if ids.ndim != 2 or ids.dtype == torch.bool or 0 in ids.shape:
@@ -77,7 +81,7 @@ def prepare_prompt(
                 f"input: got a {input.dtype} tensor of shape {list(input.shape)}, expected token ids [batch, pos] "
                 "with at least one row and one position"
             )
-        kwargs, mask = {"input_ids": ids.to(device)}, _mask_of(ids, adapter, defaults)
+        word, given, mask = TOKENS, ids.to(device), _mask_of(ids, adapter, defaults)
     else:
         if adapter is None:
             raise ValueError(
@@ -89,20 +93,20 @@ def prepare_prompt(
         batch = adapter.encode(
             [input] if isinstance(input, str) else input, prepend_bos=prepend_bos, padding_side=side, truncate=False
         )
-        kwargs, mask = {"input_ids": batch.ids.to(device)}, batch.mask
+        word, given, mask = TOKENS, batch.ids.to(device), batch.mask
     if attention_mask is not None:
         mask = attention_mask
-        if mask.ndim != 2 or len(mask) != len(next(iter(kwargs.values()))):
+        if mask.ndim != 2 or len(mask) != len(given):
             raise ValueError(
                 f"attention_mask: got shape {list(mask.shape)}, expected one row for each of the "
-                f"{len(next(iter(kwargs.values())))} prompts, and one column for each token"
+                f"{len(given)} prompts, and one column for each token"
             )
     if not bool(mask[:, -1].all()):
         raise ValueError(
             "generate: a prompt ends in padding, and what is generated follows its last token; "
             "pad on the left: padding_side='left'"
         )
-    return Prompt(kwargs, mask.to(device), texts)
+    return Prompt(arguments.named({word: given}), mask.to(device), texts, embedded=word is EMBEDDINGS)
 
 
 def _mask_of(ids: Tensor, adapter: TokenAdapter | None, defaults: GenerationConfig) -> Tensor:
@@ -144,9 +148,10 @@ def translate(
     return made
 
 
-def refuse_unknown(options: Mapping[str, Any], model: Any, own: frozenset[str]) -> None:
-    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before."""
-    known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS}
+def refuse_unknown(options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]) -> None:
+    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before, and
+    `also` those that are translated afterwards."""
+    known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS, *also}
     known |= set(inspect.signature(type(model).generate).parameters) | set(inspect.signature(model.forward).parameters)
     known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
     for name in options:
@@ -165,13 +170,13 @@ def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
     return merged
 
 
-def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A `GroupedCache` as an option, where it saves memory and the caller chose no cache."""
-    chosen_by_caller = options.get("past_key_values") is not None or chosen.cache_implementation is not None
+def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A `GroupedCache` as the option `name`, where it saves memory and the caller chose no cache."""
+    chosen_by_caller = options.get(name) is not None or chosen.cache_implementation is not None
     if chosen_by_caller or chosen.use_cache is False:
         return {}
     cache = GroupedCache(config)
-    return {"past_key_values": cache} if cache.saves else {}
+    return {name: cache} if cache.saves else {}
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,7 @@ class GenerationCall:
     """A prepared call of Hugging Face's `generate`."""
 
     model: Any
+    arguments: Arguments
     prompt: Prompt
     options: dict[str, Any]
     chosen: GenerationConfig
@@ -190,7 +196,7 @@ class GenerationCall:
 
     def __call__(self, **more: Any) -> Any:
         """Hugging Face's own output: token ids, or an output with `sequences`."""
-        made = {**self.prompt.kwargs, "attention_mask": self.prompt.mask, **self.options, **self.cache, **more}
+        made = {**self.prompt.kwargs, self.arguments.name(MASK): self.prompt.mask, **self.options, **self.cache, **more}
         criteria = [*(self.options.get("stopping_criteria") or ()), *more.get("stopping_criteria", ())]
         return self.model.generate(**{**made, "stopping_criteria": StoppingCriteriaList(criteria)})
 
@@ -229,7 +235,7 @@ class GenerationCall:
                 "generate: return_cache has no activations of sequences that were put together from several "
                 "beams or guesses; run_with_cache on the result has"
             )
-        if options.get("past_key_values") is not None or chosen.cache_implementation not in (None, "dynamic"):
+        if options.get(self.arguments.name(CACHE)) is not None or chosen.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "generate: return_cache needs a KV cache of its own, which grows; leave past_key_values and "
                 "cache_implementation out"

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookEntry, HookPoint, Run, changing_together, state
 from transformer_lens.hooked_root import Capture
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, TOKENS, arguments_of
 
 Phase = Literal["prompt", "continuation", "all"]
 PHASES: tuple[Phase, ...] = ("prompt", "continuation", "all")
@@ -29,6 +30,7 @@ class GenerationRun:
 
     def __init__(self, model: nn.Module, prompt_mask: Tensor) -> None:
         self.model = model
+        self.arguments = arguments_of(type(model))
         self.prompt_mask = prompt_mask
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
@@ -115,9 +117,10 @@ class GenerationRun:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None or not self._ours():
             return
-        read = kwargs.get("input_ids")
-        read = kwargs["inputs_embeds"] if read is None else read
-        self.cache = kwargs.get("past_key_values")
+        tokens, embeddings, self.cache = (
+            self.arguments.value(word, args, kwargs) for word in (TOKENS, EMBEDDINGS, CACHE)
+        )
+        read = embeddings if tokens is None else tokens
         past = 0 if self.cache is None else int(self.cache.get_seq_length())
         columns = range(past, past + read.shape[1])
         state.generation = GenerationStep(self.step, columns, self.prompt_mask, len(read))

@@ -11,6 +11,15 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens.model_bridge.tokens import TokenAdapter
+from transformer_lens.model_bridge.upstream import (
+    CACHE,
+    EMBEDDINGS,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    Arguments,
+    Word,
+)
 
 ModelInput = str | Sequence[str] | Tensor
 
@@ -39,18 +48,21 @@ def has_left_padding(mask: Shaped[Tensor, "batch total"]) -> bool:
     return bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
-def embeddings_call(embeddings: Float[Tensor, "batch pos d_model"], d_model: int, what: str) -> dict[str, Any]:
-    """The call for embeddings, or for a residual stream at a later layer."""
+def batched_embeddings(
+    embeddings: Float[Tensor, "batch pos d_model"], d_model: int, what: str
+) -> Float[Tensor, "batch pos d_model"]:
+    """Embeddings, or a residual stream, with a batch axis. Raises `ValueError` for another shape."""
     if embeddings.ndim == 2:
         embeddings = embeddings[None]
     if embeddings.ndim != 3 or embeddings.shape[-1] != d_model:
         raise ValueError(f"{what}: got shape {list(embeddings.shape)}, expected [batch, pos, {d_model}]")
-    return {"inputs_embeds": embeddings}
+    return embeddings
 
 
 def prepare_call(
     input: ModelInput,
     *,
+    arguments: Arguments,
     adapter: TokenAdapter | None,
     d_model: int,
     device: torch.device,
@@ -67,10 +79,12 @@ def prepare_call(
     """
     tokens: Tensor | None = None
     loss_mask: Tensor | None = None
+    kwargs: dict[Word, Any]
     if isinstance(input, Tensor) and input.is_floating_point():
         what = "input" if start_at_layer is None else "start_at_layer takes the residual stream, and the input"
-        kwargs = embeddings_call(input.to(device), d_model, what)
-        rows, new = kwargs["inputs_embeds"].shape[:2]
+        embeddings = batched_embeddings(input.to(device), d_model, what)
+        kwargs = {EMBEDDINGS: embeddings}
+        rows, new = embeddings.shape[:2]
     elif start_at_layer is not None:
         got = f"a {input.dtype} Tensor" if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(
@@ -80,7 +94,7 @@ def prepare_call(
     else:
         tokens, loss_mask = _tokens(input, adapter, prepend_bos, padding_side)
         tokens = tokens.to(device)
-        kwargs = {"input_ids": tokens}
+        kwargs = {TOKENS: tokens}
         rows, new = tokens.shape
     mask = attention_mask if attention_mask is not None else loss_mask
     past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -98,12 +112,12 @@ def prepare_call(
         left = has_left_padding(mask)
         # Padding on the right changes nothing before it, so token ids keep the plain call.
         if attention_mask is not None or left or not isinstance(input, Tensor):
-            kwargs["attention_mask"] = mask
+            kwargs[MASK] = mask
         if left:
-            kwargs["position_ids"] = positions_from_mask(mask, new)
+            kwargs[POSITIONS] = positions_from_mask(mask, new)
     if past_key_values is not None:
-        kwargs["past_key_values"] = past_key_values
-    return Call(kwargs, tokens, None if loss_mask is None else loss_mask.to(device))
+        kwargs[CACHE] = past_key_values
+    return Call(arguments.named(kwargs), tokens, None if loss_mask is None else loss_mask.to(device))
 
 
 def _tokens(

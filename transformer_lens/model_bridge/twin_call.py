@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.peft_layers import is_adapted
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.sharding import ALONE, Shards
+from transformer_lens.model_bridge.upstream import Word, arguments_of
 from transformer_lens.model_bridge.weight_access import read_weight
 
 DISPATCHED = "_old_forward"
@@ -76,11 +77,14 @@ class TwinCall:
     kept: dict[str, Any] = field(default_factory=dict)
     seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def argument(self, name: str, position: int | None = None) -> Any:
-        """An argument by name, or by position where it was passed so; `None` if it was left out."""
-        if name in self.kwargs:
-            return self.kwargs[name]
-        return self.args[position] if position is not None and position < len(self.args) else None
+    def argument(self, word: Word) -> Any:
+        """An argument of the module's forward, however it was passed; its default if it was left out."""
+        return arguments_of(type(self.module)).value(word, self.args, self.kwargs)
+
+    @property
+    def first(self) -> Any:
+        """The first argument."""
+        return self.args[0] if self.args else self.kwargs[arguments_of(type(self.module)).first]
 
     def through(self, role: str, x: Tensor, amend: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """What the part in this role received and returned, after the hooks on it.

@@ -39,9 +39,10 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
+from transformer_lens.model_bridge.upstream import ALIBI, CACHE, MASK, OUTPUT_ATTENTIONS, ROTATION, STREAM
 from transformer_lens.model_bridge.views import View
 
-ALIBI = "ALiBi adds a bias to the scores and rotates nothing"
+NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
 
 
 class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
@@ -49,7 +50,6 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
 
     places: ClassVar[Places]
     writes = OUTPUT
-    cache_argument: ClassVar[str] = "past_key_values"
     rotates: ClassVar[bool] = True
 
     # -- the steps a subclass may change -------------------------------------------------------------
@@ -88,7 +88,7 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
         """Scores with the mask added, in their own memory."""
         queries, keys = scores.shape[-2:]
         first = self.end(call, keys) - queries
-        call.kept["mask"] = given = entries(call.argument("attention_mask", 2), queries, keys, scores.device)
+        call.kept["mask"] = given = entries(call.argument(MASK), queries, keys, scores.device)
         mask = additive_mask(given, queries, keys, first, scores.dtype, scores.device)
         return scores if mask is None else scores.add_(mask)
 
@@ -125,11 +125,11 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
         call.kept["past"] = keys.clone() if shifts else keys
 
     def cache_layer(self, call: TwinCall) -> Any:
-        cache, module = call.argument(self.cache_argument), cast("Any", call.module)
+        cache, module = call.argument(CACHE), cast("Any", call.module)
         return None if cache is None or len(cache.layers) <= module.layer_idx else cache.layers[module.layer_idx]
 
     def twin(self, call: TwinCall) -> tuple[Tensor, Tensor | None]:
-        x: Float[Tensor, "B Q d_model"] = call.argument("hidden_states", 0)
+        x: Float[Tensor, "B Q d_model"] = call.argument(STREAM)
         q_BHQD, k_BGQD, v_BGQD = self.projections(call, x, self.branches(call, x.device))
         if self.rotates:
             q_BHQD, k_BGQD = self.turned(call, q_BHQD), self.turned(call, k_BGQD)
@@ -179,7 +179,7 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
 
     def turned(self, call: TwinCall, x_BHQD: Tensor) -> Float[Tensor, "B H Q D"]:
         """Queries or keys turned by their positions."""
-        return rotate(x_BHQD, *call.argument("position_embeddings", 1))
+        return rotate(x_BHQD, *call.argument(ROTATION))
 
     def with_edit(self, call: TwinCall, x_BHKD: Tensor, part: str) -> Tensor:
         """Keys or values with what single query heads' branches changed of the new positions."""
@@ -194,7 +194,7 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
 
     def with_cache(self, call: TwinCall, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values: those of the cache, then the new ones. When looking, all keys and the new values."""
-        cache = call.argument(self.cache_argument)
+        cache = call.argument(CACHE)
         if cache is None:
             return k, v
         if call.writing:
@@ -234,9 +234,12 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
 
     def returned_pattern(self, call: TwinCall, pattern: Tensor) -> Tensor | None:
         """What the module returns beside its output: the pattern, where it computes one."""
+        return pattern if self.is_explicit(call) else None
+
+    def is_explicit(self, call: TwinCall) -> bool:
+        """Whether the module computes its pattern as a tensor."""
         config: Any = call.module.config
-        explicit = config._attn_implementation == "eager" or bool(call.argument("output_attentions"))
-        return pattern if explicit else None
+        return bool(config._attn_implementation == "eager")
 
 
 def _per_head_projection(
@@ -266,7 +269,6 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
     places = FUSED
     reads = OF_ONE_MATMUL
     hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
-    cache_argument = "layer_past"
 
     def cached_heads(self, x_BGKD: Tensor, cfg: BridgeConfig) -> Tensor:
         """The new architecture gives every query head its key before it is cached (`FalconAttention._split_heads`)."""
@@ -284,6 +286,9 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
         """Softmax in the model's own dtype."""
         return softmax(scores, dtype, reuse=self.may_reuse(call))
 
+    def is_explicit(self, call: TwinCall) -> bool:
+        return super().is_explicit(call) or bool(call.argument(OUTPUT_ATTENTIONS))
+
     def dropout(self, call: TwinCall) -> float:
         """None: with RoPE, Falcon has no attention dropout."""
         return 0.0
@@ -293,17 +298,17 @@ class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
     """Falcon's ALiBi attention: roles `qkv`, `o`. The mask it is given already holds the bias."""
 
     hooks = (*qkv_hooks(FUSED), *SCORES)
-    absent = {"hook_rot_q": ALIBI, "hook_rot_k": ALIBI}
+    absent = {"hook_rot_q": NOT_ROTATED, "hook_rot_k": NOT_ROTATED}
     rotates = False
 
     def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:
         """Under eager the bias is added once more, since that is what transformers 5.23 computes."""
         config: Any = call.module.config
-        if config._attn_implementation == "sdpa" and not call.argument("output_attentions"):
+        if config._attn_implementation == "sdpa" and not self.is_explicit(call):
             return super().scores(call, q_BHQD, k_BHKD)
         scores = q_BHQD @ k_BHKD.transpose(-1, -2)
         scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        alibi: Tensor = call.argument("alibi", 1).reshape(len(scores), call.cfg.n_heads, 1, -1)
+        alibi: Tensor = call.argument(ALIBI).reshape(len(scores), call.cfg.n_heads, 1, -1)
         scores = (scores + alibi).mul_(1.0 / math.sqrt(call.cfg.d_head))
         return self.masked(call, scores)
 

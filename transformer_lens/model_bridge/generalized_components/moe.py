@@ -14,6 +14,7 @@ from transformer_lens.model_bridge.generalized_components.weights import ExpertW
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
 from transformer_lens.model_bridge.sharding import ALONE, Interior, Sharding, Shards
 from transformer_lens.model_bridge.twin_call import TwinCall
+from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM
 
 
 class RouterBridge(ComponentBridge):
@@ -21,7 +22,7 @@ class RouterBridge(ComponentBridge):
 
     def twin(self, call: TwinCall) -> tuple[Tensor, Tensor, Tensor]:
         """Softmax over all experts in float32, the best k, weights scaled to sum to one (`MixtralTopKRouter`)."""
-        x: Float[Tensor, "row d_model"] = call.args[0].reshape(-1, call.cfg.d_model)
+        x: Float[Tensor, "row d_model"] = call.first.reshape(-1, call.cfg.d_model)
         if not call.writing:
             call.fire("hook_router_logits", call.output[0])
             return call.output  # type: ignore[no-any-return]
@@ -45,9 +46,9 @@ class ExpertsBridge(ComponentBridge):
         order of the experts, so that the sum is bitwise the same. Processes that share the experts each
         have some of the pairs, or some of every pair's neurons.
         """
-        x: Float[Tensor, "row d_model"] = call.shards.entering(call.args[0])
-        chosen: Int[Tensor, "row chosen"] = call.args[1]
-        weights: Float[Tensor, "row chosen"] = call.args[2]
+        x: Float[Tensor, "row d_model"] = call.shards.entering(call.argument(STREAM))
+        chosen: Int[Tensor, "row chosen"] = call.argument(CHOSEN)
+        weights: Float[Tensor, "row chosen"] = call.argument(CHOICE_WEIGHTS)
         module: Any = call.module
         by_expert = "expert" in call.divided
         groups = _Groups(chosen, int(call.cfg.num_experts or 1), call.shards if by_expert else ALONE)

@@ -25,11 +25,6 @@ NORMALIZED = Hook(
 FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final norm, as the head reads it", Port())
 
 
-def _input(call: TwinCall) -> Tensor:
-    x: Tensor = call.args[0] if call.args else next(iter(call.kwargs.values()))
-    return x
-
-
 class NormalizationBridge(ComponentBridge):
     """A norm before attention or MLP. What it returns is read at `attn.hook_in` and `mlp.hook_in`.
 
@@ -56,7 +51,7 @@ class LayerNormBridge(NormWeights, NormalizationBridge):
     centres = True
 
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
-        x = _input(call)
+        x: Tensor = call.first
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if not call.writing:
             # One kernel gives both; it has no gradient to its scale, which only a write needs.
@@ -78,7 +73,7 @@ class RMSNormBridge(NormWeights, NormalizationBridge):
     affine = ("weight",)
 
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
-        x = _input(call)
+        x: Tensor = call.first
         wide = x.to(torch.float32)
         mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
         scale = call.fire("hook_scale", found := mean_square.sqrt())

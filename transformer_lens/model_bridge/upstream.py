@@ -1,0 +1,158 @@
+"""What transformers calls the things this package relies on: the one place that knows its words.
+
+A word is looked for in a signature or an object of the installed release. Where it is missing, that is an error which
+names it, and never `None`: a renamed argument must not read as one that was left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import transformers
+from torch import nn
+
+OLDEST, NEWEST = "5.13.0", "5.24.0"
+"""The releases of transformers that the test suite has passed: the first, and the last."""
+
+
+class UpstreamError(RuntimeError):
+    """The installed transformers lacks something that this package relies on."""
+
+    def __init__(self, owner: str, missing: str, there: Iterable[str]) -> None:
+        super().__init__(
+            f"{owner} of transformers {transformers.__version__} has no {missing}; it has "
+            f"{', '.join(there) or 'none at all'}. "
+            f"This package works with transformers {OLDEST} to {NEWEST}: install one of these, or a newer version of "
+            "this package"
+        )
+
+
+@dataclass(frozen=True)
+class Word:
+    """One thing of transformers, and its name in every supported release, the newest first."""
+
+    meaning: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.meaning} ({' or '.join(map(repr, self.names))})"
+
+
+TOKENS = Word("token ids", ("input_ids",))
+EMBEDDINGS = Word("embeddings in place of token ids", ("inputs_embeds",))
+MASK = Word("attention mask", ("attention_mask",))
+POSITIONS = Word("position ids", ("position_ids",))
+CACHE = Word("KV cache", ("cache", "past_key_values", "layer_past"))
+USE_CACHE = Word("switch of the KV cache", ("use_cache",))
+STREAM = Word("hidden states", ("hidden_states",))
+ROTATION = Word("cosines and sines of RoPE", ("position_embeddings",))
+ALIBI = Word("ALiBi bias", ("alibi",))
+OUTPUT_ATTENTIONS = Word("switch that returns the pattern", ("output_attentions",))
+CHOSEN = Word("chosen experts", ("top_k_index",))
+CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights",))
+
+
+class Arguments:
+    """The parameters of one function of transformers, by word.
+
+    >>> from transformers import FalconForCausalLM
+    >>> Arguments(FalconForCausalLM.forward, "FalconForCausalLM.forward").name(TOKENS)
+    'input_ids'
+    """
+
+    def __init__(self, function: Any, owner: str) -> None:
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+        self.owner = owner
+        self.defaults = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        self.places = {name: nth for nth, name in enumerate(self.defaults)}
+        self._names: dict[Word, str] = {}
+
+    @property
+    def first(self) -> str:
+        """The name of the first parameter."""
+        if not self.defaults:
+            raise UpstreamError(self.owner, "argument with a name", ())
+        return next(iter(self.defaults))
+
+    def name(self, word: Word) -> str:
+        """What the parameter is called in the installed release. Raises `UpstreamError` where there is none."""
+        found = self._names.get(word)
+        if found is None:
+            found = next((name for name in word.names if name in self.defaults), None)
+            if found is None:
+                raise UpstreamError(self.owner, f"argument for the {word}", self.defaults)
+            self._names[word] = found
+        return found
+
+    def named(self, values: Mapping[Word, Any]) -> dict[str, Any]:
+        """Keyword arguments with the installed release's names."""
+        return {self.name(word): value for word, value in values.items()}
+
+    def value(self, word: Word, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call passed, by name or by place; the parameter's default where it was left out.
+
+        A call that still uses the name of an older release, which the function itself translates, is understood.
+        """
+        name = self.name(word)
+        if name in kwargs:
+            return kwargs[name]
+        place = self.places[name]
+        if place < len(args):
+            return args[place]
+        for older in word.names:
+            if older in kwargs:
+                return kwargs[older]
+        default = self.defaults[name]
+        if default is inspect.Parameter.empty:
+            raise TypeError(f"{self.owner} was called without its argument {name!r}, the {word.meaning}")
+        return default
+
+
+def arguments_of(kind: type[nn.Module]) -> Arguments:
+    """The arguments of a module class's forward, as the class defines it."""
+    return _read(kind)
+
+
+@lru_cache(maxsize=1024)
+def _read(kind: Any) -> Arguments:
+    return Arguments(kind.forward, f"{kind.__name__}.forward")
+
+
+def attribute(owner: object, name: str) -> Any:
+    """An attribute that a module, a config or an output of transformers is known to have."""
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        there = sorted(key for key in vars(owner) if not key.startswith("_"))
+        raise UpstreamError(type(owner).__name__, f"attribute {name!r}", there) from error
+
+
+def output_name(output: Any, word: Word) -> str:
+    """What a field of an output is called in the installed release."""
+    fields = [field.name for field in dataclasses.fields(output)]
+    found = next((name for name in word.names if name in fields), None)
+    if found is None:
+        raise UpstreamError(type(output).__name__, f"field for the {word}", fields)
+    return found
+
+
+def spelled(options: dict[str, Any], word: Word, name: str) -> dict[str, Any]:
+    """Options in which a word has its installed name, whichever release's name the caller used.
+
+    >>> spelled({"past_key_values": 1, "top_k": 2}, CACHE, "cache")
+    {'top_k': 2, 'cache': 1}
+
+    Raises `TypeError` where two spellings of it were passed.
+    """
+    given = [spelling for spelling in word.names if spelling in options]
+    if not given:
+        return options
+    if len(given) > 1:
+        raise TypeError(f"got {' and '.join(map(repr, given))}, which are both the {word.meaning}; pass one of them")
+    rest = {key: value for key, value in options.items() if key != given[0]}
+    return {**rest, name: options[given[0]]}
