@@ -15,6 +15,7 @@ from benchmarks.models import make_config, make_model, random_tokens, twin_of
 from benchmarks.port_cost import port_cost
 from benchmarks.timing import Comparison, Effort, Figure, compare, live_tensor_bytes, timed
 from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.upstream import CACHE, output_name
 
 FORWARD_TOKENS = 128
 LONG_TOKENS = 2048
@@ -117,10 +118,12 @@ def untouched_forward(subject: Subject) -> Row:
 def untouched_decode(subject: Subject) -> Row:
     """One more token with a KV cache, nothing hooked."""
     bare, bridge, tokens = subject.bare, subject.bridge, subject.tokens
-    held = bare(tokens, use_cache=True).past_key_values
+    output = bare(tokens, use_cache=True)
+    held = getattr(output, output_name(output, CACHE))
+    given = bridge.arguments.named({CACHE: held})
     token = tokens[:, :1]
     found = subject.compare(
-        lambda: bare(token, past_key_values=held),
+        lambda: bare(token, **given),
         lambda: bridge(token, past_key_values=held),
         setup=lambda: _forget_new(held, tokens.shape[1]),
     )

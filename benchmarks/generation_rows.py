@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from benchmarks.budgets import Row, Subject
 from benchmarks.timing import Figure
 from transformer_lens import GroupedCache
+from transformer_lens.model_bridge.upstream import CACHE
 
 PROMPT_TOKENS = 16
 
@@ -55,7 +56,7 @@ def held_bytes(cache: Any) -> int:
 
 
 def _filled(subject: Subject, cache: Any, tokens: Tensor) -> Any:
-    subject.bare(tokens, past_key_values=cache, use_cache=True)
+    subject.bare(tokens, **subject.bridge.arguments.named({CACHE: cache}), use_cache=True)
     return cache
 
 
@@ -80,9 +81,8 @@ def kv_decode(subject: Subject) -> Row:
         for layer in (*ours.layers, *theirs.layers):
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
-    found = subject.compare(
-        lambda: bare(token, past_key_values=theirs), lambda: bare(token, past_key_values=ours), setup=forget_new
-    )
+    with_theirs, with_ours = (subject.bridge.arguments.named({CACHE: cache}) for cache in (theirs, ours))
+    found = subject.compare(lambda: bare(token, **with_theirs), lambda: bare(token, **with_ours), setup=forget_new)
     return subject.ratio_row("kv_decode", "one-token decode on the grouped cache / on transformers'", found, None)
 
 

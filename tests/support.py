@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -15,7 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from transformer_lens.model_bridge.upstream import CACHE, output_name
+
 VOCAB = 61
+
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(FalconForCausalLM.forward).parameters else "past_key_values"
 
 FALCON_SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -116,3 +121,13 @@ def falcon_sweep() -> Iterator[dict[str, Any]]:
 def torch_hooks(model: torch.nn.Module) -> int:
     """How many torch hooks sit on a model's modules."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """A KV cache as a keyword of a Hugging Face model, under the name that the installed transformers has for it."""
+    return {CACHE_ARGUMENT: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a Hugging Face model returned."""
+    return getattr(output, output_name(output, CACHE))

@@ -22,6 +22,7 @@ RANKS: list[tuple[str, ...]] = [
         "transformer_lens.slicing",
         "transformer_lens.factored_matrix",
         "transformer_lens.hook_names",
+        f"{BRIDGE}.upstream",
     ),
     ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
     (
@@ -49,6 +50,7 @@ PUBLIC = {
     "transformer_lens.factored_matrix",
     "transformer_lens.utilities",
     "transformer_lens.model_bridge",
+    "transformer_lens.model_bridge.upstream",
 }
 
 
@@ -179,7 +181,7 @@ def test_no_source_is_inspected_and_nothing_is_printed(file):
 @every_file
 def test_files_and_functions_fit_in_a_head(file):
     lines = len(file.read_text().splitlines())
-    assert lines <= 400, f"{lines} lines; split it by what its parts are about"
+    assert lines <= 450, f"{lines} lines; is it still one idea?"
     for node in ast.walk(tree(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             length = (node.end_lineno or node.lineno) - node.lineno + 1

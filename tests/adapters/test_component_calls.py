@@ -127,7 +127,7 @@ def test_attention_alone_says_what_it_lacks_and_runs_on_all_of_it(bridge):
     with torch.no_grad():
         bridge(ids)
         handle.remove()
-        for cache_name in {"layer_past", "past_key_values"} & set(given["kwargs"]):
+        for cache_name in {"layer_past", "past_key_values", "cache"} & set(given["kwargs"]):
             given["kwargs"][cache_name] = None  # the run's, which holds these positions already
         out = bridge.blocks[1].attn(*given["args"], **given["kwargs"])[0]
     assert torch.equal(out, cache["attn_out", 1])

@@ -5,6 +5,7 @@ The shapes are those of the model cards. No layer is left out; only the numbers 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ BATCH, POS = 2, 5
 @cache
 def bridge_of(name: str) -> TransformerBridge:
     """The whole model without its numbers. In bfloat16, as published (and as grouped_mm asks for)."""
-    config = CARDS[name].config
+    config = copy.deepcopy(CARDS[name].config)  # Falcon's model writes its number of norms into it
     kind = FalconForCausalLM if config.model_type == "falcon" else MixtralForCausalLM
     with torch.device("meta"):
         return TransformerBridge(kind(config).to(torch.bfloat16).eval())

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tests.bridge.texts import tokenizer
-from tests.support import FAMILIES, MIXTRAL_SMALL, falcon_config, family, perturbed, tokens, torch_hooks
+from tests.support import FAMILIES, MIXTRAL_SMALL, cache_of, falcon_config, family, perturbed, tokens, torch_hooks
 from transformer_lens import TransformerBridge
 
 SMALL_VOCAB = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -55,7 +55,7 @@ def test_tokens_make_the_call_the_model_makes(bridge):
     assert kwargs["input_ids"] is x
     assert torch.equal(logits, plain.logits)
     # The default of `use_cache` is the model's: keys and values come back.
-    assert output.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length() == 7
+    assert cache_of(output).get_seq_length() == cache_of(plain).get_seq_length() == 7
 
 
 def test_a_padded_batch_passes_a_mask_and_positions():
@@ -156,7 +156,7 @@ def test_the_loss_of_half_precision_is_computed_in_float32():
 def test_continuing_from_a_cache_equals_the_whole_run(bridge, cut):
     x = tokens()
     whole, whole_cache = bridge.run_with_cache(x)
-    kept = bridge.original_model(x[:, :cut]).past_key_values
+    kept = cache_of(bridge.original_model(x[:, :cut]))
     rest, cache = bridge.run_with_cache(x[:, cut:], past_key_values=kept)
     # Another number of queries takes another path through the kernels: float32 rounding.
     assert torch.allclose(rest, whole[:, cut:], rtol=1e-4, atol=1e-5)
@@ -168,7 +168,7 @@ def test_continuing_from_a_cache_equals_the_whole_run(bridge, cut):
 
 def test_continuing_with_hooks_edits_new_positions_only(bridge):
     x = tokens()
-    kept = bridge.original_model(x[:, :4]).past_key_values
+    kept = cache_of(bridge.original_model(x[:, :4]))
     seen = []
 
     def edit(tensor, hook):
@@ -186,9 +186,8 @@ def test_continuing_a_left_padded_batch(name):
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
     whole = bridge(x, attention_mask=mask)
-    cache = bridge.original_model(
-        x[:, :5], attention_mask=mask[:, :5], position_ids=(mask[:, :5].cumsum(-1) - 1).clamp(min=0)
-    ).past_key_values
+    positions = (mask[:, :5].cumsum(-1) - 1).clamp(min=0)
+    cache = cache_of(bridge.original_model(x[:, :5], attention_mask=mask[:, :5], position_ids=positions))
     rest = bridge(x[:, 5:], attention_mask=mask, past_key_values=cache)
     assert torch.allclose(rest, whole[:, 5:], rtol=1e-4, atol=1e-5)  # float32 rounding, as above
     with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 1\], expected \[2, 8\]"):
@@ -200,7 +199,7 @@ def test_pad_tokens_among_new_tokens_do_not_hide_what_is_kept():
     bridge = with_text("40b", padding_side="left")
     x = tokens(2, 5)
     new = torch.tensor([[0, 5], [6, 7]])
-    kept = bridge.original_model(x).past_key_values
+    kept = cache_of(bridge.original_model(x))
     rest = bridge(new, past_key_values=kept)
     alone = bridge(torch.cat([x[1:], new[1:]], 1))
     assert torch.allclose(rest[1], alone[0, 5:], rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from tests.bridge.texts import tokenizer
-from tests.support import FAMILIES, LAYOUTS, falcon, falcon_config, family, tokens, torch_hooks
+from tests.support import FAMILIES, LAYOUTS, cache_of, falcon, falcon_config, family, tokens, torch_hooks
 from transformer_lens import GroupedCache, HookPoint, TransformerBridge
 
 pytestmark = pytest.mark.oldest
@@ -87,7 +87,7 @@ def test_hugging_face_s_own_spelling_and_output() -> None:
     found = bridge.generate(input_ids=ids, attention_mask=mask, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(torch.equal(a, b) for a, b in zip(found.scores, expected.scores, strict=True))
-    assert isinstance(found.past_key_values, GroupedCache)
+    assert isinstance(cache_of(found), GroupedCache)
     config = GenerationConfig(max_new_tokens=5, do_sample=False, **FREE)
     assert torch.equal(
         bridge.generate(ids, attention_mask=mask, generation_config=config),
@@ -152,7 +152,7 @@ def test_a_grouped_cache_is_used_where_it_saves_anything() -> None:
     def used(name: str, **options: Any) -> str:
         bridge = TransformerBridge(family(name))
         out = bridge.generate(tokens(), max_new_tokens=2, return_dict_in_generate=True, **FREE, **options)
-        return type(out.past_key_values).__name__
+        return type(cache_of(out)).__name__
 
     assert [used(name) for name in FAMILIES] == [
         "DynamicCache" if name in ("7b", "rw", "rw-rope", "mixtral") else "GroupedCache" for name in FAMILIES

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tests.support import LAYOUTS, VOCAB, falcon, falcon_config, family, mixtral, tokens
+from tests.support import LAYOUTS, VOCAB, cache_of, falcon, falcon_config, family, mixtral, tokens, with_cache
 from transformer_lens import GroupedCache, TransformerBridge
 from transformer_lens.model_bridge import grouped_cache
 from transformer_lens.model_bridge.grouped_cache import GroupedLayer
@@ -42,7 +42,7 @@ def generated(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
     torch.manual_seed(5)
     return model.generate(
         ids,
-        past_key_values=cache,
+        **with_cache(cache),
         eos_token_id=None,
         pad_token_id=0,
         return_dict_in_generate=True,
@@ -60,7 +60,7 @@ def assert_same(model: Any, ids: Tensor, **options: Any) -> Any:
     assert len(found.logits) == len(wanted.logits)
     for one, other in zip(found.logits, wanted.logits, strict=True):
         assert torch.equal(one, other)
-    assert found.past_key_values is ours
+    assert cache_of(found) is ours
     return ours
 
 
@@ -101,8 +101,8 @@ def test_chunks_of_any_size(layout: str, attn: str) -> None:
     ours, theirs = GroupedCache(model.config), DynamicCache(config=model.config)
     with torch.no_grad():
         for start, end in ((0, 5), (5, 8), (8, 9), (9, 12)):
-            found = model(ids[:, start:end], past_key_values=ours).logits
-            assert torch.equal(found, model(ids[:, start:end], past_key_values=theirs).logits)
+            found = model(ids[:, start:end], **with_cache(ours)).logits
+            assert torch.equal(found, model(ids[:, start:end], **with_cache(theirs)).logits)
             assert ours.get_seq_length() == theirs.get_seq_length() == end
 
 
@@ -139,13 +139,13 @@ def test_changes_between_forwards(change: str) -> None:
     ours, theirs = GroupedCache(model.config), DynamicCache(config=model.config)
     with torch.no_grad():
         for cache in (ours, theirs):
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(cache))
             CHANGES[change](cache)
         rows = len(theirs.layers[0].keys)
         assert ours.get_seq_length() == theirs.get_seq_length()
         more = tokens(rows, 2)
-        found = model(more, past_key_values=ours).logits
-        assert torch.equal(found, model(more, past_key_values=theirs).logits)
+        found = model(more, **with_cache(ours)).logits
+        assert torch.equal(found, model(more, **with_cache(theirs)).logits)
 
 
 @pytest.mark.parametrize(("heads", "groups", "times"), [(128, 8, 16), (232, 8, 29), (8, 1, 8), (8, 2, 4)])
@@ -189,8 +189,8 @@ def test_gradients_through_the_cache() -> None:
     gradients = []
     for cache in (GroupedCache(model.config), DynamicCache(config=model.config)):
         model.zero_grad()
-        model(ids[:, :5], past_key_values=cache)
-        model(ids[:, 5:], past_key_values=cache).logits.pow(2).mean().backward()
+        model(ids[:, :5], **with_cache(cache))
+        model(ids[:, 5:], **with_cache(cache)).logits.pow(2).mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert other.abs().max() > 0

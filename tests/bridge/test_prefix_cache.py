@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.support import FAMILIES, family, mixtral, tokens
+from tests.support import FAMILIES, family, mixtral, tokens, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import PrefixCache
 
@@ -53,6 +53,6 @@ def test_what_is_not_held_is_refused():
         PrefixCache(DynamicCache(), 1)
     windowed = mixtral(sliding_window=3)
     cache = DynamicCache(config=windowed.config)
-    windowed(tokens(1, 6), past_key_values=cache)
+    windowed(tokens(1, 6), **with_cache(cache))
     with pytest.raises(ValueError, match="in sliding windows, expected 1 to"):
         PrefixCache(cache, 1)

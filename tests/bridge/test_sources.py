@@ -161,12 +161,12 @@ def test_a_subfolder(model: torch.nn.Module, tmp_path: Path) -> None:
 
 def adapter(model: torch.nn.Module, directory: Path, base: Path) -> Path:
     """A directory with a LoRA of this model and nothing else."""
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
 
     model.save_pretrained(base)
     model.name_or_path = str(base)
-    model.add_adapter(LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
-    model.save_pretrained(directory)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query_key_value"], r=2, init_lora_weights=False))
+    adapted.save_pretrained(directory)
     return directory
 
 

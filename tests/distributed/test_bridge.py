@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.distributed.conftest import Pair, make_pair
-from tests.support import FAMILIES, family
+from tests.support import FAMILIES, family, with_cache
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.distributed import Edit, Keep
 from transformer_lens.distributed.messages import Limits, unpack_request
@@ -57,7 +57,7 @@ def test_servers_keep_a_graph_only_where_a_gradient_is_wanted(pair: Pair) -> Non
     assert asked(lambda: model(pair.tokens), True) == {True}
     assert asked(lambda: pair.remote.run_with_hooks(pair.tokens, fwd_hooks=[cut]), True) == {False}
     assert asked(lambda: model(inputs_embeds=embeddings), False) == {False}
-    assert asked(lambda: model(pair.tokens, past_key_values=DynamicCache()), False) == {False}
+    assert asked(lambda: model(pair.tokens, **with_cache(DynamicCache())), False) == {False}
 
 
 def test_losses_of_texts_of_several_lengths(pair: Pair) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, DynamicCache, FalconConfig, MixtralConfig
 
 from tests.distributed.faults import FaultySpan, Schedule
-from tests.support import FAMILIES, family
+from tests.support import FAMILIES, family, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan, StaticSpans
 from transformer_lens.distributed.costs import (
@@ -65,7 +65,7 @@ def test_bytes(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     for nth, new in enumerate(CHUNKS):
         mask = torch.ones(ROWS, before + new, dtype=torch.long)
         with torch.no_grad():
-            model(torch.full((ROWS, new), 5), past_key_values=cache, attention_mask=mask)
+            model(torch.full((ROWS, new), 5), **with_cache(cache), attention_mask=mask)
         for span in spans:
             request, reply = span.sizes[nth]
             assert 0 <= request - sizes.request_bytes(new, before, ROWS) <= FRAME

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from tests.distributed.conftest import Pair, make_pair
-from tests.support import FAMILIES, family
+from tests.support import FAMILIES, cache_of, family, with_cache
 from transformer_lens import GroupedCache, HookPoint
 from transformer_lens.distributed import Edit, Keep, LocalSpan, SpanError
 
@@ -124,7 +124,7 @@ def test_a_grouped_cache_may_come_empty(pair: Pair) -> None:
     for bridge in pair:
         cache = GroupedCache(bridge.original_model.config)
         found.append(
-            bridge.original_model.generate(pair.tokens, max_new_tokens=4, past_key_values=cache, do_sample=False)
+            bridge.original_model.generate(pair.tokens, max_new_tokens=4, **with_cache(cache), do_sample=False)
         )
         assert cache.get_seq_length() == pair.tokens.shape[1] + 3
     assert torch.equal(*found)
@@ -170,17 +170,17 @@ def test_another_server_takes_over_in_the_middle() -> None:
     expected = outputs(pair, do_sample=False)[1]
     cache, ids = DynamicCache(), pair.tokens
     with torch.no_grad():
-        logits = pair.remote.original_model(ids, past_key_values=cache).logits[:, -1:]
+        logits = pair.remote.original_model(ids, **with_cache(cache)).logits[:, -1:]
         for _ in range(2):
-            logits = pair.remote.original_model(logits.argmax(-1), past_key_values=cache).logits[:, -1:]
+            logits = pair.remote.original_model(logits.argmax(-1), **with_cache(cache)).logits[:, -1:]
         first = pair.spans[0]
         first.span.close()
         pair.remote.original_model.base_model.route.health.max_retries = 0
         with pytest.raises(SpanError, match=r"step of blocks 0 to 2: given up .* was closed"):
-            pair.remote.original_model(logits.argmax(-1), past_key_values=cache)
+            pair.remote.original_model(logits.argmax(-1), **with_cache(cache))
         assert cache.get_seq_length() == 11
         first.span = LocalSpan("tiny-falcon", range(0, 2))
-        logits = pair.remote.original_model(logits.argmax(-1), past_key_values=cache).logits[:, -1:]
+        logits = pair.remote.original_model(logits.argmax(-1), **with_cache(cache)).logits[:, -1:]
     assert cache.get_seq_length() == 12
     assert torch.equal(logits[:, 0], expected.scores[3])
 
@@ -192,23 +192,23 @@ def test_a_step_that_failed_half_way_is_done_once(pair: Pair, other_hooks: bool)
     model, local = (bridge.original_model for bridge in pair)
     last = pair.spans[-1]
     with torch.no_grad():
-        model(pair.tokens, past_key_values=cache)
+        model(pair.tokens, **with_cache(cache))
         last.send = lambda message, timeout=None: (_ for _ in ()).throw(RuntimeError("no line"))
         token = pair.tokens[:, :1]
         with pytest.raises(RuntimeError, match="no line"):
-            model(token, past_key_values=cache)
+            model(token, **with_cache(cache))
         assert cache.get_seq_length() == 9
         del last.send
         here = DynamicCache()
-        local(pair.tokens, past_key_values=here)
+        local(pair.tokens, **with_cache(here))
         hooks = [edit] if other_hooks else []
         with pair.remote.hooks(fwd_hooks=hooks), pair.local.hooks(fwd_hooks=hooks):
-            assert torch.equal(model(token, past_key_values=cache).logits, local(token, past_key_values=here).logits)
+            assert torch.equal(model(token, **with_cache(cache)).logits, local(token, **with_cache(here)).logits)
         held = [session.length for session in pair.spans[0].server.sessions.of_peer["local"].values()]
         assert max(held) == 10
         for span in pair.spans:
             span.server.sessions.of_peer.clear()
-        assert torch.equal(model(token, past_key_values=cache).logits, local(token, past_key_values=here).logits)
+        assert torch.equal(model(token, **with_cache(cache)).logits, local(token, **with_cache(here)).logits)
 
 
 def test_sessions_are_closed_when_the_text_is_gone(pair: Pair) -> None:
@@ -237,27 +237,27 @@ def test_caches_that_cannot_be_used(pair: Pair) -> None:
     model, local = (bridge.original_model for bridge in pair)
     used = DynamicCache()
     with torch.no_grad():
-        local(pair.tokens, past_key_values=used)
+        local(pair.tokens, **with_cache(used))
         with pytest.raises(
             ValueError, match="a cache has to come here empty and without a fixed size; pass DynamicCache"
         ):
-            model(pair.tokens, past_key_values=used)
+            model(pair.tokens, **with_cache(used))
         with pytest.raises(ValueError, match="without a fixed size"):
-            model(pair.tokens, past_key_values=StaticCache(config=local.config, max_cache_len=20))
+            model(pair.tokens, **with_cache(StaticCache(config=local.config, max_cache_len=20)))
         with pytest.raises(TypeError, match=r"past_key_values: got list, expected a transformers Cache"):
-            model(pair.tokens, past_key_values=[])
+            model(pair.tokens, **with_cache([]))
         mine = DynamicCache()
-        model(pair.tokens, past_key_values=mine)
+        model(pair.tokens, **with_cache(mine))
         with pytest.raises(ValueError, match="a cache on servers cannot be cropped"):
             mine.crop(-1)
         with pytest.raises(ValueError, match="keys and values of this cache are on servers"):
             mine.update(torch.zeros(1), torch.zeros(1), 0)
         other = make_pair("tiny-falcon", (), shipped="tiny-falcon")
         with pytest.raises(ValueError, match="this cache was made by another distributed model"):
-            other.remote.original_model(pair.tokens, past_key_values=mine)
+            other.remote.original_model(pair.tokens, **with_cache(mine))
     with pytest.raises(ValueError, match="no gradient comes back through keys and values on servers"):
-        model(pair.tokens, past_key_values=DynamicCache())
-    assert model(pair.tokens).past_key_values is None
+        model(pair.tokens, **with_cache(DynamicCache()))
+    assert cache_of(model(pair.tokens)) is None
 
 
 def test_an_error_in_a_step_reaches_the_caller(pair: Pair) -> None:
@@ -280,8 +280,8 @@ def test_rows_may_be_reordered_several_times_between_steps(pair: Pair) -> None:
     for bridge in pair:
         cache = DynamicCache()
         with torch.no_grad():
-            bridge.original_model(ids, past_key_values=cache)
+            bridge.original_model(ids, **with_cache(cache))
             for order in orders:
                 cache.reorder_cache(order)
-            found.append(bridge.original_model(ids[:, :1], past_key_values=cache).logits)
+            found.append(bridge.original_model(ids[:, :1], **with_cache(cache)).logits)
     assert torch.equal(*found)

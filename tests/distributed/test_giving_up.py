@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from tests.distributed.faults import FaultySpan, Place, Schedule, Stop
 from tests.distributed.test_recovery import PLACES, forward, generated, same
+from tests.support import with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import (
     Edit,
@@ -60,7 +61,7 @@ def read(bridge: TransformerBridge, cache: DynamicCache, nth: int) -> Tensor:
 
 def read_again(bridge: TransformerBridge, cache: DynamicCache, nth: int) -> Tensor:
     with torch.no_grad(), bridge.hooks(fwd_hooks=[EDIT]):
-        logits: Tensor = bridge.original_model(STEPS[nth][0], past_key_values=cache).logits
+        logits: Tensor = bridge.original_model(STEPS[nth][0], **with_cache(cache)).logits
     return logits
 
 
@@ -416,9 +417,7 @@ def test_masks_are_kept_once_and_told_again_as_they_were(place: Place) -> None:
             mask = None if masks[end] is None else masks[end][:, :end].clone()
             alive.append(mask is not None and weakref.ref(mask))
             with torch.no_grad():
-                found.append(
-                    bridge.original_model(ids[:, begin:end], attention_mask=mask, past_key_values=cache).logits
-                )
+                found.append(bridge.original_model(ids[:, begin:end], attention_mask=mask, **with_cache(cache)).logits)
         del mask
         assert sum(ref() is not None for ref in alive if ref) <= 2
         return found

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from tests.distributed.hostile import PAYLOAD, message_of, parts_of_reply
+from tests.support import with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, Keep, Limits, LocalSpan, SpanError
 from transformer_lens.distributed.messages import MessageError, Reply, pack_reply, unpack_reply, unpack_request
@@ -250,12 +251,12 @@ def test_a_text_goes_on_after_lies(world: World) -> None:
         for change, _ in LIES.values():
             world.lie_from_now(change)
             try:
-                logits = model(ids, past_key_values=caches[0]).logits
+                logits = model(ids, **with_cache(caches[0])).logits
             except SpanError:
                 refused += 1
                 world.lie_from_now(None)
-                logits = model(ids, past_key_values=caches[0]).logits
-            assert torch.equal(logits, local(ids, past_key_values=caches[1]).logits)
+                logits = model(ids, **with_cache(caches[0])).logits
+            assert torch.equal(logits, local(ids, **with_cache(caches[1])).logits)
             ids = logits[:, -1:].argmax(-1)
     assert caches[0].get_seq_length() == TOKENS.shape[1] + len(LIES) - 1
     assert refused == len(LIES) - 1  # "no turns" is what a step without hooks has

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from tests.distributed.conftest import CountingSpan, spans_of
 from tests.distributed.faults import Clock, FaultySpan, Schedule
-from tests.support import FAMILIES, family
+from tests.support import FAMILIES, family, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.data import tiny_model_path
 from transformer_lens.data.evaluate import padded_prompts
@@ -446,7 +446,7 @@ def test_the_cache_holds_prompts_once_and_counts_the_text(name: str) -> None:
         span.server.sessions.of_peer.clear()
     with torch.no_grad():
         whole = model(tokens).logits
-        parts = [model(part, past_key_values=past).logits for part in tokens.split([1, 4, 3], dim=1)]
+        parts = [model(part, **with_cache(past)).logits for part in tokens.split([1, 4, 3], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
     assert past.get_seq_length() == 8
     held = [s for span in spans(name, 1) for of in span.server.sessions.of_peer.values() for s in of.values()]
@@ -609,17 +609,17 @@ def test_caches_and_gradients() -> None:
     model = tuned("tiny-falcon", "deep_ptune")
     tokens = token_ids()
     with pytest.raises(ValueError, match="no gradient comes back through keys and values on servers"):
-        model(tokens, past_key_values=DynamicCache())
+        model(tokens, **with_cache(DynamicCache()))
     full = DynamicCache()
     local = AutoModelForCausalLM.from_pretrained(tiny_model_path("tiny-falcon"))
     with torch.no_grad():
-        local(tokens, past_key_values=full)
+        local(tokens, **with_cache(full))
         with pytest.raises(ValueError, match="so a cache has to come here empty"):
-            model(tokens, past_key_values=full)
+            model(tokens, **with_cache(full))
         mine = DynamicCache()
-        tuned("tiny-falcon", "ptune")(tokens, past_key_values=mine)
+        tuned("tiny-falcon", "ptune")(tokens, **with_cache(mine))
         with pytest.raises(ValueError, match="was made by another distributed model"):
-            model(tokens, past_key_values=mine)
+            model(tokens, **with_cache(mine))
     with pytest.raises(ValueError, match="You must specify exactly one of input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="attention_mask: got 4 axes, expected 2"):
@@ -643,11 +643,11 @@ def test_shapes_are_of_the_text(name: str) -> None:
         expected = model(tokens).logits
         # One row of positions serves all rows.
         assert torch.equal(model(tokens, position_ids=torch.arange(8)[None]).logits, expected)
-        model(tokens[:, :6], past_key_values=past)
+        model(tokens[:, :6], **with_cache(past))
         with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 2\], expected \[2, 8\]"):
-            model(tokens[:, 6:], past_key_values=past, attention_mask=ones[:, :2])
-        rest = model(tokens[:, 6:], past_key_values=past, attention_mask=ones[:, :8], position_ids=ones[:1, :2] + 5)
-        again = model(tokens[:, :1], past_key_values=past, position_ids=ones[:1, :1] * 8)
+            model(tokens[:, 6:], **with_cache(past), attention_mask=ones[:, :2])
+        rest = model(tokens[:, 6:], **with_cache(past), attention_mask=ones[:, :8], position_ids=ones[:1, :2] + 5)
+        again = model(tokens[:, :1], **with_cache(past), position_ids=ones[:1, :1] * 8)
     assert rest.logits.shape == (2, 2, 735) and again.logits.shape == (2, 1, 735) and past.get_seq_length() == 9
     assert "deep_ptune, 3 in front of tiny-" in repr(model)
 
@@ -666,10 +666,10 @@ def test_a_forward_that_fails_in_a_hook_leaves_nothing() -> None:
     assert torch.equal(model(tokens).logits, expected)
     past = DynamicCache()
     with torch.no_grad(), pytest.raises(RuntimeError, match="mine"), bridge.hooks([("blocks.2.hook_resid_pre", fail)]):
-        model(tokens, past_key_values=past)
+        model(tokens, **with_cache(past))
     assert past.get_seq_length() == 0
     with torch.no_grad():
-        assert torch.allclose(model(tokens, past_key_values=past).logits, expected, atol=1e-5)
+        assert torch.allclose(model(tokens, **with_cache(past)).logits, expected, atol=1e-5)
     assert past.get_seq_length() == 8
 
 

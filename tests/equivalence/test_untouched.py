@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.equivalence.grid import REFUSED, RUNNABLE, Case, every_case, family_cases, wrap
-from tests.support import tokens, torch_hooks
+from tests.support import cache_of, tokens, torch_hooks, with_cache
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def test_decoding_with_a_kv_cache_is_the_models_own(case: Case) -> None:
     model, ids = case.model(), tokens(2, 8)
     with torch.no_grad():
         first = model(ids[:, :5], use_cache=True)
-        bare = model(ids[:, 5:], past_key_values=copy.deepcopy(first.past_key_values)).logits
+        bare = model(ids[:, 5:], **with_cache(copy.deepcopy(cache_of(first)))).logits
         bridge = wrap(model)
-        assert torch.equal(bridge(ids[:, 5:], past_key_values=copy.deepcopy(first.past_key_values)), bare)
-        logits, cache = bridge.run_with_cache(ids[:, 5:], past_key_values=copy.deepcopy(first.past_key_values))
+        assert torch.equal(bridge(ids[:, 5:], past_key_values=copy.deepcopy(cache_of(first))), bare)
+        logits, cache = bridge.run_with_cache(ids[:, 5:], past_key_values=copy.deepcopy(cache_of(first)))
     assert torch.equal(logits, bare)
     assert all(cache[name].shape[1] == 3 for name in ports(bridge))
 

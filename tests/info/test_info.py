@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from tests.adapters.test_published import CARDS
-from tests.support import FAMILIES, LAYOUTS, falcon_config, falcon_sweep, family, mixtral, tokens
+from tests.support import FAMILIES, LAYOUTS, cache_of, falcon_config, falcon_sweep, family, mixtral, tokens, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import ModelInfo, model_info
 from transformer_lens.model_bridge.info import cache_memory
@@ -44,7 +44,7 @@ def filled(model: Any, prompt: int, new: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     model.generate(
         tokens(1, prompt),
-        past_key_values=cache,
+        **with_cache(cache),
         min_new_tokens=new,
         max_new_tokens=new,
         do_sample=False,
@@ -198,7 +198,7 @@ def test_the_cache_of_every_falcon_layout() -> None:
         count += 1
         model = family("7b", **{"multi_query": True, **changes, "num_hidden_layers": 1})
         with torch.no_grad():
-            cache = model(tokens(1, 6)).past_key_values
+            cache = cache_of(model(tokens(1, 6)))
         row = cache_memory(adapter, 6, torch.float32)
         assert bytes_held(cache) == row.allocated, changes
         _, captured = TransformerBridge(model).run_with_cache(tokens(1, 6), names_filter="blocks.0.attn.hook_k")

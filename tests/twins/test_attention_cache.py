@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from tests.support import tokens
+from tests.support import tokens, with_cache
 from tests.twins import cases
 from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, make, run_edited, wrap
 from tests.twins.test_attention_writes import edited_at
@@ -216,4 +216,4 @@ def test_static_caches_and_alibi_fail_in_transformers_itself() -> None:
     """Pinned: when this passes upstream, the left-out case above can be added."""
     model = make("rw")
     with pytest.raises(RuntimeError, match="must match the existing size|expanded size|must match the size"):
-        model(tokens(2, 4), past_key_values=static(model))
+        model(tokens(2, 4), **with_cache(static(model)))

@@ -208,7 +208,9 @@ def test_the_mask_may_be_passed_by_its_position(family: str, attn: str) -> None:
     handle.remove()
     ((args, kwargs),) = calls
     named = dict(zip(["hidden_states"], args, strict=False)) | kwargs
-    named = {name: None if name in ("past_key_values", "layer_past") else value for name, value in named.items()}
+    named = {
+        name: None if name in ("past_key_values", "cache", "layer_past") else value for name, value in named.items()
+    }
     first = ("hidden_states", "position_embeddings" if family == "mixtral" else "alibi", "attention_mask")
     others = {name: value for name, value in named.items() if name not in first}
     with torch.no_grad():

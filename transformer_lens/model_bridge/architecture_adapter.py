@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.generalized_components import (
     Part,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.upstream import attribute
 
 HEADS: Mapping[str, tuple[str, Part]] = {
     "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
@@ -27,6 +28,9 @@ HEADS: Mapping[str, tuple[str, Part]] = {
     "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
 }
 """The heads of Hugging Face's task classes: attribute of the model -> component."""
+
+KEYS = ("model_type", "name_or_path", "_attn_implementation")
+"""What is read from every config."""
 
 NO_HEAD = "this model class has no {missing}; its output is {present}"
 
@@ -51,6 +55,8 @@ class ArchitectureAdapter:
     model_type: ClassVar[str]
     cfg_names: ClassVar[Mapping[str, str]] = {}
     """Fields of `BridgeConfig` and the config attribute each is read from."""
+    config_keys: ClassVar[tuple[str, ...]] = ()
+    """Attributes of the config that the family reads beside these."""
     block_returns_tuple: ClassVar[bool] = False
     """Whether a block of the model returns its stream as the first item of a tuple."""
     root_hooks: ClassVar[tuple[Hook, ...]] = ROOT_HOOKS
@@ -61,6 +67,8 @@ class ArchitectureAdapter:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        for name in (*KEYS, *self.cfg_names.values(), *self.config_keys):
+            attribute(config, name)
         for sentence in self.refusals():
             raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
         self.cfg = self.read_config()

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.ports import Inside, Port, Side
 from transformer_lens.model_bridge.sharding import Sharding, Shards
 from transformer_lens.model_bridge.slots import Slot
 from transformer_lens.model_bridge.stand_in import BoundInside, BoundTwin
+from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
 from transformer_lens.model_bridge.watch import unwatch, watch
 
 _exchange = threading.Lock()
@@ -39,9 +40,9 @@ class Tap:
         self.find = find
         self.tell = tell
         self.module: nn.Module | None = None
+        self.arguments: Arguments
         self.side = port.side
         self.arg = port.arg
-        self.keyword = port.keyword
         self.shared = port.shared
         self.layer = layer
         self.ports: list[BoundPort] = []
@@ -72,6 +73,7 @@ class Tap:
 
     def _put_on(self) -> None:
         self.module = module = self.find()
+        self.arguments = arguments_of(type(module))
         if self.side == "in":
             self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
         else:
@@ -88,18 +90,25 @@ class Tap:
         """The forward pre-hook: may exchange the module's input."""
         if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
             return None
-        by_name = self.keyword or self.arg in kwargs or not args
-        x = kwargs.get(self.arg) if by_name else args[0]
-        if not isinstance(x, Tensor) or not covered(self.layer):
+        if not covered(self.layer):
             return None
+        arguments = self.arguments
+        if self.arg is None:
+            x = arguments.first_value(args, kwargs)
+            if not isinstance(x, Tensor):
+                raise UpstreamError(arguments.owner, f"tensor as its first argument, got {type(x).__name__}", kwargs)
+        else:
+            x = arguments.value(self.arg, args, kwargs)
+            if x is None:
+                return None
         new = self.fire(x)
         for port in self.live_recalls:
             port.remember(new)
         if new is x:
             return None
-        if by_name:
-            return args, {**kwargs, self.arg: new}
-        return (new, *args[1:]), kwargs
+        if self.arg is None:
+            return arguments.with_first(new, args, kwargs)
+        return args, {**kwargs, arguments.name(self.arg): new}
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward hook: may exchange the module's output, or one item of it."""
@@ -108,9 +117,17 @@ class Tap:
         if isinstance(output, Tensor):
             new = self.fire(output)
             return None if new is output else new
+        if not isinstance(output, tuple):
+            raise UpstreamError(
+                type(module).__name__, f"tensor or tuple as its output, got {type(output).__name__}", ()
+            )
         changed = output
         for port in self.live:
-            item = changed[port.port.item]
+            item = changed[port.port.item] if port.port.item < len(changed) else None
+            if not isinstance(item, Tensor):
+                raise UpstreamError(
+                    type(module).__name__, f"tensor as item {port.port.item} of its output", _kinds(output)
+                )
             new = self.fire(item, (port,))
             if new is not item:
                 at = port.port.item
@@ -127,6 +144,10 @@ class Tap:
             for port in ports or self.live:
                 x = port.fire(x)
         return x
+
+
+def _kinds(output: tuple[Any, ...]) -> list[str]:
+    return [type(item).__name__ for item in output]
 
 
 class BoundPort(Slot):
@@ -196,7 +217,7 @@ class Attachment:
         self.cfg = cfg
         self.on_replaced = on_replaced
         self.sharding = sharding
-        self.taps: dict[tuple[str, Side, str, bool], Tap] = {}
+        self.taps: dict[tuple[str, Side, Word | None, bool], Tap] = {}
         self.twins: dict[str, BoundTwin] = {}
         self.model = model
         self.blocks_elsewhere = blocks_elsewhere
@@ -284,8 +305,8 @@ class Attachment:
         bound.listeners.append(tap)
 
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
-        """The tap at a port's place, made when first needed. Keyword and shared ports have their own."""
-        key = (component.path, port.side, port.arg if port.keyword else "", port.shared)
+        """The tap at a port's place, made when first needed; ports of another argument, and shared ones, have their own."""
+        key = (component.path, port.side, port.arg, port.shared)
         if key not in self.taps:
             self.taps[key] = Tap(_Find(component), port, layer, self.tell)
         return self.taps[key]

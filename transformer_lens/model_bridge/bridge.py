@@ -189,6 +189,8 @@ class TransformerBridge(
             layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1
             if component.name in ("ln_final", "unembed", "head"):
                 layer = self.cfg.n_layers
+            if layer not in self.attachment.blocks_elsewhere:
+                component.check_module()
             self.attachment.bind(component, component.declared, component.role, layer)
             for hook in component.declared:
                 aliases |= {f"{component.name}.{alias}": f"{component.name}.{hook.name}" for alias in hook.aliases}

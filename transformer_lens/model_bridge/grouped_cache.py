@@ -79,7 +79,7 @@ class GroupedCache(Cache):  # type: ignore[misc]
     """A transformers cache for any supported model that never holds one key twice.
 
     >>> grouped = GroupedCache(model.config)
-    >>> ids = model.generate(torch.tensor([[1, 2, 3]]), past_key_values=grouped, max_new_tokens=4, do_sample=False)
+    >>> ids = model.generate(torch.tensor([[1, 2, 3]]), cache=grouped, max_new_tokens=4, do_sample=False)
     >>> grouped.layers[0].keys.shape  # batch kv_group pos d_head
     torch.Size([1, 2, 6, 32])
 

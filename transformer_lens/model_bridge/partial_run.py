@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformer_lens.hook_point import state
+from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
 
 class _Layers(threading.local):
@@ -46,11 +47,11 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
     """Stop, in this thread, where `module` would start, with its input."""
     thread, depth = threading.get_ident(), len(state.executing)
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
             return
         if threading.get_ident() == thread and len(state.executing) == depth:
-            raise Stopped(args[0] if args else kwargs["hidden_states"], run)
+            raise Stopped(arguments_of(type(module)).first_value(args, kwargs), run)
 
     # First in line, so that no hook of this module fires: nothing of it belongs to the run.
     handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
@@ -66,12 +67,20 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
     outer = (_layers.start, _layers.depth)
     thread, depth = threading.get_ident(), len(state.executing)
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None or threading.get_ident() != thread or len(state.executing) != depth:
             return None
-        return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+        return arguments_of(type(module)).with_first(stream, args, kwargs)
+
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Blocks that hand on return what this one returns, or the model would read something else of it."""
+        if isinstance(output, tuple) != returns_tuple and threading.get_ident() == thread:
+            expected, got = ("tuple", "tensor")[:: 1 if returns_tuple else -1]
+            raise UpstreamError(type(module).__name__, f"{expected} as its output, it returned a {got}", ())
 
     with ExitStack() as undo:
+        if start < len(places) - 1:
+            undo.callback(places[start].register_forward_hook(check).remove)
         for layer, block in enumerate(places[:start]):
             undo.enter_context(_handing_on(block, layer, returns_tuple))
         # A model may add positions to the embeddings it is called with, so what reaches this place is not the stream.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.twin_call import plain_forward
+from transformer_lens.model_bridge.upstream import Word
 from transformer_lens.model_bridge.views import TokenRows, View, whole
 
 Side = Literal["in", "out"]
@@ -24,16 +25,14 @@ class Port:
     """A tensor that a module receives or returns, seen through a view.
 
     `at` is the role of the module inside the component that declares the hook ("" is its own module),
-    `item` which one of a returned tuple, `arg` the argument's name where it is passed by keyword.
+    `item` which one of a returned tuple, `arg` which argument where it is not the first.
     """
 
     at: str = ""
     side: Side = "out"
     view: Callable[[BridgeConfig], View] = whole
     item: int = 0
-    arg: str = "hidden_states"
-    keyword: bool = False
-    """The argument is only ever passed by its name."""
+    arg: Word | None = None
     aliased: bool = False
     """The model writes into this tensor afterwards, so what is captured has to be a copy."""
     instead: Port | None = None

@@ -92,6 +92,7 @@ class BoundTwin:
                 self._put_on()
 
     def _put_on(self) -> None:
+        self.component.check_module()
         module = self.component.computing_module
         found = StandIn.on(module)
         self.stand_in = found or StandIn(module)

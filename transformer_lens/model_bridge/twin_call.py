@@ -84,7 +84,7 @@ class TwinCall:
     @property
     def first(self) -> Any:
         """The first argument."""
-        return self.args[0] if self.args else self.kwargs[arguments_of(type(self.module)).first]
+        return arguments_of(type(self.module)).first_value(self.args, self.kwargs)
 
     def through(self, role: str, x: Tensor, amend: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """What the part in this role received and returned, after the hooks on it.

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import nn
@@ -79,6 +79,16 @@ class Arguments:
             raise UpstreamError(self.owner, "argument with a name", ())
         return next(iter(self.defaults))
 
+    def first_value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call passed as the first parameter."""
+        return args[0] if args else kwargs.get(self.first)
+
+    def with_first(
+        self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with another first argument."""
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, self.first: value})
+
     def name(self, word: Word) -> str:
         """What the parameter is called in the installed release. Raises `UpstreamError` where there is none."""
         found = self._names.get(word)
@@ -115,12 +125,14 @@ class Arguments:
 
 def arguments_of(kind: type[nn.Module]) -> Arguments:
     """The arguments of a module class's forward, as the class defines it."""
-    return _read(kind)
+    return _read(cast("Any", kind))
 
 
 @lru_cache(maxsize=1024)
 def _read(kind: Any) -> Arguments:
-    return Arguments(kind.forward, f"{kind.__name__}.forward")
+    """Of the first class in line whose forward names its arguments: one that takes `*args` hands them on."""
+    forwards = [Arguments(base.forward, f"{kind.__name__}.forward") for base in kind.__mro__ if "forward" in vars(base)]
+    return next((found for found in forwards if found.defaults), forwards[0])
 
 
 def attribute(owner: object, name: str) -> Any:
@@ -130,6 +142,20 @@ def attribute(owner: object, name: str) -> Any:
     except AttributeError as error:
         there = sorted(key for key in vars(owner) if not key.startswith("_"))
         raise UpstreamError(type(owner).__name__, f"attribute {name!r}", there) from error
+
+
+HELD = ("keys", "values", "is_initialized", "is_sliding", "get_seq_length", "update")
+"""What a layer of a KV cache is asked for."""
+
+
+def layer_of_cache(cache: Any, number: int) -> Any:
+    """The part of a KV cache that one layer of the model fills; `None` before it did."""
+    layers = attribute(cache, "layers")
+    if len(layers) <= number:
+        return None
+    for name in HELD:
+        attribute(layers[number], name)
+    return layers[number]
 
 
 def output_name(output: Any, word: Word) -> str:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.cache_utils import StaticLayer
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.attention_math import (
@@ -39,7 +40,16 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.twin_call import TwinCall, plain_forward
-from transformer_lens.model_bridge.upstream import ALIBI, CACHE, MASK, OUTPUT_ATTENTIONS, ROTATION, STREAM
+from transformer_lens.model_bridge.upstream import (
+    ALIBI,
+    CACHE,
+    MASK,
+    OUTPUT_ATTENTIONS,
+    ROTATION,
+    STREAM,
+    Word,
+    layer_of_cache,
+)
 from transformer_lens.model_bridge.views import View
 
 NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
@@ -50,6 +60,8 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
 
     places: ClassVar[Places]
     writes = OUTPUT
+    takes: ClassVar[tuple[Word, ...]] = (STREAM, MASK, CACHE)
+    attributes: ClassVar[tuple[str, ...]] = ("config", "layer_idx")
     rotates: ClassVar[bool] = True
 
     # -- the steps a subclass may change -------------------------------------------------------------
@@ -121,12 +133,12 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
         held = int(layer.get_seq_length())
         keys = layer.keys[:, :, :held]
         # A window of fixed size is shifted in place.
-        shifts = layer.is_sliding and hasattr(layer, "max_cache_len")
+        shifts = layer.is_sliding and isinstance(layer, StaticLayer)
         call.kept["past"] = keys.clone() if shifts else keys
 
     def cache_layer(self, call: TwinCall) -> Any:
         cache, module = call.argument(CACHE), cast("Any", call.module)
-        return None if cache is None or len(cache.layers) <= module.layer_idx else cache.layers[module.layer_idx]
+        return None if cache is None else layer_of_cache(cache, module.layer_idx)
 
     def twin(self, call: TwinCall) -> tuple[Tensor, Tensor | None]:
         x: Float[Tensor, "B Q d_model"] = call.argument(STREAM)
@@ -209,7 +221,7 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
             return layer.keys if layer.keys.shape[-2] > k.shape[-2] else k
         # A GroupedCache keeps one key for each group, where the model caches one for each query head.
         past: Tensor = repeat_groups(call.kept["past"], k.shape[1])
-        size = getattr(layer, "max_cache_len", None)
+        size = layer.max_cache_len if isinstance(layer, StaticLayer) else None
         if size is not None and past.shape[-2] + k.shape[-2] <= size:
             return layer.keys  # type: ignore[no-any-return]
         oldest = 1 if past.shape[-2] == size else 0  # a full window of fixed size drops one
@@ -260,6 +272,8 @@ class PositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
 
     places = SEPARATE
     reads = OF_PROJECTIONS
+    takes = (*TwinnedAttentionBridge.takes, ROTATION)
+    attributes = (*TwinnedAttentionBridge.attributes, "scaling", "attention_dropout")
     hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
@@ -268,6 +282,8 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
 
     places = FUSED
     reads = OF_ONE_MATMUL
+    takes = (*TwinnedAttentionBridge.takes, ROTATION, OUTPUT_ATTENTIONS)
+    attributes = (*TwinnedAttentionBridge.attributes, "new_decoder_architecture")
     hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
 
     def cached_heads(self, x_BGKD: Tensor, cfg: BridgeConfig) -> Tensor:
@@ -299,6 +315,8 @@ class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
 
     hooks = (*qkv_hooks(FUSED), *SCORES)
     absent = {"hook_rot_q": NOT_ROTATED, "hook_rot_k": NOT_ROTATED}
+    takes = (*JointQKVPositionEmbeddingsAttentionBridge.takes, ALIBI)
+    attributes = (*JointQKVPositionEmbeddingsAttentionBridge.attributes, "attention_dropout")
     rotates = False
 
     def scores(self, call: TwinCall, q_BHQD: Tensor, k_BHKD: Tensor) -> Float[Tensor, "B H Q K"]:

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.peft_layers import computing_module
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.twin_call import TwinCall
+from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute
 
 NO_TWIN = "it is computed inside a module and handed over by none, and this architecture has no twin of that module"
 
@@ -132,6 +133,10 @@ class ComponentBridge(HookOwner):
     """In a block: the role of each norm, and the roles that read what it returns."""
     adds: ClassVar[tuple[str, ...]] = ()
     """In a block: the roles whose outputs are added to the stream."""
+    takes: ClassVar[tuple[Word, ...]] = ()
+    """The arguments that the module's forward has to have."""
+    attributes: ClassVar[tuple[str, ...]] = ()
+    """The attributes of the module that this component reads."""
     cfg: BridgeConfig
     """The numbers of the whole model, given by the bridge."""
     model: nn.Module
@@ -178,6 +183,15 @@ class ComponentBridge(HookOwner):
     def computing_module(self) -> nn.Module:
         """That module without the wrappers that only adapt its parameters: where its twin stands in."""
         return computing_module(self.original_component)
+
+    def check_module(self) -> None:
+        """Raise `UpstreamError` unless the module has everything that this component relies on."""
+        if self.takes or self.attributes:
+            module = self.computing_module
+            for word in self.takes:
+                arguments_of(type(module)).name(word)
+            for name in self.attributes:
+                attribute(module, name)
 
     def interior(self, sharding: Sharding) -> Interior:
         """How several processes divide what is inside the module."""

@@ -114,7 +114,7 @@ class SharedNormParallelBlockBridge(StreamBlock):
         RESID_PRE,
         *BRANCHES,
         ATTN_OUT,
-        Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, BranchPort("mlp", "in", arg="x", stream="", norm="ln1")),
+        Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, BranchPort("mlp", "in", stream="", norm="ln1")),
         MLP_OUT,
         RESID_POST,
     )

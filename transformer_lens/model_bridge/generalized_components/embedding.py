@@ -5,11 +5,13 @@ from __future__ import annotations
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import Weight, linear, own
 from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.upstream import EMBEDDINGS
 
 
 class EmbeddingBridge(ComponentBridge):
     """The token embedding; its output is the model's `hook_embed`."""
 
+    attributes = ("weight",)
     writes = (StreamMatrix(bias="", rows=True),)
     W_E = Weight("d_vocab d_model", "what each token writes into the stream", own("weight"))
 
@@ -46,7 +48,7 @@ ROOT_HOOKS = (
         "hook_embed",
         "batch pos d_model",
         "the token embeddings, or the embeddings that the model was called with",
-        Port(at="embed", side="out", instead=Port(side="in", arg="inputs_embeds", keyword=True)),
+        Port(at="embed", side="out", instead=Port(side="in", arg=EMBEDDINGS)),
         aliases=("embed.hook_out",),
     ),
 )

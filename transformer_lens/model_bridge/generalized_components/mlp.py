@@ -7,7 +7,7 @@ from transformer_lens.model_bridge.generalized_components.weights import DenseWe
 from transformer_lens.model_bridge.ports import Port
 
 DENSE = "this MLP is dense: it has no router and no experts"
-MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in", arg="x"))
+MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in"))
 
 
 class MLPBridge(DenseWeights, ComponentBridge):

@@ -20,6 +20,8 @@ from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREA
 class RouterBridge(ComponentBridge):
     """The router: chooses the experts of each token, and how much each counts."""
 
+    attributes = ("weight",)
+
     def twin(self, call: TwinCall) -> tuple[Tensor, Tensor, Tensor]:
         """Softmax over all experts in float32, the best k, weights scaled to sum to one (`MixtralTopKRouter`)."""
         x: Float[Tensor, "row d_model"] = call.first.reshape(-1, call.cfg.d_model)
@@ -34,6 +36,9 @@ class RouterBridge(ComponentBridge):
 
 class ExpertsBridge(ComponentBridge):
     """The experts: gated MLPs side by side, their weights stacked along the first axis."""
+
+    takes = (STREAM, CHOSEN, CHOICE_WEIGHTS)
+    attributes = ("gate_up_proj", "down_proj", "act_fn")
 
     def interior(self, sharding: Sharding) -> Interior:
         """Several processes share the neurons of each expert, or have some experts each."""

@@ -93,6 +93,14 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         "act_fn": "activation",
         "eps": "layer_norm_epsilon",
     }
+    config_keys = (
+        "alibi",
+        "multi_query",
+        "new_decoder_architecture",
+        "num_kv_heads",
+        "num_ln_in_parallel_attn",
+        "parallel_attn",
+    )
 
     def refusals(self) -> list[str]:
         c = self.config

@@ -42,6 +42,7 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
         "experts_per_token": "num_experts_per_tok",
         "sliding_window": "sliding_window",
     }
+    config_keys = ("head_dim",)
 
     def refusals(self) -> list[str]:
         c = self.config
