@@ -312,7 +312,11 @@ class HookedRootModule(nn.Module):
             with changing_together():
                 for point, entry, _, _ in entries:
                     point.remove(entry, silence=not completed)
-        silent = [p.name for p, entry, dir, named in entries if named and dir == "fwd" and not entry.fired]
+        silent = [
+            point.name
+            for point, entry, dir, named in entries
+            if dir == "fwd" and not entry.fired and (named or self.fires_in(point, model_kwargs))
+        ]
         if silent:
             raise ValueError(
                 f"these hooks were asked for and never fired: {', '.join(map(repr, silent))}; "
@@ -320,6 +324,10 @@ class HookedRootModule(nn.Module):
                 "put in a hook's place has to call its own hook points"
             )
         return output
+
+    def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
+        """Whether a point has to fire in a call with these keywords; then a hook there that did not is an error."""
+        return False
 
     # -- caching -----------------------------------------------------------------------------------
 

@@ -554,7 +554,7 @@ def test_a_character_is_held_back_until_it_is_whole() -> None:
 
     adapter = type("Adapter", (), {"tokenizer": Bytes()})()
     prompt = Prompt({}, torch.ones(1, 1), 0)
-    call = GenerationCall(bridge.original_model, prompt, {}, GenerationConfig(), {}, "input", adapter)
+    call = GenerationCall(bridge.original_model, bridge.arguments, prompt, {}, GenerationConfig(), {}, "input", adapter)
     coming = (torch.tensor([value]) for value in "aß!".encode())
     assert list(_pieces(call, coming)) == ["a", "", "ß", "!"]
     assert list(_pieces(call, (torch.tensor([value]) for value in b"a\xc3"))) == ["a", "", "\ufffd"]

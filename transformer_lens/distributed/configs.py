@@ -43,6 +43,10 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     """The family's model without its head: what runs the blocks on a server."""
     ends: ClassVar[dict[str, int]]
     """What a server has no use for, and how many axes each has: an embedding of one row, a norm that never runs."""
+    collects: ClassVar[tuple[str, ...]] = ("output_hidden_states", "output_attentions")
+    """What the family's models would collect inside their blocks when the config asks for it."""
+    dropouts: ClassVar[tuple[str, ...]]
+    """What is random in its blocks in training."""
     full_name_in_prefix: ClassVar[bool]
     """Whether the prefix keeps the owner of a hub name."""
 
@@ -152,6 +156,7 @@ class DistributedFalconConfig(DistributedConfig, FalconConfig):
     block_class: ClassVar[type[nn.Module]] = FalconDecoderLayer
     attn_class: ClassVar[type[nn.Module]] = FalconAttention
     base_class: ClassVar[type[PreTrainedModel]] = FalconModel
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "hidden_dropout")
     ends: ClassVar[dict[str, int]] = {"word_embeddings.weight": 2, "ln_f.weight": 1, "ln_f.bias": 1}
     full_name_in_prefix: ClassVar[bool] = False
 
@@ -175,6 +180,8 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
     block_class: ClassVar[type[nn.Module]] = MixtralDecoderLayer
     attn_class: ClassVar[type[nn.Module]] = MixtralAttention
     base_class: ClassVar[type[PreTrainedModel]] = MixtralModel
+    collects: ClassVar[tuple[str, ...]] = (*DistributedConfig.collects, "output_router_logits")
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
     ends: ClassVar[dict[str, int]] = {"embed_tokens.weight": 2, "norm.weight": 1}
     full_name_in_prefix: ClassVar[bool] = True
 

@@ -38,7 +38,15 @@ from transformer_lens.distributed.route import Route
 from transformer_lens.distributed.spans import Span, SpanSource
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import BlockElsewhere, HookRequest
-from transformer_lens.model_bridge.upstream import CACHE, MASK, USE_CACHE, Arguments, arguments_of, output_name
+from transformer_lens.model_bridge.upstream import (
+    CACHE,
+    MASK,
+    USE_CACHE,
+    Arguments,
+    arguments_of,
+    attribute,
+    output_name,
+)
 
 
 @dataclass
@@ -137,7 +145,6 @@ INSTEAD = {
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
 """What transformers would collect inside the blocks, and how to ask for it here."""
-DROPOUTS = ("attention_dropout", "hidden_dropout", "router_jitter_noise")
 
 
 class RemoteBlocks:
@@ -186,11 +193,13 @@ class RemoteBlocks:
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) > 1:
             raise TypeError("a distributed model takes its arguments after the first by name")
-        for name, instead in INSTEAD.items():
+        for name in self.config.collects:
             given = kwargs.get(name)
-            if getattr(self.config, name, False) if given is None else given:
-                raise ValueError(f"{name}: it is inside blocks on other machines; use {instead} of a TransformerBridge")
-        drops = [name for name in DROPOUTS if getattr(self.config, name, 0)]
+            if attribute(self.config, name) if given is None else given:
+                raise ValueError(
+                    f"{name}: it is inside blocks on other machines; use {INSTEAD[name]} of a TransformerBridge"
+                )
+        drops = [name for name in self.config.dropouts if attribute(self.config, name)]
         if self.training and drops:
             raise ValueError(
                 f"model.train(): {', '.join(drops)} would act on servers, which evaluate; call model.eval()"

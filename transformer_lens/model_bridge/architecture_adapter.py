@@ -29,7 +29,7 @@ HEADS: Mapping[str, tuple[str, Part]] = {
 }
 """The heads of Hugging Face's task classes: attribute of the model -> component."""
 
-KEYS = ("model_type", "name_or_path", "_attn_implementation")
+KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
 """What is read from every config."""
 
 NO_HEAD = "this model class has no {missing}; its output is {present}"
@@ -100,8 +100,8 @@ class ArchitectureAdapter:
 
     def read_config(self) -> BridgeConfig:
         """The model's numbers under the field's names."""
-        read = {name: getattr(self.config, attribute) for name, attribute in self.cfg_names.items()}
-        architectures = getattr(self.config, "architectures", None) or [""]
+        read = {name: attribute(self.config, theirs) for name, theirs in self.cfg_names.items()}
+        architectures = self.config.architectures or [""]
         known = {"architecture": architectures[0], "model_name": self.config.name_or_path or self.model_type}
         fields = {**known, **read, **self.variant()}
         fields.setdefault("d_vocab_out", fields["d_vocab"])

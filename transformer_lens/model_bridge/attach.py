@@ -22,7 +22,7 @@ from transformer_lens.model_bridge.ports import Inside, Port, Side
 from transformer_lens.model_bridge.sharding import Sharding, Shards
 from transformer_lens.model_bridge.slots import Slot
 from transformer_lens.model_bridge.stand_in import BoundInside, BoundTwin
-from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
+from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item
 from transformer_lens.model_bridge.watch import unwatch, watch
 
 _exchange = threading.Lock()
@@ -117,19 +117,11 @@ class Tap:
         if isinstance(output, Tensor):
             new = self.fire(output)
             return None if new is output else new
-        if not isinstance(output, tuple):
-            raise UpstreamError(
-                type(module).__name__, f"tensor or tuple as its output, got {type(output).__name__}", ()
-            )
         changed = output
         for port in self.live:
-            item = changed[port.port.item] if port.port.item < len(changed) else None
-            if not isinstance(item, Tensor):
-                raise UpstreamError(
-                    type(module).__name__, f"tensor as item {port.port.item} of its output", _kinds(output)
-                )
-            new = self.fire(item, (port,))
-            if new is not item:
+            value = item(changed, port.port.item, module)
+            new = self.fire(value, (port,))
+            if new is not value:
                 at = port.port.item
                 changed = (*changed[:at], new, *changed[at + 1 :])
         return None if changed is output else changed
@@ -144,10 +136,6 @@ class Tap:
             for port in ports or self.live:
                 x = port.fire(x)
         return x
-
-
-def _kinds(output: tuple[Any, ...]) -> list[str]:
-    return [type(item).__name__ for item in output]
 
 
 class BoundPort(Slot):
@@ -305,7 +293,7 @@ class Attachment:
         bound.listeners.append(tap)
 
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
-        """The tap at a port's place, made when first needed; ports of another argument, and shared ones, have their own."""
+        """The tap at a port's place, made when first needed; other arguments and shared ports have their own."""
         key = (component.path, port.side, port.arg, port.shared)
         if key not in self.taps:
             self.taps[key] = Tap(_Find(component), port, layer, self.tell)

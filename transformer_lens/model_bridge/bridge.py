@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,7 +42,7 @@ from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
-from transformer_lens.model_bridge.upstream import EMBEDDINGS, Arguments, arguments_of
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
@@ -185,6 +186,9 @@ class TransformerBridge(
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
         self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
         aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
+        causal = "unembed" in self._modules
+        for word in (TOKENS, EMBEDDINGS, MASK, *((POSITIONS, CACHE) if causal else ())):
+            self.arguments.name(word)
         for component in self.components():
             layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1
             if component.name in ("ln_final", "unembed", "head"):
@@ -397,6 +401,16 @@ class TransformerBridge(
         if not return_cache_object:
             return output, store
         return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
+        """Every hook of the table fires in a run of all layers."""
+        layers = (model_kwargs.get(name) for name in ("start_at_layer", "stop_at_layer"))
+        return all(layer is None for layer in layers) and point.name in self._declared
+
+    @cached_property
+    def _declared(self) -> frozenset[str]:
+        owners: list[HookOwner] = [self, *self.components()]
+        return frozenset(name for owner in owners for name in owner.full_names.values())
 
     def _component(self, name: str) -> ComponentBridge:
         found = self.get_submodule(name)

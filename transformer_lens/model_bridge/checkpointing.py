@@ -15,8 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from transformer_lens.hook_point import state
+from transformer_lens.model_bridge.upstream import attribute
 
 FUNCTION = "_gradient_checkpointing_func"
 """Where transformers keeps the function that checkpoints a block."""
@@ -240,8 +242,10 @@ def recording(model: nn.Module) -> Iterator[None]:
     """Record what hooks do in the checkpointed blocks of one forward."""
     blocks: list[Any] = []
     if torch.is_grad_enabled():
-        trained = [module for module in model.modules() if module.training and FUNCTION in module.__dict__]
-        blocks = [module for module in trained if module.__dict__.get("gradient_checkpointing")]
+        trained = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
+        blocks = [block for block in trained if attribute(block, "gradient_checkpointing")]
+    for block in blocks:
+        attribute(block, FUNCTION)
     with _exchange:
         for block in blocks:
             here = block.__dict__[FUNCTION]

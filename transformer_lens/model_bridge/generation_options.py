@@ -34,7 +34,7 @@ class Prompt:
     mask: Int[Tensor, "batch prompt"]
     texts: int | None
     """How many texts it came from: `None` if it was not text, 0 for one bare string."""
-    embedded: bool
+    embedded: bool = False
     """Whether it came as embeddings."""
 
     @property

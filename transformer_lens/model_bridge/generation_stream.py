@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from transformer_lens.model_bridge.generation_options import GenerationCall
 from transformer_lens.model_bridge.generation_run import GenerationRun
+from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
+
+PARTS = (
+    "_prefill",
+    "_optimize_model_for_decode",
+    "_update_model_kwargs_for_generation",
+    "prepare_inputs_for_generation",
+)
+"""The methods of a model that its own decoding loop calls."""
 
 UNFINISHED = "\ufffd"
 """What decoding shows for a character of which some bytes are still to come."""
@@ -22,6 +32,8 @@ UNFINISHED = "\ufffd"
 
 def refuse_unless_streamable(call: GenerationCall) -> None:
     """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
+    for name in PARTS:
+        attribute(call.model, name)
     chosen, options = call.chosen, call.options
     asked = {
         "num_beams": (chosen.num_beams or 1) > 1,
@@ -58,7 +70,9 @@ def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Iterator[Int[Tensor, " batch"]]:
-        ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+        prepare = model.prepare_inputs_for_generation
+        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
         going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         output = None
         while bool(going.any()):
@@ -66,15 +80,15 @@ def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]
                 if output is None:
                     output = model._prefill(input_ids, generation_config, model_kwargs)
                 else:
-                    new = 1 if model_kwargs["use_cache"] else None
-                    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
+                    inputs = prepare(input_ids, **new, **model_kwargs)
                     with model._optimize_model_for_decode():
                         output = model(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
                 logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
                 chosen = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
                 if ends:
-                    chosen = torch.where(going, chosen, generation_config._pad_token_tensor)
+                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
                 input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
                 going = going & ~stopping_criteria(input_ids, None)
             yield chosen

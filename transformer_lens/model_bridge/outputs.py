@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from transformer_lens.model_bridge.upstream import attribute
+
 RETURN_TYPES = ("logits", "loss", "both", None)
 
 
@@ -24,5 +26,5 @@ def main_output(output: Any) -> Tensor:
         return logits
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    final: Tensor = output.last_hidden_state
+    final: Tensor = attribute(output, "last_hidden_state")
     return final

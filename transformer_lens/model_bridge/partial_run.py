@@ -104,10 +104,11 @@ class _HandOn:
         self.original = block.forward
         self.users = 0
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if covered(self.layer):
-            return self.original(hidden_states, *args, **kwargs)
-        return (hidden_states, None) if self.returns_tuple else hidden_states
+            return self.original(*args, **kwargs)
+        stream = arguments_of(type(self.block)).first_value(args, kwargs)
+        return (stream, None) if self.returns_tuple else stream
 
     def remove(self) -> None:
         if self.had:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transformer_lens.model_bridge.upstream import attribute
+
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is held as something else than its numbers.
@@ -68,8 +70,11 @@ def complete_quantisation(model: nn.Module) -> list[str]:
     `ValueError` for layers that torchao quantised and cannot run.
     """
     _refuse_what_torchao_cannot_run(model)
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    config: Any = model.config
+    if getattr(config, "quantization_config", None) is None:
+        return []
+    quantizer: Any = attribute(model, "hf_quantizer")
+    method = attribute(attribute(quantizer, "quantization_config"), "quant_method")
     if getattr(method, "value", method) != "bitsandbytes":
         return []
     import bitsandbytes as bnb

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.peft_layers import is_adapted
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.sharding import ALONE, Shards
-from transformer_lens.model_bridge.upstream import Word, arguments_of
+from transformer_lens.model_bridge.upstream import UpstreamError, Word, arguments_of
 from transformer_lens.model_bridge.weight_access import read_weight
 
 DISPATCHED = "_old_forward"
@@ -134,6 +134,8 @@ def observing(modules: Mapping[str, nn.Module], seen: dict[str, tuple[Tensor, Te
     def note(role: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if threading.get_ident() == thread:
+                if not isinstance(output, Tensor):
+                    raise UpstreamError(type(module).__name__, f"tensor as its output, got {type(output).__name__}", ())
                 seen[role] = (args[0], output)
 
         return hook

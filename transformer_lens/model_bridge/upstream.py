@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 OLDEST, NEWEST = "5.13.0", "5.24.0"
 """The releases of transformers that the test suite has passed: the first, and the last."""
@@ -53,6 +53,7 @@ STREAM = Word("hidden states", ("hidden_states",))
 ROTATION = Word("cosines and sines of RoPE", ("position_embeddings",))
 ALIBI = Word("ALiBi bias", ("alibi",))
 OUTPUT_ATTENTIONS = Word("switch that returns the pattern", ("output_attentions",))
+NEW_TOKENS = Word("number of tokens that a step of generation reads", ("next_sequence_length",))
 CHOSEN = Word("chosen experts", ("top_k_index",))
 CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights",))
 
@@ -156,6 +157,18 @@ def layer_of_cache(cache: Any, number: int) -> Any:
     for name in HELD:
         attribute(layers[number], name)
     return layers[number]
+
+
+def item(output: Any, number: int, module: nn.Module) -> Tensor:
+    """One tensor of the tuple that a module returned."""
+    if not isinstance(output, tuple):
+        got = type(output).__name__
+        raise UpstreamError(type(module).__name__, f"tensor or tuple as its output, got {got}", ())
+    found = output[number] if number < len(output) else None
+    if not isinstance(found, Tensor):
+        kinds = [type(value).__name__ for value in output]
+        raise UpstreamError(type(module).__name__, f"tensor as item {number} of its output", kinds)
+    return found
 
 
 def output_name(output: Any, word: Word) -> str:

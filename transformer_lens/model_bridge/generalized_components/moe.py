@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.generalized_components.weights import ExpertW
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
 from transformer_lens.model_bridge.sharding import ALONE, Interior, Sharding, Shards
 from transformer_lens.model_bridge.twin_call import TwinCall
-from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM
+from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, item
 
 
 class RouterBridge(ComponentBridge):
@@ -26,7 +26,7 @@ class RouterBridge(ComponentBridge):
         """Softmax over all experts in float32, the best k, weights scaled to sum to one (`MixtralTopKRouter`)."""
         x: Float[Tensor, "row d_model"] = call.first.reshape(-1, call.cfg.d_model)
         if not call.writing:
-            call.fire("hook_router_logits", call.output[0])
+            call.fire("hook_router_logits", item(call.output, 0, call.module))
             return call.output  # type: ignore[no-any-return]
         logits = call.fire("hook_router_logits", F.linear(x, call.weight("")))
         probabilities = logits.float().softmax(-1)

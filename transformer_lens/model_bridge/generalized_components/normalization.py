@@ -47,7 +47,7 @@ class FinalNormalizationBridge(NormalizationBridge):
 class LayerNormBridge(NormWeights, NormalizationBridge):
     """LayerNorm (Ba et al. 2016), as `torch.nn.LayerNorm` computes it: half precision in float32."""
 
-    affine = ("weight", "bias")
+    attributes = affine = ("weight", "bias")
     centres = True
 
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
@@ -70,7 +70,7 @@ class RMSNormBridge(NormWeights, NormalizationBridge):
     In float32 whatever the model's dtype, and rounded before the weight.
     """
 
-    affine = ("weight",)
+    attributes = affine = ("weight",)
 
     def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
         x: Tensor = call.first

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens.model_bridge.quantised import is_quantised
+from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
 from transformer_lens.model_bridge.verification.evidence import Evidence, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.weight_access import read_weight
@@ -76,7 +77,7 @@ def _rotated(e: Evidence, attention: str, part: str) -> Tensor | None:
     module = e.components[attention].original_component
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     call = e.own[2].get(attention)
-    angles = None if call is None else call.kwargs.get("position_embeddings")
+    angles = None if call is None else arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
     q, k = (_projected(e, attention, p) for p in "qk")
     if rotate is None or angles is None or q is None or k is None:
         return None

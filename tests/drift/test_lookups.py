@@ -1,0 +1,151 @@
+"""No thing of transformers is looked for under a string with a silent default: the source is read for such places.
+
+What may be missing by right stands in `BY_RIGHT`, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import FalconForCausalLM, GenerationMixin, MixtralForCausalLM
+from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer, FalconModel
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer, MixtralExperts
+
+import transformer_lens
+from transformer_lens.model_bridge import upstream
+from transformer_lens.model_bridge.architecture_adapter import KEYS
+from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.upstream import Word
+
+pytestmark = pytest.mark.oldest
+
+PACKAGE = Path(transformer_lens.__file__).parent
+FORWARDS = (
+    FalconForCausalLM.forward,
+    FalconModel.forward,
+    FalconDecoderLayer.forward,
+    FalconAttention.forward,
+    MixtralForCausalLM.forward,
+    MixtralDecoderLayer.forward,
+    MixtralAttention.forward,
+    MixtralExperts.forward,
+)
+WORDS = {value for value in vars(upstream).values() if isinstance(value, Word)}
+INSTALLED = {name for forward in FORWARDS for name in inspect.signature(forward).parameters} - {"self", "kwargs"}
+ARGUMENTS = INSTALLED | {name for word in WORDS for name in word.names}
+OPTIONS = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+"""Options that the caller of `generate` may leave out; its unknown ones are refused by name before."""
+
+ONLY_WHEN = "a config has it only where the checkpoint says so"
+OTHER_LIBRARY = "of accelerate or a quantising library, which may be absent"
+NO_BIAS = "a linear map without the attribute has no bias"
+BY_RIGHT: dict[tuple[str, str], str] = {
+    ("analysis/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
+    ("analysis/patching_index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
+    ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
+    ("collect/manifest.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
+    ("collect/manifest.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
+    ("distributed/remote_call.py", "getattr(entry.fn, '__name__', type(entry.fn).__name__)"): "a user's callable",
+    ("model_bridge/generalized_components/attention.py", "getattr(module, 'bias', None)"): NO_BIAS,
+    ("model_bridge/generalized_components/weights.py", "getattr(self.module, 'bias', None)"): NO_BIAS,
+    ("model_bridge/loading.py", "getattr(torch, dtype, None)"): "a name the user passed",
+    ("model_bridge/loading.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
+    ("model_bridge/loading.py", "getattr(found, 'config_class', None)"): "what a checkpoint names may be no model",
+    ("model_bridge/peft_layers.py", "getattr(layer, 'parameter_name', 'weight')"): "of peft, one kind of layer",
+    ("model_bridge/peft_layers.py", "getattr(layer, 'lora_A', ())"): "of peft, one kind of layer",
+    ("model_bridge/processing/steps.py", "getattr(bridge.original_model.config, 'final_logit_softcapping', None)"): (
+        "only of families that cap their logits"
+    ),
+    ("model_bridge/quantised.py", "getattr(weight.quant_state, 'packing_format_for_cpu', False)"): OTHER_LIBRARY,
+    ("model_bridge/quantised.py", "getattr(config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",
+    ("model_bridge/sharding.py", "getattr(model.config, 'distributed_config', None)"): ONLY_WHEN,
+    ("model_bridge/sources.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
+    ("model_bridge/state.py", "getattr(model.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
+        "anything may be passed as a config, and is then refused"
+    ),
+    ("model_bridge/tokens.py", "getattr(config, name, None)"): "not every config names every special token",
+    ("model_bridge/verification/values.py", "getattr(module, weight, None)"): "experts that are stacked otherwise",
+    (
+        "model_bridge/verification/values.py",
+        "getattr(e.components[attention].original_component, '_split_heads', None)",
+    ): "a reference that only Falcon has",
+    (
+        "model_bridge/verification/values.py",
+        "getattr(sys.modules[type(module).__module__], 'apply_rotary_pos_emb', None)",
+    ): "a reference that only rotating families have",
+    ("model_bridge/verify.py", "getattr(config, f'{name}_token_id', None)"): "not every config has every special token",
+    ("model_bridge/weight_access.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
+    ("model_bridge/weight_access.py", "hasattr(h, 'offload')"): OTHER_LIBRARY,
+}
+
+
+def looked_up() -> Iterator[tuple[str, int, str]]:
+    """Every look-up with a silent default: of an attribute, or of an upstream argument among keywords."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            attribute = (name == "getattr" and len(node.args) == 3) or name == "hasattr"
+            key = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            keyword = name.endswith(("kwargs.get", "arguments.get")) and key in ARGUMENTS - OPTIONS
+            if attribute or keyword:
+                yield file.relative_to(PACKAGE).as_posix(), node.lineno, ast.unparse(node)
+
+
+def test_nothing_upstream_is_looked_up_with_a_silent_default() -> None:
+    found = list(looked_up())
+    new = [f"{file}:{line}: {text}" for file, line, text in found if (file, text) not in BY_RIGHT]
+    assert not new, "look it up in model_bridge/upstream.py, or say in BY_RIGHT why it may be missing"
+    assert not set(BY_RIGHT) - {(file, text) for file, _, text in found}, "these are not in the source any more"
+
+
+def test_arguments_of_models_are_named_in_one_place() -> None:
+    """As a dictionary's key, a subscript or a keyword of the model's own call."""
+    named = []
+    theirs = {name for word in WORDS for name in word.names if word is not upstream.STREAM}
+    for file in sorted((PACKAGE / "model_bridge").rglob("*.py")):
+        if file.name == "upstream.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            keys = node.keys if isinstance(node, ast.Dict) else [node.slice] if isinstance(node, ast.Subscript) else []
+            strings = {key.value for key in keys if isinstance(key, ast.Constant)}
+            named += [f"{file.name}: {key}" for key in strings & theirs if (file.name, key) not in OURS]
+    assert not named
+
+
+OURS = {
+    ("generation_options.py", "use_cache"),  # an option of `generate` itself
+    ("generation_stream.py", "use_cache"),  # what `generate` hands its loop
+    ("info.py", "alibi"),  # a key of Falcon's config
+    ("published.py", "alibi"),
+    ("tokens.py", "input_ids"),  # what a tokenizer returns
+}
+"""The same words where they mean something else."""
+
+
+@pytest.mark.parametrize("name", ["falcon", "mixtral"])
+def test_an_adapter_lists_every_key_of_the_config_that_it_reads(name: str) -> None:
+    config = (FalconForCausalLM if name == "falcon" else MixtralForCausalLM).config_class()
+    adapter = type(adapter_for(config))
+    listed = {*KEYS, *adapter.cfg_names.values(), *adapter.config_keys}
+    read = set()
+    for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(adapter)))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("c", "config", "self.config"):
+            read.add(node.attr)
+    assert read <= listed
+    assert len(read) > 3
+
+
+def test_names_of_words_are_those_of_some_release() -> None:
+    """Each word is an argument of some class here, so that a spelling mistake in the table is noticed."""
+    known = {*INSTALLED, *inspect.signature(MixtralForCausalLM.prepare_inputs_for_generation).parameters}
+    for word in WORDS:
+        assert known & set(word.names), word.meaning
