@@ -26,7 +26,7 @@ ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS, **COLLECT_ROWS}
 THREADS = 2
 TITLE = "Budgets: the bridge beside bare transformers, in one process"
 # The rows that only mean something on some models; the others are measured on each.
-ONLY_TINY = ("port_hot_path",)
+ONLY_TINY = ("port_hot_path", "names_by_predicate")
 ONLY_100M = tuple(PATCHING_ROWS)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -168,6 +169,20 @@ def wrapping(subject: Subject) -> Row:
     return subject.row("wrapping", "wrapping a loaded model", Figure.of(seconds), "s", budget)
 
 
+def names_by_predicate(subject: Subject) -> Row:
+    """Choosing hooks of 96 layers by a predicate, which is asked for every spelling of every hook."""
+    config = copy.deepcopy(subject.config)
+    config.num_hidden_layers = 96
+    with torch.device("meta"):
+        bridge = TransformerBridge(type(subject.bare)(config))
+    bridge.hook_dict  # noqa: B018  named once for each model
+    choose = partial(bridge.select_names, lambda name: name.endswith("hook_resid_post"))
+    assert len(choose()) == config.num_hidden_layers
+    seconds = [timed(choose, subject.place.device) for _ in range(20)]
+    what = f"choosing one of {len(bridge.hook_dict) // 96} hooks in each of 96 layers by a predicate"
+    return subject.row("names_by_predicate", what, Figure.of(seconds), "s", 0.002)
+
+
 def resid_cache(subject: Subject) -> Row:
     """Every `hook_resid_post` of a long text."""
     bare, bridge, tokens = subject.bare, subject.bridge, subject.long
@@ -262,6 +277,7 @@ ROWS: Mapping[str, Callable[[Subject], Row]] = {
     "untouched_decode": untouched_decode,
     "parameter_bytes": parameter_bytes,
     "wrapping": wrapping,
+    "names_by_predicate": names_by_predicate,
     "resid_cache": resid_cache,
     "full_cache": full_cache,
     "port_cache": port_cache,

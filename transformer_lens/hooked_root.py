@@ -86,6 +86,7 @@ class HookedRootModule(nn.Module):
     """
 
     _points: dict[str, HookPoint] | None = None
+    _spellings: tuple[dict[str, HookPoint], list[tuple[str, str]]] | None = None
 
     # -- names -------------------------------------------------------------------------------------
 
@@ -131,6 +132,13 @@ class HookedRootModule(nn.Module):
         """Every spelling of a canonical name, itself first."""
         return (name,)
 
+    def _spelled(self) -> list[tuple[str, str]]:
+        """Every hook with each of its spellings; made once for a tree, as predicates ask for all of them."""
+        points = self.hook_dict
+        if self._spellings is None or self._spellings[0] is not points:
+            self._spellings = (points, [(name, spelling) for name in points for spelling in self.names_of(name)])
+        return self._spellings[1]
+
     def default_names(self) -> list[str]:
         """What a cache holds when nothing is asked for by name."""
         return list(self.hook_dict)
@@ -147,7 +155,8 @@ class HookedRootModule(nn.Module):
         if isinstance(names_filter, str):
             return [self.canonical_name(names_filter)]
         if callable(names_filter):
-            chosen = [n for n in self.hook_dict if any(names_filter(s) for s in self.names_of(n))]
+            fits = {name for name, spelling in self._spelled() if names_filter(spelling)}
+            chosen = [name for name in self.hook_dict if name in fits]
             if not chosen:
                 raise ValueError(
                     f"the names filter {names_filter!r} fits none of the {len(self.hook_dict)} hooks; "

@@ -199,6 +199,9 @@ class TransformerBridge(
             for hook in component.declared:
                 aliases |= {f"{component.name}.{alias}": f"{component.name}.{hook.name}" for alias in hook.aliases}
         self.aliases = aliases
+        self.spellings: dict[str, tuple[str, ...]] = {}
+        for alias, name in aliases.items():
+            self.spellings[name] = (*self.spellings.get(name, (name,)), alias)
 
     def _blocks_elsewhere(self) -> dict[int, tuple[str, BlockElsewhere]]:
         """The blocks that another process computes, by layer, and where they stand in the model."""
@@ -258,7 +261,7 @@ class TransformerBridge(
         return super().canonical_name(self.aliases.get(name, name) if isinstance(name, str) else name)
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        return (name, *(alias for alias, known in self.aliases.items() if known == name))
+        return self.spellings.get(name, (name,))
 
     def unknown_hook(self, name: str) -> KeyError:
         if name in self.absent_names:
