@@ -1,0 +1,81 @@
+"""What a caller means by a number, a word, a tensor: checked here, in one form of words.
+
+Every function takes the name under which the value was passed, and returns the value as the code wants it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def shown(value: object) -> str:
+    """What an error says it got: a tensor by its dtype and shape, anything else as it is written, if that is short.
+
+    >>> shown(torch.zeros(2, 3)), shown("left"), shown(list(range(100)))
+    ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
+    """
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    written = repr(value)
+    return written if len(written) <= 60 and "\n" not in written else f"a {type(value).__name__}"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+    """The names most like this one, itself never among them, as an error lists them.
+
+    >>> nearest("verbos", ["verbose", "top_k", "verbos"], most=1)
+    "'verbose'"
+    """
+    near = get_close_matches(name, sorted(set(known) - {name}), n=most, cutoff=0.0)
+    return ", ".join(map(repr, near))
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "iu"
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(what: str, value: Any, least: int | None = None, most: int | None = None, where: str = "") -> int:
+    """A whole number within bounds, as a Python one.
+
+    >>> whole("layer", torch.tensor(2), 0, 3)
+    2
+
+    Raises `TypeError` for what is none and `ValueError` for one beyond the bounds.
+    """
+    bounds = "a whole number" if least is None else f"{least} to {most}" if most is not None else f"{least} or more"
+    if not is_whole(value):
+        raise TypeError(f"{what}: got {shown(value)}, expected {bounds}{where}")
+    number = operator.index(value)
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(f"{what}: got {number}, expected {bounds}{where}")
+    return number
+
+
+def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
+    """Raise `ValueError` unless a value is one of a few.
+
+    >>> one_of("mode", "first", ("first", "last"))
+    """
+    if not any(type(value) is type(option) and value == option for option in options):
+        listed = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        raise ValueError(f"{what}: got {shown(value)}, expected {listed}")
+
+
+def function(what: str, value: Any, form: str) -> Callable[..., Any]:
+    """Raise `TypeError` unless a value can be called; `form` shows how it will be."""
+    if not callable(value):
+        raise TypeError(f"{what}: got {shown(value)}, expected a function {form}")
+    return value  # type: ignore[no-any-return]
