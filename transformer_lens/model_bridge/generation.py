@@ -13,6 +13,7 @@ from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generation_options import (
     RETURN_TYPES,
@@ -40,6 +41,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
 
     original_model: nn.Module
     cfg: BridgeConfig
+    adapter: ArchitectureAdapter
     arguments: Arguments
     _detached: bool
 
@@ -162,6 +164,12 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         options = translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how)
         chosen = settings(options, model)
         self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
+        fault = self.adapter.attentions_fault() if chosen.output_attentions else None
+        if fault is not None:
+            raise ValueError(
+                f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the cache: "
+                "return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
+            )
         prepared = prepare_prompt(
             prompt,
             adapter=self.token_adapter,
