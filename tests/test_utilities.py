@@ -104,7 +104,8 @@ def test_slice_along_an_axis():
 
 
 @pytest.mark.parametrize(
-    "raw", [True, np.True_, 1.5, "all", {1: 2}, object(), [0.5], ["a"], [[1], [2, 3]], torch.tensor(True), torch.ones(2)]
+    "raw",
+    [True, np.True_, 1.5, "all", {1: 2}, object(), [0.5], ["a"], [[1], [2, 3]], torch.tensor(True), torch.ones(2)],
 )
 def test_slices_that_are_none(raw):
     with pytest.raises(TypeError, match="expected an int, slice, tuple, list or None"):

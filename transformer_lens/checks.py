@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 
-def shown(value: object) -> str:
+def in_words(value: object) -> str:
     """What an error says it got: a tensor by its dtype and shape, anything else as it is written, if that is short.
 
-    >>> shown(torch.zeros(2, 3)), shown("left"), shown(list(range(100)))
+    >>> in_words(torch.zeros(2, 3)), in_words("left"), in_words(list(range(100)))
     ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
     """
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
     written = repr(value)
-    return written if len(written) <= 60 and "\n" not in written else f"a {type(value).__name__}"
+    short = len(written) <= 60 and "\n" not in written and " at 0x" not in written
+    return written if short else f"a {type(value).__name__}"
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -41,7 +42,9 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
 def is_whole(value: object) -> bool:
     """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
     if isinstance(value, Tensor):
-        return value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        return (
+            value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        )
     if isinstance(value, np.ndarray):
         return value.ndim == 0 and value.dtype.kind in "iu"
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -57,7 +60,7 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
     """
     bounds = "a whole number" if least is None else f"{least} to {most}" if most is not None else f"{least} or more"
     if not is_whole(value):
-        raise TypeError(f"{what}: got {shown(value)}, expected {bounds}{where}")
+        raise TypeError(f"{what}: got {in_words(value)}, expected {bounds}{where}")
     number = operator.index(value)
     if (least is not None and number < least) or (most is not None and number > most):
         raise ValueError(f"{what}: got {number}, expected {bounds}{where}")
@@ -71,11 +74,28 @@ def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
     """
     if not any(type(value) is type(option) and value == option for option in options):
         listed = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
-        raise ValueError(f"{what}: got {shown(value)}, expected {listed}")
+        raise ValueError(f"{what}: got {in_words(value)}, expected {listed}")
 
 
 def function(what: str, value: Any, form: str) -> Callable[..., Any]:
     """Raise `TypeError` unless a value can be called; `form` shows how it will be."""
     if not callable(value):
-        raise TypeError(f"{what}: got {shown(value)}, expected a function {form}")
+        raise TypeError(f"{what}: got {in_words(value)}, expected a function {form}")
     return value  # type: ignore[no-any-return]
+
+
+def as_numbers(what: str, value: Any) -> Tensor:
+    """A tensor of real numbers, made of a list or an array where it is none. Raises `TypeError` for what holds none.
+
+    >>> as_numbers("values", [1.0, 2.0])
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers")
+    try:
+        made = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers") from error
+    if made.is_complex():
+        raise TypeError(f"{what}: got {in_words(value)}, expected real numbers")
+    return made

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import shown
+from transformer_lens.checks import in_words
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -64,6 +64,7 @@ class DirectLogits(ABC):
         stack `[component, batch, ...]`; with `has_batch_dim=False` the stack is that of the one text it names.
         Raises `ValueError` where stack and slices do not fit.
         """
+        self._need_stack(residual_stack)
         norm = self._norm(layer, mlp_input)
         residual_stack = self._chosen_texts(residual_stack, norm, Slice(batch_slice), has_batch_dim)
         wide = torch.promote_types(residual_stack.dtype, torch.float32)
@@ -99,13 +100,13 @@ class DirectLogits(ABC):
         torch.Size([22, 1])
 
         `tokens` is one token for all, one for each text (`[batch]`), or one for each position
-        (`[batch, pos]`): of the texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over parts is the logit, less what the final norm's bias and `b_U` add.
+        (`[batch, pos]`): of the texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over
+        parts is the logit, less what the final norm's bias and `b_U` add.
         Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
         Circuits").
         """
-        wide = residual_stack
-        if isinstance(wide, Tensor) and wide.is_floating_point():
-            wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
+        self._need_stack(residual_stack)
+        wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))
         scaled = self.apply_ln_to_stack(wide, None, False, pos_slice, batch_slice, has_batch_dim)
         wanted = self._directions(tokens)
         if incorrect_tokens is not None:
@@ -166,13 +167,14 @@ class DirectLogits(ABC):
         scale = at.apply(self[f"{norm}.hook_scale"], -2)
         return of_batch.apply(scale, 0) if self.has_batch_dim else scale
 
+    def _need_stack(self, stack: object) -> None:
+        width = self._bridge.cfg.d_model
+        suits = isinstance(stack, Tensor) and stack.is_floating_point() and stack.ndim > 1
+        if not suits or cast(Tensor, stack).shape[-1] != width:
+            raise ValueError(f"residual_stack: got {in_words(stack)}, expected [component, ..., {width}]")
+
     def _chosen_texts(self, stack: Stack, norm: str, chosen: Slice, has_batch_dim: bool) -> Stack:
         """The texts of a stack that a slice names, in its order."""
-        if not isinstance(stack, Tensor) or not stack.is_floating_point() or stack.ndim < 2:
-            raise ValueError(f"residual_stack: got {shown(stack)}, expected [component, ..., d_model]")
-        width = self._bridge.cfg.d_model
-        if stack.shape[-1] != width:
-            raise ValueError(f"residual_stack: got {shown(stack)}, expected [component, ..., {width}]")
         if chosen.raw is None or (self.has_batch_dim and not has_batch_dim):
             return stack
         if not self.has_batch_dim:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from transformer_lens.checks import shown, whole
+from transformer_lens.checks import in_words, whole
 from transformer_lens.slicing import AxisIndex, axis_index, check_within
 
 Index = int | slice | EllipsisType | Sequence[Any] | np.ndarray | Tensor | None
@@ -52,7 +52,8 @@ class FactoredMatrix:
             )
         if A.dtype != B.dtype or A.device != B.device:
             raise ValueError(
-                f"FactoredMatrix: A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}, expected one dtype and device"
+                f"FactoredMatrix: A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}, expected one dtype and "
+                "device"
             )
         leading = _broadcast(A.shape[:-2], B.shape[:-2])
         if leading is None:
@@ -320,7 +321,7 @@ class FactoredMatrix:
         full = [*entries[:at], *[slice(None)] * (self.ndim - used), *entries[at + 1 :]]
         axis = 0
         for entry in full:
-            if entry is not None:
+            if entry is not None and entry is not Ellipsis:
                 check_within(f"FactoredMatrix, axis {axis}", entry, self.shape[axis : axis + _axes_of(entry)])
             axis += _axes_of(entry)
         _check_together(full[:-2])
@@ -344,7 +345,7 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
     """
     for name, matrix in (("left", left), ("right", right)):
         if not isinstance(matrix, FactoredMatrix):
-            raise TypeError(f"composition_scores: {name} is {shown(matrix)}, expected a FactoredMatrix")
+            raise TypeError(f"composition_scores: {name} is {in_words(matrix)}, expected a FactoredMatrix")
     if left.rdim != right.ldim:
         raise ValueError(f"composition_scores: got {left} and {right}, expected as many columns as the second has rows")
     both = torch.einsum("aim,bmj->abij", _batched(left.collapse_l()), _batched(right.collapse_r()))
@@ -356,7 +357,7 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
 def _broadcast(left: Sequence[int], right: Sequence[int]) -> torch.Size | None:
     """The leading axes of both; `None` where they do not fit."""
     try:
-        return torch.broadcast_shapes(left, right)
+        return torch.broadcast_shapes(left, right)  # type: ignore[no-any-return]
     except RuntimeError:
         return None
 
@@ -366,9 +367,7 @@ def _check_fit(left: Tensor, right: Tensor, left_shape: torch.Size, right_shape:
     columns = left.shape[-1] if left.ndim else 0
     rows = 0 if not right.ndim else right.shape[-2] if right.ndim > 1 else right.shape[0]
     if columns != rows:
-        raise ValueError(
-            f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: {columns} columns and {rows} rows"
-        )
+        raise ValueError(f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: {columns} columns and {rows} rows")
     if _broadcast(left.shape[:-2], right.shape[:-2]) is None:
         raise ValueError(f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: the leading axes do not fit")
     if left.dtype != right.dtype or left.device != right.device:

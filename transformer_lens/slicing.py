@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transformer_lens.checks import is_whole, shown
+from transformer_lens.checks import in_words, is_whole
 
 SliceInput = int | slice | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
 AxisIndex = int | slice | Tensor
@@ -33,18 +33,18 @@ def axis_index(what: str, entry: Any, expected: str = EXPECTED) -> AxisIndex:
             raise TypeError(f"{what}: got {entry}, expected whole numbers in a slice")
         start, stop, step = (None if end is None else int(end) for end in ends)
         if step is not None and step < 1:
-            raise ValueError(f"{what}: got {entry}, expected a step of one or more; torch's tensors have no other slices")
+            raise ValueError(f"{what}: got {entry}, expected a step of one or more, as torch has it")
         return slice(start, stop, step)
     if isinstance(entry, (bool, str)) or not isinstance(entry, (Sequence, np.ndarray, Tensor)):
-        raise TypeError(f"{what}: got {shown(entry)}, expected {expected}")
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}")
     try:
         values = entry if isinstance(entry, Tensor) else torch.as_tensor(np.asarray(entry))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what}: got {shown(entry)}, expected {expected}, of whole numbers") from error
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}, of whole numbers") from error
     if not values.numel() and not isinstance(entry, (Tensor, np.ndarray)):
         return values.long()  # an empty list names nothing, whatever NumPy takes its type for
     if values.ndim < 1 or values.is_floating_point() or values.is_complex():
-        raise TypeError(f"{what}: got {shown(entry)}, expected {expected}, of whole numbers")
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}, of whole numbers")
     return values if values.dtype == torch.bool else values.long()
 
 
@@ -89,12 +89,14 @@ class Slice:
             given = slice(*given)
         self.index = axis_index("slice", given)
         if isinstance(self.index, Tensor) and self.index.ndim != 1:
-            raise TypeError(f"slice: got {shown(given)}, expected one axis of numbers or truth values")
+            raise TypeError(f"slice: got {in_words(given)}, expected one axis of numbers or truth values")
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Keep the chosen entries of axis `dim`. Raises `IndexError` for one that is not there."""
         if not isinstance(tensor, Tensor) or not is_whole(dim) or not -tensor.ndim <= dim < tensor.ndim:
-            raise ValueError(f"Slice.apply: got {shown(tensor)} and dim {dim!r}, expected a tensor and one of its axes")
+            raise ValueError(
+                f"Slice.apply: got {in_words(tensor)} and dim {dim!r}, expected a tensor and one of its axes"
+            )
         axis = dim % tensor.ndim
         check_within(f"slice {self.raw!r}", self.index, tensor.shape[axis : axis + 1])
         index = self.index.to(tensor.device) if isinstance(self.index, Tensor) else self.index

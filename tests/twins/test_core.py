@@ -196,7 +196,7 @@ def test_falcon_asked_for_attentions_under_sdpa_sees_the_future_in_transformers(
             through = model(ids, output_attentions=True)
             padded = model(ids, output_attentions=True, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]] * 2))
     if asked.attentions[0][..., future].abs().max() == 0:
-        pytest.fail("transformers has mended its mask: drop Falcon's masked and attentions_fault where it is the oldest")
+        pytest.fail("mended in transformers: drop Falcon's masked and attentions_fault once this is the oldest")
     assert torch.equal(through.logits, asked.logits)
     assert torch.equal(seen[0], asked.attentions[0]) and torch.equal(through.attentions[0], asked.attentions[0])
     assert torch.equal(seen[1], padded.attentions[0])
