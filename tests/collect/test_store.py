@@ -90,9 +90,7 @@ def test_names(store: ActivationStore) -> None:
 def test_names_that_are_none(store: ActivationStore) -> None:
     for wrong in (1024, [], [3], {"a": 1}, [[Q]]):
         for use in (store.batches, store.statistics, store.to_dataset):
-            with pytest.raises(
-                TypeError, match="names: got .*, expected a hook's name, several, or None"
-            ):
+            with pytest.raises(TypeError, match="names: got .*, expected a hook's name, several, or None"):
                 use(wrong)
     with pytest.raises(TypeError, match="document: got 'a', expected a whole number"):
         store.document("a")
