@@ -21,6 +21,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "hook_point",
         "hooked_root",
         "row_hooks",
+        "checks",
         "slicing",
         "hook_names",
         *(f"model_bridge.{name}" for name in ("slots", "attach", "ports", "views", "stand_in", "twin_call", "watch")),

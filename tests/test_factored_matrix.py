@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -257,6 +258,68 @@ def test_an_index_is_that_of_the_matrix(index: Any, of_a_tensor: Any) -> None:
     close(part.AB, expected)
 
 
+KINDS: dict[str, Any] = {
+    "numpy": np.asarray,
+    "torch": torch.as_tensor,
+    "list": lambda values: np.asarray(values).tolist(),
+    "tuple": lambda values: _as_tuple(np.asarray(values).tolist()),
+}
+
+
+def _as_tuple(values: Any) -> Any:
+    return tuple(map(_as_tuple, values)) if isinstance(values, list) else values
+
+
+@st.composite
+def entries(draw: st.DrawFn, sizes: list[int], matrix_axis: bool) -> tuple[Any, Any, int]:
+    """An entry as somebody writes it, the same for NumPy with a matrix axis kept, and how many axes it takes."""
+    size, kind = sizes[0], KINDS[draw(st.sampled_from(sorted(KINDS)))]
+    written = draw(st.sampled_from(["number", "slice", "numbers", "mask", *([] if matrix_axis else ["wide mask"])]))
+    if written == "number":
+        number = draw(st.integers(-size, size - 1))
+        made = draw(st.sampled_from([int, np.int64, np.uint8 if number >= 0 else np.int8, torch.tensor, np.asarray]))
+        return made(number), slice(number, number + 1 or None) if matrix_axis else number, 1
+    if written == "slice":
+        ends = draw(st.tuples(st.none() | st.integers(-4, 4), st.none() | st.integers(-4, 4)))
+        as_numpy = [None if end is None else np.int64(end) for end in ends]
+        return slice(*as_numpy), slice(*ends), 1
+    if written == "numbers":
+        numbers = draw(st.lists(st.integers(-size, size - 1), min_size=1, max_size=4))
+        return kind(numbers), numbers, 1
+    along = sizes[: 2 if written == "wide mask" else 1]
+    count = int(np.prod(along))
+    mask = np.reshape(draw(st.lists(st.booleans(), min_size=count, max_size=count)), along)
+    return kind(mask), mask, len(along)
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.data())
+def test_every_kind_of_index_is_numpys_of_the_matrix(data: st.DataObject) -> None:
+    """One entry along leading axes (several are read in step, rows and columns are not), and any along the matrix."""
+    leading = data.draw(st.lists(st.integers(1, 3), max_size=3))
+    matrix = factored(tuple(leading), 4, 2, 5)
+    first = data.draw(st.none() | entries(leading, False)) if leading else None
+    if first is not None and first[2] > len(leading):
+        first = None
+    used = 0 if first is None else first[2]
+    rest: list[Any] = [slice(None)] * (len(leading) - used)
+    middle: list[Any] = [...] if data.draw(st.booleans()) else rest
+    new = [None] if data.draw(st.booleans()) else []
+    rows, columns = data.draw(entries([4], True)), data.draw(entries([5], True))
+    start = [*new, *([] if first is None else [first[0]])]
+    expected = matrix.AB.numpy()[(*new, *([] if first is None else [first[1]]))]
+    expected = expected[..., rows[1], :][..., columns[1]]
+    close(matrix[(*start, *middle, rows[0], columns[0])].AB, torch.from_numpy(np.ascontiguousarray(expected)))
+
+
+def test_a_mask_over_two_axes_is_one_whatever_it_is_made_of() -> None:
+    matrix = factored((3, 2), 4, 2, 5)
+    mask = np.array([[True, False], [False, True], [True, True]])
+    expected = matrix.AB[torch.from_numpy(mask)][:, :, 1:2]
+    for kind in KINDS.values():
+        close(matrix[kind(mask), :, 1].AB, expected)
+
+
 def test_lists_of_rows_and_of_columns_choose_each_on_their_own() -> None:
     matrix = factored((), 4, 2, 5)
     close(matrix[[0, 3], [1, 4, 2]].AB, matrix.AB[[0, 3]][:, [1, 4, 2]])
@@ -334,11 +397,25 @@ MISTAKES: list[tuple[Any, type[Exception], str]] = [
     (lambda: MATRIX.eigenvalues, ValueError, "eigenvalues: got a matrix of shape [3, 4, 5]"),
     (lambda: MATRIX.unsqueeze(2), IndexError, "got dim 2, expected a leading axis: 0 to 1"),
     (lambda: MATRIX.unsqueeze(-5), IndexError, "got dim -5"),
-    (lambda: MATRIX[3], IndexError, "out of bounds"),
-    (lambda: MATRIX[0, 4], IndexError, "row 4 of 4"),
-    (lambda: MATRIX[0, 0, -6], IndexError, "column -6 of 5"),
+    (lambda: MATRIX[3], IndexError, "axis 0: got 3, expected -3 to 2"),
+    (lambda: MATRIX[0, 4], IndexError, "axis 1: got 4, expected -4 to 3"),
+    (lambda: MATRIX[0, 0, -6], IndexError, "axis 2: got -6, expected -5 to 4"),
     (lambda: MATRIX[0, 0, 0, 0], IndexError, "4 indices for shape [3, 4, 5]"),
     (lambda: MATRIX[..., 0, ...], IndexError, "one ellipsis"),
+    (lambda: MATRIX[[0, 1, 3]], IndexError, "axis 0: got 3, expected -3 to 2"),
+    (lambda: MATRIX[[True, False]], IndexError, "axis 0: got a mask of shape [2], expected [3]"),
+    (lambda: MATRIX[True], TypeError, "got True, expected a number, a slice, a list or array of numbers, a mask"),
+    (lambda: MATRIX[0, 1.5], TypeError, "got 1.5, expected a number"),
+    (lambda: MATRIX[0, ["a"]], TypeError, "got ['a'], expected a number"),
+    (lambda: MATRIX[::-1], ValueError, "expected a step of one or more"),
+    (lambda: MATRIX[0, [[0, 1]]], IndexError, "rows and columns take"),
+    (lambda: factored((3, 2), 4, 2, 5)[[0, 1], [0, 1, 0]], IndexError, "read in step, expected shapes that fit"),
+    (lambda: MATRIX @ torch.ones(5), ValueError, "torch.float64 on cpu @ torch.float32 on cpu, expected one dtype"),
+    (lambda: MATRIX @ torch.ones(2, 5, 1), ValueError, "[3, 4, 5] @ [2, 5, 1]: the leading axes do not fit"),
+    (lambda: FactoredMatrix(torch.ones(2, 2), torch.ones(2, 2).double()), ValueError, "expected one dtype and device"),
+    (lambda: MATRIX.get_corner(-1), ValueError, "get_corner: k: got -1, expected 0 or more"),
+    (lambda: MATRIX.unsqueeze(0.5), TypeError, "unsqueeze: dim: got 0.5, expected a whole number"),
+    (lambda: composition_scores(MATRIX, torch.ones(5)), TypeError, "right is a torch.float32 tensor of shape [5]"),
     (lambda: MATRIX[0, :, None, :], IndexError, "rows and columns take"),
     (lambda: composition_scores(MATRIX, MATRIX), ValueError, "expected as many columns as the second has rows"),
 ]

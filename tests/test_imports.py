@@ -17,6 +17,7 @@ BRIDGE = "transformer_lens.model_bridge"
 # Who stands below whom. A file may import from its own rank and from the ranks below it; the first match counts.
 RANKS: list[tuple[str, ...]] = [
     (
+        "transformer_lens.checks",
         "transformer_lens.generation_step",
         "transformer_lens.hook_point",
         "transformer_lens.slicing",
@@ -47,6 +48,7 @@ PUBLIC = {
     "transformer_lens",
     "transformer_lens.hook_points",
     "transformer_lens.activation_cache",
+    "transformer_lens.checks",
     "transformer_lens.factored_matrix",
     "transformer_lens.utilities",
     "transformer_lens.model_bridge",

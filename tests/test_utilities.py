@@ -77,6 +77,17 @@ def test_short_names_are_the_hooks_of_a_model():
         (-1, 4),
         (2, 2),
         (Slice((1, 3)), [1, 2]),
+        (np.int64(2), 2),
+        (np.array(-1), 4),
+        (torch.tensor(2), 2),
+        ((np.int64(1), np.int64(3)), [1, 2]),
+        (np.array([4, 0]), [4, 0]),
+        (np.array([4, 0], dtype=np.uint8), [4, 0]),
+        (torch.tensor([1, 0], dtype=torch.uint8), [1, 0]),
+        (range(2), [0, 1]),
+        ([False, True, False, False, True], [1, 4]),
+        (np.arange(5) > 2, [3, 4]),
+        (torch.arange(5) < 1, [0]),
     ],
 )
 def test_slice(raw, expected):
@@ -92,10 +103,31 @@ def test_slice_along_an_axis():
     assert repr(Slice((1, 3))) == "Slice((1, 3))"
 
 
-@pytest.mark.parametrize("raw", [True, 1.5, "all", {1: 2}, object()])
+@pytest.mark.parametrize(
+    "raw",
+    [True, np.True_, 1.5, "all", {1: 2}, object(), [0.5], ["a"], [[1], [2, 3]], torch.tensor(True), torch.ones(2)],
+)
 def test_slices_that_are_none(raw):
     with pytest.raises(TypeError, match="expected an int, slice, tuple, list or None"):
         Slice(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "text"),
+    [
+        ((), TypeError, r"slice: got \(\), expected \(stop,\), \(start, stop\) or \(start, stop, step\)"),
+        ((0, 1, 1, 1), TypeError, "expected \\(stop,\\)"),
+        ((0, 1.5), TypeError, "expected whole numbers in a slice"),
+        ((None, None, -1), ValueError, "expected a step of one or more"),
+        ([[0, 1]], TypeError, "expected one axis of numbers or truth values"),
+        (5, IndexError, "slice 5: got 5, expected -5 to 4"),
+        ([0, -6], IndexError, "got -6, expected -5 to 4"),
+        ([True, False], IndexError, r"got a mask of shape \[2\], expected \[5\]"),
+    ],
+)
+def test_slices_that_do_not_fit(raw, kind, text):
+    with pytest.raises(kind, match=text):
+        Slice(raw).apply(torch.arange(5))
 
 
 def test_the_loss_is_that_of_torch():

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens.checks import in_words
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -59,9 +60,13 @@ class DirectLogits(ABC):
 
         With its scale taken as it was, a norm is linear: centre (LayerNorm only), divide, times the weight.
         Its bias belongs to no part and is left out. `recompute_ln` scales each part by its own size, as a
-        logit lens does. Give the slices that the stack was made with; `ValueError` where they do not fit.
+        logit lens does. `pos_slice` is the one that the stack was made with. `batch_slice` chooses texts of the whole
+        stack `[component, batch, ...]`; with `has_batch_dim=False` the stack is that of the one text it names.
+        Raises `ValueError` where stack and slices do not fit.
         """
+        self._need_stack(residual_stack)
         norm = self._norm(layer, mlp_input)
+        residual_stack = self._chosen_texts(residual_stack, norm, Slice(batch_slice), has_batch_dim)
         wide = torch.promote_types(residual_stack.dtype, torch.float32)
         x = residual_stack.to(wide)
         if self._bridge.cfg.normalization_type.startswith("LN"):
@@ -69,12 +74,12 @@ class DirectLogits(ABC):
         if recompute_ln:
             scale = (x.square().mean(-1, keepdim=True) + self._bridge.cfg.eps).sqrt()
         else:
-            scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice), has_batch_dim).to(x.device, wide)
+            scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice)).to(x.device, wide)
             if x.shape[1:-1] != scale.shape[:-1]:
                 raise ValueError(
                     f"apply_ln_to_stack: got a stack of {list(x.shape)} (component axis first), expected "
                     f"[component, {', '.join(map(str, scale.shape[:-1]))}, d_model] as {norm}.hook_scale has it; "
-                    "give the pos_slice and batch_slice that the stack was made with"
+                    "give the pos_slice that the stack was made with, and batch_slice for texts of a whole stack"
                 )
         weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
         return (x / scale * weight.to(x.device, wide)).to(residual_stack.dtype)
@@ -95,10 +100,12 @@ class DirectLogits(ABC):
         torch.Size([22, 1])
 
         `tokens` is one token for all, one for each text (`[batch]`), or one for each position
-        (`[batch, pos]`). The sum over parts is the logit, less what the final norm's bias and `b_U` add.
+        (`[batch, pos]`): of the texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over
+        parts is the logit, less what the final norm's bias and `b_U` add.
         Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
         Circuits").
         """
+        self._need_stack(residual_stack)
         wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))
         scaled = self.apply_ln_to_stack(wide, None, False, pos_slice, batch_slice, has_batch_dim)
         wanted = self._directions(tokens)
@@ -156,9 +163,30 @@ class DirectLogits(ABC):
         second = mlp_input and self._bridge.cfg.norms_per_block == 2
         return f"blocks.{stop}.ln{2 if second else 1}"
 
-    def _scale(self, norm: str, at: Slice, of_batch: Slice, has_batch_dim: bool) -> Float[Tensor, "*batch_and_pos 1"]:
+    def _scale(self, norm: str, at: Slice, of_batch: Slice) -> Float[Tensor, "*batch_and_pos 1"]:
         scale = at.apply(self[f"{norm}.hook_scale"], -2)
-        return of_batch.apply(scale, 0) if self.has_batch_dim and has_batch_dim else scale
+        return of_batch.apply(scale, 0) if self.has_batch_dim else scale
+
+    def _need_stack(self, stack: object) -> None:
+        width = self._bridge.cfg.d_model
+        suits = isinstance(stack, Tensor) and stack.is_floating_point() and stack.ndim > 1
+        if not suits or cast(Tensor, stack).shape[-1] != width:
+            raise ValueError(f"residual_stack: got {in_words(stack)}, expected [component, ..., {width}]")
+
+    def _chosen_texts(self, stack: Stack, norm: str, chosen: Slice, has_batch_dim: bool) -> Stack:
+        """The texts of a stack that a slice names, in its order."""
+        if chosen.raw is None or (self.has_batch_dim and not has_batch_dim):
+            return stack
+        if not self.has_batch_dim:
+            raise ValueError(f"batch_slice: got {chosen.raw!r}, and this cache has no batch axis")
+        scale = self.cache_dict.get(f"{norm}.hook_scale")
+        if stack.ndim < 3 or (scale is not None and len(scale) != stack.shape[1]):
+            texts = "texts" if scale is None else f"{len(scale)} texts"
+            raise ValueError(
+                f"batch_slice: got a stack of {list(stack.shape)}, expected all {texts} along its second axis, of "
+                "which batch_slice chooses some; for a stack of one text pass has_batch_dim=False"
+            )
+        return chosen.apply(stack, 1)
 
     def _directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
         return self._bridge.tokens_to_residual_directions(tokens).detach()

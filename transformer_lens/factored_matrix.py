@@ -6,14 +6,21 @@ decompositions are computed from the factors (Elhage et al. 2021, "A Mathematica
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-Index = int | slice | EllipsisType | list[int] | Tensor | None
+from transformer_lens.checks import in_words, whole
+from transformer_lens.slicing import AxisIndex, axis_index, check_within
+
+Index = int | slice | EllipsisType | Sequence[Any] | np.ndarray | Tensor | None
+Entry = AxisIndex | EllipsisType | None
+EXPECTED = "a number, a slice, a list or array of numbers, a mask, None or '...'"
 
 
 class FactoredMatrix:
@@ -43,12 +50,16 @@ class FactoredMatrix:
                 f"FactoredMatrix: A has shape {list(A.shape)} and B {list(B.shape)}; the last axis of A and the second "
                 "to last of B are the inner one, and have to be equal"
             )
-        try:
-            leading = torch.broadcast_shapes(A.shape[:-2], B.shape[:-2])
-        except RuntimeError as error:
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(
+                f"FactoredMatrix: A is {A.dtype} on {A.device} and B {B.dtype} on {B.device}, expected one dtype and "
+                "device"
+            )
+        leading = _broadcast(A.shape[:-2], B.shape[:-2])
+        if leading is None:
             raise ValueError(
                 f"FactoredMatrix: the leading axes {list(A.shape[:-2])} of A and {list(B.shape[:-2])} of B do not fit"
-            ) from error
+            )
         self.A = A.expand(*leading, *A.shape[-2:])
         self.B = B.expand(*leading, *B.shape[-2:])
 
@@ -131,11 +142,11 @@ class FactoredMatrix:
         """With a matrix or a `FactoredMatrix`: a `FactoredMatrix` with the shorter inner axis. With a vector
         `[rdim]`: a tensor `[..., ldim]`. Leading axes broadcast."""
         if isinstance(other, FactoredMatrix):
-            self._fits(self.rdim, other.ldim, self.shape, other.shape)
+            _check_fit(self.B, other.A, self.shape, other.shape)
             return (self @ other.A) @ other.B
         if not isinstance(other, Tensor):
             return NotImplemented
-        self._fits(self.rdim, other.shape[0 if other.ndim == 1 else -2] if other.ndim else 0, self.shape, other.shape)
+        _check_fit(self.B, other, self.shape, other.shape)
         if other.ndim == 1:
             return (self.A @ (self.B @ other)[..., None]).squeeze(-1)
         if self.mdim <= self.rdim:
@@ -146,7 +157,7 @@ class FactoredMatrix:
         """A matrix or vector from the left, as `__matmul__` does from the right."""
         if not isinstance(other, Tensor):
             return NotImplemented
-        self._fits(other.shape[-1] if other.ndim else 0, self.ldim, other.shape, self.shape)
+        _check_fit(other, self.A, other.shape, self.shape)
         if other.ndim == 1:
             return ((other @ self.A)[..., None, :] @ self.B).squeeze(-2)
         return (self.T @ other.mT).T
@@ -254,8 +265,13 @@ class FactoredMatrix:
     def __getitem__(self, index: Index | tuple[Index, ...]) -> FactoredMatrix:
         """Index as `AB` would be, keeping the factors: leading axes first, then rows, then columns.
 
+        >>> matrix = FactoredMatrix(torch.ones(2, 3, 4, 1), torch.ones(2, 3, 1, 5))
+        >>> matrix[0].shape, matrix[np.eye(2, 3) > 0, :, 1].shape
+        (torch.Size([3, 4, 5]), torch.Size([2, 4, 1]))
+
         A number on a leading axis drops it; on the matrix axes it keeps an axis of length one, since a
-        factored matrix has two. A list or tensor on rows and on columns chooses each on its own.
+        factored matrix has two. A list, array or tensor on rows and on columns chooses each on its own. A mask
+        goes along as many axes as it has, whatever it is made of. Raises `IndexError` for what is beyond an axis.
         """
         leading, rows, columns = self._parts_of(index if isinstance(index, tuple) else (index,))
         A = self.A[(*leading, ...)][..., rows, :]
@@ -270,6 +286,7 @@ class FactoredMatrix:
 
         Raises `IndexError` for a place after the rows or columns.
         """
+        dim = whole("unsqueeze: dim", dim)
         place = dim + self.ndim + 1 if dim < 0 else dim
         if not 0 <= place <= self.ndim - 2:
             raise IndexError(f"unsqueeze: got dim {dim}, expected a leading axis: 0 to {self.ndim - 2}")
@@ -277,6 +294,7 @@ class FactoredMatrix:
 
     def get_corner(self, k: int = 3) -> Float[Tensor, "*leading rows columns"]:
         """The first `k` rows and columns (and entries of leading axes), multiplied out: something to look at."""
+        k = whole("get_corner: k", k, 0)
         leading = (slice(k),) * (self.ndim - 2)
         return self.A[leading][..., :k, :] @ self.B[leading][..., :, :k]
 
@@ -288,33 +306,31 @@ class FactoredMatrix:
         right, right_inner = torch.linalg.qr(_wide(self.B).mT)
         return left, left_inner @ right_inner.mT, right
 
-    def _parts_of(self, index: tuple[Index, ...]) -> tuple[list[Index], Index, Index]:
+    def _parts_of(self, index: tuple[Index, ...]) -> tuple[list[Entry], AxisIndex, AxisIndex]:
         """An index as what it says of the leading axes, the rows and the columns."""
-        if sum(entry is Ellipsis for entry in index) > 1:
+        entries: list[Entry] = [
+            entry if entry is None or entry is Ellipsis else axis_index("FactoredMatrix", entry, EXPECTED)
+            for entry in index
+        ]
+        if sum(entry is Ellipsis for entry in entries) > 1:
             raise IndexError("FactoredMatrix: an index can have one ellipsis ('...')")
-        used = sum(_axes_of(entry) for entry in index)
+        used = sum(map(_axes_of, entries))
         if used > self.ndim:
             raise IndexError(f"FactoredMatrix: {used} indices for shape {list(self.shape)}")
-        at = next((place for place, entry in enumerate(index) if entry is Ellipsis), len(index))
-        full = [*index[:at], *[slice(None)] * (self.ndim - used), *index[at + 1 :]]
-        if any(entry is None or _axes_of(entry) > 1 for entry in full[-2:]):
-            raise IndexError("FactoredMatrix: rows and columns take a number, a slice, a list or a tensor of one axis")
-        rows, columns = (
-            _kept(entry, size, name)
-            for entry, size, name in zip(full[-2:], self.shape[-2:], ("row", "column"), strict=True)
-        )
+        at = next((place for place, entry in enumerate(entries) if entry is Ellipsis), len(entries))
+        full = [*entries[:at], *[slice(None)] * (self.ndim - used), *entries[at + 1 :]]
+        axis = 0
+        for entry in full:
+            if entry is not None and entry is not Ellipsis:
+                check_within(f"FactoredMatrix, axis {axis}", entry, self.shape[axis : axis + _axes_of(entry)])
+            axis += _axes_of(entry)
+        _check_together(full[:-2])
+        rows, columns = map(_kept, full[-2:])
         return full[:-2], rows, columns
 
     def _square(self, what: str) -> None:
         if self.ldim != self.rdim:
             raise ValueError(f"{what}: got a matrix of shape {list(self.shape)}, expected as many rows as columns")
-
-    @staticmethod
-    def _fits(left: int, right: int, left_shape: torch.Size, right_shape: torch.Size) -> None:
-        if left != right:
-            raise ValueError(
-                f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: {left} columns and {right} rows"
-            )
 
 
 def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Tensor, "*left_leading *right_leading"]:
@@ -327,12 +343,38 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
     Frobenius norms, for every pair of a matrix of `left` and one of `right`. Formula: Elhage et al. 2021, with
     matrices that act on rows (`x @ W`), as everywhere here. A matrix of zeros scores zero.
     """
+    for name, matrix in (("left", left), ("right", right)):
+        if not isinstance(matrix, FactoredMatrix):
+            raise TypeError(f"composition_scores: {name} is {in_words(matrix)}, expected a FactoredMatrix")
     if left.rdim != right.ldim:
         raise ValueError(f"composition_scores: got {left} and {right}, expected as many columns as the second has rows")
     both = torch.einsum("aim,bmj->abij", _batched(left.collapse_l()), _batched(right.collapse_r()))
     norms = left.norm().reshape(-1, 1) * right.norm().reshape(1, -1)
     scores: Tensor = (torch.linalg.matrix_norm(both) / norms).masked_fill(norms == 0, 0)
     return scores.reshape((*left.shape[:-2], *right.shape[:-2]))
+
+
+def _broadcast(left: Sequence[int], right: Sequence[int]) -> torch.Size | None:
+    """The leading axes of both; `None` where they do not fit."""
+    try:
+        return torch.broadcast_shapes(left, right)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return None
+
+
+def _check_fit(left: Tensor, right: Tensor, left_shape: torch.Size, right_shape: torch.Size) -> None:
+    """Raise `ValueError` unless `left @ right` can be; the shapes are those of what is multiplied, for the error."""
+    columns = left.shape[-1] if left.ndim else 0
+    rows = 0 if not right.ndim else right.shape[-2] if right.ndim > 1 else right.shape[0]
+    if columns != rows:
+        raise ValueError(f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: {columns} columns and {rows} rows")
+    if _broadcast(left.shape[:-2], right.shape[:-2]) is None:
+        raise ValueError(f"FactoredMatrix: {list(left_shape)} @ {list(right_shape)}: the leading axes do not fit")
+    if left.dtype != right.dtype or left.device != right.device:
+        raise ValueError(
+            f"FactoredMatrix: {left.dtype} on {left.device} @ {right.dtype} on {right.device}, expected one dtype and "
+            "device"
+        )
 
 
 def _batched(x: Tensor) -> Tensor:
@@ -344,17 +386,31 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _axes_of(entry: Index) -> int:
+def _axes_of(entry: Entry) -> int:
     """How many axes an entry of an index takes."""
     if entry is None or entry is Ellipsis:
         return 0
     return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
 
 
-def _kept(entry: Index, size: int, name: str) -> Index:
+def _check_together(leading: Sequence[Entry]) -> None:
+    """Raise `IndexError` for lists along several leading axes, which are read in step, of lengths that do not fit."""
+    lists = [entry for entry in leading if isinstance(entry, Tensor)]
+    shapes = [[int(entry.sum())] if entry.dtype == torch.bool else list(entry.shape) for entry in lists]
+    together: Sequence[int] | None = []
+    for shape in shapes:
+        together = None if together is None else _broadcast(together, shape)
+    if together is None:
+        raise IndexError(
+            f"FactoredMatrix: got lists of shapes {', '.join(map(str, shapes))} for leading axes, which are read in "
+            "step, expected shapes that fit"
+        )
+
+
+def _kept(entry: Entry) -> AxisIndex:
     """An index of rows or columns that keeps the axis."""
-    if not isinstance(entry, int):
-        return entry
-    if not -size <= entry < size:
-        raise IndexError(f"FactoredMatrix: {name} {entry} of {size}")
-    return slice(entry, entry + 1 or None)
+    if isinstance(entry, int):
+        return slice(entry, entry + 1 or None)
+    if not isinstance(entry, slice) and not (isinstance(entry, Tensor) and entry.ndim == 1):
+        raise IndexError("FactoredMatrix: rows and columns take a number, a slice, a list or a tensor of one axis")
+    return entry

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from transformer_lens.checks import nearest
 from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, Run, changing_together
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -117,8 +117,7 @@ class HookedRootModule(nn.Module):
 
     def unknown_hook(self, name: str) -> KeyError:
         """The error for a name that is not here: it offers the nearest ones."""
-        near = get_close_matches(name, list(self.hook_dict), n=3, cutoff=0.0)
-        return KeyError(f"no hook is named {name!r}; the nearest names are {', '.join(map(repr, near))}")
+        return KeyError(f"no hook is named {name!r}; the nearest names are {nearest(name, self.hook_dict)}")
 
     def canonical_name(self, name: str) -> str:
         """The name under which this hook is listed. Raises `KeyError` with the nearest names."""

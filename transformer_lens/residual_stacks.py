@@ -222,14 +222,13 @@ class ResidualStacks(DirectLogits):
         (torch.Size([5, 1, 735]), True)
 
         `accumulated_resid` says which streams; each is scaled by its own size. Source: nostalgebraist 2020,
-        "interpreting GPT: the logit lens".
+        "interpreting GPT: the logit lens". Raises `ValueError` for a model class without an unembedding.
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
         bridge = self._bridge
         normed = self.apply_ln_to_stack(stack, recompute_ln=True)
-        norm, unembed = bridge.get_submodule("ln_final"), bridge.get_submodule("unembed")
-        bias = cast(Tensor, norm.b).detach().to(normed.device, normed.dtype)
-        weight, offset = (cast(Tensor, found).detach().to(normed.device) for found in (unembed.W_U, unembed.b_U))
+        bias = cast(Tensor, bridge.get_submodule("ln_final").b).detach().to(normed.device, normed.dtype)
+        weight, offset = (found.detach().to(normed.device) for found in (bridge.W_U, bridge.b_U))
         logits = (normed + bias) @ weight + offset
         return (logits, labels) if return_labels else logits
 

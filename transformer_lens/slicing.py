@@ -1,46 +1,104 @@
-"""`Slice`: which positions of an axis to keep, written the ways people write it."""
+"""`Slice`: which positions of an axis to keep, written the ways people write it; and what may index one axis."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-SliceInput = int | slice | tuple[int | None, ...] | Sequence[int] | Tensor | None
+from transformer_lens.checks import in_words, is_whole
+
+SliceInput = int | slice | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
+AxisIndex = int | slice | Tensor
+"""What chooses along one axis, as torch takes it: a number, a slice, whole numbers, or truth values."""
+EXPECTED = "an int, slice, tuple, list or None"
+
+
+def axis_index(what: str, entry: Any, expected: str = EXPECTED) -> AxisIndex:
+    """A number, a slice, a list or an array of numbers or of truth values, as torch takes it.
+
+    >>> axis_index("rows", np.int64(2)), axis_index("rows", [True, False])
+    (2, tensor([ True, False]))
+
+    Raises `TypeError` for what cannot choose along an axis, and `ValueError` for a slice that goes backwards.
+    """
+    if is_whole(entry):
+        return int(entry)
+    if isinstance(entry, slice):
+        ends = (entry.start, entry.stop, entry.step)
+        if not all(end is None or is_whole(end) for end in ends):
+            raise TypeError(f"{what}: got {entry}, expected whole numbers in a slice")
+        start, stop, step = (None if end is None else int(end) for end in ends)
+        if step is not None and step < 1:
+            raise ValueError(f"{what}: got {entry}, expected a step of one or more, as torch has it")
+        return slice(start, stop, step)
+    if isinstance(entry, (bool, str)) or not isinstance(entry, (Sequence, np.ndarray, Tensor)):
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}")
+    try:
+        values = entry if isinstance(entry, Tensor) else torch.as_tensor(np.asarray(entry))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}, of whole numbers") from error
+    if not values.numel() and not isinstance(entry, (Tensor, np.ndarray)):
+        return values.long()  # an empty list names nothing, whatever NumPy takes its type for
+    if values.ndim < 1 or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}, of whole numbers")
+    return values if values.dtype == torch.bool else values.long()
+
+
+def check_within(what: str, index: AxisIndex, sizes: Sequence[int]) -> None:
+    """Raise `IndexError` for an index that is beyond the axis, or a mask that is not as long as the axes it is for."""
+    if isinstance(index, slice):
+        return
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        if list(index.shape) != list(sizes):
+            raise IndexError(f"{what}: got a mask of shape {list(index.shape)}, expected {list(sizes)}")
+        return
+    numbers = index if isinstance(index, Tensor) else torch.tensor([index])
+    size = sizes[0]
+    if numbers.numel() and not (-size <= int(numbers.min()) and int(numbers.max()) < size):
+        beyond = int(numbers.max()) if int(numbers.max()) >= size else int(numbers.min())
+        expected = f"{-size} to {size - 1}" if size else "nothing, for the axis is empty"
+        raise IndexError(f"{what}: got {beyond}, expected {expected}")
 
 
 class Slice:
-    """A choice along one axis: an int (drops the axis), a `(start, stop[, step])` tuple, a list or None.
+    """A choice along one axis: an int (drops the axis), a `(start, stop[, step])` tuple, a list, a mask or None.
 
     >>> Slice((1, 3)).apply(torch.arange(5), dim=0)
     tensor([1, 2])
     >>> Slice(-1).apply(torch.arange(5), dim=0)
     tensor(4)
+
+    Numbers may be NumPy's or a tensor's; a list, array or tensor of truth values is a mask as long as the axis.
+    Raises `TypeError` for anything else.
     """
 
     def __init__(self, input_slice: SliceInput | Slice = None) -> None:
         if isinstance(input_slice, Slice):
             input_slice = input_slice.raw
         self.raw: SliceInput = input_slice
-        self.index: int | slice | Tensor
-        given: object = input_slice
-        if isinstance(given, (bool, str)):
-            raise TypeError(f"slice: got {given!r}, expected an int, slice, tuple, list or None")
-        if input_slice is None:
-            self.index = slice(None)
-        elif isinstance(input_slice, (int, slice)):
-            self.index = input_slice
-        elif isinstance(input_slice, tuple):
-            self.index = slice(*input_slice)
-        elif isinstance(input_slice, (Sequence, Tensor)):
-            self.index = torch.as_tensor(input_slice, dtype=torch.long)
-        else:
-            raise TypeError(f"slice: got {input_slice!r}, expected an int, slice, tuple, list or None")
+        given: Any = input_slice
+        if given is None:
+            given = slice(None)
+        elif isinstance(given, tuple):
+            if not 1 <= len(given) <= 3:
+                raise TypeError(f"slice: got {given!r}, expected (stop,), (start, stop) or (start, stop, step)")
+            given = slice(*given)
+        self.index = axis_index("slice", given)
+        if isinstance(self.index, Tensor) and self.index.ndim != 1:
+            raise TypeError(f"slice: got {in_words(given)}, expected one axis of numbers or truth values")
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Keep the chosen entries of axis `dim`."""
+        """Keep the chosen entries of axis `dim`. Raises `IndexError` for one that is not there."""
+        if not isinstance(tensor, Tensor) or not is_whole(dim) or not -tensor.ndim <= dim < tensor.ndim:
+            raise ValueError(
+                f"Slice.apply: got {in_words(tensor)} and dim {dim!r}, expected a tensor and one of its axes"
+            )
         axis = dim % tensor.ndim
+        check_within(f"slice {self.raw!r}", self.index, tensor.shape[axis : axis + 1])
         index = self.index.to(tensor.device) if isinstance(self.index, Tensor) else self.index
         return tensor[(slice(None),) * axis + (index,)]
 

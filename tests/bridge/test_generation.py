@@ -601,10 +601,80 @@ def test_what_goes_wrong_in_a_stream_surfaces() -> None:
     assert torch_hooks(bridge.original_model) == 0 and bridge.generation is None
 
 
+# -- stopping, and what Hugging Face wants for it -------------------------------------------------------
+
+
+class AfterTwo(StoppingCriteria):
+    """Stops when two tokens were added to a prompt of a known length."""
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.prompt + 2)
+
+
+class Only(LogitsProcessor):
+    """One token alone is possible."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([self.token]), 0.0)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_criterion_and_a_processor_alone_or_in_a_list(listed: bool) -> None:
+    bridge, ids = TransformerBridge(family("40b")), tokens(2, 5)
+    found = {"stopping_criteria": AfterTwo(5), "logits_processor": Only(9)}
+    options = {name: [one] if listed else one for name, one in found.items()}
+    expected = torch.cat([ids, torch.full((2, 2), 9)], 1)
+    assert torch.equal(bridge.generate(ids, max_new_tokens=6, **options), expected)
+    assert torch.equal(torch.stack(list(bridge.generate_stream(ids, max_new_tokens=6, **options)), 1), expected[:, 5:])
+
+
+@pytest.mark.parametrize("strings", [" Mary", [" nothing", " Mary"]])
+def test_generation_stops_at_a_string(strings: Any) -> None:
+    bridge = TransformerBridge.boot_transformers("tiny-falcon")
+    prompt = "When Mary and John went to the store, John gave a drink to"
+    ids = bridge.to_tokens(prompt)
+    bare = bridge.original_model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, stop_strings=strings, tokenizer=bridge.tokenizer
+    )
+    assert bridge.to_string(bare)[0].endswith("to Mary")
+    assert torch.equal(bridge.generate(ids, max_new_tokens=6, stop_strings=strings), bare)
+    assert bridge.generate(prompt, max_new_tokens=6, stop_strings=strings) == prompt + " Mary"
+    assert list(bridge.generate_stream(prompt, max_new_tokens=6, stop_strings=strings)) == [" Mary"]
+
+
+def test_a_stream_shows_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    bridge, ids = TransformerBridge(family("40b")), tokens(2, 5)
+    told = torch.stack(list(bridge.generate_stream(ids, max_new_tokens=3, verbose=True, **FREE)), 1)
+    assert "3/3" in capsys.readouterr().err
+    assert torch.equal(told, bridge.generate(ids, max_new_tokens=3, **FREE)[:, 5:])
+
+
+def test_attentions_may_be_asked_for_where_they_are_right() -> None:
+    """Eager attention computes the same either way; Falcon with ALiBi under sdpa is another model when asked."""
+    model, ids = family("7b", attn="eager"), tokens()
+    options = {"max_new_tokens": 3, "output_attentions": True, "return_dict_in_generate": True}
+    found = TransformerBridge(model).generate(ids, **options)
+    bare = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(found.sequences, bare.sequences)
+    assert torch.equal(found.attentions[0][0], bare.attentions[0][0])
+    alibi = family("rw")
+    with torch.no_grad():
+        if torch.equal(alibi(ids).logits, alibi(ids, output_attentions=True).logits):
+            pytest.fail("mended in transformers: drop attentions_fault of ALiBi once this is the oldest")
+    with pytest.raises(ValueError, match="adds Falcon's ALiBi bias a second time"):
+        TransformerBridge(alibi).generate(ids, **options)
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"max_new_token": 4}, TypeError, "unknown keyword 'max_new_token'; the nearest are max_new_tokens"),
+    ({"max_new_token": 4}, TypeError, "unknown keyword 'max_new_token'; the nearest are 'max_new_tokens'"),
     ({"return_type": "logits"}, ValueError, "return_type: got 'logits', expected 'input', 'str' or 'tokens'"),
     ({"return_type": "str"}, ValueError, "this bridge has no tokenizer"),
     ({"temperature": 0, "do_sample": True}, ValueError, "temperature=0 takes the likeliest token"),
@@ -630,6 +700,10 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "assisted generation reads prompt and guesses in one forward",
     ),
+    ({"stopping_criteria": lambda ids, scores: True}, TypeError, "expected transformers' StoppingCriteria, or a list"),
+    ({"logits_processor": [3]}, TypeError, "logits_processor: got 3, expected transformers' LogitsProcessor"),
+    ({"stop_strings": 3}, TypeError, "stop_strings: got 3, expected a string or a list of them"),
+    ({"output_attentions": True}, ValueError, "adds Falcon's boolean mask to the scores, and tokens attend to later"),
     ({"fwd_hooks": [RESID]}, TypeError, r"expected \(name, function\) or \(name, function, phase\)"),
     ({"fwd_hooks": [("blocks.0.hook_resid_pst", print)]}, KeyError, "the nearest names are"),
     ({"return_cache": True, "names_filter": "blocks.7.hook_z"}, KeyError, "the nearest names are"),
@@ -660,8 +734,15 @@ def test_more_refusals(bridge: TransformerBridge) -> None:
     for option in ({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"return_dict_in_generate": True}):
         with pytest.raises(ValueError, match=f"generate_stream: {next(iter(option))} cannot be streamed"):
             bridge.generate_stream("John", **option)
-    with pytest.raises(TypeError, match="unknown keyword 'return_cache'"):
+    with pytest.raises(TypeError, match="generate_stream: return_cache is a keyword of generate"):
         bridge.generate_stream("John", return_cache=True)
+    with pytest.raises(TypeError, match="generate_stream: got an unknown keyword 'verbos'; the nearest are 'verbose'"):
+        bridge.generate_stream("John", verbos=True)
+    with pytest.raises(ValueError, match="generate_stream: token_healing cannot be streamed"):
+        bridge.generate_stream("John", token_healing=True)
+    for option in ({"stop_strings": "cat"}, {"token_healing": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: this bridge has no tokenizer for it"):
+            TransformerBridge(family("7b")).generate(tokens(), **option)
     with pytest.raises(ValueError, match="FalconForSequenceClassification predicts no next token"):
         TransformerBridge(FalconForSequenceClassification(falcon_config())).generate(tokens())
     bridge.detach()

@@ -1,10 +1,15 @@
 """The stream taken apart: the parts sum to the whole, and each is what its removal takes away."""
 
+import numpy as np
 import pytest
 import torch
+from transformers import FalconForSequenceClassification
 
-from tests.support import FAMILIES, family, tokens
+from tests.support import FAMILIES, falcon_config, family, tokens
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.direct_logit_attribution import direct_logit_attribution
+from transformer_lens.analysis.svd import SVDInterpreter
+from transformer_lens.analysis.tuned_lens import TunedLens
 
 SEQUENTIAL = ("rw", "rw-rope", "mixtral")
 CLOSE = {"rtol": 0, "atol": 1e-9}
@@ -221,8 +226,47 @@ def test_attributions_sum_to_the_logit(bridge, cache, x):
     each = cache.logit_attrs(stack, x).sum(0)
     expected = logits.gather(-1, x[..., None])[..., 0] - constant[x]
     torch.testing.assert_close(each, expected, rtol=0, atol=1e-5)
-    last = cache.logit_attrs(stack[:, 1:, -1], right[1:], pos_slice=-1, batch_slice=(1, None))
+    last = cache.logit_attrs(stack[:, :, -1], right[1:], pos_slice=-1, batch_slice=(1, None))
     torch.testing.assert_close(last, cache.logit_attrs(stack, right)[:, 1:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("chosen", [[1, 0], [2, 0, 1], np.array([True, False, True]), np.int64(1), (1, None), -1])
+def test_a_batch_slice_chooses_texts_of_stack_and_scale_alike(cache, chosen):
+    stack = cache.get_full_resid_decomposition(expand_neurons=False)
+    index = slice(*chosen) if isinstance(chosen, tuple) else chosen
+    torch.testing.assert_close(
+        cache.apply_ln_to_stack(stack, batch_slice=chosen), cache.apply_ln_to_stack(stack)[:, index], **CLOSE
+    )
+    right = torch.tensor([3, 9, 11])
+    torch.testing.assert_close(
+        cache.logit_attrs(stack, right[index], batch_slice=chosen), cache.logit_attrs(stack, right)[:, index], **CLOSE
+    )
+    recomputed = cache.apply_ln_to_stack(stack, batch_slice=chosen, recompute_ln=True)
+    torch.testing.assert_close(recomputed, cache.apply_ln_to_stack(stack, recompute_ln=True)[:, index], **CLOSE)
+
+
+def test_a_stack_of_one_text_takes_the_scale_of_that_text(cache):
+    stack = cache.decompose_resid()
+    found = cache.apply_ln_to_stack(stack[:, 2], batch_slice=2, has_batch_dim=False)
+    torch.testing.assert_close(found, cache.apply_ln_to_stack(stack)[:, 2], **CLOSE)
+
+
+def test_no_lens_on_a_model_without_an_unembedding(x):
+    torch.manual_seed(0)
+    model = FalconForSequenceClassification(falcon_config(num_labels=3, pad_token_id=0)).eval()
+    bridge = TransformerBridge(model)
+    _, cache = bridge.run_with_cache(x)
+    told = "this model class has no unembedding; its output is that of 'score'"
+    for lens in (
+        cache.logit_lens,
+        lambda: TunedLens(bridge),
+        lambda: cache.logit_attrs(cache.decompose_resid(), 3),
+        lambda: SVDInterpreter(bridge).get_singular_vectors("w_in", 0),
+    ):
+        with pytest.raises(ValueError, match=told):
+            lens()
+    with pytest.raises(KeyError, match=told):
+        direct_logit_attribution(bridge, cache, 3)
 
 
 def test_the_lens_is_the_models_own_head_on_the_stream(bridge, cache, x):
@@ -274,8 +318,14 @@ def test_what_does_not_fit_is_refused(cache, x):
         cache.decompose_resid(4)
     with pytest.raises(ValueError, match="got mode='neurons', expected 'all', 'attn' or 'mlp'"):
         cache.decompose_resid(mode="neurons")
-    with pytest.raises(ValueError, match=r"give the pos_slice and batch_slice that the stack was made with"):
+    with pytest.raises(ValueError, match=r"give the pos_slice that the stack was made with"):
         cache.logit_attrs(stack[:, :, -1], 4)
+    with pytest.raises(ValueError, match=r"expected all 3 texts along its second axis, of which batch_slice chooses"):
+        cache.logit_attrs(stack[:, 1:], 4, batch_slice=(1, None))
+    with pytest.raises(ValueError, match=r"residual_stack: got a .* tensor of shape .*, expected \[component"):
+        cache.apply_ln_to_stack(stack[..., :3])
+    with pytest.raises(ValueError, match="batch_slice: got 0, and this cache has no batch axis"):
+        cache.apply_slice_to_batch_dim(0).apply_ln_to_stack(stack[:, 0], batch_slice=0)
     with pytest.raises(ValueError, match=r"got tokens of \[2\], expected one for all, or as many .*: \[3, 5\]"):
         cache.logit_attrs(stack, torch.tensor([3, 4]))
     with pytest.raises(ValueError, match=r"got tokens of \[3\] and incorrect_tokens of \[3, 5\], expected equal"):

@@ -87,6 +87,18 @@ def test_names(store: ActivationStore) -> None:
         store[Q][[True, False]]
 
 
+def test_names_that_are_none(store: ActivationStore) -> None:
+    for wrong in (1024, [], [3], {"a": 1}, [[Q]]):
+        for use in (store.batches, store.statistics, store.to_dataset):
+            with pytest.raises(TypeError, match="names: got .*, expected a hook's name, several, or None"):
+                use(wrong)
+    with pytest.raises(TypeError, match="document: got 'a', expected a whole number"):
+        store.document("a")
+    with pytest.raises(TypeError, match="batch_size: got '8', expected 1 or more"):
+        store.batches(Q, "8")
+    assert list(store.statistics([("q", 1)])) == [Q]
+
+
 def test_documents(store: ActivationStore, whole: dict[str, torch.Tensor]) -> None:
     ids = whole["document_ids"]
     for number in ids.unique().tolist():

@@ -182,17 +182,27 @@ def test_the_returned_pattern(family: str, attn: str) -> None:
     assert torch.equal(edited.attentions[0], bare.attentions[0].flip(-1))
 
 
-def test_falcon_asked_for_attentions_under_sdpa_sees_the_future_in_transformers() -> None:
-    """An upstream fault, pinned: it adds its boolean mask to the scores. The twin masks, as the model else does."""
-    model, ids = make("7b"), tokens()
+@pytest.mark.parametrize("family", ["7b", "40b", "rw-rope"])
+def test_falcon_asked_for_attentions_under_sdpa_sees_the_future_in_transformers(family: str) -> None:
+    """An upstream fault, pinned: it adds its boolean mask to the scores. Looking shows that, and changes nothing."""
+    model, ids = make(family), tokens()
     future = torch.ones(7, 7).triu(1).bool()
+    seen: list[Tensor] = []
+    hooks = [("blocks.0.attn.hook_pattern", lambda value, hook: seen.append(value))]
     with torch.no_grad():
         asked = model(ids, output_attentions=True)
         bridge = wrap(model)
-        with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda value, hook: None)]):
+        with bridge.hooks(fwd_hooks=hooks):
             through = model(ids, output_attentions=True)
-    assert asked.attentions[0][..., future].abs().max() > 0.01
-    assert (through.attentions[0][..., future] == 0).all()
+            padded = model(ids, output_attentions=True, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]] * 2))
+    if asked.attentions[0][..., future].abs().max() == 0:
+        pytest.fail("mended in transformers: drop Falcon's masked and attentions_fault once this is the oldest")
+    assert torch.equal(through.logits, asked.logits)
+    assert torch.equal(seen[0], asked.attentions[0]) and torch.equal(through.attentions[0], asked.attentions[0])
+    assert torch.equal(seen[1], padded.attentions[0])
+    detached = bridge.detach()
+    again = detached(ids, output_attentions=True, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]] * 2))
+    assert torch.equal(padded.logits, again.logits)
 
 
 def test_a_mask_of_the_static_cache_is_counted_from_the_first_key() -> None:

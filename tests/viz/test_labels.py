@@ -19,8 +19,11 @@ from transformer_lens.viz import (
     Waterfall,
     attention_patterns,
     head_map,
+    logit_lens_grid,
     logit_waterfall,
     patching_map,
+    routing_map,
+    token_losses,
 )
 from transformer_lens.viz.token_text import COLUMNS, MOST_LINES
 
@@ -110,6 +113,36 @@ def test_maps_take_the_ends_of_their_colours(falcon):
     for wrong in ((1.0, 1.0), (2.0, 0.0), (0.0, float("nan")), (0.0, float("inf"))):
         with pytest.raises(ValueError, match="expected \\(low, high\\), low below high"):
             head_map(torch.eye(4), "heads", limits=wrong)
+
+
+@pytest.mark.parametrize("picture", [logit_lens_grid, token_losses, routing_map])
+def test_a_picture_of_a_text_is_of_one(falcon, picture):
+    bridge = TransformerBridge.boot_transformers("tiny-mixtral") if picture is routing_map else falcon
+    for several in (["Mary", "John"], ["Mary"], bridge.to_tokens(["Mary", "John"]), torch.zeros(1, 2, 128), None):
+        with pytest.raises(TypeError, match=f"{picture.__name__}: got .*, expected one text, or the token ids of one"):
+            picture(bridge, several)
+    ids = bridge.to_tokens("Mary and John")
+    told = [picture(bridge, given).figure().to_json() for given in ("Mary and John", ids, ids[0])]
+    assert told[0] == told[1] == told[2]
+
+
+def test_values_may_be_lists_and_arrays():
+    tokens, wanted = [" Mary", " and"], torch.tensor([2.0, 0.5])
+    for values in ([2.0, 0.5], np.array([2.0, 0.5]), (2.0, 0.5)):
+        assert torch.equal(TokenText(tokens, {"loss": values}, "t").values["loss"].float(), wanted)
+        assert torch.equal(Waterfall(values, tokens, "t").values.float(), wanted)
+        assert torch.equal(Heatmap([values], ["row"], tokens, "t").values[0].float(), wanted)
+    with pytest.raises(TypeError, match=r"token text 't': got \[2.0, 0.5\], expected a row of numbers under each name"):
+        TokenText(tokens, [2.0, 0.5], "t")
+    for wrong in (["a", "b"], [[1.0], [1.0, 2.0]], "ab", None):
+        for make in (
+            lambda values: TokenText(tokens, {"loss": values}, "t"),
+            lambda values: Waterfall(values, tokens, "t"),
+            lambda values: Heatmap(values, ["row"], tokens, "t"),
+            lambda values: head_map(values, "t"),
+        ):
+            with pytest.raises(TypeError, match="expected a tensor, an array or a list of numbers"):
+                make(wrong)
 
 
 def bars_of(drawing, panels: int) -> list[tuple[float, float]]:

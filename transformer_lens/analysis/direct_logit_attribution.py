@@ -109,8 +109,7 @@ def direct_logit_attribution(
     stack, labels = PARTS[parts](cache, position)
     values = cache.logit_attrs(stack, right, wrong, pos_slice=position)
     norm: Any = bridge.get_submodule("ln_final")
-    unembed: Any = bridge.get_submodule("unembed")
-    weight, offset = (one.detach().to(values.device, values.dtype) for one in (unembed.W_U, unembed.b_U))
+    weight, offset = (one.detach().to(values.device, values.dtype) for one in (bridge.W_U, bridge.b_U))
     bias = norm.b.detach().to(values.device, values.dtype) @ weight + offset
     logit, final = (_difference(one, right, wrong) for one in (logits.to(values), bias.expand_as(logits)))
     return DirectLogitAttribution([*labels, "final_bias"], torch.cat([values, final[None]]), logit)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import typer
 
+from transformer_lens.checks import nearest
 from transformer_lens.cli.options import (
     PUBLISHED,
     AsJson,
@@ -116,7 +116,7 @@ def matches(pattern: str, name: str, layers: int) -> bool:
 
 
 def _nothing_matches(pattern: str, names: Sequence[str], layers: int) -> KeyError:
-    near = ", ".join(get_close_matches(pattern, names, n=3, cutoff=0.0))
+    near = nearest(pattern, names)
     return KeyError(
         f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are {near}"
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from transformer_lens.checks import whole
+
 if TYPE_CHECKING:
     from transformer_lens.collect.store import ActivationStore
 
@@ -37,8 +39,8 @@ class ActivationBatches(IterableDataset[Batch]):
         drop_last: bool,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected 1 or more")
+        batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed, 0)
+        buffer_tokens = whole("buffer_tokens", buffer_tokens, 1)
         if shuffle and buffer_tokens < batch_size:
             raise ValueError(f"buffer_tokens: got {buffer_tokens}, expected at least the batch_size, {batch_size}")
         self.store = store
@@ -49,7 +51,7 @@ class ActivationBatches(IterableDataset[Batch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
-        self.epoch = epoch
+        self.epoch = whole("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from transformer_lens.checks import nearest
 from transformer_lens.collect.plan import Layout
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                near = get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise TypeError(f"collect has no option {name!r}; the nearest is {near!r}")
+                raise TypeError(f"collect has no option {name!r}; the nearest is {nearest(name, known, most=1)}")
         return cls(**given)
 
     def special_tokens(self, bridge: TransformerBridge) -> SpecialTokens:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer_lens.checks import in_words, nearest, whole
 from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.columns import Index, Shards, StoredTensor
 from transformer_lens.collect.files import ABOUT_TOKENS
@@ -18,6 +18,7 @@ from transformer_lens.collect.manifest import Manifest
 from transformer_lens.collect.statistics import RunningStatistics
 from transformer_lens.utilities import get_act_name
 
+Names = str | Sequence[str | tuple[str, int]] | None
 CHUNK = 8192
 """Tokens that a statistic reads at a time."""
 
@@ -79,15 +80,24 @@ class ActivationStore:
     def _named(self, key: str | tuple[Any, ...]) -> StoredTensor:
         name = key if isinstance(key, str) else get_act_name(*key)
         if name not in self._tensors:
-            near = get_close_matches(name, list(self._tensors), n=3, cutoff=0.0)
-            raise KeyError(f"{name!r} was not collected; the nearest names are {', '.join(map(repr, near))}")
+            raise KeyError(f"{name!r} was not collected; the nearest names are {nearest(name, self._tensors)}")
         return self._tensors[name]
+
+    def _several(self, given: Names) -> list[str]:
+        """The tensors meant: one name, several (short keys too), or every hook for `None`."""
+        if given is None:
+            return self.hooks
+        several = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+        if not several or not all(isinstance(one, (str, tuple)) for one in several):
+            raise TypeError(f"names: got {in_words(given)}, expected a hook's name, several, or None for all hooks")
+        return [self._named(one).name for one in several]
 
     def document(self, number: int) -> dict[str, Tensor]:
         """Everything about the tokens of one document, by its number in the data.
 
         Raises `KeyError` if none of its tokens is stored.
         """
+        number = whole("document", number)
         parts: list[dict[str, Tensor]] = []
         for place, record in enumerate(self._shards.records):
             if record.first_document <= number <= record.last_document:
@@ -106,7 +116,7 @@ class ActivationStore:
 
     def batches(
         self,
-        names: str | Sequence[str] | None = None,
+        names: Names = None,
         batch_size: int = 4096,
         *,
         shuffle: bool = True,
@@ -120,20 +130,18 @@ class ActivationStore:
         Shuffling mixes short runs of tokens in a buffer of `buffer_tokens`, which is all that is held. `seed` and
         `set_epoch(n)` choose the order. Goes into `DataLoader(batches, batch_size=None, num_workers=n)`.
         """
-        chosen: str | list[str] = (
-            self._named(names).name if isinstance(names, str) else [self._named(n).name for n in names or self.hooks]
-        )
+        several = self._several(names)
+        chosen = several[0] if isinstance(names, str) else several
         return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
 
-    def statistics(self, names: str | Sequence[str] | None = None) -> dict[str, RunningStatistics]:
+    def statistics(self, names: Names = None) -> dict[str, RunningStatistics]:
         """Mean, variance and mean norm of hooks over all tokens, read once.
 
         >>> store.statistics()["hook_embed"].mean.shape  # doctest: +SKIP
         torch.Size([128])
         """
-        wanted = [names] if isinstance(names, str) else names or self.hooks
         found = {}
-        for name in wanted:
+        for name in self._several(names):
             tensor, running = self._named(name), RunningStatistics()
             for start in range(0, len(self), CHUNK):
                 running.update(tensor[start : start + CHUNK])
@@ -147,7 +155,7 @@ class ActivationStore:
         values: Tensor = self._named(name)[index]
         return (values.float() if values.dtype == torch.bfloat16 else values.clone()).numpy()
 
-    def to_dataset(self, names: Sequence[str] | None = None, **options: Any) -> Any:
+    def to_dataset(self, names: Names = None, **options: Any) -> Any:
         """A Hugging Face `Dataset` with a row for each token; `options` go to its `from_generator`.
 
         Raises `ImportError` without the extra `[data]`.
@@ -156,7 +164,7 @@ class ActivationStore:
             from datasets import Dataset
         except ImportError:
             raise ImportError("to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'") from None
-        chosen = [self._named(name).name for name in names] if names else list(self._tensors)
+        chosen = list(self._tensors) if names is None else self._several(names)
         # The library caches by these arguments, so they say what is in the folder; a list it would divide into shards.
         version = f"{self.manifest.job_sha256} {len(self)}"
         arguments = {"out_dir": str(self.out_dir), "chosen": tuple(chosen), "version": version}

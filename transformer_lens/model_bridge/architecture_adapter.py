@@ -82,6 +82,10 @@ class ArchitectureAdapter:
         """A sentence for everything in the config that runs, and that a user should know about."""
         return []
 
+    def attentions_fault(self) -> str | None:
+        """What goes wrong in a call that asks transformers for its attentions, where it then computes other numbers."""
+        return None
+
     def variant(self) -> Mapping[str, Any]:
         """Fields of `BridgeConfig` that the family computes rather than reads."""
         return {}

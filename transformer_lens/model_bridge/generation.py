@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generation_options import (
     RETURN_TYPES,
     GenerationCall,
+    in_lists,
     own_cache,
     prepare_prompt,
     progress,
@@ -24,6 +26,7 @@ from transformer_lens.model_bridge.generation_options import (
     settings,
     take_prompt,
     translate,
+    with_tokenizer,
 )
 from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
 from transformer_lens.model_bridge.generation_stream import refuse_unless_streamable, stream
@@ -40,6 +43,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
 
     original_model: nn.Module
     cfg: BridgeConfig
+    adapter: ArchitectureAdapter
     arguments: Arguments
     _detached: bool
 
@@ -91,7 +95,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        call = self._generation_call(input, options, how, return_type, prepend_bos, padding_side)
+        call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
         run = self._generation_run(call, fwd_hooks, on)
         if names_filter is not None and not return_cache:
             raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
@@ -120,6 +124,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         top_p: float | None = None,
         stop_at_eos: bool = True,
         use_past_kv_cache: bool | None = None,
+        verbose: bool = False,
         **options: Any,
     ) -> Iterator[Any]:
         """What `generate` would add, piece by piece as it is chosen; the caller's own thread runs the model.
@@ -129,20 +134,22 @@ class GenerationMethods(TokenMethods, HookedRootModule):
 
         Gives strings for one text, lists of strings for several, and ids `[batch]` for ids. A text's pieces together
         are what `generate` adds to it. A loop that is left early, or fails, leaves no hook behind. Keywords as in
-        `generate`; only the likeliest token or sampling, so beams and assistants raise `ValueError`.
+        `generate`, but for `return_cache`; only the likeliest token or sampling, so beams and assistants raise
+        `ValueError`.
         """
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
-        call = self._generation_call(input, options, how, return_type, prepend_bos, padding_side)
+        call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
-        return stream(call, self._generation_run(call, fwd_hooks, on))
+        return stream(call, self._generation_run(call, fwd_hooks, on), verbose)
 
     # -- its parts ---------------------------------------------------------------------------------
 
     def _generation_call(
         self,
+        what: str,
         input: ModelInput | None,
         options: dict[str, Any],
         how: dict[str, Any],
@@ -157,11 +164,19 @@ class GenerationMethods(TokenMethods, HookedRootModule):
             raise ValueError(
                 f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
             )
-        refuse_unknown(options, model, OWN_KEYWORDS, CACHE.names)
+        self._refuse_of_the_other(what, options)
+        refuse_unknown(what, options, model, OWN_KEYWORDS[what], CACHE.names)
         prompt = take_prompt(input, options)
-        options = translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how)
+        options = in_lists(translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how))
         chosen = settings(options, model)
+        options = with_tokenizer(options, chosen, self.token_adapter)
         self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
+        fault = self.adapter.attentions_fault() if chosen.output_attentions else None
+        if fault is not None:
+            raise ValueError(
+                f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
+                "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
+            )
         prepared = prepare_prompt(
             prompt,
             adapter=self.token_adapter,
@@ -175,6 +190,14 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         )
         cache = own_cache(model.config, chosen, options, self.arguments.name(CACHE))
         return GenerationCall(model, self.arguments, prepared, options, chosen, cache, return_type, self.token_adapter)
+
+    @staticmethod
+    def _refuse_of_the_other(what: str, options: Mapping[str, Any]) -> None:
+        """Raise `TypeError` for a keyword that only the other way of generating takes."""
+        for name in options:
+            for other, known in OWN_KEYWORDS.items():
+                if name in known - OWN_KEYWORDS[what]:
+                    raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
 
     def _check_return_type(self, return_type: str, as_output: bool) -> None:
         if return_type not in RETURN_TYPES:
@@ -223,4 +246,8 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
 
 
-OWN_KEYWORDS = frozenset(inspect.signature(GenerationMethods.generate).parameters)
+OWN_KEYWORDS = {
+    method.__name__: frozenset(inspect.signature(method).parameters)
+    for method in (GenerationMethods.generate, GenerationMethods.generate_stream)
+}
+"""The keywords of ours that each of the two takes."""

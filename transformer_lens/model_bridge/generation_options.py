@@ -6,15 +6,15 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from transformer_lens.checks import in_words, nearest
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.model_bridge.inputs import ModelInput, batched_embeddings
 from transformer_lens.model_bridge.tokens import TokenAdapter
@@ -23,6 +23,11 @@ from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, TOKE
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 """Keywords of Hugging Face's `generate` that stand in none of its signatures."""
+LISTS: Mapping[str, tuple[type[Any], type[Any]]] = {
+    "stopping_criteria": (StoppingCriteria, StoppingCriteriaList),
+    "logits_processor": (LogitsProcessor, LogitsProcessorList),
+}
+"""Keywords that take one or several, what each is, and the list that transformers wants."""
 PROMPTS = ("input_ids", "inputs", "inputs_embeds")
 
 
@@ -148,7 +153,7 @@ def translate(
     return made
 
 
-def refuse_unknown(options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]) -> None:
+def refuse_unknown(what: str, options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]) -> None:
     """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before, and
     `also` those that are translated afterwards."""
     known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS, *also}
@@ -156,8 +161,43 @@ def refuse_unknown(options: Mapping[str, Any], model: Any, own: frozenset[str], 
     known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
     for name in options:
         if name not in known:
-            near = ", ".join(get_close_matches(name, sorted((known | own) - {"self", "options"}), n=3, cutoff=0.0))
-            raise TypeError(f"generate: got an unknown keyword {name!r}; the nearest are {near}")
+            near = nearest(name, (known | own) - {"self", "options"})
+            raise TypeError(f"{what}: got an unknown keyword {name!r}; the nearest are {near}")
+
+
+def in_lists(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which stopping criteria and logits processors, one or several, are transformers' lists.
+
+    Raises `TypeError` for what is none.
+    """
+    made = dict(options)
+    for name, (kind, listed) in LISTS.items():
+        given = options.get(name)
+        several = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
+        for one in several:
+            if not isinstance(one, kind):
+                raise TypeError(
+                    f"{name}: got {in_words(one)}, expected transformers' {kind.__name__}, or a list of them"
+                )
+        if several:
+            made[name] = listed(several)
+    return made
+
+
+def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: TokenAdapter | None) -> dict[str, Any]:
+    """Options with the tokenizer, where some of them need it. Raises `ValueError` where there is none."""
+    wanting = [name for name in ("stop_strings", "token_healing") if getattr(chosen, name)]
+    if not wanting or options.get("tokenizer") is not None:
+        return options
+    given = [chosen.stop_strings] if isinstance(chosen.stop_strings, str) else chosen.stop_strings or []
+    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) and one for one in given):
+        raise TypeError(f"stop_strings: got {in_words(chosen.stop_strings)}, expected a string or a list of them")
+    if adapter is None:
+        raise ValueError(
+            f"{wanting[0]}: this bridge has no tokenizer for it; pass tokenizer=, or one to "
+            "TransformerBridge(model, tokenizer)"
+        )
+    return {**options, "tokenizer": adapter.tokenizer}
 
 
 def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
@@ -197,7 +237,7 @@ class GenerationCall:
     def __call__(self, **more: Any) -> Any:
         """Hugging Face's own output: token ids, or an output with `sequences`."""
         made = {**self.prompt.kwargs, self.arguments.name(MASK): self.prompt.mask, **self.options, **self.cache, **more}
-        criteria = [*(self.options.get("stopping_criteria") or ()), *more.get("stopping_criteria", ())]
+        criteria = [*self.options.get("stopping_criteria", ()), *more.get("stopping_criteria", ())]
         return self.model.generate(**{**made, "stopping_criteria": StoppingCriteriaList(criteria)})
 
     def answer(self, output: Any, tokens: Int[Tensor, "batch pos"]) -> Any:

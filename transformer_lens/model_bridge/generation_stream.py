@@ -6,15 +6,15 @@ loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.generation.stopping_criteria import EosTokenCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
-from transformer_lens.model_bridge.generation_options import GenerationCall
+from transformer_lens.model_bridge.generation_options import GenerationCall, progress
 from transformer_lens.model_bridge.generation_run import GenerationRun
 from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
 
@@ -40,6 +40,7 @@ def refuse_unless_streamable(call: GenerationCall) -> None:
         "assistant_model": options.get("assistant_model") is not None,
         "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
         "return_dict_in_generate": bool(chosen.return_dict_in_generate),
+        "token_healing": bool(chosen.token_healing),
         "streamer": options.get("streamer") is not None,
         "custom_generate": options.get("custom_generate") is not None,
     }
@@ -48,15 +49,23 @@ def refuse_unless_streamable(call: GenerationCall) -> None:
         raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
 
 
-def stream(call: GenerationCall, run: GenerationRun) -> Iterator[Any]:
+def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
     """New token ids, or pieces of text, as they are chosen."""
-    with run:
+    with run, progress(call.chosen.max_new_tokens, verbose) as watching:
         with run.forwards():
-            steps = call(custom_generate=loop_of(run))
+            steps = call(custom_generate=loop_of(run), **_with_stop_strings(call, watching))
         if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
             yield from steps
         else:
             yield from _pieces(call, steps)
+
+
+def _with_stop_strings(call: GenerationCall, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords with a criterion for `stop_strings`: handed a loop, `generate` forgets the tokenizer for it."""
+    if not call.chosen.stop_strings:
+        return dict(more)
+    criterion = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
+    return {**more, "stop_strings": None, "stopping_criteria": [*more.get("stopping_criteria", ()), criterion]}
 
 
 def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:

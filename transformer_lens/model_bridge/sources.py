@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, has_file
 
@@ -44,7 +45,12 @@ class Source:
         return bool(has_file(self.name, f"{folder}/{filename}" if folder else filename, **options))
 
     def base(self) -> Source:
-        """The model below: where this source is an adapter alone, the one its config names; else this source."""
+        """The model below: where this source is an adapter alone, the one its config names; else this source.
+
+        Raises `OSError` for a path with nothing there.
+        """
+        if not Path(self.name).exists() and (Path(self.name).is_absolute() or self.name.startswith(".")):
+            raise OSError(f"{self.name}: there is no such directory or file")
         if Path(self.name).is_file() or self._small_file("config.json") or not self._small_file(ADAPTER_CONFIG):
             return self
         below = self.read_json(ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -73,6 +79,7 @@ class Source:
 
     def config(self, trust_remote_code: bool = False) -> Any:
         """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can."""
+        self._need_within_reach()
         if not trust_remote_code:
             written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)
             code = (written.get("auto_map") or {}).get("AutoConfig")
@@ -82,6 +89,14 @@ class Source:
                     "asked for; read that code, and if you trust it pass trust_remote_code=True"
                 )
         return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub)
+
+    def _need_within_reach(self) -> None:
+        """Raise `OSError` for a name that needs a network where none is to be used."""
+        if constants.HF_HUB_OFFLINE and not Path(self.name).exists() and not self._small_file("config.json"):
+            raise OSError(
+                f"{self.name} is on this machine neither as a directory nor in Hugging Face's cache, and "
+                "HF_HUB_OFFLINE=1 keeps off the network; unset it to download, or pass a directory"
+            )
 
     def pickles(self, config: Any, variant: str | None = None) -> list[str]:
         """The pickled files that transformers would read for this config; empty where all are safetensors."""

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.checks import as_numbers
 from transformer_lens.utilities import to_numpy
 from transformer_lens.viz.picture import (
     DIVERGING,
@@ -63,6 +64,7 @@ class Heatmap(Picture):
     notes: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", as_numbers(f"heat map {self.title!r}: values", self.values))
         expected = [len(self.rows), len(self.columns)]
         if list(self.values.shape) != expected:
             raise ValueError(

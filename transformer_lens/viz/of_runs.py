@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.checks import as_numbers, in_words, whole
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -141,7 +142,7 @@ def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "valu
 
     `limits=(low, high)` are the values at the ends of the colours, so that several maps can be compared.
     """
-    _need_axes("head_map", values, "layer head")
+    values = _with_axes("head_map", values, "layer head")
     rows, columns = (list(map(str, range(size))) for size in values.shape)
     return Heatmap(values, rows, columns, title, "layer", "head", value, limits)
 
@@ -161,13 +162,16 @@ def patching_map(
 
     `limits` as in `head_map`.
     """
-    _need_axes("patching_map", values, "layer pos")
+    values = _with_axes("patching_map", values, "layer pos")
     return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value, limits)
 
 
-def _need_axes(what: str, values: Tensor, axes: str) -> None:
-    if values.ndim != len(axes.split()):
-        raise ValueError(f"{what}: got values of shape {list(values.shape)}, expected [{axes}]")
+def _with_axes(what: str, values: Any, axes: str) -> Tensor:
+    """Values as a tensor. Raises `ValueError` for other axes than those named."""
+    made = as_numbers(f"{what}: values", values)
+    if made.ndim != len(axes.split()):
+        raise ValueError(f"{what}: got values of shape {list(made.shape)}, expected [{axes}]")
+    return made
 
 
 def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
@@ -179,6 +183,8 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
 
     Colour is its probability; hovering lists the `top` tokens.
     """
+    _need_one_text("logit_lens_grid", text)
+    top = whole("logit_lens_grid: top", top, 1, bridge.W_U.shape[1])
     names = ["resid_pre", "resid_post"]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
@@ -237,11 +243,14 @@ def _named(cache: ActivationCache, token: str | int) -> str:
 
 
 def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
-    """Which experts each token goes to and how much each counts, one layer at a time.
+    """Which experts each token of one text goes to and how much each counts, one layer at a time.
 
     >>> routing_map(moe, "Mary and John")
     Heatmaps 'Routing': 3 panels, layer 0 to layer 2
+
+    `text` may be token ids, [pos] or [1, pos]. Raises `TypeError` for several texts.
     """
+    _need_one_text("routing_map", text)
     if not bridge.cfg.num_experts:
         raise ValueError("routing_map: this model's MLPs are dense, so nothing is routed")
     inside = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
@@ -268,10 +277,18 @@ def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None 
 
     The first token is predicted by nothing and has no colour.
     """
+    _need_one_text("token_losses", text)
     with torch.no_grad():
         loss = bridge(text, return_type="loss", loss_per_token=True, prepend_bos=prepend_bos)[0]
     tokens = _tokens(bridge, text, prepend_bos)
     return TokenText(tokens, {"loss": torch.cat([loss.new_zeros(1), loss]).cpu()}, "Loss by token", "nats")
+
+
+def _need_one_text(what: str, text: object) -> None:
+    """Raise `TypeError` for several texts: a picture is of one."""
+    ids = isinstance(text, Tensor) and not text.is_floating_point() and (text.ndim == 1 or text.shape[:-1] == (1,))
+    if not isinstance(text, str) and not ids:
+        raise TypeError(f"{what}: got {in_words(text)}, expected one text, or the token ids of one: [pos] or [1, pos]")
 
 
 def _tokens(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from transformer_lens.checks import as_numbers, in_words
 from transformer_lens.viz.heatmap import Heatmap
 from transformer_lens.viz.picture import FALL, FONT, RISE, Picture, entitle, new_drawing, visible
 
@@ -62,8 +63,8 @@ class TokenText(Picture):
     >>> TokenText([" Mary", " and"], {"loss": torch.tensor([2.0, 0.5])}, title="loss by token", unit="nats")
     TokenText 'loss by token': 2 tokens, coloured by loss
 
-    `values` has a row of numbers, one for each token, under each name. Raises `ValueError` if they do not
-    fit, for a value that is not finite, and for no tokens.
+    `values` has a row of numbers (a tensor, an array or a list), one for each token, under each name. Raises
+    `ValueError` if they do not fit, for a value that is not finite, and for no tokens.
     """
 
     tokens: Sequence[str]
@@ -72,9 +73,16 @@ class TokenText(Picture):
     unit: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise TypeError(
+                f"token text {self.title!r}: got {in_words(self.values)}, expected a row of numbers under each name: "
+                "{'loss': values}"
+            )
         if not self.tokens or not self.values:
             raise ValueError(f"token text {self.title!r}: got no tokens or no values, expected both")
-        for name, row in self.values.items():
+        rows = {name: as_numbers(f"token text {self.title!r}: {name!r}", row) for name, row in self.values.items()}
+        object.__setattr__(self, "values", rows)
+        for name, row in rows.items():
             if list(row.shape) != [len(self.tokens)]:
                 raise ValueError(
                     f"token text {self.title!r}: got {name!r} of shape {list(row.shape)}, expected a value for each of "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.checks import as_numbers
 from transformer_lens.viz.picture import (
     FALL,
     FONT,
@@ -46,6 +47,7 @@ class Waterfall(Picture):
     most: int = 24
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "values", as_numbers(f"waterfall {self.title!r}: values", self.values))
         if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
             raise ValueError(
                 f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "

@@ -298,6 +298,14 @@ class JointQKVPositionEmbeddingsAttentionBridge(TwinnedAttentionBridge):
         scores = (q_BHQD @ k_BHKD.transpose(-1, -2)).div_(math.sqrt(call.cfg.d_head))
         return self.masked(call, scores)
 
+    def masked(self, call: TwinCall, scores: Tensor) -> Float[Tensor, "B H Q K"]:
+        """Asked for its pattern under sdpa, Falcon adds its boolean mask as it is: 1 where it may look, 0 elsewhere."""
+        mask = call.argument(MASK)
+        if not self.is_explicit(call) or mask is None or mask.is_floating_point():
+            return super().masked(call, scores)
+        call.kept["mask"] = None
+        return scores.add_(mask)
+
     def pattern(self, call: TwinCall, scores: Tensor, dtype: torch.dtype) -> Float[Tensor, "B H Q K"]:
         """Softmax in the model's own dtype."""
         return softmax(scores, dtype, reuse=self.may_reuse(call))

@@ -130,6 +130,13 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
             ]
         return []
 
+    def attentions_fault(self) -> str | None:
+        if self.config._attn_implementation != "sdpa":
+            return None
+        if self.config.alibi:
+            return "under sdpa transformers then adds Falcon's ALiBi bias a second time"
+        return "under sdpa transformers then adds Falcon's boolean mask to the scores, and tokens attend to later ones"
+
     def block_kind(self) -> str:
         c = self.config
         if not c.parallel_attn:

@@ -1,0 +1,101 @@
+"""What a caller means by a number, a word, a tensor: checked here, in one form of words.
+
+Every function takes the name under which the value was passed, and returns the value as the code wants it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def in_words(value: object) -> str:
+    """What an error says it got: a tensor by its dtype and shape, anything else as it is written, if that is short.
+
+    >>> in_words(torch.zeros(2, 3)), in_words("left"), in_words(list(range(100)))
+    ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
+    """
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    written = repr(value)
+    short = len(written) <= 60 and "\n" not in written and " at 0x" not in written
+    return written if short else f"a {type(value).__name__}"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
+    """The names most like this one, itself never among them, as an error lists them.
+
+    >>> nearest("verbos", ["verbose", "top_k", "verbos"], most=1)
+    "'verbose'"
+    """
+    near = get_close_matches(name, sorted(set(known) - {name}), n=most, cutoff=0.0)
+    return ", ".join(map(repr, near))
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
+    if isinstance(value, Tensor):
+        return (
+            value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        )
+    if isinstance(value, np.ndarray):
+        return value.ndim == 0 and value.dtype.kind in "iu"
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(what: str, value: Any, least: int | None = None, most: int | None = None, where: str = "") -> int:
+    """A whole number within bounds, as a Python one.
+
+    >>> whole("layer", torch.tensor(2), 0, 3)
+    2
+
+    Raises `TypeError` for what is none and `ValueError` for one beyond the bounds.
+    """
+    bounds = "a whole number" if least is None else f"{least} to {most}" if most is not None else f"{least} or more"
+    if not is_whole(value):
+        raise TypeError(f"{what}: got {in_words(value)}, expected {bounds}{where}")
+    number = operator.index(value)
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(f"{what}: got {number}, expected {bounds}{where}")
+    return number
+
+
+def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
+    """Raise `ValueError` unless a value is one of a few.
+
+    >>> one_of("mode", "first", ("first", "last"))
+    """
+    if not any(type(value) is type(option) and value == option for option in options):
+        listed = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
+        raise ValueError(f"{what}: got {in_words(value)}, expected {listed}")
+
+
+def function(what: str, value: Any, form: str) -> Callable[..., Any]:
+    """Raise `TypeError` unless a value can be called; `form` shows how it will be."""
+    if not callable(value):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a function {form}")
+    return value  # type: ignore[no-any-return]
+
+
+def as_numbers(what: str, value: Any) -> Tensor:
+    """A tensor of real numbers, made of a list or an array where it is none. Raises `TypeError` for what holds none.
+
+    >>> as_numbers("values", [1.0, 2.0])
+    tensor([1., 2.], dtype=torch.float64)
+    """
+    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers")
+    try:
+        made = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers") from error
+    if made.is_complex():
+        raise TypeError(f"{what}: got {in_words(value)}, expected real numbers")
+    return made
