@@ -23,7 +23,7 @@ RANKS: list[tuple[str, ...]] = [
         "transformer_lens.slicing",
         "transformer_lens.factored_matrix",
         "transformer_lens.hook_names",
-        f"{BRIDGE}.upstream",
+        *(f"{BRIDGE}.supported_versions", f"{BRIDGE}.upstream"),
     ),
     ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
     (
@@ -201,7 +201,7 @@ def test_module_docstrings_are_short(file):
 HEAVY = ("pandas", "datasets", "plotly", "matplotlib", "typer", "rich", "accelerate", "wandb", "hivemind", "IPython")
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_importing_the_package_stays_light():
     # In one fresh process: first what torch and transformers' model classes load by themselves, then the package.
     program = (

@@ -41,6 +41,7 @@ from transformer_lens.model_bridge.sharding import sharding_of
 from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
@@ -82,6 +83,7 @@ class TransformerBridge(
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
         HookOwner.__init__(self)
+        warn_of_a_newer_release()
         place, inner = inner_model(hf_model)
         config: Any = hf_model.config
         self.adapter = adapter_for(config)

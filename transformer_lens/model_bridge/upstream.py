@@ -16,8 +16,7 @@ from typing import Any, cast
 import transformers
 from torch import Tensor, nn
 
-OLDEST, NEWEST = "5.13.0", "5.24.0"
-"""The releases of transformers that the test suite has passed: the first, and the last."""
+from transformer_lens.model_bridge.supported_versions import NEWEST, OLDEST
 
 
 class UpstreamError(RuntimeError):
