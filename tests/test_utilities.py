@@ -17,7 +17,7 @@ from transformer_lens.utilities import (
     to_numpy,
 )
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize(

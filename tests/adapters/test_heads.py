@@ -37,7 +37,7 @@ CLASSES: dict[type[Any], tuple[str, str, int]] = {
     MixtralForQuestionAnswering: ("qa_outputs", "head.hook_out", 2),
 }
 every_class = pytest.mark.parametrize("kind", CLASSES)
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 def build(kind: type[Any]) -> Any:

@@ -39,7 +39,7 @@ def test_falcons_of_the_sweep(changes: dict[str, Any], told: str) -> None:
     assert str(refusal.value) == PREFIX + told
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize(
     "changes, told",
     [
@@ -62,7 +62,7 @@ def test_falcons_beyond_the_sweep(changes: dict[str, Any], told: str) -> None:
     assert str(refusal.value) == PREFIX + told
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize(
     "changes, told",
     [

@@ -38,7 +38,7 @@ def test_a_directory_without_a_tokenizer(saved, caplog):
     assert bridge.cfg.architecture == type(model).__name__
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_a_directory_with_a_tokenizer(saved):
     model, path = saved
     tokenizer().save_pretrained(path)

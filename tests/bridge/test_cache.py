@@ -6,7 +6,7 @@ import torch
 from tests.support import FAMILIES, family, tokens
 from transformer_lens import ActivationCache, TransformerBridge
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(params=FAMILIES)

@@ -32,7 +32,7 @@ def with_text(name: str, **changes) -> TransformerBridge:
 # -- the same call --------------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_tokens_make_the_call_the_model_makes(bridge):
     x = tokens()
     model = bridge.original_model
@@ -151,7 +151,7 @@ def test_the_loss_of_half_precision_is_computed_in_float32():
 # -- keys and values kept -------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("cut", [1, 4, 6])
 def test_continuing_from_a_cache_equals_the_whole_run(bridge, cut):
     x = tokens()
@@ -208,7 +208,7 @@ def test_pad_tokens_among_new_tokens_do_not_hide_what_is_kept():
 # -- embeddings -----------------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_embeddings_as_input(bridge):
     x = tokens()
     embedded = bridge.original_model.get_input_embeddings()(x)
@@ -282,7 +282,7 @@ CLASSIFIERS = [
 ]
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize(("kind", "shape"), CLASSIFIERS)
 def test_classifiers(kind, shape):
     model = build(kind)

@@ -7,7 +7,7 @@ from tests.support import FAMILIES, family, tokens, torch_hooks
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 

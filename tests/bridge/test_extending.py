@@ -46,7 +46,7 @@ def put(root: nn.Module, path: str, module: nn.Module) -> None:
 # -- modules in hooks' places ---------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_a_module_takes_a_hooks_place_and_leaves_it(bridge):
     x = tokens()
     clean = bridge(x)

@@ -19,7 +19,7 @@ from tests.bridge.texts import tokenizer
 from tests.support import FAMILIES, LAYOUTS, cache_of, falcon, falcon_config, family, tokens, torch_hooks
 from transformer_lens import GroupedCache, HookPoint, TransformerBridge
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 FREE: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0}
 """Random models end texts at random."""
 RESID = "blocks.1.hook_resid_post"

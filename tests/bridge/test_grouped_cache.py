@@ -15,7 +15,7 @@ from transformer_lens import GroupedCache, TransformerBridge
 from transformer_lens.model_bridge import grouped_cache
 from transformer_lens.model_bridge.grouped_cache import GroupedLayer
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 NEW = {"new_decoder_architecture": True}
 GROUPED: dict[str, dict[str, Any]] = {

@@ -42,7 +42,7 @@ class Cells(HTMLParser):
             self.caption += data
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_rows_are_the_hooks_of_the_model(bridge):
     table = bridge.hook_table()
     first = {name for name in bridge.hook_dict if not name.startswith("blocks.") or name.startswith("blocks.0.")}

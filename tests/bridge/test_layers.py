@@ -6,7 +6,7 @@ import torch
 from tests.support import FAMILIES, family, tokens, torch_hooks
 from transformer_lens import TransformerBridge
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 LAYERS = 3
 
 

@@ -10,6 +10,8 @@ from tests.support import FAMILIES, family, mixtral, tokens, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import PrefixCache
 
+pytestmark = pytest.mark.core
+
 
 def bridge_of(layout: str) -> TransformerBridge:
     torch.manual_seed(0)

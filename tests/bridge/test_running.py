@@ -40,7 +40,7 @@ def assert_clean(bridge, x, clean) -> None:
 # -- every way to run -----------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_the_bridge_and_the_model_run_the_same_hooks(bridge):
     x = tokens()
     clean = bridge(x)
@@ -275,7 +275,7 @@ def test_a_hooked_module_of_the_user_runs_inside_a_hook(one):
 # -- interrupted runs -----------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("where", ["hook_embed", Q, "blocks.1.hook_mlp_out", "ln_final.hook_out"])
 def test_an_exception_in_a_forward_hook_leaves_nothing(bridge, kind, where):
@@ -439,7 +439,7 @@ def test_hooks_in_a_with_block_fire_in_every_thread(one):
 # -- asked for and never fired --------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_a_hook_above_the_stop_is_an_error(bridge):
     x = tokens()
     clean = bridge(x)

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from tests.support import FAMILIES, family, tokens, torch_hooks
 from transformer_lens import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 
 

@@ -26,7 +26,7 @@ def bridge() -> TransformerBridge:
 # -- padding --------------------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["40b", "7b", "rw-rope", "rw", "mixtral"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("how", ["text", "tokens", "mask"])

@@ -36,6 +36,7 @@ def same_text(one: Any, other: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.scores, other.scores, strict=True))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "options",
     [
@@ -61,6 +62,7 @@ def test_a_step_sends_the_new_positions_alone(pair: Pair) -> None:
         assert max(sizes[1:]) < sizes[0] / 3
 
 
+@pytest.mark.core
 def test_texts_of_several_lengths_hooks_and_captures(pair: Pair) -> None:
     texts = [PROMPT, "Mary and"]
     hooks = [
@@ -107,6 +109,7 @@ def test_a_function_that_comes_late_is_refused() -> None:
         pair.remote.generate(PROMPT, 4, do_sample=False, fwd_hooks=[hook])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("layout", FAMILIES)
 def test_every_layout(layout: str, tmp_path) -> None:
     torch.manual_seed(6)
@@ -133,6 +136,7 @@ def test_a_grouped_cache_may_come_empty(pair: Pair) -> None:
 # -- losses ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("lost_after", range(6))
 def test_a_server_that_lost_everything_is_told_again(pair: Pair, lost_after: int, beams: int) -> None:

@@ -22,7 +22,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generation_stream import PARTS
 from transformer_lens.model_bridge.upstream import CACHE, NEWEST, OLDEST, Arguments, UpstreamError, output_name
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 def every(_: str) -> bool:

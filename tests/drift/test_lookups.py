@@ -21,7 +21,7 @@ from transformer_lens.model_bridge.architecture_adapter import KEYS
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.upstream import Word
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 PACKAGE = Path(transformer_lens.__file__).parent
 FORWARDS = (

@@ -131,14 +131,14 @@ def mixtral_cases() -> list[Any]:
 
 
 def family_cases(dtype: torch.dtype = torch.float32, experts: str | None = None) -> list[Any]:
-    """The published layouts; the subset that also runs on the oldest transformers."""
+    """The published layouts; those of the core among them."""
     cases = []
     for name in FAMILIES:
         if name == "mixtral":
             case = Case("mixtral", {} if experts is None else {"experts": experts}, "sdpa", dtype)
         else:
             case = Case("falcon", LAYOUTS[name], "sdpa", dtype)
-        cases.append(pytest.param(case, id=name, marks=pytest.mark.oldest))
+        cases.append(pytest.param(case, id=name, marks=pytest.mark.core))
     return cases
 
 

@@ -198,7 +198,7 @@ def test_doubling_a_part_is_doubling_its_rows_of_the_fused_weight(case: Case, pa
     assert torch.equal(written, expected)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("part", ["q", "k", "v"])
 def test_doubling_a_part_is_doubling_its_projection(part: str) -> None:
     model, ids = mixtral(), tokens()
@@ -297,7 +297,7 @@ def experts_on_paper(mlp: Any, x: Tensor, weights: Tensor, indices: Tensor) -> T
     return out
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
 def test_forced_routing_is_the_sum_over_the_forced_experts(how: str) -> None:
     """Indices and weights written by hand; and what is captured is what the experts used."""
@@ -323,7 +323,7 @@ def test_forced_routing_is_the_sum_over_the_forced_experts(how: str) -> None:
             torch.testing.assert_close(cache["mlp_out", 1], expected, rtol=1e-4, atol=1e-4, msg=what)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_weights_sum_to_one_and_follow_the_router_on_paper() -> None:
     model, ids = mixtral(), tokens()
     bridge = wrap(model)
@@ -337,7 +337,7 @@ def test_weights_sum_to_one_and_follow_the_router_on_paper() -> None:
     torch.testing.assert_close(cache["expert_weights", 0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_all_weight_on_one_expert_is_a_dense_mlp() -> None:
     model, ids = mixtral(), tokens()
     bridge = wrap(model)
@@ -370,7 +370,7 @@ def alibi_attention(q: Tensor, k: Tensor, v: Tensor, copies: int) -> Tensor:
     return (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("attn, copies", [("sdpa", 1), ("eager", 2)])
 def test_alibi_is_right_under_sdpa_and_doubled_under_eager(attn: str, copies: int) -> None:
     """Pins transformers' fault: when eager equals one bias, the warning at boot can go."""

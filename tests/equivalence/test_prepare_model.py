@@ -23,7 +23,7 @@ PARALLEL = ["7b", "11b", "40b"]
 SEQUENTIAL = ["rw", "rw-rope"]
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
 parallel_layouts = pytest.mark.parametrize("name", PARALLEL)
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 @every_layout

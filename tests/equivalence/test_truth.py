@@ -120,7 +120,7 @@ def test_a_hooks_own_tensor_can_be_kept_and_spoiled_after_the_run(case: Case) ->
         assert torch.equal(logits, model(ids).logits)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 def test_router_jitter_does_not_reach_what_was_captured() -> None:
     """A training forward of Mixtral multiplies the MLP's input by noise, in place, after it was handed over."""
     model, ids = mixtral(router_jitter_noise=0.5), tokens()

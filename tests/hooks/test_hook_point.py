@@ -6,7 +6,7 @@ from torch import Tensor
 
 from transformer_lens.hook_points import HookPoint
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture

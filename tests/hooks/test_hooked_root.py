@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from transformer_lens.hook_points import HookedRootModule, HookPoint
 
-pytestmark = pytest.mark.oldest
+pytestmark = pytest.mark.core
 
 
 class Layer(nn.Module):

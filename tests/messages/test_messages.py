@@ -469,7 +469,7 @@ CASES = {
 }
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("case", CASES)
 def test_text(case):
     provoke, kind, text = CASES[case]

@@ -13,6 +13,8 @@ from tests.twins.cases import ATTENTIONS, DTYPES, FAMILIES, ROTATED, assert_clos
 from tests.twins.oracles import Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 NAMES = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
 
 

@@ -15,6 +15,8 @@ from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, make, run_edit
 from tests.twins.test_attention_writes import edited_at
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 CHUNKS = ((0, 4), (4, 6), (6, 7), (7, 8))
 """A prefill, a second chunk, two decoding steps."""
 LONG = 8

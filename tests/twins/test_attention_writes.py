@@ -24,6 +24,8 @@ from tests.twins.cases import (
 from tests.twins.oracles import Edit, Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 LAYER = 0
 ORDER = ("rot_q", "rot_k", "attn_scores", "pattern", "result")
 

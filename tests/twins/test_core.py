@@ -42,6 +42,8 @@ from transformer_lens.model_bridge.generalized_components.base import ComponentB
 from transformer_lens.model_bridge.twin_call import TwinCall
 from transformer_lens.model_bridge.views import block_k, block_q, block_v
 
+pytestmark = pytest.mark.core
+
 LOWEST = torch.finfo(torch.float32).min
 KIND: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
 

@@ -16,6 +16,8 @@ from tests.twins.cases import DTYPES, assert_close, ramp, run_edited, wrap
 from tests.twins.oracles import Edit, experts, layer_of
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 SHAPES = [(number, top) for number in (1, 2, 3, 4, 6, 8) for top in (1, 2, 3) if top <= number]
 NAMES = ("router_logits", "expert_weights", "expert_indices", "pre", "pre_linear", "post", "expert_out")

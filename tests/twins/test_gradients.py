@@ -13,6 +13,8 @@ from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, inside, make, 
 from tests.twins.oracles import allowed_keys, attention, attention_weights, positions_of
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 OUT = "blocks.1.hook_attn_out"
 WITHIN = ("rot_q", "rot_k", "attn_scores", "pattern", "result")
 

@@ -17,6 +17,8 @@ from tests.twins.cases import ATTENTIONS, FAMILIES, inside, make, wrap
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 PATTERN = "blocks.1.attn.hook_pattern"
 NORMALIZED = "blocks.1.ln1.hook_normalized"
 

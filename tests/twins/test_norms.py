@@ -13,6 +13,8 @@ from tests.twins.cases import DTYPES, FAMILIES, assert_close, make, ramp, run_ed
 from tests.twins.oracles import base, layer_of, norm
 from transformer_lens.model_bridge import TransformerBridge
 
+pytestmark = pytest.mark.core
+
 KINDS = ("hook_scale", "hook_normalized")
 
 

@@ -42,7 +42,7 @@ SECONDS = 5
 """The budget of a tiny model; on an idle core it takes a tenth of that."""
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
