@@ -2,24 +2,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDEST := .venv-oldest
-PIP_INSTALL = -m pip install -q -c constraints.txt
 # Packages that must reach 100% branch coverage.
 GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/views.py,transformer_lens/model_bridge/ports.py,transformer_lens/model_bridge/architecture_adapter.py
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# The exact version of everything; pip before 25.3 builds packages under the first of these, later ones under the second.
+PINNED_PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -q
+# What each environment file in $(VENV) stands for.
+EXTRAS.demo = cli,viz
+EXTRAS.dev = dev
+EXTRAS.swarm = swarm
+EXTRAS.demo-swarm = cli,viz,swarm
+# What else is there then.
+TOO.dev = demo
+TOO.swarm = demo-swarm
 
-.PHONY: setup demo test test-full check test-oldest pictures notebooks fmt shapes test-collect test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
+.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+# Installs, and looks whether everything that is there is what is pinned.
+$(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -e ".[cli,viz]"
-	touch $@
+	$(PINNED_PIP) -e ".[$(EXTRAS.$*)]"
+	$(BIN)/python -m benchmarks.pinned
+	touch $(addprefix $(VENV)/.,$* $(TOO.$*))
 
-$(VENV)/.dev: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
-	touch $@ $(VENV)/.demo
+$(VENV)/.swarm: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
@@ -42,16 +49,27 @@ notebooks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python demos/build_notebooks.py run --jobs 2
 
 check: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.pinned
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/twins/test_core.py tests/test_imports.py --cov=transformer_lens --cov-report=
 	$(BIN)/python -m coverage report --include="$(GATED)" --show-missing --fail-under=100
 
-test-oldest: constraints.txt pyproject.toml
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python $(PIP_INSTALL) "transformers==5.13.0" -e ".[dev]"
-	$(OLDEST)/bin/python -m pytest -q -m "oldest and not gpu"
+# The core of the suite on the oldest supported transformers, and on the newest that pip finds, everything else as pinned.
+test-oldest test-newest: test-%: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.versions $*
+
+# The core on other releases of Python, torch and transformers, each installed beside the others; writes docs/versions.md.
+matrix: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.versions matrix
+
+# A fresh resolve of what pyproject.toml and constraints.in ask for, every extra, Python 3.11 to 3.13 and every system.
+constraints:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PINNED_PIP) uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --fork-strategy fewest --all-extras --no-annotate --upgrade \
+		--python $(BIN)/python --custom-compile-command "make constraints" pyproject.toml constraints.in -o constraints.txt
 
 fmt: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -66,18 +84,9 @@ shapes: $(VENV)/.dev
 test-collect: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
 
-$(VENV)/.swarm: $(VENV)/.dev
-	$(BIN)/python $(PIP_INSTALL) -e ".[swarm]"
-	touch $@
-
 # Servers as processes, in a network of their own: nothing but loopback is there, so nothing can leave the machine.
 test-swarm: $(VENV)/.swarm
 	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m pytest -q -n 0 tests/swarm'
-
-$(VENV)/.demo-swarm: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -e ".[cli,viz,swarm]"
-	touch $@
 
 # In a network of its own where the system lets us make one; elsewhere on loopback, the only place its servers listen on.
 demo-swarm: $(VENV)/.demo-swarm
@@ -100,7 +109,6 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers
 
 docs: $(VENV)/.dev
-	$(BIN)/python $(PIP_INSTALL) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 # Uses the python on the PATH as it is: a GPU machine has its own torch, and may have no network.
@@ -108,4 +116,4 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist out
+	rm -rf $(VENV) $(VENV)-* build dist out

@@ -10,12 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,10 +20,10 @@ import torch
 from benchmarks.bench import import_rows, measure, run_table
 from benchmarks.budgets import Place, Row, Subject
 from benchmarks.models import FAMILIES, FULL_SIZE, SIZES, make_config, make_model, parameter_count
+from benchmarks.pytest_run import pytest_run
 from benchmarks.report import BUDGET_COLUMNS, RESULTS, VERDICT_STYLES, budget_cells, environment, show, store
 from benchmarks.timing import QUICK, Effort, prepare_device
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 NO_GPU = "no GPU was at hand: torch.cuda.is_available() is False, so nothing was measured on CUDA"
 FULL_ROWS = (
     "noise",
@@ -57,38 +54,16 @@ DRY_SHAPE: Mapping[str, Any] = {
 
 def run_tests(device: torch.device) -> list[dict[str, Any]]:
     """The tests written for CUDA, and the core suite with every tensor made on the device."""
-    return [
-        pytest_run("tests for CUDA", device, ["-m", "gpu", "tests/gpu"]),
-        pytest_run(
-            "core suite, made on the device",
-            device,
-            ["-m", "oldest and not gpu", "-p", "benchmarks.on_device"],
-        ),
-    ]
-
-
-def pytest_run(name: str, device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
-    """One pytest run and what became of its tests."""
-    ours = {"TRANSFORMER_LENS_TEST_DEVICE": str(device), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    variables = {**os.environ, **ours}
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={report}"]
-        finished = subprocess.run(command, cwd=REPOSITORY, env=variables, check=False)
-        counts = read_counts(report) if report.exists() else {}
-    return {"name": name, "arguments": list(arguments), "exit_status": finished.returncode, **counts}
-
-
-def read_counts(report: Path) -> dict[str, Any]:
-    """How many tests ran, failed and were skipped, and the names of those that failed."""
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
-    counts: dict[str, Any] = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    suites = {
+        "tests for CUDA": ["-m", "gpu", "tests/gpu"],
+        # Without the twins and the remote text, which have tests for CUDA of their own.
+        "core suite, made on the device": [
+            *("-m", "core and not gpu", "-p", "benchmarks.on_device"),
+            *("--ignore=tests/twins", "--ignore=tests/distributed"),
+        ],
     }
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    counts["failed"] = [f"{case.get('classname')}::{case.get('name')}" for case in bad]
-    return counts
+    where = {"TRANSFORMER_LENS_TEST_DEVICE": str(device)}
+    return [{"name": name, **pytest_run(sys.executable, suites[name], where)} for name in suites]
 
 
 # -- full-size models ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.page`: writes the tables of the pages on performance and swarm costs from benchmarks/results/.
+"""`python -m benchmarks.page`: writes the tables of the pages on performance, costs and versions from results/.
 
 The words stand in the pages; what is between two marks is written here. A test holds the pages to the figures.
 """
@@ -13,7 +13,8 @@ from typing import Any
 from benchmarks import swarm_page
 from benchmarks.report import RESULTS, markdown, place, read
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "performance.md"
 UNITS = {
     "x": lambda value: f"{value:.2f}",
     "s": lambda value: f"{value:.3f} s",
@@ -109,9 +110,42 @@ def peers() -> str:
     )
 
 
+def versions() -> str:
+    """What `make matrix` ran, and what it could not."""
+    rows = sorted(read("versions.json")["rows"], key=lambda row: natural(" ".join(row["asked"].values())))
+    ran = [
+        [
+            *(row[name] for name in ("python", "torch", "transformers")),
+            *(str(row[what]) for what in ("passed", "failed", "skipped")),
+            row["date"],
+        ]
+        for row in rows
+        if "not_run" not in row
+    ]
+    notes = [
+        f"- torch {row['torch']}: with the CUDA libraries of {row['libraries_of']}, of which a CPU calls none.\n"
+        for row in rows
+        if "libraries_of" in row and "not_run" not in row
+    ]
+    left_out = [
+        [*row["asked"].values(), "<br>".join(f"`{line}`" for line in row["not_run"].splitlines()), row["date"]]
+        for row in rows
+        if "not_run" in row
+    ]
+    columns = ["Python", "torch", "transformers"]
+    table = markdown([*columns, "passed", "failed", "skipped", "on"], ran) + "\n" + "".join(notes)
+    return table + "\nNot run:\n\n" + markdown([*columns, "why", "on"], left_out) if left_out else table
+
+
+def natural(text: str) -> list[int]:
+    """Sorts 5.9 before 5.13."""
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
 PAGES: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     PAGE: {"budgets": budgets, "gpu": on_gpu, "peers": peers},
     swarm_page.PAGE: swarm_page.PARTS,
+    DOCS / "versions.md": {"versions": versions},
 }
 
 
@@ -125,6 +159,11 @@ def filled(page: Path) -> str:
     return text
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write every page anew."""
     for path in PAGES:
         path.write_text(filled(path))
+
+
+if __name__ == "__main__":
+    write()

@@ -22,9 +22,9 @@ import torch
 from benchmarks.models import MORE_FAMILIES, SIZES
 from benchmarks.peer_tasks import QUESTIONS, TIMINGS
 from benchmarks.peer_worker import ANSWER
+from benchmarks.pinned import CONSTRAINTS, REPOSITORY, pins
 from benchmarks.report import RESULTS, amount, environment, show, store
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PEERS = REPOSITORY / "build" / "peers"
 VERSIONS: Mapping[str, str] = {"transformer-lens": "4.3.0", "nnsight": "0.8.1"}
 TASK_LIMIT = 1800
@@ -64,9 +64,9 @@ def install(package: str) -> Path:
     done = home / ".installed"
     if not done.exists() or done.read_text() != wanted:
         venv.create(home, with_pip=True, clear=True)
-        # Constrained to this repository's torch: unpinned it pulls gigabytes, and the figures would not compare.
-        pip = [str(python), "-m", "pip", "install", "-q", "-c", str(REPOSITORY / "constraints.txt"), wanted]
-        subprocess.run(pip, check=True)
+        # With this repository's torch: unpinned it pulls gigabytes, and the figures would not compare.
+        torch = f"torch=={pins(CONSTRAINTS.read_text())['torch']}"
+        subprocess.run([str(python), "-m", "pip", "install", "-q", torch, wanted], check=True)
         done.write_text(wanted)
     return python
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, gpu, peers, report
+from benchmarks import bench, gpu, peers, pytest_run, report
 from benchmarks.budgets import Place, Row, Subject
 from benchmarks.models import FAMILIES, FULL_SIZE, SIZES, make_config, make_model, parameter_count, twin_of
 from benchmarks.patching_rows import PATCHING_ROWS
@@ -221,7 +221,7 @@ def test_a_junit_report_is_counted(tmp_path: Path) -> None:
         '<testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/></testcase>'
         "</testsuite></testsuites>"
     )
-    counts = gpu.read_counts(file)
+    counts = pytest_run.read_counts(file)
     assert counts == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0, "failed": ["a::bad"]}
 
 
