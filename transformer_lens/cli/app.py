@@ -135,6 +135,10 @@ def verify(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Every hook alone where otherwise several share a run; minutes, not seconds."),
+    ] = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -155,7 +159,7 @@ def verify(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    if not run_verify(bridge, Output(), as_json=json):
+    if not run_verify(bridge, Output(), thorough=thorough, as_json=json):
         raise typer.Exit(FAILED)
 
 

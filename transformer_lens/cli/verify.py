@@ -8,7 +8,7 @@ from rich.console import Console
 from transformer_lens import TransformerBridge
 
 
-def run_verify(bridge: TransformerBridge, console: Console, *, as_json: bool = False) -> bool:
+def run_verify(bridge: TransformerBridge, console: Console, *, thorough: bool = False, as_json: bool = False) -> bool:
     """Verify a model and show the report; returns whether everything passed.
 
     >>> from transformer_lens import TransformerBridge
@@ -16,7 +16,7 @@ def run_verify(bridge: TransformerBridge, console: Console, *, as_json: bool = F
     >>> run_verify(bridge, Console())  # doctest: +SKIP
     True
     """
-    report = bridge.verify()
+    report = bridge.verify(thorough=thorough, progress=not as_json)
     if as_json:
         typer.echo(report.to_json())
     else:

@@ -97,6 +97,10 @@ class RemoteBlock(BlockElsewhere):
                 hidden_states = prompt.entry.fn(hidden_states, hook=prompt.point)
         return super().__call__(hidden_states, *args, **kwargs)
 
+    def scaling(self, factor: float) -> Edit:
+        """A hook that multiplies by a number, in servers too."""
+        return Edit("scale", factor)
+
     def _current(self) -> Pass | None:
         """The forward that this thread is in, if it is one of this model."""
         current = _passes.stack[-1] if _passes.stack else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transformer_lens.hook_point import Direction, HookEntry, HookPoint, nested_forward
+from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, nested_forward
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner, PartsElsewhere
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.slots import Slot
@@ -44,6 +44,10 @@ class BlockElsewhere(PartsElsewhere):
     def refusal(self, name: str, entry: HookEntry, direction: Direction) -> Exception | None:
         """Why a hook cannot work inside; `None` if it can."""
         raise NotImplementedError(f"{type(self).__name__} has to say which hooks the other process knows")
+
+    def scaling(self, factor: float) -> HookFunction:
+        """A hook that multiplies by a number, and that the other process can run."""
+        raise NotImplementedError(f"{type(self).__name__} has to say how the other process multiplies")
 
     @staticmethod
     def begins_at_embedding() -> bool:

@@ -6,16 +6,17 @@ The checks are rows of `CHECKS`. The model is given back as it was: hooks, modes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from tqdm import tqdm
 
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.model_bridge.verification import runs, values
+from transformer_lens.model_bridge.verification import decoding, runs, texts, values
 from transformer_lens.model_bridge.verification.evidence import ROUNDINGS, Evidence, undisturbed
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
 
@@ -30,6 +31,30 @@ class Check:
     name: str
     meaning: str
     run: Callable[[Evidence], Iterator[CheckResult]]
+    absent: Callable[[Evidence], str] = lambda e: ""
+    """Why it cannot be made with this model; "" where it can."""
+    sampled: str = ""
+    """How it saves time unless everything is asked for."""
+
+
+def _modules_elsewhere(e: Evidence) -> str:
+    return "the modules inside the blocks are on other machines" if e.elsewhere else ""
+
+
+def _no_cache(e: Evidence) -> str:
+    return "" if e.takes_cache else f"{e.bridge.cfg.architecture} takes no KV cache"
+
+
+def _no_fixed_cache(e: Evidence) -> str:
+    if e.elsewhere:
+        return "servers make the keys and values, and their caches grow"
+    if e.bridge.cfg.positional_embedding_type == "alibi":
+        return "transformers itself fails there: the ALiBi bias is as long as the text, the mask as the cache"
+    return _no_cache(e)
+
+
+def _no_next_token(e: Evidence) -> str:
+    return "" if "unembed" in e.components else f"{e.bridge.cfg.architecture} predicts no next token"
 
 
 CHECKS = (
@@ -41,33 +66,79 @@ CHECKS = (
     Check("norm", "scale and normalised stream on paper; attention and MLP read their own norm", values.norm),
     Check("pattern", "pattern rows sum to one and are the softmax of the scores", values.pattern),
     Check("pattern @ v", "pattern @ v == z", values.mixed_values),
-    Check("z @ W_O", "z @ W_O (+ b_O) == attn_out, and for each head its result", values.projected_heads),
-    Check("experts", "per-expert outputs, weighted and summed, give mlp_out", values.experts),
-    Check("twin", "a twin's output is its module's", runs.twin),
+    Check(
+        "z @ W_O",
+        "z @ W_O (+ b_O) == attn_out, and for each head its result",
+        values.projected_heads,
+        _modules_elsewhere,
+    ),
+    Check("experts", "per-expert outputs, weighted and summed, give mlp_out", values.experts, _modules_elsewhere),
+    Check("twin", "a twin's output is its module's", runs.twin, _modules_elsewhere),
     Check("looking", "capturing leaves the output as it is", runs.looking),
     Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),
     Check("kept", "a captured value is after the run what it was when captured", runs.kept),
-    Check("noise", "noise at a hook changes the output", runs.noise),
+    Check(
+        "noise",
+        "noise at a hook changes what leaves its layer",
+        runs.noise,
+        sampled="noise at one hook of every layer in the same run, each layer judged by itself",
+    ),
     Check("gradient", "a finite gradient comes back to every hook", runs.gradient),
+    Check(
+        "decoding",
+        "with a KV cache, in chunks and token by token, values are Hugging Face's and obey the same equations",
+        decoding.decoding,
+        _no_cache,
+    ),
+    Check(
+        "decoding: neutral",
+        "with a KV cache, writing what is there leaves every step as it is",
+        decoding.neutral_writes,
+        _no_cache,
+        sampled="all hooks of the model in the same run",
+    ),
+    Check(
+        "decoding: writes",
+        "with a KV cache, a write at attention has the effect that it has on paper",
+        decoding.writes,
+        lambda e: _modules_elsewhere(e) or _no_cache(e),
+    ),
+    Check("static cache", "the values of decoding with a cache of fixed size", decoding.static_cache, _no_fixed_cache),
+    Check(
+        "generation",
+        "generated tokens are Hugging Face's, and hook.generation counts the forwards and positions",
+        texts.generation,
+        lambda e: _no_next_token(e) or _no_cache(e),
+    ),
+    Check("left padding", "behind padding, a text shows what it shows by itself", texts.left_padding),
 )
 
 
-def verify(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"] | None = None) -> VerificationReport:
+def verify(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    *,
+    thorough: bool = False,
+    progress: bool = True,
+) -> VerificationReport:
     """Compare every component of a bridge's model with Hugging Face's own, on every layer and hook.
 
     >>> from transformer_lens.model_bridge.verify import verify
     >>> verify(bridge).passed
     True
 
-    `tokens` are ids without padding, random ones if left out. Raises `ValueError` if the bridge has
-    hooks, or modules in hooks' places, which would be verified with it.
+    `tokens` are ids without padding, random ones if left out. `thorough` looks at every hook alone where otherwise
+    several share a run, which the report names. `progress` shows a bar where there is a terminal. Raises `ValueError`
+    if the bridge has hooks, or modules in hooks' places, which would be verified with it.
     """
     _refuse_hooks(bridge)
     started = time.perf_counter()
     ids = random_tokens(bridge) if tokens is None else _checked(tokens)
     with undisturbed(bridge.original_model):
-        evidence = Evidence(bridge, ids.to(bridge.input_device()))
-        results = tuple(result for check in CHECKS for result in check.run(evidence))
+        evidence = Evidence(bridge, ids.to(bridge.input_device()), thorough)
+        absent = {check.name: why for check in CHECKS if (why := check.absent(evidence))}
+        made = [check for check in CHECKS if check.name not in absent]
+        results = tuple(result for check in _shown(made, progress) for result in check.run(evidence))
     config: Any = bridge.original_model.config
     return VerificationReport(
         model=bridge.cfg.model_name,
@@ -79,23 +150,37 @@ def verify(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"] | None = 
         seconds=time.perf_counter() - started,
         checks={check.name: check.meaning for check in CHECKS},
         results=results,
+        not_applicable=absent,
+        sampled={} if thorough else {check.name: check.sampled for check in made if check.sampled},
     )
+
+
+def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:
+    """The checks, with a bar on the terminal that names the one being made."""
+    with tqdm(checks, disable=None if progress else True, leave=False, unit="check") as bar:
+        for check in bar:
+            bar.set_description(check.name)
+            yield check
 
 
 class VerifyMethods:
     """What a bridge inherits to verify itself."""
 
-    def verify(self, tokens: Int[Tensor, "batch pos"] | None = None) -> VerificationReport:
+    def verify(
+        self, tokens: Int[Tensor, "batch pos"] | None = None, *, thorough: bool = False, progress: bool = True
+    ) -> VerificationReport:
         """Compare every component of this checkpoint with Hugging Face's own, on every layer and hook.
 
         >>> bridge.verify().passed
         True
 
-        `tokens` are ids without padding, random ones if left out, so no tokenizer is needed. The report
-        prints as a table and has `failures()`, `to_dicts()` and `to_json()`. The model is left as it was.
+        With and without a KV cache, generating, and behind padding. `tokens` are ids without padding, random ones if
+        left out, so no tokenizer is needed. Where hooks share a run, the report says so; `thorough=True` takes each
+        alone. `progress` shows a bar where there is a terminal. The report prints as a table and has `failures()`,
+        `to_dicts()` and `to_json()`. The model is left as it was.
         Raises `ValueError` while hooks are attached, or if the bridge was detached.
         """
-        return verify(cast("TransformerBridge", self), tokens)
+        return verify(cast("TransformerBridge", self), tokens, thorough=thorough, progress=progress)
 
 
 def random_tokens(bridge: TransformerBridge, pos: int = 8) -> Int[Tensor, "batch pos"]:

@@ -1,24 +1,31 @@
 """What `verify` judges by: the model's own run seen by plain torch hooks, and the bridge's captures.
 
-Nothing here reads the table of ports: a reference is the input or output of the module that a component names.
+Nothing here reads the table of ports or upstream's words: a reference is the input or output of the module that a
+component names, and the KV cache goes in by the parameter that transformers itself annotates as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, StaticCache
 
-from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookSpec
+from transformer_lens.hook_point import HookFunction, HookPoint
+from transformer_lens.hooked_root import Capture, HookSpec
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.outputs import main_output
+from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.model_bridge.ports import Inside
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
@@ -37,8 +44,24 @@ def every(name: str) -> bool:
     return True
 
 
-def neutral(tensor: Tensor, hook: HookPoint) -> None:
-    """A user hook that changes nothing."""
+class Looking(Capture):
+    """A user hook that changes nothing, and that blocks elsewhere know as such: what it sees, by hook name.
+
+    `what` is made of the tensor, and of the hook point as it is then.
+    """
+
+    def __init__(self, what: Callable[[Tensor, HookPoint], Any] = lambda tensor, hook: None) -> None:
+        super().__init__({})
+        self.what = what
+        self.found: dict[str, list[Any]] = defaultdict(list)
+
+    def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
+        self.found[str(hook.name)].append(self.what(tensor, hook))
+
+
+def identity(tensor: Tensor, hook: HookPoint) -> Tensor:
+    """A write of what is there."""
+    return tensor
 
 
 def tensors(output: Any) -> list[Tensor | None]:
@@ -152,78 +175,36 @@ def gradients_of_activations(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class Evidence:
-    """The runs that the checks share; each is made when first asked for."""
+class OwnRun:
+    """What the bare model did in one call: its output, its own `hidden_states`, and its modules' calls."""
+
+    output: Tensor
+    hidden: Sequence[Tensor] = ()
+    calls: dict[str, ModuleCall] = field(default_factory=dict)
+
+
+class Seen:
+    """One call, as the bare model and as the bridge make it; the checks on values read it."""
 
     bridge: TransformerBridge
     tokens: Int[Tensor, "batch pos"]
-    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    # -- the model by itself -------------------------------------------------------------------------
-
-    @cached_property
-    def components(self) -> dict[str, ComponentBridge]:
-        """Every component by name."""
-        return {component.name: component for component in self.bridge.components()}
-
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """What the bridge calls the model with."""
-        calls: dict[str, Any] = {}
-        model = self.bridge.original_model
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.update(kwargs), with_kwargs=True)
-        try:
-            self.bridge(self.tokens, return_type=None)
-        finally:
-            handle.remove()
-        return calls
-
-    @cached_property
-    def own(self) -> tuple[Tensor, Sequence[Tensor], dict[str, ModuleCall]]:
-        """The bare model's output, its own `hidden_states`, and what its modules did.
-
-        What `prepare_model` did is undone for this run.
-        """
-        model, calls = self.bridge.original_model, dict[str, ModuleCall]()
-        modules = {name: component.original_component for name, component in self.components.items()}
-        arguments = self.arguments
-        self.bridge._preparation.undo()
-        try:
-            output = main_output(model(**arguments))
-            with without_new_hooks(model), watching(modules, calls):
-                hidden = model(**arguments, output_hidden_states=True).hidden_states
-        finally:
-            self.bridge._preparation = self.bridge.adapter.prepare_model(model)
-        return output, hidden or (), calls
+    own: OwnRun
+    """The bare model's run."""
+    captured: tuple[Tensor, dict[str, Tensor]]
+    """The bridge's output and every hook's value, copied when it was captured."""
+    repeats_to: float
+    """How well the same call repeats itself: 0, unless a kernel adds in an order of its own."""
 
     def received(self, component: str) -> Tensor | None:
         """What a component's module received; `None` if it was not called."""
-        call = self.own[2].get(component)
+        call = self.own.calls.get(component)
         return None if call is None else call.input
 
     def returned(self, component: str, item: int = 0) -> Tensor | None:
         """One item of what a component's module returned."""
-        call = self.own[2].get(component)
+        call = self.own.calls.get(component)
         items = tensors(call.output) if call else []
         return items[item] if item < len(items) else None
-
-    # -- the bridge ----------------------------------------------------------------------------------
-
-    @cached_property
-    def output(self) -> Tensor:
-        """The bridge's output with no hook."""
-        output: Tensor = self.bridge(self.tokens)
-        return output
-
-    @cached_property
-    def repeats_to(self) -> float:
-        """How well the same call repeats itself: 0, unless a kernel adds in an order of its own."""
-        return max(largest_difference(self.bridge(self.tokens), self.output) for _ in range(2))
-
-    @cached_property
-    def captured(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The output and every hook's value, copied when it was captured."""
-        return self.bridge.run_with_cache(self.tokens, names_filter=every, clone=True, return_cache_object=False)
 
     @property
     def cache(self) -> dict[str, Tensor]:
@@ -239,23 +220,23 @@ class Evidence:
         value = self.value(name)
         return None if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
 
+    def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
+        """The values of every key that attention sees in this call."""
+        return self.wide(f"{attention}.hook_v")
+
+    # -- the model -----------------------------------------------------------------------------------
+
     @cached_property
-    def inside(self) -> dict[str, list[str]]:
-        """The hooks inside each module that has a twin, by the component of that module."""
-        twins = self.bridge.attachment.twins.values()
-        return {twin.component.name: [hook.name for hook in twin.hooks.values()] for twin in twins}
+    def components(self) -> dict[str, ComponentBridge]:
+        """Every component by name."""
+        return {component.name: component for component in self.bridge.components()}
 
     @cached_property
     def ports(self) -> set[str]:
         """The hooks that a module hands over."""
-        return set(self.bridge.hook_dict) - {name for names in self.inside.values() for name in names}
-
-    def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
-        """The output of a run with hooks."""
-        output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
-        return output
-
-    # -- tolerances ----------------------------------------------------------------------------------
+        declared = [(c.name, hook) for c in self.components.values() for hook in c.declared]
+        inside = {f"{component}.{hook.name}" for component, hook in declared if isinstance(hook.port, Inside)}
+        return set(self.bridge.hook_dict) - inside
 
     @property
     def same(self) -> tuple[float, str]:
@@ -273,3 +254,239 @@ class Evidence:
             return share, "another order of operations, and norms and routers may compute in float32"
         steps = share / torch.finfo(dtype).eps
         return share, f"another order of operations: {steps:.0f} roundings of {str(dtype).removeprefix('torch.')}"
+
+
+@dataclass
+class Evidence(Seen):
+    """The runs that the checks share; each is made when first asked for."""
+
+    bridge: TransformerBridge
+    tokens: Int[Tensor, "batch pos"]
+    thorough: bool = False
+    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    # -- the model by itself -------------------------------------------------------------------------
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the blocks are in other processes."""
+        return bool(self.bridge.attachment.blocks_elsewhere)
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a component or hook is inside a block of another process."""
+        parts = name.split(".")
+        inside = len(parts) > 2 and parts[0] == "blocks"
+        return inside and int(parts[1]) in self.bridge.attachment.blocks_elsewhere
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The module of every component that is here."""
+        return {name: c.original_component for name, c in self.components.items() if not self.is_elsewhere(name)}
+
+    @contextmanager
+    def bare(self) -> Iterator[Any]:
+        """The model as it was before the bridge came: what `prepare_model` did is undone meanwhile."""
+        model = self.bridge.original_model
+        self.bridge._preparation.undo()
+        try:
+            yield model
+        finally:
+            self.bridge._preparation = self.bridge.adapter.prepare_model(model)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What the bridge calls the model with."""
+        calls: dict[str, Any] = {}
+        model = self.bridge.original_model
+        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.update(kwargs), with_kwargs=True)
+        try:
+            self.bridge(self.tokens, return_type=None)
+        finally:
+            handle.remove()
+        return calls
+
+    @cached_property
+    def takes_cache(self) -> str | None:
+        """The parameter of the model's forward that transformers annotates as a KV cache; `None` if it has none."""
+        kind = type(inner_model(self.bridge.original_model)[1])
+        parameters = inspect.signature(kind.forward).parameters.values()
+        return next((p.name for p in parameters if "Cache" in str(p.annotation)), None)
+
+    def own_input(self, stage: str) -> Tensor:
+        """The stream that a stage of the bare model reads."""
+        stream = self.received(stage)
+        assert stream is not None
+        return stream
+
+    def watched(self, model: nn.Module, *args: Any, **kwargs: Any) -> OwnRun:
+        """One call of the bare model, seen by plain torch hooks."""
+        run = OwnRun(torch.empty(0))
+        more = {} if self.elsewhere else {"output_hidden_states": True}
+        with without_new_hooks(model), watching(self.modules, run.calls):
+            output = model(*args, **kwargs, **more)
+        run.output = main_output(output)
+        run.hidden = () if self.elsewhere else output.hidden_states or ()
+        return run
+
+    @cached_property
+    def own(self) -> OwnRun:  # type: ignore[override]
+        """The bare model's run on the whole text; its output is that of a call without any hook."""
+        arguments = self.arguments
+        with self.bare() as model:
+            output = main_output(model(**arguments))
+            return replace(self.watched(model, **arguments), output=output)
+
+    # -- the bridge ----------------------------------------------------------------------------------
+
+    @cached_property
+    def output(self) -> Tensor:
+        """The bridge's output with no hook."""
+        output: Tensor = self.bridge(self.tokens)
+        return output
+
+    @cached_property
+    def repeats_to(self) -> float:  # type: ignore[override]
+        """How well the same call repeats itself."""
+        return max(largest_difference(self.bridge(self.tokens), self.output) for _ in range(2))
+
+    @cached_property
+    def captured(self) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
+        """The output and every hook's value."""
+        return self.everything(self.tokens)
+
+    def everything(self, tokens: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bridge's output and every hook's value in one call."""
+        found: tuple[Tensor, dict[str, Tensor]] = self.bridge.run_with_cache(
+            tokens, names_filter=every, clone=True, return_cache_object=False, **options
+        )
+        return found
+
+    @cached_property
+    def inside(self) -> dict[str, list[str]]:
+        """The hooks inside each module that has a twin, by the component of that module."""
+        twins = self.bridge.attachment.twins.values()
+        return {twin.component.name: [hook.name for hook in twin.hooks.values()] for twin in twins}
+
+    def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
+        """The output of a run with hooks."""
+        output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
+        return output
+
+    def scaling(self, name: str, factor: float) -> HookFunction:
+        """A hook that multiplies, and that the process can run in which the hook's block is."""
+        if not self.is_elsewhere(name):
+            return lambda tensor, hook: tensor * factor
+        return self.bridge.attachment.blocks_elsewhere[int(name.split(".")[1])][1].scaling(factor)
+
+    @cached_property
+    def decoded(self) -> list[Step]:
+        """The text read piece by piece with a cache that grows."""
+        return steps(self, growing)
+
+    # -- one layer after the other, each given what the bare model gave it ----------------------------
+
+    @cached_property
+    def stages(self) -> list[str]:
+        """The blocks, and the final norm with what follows it."""
+        return [*(f"blocks.{i}" for i in range(self.bridge.cfg.n_layers)), "ln_final"]
+
+    @contextmanager
+    def forced(self, streams: Mapping[str, Tensor], came: dict[str, Tensor]) -> Iterator[None]:
+        """Give every stage the stream of `streams`, and note in `came` the one that came.
+
+        So every layer is judged by itself, and one run judges them all.
+        """
+        with ExitStack() as undo:
+            for stage in self.stages:
+
+                def enter(module: nn.Module, args: Any, kwargs: Any, stage: str = stage) -> Any:
+                    first = args[0] if args else next(iter(kwargs.values()))
+                    came[stage] = first.detach().clone()
+                    given = streams[stage].clone()
+                    return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): given})
+
+                module = self.modules[stage]
+                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+
+# -- a text read piece by piece ----------------------------------------------------------------------
+
+SPARE = 2
+"""Empty places that a cache of fixed size has behind the text."""
+
+
+def chunks(length: int) -> list[range]:
+    """How a text is read: a beginning, a chunk of two where it is long enough, and two single tokens.
+
+    >>> chunks(8)
+    [range(0, 4), range(4, 6), range(6, 7), range(7, 8)]
+    """
+    single = min(2, length - 1)
+    ends = [length - single - 2] if length - single > 2 else []
+    ends += range(length - single, length + 1)
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def growing(e: Evidence) -> Cache:
+    """The cache that transformers makes by itself."""
+    return DynamicCache(config=e.bridge.original_model.config)
+
+
+def fixed(e: Evidence) -> Cache:
+    """One whose size does not change."""
+    return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
+
+
+@dataclass
+class Step(Seen):
+    """One call of a text that is read piece by piece."""
+
+    whole: Evidence
+    columns: range
+    own: OwnRun
+    captured: tuple[Tensor, dict[str, Tensor]]
+    keys: Sequence[tuple[int, int]]
+    """How many keys each layer attends to, and the column of the first, as transformers' own cache says."""
+    before: Sequence[Step]
+
+    def __post_init__(self) -> None:
+        self.bridge = self.whole.bridge
+        self.repeats_to = self.whole.repeats_to
+        self.tokens = self.whole.tokens[:, self.columns.start : self.columns.stop]
+
+    def __str__(self) -> str:
+        return f"tokens {self.columns.start} to {self.columns.stop - 1} after {self.columns.start} cached ones"
+
+    def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
+        """The values of the cached keys, then the new ones, then the empty places of a cache of fixed size."""
+        pieces = [step.wide(f"{attention}.hook_v") for step in (*self.before, self)]
+        found = [piece for piece in pieces if piece is not None]
+        if len(found) < len(pieces):
+            return None
+        count, first = self.keys[int(attention.split(".")[1])]
+        held = torch.cat(found, dim=1)[:, first : first + count]
+        return F.pad(held, (0, 0, 0, 0, 0, count - held.shape[1]))
+
+
+def own_steps(e: Evidence, model: Any, cache: Cache) -> Iterator[tuple[range, OwnRun, list[tuple[int, int]]]]:
+    """The bare model's calls, each with the sizes of its layers' keys."""
+    assert e.takes_cache is not None
+    for columns in chunks(e.tokens.shape[1]):
+        keys = [cache.get_mask_sizes(len(columns), layer) for layer in range(e.bridge.cfg.n_layers)]
+        yield columns, e.watched(model, _tokens(e, columns), **{e.takes_cache: cache}), keys
+
+
+def _tokens(e: Evidence, columns: range) -> Int[Tensor, "batch pos"]:
+    return e.tokens[:, columns.start : columns.stop]
+
+
+def steps(e: Evidence, make: Callable[[Evidence], Cache]) -> list[Step]:
+    """A text read piece by piece: what the bare model did, and what the bridge captured."""
+    with e.bare() as model:
+        own = list(own_steps(e, model, make(e)))
+    cache, found = make(e), list[Step]()
+    for columns, run, keys in own:
+        captured = e.everything(_tokens(e, columns), past_key_values=cache)
+        found.append(Step(e, columns, run, captured, keys, tuple(found)))
+    return found

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -83,6 +83,10 @@ class VerificationReport:
     checks: Mapping[str, str]
     """What each check compares."""
     results: tuple[CheckResult, ...]
+    not_applicable: Mapping[str, str] = field(default_factory=dict)
+    """The checks that this model cannot be given, and why."""
+    sampled: Mapping[str, str] = field(default_factory=dict)
+    """The checks that saved time, and how; `thorough=True` makes them in full."""
 
     @property
     def passed(self) -> bool:
@@ -96,7 +100,7 @@ class VerificationReport:
     def without_results(self) -> list[str]:
         """The checks that found nothing to compare in this model, such as experts in a dense one."""
         made = {result.check for result in self.results}
-        return [check for check in self.checks if check not in made]
+        return [check for check in self.checks if check not in made and check not in self.not_applicable]
 
     def worst(self) -> list[CheckResult]:
         """For each check and kind of component the one result that is worst over all layers."""
@@ -123,6 +127,8 @@ class VerificationReport:
             "seconds": round(self.seconds, 3),
             "passed": self.passed,
             "checks": dict(self.checks),
+            "not_applicable": dict(self.not_applicable),
+            "sampled": dict(self.sampled),
             "results": self.to_dicts(),
         }
         return json.dumps(fields, indent=indent, allow_nan=False)
@@ -156,9 +162,11 @@ class VerificationReport:
                 yield result.passed, (check, f"{result.difference:.1e}", _bound([result]), place, verdict)
 
     def below(self) -> list[str]:
-        """The lines under the table: what could not be compared, and every failure."""
+        """The lines under the table: what was sampled, what could not be compared, and every failure."""
         absent = self.without_results()
-        lines = [f"nothing to compare in this model: {', '.join(absent)}"] if absent else []
+        lines = [f"{check}: {how} (thorough: each hook alone)" for check, how in self.sampled.items()]
+        lines += [f"not applicable: {check}: {why}" for check, why in self.not_applicable.items()]
+        lines += [f"nothing to compare in this model: {', '.join(absent)}"] if absent else []
         return lines + [result.sentence() for result in self.failures()]
 
     def __str__(self) -> str:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.hook_point import HookPoint
+from transformer_lens.hook_point import HookFunction, HookPoint
+from transformer_lens.hooked_root import HookSpec
 from transformer_lens.model_bridge.hook_table import axis_sizes
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
+    Looking,
     every,
     gradients_of_activations,
     largest_difference,
-    neutral,
     tensors,
 )
 from transformer_lens.model_bridge.verification.report import CheckResult
@@ -30,19 +31,15 @@ ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
 
 def untouched(e: Evidence) -> Iterator[CheckResult]:
     """Law 1: with no hook, the bridge's output is the bare model's."""
-    yield CheckResult("untouched", "", "", largest_difference(e.output, e.own[0]), *e.same)
+    yield CheckResult("untouched", "", "", largest_difference(e.output, e.own.output), *e.same)
 
 
 def fires(e: Evidence) -> Iterator[CheckResult]:
     """Every hook once in a run that captures, and once in a run with user hooks."""
-    counts: Counter[str] = Counter()
-
-    def count(tensor: Tensor, hook: HookPoint) -> None:
-        counts[str(hook.name)] += 1
-
+    count = Looking()
     e.hooked([(every, count)])
     for name in e.bridge.hook_dict:
-        captured, shown = int(name in e.cache), counts[name]
+        captured, shown = int(name in e.cache), len(count.found[name])
         wrong = f"captured {captured}, shown to a user hook {shown} times in one forward"
         extra = float(abs(captured - 1) + abs(shown - 1))
         reason = "a count: once each"
@@ -95,7 +92,7 @@ def neutral_hook(e: Evidence) -> Iterator[CheckResult]:
     """Law 2: so does a user hook on a port that changes nothing, also while gradients are recorded."""
 
     def run(names: Sequence[str]) -> Tensor:
-        return e.hooked([(_roots(e), _require_gradient), (names, neutral)])
+        return e.hooked([(_roots(e), _require_gradient), (names, Looking())])
 
     with gradients_of_activations(e.bridge.original_model):
         expected = run([]).detach()
@@ -120,7 +117,7 @@ def twin(e: Evidence) -> Iterator[CheckResult]:
     found: dict[str, float] = {}
 
     def force(component: str, module: nn.Module, args: Any, output: Any) -> Any:
-        own = e.own[2][component].output
+        own = e.own.calls[component].output
         pairs = zip(tensors(output), tensors(own), strict=False)
         found[component] = max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None)
         return own
@@ -131,7 +128,7 @@ def twin(e: Evidence) -> Iterator[CheckResult]:
             undo.callback(module.register_forward_hook(partial(force, component)).remove)
         names = [name for name in e.cache if name not in e.ports]
         if names:
-            e.hooked([(names, neutral)])
+            e.hooked([(names, Looking())])
     for component, difference in found.items():
         yield CheckResult("twin", component, "", difference, *e.rounding)
 
@@ -140,19 +137,63 @@ def twin(e: Evidence) -> Iterator[CheckResult]:
 
 
 def noise(e: Evidence) -> Iterator[CheckResult]:
-    """Law 4: noise at a hook, alone, changes the output. Every hook of the layer is attached each time,
-    so that without the noise the output is the same bit for bit."""
+    """Law 4: noise at a hook, alone in its layer, changes the stream that leaves the layer.
+
+    Each run has noise in every layer, at one of its hooks; all hooks are attached each time, so that without the noise
+    the streams are the same bit for bit. If thorough, at one hook of the model alone, and judged at the output.
+    """
     layers: dict[str, list[str]] = {}
     for name in e.cache:
         if not _fixed(e, name):
             layers.setdefault(".".join(name.split(".")[:2]) if name.startswith("blocks.") else "", []).append(name)
-    for names in layers.values():
-        quiet = e.hooked([(names, neutral)])
-        for name in names:
-            change = largest_difference(e.hooked([(names, partial(_add_noise, e, name))]), quiet)
+    runs = [[name] for names in layers.values() for name in names] if e.thorough else _one_of_each(e, layers)
+    names = [name for names in layers.values() for name in names]
+    quiet = _left(e, names, [])
+    for chosen in runs:
+        noisy = _left(e, names, chosen)
+        for name in chosen:
+            change = largest_difference(noisy[_leaves(e, name)], quiet[_leaves(e, name)])
             change = float("inf") if change != change else change
             component = name.rpartition(".")[0]
             yield CheckResult("noise", component, name, change, e.same[0], ANY_CHANGE, has_to_exceed=True)
+
+
+def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The hooks in as few lists as can be, each with at most one of each layer, of the beginning and of the end."""
+    outside = layers.get("", [])
+    groups = [names for layer, names in layers.items() if layer]
+    groups += [[name for name in outside if _leaves(e, name) == end] for end in (e.stages[0], "")]
+    return [[name for name in names if name is not None] for names in zip_longest(*groups)]
+
+
+def _leaves(e: Evidence, name: str) -> str:
+    """Where what a hook changes is judged: the stage that reads it, or "", the output."""
+    if e.thorough or (not name.startswith("blocks.") and "." in name):
+        return ""
+    return e.stages[int(name.split(".")[1]) + 1] if "." in name else e.stages[0]
+
+
+def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, Tensor]:
+    """What each stage is about to read, and the output (""), in a run with hooks at `names` and noise at some."""
+    streams = {stage: e.own_input(stage) for stage in e.stages}
+    hooks: list[HookSpec] = [(name, _neutral(e, name)) for name in names if name not in noisy]
+    hooks += [(name, _noisy(e, name)) for name in noisy]
+    came: dict[str, Tensor] = {}
+    with ExitStack() as forced:
+        if not e.thorough:
+            forced.enter_context(e.forced(streams, came))
+        output = e.hooked(hooks)
+    return {**came, "": output}
+
+
+def _neutral(e: Evidence, name: str) -> HookFunction:
+    return e.scaling(name, 1.0) if e.is_elsewhere(name) else Looking()
+
+
+def _noisy(e: Evidence, name: str) -> HookFunction:
+    if e.is_elsewhere(name):
+        return e.scaling(name, 0.0 if e.bridge.hook_dict[name].integer else -1.0)
+    return partial(_add_noise, e, name)
 
 
 def _fixed(e: Evidence, name: str) -> bool:
@@ -161,8 +202,6 @@ def _fixed(e: Evidence, name: str) -> bool:
 
 
 def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
-    if hook.name != name:
-        return
     if hook.integer:
         tensor.copy_((tensor + 1) % int(e.bridge.cfg.num_experts or 1))
         return
@@ -187,17 +226,14 @@ def _require_gradient(tensor: Tensor, hook: HookPoint) -> None:
 
 def gradient(e: Evidence) -> Iterator[CheckResult]:
     """A finite gradient comes back to every hook."""
-    counted: dict[str, int] = {}
-
-    def count(gradient: Tensor, hook: HookPoint) -> None:
-        counted[str(hook.name)] = int((~gradient.isfinite()).sum())
-
+    count = Looking(lambda gradient, hook: int((~gradient.isfinite()).sum()))
     names = [name for name in e.cache if not e.bridge.hook_dict[name].integer]
     with gradients_of_activations(e.bridge.original_model):
         output = e.hooked([(_roots(e), _require_gradient)], bwd_hooks=[(names, count)])
         weights = torch.randn(output.shape, generator=e.random).to(output.device)
         if output.requires_grad:
             (output.float() * weights).mean().backward()
+    counted = {name: max(wrong) for name, wrong in count.found.items()}
     first = next((name for name, wrong in counted.items() if wrong), None)
     for name in names:
         note = "" if name in counted else "no gradient came back"

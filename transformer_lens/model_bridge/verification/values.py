@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
-from transformer_lens.model_bridge.verification.evidence import Evidence, largest_difference
+from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.weight_access import read_weight
 
@@ -33,86 +34,93 @@ def compared(
 # -- Hugging Face's own values -----------------------------------------------------------------------
 
 
-def _heads(e: Evidence, x: Tensor | None) -> Tensor | None:
+def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
     return None if x is None else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
 
 
-def _rows(e: Evidence, x: Tensor | None) -> Tensor | None:
+def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
     """Tokens one after the other as batch and positions again."""
     return None if x is None else x.unflatten(0, e.tokens.shape)
 
 
-def _stream(e: Evidence, layer: int, block: str) -> Tensor | None:
-    """The stream that enters a layer, as the model's `hidden_states` say."""
-    hidden = e.own[1]
-    # The last of them is taken after the final norm.
-    return hidden[layer] if layer < len(hidden) - 1 else e.returned(block)
+def _entering(e: Seen, layer: int, block: str) -> Tensor | None:
+    """The stream that enters a layer, as the model's `hidden_states` say where it tells them."""
+    return e.own.hidden[layer] if e.own.hidden else e.received(block)
 
 
-def _mlp_in(e: Evidence, block: str) -> Tensor | None:
+def _leaving(e: Seen, layer: int, block: str) -> Tensor | None:
+    """The stream that leaves a layer; the last of the `hidden_states` is taken after the final norm."""
+    return e.own.hidden[layer + 1] if layer + 2 < len(e.own.hidden) else e.returned(block)
+
+
+def _mlp_in(e: Seen, block: str) -> Tensor | None:
     return e.received(f"{block}.ln2" if f"{block}.ln2" in e.components else block)
 
 
-def _branch_out(e: Evidence, block: str, branch: str, norm: str) -> Tensor | None:
+def _branch_out(e: Seen, block: str, branch: str, norm: str) -> Tensor | None:
     """What a branch adds: its own output, or that of the norm behind it."""
     return e.returned(f"{block}.{norm}" if f"{block}.{norm}" in e.components else f"{block}.{branch}")
 
 
-def _projected(e: Evidence, attention: str, part: str) -> Tensor | None:
+def projected(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's `_split_heads` reads the fused one."""
     own = e.returned(f"{attention}.{part}")
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
+    if fused is None:
+        return None
     split = getattr(e.components[attention].original_component, "_split_heads", None)
-    if fused is None or split is None:
+    if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
     heads = e.bridge.cfg.n_heads if part == "q" else e.bridge.cfg.n_key_value_heads
     return found[:, :, :: found.shape[2] // heads]  # it repeats a key for each query head of its group
 
 
-def _rotated(e: Evidence, attention: str, part: str) -> Tensor | None:
+def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     """A rotated query or key, by the function of the model's own source file."""
+    call = e.own.calls.get(attention)
+    q, k = (projected(e, attention, p) for p in "qk")
+    if call is None or q is None or k is None:
+        return None
     module = e.components[attention].original_component
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    call = e.own[2].get(attention)
-    angles = None if call is None else arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
-    q, k = (_projected(e, attention, p) for p in "qk")
-    if rotate is None or angles is None or q is None or k is None:
+    angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
+    if rotate is None or angles is None:
         return None
     found: Tensor = rotate(q.transpose(1, 2), k.transpose(1, 2), *angles)["qk".index(part)]
     return found.transpose(1, 2)
 
 
-def _pattern(e: Evidence, attention: str) -> Tensor | None:
+def _pattern(e: Seen, attention: str) -> Tensor | None:
     """The pattern, where the attention that runs returns one."""
     found = e.returned(attention, 1)
     return found if found is not None and found.ndim == 4 else None
 
 
-def _per_head(e: Evidence, block: str) -> Tensor | None:
+def _per_head(e: Seen, block: str) -> Tensor | None:
     x = e.received(block)
     return None if x is None else x[:, :, None].expand(-1, -1, e.bridge.cfg.n_heads, -1)
 
 
-Reference = Callable[[Evidence, str, int], Tensor | None]
+Reference = Callable[[Seen, str, int], Tensor | None]
 """From the evidence, a component's name and its layer: the value, or `None` where no module hands it over."""
 
 REFERENCES: Mapping[str, Reference] = {
     "hook_embed": lambda e, c, i: e.returned("embed"),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
-    "block.hook_resid_pre": lambda e, c, i: _stream(e, i, c),
+    "block.hook_resid_pre": lambda e, c, i: _entering(e, i, c),
     "block.hook_resid_mid": lambda e, c, i: e.received(f"{c}.ln2"),
-    "block.hook_resid_post": lambda e, c, i: _stream(e, i + 1, c),
+    "block.hook_resid_post": lambda e, c, i: _leaving(e, i, c),
     "block.hook_attn_out": lambda e, c, i: _branch_out(e, c, "attn", "ln1_post"),
     "block.hook_mlp_out": lambda e, c, i: _branch_out(e, c, "mlp", "ln2_post"),
     "block.hook_mlp_in": lambda e, c, i: _mlp_in(e, c),
     **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
     "attn.hook_in": lambda e, c, i: e.received(c),
-    "attn.hook_q": lambda e, c, i: _projected(e, c, "q"),
-    "attn.hook_k": lambda e, c, i: _projected(e, c, "k"),
-    "attn.hook_v": lambda e, c, i: _projected(e, c, "v"),
+    "attn.hook_q": lambda e, c, i: projected(e, c, "q"),
+    "attn.hook_k": lambda e, c, i: projected(e, c, "k"),
+    "attn.hook_v": lambda e, c, i: projected(e, c, "v"),
     "attn.hook_rot_q": lambda e, c, i: _rotated(e, c, "q"),
     "attn.hook_rot_k": lambda e, c, i: _rotated(e, c, "k"),
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
@@ -132,14 +140,14 @@ REFERENCES: Mapping[str, Reference] = {
 """Where the model itself has what a hook shows, by kind of component; not read from the ports."""
 
 
-def _kind(e: Evidence, component: str) -> str:
+def _kind(e: Seen, component: str) -> str:
     last = component.rpartition(".")[2]
     if last == "mlp" and f"{component}.experts" in e.components:
         return "moe"
     return "block" if last.isdigit() else last
 
 
-def hugging_face(e: Evidence) -> Iterator[CheckResult]:
+def hugging_face(e: Seen) -> Iterator[CheckResult]:
     """Captured values against the modules' own."""
     for name, value in e.cache.items():
         component, _, hook = name.rpartition(".")
@@ -153,11 +161,11 @@ def hugging_face(e: Evidence) -> Iterator[CheckResult]:
 # -- equations ---------------------------------------------------------------------------------------
 
 
-def _blocks(e: Evidence) -> Iterator[str]:
+def _blocks(e: Seen) -> Iterator[str]:
     yield from (f"blocks.{i}" for i in range(e.bridge.cfg.n_layers))
 
 
-def stream(e: Evidence) -> Iterator[CheckResult]:
+def stream(e: Seen) -> Iterator[CheckResult]:
     """`resid_pre + attn_out + mlp_out == resid_post`, and half of it for `resid_mid`."""
     for block in _blocks(e):
         pre, attn, mid, mlp, post = (
@@ -172,7 +180,7 @@ def stream(e: Evidence) -> Iterator[CheckResult]:
             yield compared("stream", f"{block}.hook_resid_post", post, total, e.rounding)
 
 
-def norm(e: Evidence) -> Iterator[CheckResult]:
+def norm(e: Seen) -> Iterator[CheckResult]:
     """Scale and normalised stream on paper, and who reads what the norm returns."""
     cfg = e.bridge.cfg
     for name in [name for name in e.components if name.rpartition(".")[2] in NORMED]:
@@ -193,14 +201,14 @@ def norm(e: Evidence) -> Iterator[CheckResult]:
                 yield compared("norm", f"{name}.{hook}", value, expected.to(value.dtype), e.rounding)
 
 
-def _readers(e: Evidence, norm: str) -> list[str]:
+def _readers(e: Seen, norm: str) -> list[str]:
     """The components that read what a norm returns; one norm may feed both branches."""
     block, _, last = norm.rpartition(".")
     roles = ("attn", "mlp") if last == "ln1" and f"{block}.ln2" not in e.components else NORMED[last]
     return [name for role in roles if (name := f"{block}.{role}" if block else role) in e.components]
 
 
-def pattern(e: Evidence) -> Iterator[CheckResult]:
+def pattern(e: Seen) -> Iterator[CheckResult]:
     """Rows of the pattern sum to one, and are the softmax of the scores."""
     for name in [f"{block}.attn.hook_pattern" for block in _blocks(e)]:
         found, scores = e.wide(name), e.wide(name.replace("hook_pattern", "hook_attn_scores"))
@@ -211,18 +219,22 @@ def pattern(e: Evidence) -> Iterator[CheckResult]:
             yield compared("pattern", name, found, scores.softmax(-1), e.rounding, "softmax of hook_attn_scores")
 
 
-def mixed_values(e: Evidence) -> Iterator[CheckResult]:
+def mixed_values(e: Seen) -> Iterator[CheckResult]:
     """`pattern @ v == z`, each query head with the value of its group."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
-        weights, v, z = (e.wide(f"{attention}.hook_{name}") for name in ("pattern", "v", "z"))
+        weights, v, z = e.wide(f"{attention}.hook_pattern"), e.attended_values(attention), e.wide(f"{attention}.hook_z")
         if weights is None or v is None or z is None:
+            continue
+        if weights.shape[-1] != v.shape[1]:
+            note = f"it has {weights.shape[-1]} keys, expected {v.shape[1]}: those of the KV cache and the new ones"
+            yield CheckResult("pattern @ v", attention, f"{attention}.hook_pattern", math.inf, *e.rounding, note=note)
             continue
         per_head = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
         expected = torch.einsum("bhqk,bkhd->bqhd", weights, per_head)
         yield compared("pattern @ v", f"{attention}.hook_z", z, expected, e.rounding)
 
 
-def projected_heads(e: Evidence) -> Iterator[CheckResult]:
+def projected_heads(e: Seen) -> Iterator[CheckResult]:
     """`z @ W_O (+ b_O) == attn_out`, and so for every head's result."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
         z, out = e.value(f"{attention}.hook_z"), e.returned(attention)
@@ -243,13 +255,13 @@ def projected_heads(e: Evidence) -> Iterator[CheckResult]:
             yield compared("z @ W_O", f"{attention}.hook_result", result, each, e.rounding, "head by head")
 
 
-def experts(e: Evidence) -> Iterator[CheckResult]:
+def experts(e: Seen) -> Iterator[CheckResult]:
     """Each chosen expert's output on paper, and their weighted sum against what the experts return."""
     for name in [f"{block}.mlp" for block in _blocks(e)]:
         out, weights, total = (
             e.wide(f"{name}.hook_expert_out"),
             e.wide(f"{name}.hook_expert_weights"),
-            _rows(e, e.returned(f"{name}.experts")) if f"{name}.experts" in e.components else None,
+            _rows(e, e.returned(f"{name}.experts")),
         )
         if out is None or weights is None or total is None:
             continue
@@ -259,7 +271,7 @@ def experts(e: Evidence) -> Iterator[CheckResult]:
         yield from _expert_by_expert(e, name)
 
 
-def _expert_by_expert(e: Evidence, name: str) -> Iterator[CheckResult]:
+def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
     """The matmuls of the chosen experts, from the weights themselves, where they are stacked as Mixtral's."""
     component = e.components[f"{name}.experts"]
     module: Any = component.computing_module

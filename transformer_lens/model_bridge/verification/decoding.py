@@ -1,0 +1,355 @@
+"""Checks with a KV cache: a text read in chunks and token by token, as the bare model and as the bridge do it.
+
+Every step is evidence of its own, which the checks on values read like a whole run; what a write does is computed
+from the values of the cached keys, by plain torch hooks on the bare model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from transformer_lens.hook_point import HookFunction, HookPoint
+from transformer_lens.model_bridge.verification import values
+from transformer_lens.model_bridge.verification.evidence import (
+    Evidence,
+    ModuleCall,
+    OwnRun,
+    Seen,
+    Step,
+    fixed,
+    growing,
+    identity,
+    largest_difference,
+    steps,
+    tensors,
+    watching,
+)
+from transformer_lens.model_bridge.verification.report import CheckResult
+
+EQUATIONS = (
+    values.hugging_face,
+    values.stream,
+    values.norm,
+    values.pattern,
+    values.mixed_values,
+    values.projected_heads,
+    values.experts,
+)
+"""The checks on values, which hold for a step as they hold for a whole text."""
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def decoding(e: Evidence) -> Iterator[CheckResult]:
+    """Values with a cache that grows."""
+    yield from _read("decoding", e, e.decoded)
+
+
+def static_cache(e: Evidence) -> Iterator[CheckResult]:
+    """Values with a cache of fixed size."""
+    yield from _read("static cache", e, steps(e, fixed))
+
+
+def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
+    for step in found:
+        note = f"{step}: the output"
+        yield CheckResult(check, "", "", largest_difference(step.captured[0], step.own.output), *e.same, note=note)
+        missing = [name for name in e.cache if name not in step.cache]
+        for name in missing:
+            reason = "a count: once in each call"
+            yield CheckResult(check, name.rpartition(".")[0], name, 1.0, 0.0, reason, note=f"{step}: never fired")
+        for equation in EQUATIONS:
+            for result in equation(step):
+                note = ": ".join(filter(None, (str(step), result.check, result.note)))
+                yield replace(result, check=check, note=note)
+        if e.elsewhere:  # no module shows the cached keys, and the whole text does
+            yield from _as_in_the_whole(check, step)
+
+
+def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
+    """What a step shows is what the whole text shows at its positions; masked scores are not compared."""
+    for name, value in step.cache.items():
+        axes = step.bridge.hook_dict[name].axes.split()
+        if step.bridge.hook_dict[name].integer:
+            continue
+        places = {"pos": step.columns, "query_pos": step.columns, "key_pos": range(step.columns.stop)}
+        index = [slice(places[a].start, places[a].stop) if a in places else slice(None) for a in axes]
+        expected = step.whole.cache[name][tuple(index)]
+        if value.shape == expected.shape and name.endswith("hook_attn_scores"):
+            masked = expected < torch.finfo(expected.dtype).min / 2
+            value, expected = value.masked_fill(masked, 0), expected.masked_fill(masked, 0)
+        yield values.compared(check, name, value, expected, step.rounding, f"{step}: as in the whole text")
+
+
+# -- writing what is there ---------------------------------------------------------------------------
+
+
+def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
+    """Law 2 with a cache: writing what is there leaves every step as it is.
+
+    First at the hooks that a module hands over, to the bit, then at those inside modules: there each module's output is
+    compared with what the module itself returned, and is replaced by it, so that the next one starts from the same.
+    """
+    ports = [name for name in e.cache if name in e.ports or e.elsewhere]
+    tolerance = e.rounding if e.elsewhere else e.same
+    yield from _narrowed(e, partial(_outputs_change, e), {"": ports}, _by_owner(ports), tolerance)
+    yield from _narrowed(e, partial(_modules_change, e), e.inside, e.inside, e.rounding)
+
+
+def _by_owner(names: Sequence[str]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    return owners
+
+
+Changes = Callable[[Sequence[str]], Mapping[str, tuple[float, str]]]
+"""From the hooks that are written: how much changed, by component ("": in the output), and in which step."""
+
+
+def _narrowed(
+    e: Evidence,
+    run: Changes,
+    together: Mapping[str, Sequence[str]],
+    owners: Mapping[str, Sequence[str]],
+    tolerance: tuple[float, str],
+) -> Iterator[CheckResult]:
+    """All hooks in one run; one by one where that changed something, or everywhere if thorough."""
+    check = "decoding: neutral"
+    found = run([name for names in together.values() for name in names]) if any(together.values()) else {}
+    wrong = [owner for owner, (change, _) in found.items() if not change <= tolerance[0]]
+    suspects = owners if e.thorough or "" in wrong else {owner: owners[owner] for owner in wrong}
+    guilty = False
+    for name in [name for names in suspects.values() for name in names]:
+        for owner, (change, step) in run([name]).items():
+            if owner in ("", next(o for o, names in owners.items() if name in names)):
+                guilty |= not change <= tolerance[0]
+                yield CheckResult(check, name.rpartition(".")[0], name, change, *tolerance, note=step)
+    for owner, (change, step) in found.items():
+        if owner not in wrong or not guilty:
+            yield CheckResult(check, owner, "", change, *tolerance, note=f"{step}, all its hooks together")
+
+
+def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor], None]) -> None:
+    """Read the text piece by piece with what is there written at some hooks."""
+    cache = growing(e)
+    hooks = [(name, e.scaling(name, 1.0) if e.is_elsewhere(name) else identity) for name in names]
+    for step in e.decoded:
+        output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
+        after(step, output)
+
+
+def _outputs_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+    worst = (0.0, "")
+
+    def after(step: Step, output: Tensor) -> None:
+        nonlocal worst
+        worst = _worse(worst, largest_difference(output, step.captured[0]), step)
+
+    _rewritten(e, names, after)
+    return {"": worst}
+
+
+def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+    here = [component for component, hooks in e.inside.items() if set(hooks) & set(names)]
+    worst = dict.fromkeys(here, (0.0, ""))
+    progress = iter(e.decoded)
+    current: list[Step] = []
+
+    def begin(module: nn.Module, args: Any) -> None:
+        current[:] = [next(progress)]
+
+    def force(component: str, module: nn.Module, args: Any, output: Any) -> Any:
+        step = current[0]
+        own = step.own.calls[component].output
+        pairs = zip(tensors(output), tensors(own), strict=False)
+        change = max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None)
+        worst[component] = _worse(worst[component], change, step)
+        return own
+
+    with ExitStack() as undo:
+        undo.callback(e.bridge.original_model.register_forward_pre_hook(begin).remove)
+        for component in here:
+            undo.callback(e.modules[component].register_forward_hook(partial(force, component)).remove)
+        _rewritten(e, names, lambda step, output: None)
+    return worst
+
+
+def _worse(worst: tuple[float, str], change: float, step: Step) -> tuple[float, str]:
+    return worst if change <= worst[0] and worst[1] else (change, str(step))
+
+
+# -- writing something else --------------------------------------------------------------------------
+
+Values = Float[Tensor, "batch key head d_head"]
+"""The values of all keys, for each query head."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """A write at attention in the last step, and what each head then reads: on paper, from the values of the keys."""
+
+    hook: str
+    new: Callable[[Tensor], Tensor]
+    z: Callable[[Values, Tensor], Tensor] | None
+    """From all values and the z without the write, `[batch, pos, head, d_head]`; `None`: attention reads `new`."""
+
+
+def _first_and_last(pattern: Tensor) -> Tensor:
+    halves = torch.zeros_like(pattern)
+    halves[..., 0] += 0.5
+    halves[..., -1] += 0.5
+    return halves
+
+
+def _first_alone(scores: Tensor) -> Tensor:
+    alone = torch.full_like(scores, torch.finfo(scores.dtype).min)
+    alone[..., 0] = 0
+    return alone
+
+
+def _without_head_0(x: Tensor) -> Tensor:
+    rest = x.clone()
+    rest[:, :, 0] = 0
+    return rest
+
+
+WRITES = (
+    Write("attn.hook_pattern", _first_and_last, lambda v, z: (v[:, :1] + v[:, -1:]) / 2),
+    Write("attn.hook_attn_scores", _first_alone, lambda v, z: v[:, :1]),
+    # Without a rotated query every score is zero, and every head reads the mean of the values.
+    Write("attn.hook_rot_q", torch.zeros_like, lambda v, z: v.mean(1, keepdim=True)),
+    Write("attn.hook_z", lambda z: z / 2, lambda v, z: z / 2),
+    Write("attn.hook_result", _without_head_0, lambda v, z: _without_head_0(z)),
+    Write("hook_attn_in", lambda stream: stream.flip(-1), None),
+)
+"""Each is made in a row of its own, in every layer at once."""
+
+
+def writes(e: Evidence) -> Iterator[CheckResult]:
+    """Real writes in the last step, in every layer at once: each layer starts from the bare model's stream."""
+    here = [write for write in WRITES if f"blocks.0.{write.hook}" in e.bridge.hook_dict]
+    if not here:
+        return
+    rows = e.tokens[:1].repeat(len(here), 1)
+    prompt, last = rows[:, :-1], rows[:, -1:]
+    attentions = [f"{block}.attn" for block in e.stages[:-1]]
+    with e.bare() as model:
+        calls = _bare_steps(e, model, [prompt, last])
+        streams = {stage: calls[1][stage].input for stage in e.stages}
+        oracle = _oracle(e, model, here, calls, [prompt, last], streams)
+    got = _written(e, here, [prompt, last], streams)
+    for attention in attentions:
+        for row, write in enumerate(here):
+            name = f"{attention.removesuffix('.attn')}.{write.hook}"
+            a, b = got[attention][row], oracle[attention][row]
+            what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
+            yield values.compared("decoding: writes", name, a, b, e.rounding, what)
+
+
+def _bare_steps(e: Evidence, model: Any, texts: Sequence[Tensor]) -> list[dict[str, ModuleCall]]:
+    """What every module did when the bare model read some pieces, one after the other."""
+    cache = growing(e)
+    return [e.watched(model, text, **{str(e.takes_cache): cache}).calls for text in texts]
+
+
+def _oracle(
+    e: Evidence,
+    model: Any,
+    here: Sequence[Write],
+    calls: Sequence[Mapping[str, ModuleCall]],
+    texts: Sequence[Tensor],
+    streams: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """What attention returns in the bare model whose plain torch hooks put in what each write comes to on paper."""
+    cache = growing(e)
+    model(texts[0], **{str(e.takes_cache): cache})
+    with ExitStack() as undo:
+        for layer, block in enumerate(e.stages[:-1]):
+            attention = f"{block}.attn"
+            keys = cache.get_mask_sizes(1, layer)
+            v = _all_values(e, attention, calls, keys)
+            project = partial(_put_z, here, v)
+            norm = e.modules[f"{block}.ln1"]
+            read = partial(_put_input, here, streams[block], norm)
+            undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
+            undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
+        return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))
+
+
+def _written(
+    e: Evidence, here: Sequence[Write], texts: Sequence[Tensor], streams: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What attention returns in the bridge with the writes."""
+    cache = growing(e)
+    e.bridge(texts[0], past_key_values=cache, return_type=None)
+    hooks: list[tuple[str, HookFunction]] = [
+        (f"{block}.{write.hook}", partial(_on_row, row, write.new))
+        for block in e.stages[:-1]
+        for row, write in enumerate(here)
+    ]
+    return _last_step(
+        e, streams, lambda: e.bridge.run_with_hooks(texts[1], past_key_values=cache, return_type=None, fwd_hooks=hooks)
+    )
+
+
+def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Tensor]:
+    calls: dict[str, ModuleCall] = {}
+    attentions = {name: e.modules[name] for name in (f"{block}.attn" for block in e.stages[:-1])}
+    with e.forced(streams, {}), watching(attentions, calls):
+        run()
+    found = {name: tensors(call.output)[0] for name, call in calls.items()}
+    return {name: output for name, output in found.items() if output is not None}
+
+
+def _on_row(row: int, new: Callable[[Tensor], Tensor], tensor: Tensor, hook: HookPoint) -> None:
+    tensor[row : row + 1] = new(tensor[row : row + 1])
+
+
+def _all_values(
+    e: Evidence, attention: str, calls: Sequence[Mapping[str, ModuleCall]], keys: tuple[int, int]
+) -> Values | None:
+    """The values of the keys that the last step sees, for each query head, as the bare model's modules gave them."""
+    pieces = [values.projected(_Calls(e, call), attention, "v") for call in calls]
+    found = [piece for piece in pieces if piece is not None]
+    v = torch.cat(found, dim=1)[:, keys[1] : keys[1] + keys[0]]
+    return v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2)
+
+
+class _Calls(Seen):
+    """The calls of the bare model's modules alone."""
+
+    def __init__(self, e: Evidence, calls: Mapping[str, ModuleCall]) -> None:
+        self.bridge = e.bridge
+        self.own = OwnRun(torch.empty(0), calls=dict(calls))
+
+
+def _put_z(here: Sequence[Write], v: Values, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A plain torch pre-hook on the output projection: each row's z is what its write comes to."""
+    z = args[0].unflatten(-1, v.shape[-2:]).clone()
+    for row, write in enumerate(here):
+        if write.z is not None:
+            one = slice(row, row + 1)
+            z[one] = write.z(v[one], z[one]).to(z.dtype)
+    return (z.flatten(-2), *args[1:])
+
+
+def _put_input(
+    here: Sequence[Write], stream: Tensor, norm: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """A plain torch pre-hook on attention: the rows whose write is the stream read that one, after the norm."""
+    by_name = not args
+    x = (next(iter(kwargs.values())) if by_name else args[0]).clone()
+    for row, write in enumerate(here):
+        if write.z is None:
+            x[row : row + 1] = norm(write.new(stream[row : row + 1]))
+    return (args, {**kwargs, next(iter(kwargs)): x}) if by_name else ((x, *args[1:]), kwargs)
