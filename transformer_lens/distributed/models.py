@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,9 @@ class RemoteBlock(BlockElsewhere):
                 hidden_states = prompt.entry.fn(hidden_states, hook=prompt.point)
         return super().__call__(hidden_states, *args, **kwargs)
 
-    def scaling(self, factor: float) -> Edit:
-        """A hook that multiplies by a number, in servers too."""
-        return Edit("scale", factor)
+    def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
+        """A hook that multiplies by a value, or sets it, in servers too."""
+        return Edit(operation, value)
 
     def _current(self) -> Pass | None:
         """The forward that this thread is in, if it is one of this model."""

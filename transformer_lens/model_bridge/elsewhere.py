@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,9 +46,9 @@ class BlockElsewhere(PartsElsewhere):
         """Why a hook cannot work inside; `None` if it can."""
         raise NotImplementedError(f"{type(self).__name__} has to say which hooks the other process knows")
 
-    def scaling(self, factor: float) -> HookFunction:
-        """A hook that multiplies by a number, and that the other process can run."""
-        raise NotImplementedError(f"{type(self).__name__} has to say how the other process multiplies")
+    def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> HookFunction:
+        """A hook that multiplies by a value, or sets it, and that the other process can run."""
+        raise NotImplementedError(f"{type(self).__name__} has to say how the other process edits")
 
     @staticmethod
     def begins_at_embedding() -> bool:

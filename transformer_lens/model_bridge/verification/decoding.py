@@ -26,7 +26,6 @@ from transformer_lens.model_bridge.verification.evidence import (
     Step,
     fixed,
     growing,
-    identity,
     largest_difference,
     steps,
     tensors,
@@ -142,7 +141,7 @@ def _narrowed(
 def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor], None]) -> None:
     """Read the text piece by piece with what is there written at some hooks."""
     cache = growing(e)
-    hooks = [(name, e.scaling(name, 1.0) if e.is_elsewhere(name) else identity) for name in names]
+    hooks = [(name, e.rewriting(name)) for name in names]
     for step in e.decoded:
         output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
         after(step, output)

@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from transformer_lens.hook_point import HookFunction, HookPoint
 from transformer_lens.hooked_root import Capture, HookSpec
+from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.outputs import main_output
 from transformer_lens.model_bridge.peft_layers import inner_model
@@ -372,11 +373,18 @@ class Evidence(Seen):
         output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
         return output
 
-    def scaling(self, name: str, factor: float) -> HookFunction:
-        """A hook that multiplies, and that the process can run in which the hook's block is."""
+    def block_elsewhere(self, name: str) -> BlockElsewhere | None:
+        """The block of another process in which a component or hook is."""
         if not self.is_elsewhere(name):
-            return lambda tensor, hook: tensor * factor
-        return self.bridge.attachment.blocks_elsewhere[int(name.split(".")[1])][1].scaling(factor)
+            return None
+        return self.bridge.attachment.blocks_elsewhere[int(name.split(".")[1])][1]
+
+    def rewriting(self, name: str) -> HookFunction:
+        """A hook that writes what is there; one that looks for numbers of experts elsewhere, which can only be set."""
+        block = self.block_elsewhere(name)
+        if block is None:
+            return identity
+        return Looking() if self.bridge.hook_dict[name].integer else block.editing("scale", 1.0)
 
     @cached_property
     def decoded(self) -> list[Step]:

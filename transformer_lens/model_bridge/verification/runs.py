@@ -176,7 +176,9 @@ def _leaves(e: Evidence, name: str) -> str:
 def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, Tensor]:
     """What each stage is about to read, and the output (""), in a run with hooks at `names` and noise at some."""
     streams = {stage: e.own_input(stage) for stage in e.stages}
-    hooks: list[HookSpec] = [(name, _neutral(e, name)) for name in names if name not in noisy]
+    looks = Looking()
+    quiet = [name for name in names if name not in noisy]
+    hooks: list[HookSpec] = [(name, e.rewriting(name) if e.is_elsewhere(name) else looks) for name in quiet]
     hooks += [(name, _noisy(e, name)) for name in noisy]
     came: dict[str, Tensor] = {}
     with ExitStack() as forced:
@@ -186,14 +188,13 @@ def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, 
     return {**came, "": output}
 
 
-def _neutral(e: Evidence, name: str) -> HookFunction:
-    return e.scaling(name, 1.0) if e.is_elsewhere(name) else Looking()
-
-
 def _noisy(e: Evidence, name: str) -> HookFunction:
-    if e.is_elsewhere(name):
-        return e.scaling(name, 0.0 if e.bridge.hook_dict[name].integer else -1.0)
-    return partial(_add_noise, e, name)
+    block = e.block_elsewhere(name)
+    if block is None:
+        return partial(_add_noise, e, name)
+    if e.bridge.hook_dict[name].integer:
+        return block.editing("set", torch.zeros((), dtype=torch.long))
+    return block.editing("scale", -1.0)
 
 
 def _fixed(e: Evidence, name: str) -> bool:
