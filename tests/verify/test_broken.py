@@ -27,6 +27,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.attention import FUSED, ROTATED, SCORES, qkv_hooks
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
+from transformer_lens.model_bridge.upstream import STREAM
 from transformer_lens.model_bridge.verify import CHECKS
 from transformer_lens.model_bridge.views import Whole
 
@@ -240,11 +241,57 @@ def in_order(x: Tensor) -> Tensor:
     return x.flip(1)
 
 
+def at_cached_steps(step: str, wrong: Callable[[Any], Any]) -> Any:
+    """Attention in one of whose steps something goes wrong, but only where the cache held keys before."""
+
+    class Broken(Attention):
+        def begin(self, call: Any) -> None:
+            super().begin(call)
+            self.__dict__["held"] = self._held(call)
+
+        def _held(self, call: Any) -> int:
+            layer = self.cache_layer(call)
+            return 0 if layer is None else int(layer.get_seq_length())
+
+    def broken(self: Any, call: Any, *args: Any) -> Any:
+        held = self._held(call) if call.writing else self.__dict__["held"]
+        held -= call.argument(STREAM).shape[1] if step == "with_edit" else 0  # the new ones are in by then
+        right = getattr(Attention, step)(self, call, *args)
+        return wrong(right, *args) if held else right
+
+    setattr(Broken, step, broken)
+    return Broken
+
+
+def without_the_past(right: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What a look-up of the cache by a wrong name made of it: the new keys alone."""
+    return k, v
+
+
+def rolled(pair: tuple[Tensor, Tensor], *new: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = pair
+    return keys.roll(1, 2), values
+
+
+def rolled_if_fixed(keys: Tensor, k: Tensor) -> Tensor:
+    """Wrong keys where empty places come after the new ones."""
+    return keys.roll(1, 2) if keys.shape[2] > 8 else keys
+
+
+@dataclass(frozen=True)
+class WrongForOneToken(Port):
+    """A write that is right for several tokens."""
+
+    def write(self, x: Tensor, value: Tensor, view: Any, known: Any, modules: Any) -> Tensor:
+        right = super().write(x, value, view, known, modules)
+        return right * 1.001 if x.shape[1] == 1 else right
+
+
 CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     # what is broken: the bridge, the checks that fail, the component that one of the failures names
     "prepare_model changes a weight": (
         lambda: prepared("mixtral", Scaled),
-        {"untouched", "hugging face"},
+        {"untouched", "hugging face", "decoding", "static cache"},
         "unembed",
     ),
     "a hook that never fires": (
@@ -285,7 +332,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "norms exchanged": (
         lambda: adapted(family("40b"), blocks__ln1={"at": "ln_mlp"}, blocks__ln2={"at": "ln_attn"}),
-        {"norm"},
+        {"norm", "decoding: writes"},
         "blocks.0.ln2",
     ),
     "scores shown wrong": (
@@ -295,7 +342,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "half a pattern": (
         lambda: adapted(family("40b"), blocks__attn={"kind": shown(Attention, "hook_pattern", half, double)}),
-        {"pattern", "pattern @ v"},
+        {"pattern", "pattern @ v", "decoding: writes"},
         "blocks.1.attn",
     ),
     "the patterns of other heads": (
@@ -310,7 +357,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
                 "kind": shown(Attention, "hook_result", lambda x: x.flip(2), lambda x: x.flip(2)),
             },
         ),
-        {"z @ W_O"},
+        {"z @ W_O", "decoding: writes"},
         "blocks.0.attn",
     ),
     "experts in another order": (
@@ -327,17 +374,17 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "a twin with a wrong scale": (
         lambda: adapted(family("rw"), blocks__ln2={"kind": returning(LayerNormBridge, lambda call, out: out * 1.001)}),
-        {"twin"},
+        {"twin", "decoding: neutral"},
         "blocks.1.ln2",
     ),
     "reading spoils": (
         lambda: headed(with_hook(UnembeddingBridge, "hook_out", port=SpoilsWhatItReads())),
-        {"looking"},
+        {"looking", "decoding", "decoding: neutral", "static cache"},
         "unembed",
     ),
     "putting back changes": (
         lambda: headed(with_hook(UnembeddingBridge, "hook_out", port=Port(view=lambda cfg: PutsTooMuch()))),
-        {"neutral hook"},
+        {"neutral hook", "decoding: neutral"},
         "unembed",
     ),
     "no prepare_model": (
@@ -368,6 +415,33 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         ),
         {"gradient"},
         "ln_final",
+    ),
+    "attention that does not see the cache": (
+        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", without_the_past)}),
+        {"decoding", "decoding: neutral", "decoding: writes", "static cache"},
+        "blocks.1.attn",
+    ),
+    "cached keys in another order": (
+        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", rolled)}),
+        {"decoding", "decoding: neutral", "decoding: writes", "static cache"},
+        "blocks.0.attn",
+    ),
+    "wrong keys of a cache of fixed size": (
+        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("keys_seen", rolled_if_fixed)}),
+        {"static cache"},
+        "blocks.0.attn",
+    ),
+    "a write that the cache swallows": (
+        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_edit", lambda right, x, part: x)}),
+        {"decoding: writes"},
+        "blocks.1",
+    ),
+    "a write that is wrong for one token": (
+        lambda: adapted(
+            family("rw"), blocks__mlp={"kind": with_hook(MLPBridge, "hook_pre", port=WrongForOneToken("in"))}
+        ),
+        {"decoding: neutral"},
+        "blocks.0.mlp",
     ),
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookFunction, HookPoint
+from transformer_lens.hooked_root import HookSpec
 from transformer_lens.model_bridge.verification import values
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
+    Looking,
     ModuleCall,
     OwnRun,
     Seen,
@@ -43,6 +46,8 @@ EQUATIONS = (
     values.experts,
 )
 """The checks on values, which hold for a step as they hold for a whole text."""
+NAMED = 5
+"""As many hooks are named, at most, that change something where they share a run."""
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -59,6 +64,17 @@ def static_cache(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
+    """What the steps show, less what is wrong in the whole text too, where it is named already."""
+    results = list(_compared(check, e, found))
+    known: set[str] = set()
+    if not all(result.passed for result in results):
+        known = {
+            result.hook or result.component for equation in EQUATIONS for result in equation(e) if not result.passed
+        }
+    yield from (result for result in results if result.passed or (result.hook or result.component) not in known)
+
+
+def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
     for step in found:
         note = f"{step}: the output"
         yield CheckResult(check, "", "", largest_difference(step.captured[0], step.own.output), *e.same, note=note)
@@ -92,50 +108,61 @@ def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
 # -- writing what is there ---------------------------------------------------------------------------
 
 
+Change = tuple[float, str]
+"""How much a step changed at most, and which one."""
+
+
 def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
     """Law 2 with a cache: writing what is there leaves every step as it is.
 
     First at the hooks that a module hands over, to the bit, then at those inside modules: there each module's output is
     compared with what the module itself returned, and is replaced by it, so that the next one starts from the same.
     """
-    ports = [name for name in e.cache if name in e.ports or e.elsewhere]
+    yield from _neutral_at_ports(e, [name for name in e.cache if name in e.ports or e.is_elsewhere(name)])
+    inside = {owner: [name for name in names if name in e.cache] for owner, names in e.inside.items()}
+    yield from _neutral_inside(e, {owner: names for owner, names in inside.items() if names})
+
+
+def _neutral(name: str, owner: str, change: Change, tolerance: tuple[float, str], together: str = "") -> CheckResult:
+    return CheckResult("decoding: neutral", owner, name, change[0], *tolerance, note=f"{change[1]}{together}")
+
+
+def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult]:
+    """All in one run; those that change something are found by halves, or all are tried alone if thorough."""
     tolerance = e.rounding if e.elsewhere else e.same
-    yield from _narrowed(e, partial(_outputs_change, e), {"": ports}, _by_owner(ports), tolerance)
-    yield from _narrowed(e, partial(_modules_change, e), e.inside, e.inside, e.rounding)
+    together = _output_changes(e, names)
+    wrong = not together[0] <= tolerance[0]
+    alone = names if e.thorough else list(islice(_culprits(e, names, tolerance[0]), NAMED)) if wrong else []
+    for name in alone:
+        yield _neutral(name, name.rpartition(".")[0], _output_changes(e, [name]), tolerance)
+    if not wrong or not alone:
+        yield _neutral("", "", together, tolerance, ", at all hooks that a module hands over")
 
 
-def _by_owner(names: Sequence[str]) -> dict[str, list[str]]:
-    owners: dict[str, list[str]] = {}
-    for name in names:
-        owners.setdefault(name.rpartition(".")[0], []).append(name)
-    return owners
+def _culprits(e: Evidence, names: Sequence[str], bound: float) -> Iterator[str]:
+    """The hooks at which writing what is there changes more than `bound`; `names` together do."""
+    if len(names) == 1:
+        yield names[0]
+        return
+    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+        if not _output_changes(e, half)[0] <= bound:
+            yield from _culprits(e, half, bound)
 
 
-Changes = Callable[[Sequence[str]], Mapping[str, tuple[float, str]]]
-"""From the hooks that are written: how much changed, by component ("": in the output), and in which step."""
-
-
-def _narrowed(
-    e: Evidence,
-    run: Changes,
-    together: Mapping[str, Sequence[str]],
-    owners: Mapping[str, Sequence[str]],
-    tolerance: tuple[float, str],
-) -> Iterator[CheckResult]:
-    """All hooks in one run; one by one where that changed something, or everywhere if thorough."""
-    check = "decoding: neutral"
-    found = run([name for names in together.values() for name in names]) if any(together.values()) else {}
-    wrong = [owner for owner, (change, _) in found.items() if not change <= tolerance[0]]
-    suspects = owners if e.thorough or "" in wrong else {owner: owners[owner] for owner in wrong}
-    guilty = False
-    for name in [name for names in suspects.values() for name in names]:
-        for owner, (change, step) in run([name]).items():
-            if owner in ("", next(o for o, names in owners.items() if name in names)):
-                guilty |= not change <= tolerance[0]
-                yield CheckResult(check, name.rpartition(".")[0], name, change, *tolerance, note=step)
-    for owner, (change, step) in found.items():
-        if owner not in wrong or not guilty:
-            yield CheckResult(check, owner, "", change, *tolerance, note=f"{step}, all its hooks together")
+def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterator[CheckResult]:
+    """All in one run; where a module's output changed, or everywhere if thorough, each hook of the module alone."""
+    together = _modules_change(e, [name for names in owners.values() for name in names])
+    wrong = [owner for owner, change in together.items() if not change[0] <= e.rounding[0]]
+    alone = {owner: owners[owner] for owner in (owners if e.thorough else wrong)}
+    guilty = set[str]()
+    for names in zip_longest(*alone.values()):
+        chosen = {owner: name for owner, name in zip(alone, names, strict=True) if name is not None}
+        for owner, change in _modules_change(e, list(chosen.values())).items():
+            guilty |= {owner} if not change[0] <= e.rounding[0] else set()
+            yield _neutral(chosen[owner], owner, change, e.rounding)
+    for owner, change in together.items():
+        if owner not in wrong or owner not in guilty:
+            yield _neutral("", owner, change, e.rounding, ", all its hooks together")
 
 
 def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor], None]) -> None:
@@ -147,7 +174,8 @@ def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor]
         after(step, output)
 
 
-def _outputs_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+def _output_changes(e: Evidence, names: Sequence[str]) -> Change:
+    """By how much the output of a step changes."""
     worst = (0.0, "")
 
     def after(step: Step, output: Tensor) -> None:
@@ -155,10 +183,11 @@ def _outputs_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float,
         worst = _worse(worst, largest_difference(output, step.captured[0]), step)
 
     _rewritten(e, names, after)
-    return {"": worst}
+    return worst
 
 
-def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float, str]]:
+def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, Change]:
+    """By how much the output of each module with one of these hooks inside differs from its own."""
     here = [component for component, hooks in e.inside.items() if set(hooks) & set(names)]
     worst = dict.fromkeys(here, (0.0, ""))
     progress = iter(e.decoded)
@@ -183,7 +212,7 @@ def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, tuple[float,
     return worst
 
 
-def _worse(worst: tuple[float, str], change: float, step: Step) -> tuple[float, str]:
+def _worse(worst: Change, change: float, step: Step) -> Change:
     return worst if change <= worst[0] and worst[1] else (change, str(step))
 
 
@@ -237,6 +266,9 @@ WRITES = (
 def writes(e: Evidence) -> Iterator[CheckResult]:
     """Real writes in the last step, in every layer at once: each layer starts from the bare model's stream."""
     here = [write for write in WRITES if f"blocks.0.{write.hook}" in e.bridge.hook_dict]
+    if e.elsewhere:
+        yield from _patterns_elsewhere(e)
+        return
     if not here:
         return
     rows = e.tokens[:1].repeat(len(here), 1)
@@ -253,6 +285,30 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
             a, b = got[attention][row], oracle[attention][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
             yield values.compared("decoding: writes", name, a, b, e.rounding, what)
+
+
+def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
+    """The first write in blocks of other processes, judged by what every head then reads."""
+    *before, last = e.decoded
+    cache = growing(e)
+    for step in before:
+        e.bridge(step.tokens, past_key_values=cache, return_type=None)
+    write, seen = WRITES[0], Looking(lambda tensor, hook: tensor.detach().clone())
+    hooks: list[HookSpec] = []
+    for block in e.stages[:-1]:
+        name = f"{block}.{write.hook}"
+        elsewhere, pattern = e.block_elsewhere(name), last.value(name)
+        if elsewhere is not None and pattern is not None:
+            hooks.append((name, elsewhere.editing("set", write.new(pattern))))
+            hooks.append(([f"{block}.attn.hook_v", f"{block}.attn.hook_z"], seen))
+    e.bridge.run_with_hooks(last.tokens, past_key_values=cache, return_type=None, fwd_hooks=hooks)
+    for name in [name for name in seen.found if name.endswith("hook_z")]:
+        new, (z,) = seen.found[name.removesuffix("z") + "v"], seen.found[name]
+        past = [value for step in before if (value := step.value(name.removesuffix("z") + "v")) is not None]
+        v = torch.cat([*past, *new], dim=1).repeat_interleave(z.shape[2] // new[0].shape[2], dim=2)
+        assert write.z is not None
+        what = f"{write.hook} written in the last step: half of what the first key holds, and half of the last"
+        yield values.compared("decoding: writes", name, z, write.z(v, z), e.rounding, what)
 
 
 def _bare_steps(e: Evidence, model: Any, texts: Sequence[Tensor]) -> list[dict[str, ModuleCall]]:
