@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.support import family, mixtral
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge import architecture_adapter
+from transformer_lens.generation_step import GenerationStep
+from transformer_lens.model_bridge import architecture_adapter, generation_run
 from transformer_lens.model_bridge.architecture_adapter import HEADS, ArchitectureAdapter, Preparation
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
@@ -36,9 +37,10 @@ Attention = JointQKVPositionEmbeddingsAttentionBridge
 
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
-    """Adapters and heads that a test exchanged are back after it."""
+    """What a test exchanged is back after it."""
     adapters, heads = dict(ADAPTERS), dict(HEADS)
     yield
+    generation_run.GenerationStep = GenerationStep
     ADAPTERS.clear()
     ADAPTERS.update(adapters)
     architecture_adapter.HEADS.clear()
@@ -287,6 +289,23 @@ class WrongForOneToken(Port):
         return right * 1.001 if x.shape[1] == 1 else right
 
 
+class Forgetful(TransformerBridge):
+    """Takes masks, and forgets them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **{**kwargs, "attention_mask": None})
+
+
+def counted_from_zero(step: int, columns: range, prompt_mask: Tensor, rows: int) -> GenerationStep:
+    """Which part of the text a forward reads where the cache is not seen."""
+    return GenerationStep(step, range(len(columns)), prompt_mask, rows)
+
+
+def miscounting() -> TransformerBridge:
+    generation_run.GenerationStep = counted_from_zero
+    return TransformerBridge(family("7b"))
+
+
 CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     # what is broken: the bridge, the checks that fail, the component that one of the failures names
     "prepare_model changes a weight": (
@@ -443,6 +462,8 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         {"decoding: neutral"},
         "blocks.0.mlp",
     ),
+    "steps of a generation counted without the cache": (miscounting, {"generation"}, "blocks.1.attn"),
+    "a mask that is forgotten": (lambda: Forgetful(family("40b")), {"left padding"}, "blocks.0.attn"),
 }
 
 
@@ -461,8 +482,43 @@ def test_what_is_broken_fails_its_checks_and_no_others(what: str) -> None:
 def test_every_check_is_broken_once() -> None:
     assert {check for _, checks, _ in CASES.values() for check in checks} == {check.name for check in CHECKS}
     alone = {check for _, checks, _ in CASES.values() if len(checks) == 1 for check in checks}
-    # A bridge whose output is not the model's shows that at its last hook as well.
-    assert {check.name for check in CHECKS} - alone == {"untouched"}
+    # A bridge whose output is not the model's shows that at its last hook as well; what is wrong at a whole text is
+    # wrong with a cache too; and what is wrong with one cache is so with the other.
+    shared = {"untouched", "twin", "looking", "neutral hook", "z @ W_O", "decoding"}
+    assert {check.name for check in CHECKS} - alone == shared
+
+
+def test_a_cache_that_is_not_seen_is_said_where_it_shows() -> None:
+    """The lines that a release of transformers brings which calls the cache otherwise, looked up in silence."""
+    report = CASES["attention that does not see the cache"][0]().verify()
+    lines = [failure.sentence() for failure in report.failures() if failure.component == "blocks.1.attn"]
+    assert any(
+        line.startswith("decoding: blocks.1.attn.hook_pattern: difference inf, tolerance 1.53e-05 (")
+        and line.endswith(
+            "): tokens 6 to 6 after 6 cached ones: pattern @ v: it has 1 keys, expected 7: those of the KV cache and "
+            "the new ones"
+        )
+        for line in lines
+    ), lines
+    hooks = {failure.hook for failure in report.failures() if failure.check == "decoding: neutral"}
+    inside = ("rot_q", "rot_k", "attn_scores", "pattern", "result")
+    assert {f"blocks.{layer}.attn.hook_{name}" for layer in (0, 1) for name in inside} <= hooks
+
+
+def test_a_generation_that_is_miscounted_is_said() -> None:
+    report = miscounting().verify()
+    line = next(f.note for f in report.failures() if f.hook == "blocks.0.hook_resid_post")
+    assert line == (
+        "forward 1: hook.generation says step 1, prompt, columns [0], positions [[0], [-1]], "
+        "expected step 1, continuation, columns [6], positions [[6], [4]]"
+    )
+
+
+def test_the_one_hook_is_named_that_is_wrong_for_one_token() -> None:
+    report = CASES["a write that is wrong for one token"][0]().verify()
+    assert [(f.check, f.hook) for f in report.failures()] == [
+        ("decoding: neutral", f"blocks.{layer}.mlp.hook_pre") for layer in (0, 1)
+    ]
 
 
 def test_only_the_broken_places_are_named() -> None:

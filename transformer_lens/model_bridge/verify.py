@@ -5,6 +5,7 @@ The checks are rows of `CHECKS`. The model is given back as it was: hooks, modes
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer_lens.hook_point import HookPoint
+from transformer_lens.model_bridge.upstream import POSITIONS
 from transformer_lens.model_bridge.verification import decoding, runs, texts, values
 from transformer_lens.model_bridge.verification.evidence import ROUNDINGS, Evidence, undisturbed
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
+
+
+FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What a model or a bridge that does not fit raises: a finding like any other, and no reason to see nothing else."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,16 @@ def _no_fixed_cache(e: Evidence) -> str:
     if e.bridge.cfg.positional_embedding_type == "alibi":
         return "transformers itself fails there: the ALiBi bias is as long as the text, the mask as the cache"
     return _no_cache(e)
+
+
+def _one_text_at_a_time(e: Evidence) -> str:
+    alone = "head" in e.components and e.bridge.original_model.config.pad_token_id is None
+    return f"{e.bridge.cfg.architecture} without a padding token takes one text at a time" if alone else ""
+
+
+def _no_positions(e: Evidence) -> str:
+    fixed = "head" in e.components and not e.takes(*POSITIONS.names)
+    return f"{e.bridge.cfg.architecture} takes no position ids" if fixed else ""
 
 
 def _no_next_token(e: Evidence) -> str:
@@ -101,7 +117,7 @@ CHECKS = (
         "decoding: writes",
         "with a KV cache, a write at attention has the effect that it has on paper",
         decoding.writes,
-        _no_cache,
+        lambda e: _no_cache(e) or _one_text_at_a_time(e),
     ),
     Check("static cache", "the values of decoding with a cache of fixed size", decoding.static_cache, _no_fixed_cache),
     Check(
@@ -110,7 +126,7 @@ CHECKS = (
         texts.generation,
         lambda e: _no_next_token(e) or _no_cache(e),
     ),
-    Check("left padding", "behind padding, a text shows what it shows by itself", texts.left_padding),
+    Check("left padding", "behind padding, a text shows what it shows by itself", texts.left_padding, _no_positions),
 )
 
 
@@ -138,7 +154,7 @@ def verify(
         evidence = Evidence(bridge, ids.to(bridge.input_device()), thorough)
         absent = {check.name: why for check in CHECKS if (why := check.absent(evidence))}
         made = [check for check in CHECKS if check.name not in absent]
-        results = tuple(result for check in _shown(made, progress) for result in check.run(evidence))
+        results = tuple(result for check in _shown(made, progress) for result in _found(check, evidence))
     config: Any = bridge.original_model.config
     return VerificationReport(
         model=bridge.cfg.model_name,
@@ -153,6 +169,15 @@ def verify(
         not_applicable=absent,
         sampled={} if thorough else {check.name: check.sampled for check in made if check.sampled},
     )
+
+
+def _found(check: Check, evidence: Evidence) -> Iterator[CheckResult]:
+    """The results of a check; that it cannot be run is one of them."""
+    try:
+        yield from check.run(evidence)
+    except FINDINGS as error:
+        note = f"{type(error).__name__}: {error}"
+        yield CheckResult(check.name, "", "", math.inf, 0.0, "the check has to run to its end", note=note)
 
 
 def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:

@@ -309,9 +309,16 @@ class Evidence(Seen):
     @cached_property
     def takes_cache(self) -> str | None:
         """The parameter of the model's forward that transformers annotates as a KV cache; `None` if it has none."""
-        kind = type(inner_model(self.bridge.original_model)[1])
-        parameters = inspect.signature(kind.forward).parameters.values()
-        return next((p.name for p in parameters if "Cache" in str(p.annotation)), None)
+        return next((p.name for p in self.parameters.values() if "Cache" in str(p.annotation)), None)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of the model's forward."""
+        return inspect.signature(type(inner_model(self.bridge.original_model)[1]).forward).parameters
+
+    def takes(self, *names: str) -> bool:
+        """Whether the model's forward has a parameter of one of these names."""
+        return not self.parameters.keys().isdisjoint(names)
 
     def own_input(self, stage: str) -> Tensor:
         """The stream that a stage of the bare model reads."""
