@@ -237,6 +237,16 @@ def kept_memory(subject: Subject) -> Row:
     return subject.row("kept_memory", "memory kept after runs without a cache", Figure.of([float(kept)]), "bytes", 0)
 
 
+def verifying(subject: Subject) -> Row:
+    """`bridge.verify()` as it comes: every layer, hook and component, with and without a KV cache."""
+    report = subject.bridge.verify(progress=False)
+    if not report.passed:
+        raise ValueError(f"verify on {subject.name} failed:\n{report}")
+    what, budget = "bridge.verify()", 30.0 if subject.size == "135m" else None
+    measured = Figure.of([report.seconds])
+    return subject.row("verify", what, measured, "s", budget, comparisons=len(report.results))
+
+
 def _look(tensor: Tensor, hook: Any) -> None:
     """A hook that edits nothing."""
 
@@ -285,4 +295,5 @@ ROWS: Mapping[str, Callable[[Subject], Row]] = {
     "kept_memory": kept_memory,
     "steering": steering,
     "port_hot_path": port_hot_path,
+    "verify": verifying,
 }

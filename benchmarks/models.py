@@ -42,6 +42,14 @@ FALCON_SIZES: Mapping[str, Mapping[str, Any]] = {
         "num_kv_heads": 4,
         "num_hidden_layers": 12,
     },
+    # As deep and as narrow as the small models that people start with.
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_kv_heads": 3,
+        "num_hidden_layers": 30,
+    },
     "250m": {
         "vocab_size": 32000,
         "hidden_size": 1024,
@@ -73,6 +81,16 @@ MIXTRAL_SIZES: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "num_hidden_layers": 8,
+    },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 384,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "num_local_experts": 4,
+        "tie_word_embeddings": True,
     },
     "250m": {
         "vocab_size": 32000,

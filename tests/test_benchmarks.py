@@ -81,6 +81,7 @@ def test_models_have_the_size_they_are_called_by(family: str) -> None:
     sizes = {size: parameter_count(make_config(family, size)) for size in SIZES}
     assert sizes["100m"] == pytest.approx(100e6, rel=0.02)
     assert sizes["250m"] == pytest.approx(250e6, rel=0.02)
+    assert sizes["135m"] == pytest.approx(135e6, rel=0.02)
     tiny = make_config(family, "tiny")
     assert (tiny.num_hidden_layers, tiny.hidden_size) == (24, 64)
 
