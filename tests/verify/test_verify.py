@@ -165,7 +165,7 @@ def test_thorough_takes_every_hook_alone(name: str) -> None:
         assert set(bridge.hook_dict) <= {r.hook for r in report.results if r.check == check}
     quick = bridge.verify()
     assert set(quick.sampled) == {"noise", "decoding: neutral"}
-    assert "noise: noise at one hook of every layer" in str(quick)
+    assert "noise: 4 tokens; one hook of every layer in the same run" in str(quick)
 
 
 def test_what_a_model_cannot_do_is_said() -> None:

@@ -60,7 +60,8 @@ def _no_fixed_cache(e: Evidence) -> str:
 
 
 def _one_text_at_a_time(e: Evidence) -> str:
-    alone = "head" in e.components and e.bridge.original_model.config.pad_token_id is None
+    config: Any = e.bridge.original_model.config
+    alone = "head" in e.components and config.pad_token_id is None
     return f"{e.bridge.cfg.architecture} without a padding token takes one text at a time" if alone else ""
 
 
@@ -97,7 +98,7 @@ CHECKS = (
         "noise",
         "noise at a hook changes what leaves its layer",
         runs.noise,
-        sampled="noise at one hook of every layer in the same run, each layer judged by itself",
+        sampled=f"{runs.FEW} tokens; one hook of every layer in the same run, each layer judged by itself",
     ),
     Check("gradient", "a finite gradient comes back to every hook", runs.gradient),
     Check(

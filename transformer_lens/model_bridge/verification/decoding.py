@@ -59,8 +59,9 @@ def decoding(e: Evidence) -> Iterator[CheckResult]:
 
 
 def static_cache(e: Evidence) -> Iterator[CheckResult]:
-    """Values with a cache of fixed size."""
-    yield from _read("static cache", e, steps(e, fixed))
+    """Values with a cache of fixed size: a prompt and one more token."""
+    length = e.tokens.shape[1]
+    yield from _read("static cache", e, steps(e, fixed, [range(length - 1), range(length - 1, length)]))
 
 
 def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
@@ -372,7 +373,7 @@ def _on_row(row: int, new: Callable[[Tensor], Tensor], tensor: Tensor, hook: Hoo
 
 def _all_values(
     e: Evidence, attention: str, calls: Sequence[Mapping[str, ModuleCall]], keys: tuple[int, int]
-) -> Values | None:
+) -> Values:
     """The values of the keys that the last step sees, for each query head, as the bare model's modules gave them."""
     pieces = [values.projected(_Calls(e, call), attention, "v") for call in calls]
     found = [piece for piece in pieces if piece is not None]

@@ -1,7 +1,7 @@
 """What `verify` judges by: the model's own run seen by plain torch hooks, and the bridge's captures.
 
-Nothing here reads the table of ports or upstream's words: a reference is the input or output of the module that a
-component names, and the KV cache goes in by the parameter that transformers itself annotates as one.
+Nothing here reads the table of ports, nor our word for the KV cache: a reference is the input or output of the module
+that a component names, and the KV cache goes in by the parameter that transformers itself annotates as one.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def largest_difference(got: Tensor, expected: Tensor) -> float:
     """
     if got.shape != expected.shape:
         return float("inf")
+    if torch.equal(got, expected.to(got.device)):
+        return 0.0
     if not expected.is_floating_point():
         return float((got != expected.to(got.device)).any())
     wide = torch.float64 if expected.dtype == torch.float64 else torch.float32
@@ -362,12 +364,21 @@ class Evidence(Seen):
         """The output and every hook's value."""
         return self.everything(self.tokens)
 
-    def everything(self, tokens: Tensor, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bridge's output and every hook's value in one call."""
+    def everything(self, tokens: Tensor, clone: bool = True, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bridge's output and the value of every hook that fires, in one call."""
+        names = [name for name in self.bridge.hook_dict if self.shown[name]]
         found: tuple[Tensor, dict[str, Tensor]] = self.bridge.run_with_cache(
-            tokens, names_filter=every, clone=True, return_cache_object=False, **options
+            tokens, names_filter=names, clone=clone, return_cache_object=False, **options
         )
         return found
+
+    @cached_property
+    def shown(self) -> Mapping[str, Sequence[Any]]:
+        """For every hook as often an entry as it is shown to a user hook in one forward."""
+        look = Looking()
+        with self.bridge.hooks([(every, look)]):  # here it is no error that one does not fire
+            self.bridge(self.tokens, return_type=None)
+        return {name: look.found[name] for name in self.bridge.hook_dict}
 
     @cached_property
     def inside(self) -> dict[str, list[str]]:
@@ -396,7 +407,7 @@ class Evidence(Seen):
     @cached_property
     def decoded(self) -> list[Step]:
         """The text read piece by piece with a cache that grows."""
-        return steps(self, growing)
+        return steps(self, growing, chunks(self.tokens.shape[1]))
 
     # -- one layer after the other, each given what the bare model gave it ----------------------------
 
@@ -484,10 +495,12 @@ class Step(Seen):
         return F.pad(held, (0, 0, 0, 0, 0, count - held.shape[1]))
 
 
-def own_steps(e: Evidence, model: Any, cache: Cache) -> Iterator[tuple[range, OwnRun, list[tuple[int, int]]]]:
+def _own_steps(
+    e: Evidence, model: Any, cache: Cache, pieces: Sequence[range]
+) -> Iterator[tuple[range, OwnRun, list[tuple[int, int]]]]:
     """The bare model's calls, each with the sizes of its layers' keys."""
     assert e.takes_cache is not None
-    for columns in chunks(e.tokens.shape[1]):
+    for columns in pieces:
         keys = [cache.get_mask_sizes(len(columns), layer) for layer in range(e.bridge.cfg.n_layers)]
         yield columns, e.watched(model, _tokens(e, columns), **{e.takes_cache: cache}), keys
 
@@ -496,10 +509,10 @@ def _tokens(e: Evidence, columns: range) -> Int[Tensor, "batch pos"]:
     return e.tokens[:, columns.start : columns.stop]
 
 
-def steps(e: Evidence, make: Callable[[Evidence], Cache]) -> list[Step]:
+def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range]) -> list[Step]:
     """A text read piece by piece: what the bare model did, and what the bridge captured."""
     with e.bare() as model:
-        own = list(own_steps(e, model, make(e)))
+        own = list(_own_steps(e, model, make(e), pieces))
     cache, found = make(e), list[Step]()
     for columns, run, keys in own:
         captured = e.everything(_tokens(e, columns), past_key_values=cache)
