@@ -351,7 +351,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "norms exchanged": (
         lambda: adapted(family("40b"), blocks__ln1={"at": "ln_mlp"}, blocks__ln2={"at": "ln_attn"}),
-        {"norm", "decoding: writes"},
+        {"norm", "writing"},
         "blocks.0.ln2",
     ),
     "scores shown wrong": (
@@ -361,7 +361,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "half a pattern": (
         lambda: adapted(family("40b"), blocks__attn={"kind": shown(Attention, "hook_pattern", half, double)}),
-        {"pattern", "pattern @ v", "decoding: writes"},
+        {"pattern", "pattern @ v", "writing"},
         "blocks.1.attn",
     ),
     "the patterns of other heads": (
@@ -376,7 +376,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
                 "kind": shown(Attention, "hook_result", lambda x: x.flip(2), lambda x: x.flip(2)),
             },
         ),
-        {"z @ W_O", "decoding: writes"},
+        {"z @ W_O", "writing"},
         "blocks.0.attn",
     ),
     "experts in another order": (
@@ -393,17 +393,17 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "a twin with a wrong scale": (
         lambda: adapted(family("rw"), blocks__ln2={"kind": returning(LayerNormBridge, lambda call, out: out * 1.001)}),
-        {"twin", "decoding: neutral"},
+        {"twin", "rewriting"},
         "blocks.1.ln2",
     ),
     "reading spoils": (
         lambda: headed(with_hook(UnembeddingBridge, "hook_out", port=SpoilsWhatItReads())),
-        {"looking", "decoding", "decoding: neutral", "static cache"},
+        {"looking", "decoding", "rewriting", "static cache"},
         "unembed",
     ),
     "putting back changes": (
         lambda: headed(with_hook(UnembeddingBridge, "hook_out", port=Port(view=lambda cfg: PutsTooMuch()))),
-        {"neutral hook", "decoding: neutral"},
+        {"neutral hook", "rewriting"},
         "unembed",
     ),
     "no prepare_model": (
@@ -437,12 +437,12 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "attention that does not see the cache": (
         lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", without_the_past)}),
-        {"decoding", "decoding: neutral", "decoding: writes", "static cache"},
+        {"decoding", "rewriting", "writing", "static cache"},
         "blocks.1.attn",
     ),
     "cached keys in another order": (
         lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", rolled)}),
-        {"decoding", "decoding: neutral", "decoding: writes", "static cache"},
+        {"decoding", "rewriting", "writing", "static cache"},
         "blocks.0.attn",
     ),
     "wrong keys of a cache of fixed size": (
@@ -452,14 +452,14 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
     ),
     "a write that the cache swallows": (
         lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_edit", lambda right, x, part: x)}),
-        {"decoding: writes"},
+        {"writing"},
         "blocks.1",
     ),
     "a write that is wrong for one token": (
         lambda: adapted(
             family("rw"), blocks__mlp={"kind": with_hook(MLPBridge, "hook_pre", port=WrongForOneToken("in"))}
         ),
-        {"decoding: neutral"},
+        {"rewriting"},
         "blocks.0.mlp",
     ),
     "steps of a generation counted without the cache": (miscounting, {"generation"}, "blocks.1.attn"),
@@ -500,7 +500,7 @@ def test_a_cache_that_is_not_seen_is_said_where_it_shows() -> None:
         )
         for line in lines
     ), lines
-    hooks = {failure.hook for failure in report.failures() if failure.check == "decoding: neutral"}
+    hooks = {failure.hook for failure in report.failures() if failure.check == "rewriting"}
     inside = ("rot_q", "rot_k", "attn_scores", "pattern", "result")
     assert {f"blocks.{layer}.attn.hook_{name}" for layer in (0, 1) for name in inside} <= hooks
 
@@ -517,7 +517,7 @@ def test_a_generation_that_is_miscounted_is_said() -> None:
 def test_the_one_hook_is_named_that_is_wrong_for_one_token() -> None:
     report = CASES["a write that is wrong for one token"][0]().verify()
     assert [(f.check, f.hook) for f in report.failures()] == [
-        ("decoding: neutral", f"blocks.{layer}.mlp.hook_pre") for layer in (0, 1)
+        ("rewriting", f"blocks.{layer}.mlp.hook_pre") for layer in (0, 1)
     ]
 
 

@@ -30,7 +30,7 @@ def test_remote_models_pass(remote: TransformerBridge) -> None:
     assert report.without_results() == []
     for check in ("fires", "shape", "kept", "noise", "left padding"):
         assert {r.hook for r in report.results if r.check == check} == set(remote.hook_dict)
-    writes = {r.hook for r in report.results if r.check == "decoding: writes"}
+    writes = {r.hook for r in report.results if r.check == "writing"}
     assert writes == {f"blocks.{layer}.attn.hook_z" for layer in range(remote.cfg.n_layers)}
     assert json.loads(report.to_json())["not_applicable"] == dict(report.not_applicable)
 
@@ -39,5 +39,5 @@ def test_steps_without_their_past_fail(remote: TransformerBridge, monkeypatch: p
     """As when the cache goes by another name, and every call reads \"no cache\"."""
     monkeypatch.setattr(models, "remote_text", lambda cache, route, n_layers: None)
     failures = remote.verify().failures()
-    assert {"decoding", "decoding: writes", "generation"} <= {failure.check for failure in failures}
+    assert {"decoding", "writing", "generation"} <= {failure.check for failure in failures}
     assert "blocks.0.attn.hook_pattern" in {failure.hook for failure in failures}

@@ -150,7 +150,7 @@ def test_every_hook_is_looked_at_with_a_cache_and_behind_padding() -> None:
     for check in ("decoding", "static cache"):
         hooks = {r.hook for r in report.results if r.check == check}
         assert ports | {"blocks.1.attn.hook_pattern", "blocks.1.mlp.hook_expert_out"} <= hooks
-    writes = {r.hook for r in report.results if r.check == "decoding: writes"}
+    writes = {r.hook for r in report.results if r.check == "writing"}
     assert writes == {f"blocks.{layer}.{write.hook}" for layer in (0, 1) for write in WRITES}
 
 
@@ -161,10 +161,10 @@ def test_thorough_takes_every_hook_alone(name: str) -> None:
     assert report.passed, report
     assert report.sampled == {}
     assert "thorough" not in str(report)
-    for check in ("noise", "decoding: neutral"):
+    for check in ("noise", "rewriting"):
         assert set(bridge.hook_dict) <= {r.hook for r in report.results if r.check == check}
     quick = bridge.verify()
-    assert set(quick.sampled) == {"noise", "decoding: neutral"}
+    assert set(quick.sampled) == {"noise", "rewriting"}
     assert "noise: 4 tokens; one hook of every layer in the same run" in str(quick)
 
 

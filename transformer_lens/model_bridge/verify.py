@@ -108,14 +108,14 @@ CHECKS = (
         _no_cache,
     ),
     Check(
-        "decoding: neutral",
+        "rewriting",
         "with a KV cache, writing what is there leaves every step as it is",
         decoding.neutral_writes,
         _no_cache,
         sampled="all hooks of the model in the same run",
     ),
     Check(
-        "decoding: writes",
+        "writing",
         "with a KV cache, a write at attention has the effect that it has on paper",
         decoding.writes,
         lambda e: _no_cache(e) or _one_text_at_a_time(e),

@@ -125,7 +125,7 @@ def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _neutral(name: str, owner: str, change: Change, tolerance: tuple[float, str], together: str = "") -> CheckResult:
-    return CheckResult("decoding: neutral", owner, name, change[0], *tolerance, note=f"{change[1]}{together}")
+    return CheckResult("rewriting", owner, name, change[0], *tolerance, note=f"{change[1]}{together}")
 
 
 def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult]:
@@ -285,7 +285,7 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
             name = f"{attention.removesuffix('.attn')}.{write.hook}"
             a, b = got[attention][row], oracle[attention][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
-            yield values.compared("decoding: writes", name, a, b, e.rounding, what)
+            yield values.compared("writing", name, a, b, e.rounding, what)
 
 
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
@@ -309,7 +309,7 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
         v = torch.cat([*past, *new], dim=1).repeat_interleave(z.shape[2] // new[0].shape[2], dim=2)
         assert write.z is not None
         what = f"{write.hook} written in the last step: half of what the first key holds, and half of the last"
-        yield values.compared("decoding: writes", name, z, write.z(v, z), e.rounding, what)
+        yield values.compared("writing", name, z, write.z(v, z), e.rounding, what)
 
 
 def _bare_steps(e: Evidence, model: Any, texts: Sequence[Tensor]) -> list[dict[str, ModuleCall]]:
