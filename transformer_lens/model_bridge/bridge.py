@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
-from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
+from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, head_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
 from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
-from transformer_lens.model_bridge.loading import load_model, load_tokenizer, named_dtype
+from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
@@ -37,7 +37,7 @@ from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
-from transformer_lens.model_bridge.sharding import sharding_of
+from transformer_lens.model_bridge.sharding import Sharding, sharding_of
 from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
@@ -46,14 +46,13 @@ from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
-from transformer_lens.model_bridge.wrapped_model import WrappedModel
+from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 
 class TransformerBridge(
     ProcessingMethods,
     StateMethods,
-    WrappedModel,
     VerifyMethods,
     CollectMethods,
     GenerationMethods,
@@ -93,13 +92,24 @@ class TransformerBridge(
         self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
         self.cfg.architecture = type(inner).__name__
         self.arguments = arguments_of(type(inner))
-        self._read_parameters()
+        self._follow_model()
+        sharding = sharding_of(hf_model, self.cfg)
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
         self._build_tree(place, inner)
-        self._bind(inner)
+        self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
+
+    def _follow_model(self) -> None:
+        """Let the config read what can change from the model."""
+        place, inner = inner_model(self.original_model)
+        head = head_of(inner)
+        self.cfg.follow(ModelFacts(self.original_model, head and f"{place}.{head}".lstrip(".")))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow_model()
 
     # -- making ------------------------------------------------------------------------------------
 
@@ -122,31 +132,19 @@ class TransformerBridge(
 
         >>> bridge = TransformerBridge.boot_transformers("tiny-mixtral", dtype=torch.bfloat16)
 
-        `dtype` defaults to the checkpoint's own. Further keywords go to Hugging Face's
-        `from_pretrained`. Raises `ValueError` for options that a model already loaded cannot take.
+        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name). Further keywords go to Hugging
+        Face's `from_pretrained`. Raises `TypeError` for one that nothing takes, with the nearest, and `ValueError`
+        for options that a model already loaded cannot take.
         """
-        loading: dict[str, Any] = {
+        named = {
+            "dtype": dtype,
             "attn_implementation": attn_implementation,
             "device_map": device_map,
             "quantization_config": quantization_config,
-            **from_pretrained_kwargs,
+            "revision": revision,
         }
-        given = {name: value for name, value in loading.items() if value is not None}
-        if hf_model is None:
-            if name_or_path is None:
-                raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
-            hf_model = load_model(name_or_path, revision=revision, dtype="auto" if dtype is None else dtype, **given)
-            if tokenizer is None:
-                tokenizer = load_tokenizer(name_or_path, revision=revision, **from_pretrained_kwargs)
-            dtype = None
-        elif given or revision is not None:
-            names = ", ".join([*given, *(["revision"] if revision is not None else [])])
-            raise ValueError(f"boot_transformers: {names} cannot be applied to an hf_model that is already loaded")
-        dtype = named_dtype(dtype)
-        if device is not None:
-            hf_model = hf_model.to(device)
-        if dtype is not None:
-            hf_model = hf_model.to(dtype)
+        options = {key: value for key, value in named.items() if value is not None} | from_pretrained_kwargs
+        hf_model, tokenizer = model_and_tokenizer(name_or_path, hf_model, tokenizer, device=device, options=options)
         bridge = cls(hf_model, tokenizer)
         if name_or_path is not None:
             bridge.cfg.model_name = str(name_or_path)
@@ -167,11 +165,10 @@ class TransformerBridge(
                 self.add_module("blocks", nn.ModuleList(blocks))
             else:
                 self.add_module(role, part.kind(part, model, path, role))
-        head = next((name for name in HEADS if name in dict(inner.named_children())), None)
+        head = head_of(inner)
         if head is not None:
             role, part = HEADS[head]
             self.add_module(role, part.kind(part, model, f"{place}.{part.at}" if place else part.at, role))
-            self.cfg.d_vocab_out = inner.get_submodule(head).out_features
         present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
         for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
             if role not in self._modules:
@@ -182,9 +179,8 @@ class TransformerBridge(
         self.absent_names = absent
         self.declare("", self.adapter.root_hooks)
 
-    def _bind(self, inner: nn.Module) -> None:
+    def _bind(self, inner: nn.Module, sharding: Sharding) -> None:
         """Connect every hook point to its place in the model."""
-        sharding = sharding_of(self.original_model, self.cfg)
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
         self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
         aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}

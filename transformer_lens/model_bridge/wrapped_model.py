@@ -1,4 +1,4 @@
-"""The Hugging Face model behind a bridge: its parameters, state and device are its own, under its own names."""
+"""The Hugging Face model behind a bridge: parameters, state, device and configs are its own, under its own names."""
 
 from __future__ import annotations
 
@@ -11,40 +11,98 @@ from torch import nn
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.weight_access import execution_device
 
+MODEL = "original_model"
+
+
+class ModelFacts:
+    """What can change in a model, as it is now. `head` is the path of the module at its end, if it has one."""
+
+    def __init__(self, model: nn.Module, head: str | None) -> None:
+        self.model: Any = model
+        self.head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter: nn.Parameter = next(self.model.parameters())
+        return parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def d_vocab_out(self) -> int | None:
+        if self.head is None:
+            return self.d_vocab
+        # A module of somebody's own need not say how wide it is.
+        return getattr(self.model.get_submodule(self.head), "out_features", None)
+
 
 class WrappedModel(nn.Module):
-    """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual."""
+    """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual.
+
+    Inside another module, too: parameters and state have the model's own names there, behind the bridge's.
+    """
 
     original_model: nn.Module
     cfg: BridgeConfig
 
-    def _read_parameters(self) -> None:
-        parameter = next(self.original_model.parameters())
-        self.cfg.dtype = parameter.dtype
-        self.cfg.device = self.input_device()
+    # -- what transformers asks a model for ----------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return self.cfg.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the token embedding runs."""
+        return self.cfg.device
 
     def input_device(self) -> torch.device:
         """The device on which the token embedding runs."""
-        model: Any = self.original_model
-        embedding = model.get_input_embeddings()
-        return execution_device(embedding)
+        return self.cfg.device
+
+    @property
+    def config(self) -> Any:
+        """The model's own Hugging Face config."""
+        return self.original_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """What the model's own `generate` does unless told otherwise."""
+        return self.original_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.original_model.generation_config = value
+
+    # -- parameters and state ------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the model, as `torch.nn.Module.to` does."""
-        self.original_model.to(*args, **kwargs)
-        self._read_parameters()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What `half()`, `cuda()` and their like go through."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._read_parameters()
+        """Move or cast the model, and modules in hooks' places, as `torch.nn.Module.to` does."""
+        for child in self.children():
+            child.to(*args, **kwargs)
         return self
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's own parameters under their own names."""
         return self.original_model.named_parameters(*args, **kwargs)
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's own parameters."""
-        return self.original_model.parameters(recurse)
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Every module, with those below `original_model` under the model's own names."""
+        self._name_children()
+        start = f"{prefix}." if prefix else ""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield start + name.removeprefix(start).removeprefix(f"{MODEL}."), module
+
+    def _name_children(self) -> None:
+        """Make the modules directly below the model attributes, for torch finds a parameter by walking its name."""
+        children = self.original_model._modules
+        self.__dict__.update({name: child for name, child in children.items() if name not in self._modules})
