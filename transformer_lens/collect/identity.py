@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transformer_lens.hook_point import HookPoint
+from transformer_lens import HookPoint
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge

@@ -32,6 +32,7 @@ HEADS: Mapping[str, tuple[str, Part]] = {
 KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
 """What is read from every config."""
 
+
 def head_of(model: nn.Module) -> str | None:
     """The name of a model's head, if its class has one."""
     return next((name for name in HEADS if name in model._modules), None)

@@ -274,8 +274,9 @@ class TransformerBridge(
         return super().unknown_hook(name)
 
     def default_names(self) -> list[str]:
-        on_request = {f"{c.name}.{hook.name}" for c in self.components() for hook in c.declared if hook.on_request}
-        return [name for name in self.hook_dict if name not in on_request]
+        rows, wanted = ((c.name, hook) for c in self.components() for hook in c.declared), self.switched_on()
+        left_out = {f"{name}.{hook.name}" for name, hook in rows if hook.on_request and hook.name not in wanted}
+        return [name for name in self.hook_dict if name not in left_out]
 
     def hook_table(self) -> HookTable:
         """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.

@@ -101,7 +101,7 @@ class BridgeConfig:
     final_rms: bool = False
     default_prepend_bos: bool = True
     seed: int | None = None
-    # Names old scripts set; asking for a hook is what turns it on, so these do nothing.
+    # Names old scripts set: what they turn on is in a cache for which nothing is asked by name.
     use_attn_result: bool = False
     use_attn_in: bool = False
     use_split_qkv_input: bool = False

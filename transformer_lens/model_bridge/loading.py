@@ -128,13 +128,13 @@ def load_model(
     trust = bool(kwargs.pop("trust_remote_code", False))
     config = base.config(trust)
     kind = model_class(config)
+    if "output_loading_info" in kwargs:
+        raise ValueError("output_loading_info: what does not fit is raised here, or logged with strict=False")
     refuse_unknown_options(config, kwargs)
     if not allow_pickle:
         for place in {source.name: source, base.name: base}.values():
             refuse_pickles(place, config, kwargs)
         kwargs["use_safetensors"] = True
-    if "output_loading_info" in kwargs:
-        raise ValueError("output_loading_info: what does not fit is raised here, or logged with strict=False")
     other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
     other_model = any(key in config.to_dict() for key in kwargs.keys() - {"dtype"})
     # With ignore_mismatched_sizes transformers reports them all by name; without, its error names none.

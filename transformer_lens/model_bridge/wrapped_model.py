@@ -42,6 +42,22 @@ class ModelFacts:
         return getattr(self.model.get_submodule(self.head), "out_features", None)
 
 
+class HandedOn:
+    """An attribute of the model that its bridge has under the same name."""
+
+    def __init__(self, meaning: str) -> None:
+        self.__doc__ = meaning
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, bridge: WrappedModel | None, owner: type) -> Any:
+        return self if bridge is None else getattr(bridge.original_model, self.name)
+
+    def __set__(self, bridge: WrappedModel, value: Any) -> None:
+        setattr(bridge.original_model, self.name, value)
+
+
 class WrappedModel(nn.Module):
     """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual.
 
@@ -67,19 +83,13 @@ class WrappedModel(nn.Module):
         """The device on which the token embedding runs."""
         return self.cfg.device
 
-    @property
-    def config(self) -> Any:
-        """The model's own Hugging Face config."""
-        return self.original_model.config
-
-    @property
-    def generation_config(self) -> Any:
-        """What the model's own `generate` does unless told otherwise."""
-        return self.original_model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: Any) -> None:
-        self.original_model.generation_config = value
+    config = HandedOn("The model's own Hugging Face config.")
+    generation_config = HandedOn("What `generate` does unless told otherwise.")
+    can_generate = HandedOn("Whether the model's class generates text.")
+    main_input_name = HandedOn("What the model calls its token ids.")
+    input_modalities = HandedOn("What the model reads; text.")
+    output_modalities = HandedOn("What the model writes; text.")
+    name_or_path = HandedOn("Where the model was loaded from.")
 
     # -- parameters and state ------------------------------------------------------------------------
 
@@ -91,6 +101,7 @@ class WrappedModel(nn.Module):
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's own parameters under their own names."""
+        self._name_children()
         return self.original_model.named_parameters(*args, **kwargs)
 
     def named_modules(
