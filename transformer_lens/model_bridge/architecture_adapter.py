@@ -14,6 +14,7 @@ from torch import nn
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import (
     ROOT_HOOKS,
+    ComponentBridge,
     HeadBridge,
     Hook,
     Part,
@@ -120,6 +121,10 @@ class ArchitectureAdapter:
     @staticmethod
     def prepare_model(hf_model: nn.Module) -> Preparation:  # noqa: ARG004
         """Make the model safe for anybody's hooks. Nothing to do unless the family adds in place."""
+        return Preparation()
+
+    def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
+        """The same for a module that is put in a component's place."""
         return Preparation()
 
 

@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.model_bridge.places import Layers, Place
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
@@ -162,7 +163,7 @@ class TransformerBridge(
                 blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in range(self.cfg.n_layers)]
                 for block in blocks:
                     block.__dict__["run"] = self  # not a submodule of its own part
-                self.add_module("blocks", nn.ModuleList(blocks))
+                self.add_module("blocks", Layers(blocks))
             else:
                 self.add_module(role, part.kind(part, model, path, role))
         head = head_of(inner)
@@ -173,6 +174,11 @@ class TransformerBridge(
         for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
             if role not in self._modules:
                 absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
+        self.replaced: dict[str, Place] = {}
+        for owner in (self, *self.components()):
+            for role, child in owner.named_children():
+                if isinstance(child, ComponentBridge):
+                    owner.exchanges[role] = Place(owner, role, child, self.adapter.prepare_module, self._exchanged)
         for component in self.components():
             absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
             component.cfg = self.cfg
@@ -208,17 +214,24 @@ class TransformerBridge(
         return {layer: (path, module) for layer, path, module in found if isinstance(module, BlockElsewhere)}
 
     def _root_role(self, role: str) -> ComponentBridge | Root:
-        found = self.get_submodule(role) if role else None
-        return found if isinstance(found, ComponentBridge) else self.root
+        return self.exchanges[role].component if role in self.exchanges else self.root
 
     def _tree_changed(self) -> None:
         self._points = None
+
+    def _exchanged(self, place: Place) -> None:
+        """Another module is in a component's place, or the component is back."""
+        self.replaced.pop(place.component.name, None)
+        if place.taken:
+            self.replaced[place.component.name] = place
+        self._tree_changed()
 
     def components(self) -> Iterator[ComponentBridge]:
         """Every component: the embedding, each block and its parts, the final norm, the head."""
         for name, child in self.named_children():
             if name != "original_model":
-                yield from (module for module in child.modules() if isinstance(module, ComponentBridge))
+                parts = (module for module in child.modules() if isinstance(module, ComponentBridge))
+                yield from (part for part in parts if part.displaced is None)
 
     # -- giving back -------------------------------------------------------------------------------
 
@@ -227,6 +240,8 @@ class TransformerBridge(
         if not self._detached:
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
+            for place in reversed([*self.replaced.values()]):
+                place.undo()
             self.attachment.remove()
             self._preparation.undo()
             self._detached = True
@@ -243,20 +258,24 @@ class TransformerBridge(
     # -- names -------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """List the hook points again, after modules were put in hooks' places."""
+        """List the hook points again, after modules were put in places of hooks or components."""
+        silent = {point for place in self.replaced.values() for point in place.component.modules()}
         points: dict[str, HookPoint] = {}
         for child, module in self.named_children():
             if child == "original_model":
                 continue
             for name, found in module.named_modules(prefix=child):
-                if isinstance(found, HookPoint):
+                if isinstance(found, HookPoint) and found not in silent:
                     found.name = name
                     points[name] = found
+        for place in self.replaced.values():
+            points = {**place.ends(), **points}
         self._points = points
 
     def canonical_name(self, name: str) -> str:
         """The one name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
-        return super().canonical_name(self.aliases.get(name, name) if isinstance(name, str) else name)
+        alias = isinstance(name, str) and name not in self.hook_dict
+        return super().canonical_name(self.aliases.get(name, name) if alias else name)
 
     def names_of(self, name: str) -> tuple[str, ...]:
         return self.spellings.get(name, (name,))
@@ -264,6 +283,12 @@ class TransformerBridge(
     def unknown_hook(self, name: str) -> KeyError:
         if name in self.absent_names:
             return KeyError(f"hook {name!r} is absent in this model: {self.absent_names[name]}")
+        for place in self.replaced.values():
+            if name in place.gone():
+                return KeyError(
+                    f"hook {name!r} is not there now: {place.describe()}, and what is inside it are its own hook "
+                    "points after bridge.setup(); put the component back to have this one"
+                )
         owner, _, slot = name.rpartition(".")
         placed = self.mod_dict.get(owner)
         if isinstance(placed, HookOwner) and slot in placed.full_names:
@@ -351,8 +376,8 @@ class TransformerBridge(
         if start is None and stop is None:
             return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
         token = object()
-        places = [self._component(f"blocks.{i}").original_component for i in range(self.cfg.n_layers)]
-        places.append(self._component("ln_final").original_component)
+        places = [self._component(f"blocks.{i}").in_place for i in range(self.cfg.n_layers)]
+        places.append(self.exchanges["ln_final"].component.in_place)
         with ExitStack() as stack:
             if stop is not None:
                 stack.enter_context(stopping_at(places[stop], token))
@@ -405,9 +430,9 @@ class TransformerBridge(
         return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
-        """Every hook of the table fires in a run of all layers."""
+        """Every hook of the table fires in a run of all layers; one of a module in a place fires when that calls it."""
         layers = (model_kwargs.get(name) for name in ("start_at_layer", "stop_at_layer"))
-        return all(layer is None for layer in layers) and point.name in self._declared
+        return all(layer is None for layer in layers) and point.name in self._declared and point.on_change is not None
 
     @cached_property
     def _declared(self) -> frozenset[str]:
@@ -416,5 +441,7 @@ class TransformerBridge(
 
     def _component(self, name: str) -> ComponentBridge:
         found = self.get_submodule(name)
+        if name in self.replaced:
+            raise ValueError(f"{self.replaced[name].describe()}, which has none of its numbers; put the component back")
         assert isinstance(found, ComponentBridge)
         return found

@@ -12,6 +12,13 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.weight_access import execution_device
 
 MODEL = "original_model"
+FIXED = {
+    MODEL: "the hooks of a bridge are on the model it was made for; for another model make a new "
+    "TransformerBridge(model), for other weights use load_state_dict",
+    "blocks": "they are the layers of the model; put modules in the places of a block's components "
+    "(bridge.blocks[0].mlp = module)",
+}
+"""What of a bridge cannot be set, and what to do instead."""
 
 
 class ModelFacts:
@@ -90,6 +97,17 @@ class WrappedModel(nn.Module):
     input_modalities = HandedOn("What the model reads; text.")
     output_modalities = HandedOn("What the model writes; text.")
     name_or_path = HandedOn("Where the model was loaded from.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        modules = self.__dict__.get("_modules", {})
+        model = modules.get(MODEL)
+        if name in FIXED and modules.get(name, value) is not value:
+            raise AttributeError(f"{name}: {FIXED[name]}")
+        if model is not None and name in model._modules and name not in modules:
+            raise AttributeError(
+                f"{name} is the model's own module: set it there (bridge.original_model.{name} = ...), and hooks follow"
+            )
+        super().__setattr__(name, value)
 
     # -- parameters and state ------------------------------------------------------------------------
 
