@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
-from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, head_of
+from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -34,7 +34,7 @@ from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
-from transformer_lens.model_bridge.places import Layers, Place
+from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
@@ -44,6 +44,7 @@ from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.tree import absent_names, components_in, make_components
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
@@ -97,7 +98,10 @@ class TransformerBridge(
         sharding = sharding_of(hf_model, self.cfg)
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
-        self._build_tree(place, inner)
+        self.root = Root(hf_model, make_components(self, self.adapter, hf_model, place, inner))
+        self.absent_names = absent_names(self, self.adapter, inner)
+        self.declare("", self.adapter.root_hooks)
+        self.exchanged = Exchanged([self, *self.components()], self.adapter.prepare_module, self._tree_changed)
         self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
@@ -151,40 +155,6 @@ class TransformerBridge(
             bridge.cfg.model_name = str(name_or_path)
         return bridge
 
-    def _build_tree(self, place: str, inner: Any) -> None:
-        """Make the components: names beside the modules they stand for. The model may be inside adapters."""
-        model = self.original_model
-        prefix = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
-        self.root = Root(model, prefix)
-        absent = dict(self.adapter.absent)
-        for role, part in self.adapter.component_mapping.items():
-            path = f"{prefix}.{part.at}" if prefix else part.at
-            if role == "blocks":
-                blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in range(self.cfg.n_layers)]
-                for block in blocks:
-                    block.__dict__["run"] = self  # not a submodule of its own part
-                self.add_module("blocks", Layers(blocks))
-            else:
-                self.add_module(role, part.kind(part, model, path, role))
-        head = head_of(inner)
-        if head is not None:
-            role, part = HEADS[head]
-            self.add_module(role, part.kind(part, model, f"{place}.{part.at}" if place else part.at, role))
-        present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
-        for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
-            if role not in self._modules:
-                absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
-        self.replaced: dict[str, Place] = {}
-        for owner in (self, *self.components()):
-            for role, child in owner.named_children():
-                if isinstance(child, ComponentBridge):
-                    owner.exchanges[role] = Place(owner, role, child, self.adapter.prepare_module, self._exchanged)
-        for component in self.components():
-            absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
-            component.cfg = self.cfg
-        self.absent_names = absent
-        self.declare("", self.adapter.root_hooks)
-
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:
         """Connect every hook point to its place in the model."""
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
@@ -219,19 +189,9 @@ class TransformerBridge(
     def _tree_changed(self) -> None:
         self._points = None
 
-    def _exchanged(self, place: Place) -> None:
-        """Another module is in a component's place, or the component is back."""
-        self.replaced.pop(place.component.name, None)
-        if place.taken:
-            self.replaced[place.component.name] = place
-        self._tree_changed()
-
     def components(self) -> Iterator[ComponentBridge]:
         """Every component: the embedding, each block and its parts, the final norm, the head."""
-        for name, child in self.named_children():
-            if name != "original_model":
-                parts = (module for module in child.modules() if isinstance(module, ComponentBridge))
-                yield from (part for part in parts if part.displaced is None)
+        return components_in(self)
 
     # -- giving back -------------------------------------------------------------------------------
 
@@ -240,8 +200,7 @@ class TransformerBridge(
         if not self._detached:
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
-            for place in reversed([*self.replaced.values()]):
-                place.undo()
+            self.exchanged.undo()
             self.attachment.remove()
             self._preparation.undo()
             self._detached = True
@@ -259,18 +218,15 @@ class TransformerBridge(
 
     def setup(self) -> None:
         """List the hook points again, after modules were put in places of hooks or components."""
-        silent = {point for place in self.replaced.values() for point in place.component.modules()}
         points: dict[str, HookPoint] = {}
         for child, module in self.named_children():
             if child == "original_model":
                 continue
             for name, found in module.named_modules(prefix=child):
-                if isinstance(found, HookPoint) and found not in silent:
+                if isinstance(found, HookPoint):
                     found.name = name
                     points[name] = found
-        for place in self.replaced.values():
-            points = {**place.ends(), **points}
-        self._points = points
+        self._points = self.exchanged.listed(points)
 
     def canonical_name(self, name: str) -> str:
         """The one name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
@@ -283,12 +239,9 @@ class TransformerBridge(
     def unknown_hook(self, name: str) -> KeyError:
         if name in self.absent_names:
             return KeyError(f"hook {name!r} is absent in this model: {self.absent_names[name]}")
-        for place in self.replaced.values():
-            if name in place.gone():
-                return KeyError(
-                    f"hook {name!r} is not there now: {place.describe()}, and what is inside it are its own hook "
-                    "points after bridge.setup(); put the component back to have this one"
-                )
+        why = self.exchanged.why_gone(name)
+        if why is not None:
+            return KeyError(f"hook {name!r} is not there now: {why}")
         owner, _, slot = name.rpartition(".")
         placed = self.mod_dict.get(owner)
         if isinstance(placed, HookOwner) and slot in placed.full_names:
@@ -441,7 +394,6 @@ class TransformerBridge(
 
     def _component(self, name: str) -> ComponentBridge:
         found = self.get_submodule(name)
-        if name in self.replaced:
-            raise ValueError(f"{self.replaced[name].describe()}, which has none of its numbers; put the component back")
+        self.exchanged.refuse(name)
         assert isinstance(found, ComponentBridge)
         return found

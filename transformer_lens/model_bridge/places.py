@@ -134,6 +134,62 @@ class Place:
         return f"in place of component {self.component.name!r} sits a {type(self.module).__name__}"
 
 
+class Exchanged:
+    """The components of a bridge that have another module in their place, by name."""
+
+    def __init__(
+        self,
+        owners: Iterable[HookOwner],
+        prepare: Callable[[ComponentBridge, nn.Module], Preparation],
+        changed: Callable[[], None],
+    ) -> None:
+        self.changed = changed
+        self.places: dict[str, Place] = {}
+        for owner in owners:
+            for role, child in owner.named_children():
+                if isinstance(child, ComponentBridge):
+                    owner.exchanges[role] = Place(owner, role, child, prepare, self.tell)
+
+    def tell(self, place: Place) -> None:
+        """Another module is in a component's place, or the component is back."""
+        self.places.pop(place.component.name, None)
+        if place.taken:
+            self.places[place.component.name] = place
+        self.changed()
+
+    def undo(self) -> None:
+        """Put every component back, the last one first."""
+        for place in reversed([*self.places.values()]):
+            place.undo()
+
+    def listed(self, points: dict[str, HookPoint]) -> dict[str, HookPoint]:
+        """The hook points of a tree: without those of displaced components, with those at the ends of their places."""
+        silent = {module for place in self.places.values() for module in place.component.modules()}
+        found = {name: point for name, point in points.items() if point not in silent}
+        for place in self.places.values():
+            for name, point in place.ends().items():
+                found.setdefault(name, point).name = name
+        return found
+
+    def why_gone(self, name: str) -> str | None:
+        """Why a hook is not there while its component is not, in words."""
+        for place in self.places.values():
+            if name in place.gone():
+                return (
+                    f"{place.describe()}, and what is inside it are its own hook points, after bridge.setup(); put the "
+                    "component back to have this one"
+                )
+        return None
+
+    def refuse(self, name: str | None = None) -> None:
+        """Raise `ValueError` if another module is in the place of this component, or of any."""
+        for place in self.places.values():
+            if name in (None, place.component.name):
+                raise ValueError(
+                    f"{place.describe()}, which has none of the component's numbers; put the component back for this"
+                )
+
+
 def _is_end(port: Any) -> bool:
     return type(port) is Port and not port.at and port.view is whole and port.arg is None
 

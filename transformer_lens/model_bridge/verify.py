@@ -120,8 +120,7 @@ def _checked(tokens: Tensor) -> Int[Tensor, "batch pos"]:
 def _refuse_hooks(bridge: TransformerBridge) -> None:
     if bridge._detached:
         raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
-    for place in bridge.replaced.values():
-        raise ValueError(f"verify: {place.describe()}, and it compares with Hugging Face's own; put the component back")
+    bridge.exchanged.refuse()
     if bridge.cfg.dtype not in ROUNDINGS:
         known = ", ".join(map(str, ROUNDINGS))
         raise ValueError(f"verify: got a model in {bridge.cfg.dtype}, expected one of {known}")

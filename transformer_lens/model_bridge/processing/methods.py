@@ -199,8 +199,7 @@ class ProcessingMethods:
         bridge = cast("TransformerBridge", self)
         if bridge._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
-        for place in bridge.replaced.values():
-            raise ValueError(f"{what}: {place.describe()}, whose weights are its own; put the component back first")
+        bridge.exchanged.refuse()
         record = record_of(self._base())
         if record is None:
             return Record(self._base())

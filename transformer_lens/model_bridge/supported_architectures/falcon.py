@@ -74,12 +74,12 @@ def fresh(kind: Any) -> Any:
 class FreshOutputs(Preparation):
     """The MLPs whose class was exchanged; each counts how many preparations hold it."""
 
-    def __init__(self, mlps: list[nn.Module]) -> None:
+    def __init__(self, mlps: list[Any]) -> None:
         self.mlps = mlps
         for mlp in mlps:
             mlp.__dict__["preparations"] = mlp.__dict__.get("preparations", 0) + 1
             if not isinstance(mlp, FreshOutput):
-                mlp.__class__ = fresh(type(mlp))
+                mlp.__class__ = fresh(type(mlp))  # type: ignore[arg-type]
 
     def undo(self) -> None:
         for mlp in self.mlps:
