@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.state_check import StateError, fitted_state, tied_names
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
@@ -20,6 +21,7 @@ class StateMethods(WrappedModel):
     tokenizer: Any
 
     if TYPE_CHECKING:
+        exchanged: Exchanged
 
         @property
         def processed(self) -> tuple[str, ...]: ...
@@ -100,7 +102,8 @@ class StateMethods(WrappedModel):
 
         Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that
         adapter. Raises `ValueError` for a processed model, whose weights are no longer those of its
-        checkpoint, unless `allow_processed=True`; and for a quantised Falcon, which could not be read back.
+        checkpoint, unless `allow_processed=True`; while another module is in a component's place; and for a quantised
+        Falcon, which could not be read back.
         """
         directory = Path(save_directory)
         if directory.exists() and not directory.is_dir():
@@ -114,6 +117,7 @@ class StateMethods(WrappedModel):
                 f"save_pretrained: the weights were processed ({', '.join(self.processed)}) and are not those of the "
                 "checkpoint any more; save inside `with bridge.unprocessed():`, or pass allow_processed=True"
             )
+        self.exchanged.refuse()
         model: Any = self.original_model
         packed = layers_transformers_would_not_pack(model)
         if packed:
