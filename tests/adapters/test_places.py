@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tests.bridge.test_detach import picture
 from tests.support import FAMILIES, family, tokens, torch_hooks
@@ -134,6 +135,7 @@ def test_a_module_that_calls_the_component_it_replaces(name: str) -> None:
 def test_what_falcon_adds_in_place_does_not_reach_the_output_of_a_module(name: str) -> None:
     """Also for plain torch hooks, and twice; the class of the module is its own again afterwards."""
     bridge, x = TransformerBridge(family(name)), tokens()
+    TransformerBridge(bridge.original_model).detach()
     mine = Around(bridge.blocks[0].mlp)
     bridge.blocks[0].mlp = mine
     seen: list[Tensor] = []
@@ -291,3 +293,30 @@ def test_what_is_the_models_own_is_set_on_the_model() -> None:
     bridge.mine = nn.Linear(2, 2)  # a name that nothing has is the caller's
     del bridge.mine
     assert not hasattr(bridge, "mine")
+
+
+def replicas(module: nn.Module) -> nn.Module:
+    """A replica as `DataParallel` makes one, on the same device: `torch.nn.parallel.replicate` itself needs GPUs."""
+    modules = list(module.modules())
+    copies = {one: one._replicate_for_data_parallel() for one in modules}
+    for one in modules:
+        for key, child in one._modules.items():
+            if child is not None:
+                setattr(copies[one], key, copies[child])
+        for key, parameter in one._parameters.items():
+            if parameter is None:
+                copies[one]._parameters[key] = None
+            else:
+                setattr(copies[one], key, parameter.detach() * 2)
+    return copies[module]
+
+
+def test_a_replica_computes_with_its_own_parameters() -> None:
+    bridge, x = TransformerBridge(family("40b")), tokens()
+    doubled = {key: value.detach() * 2 for key, value in bridge.named_parameters()}
+    with torch.no_grad():
+        usual = bridge(x)
+        replica = replicas(bridge)
+        assert torch.equal(replica(x), functional_call(bridge.original_model, doubled, (x,)).logits)
+        assert replica.input_device() == torch.device("cpu")
+        assert torch.equal(bridge(x), usual) and torch.equal(bridge.run_with_cache(x)[1]["unembed.hook_out"], usual)

@@ -225,29 +225,6 @@ def test_an_optimizer_with_groups_and_clipping_learns_what_it_would_on_the_bare_
         assert torch.equal(bridge(x), bare(x).logits)
 
 
-def replicas(module: nn.Module) -> nn.Module:
-    """A replica as `DataParallel` makes one, on the same device: `torch.nn.parallel.replicate` itself needs GPUs."""
-    modules = list(module.modules())
-    copies = {one: one._replicate_for_data_parallel() for one in modules}
-    for one in modules:
-        for key, child in one._modules.items():
-            if child is not None:
-                setattr(copies[one], key, copies[child])
-        for key, parameter in one._parameters.items():
-            if parameter is None:
-                copies[one]._parameters[key] = None
-            else:
-                setattr(copies[one], key, parameter.detach() * 2)
-    return copies[module]
-
-
-def test_a_replica_computes_with_its_own_parameters() -> None:
-    bridge, x = TransformerBridge(family("40b")), tokens()
-    doubled = {key: value.detach() * 2 for key, value in bridge.named_parameters()}
-    with torch.no_grad():
-        assert torch.equal(replicas(bridge)(x), functional_call(bridge.original_model, doubled, (x,)).logits)
-
-
 @every_family
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_is_a_bridge_of_its_own(name: str, how: str) -> None:
@@ -370,7 +347,7 @@ def test_a_text_generation_pipeline(name: str) -> None:
 
     with bridge.hooks(fwd_hooks=[("unembed.hook_out", insist)]):
         [[first], _] = pipeline("text-generation", model=bridge, tokenizer=words())(["the cat", "the"], **options)
-    assert first["generated_text"] == words().decode([*words()("the cat").input_ids, 9, 9, 9], skip_special_tokens=True)
+    assert first["generated_text"] == "the cat" + words().decode([9, 9, 9])
 
 
 @pytest.mark.parametrize("name", ["40b", "mixtral"])

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.architecture_adapter import Preparation
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.views import whole
+from transformer_lens.model_bridge.wrapped_model import is_replica
 
 
 class Place:
@@ -212,4 +213,6 @@ class Layers(nn.ModuleList):
     append = extend = insert = pop = __setitem__ = __delitem__ = __iadd__ = _refuse
 
     def __setattr__(self, name: str, value: Any) -> None:
-        (self._refuse if name.isdigit() else super().__setattr__)(name, value)
+        if name.isdigit() and not is_replica(self):
+            self._refuse()
+        super().__setattr__(name, value)

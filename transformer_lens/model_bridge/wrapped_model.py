@@ -49,6 +49,11 @@ class ModelFacts:
         return getattr(self.model.get_submodule(self.head), "out_features", None)
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether `DataParallel` made this module: its parts are assigned, and its parameters are plain tensors."""
+    return "_is_replica" in module.__dict__
+
+
 class HandedOn:
     """An attribute of the model that its bridge has under the same name."""
 
@@ -87,8 +92,11 @@ class WrappedModel(nn.Module):
         return self.cfg.device
 
     def input_device(self) -> torch.device:
-        """The device on which the token embedding runs."""
-        return self.cfg.device
+        """The device on which the token embedding runs, also of a replica that `DataParallel` made."""
+        model: Any = self.original_model
+        embedding = model.get_input_embeddings()
+        device: torch.device = embedding.weight.device if is_replica(embedding) else self.cfg.device
+        return device
 
     config = HandedOn("The model's own Hugging Face config.")
     generation_config = HandedOn("What `generate` does unless told otherwise.")
@@ -101,7 +109,7 @@ class WrappedModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         modules = self.__dict__.get("_modules", {})
         model = modules.get(MODEL)
-        if name in FIXED and modules.get(name, value) is not value:
+        if name in FIXED and modules.get(name, value) is not value and not is_replica(self):
             raise AttributeError(f"{name}: {FIXED[name]}")
         if model is not None and name in model._modules and name not in modules:
             raise AttributeError(

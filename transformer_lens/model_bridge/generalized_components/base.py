@@ -130,6 +130,12 @@ class HookOwner(nn.Module):
         if watcher is not None:
             watcher.replaced()
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica is put together by assigning its parts, which exchanges nothing."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__ |= {"exchanges": {}, "full_names": {}}
+        return replica
+
     def __delattr__(self, name: str) -> None:
         if name in self.full_names or name in self.exchanges:
             raise AttributeError(
