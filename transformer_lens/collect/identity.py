@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transformer_lens import HookPoint
-
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
@@ -58,8 +56,8 @@ def in_places(bridge: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
     """The modules that sit in hooks' places."""
     for owner in (bridge, *bridge.components()):
         for slot, name in owner.full_names.items():
-            module = owner._modules[slot]
-            if module is not None and not isinstance(module, HookPoint):
+            module = owner._modules.get(slot)
+            if module is not None and module is not bridge.hook_dict.get(name):
                 yield name, module
 
 
