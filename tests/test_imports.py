@@ -173,6 +173,13 @@ def test_no_blanket_except(file):
 
 
 @every_file
+def test_an_import_error_names_what_is_missing(file):
+    """Packages look at `error.name` to see which extra to offer."""
+    calls = [n for n in ast.walk(tree(file)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "ImportError"]
+    assert [f"line {c.lineno}" for c in calls if "name" not in {k.arg for k in c.keywords}] == []
+
+
+@every_file
 def test_no_source_is_inspected_and_nothing_is_printed(file):
     for call in [n for n in ast.walk(tree(file)) if isinstance(n, ast.Call)]:
         name = ast.unparse(call.func)

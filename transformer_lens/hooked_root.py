@@ -142,12 +142,12 @@ class HookedRootModule(nn.Module):
         """What a cache holds when nothing is asked for by name."""
         return list(self.hook_dict)
 
-    def select_names(self, names_filter: NamesFilter) -> list[str]:
+    def select_names(self, names_filter: NamesFilter, *, may_be_none: bool = False) -> list[str]:
         """The canonical names that a filter stands for, in the order of the model.
 
         A string or a list of strings names hooks; a predicate is asked for every spelling of every
         hook; `None` stands for all but those taken on request. Raises `KeyError` for an unknown name
-        and `ValueError` for a predicate that fits nothing.
+        and, unless `may_be_none`, `ValueError` for a predicate that fits nothing.
         """
         if names_filter is None:
             return self.default_names()
@@ -156,7 +156,7 @@ class HookedRootModule(nn.Module):
         if callable(names_filter):
             fits = {name for name, spelling in self._spelled() if names_filter(spelling)}
             chosen = [name for name in self.hook_dict if name in fits]
-            if not chosen:
+            if not chosen and not may_be_none:
                 raise ValueError(
                     f"the names filter {names_filter!r} fits none of the {len(self.hook_dict)} hooks; "
                     "print the model's hook_dict to see their names"
@@ -351,7 +351,7 @@ class HookedRootModule(nn.Module):
         """A dictionary, and the forward and backward hooks that fill it when they are attached."""
         store: dict[str, Tensor] = {} if cache is None else cache
         options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
-        names = self.select_names(names_filter)
+        names = self.select_names(names_filter, may_be_none=True)
         forward: list[HookSpec] = [(name, Capture(store, **options)) for name in names]
         backward: list[HookSpec] = [(name, Capture(store, suffix="_grad", **options)) for name in names]
         return store, forward, backward if incl_bwd else []
@@ -370,10 +370,11 @@ class HookedRootModule(nn.Module):
     ) -> tuple[Any, Any]:
         """Run the model and keep activations: returns `(output, cache)`.
 
-        `names_filter` chooses hooks (`select_names`), `device` moves them, `remove_batch_dim` drops a
-        batch of one, `pos_slice` keeps some positions, `clone` gives each captured tensor memory of its
-        own (a q captured without it keeps the whole fused QKV alive). `incl_bwd` calls `backward()` on
-        the output, which has to be one number, and keeps gradients under `name + "_grad"`.
+        `names_filter` chooses hooks (`select_names`; a predicate that fits none gives an empty cache),
+        `device` moves them, `remove_batch_dim` drops a batch of one, `pos_slice` keeps some positions,
+        `clone` gives each captured tensor memory of its own (a q captured without it keeps the whole
+        fused QKV alive). `incl_bwd` calls `backward()` on the output, which has to be one number, and keeps
+        gradients under `name + "_grad"`.
         """
         store: dict[str, Tensor] = {}
         run = Run()
@@ -385,7 +386,7 @@ class HookedRootModule(nn.Module):
             "clone": clone,
         }
         entries: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
-        for name in self.select_names(names_filter):
+        for name in self.select_names(names_filter, may_be_none=True):
             point = self.hook_dict[name]
             entries.append((point, HookEntry(Capture(store, **options), run=run, reads_only=True), "fwd", named))
             if incl_bwd:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +53,19 @@ def lm_cross_entropy_loss(
     if not counts.any():
         raise ValueError("loss: the attention mask leaves no token to predict")
     return losses.sum() / counts.sum()
+
+
+def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `TypeError` for a keyword that nothing takes, with the nearest that something does.
+
+    >>> from transformer_lens.utilities import refuse_unknown
+    >>> refuse_unknown("boot_transformers", ["dtype"], ["device", "dtype"])
+    """
+    names = sorted(known)
+    for name in given:
+        if name not in names:
+            near = ", ".join(get_close_matches(name, names, n=3, cutoff=0.0))
+            raise TypeError(f"{where}: got an unknown keyword {name!r}; the nearest are {near}")
 
 
 def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:

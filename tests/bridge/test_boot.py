@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     FalconForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -14,6 +15,7 @@ from transformers import (
 from tests.bridge.texts import tokenizer
 from tests.support import MIXTRAL_SMALL, falcon_config, family, perturbed, tokens
 from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge import model_info, skeleton_bridge
 
 
 @pytest.fixture(params=["40b", "rw", "mixtral"])
@@ -162,3 +164,68 @@ def test_alibi_under_eager_is_warned_of(tmp_path):
     family("rw").save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="ALiBi"):
         TransformerBridge.boot_transformers(tmp_path, attn_implementation="eager")
+
+
+# -- no keyword is swallowed ----------------------------------------------------------------------------
+
+
+def test_the_old_name_of_dtype(saved):
+    _, path = saved
+    for given in ({"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}):
+        bridge = TransformerBridge.from_pretrained(path, **given)
+        assert {p.dtype for p in bridge.parameters()} == {torch.bfloat16}
+    assert TransformerBridge.boot_transformers(path, torch_dtype="auto").cfg.dtype == torch.float32
+    around = TransformerBridge.boot_transformers(hf_model=family("7b"), torch_dtype=torch.float16)
+    assert around.cfg.dtype == torch.float16
+    with pytest.raises(
+        TypeError, match="got 'dtype' and 'torch_dtype', which are both the dtype of the weights; pass on"
+    ):
+        TransformerBridge.boot_transformers(path, dtype=torch.float32, torch_dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "nearest"),
+    [
+        ("atn_implementation", "attn_implementation"),
+        ("device_mapp", "device_map"),
+        ("num_hidden_layer", "num_hidden_layers"),
+        ("revison", "revision"),
+        ("subfoldr", "subfolder"),
+        ("trust_remote_cod", "trust_remote_code"),
+        ("allow_pickles", "allow_pickle"),
+        ("low_cpu_mem_usage", "output_hidden_states"),  # dropped by transformers itself
+        ("_fast_init", "strict"),
+    ],
+)
+def test_a_keyword_that_nothing_takes_is_refused_with_the_nearest(saved, keyword, nearest):
+    model, path = saved
+    for where in ({"name_or_path": path}, {"hf_model": model}):
+        with pytest.raises(TypeError, match=rf"boot_transformers: got an unknown keyword '{keyword}'; .*{nearest}"):
+            TransformerBridge.boot_transformers(**where, **{keyword: "eager"})
+
+
+def test_none_as_the_value_of_a_configs_field_takes_effect(tmp_path):
+    family("mixtral", sliding_window=3).save_pretrained(tmp_path)
+    assert TransformerBridge.boot_transformers(tmp_path).cfg.sliding_window == 3
+    bridge, x = TransformerBridge.boot_transformers(tmp_path, sliding_window=None), tokens()
+    assert bridge.cfg.sliding_window is None
+    bare = MixtralForSequenceClassification.config_class.from_pretrained(tmp_path)
+    bare.sliding_window = None
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path, config=bare).eval()(x).logits
+        assert torch.equal(bridge(x), expected)
+
+
+def test_defaults_may_be_said_of_a_model_that_is_there():
+    bridge = TransformerBridge.boot_transformers(hf_model=family("7b"), trust_remote_code=False, device_map=None)
+    assert bridge.cfg.n_layers == 2
+
+
+def test_a_skeleton_takes_what_says_where_files_are_and_nothing_else(tmp_path):
+    config = falcon_config()
+    config.save_pretrained(tmp_path)
+    for model in (tmp_path, config, "falcon-40b"):
+        for function in (skeleton_bridge, model_info):
+            with pytest.raises(TypeError, match="loading: got an unknown keyword 'num_hidden_layers'; the nearest are"):
+                function(model, num_hidden_layers=1)
+            function(model, revision=None)

@@ -29,6 +29,11 @@ from transformer_lens.distributed.span_model import load_span
 LAYERS = {"tiny-falcon": 4, "tiny-mixtral": 3}
 CLASSES = {"tiny-falcon": DistributedFalconForCausalLM, "tiny-mixtral": DistributedMixtralForCausalLM}
 
+
+def load_blocks(name: str, **options: object) -> torch.nn.Module:
+    return load_span(name, range(0, 1), **options)[0]
+
+
 every_name = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -165,6 +170,14 @@ def test_classes_configs_and_ties(name: str) -> None:
             make(name, config=config, max_retries=2)
     with pytest.raises(TypeError, match="got the keywords nobody, which nothing here takes"):
         LocalSpan(name, range(0, 1), nobody=1)
+    for make in (AutoDistributedConfig.from_pretrained, type(config).from_pretrained):
+        with pytest.raises(TypeError, match="got the keywords device_map, request_timeot, which nothing here takes"):
+            make(name, request_timeot=1, device_map="cpu")
+        assert make(name, return_unused_kwargs=True, nobody=1)[1] == {"nobody": 1}
+    for make in (AutoDistributedModelForCausalLM.from_pretrained, CLASSES[name].from_pretrained, load_blocks):
+        assert next(make(name, torch_dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="got 'dtype' and 'torch_dtype', which are both the dtype of the weights"):
+            make(name, dtype=torch.float32, torch_dtype=torch.bfloat16)
     assert CLASSES[name](config).config.num_hidden_layers == LAYERS[name]
 
 

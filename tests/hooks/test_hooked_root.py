@@ -105,9 +105,21 @@ def test_filters_choose_in_the_order_of_the_model(chain, x, names_filter, chosen
     assert list(cache) == chosen
 
 
-def test_a_predicate_that_fits_nothing_is_an_error(chain, x):
+def test_a_predicate_that_fits_nothing_caches_nothing(chain, x):
+    output, cache = chain.run_with_cache(x, names_filter=lambda name: False)
+    assert torch.equal(output, 6 * x)
+    assert cache == {}
+    assert chain.get_caching_hooks(lambda name: False) == ({}, [], [])
+
+
+def test_a_hook_for_a_predicate_that_fits_nothing_is_an_error(chain, x):
+    def hook(tensor, hook):
+        return tensor
+
     with pytest.raises(ValueError, match="fits none of the 5 hooks"):
-        chain.run_with_cache(x, names_filter=lambda name: False)
+        chain.run_with_hooks(x, fwd_hooks=[(lambda name: False, hook)])
+    with pytest.raises(ValueError, match="fits none of the 5 hooks"):
+        chain.add_hook(lambda name: False, hook)
 
 
 # -- run_with_hooks -------------------------------------------------------------------------------

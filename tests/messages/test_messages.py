@@ -134,7 +134,7 @@ NAMES = {
         "names filter: got int, expected a name, a list of names, a predicate or None",
     ),
     "predicate that fits nothing": (
-        lambda: Empty().run_with_cache(torch.ones(1, 1), names_filter=str.isdigit),
+        lambda: Empty().run_with_hooks(torch.ones(1, 1), fwd_hooks=[(str.isdigit, print)]),
         ValueError,
         "the names filter <method 'isdigit' of 'str' objects> fits none of the 1 hooks; print the model's hook_dict "
         "to see their names",

@@ -55,7 +55,7 @@ def ways(bridge, how):
             block.original_component.compile(backend="eager")
         return bridge
     if how == "the base model":
-        bridge.root.original_component.compile(backend="eager")
+        bridge.root.in_place.compile(backend="eager")
         return bridge
     return torch.compile(bridge, backend="eager")
 

@@ -474,7 +474,7 @@ def test_a_vocabulary_resized_on_the_models_own_weights_keeps_them(name, tied):
     with pytest.warns(UserWarning, match=said), bridge.unprocessed():
         model.resize_token_embeddings(40)
     expected.resize_token_embeddings(40)
-    assert bridge.processed == () and changes_module.RECORD not in bridge.root.original_component.__dict__
+    assert bridge.processed == () and changes_module.RECORD not in bridge.root.in_place.__dict__
     ids = tokens() % 40
     with torch.no_grad():
         assert torch.equal(bridge(ids), expected(ids).logits)

@@ -204,7 +204,7 @@ def sklearn_modules() -> tuple[Any, Any, Any, Any, Any]:
         from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
     except ImportError as error:
         raise ImportError(
-            "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'"
+            "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'", name="sklearn"
         ) from error
     return linear_model, metrics, model_selection, pipeline, preprocessing
 

@@ -225,7 +225,7 @@ def _datasets() -> Any:
         import datasets
     except ImportError:
         raise ImportError(
-            "data sets of Hugging Face need the extra: pip install 'transformer-lens-bridge[data]'"
+            "data sets of Hugging Face need the extra: pip install 'transformer-lens-bridge[data]'", name="datasets"
         ) from None
     return datasets
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.collect.files import DTYPES, Column
-from transformer_lens.collect.manifest import dtype_name
+from transformer_lens.collect.identity import dtype_name
 from transformer_lens.collect.plan import Batch
 
 if TYPE_CHECKING:

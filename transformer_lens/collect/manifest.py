@@ -9,24 +9,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
+from typing import Any
 
 from transformer_lens.collect.files import locked, sha256_of, write_json
 from transformer_lens.collect.plan import Cursor
 
-if TYPE_CHECKING:
-    from transformer_lens import TransformerBridge
-
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-SAMPLED = 256
-"""Values of each parameter that go into the fingerprint of the weights."""
+SHOWN = 6
+"""How many differences an error lists."""
 
 
 @dataclass(frozen=True)
@@ -76,78 +68,15 @@ def record_path(out_dir: Path, number: int) -> Path:
     return (out_dir / shard_name(number)).with_suffix(".json")
 
 
-# -- what identifies a job -----------------------------------------------------------------------------
-
-
-def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
-    """What model ran: its name and revision, and a fingerprint of its weights."""
-    model: Any = bridge.original_model
-    config = model.config
-    return {
-        "name": bridge.cfg.model_name,
-        "revision": getattr(config, "_commit_hash", None),
-        "architecture": bridge.cfg.architecture,
-        "weights": weights_fingerprint(model),
-        "dtype": dtype_name(bridge.cfg.dtype),
-        "attention": config._attn_implementation,
-        "experts": getattr(config, "_experts_implementation", None),
-        "hooked": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
-    }
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A checksum of every parameter's name, shape and some of its values: other weights give another one.
-
-    >>> from transformer_lens.collect.manifest import weights_fingerprint
-    >>> weights_fingerprint(model) == weights_fingerprint(TransformerBridge.boot_transformers("tiny-falcon").detach())
-    True
-    """
-    found = sha256()
-    for name, parameter in model.named_parameters():
-        found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        # What is offloaded, or divided among processes, is not here to be read.
-        if isinstance(parameter.data, torch.Tensor) and type(parameter.data) is torch.Tensor and not parameter.is_meta:
-            flat = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
-            some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
-            found.update(some.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
-    """What turned texts into tokens."""
-    if tokenizer is None:
-        return None
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return {
-        "class": type(tokenizer).__name__,
-        "vocabulary": sha256(vocabulary.encode()).hexdigest(),
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What else decides the last bits of a number."""
-    versions = {name: version(name) for name in LIBRARIES}
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    return {"versions": versions, "device": device.type, "threads": threads}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-# -- the file ------------------------------------------------------------------------------------------
-
-
 class Manifest:
     """The manifest in a folder, and the records beside it."""
 
-    def __init__(self, out_dir: Path, job: Mapping[str, Any], around: Mapping[str, Any]) -> None:
+    def __init__(
+        self, out_dir: Path, job: Mapping[str, Any], state: Mapping[str, Any], around: Mapping[str, Any]
+    ) -> None:
         self.out_dir = out_dir
         self.job = json.loads(json.dumps(job))
+        self.state = json.loads(json.dumps(state, default=str))
         self.environment = json.loads(json.dumps(around))
         self.job_sha256 = sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
         self.complete = False
@@ -161,13 +90,13 @@ class Manifest:
             raise ValueError(f"{out_dir} holds no {MANIFEST}: nothing was collected there")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(out_dir, found["job"], found["environment"])
+            manifest = cls(out_dir, found["job"], found.get("state", {}), found["environment"])
             manifest.complete, manifest._shards = found["complete"], found["shards"]
             stated, form = found["job_sha256"], found["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}); restore it, or collect into another folder") from None
         if form != FORMAT:
-            raise ValueError(f"{path} has format {form}, this version reads {FORMAT}")
+            raise ValueError(f"{path} has format {form}, this version reads {FORMAT}; collect into another folder")
         if stated != manifest.job_sha256:
             raise ValueError(f"{path} was changed since it was written: its job does not have the checksum it states")
         return manifest
@@ -179,19 +108,27 @@ class Manifest:
                 self._write([])
                 return
             before = Manifest.read(self.out_dir)
-        changed = differences(before.job, self.job)
+        changed = differences(before.job, self.job) + self._changed_state(before)
         if changed:
             raise ValueError(
                 f"{self.out_dir} holds another job; choose another out_dir, or pass what it was begun with: "
-                + "; ".join(changed)
+                f"{_in_words(changed)}"
             )
         changed = differences(before.environment, self.environment)
         if changed and same_environment:
             raise ValueError(
                 f"{self.out_dir} was begun in another environment, where numbers may round otherwise: "
-                f"{'; '.join(changed)}; go back to it, or pass same_environment=False to go on all the same"
+                f"{_in_words(changed)}; go back to it, or pass same_environment=False to go on all the same"
             )
-        self.environment, self.complete, self._shards = before.environment, before.complete, before._shards
+        self.state, self.environment = before.state, before.environment
+        self.complete, self._shards = before.complete, before._shards
+
+    def _changed_state(self, before: Manifest) -> list[str]:
+        """How the model's state differs. What a setting is called may change between versions of a library."""
+        names = dict.fromkeys([*before.state, *self.state])
+        if before.environment["versions"] != self.environment["versions"]:
+            names = {name: None for name in names if name in before.state and name in self.state}
+        return [line for name in names for line in differences(before.state.get(name), self.state.get(name), name)]
 
     def _write(self, shards: Sequence[ShardRecord]) -> None:
         self._shards = [asdict(record) for record in shards]
@@ -200,6 +137,7 @@ class Manifest:
             "complete": self.complete,
             "job_sha256": self.job_sha256,
             "job": self.job,
+            "state": self.state,
             "environment": self.environment,
             "tokens": sum(record.tokens for record in shards),
             "shards": self._shards,
@@ -252,3 +190,8 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
             for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
     return [] if before == now else [f"{name} was {before!r}, now {now!r}"]
+
+
+def _in_words(changed: Sequence[str]) -> str:
+    more = f"; and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return "; ".join(changed[:SHOWN]) + more

@@ -20,18 +20,13 @@ from tqdm import tqdm
 from transformer_lens.collect.background import Background
 from transformer_lens.collect.capture import Captured, Capturing, probe
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
-from transformer_lens.collect.manifest import (
-    Manifest,
-    ShardRecord,
-    environment,
-    model_identity,
-    shard_name,
-    tokenizer_identity,
-)
+from transformer_lens.collect.identity import environment, model_identity, model_state, tokenizer_identity
+from transformer_lens.collect.manifest import Manifest, ShardRecord, shard_name
 from transformer_lens.collect.options import Options
 from transformer_lens.collect.plan import Cursor, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
+from transformer_lens.collect.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,20 +67,16 @@ class Job:
             "stop_at_layer": self.capturing.stop_at_layer,
             **asdict(self.layout),
         }
-        self.manifest = Manifest(out_dir, identity, environment(bridge.input_device()))
+        self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
+        shards = bridge.attachment.sharding.shards
+        self.together = Together(shards.group, shards.rank, shards.size)
         self.done: dict[int, ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
         """Compute what is missing of this process's shards."""
-        with self._advising():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.manifest.start(self.options.same_environment)
-        self.done = self.manifest.records()
-        broken = broken_shards(self.out_dir, self.done, self.options.check)
-        for number in broken:
-            logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
-        if not broken and self.manifest.finish():
+        self.done, broken, finished = self.together.agreed(self._start)
+        if finished:
             return
         try:
             with Background(WAITING) as writer, self._bar() as bar, torch.no_grad():
@@ -94,6 +85,20 @@ class Job:
         finally:
             for file in self._begun:
                 file.abandon()
+        self.together.agreed(self._end)
+
+    def _start(self) -> tuple[dict[int, ShardRecord], list[int], bool]:
+        """The finished shards, those of them that are broken, and whether nothing is left to do."""
+        with self._advising():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.manifest.start(self.options.same_environment)
+        done = self.manifest.records()
+        broken = broken_shards(self.out_dir, done, self.options.check)
+        for number in broken:
+            logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
+        return done, broken, not broken and self.manifest.finish()
+
+    def _end(self) -> None:
         with self._advising():
             self.manifest.finish()
 
@@ -140,7 +145,7 @@ class Job:
         return stream
 
     def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
-        if not self.options.progress:
+        if not (self.options.progress and self.together.writes):
             # Not even a hidden bar: it would wait for the lock that tqdm shares among forked processes.
             return nullcontext()
         rank, world = self.options.shard
@@ -155,15 +160,18 @@ class Job:
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
-        self._begun.append(file)
-        writer.call(lambda: self._begin(plan, file))
+        if self.together.writes:
+            self._begun.append(file)
+            writer.call(lambda: self._begin(plan, file))
         for batch in plan.batches(self.layout.batch_size):
             captured = self.capturing.run(batch)
-            writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
+            if self.together.writes:
+                writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
             if bar is not None:
                 bar.total = expected_tokens(self, plan)
                 bar.update(batch.tokens)
-        writer.call(lambda: self._finish(plan, file))
+        if self.together.writes:
+            writer.call(lambda: self._finish(plan, file))
 
     def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
         with self._advising():
@@ -257,8 +265,11 @@ def collect(
     - `same_environment=False` goes on under other library versions, device or threads.
     - `progress` shows tokens per second and the time left.
 
-    Raises `ValueError` for another job's folder, naming what differs, for other data than before, and for hooks
-    without a value for each token; `OSError` for a full or read-only disk. Finished shards stay valid.
+    Processes that share a model make the same call together, and the first of them writes.
+
+    Raises `ValueError` for another job's folder, naming what differs (in the model, too: weights, config, adapters,
+    settings of its modules), for other data than before, and for hooks without a value for each token; `OSError` for
+    a full or read-only disk. Finished shards stay valid.
     """
     Job(bridge, dataset, names, Path(out_dir), Options.of(options)).run()
     return ActivationStore(out_dir)

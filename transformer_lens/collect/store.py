@@ -163,7 +163,9 @@ class ActivationStore:
         try:
             from datasets import Dataset
         except ImportError:
-            raise ImportError("to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'") from None
+            raise ImportError(
+                "to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'", name="datasets"
+            ) from None
         chosen = list(self._tensors) if names is None else self._several(names)
         # The library caches by these arguments, so they say what is in the folder; a list it would divide into shards.
         version = f"{self.manifest.job_sha256} {len(self)}"

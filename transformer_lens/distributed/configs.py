@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import FalconConfig, FalconModel, MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer
@@ -24,6 +25,7 @@ from transformer_lens.distributed.settings import (
     PromptSettings,
     check_settings,
 )
+from transformer_lens.model_bridge.upstream import DTYPE, spelled
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
 
         `dht_prefix` is kept as it is; without one it comes from the hub name. `return_unused_kwargs=True` gives
         `(config, unused)`. Raises `ValueError` for `None`, a config of another family, a setting that does not
-        fit, and a local directory whose config names no prefix.
+        fit, and a local directory whose config names no prefix; `TypeError` for a keyword that nothing takes.
         """
         name = plain_name(pretrained_model_name_or_path)
         source = source_of(name)
@@ -94,14 +96,17 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
             dht_prefix = cls.prefix_of(name)
         if "180B" in name:
             logger.warning("%s has a licence of its own: read it in the model's repository before you use it", name)
-        result: Any = super().from_pretrained(source, **kwargs)  # type: ignore[misc]
-        config = result[0] if kwargs.get("return_unused_kwargs") else result
+        with_unused = kwargs.pop("return_unused_kwargs", False)
+        kwargs = spelled(kwargs, DTYPE, "dtype")
+        config, unused = super().from_pretrained(source, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
+        if not with_unused:
+            refuse_unknown(name, unused)
         config.dht_prefix = dht_prefix
         if config.pad_token_id is None:
             config.pad_token_id = 0
         config._name_or_path = name
         check_settings(config)
-        return result
+        return (config, unused) if with_unused else config
 
     @classmethod
     def get_config_dict(cls, name: Name, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -231,6 +236,13 @@ def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:
     config, unused = kind.from_pretrained(name, return_unused_kwargs=True, **options)
     refuse_unknown(name, unused)
     return config
+
+
+def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The dtype, under whichever name it was given, and the other options. Raises `TypeError` for two of them."""
+    given = {} if dtype in (None, "auto") else {"dtype": dtype}
+    rest = spelled({**options, **given}, DTYPE, "dtype")
+    return rest.pop("dtype", dtype), rest
 
 
 def refuse_unknown(name: Name, options: dict[str, Any]) -> None:

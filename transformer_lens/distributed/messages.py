@@ -117,7 +117,8 @@ def _msgpack() -> Any:
         import msgpack
     except ImportError as error:
         raise ImportError(
-            "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
+            "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'",
+            name="msgpack",
         ) from error
     return msgpack
 

@@ -24,6 +24,7 @@ from transformer_lens.distributed.configs import (
     DistributedFalconConfig,
     DistributedMixtralConfig,
     config_with,
+    one_dtype,
     refuse_unknown,
 )
 from transformer_lens.distributed.connecting import ConnectMethods
@@ -290,6 +291,7 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
         files come from. Raises `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
         """
         name = pretrained_model_name_or_path
+        dtype, options = one_dtype(dtype, options)
         if config is None:
             config = config_with(cls.config_class, name, options)
         else:
@@ -354,12 +356,13 @@ class AutoDistributedModelForCausalLM:
         >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralForCausalLM'
         """
-        model = {key: options.pop(key) for key in ("spans", "dtype", "attn_implementation") if key in options}
+        dtype, options = one_dtype(options.pop("dtype", "auto"), options)
+        model = {key: options.pop(key) for key in ("spans", "attn_implementation") if key in options}
         if config is None:
             config = config_with(AutoDistributedConfig, pretrained_model_name_or_path, options)
             options = _of_files(options)
         return MODELS[config.model_type].from_pretrained(
-            pretrained_model_name_or_path, config=config, **model, **options
+            pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
         )
 
 

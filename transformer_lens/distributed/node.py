@@ -47,7 +47,7 @@ def _engine() -> Any:
         import hivemind.p2p
         import hivemind.p2p.p2p_daemon_bindings.utils
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(MISSING, name="hivemind") from error
     return hivemind
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from transformer_lens.distributed.checkpoint import PartOfCheckpoint, block_of, misfits, read_part
-from transformer_lens.distributed.configs import AutoDistributedConfig, config_with
+from transformer_lens.distributed.configs import AutoDistributedConfig, config_with, one_dtype
 
 
 def span_config(config: Any, blocks: range) -> Any:
@@ -48,6 +48,7 @@ def load_span(
     `dtype` is given; `device` is where they run. Raises `ValueError` for blocks the model has not, or tensors the
     checkpoint has not.
     """
+    dtype, options = one_dtype(dtype, options)
     config = config_with(AutoDistributedConfig, name, options)
     check_blocks(blocks, config.num_hidden_layers)
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)

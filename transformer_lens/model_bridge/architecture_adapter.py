@@ -14,6 +14,7 @@ from torch import nn
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import (
     ROOT_HOOKS,
+    ComponentBridge,
     HeadBridge,
     Hook,
     Part,
@@ -31,6 +32,12 @@ HEADS: Mapping[str, tuple[str, Part]] = {
 
 KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
 """What is read from every config."""
+
+
+def head_of(model: nn.Module) -> str | None:
+    """The name of a model's head, if its class has one."""
+    return next((name for name in HEADS if name in model._modules), None)
+
 
 NO_HEAD = "this model class has no {missing}; its output is {present}"
 
@@ -114,6 +121,10 @@ class ArchitectureAdapter:
     @staticmethod
     def prepare_model(hf_model: nn.Module) -> Preparation:  # noqa: ARG004
         """Make the model safe for anybody's hooks. Nothing to do unless the family adds in place."""
+        return Preparation()
+
+    def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
+        """The same for a module that is put in a component's place."""
         return Preparation()
 
 

@@ -321,7 +321,7 @@ class Root:
         self.path = path
 
     @property
-    def original_component(self) -> nn.Module:
+    def in_place(self) -> nn.Module:
         """The base model."""
         return self.model.get_submodule(self.path)
 
@@ -333,7 +333,7 @@ class _Find:
         self.component = component
 
     def __call__(self) -> nn.Module:
-        return self.component.original_component
+        return self.component.in_place
 
 
 class _ModuleOf:
@@ -343,4 +343,4 @@ class _ModuleOf:
         self.component = component
 
     def __call__(self, role: str) -> nn.Module:
-        return self.component(role).original_component
+        return self.component(role).in_place

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
-from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD
+from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -29,31 +29,32 @@ from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
 from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
-from transformer_lens.model_bridge.loading import load_model, load_tokenizer, named_dtype
+from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
-from transformer_lens.model_bridge.sharding import sharding_of
+from transformer_lens.model_bridge.sharding import Sharding, sharding_of
 from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.tree import absent_names, components_in, make_components
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
-from transformer_lens.model_bridge.wrapped_model import WrappedModel
+from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 
 class TransformerBridge(
     ProcessingMethods,
     StateMethods,
-    WrappedModel,
     VerifyMethods,
     CollectMethods,
     GenerationMethods,
@@ -93,13 +94,27 @@ class TransformerBridge(
         self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
         self.cfg.architecture = type(inner).__name__
         self.arguments = arguments_of(type(inner))
-        self._read_parameters()
+        self._follow_model()
+        sharding = sharding_of(hf_model, self.cfg)
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
-        self._build_tree(place, inner)
-        self._bind(inner)
+        self.root = Root(hf_model, make_components(self, self.adapter, hf_model, place, inner))
+        self.absent_names = absent_names(self, self.adapter, inner)
+        self.declare("", self.adapter.root_hooks)
+        self.exchanged = Exchanged([self, *self.components()], self.adapter.prepare_module, self._tree_changed)
+        self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
+
+    def _follow_model(self) -> None:
+        """Let the config read what can change from the model."""
+        place, inner = inner_model(self.original_model)
+        head = head_of(inner)
+        self.cfg.follow(ModelFacts(self.original_model, head and f"{place}.{head}".lstrip(".")))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow_model()
 
     # -- making ------------------------------------------------------------------------------------
 
@@ -122,69 +137,26 @@ class TransformerBridge(
 
         >>> bridge = TransformerBridge.boot_transformers("tiny-mixtral", dtype=torch.bfloat16)
 
-        `dtype` defaults to the checkpoint's own. Further keywords go to Hugging Face's
-        `from_pretrained`. Raises `ValueError` for options that a model already loaded cannot take.
+        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name). Further keywords go to Hugging
+        Face's `from_pretrained`. Raises `TypeError` for one that nothing takes, with the nearest, and `ValueError`
+        for options that a model already loaded cannot take.
         """
-        loading: dict[str, Any] = {
+        named = {
+            "dtype": dtype,
             "attn_implementation": attn_implementation,
             "device_map": device_map,
             "quantization_config": quantization_config,
-            **from_pretrained_kwargs,
+            "revision": revision,
         }
-        given = {name: value for name, value in loading.items() if value is not None}
-        if hf_model is None:
-            if name_or_path is None:
-                raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
-            hf_model = load_model(name_or_path, revision=revision, dtype="auto" if dtype is None else dtype, **given)
-            if tokenizer is None:
-                tokenizer = load_tokenizer(name_or_path, revision=revision, **from_pretrained_kwargs)
-            dtype = None
-        elif given or revision is not None:
-            names = ", ".join([*given, *(["revision"] if revision is not None else [])])
-            raise ValueError(f"boot_transformers: {names} cannot be applied to an hf_model that is already loaded")
-        dtype = named_dtype(dtype)
-        if device is not None:
-            hf_model = hf_model.to(device)
-        if dtype is not None:
-            hf_model = hf_model.to(dtype)
+        options = {key: value for key, value in named.items() if value is not None} | from_pretrained_kwargs
+        hf_model, tokenizer = model_and_tokenizer(name_or_path, hf_model, tokenizer, device=device, options=options)
         bridge = cls(hf_model, tokenizer)
         if name_or_path is not None:
             bridge.cfg.model_name = str(name_or_path)
         return bridge
 
-    def _build_tree(self, place: str, inner: Any) -> None:
-        """Make the components: names beside the modules they stand for. The model may be inside adapters."""
-        model = self.original_model
-        prefix = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
-        self.root = Root(model, prefix)
-        absent = dict(self.adapter.absent)
-        for role, part in self.adapter.component_mapping.items():
-            path = f"{prefix}.{part.at}" if prefix else part.at
-            if role == "blocks":
-                blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in range(self.cfg.n_layers)]
-                for block in blocks:
-                    block.__dict__["run"] = self  # not a submodule of its own part
-                self.add_module("blocks", nn.ModuleList(blocks))
-            else:
-                self.add_module(role, part.kind(part, model, path, role))
-        head = next((name for name in HEADS if name in dict(inner.named_children())), None)
-        if head is not None:
-            role, part = HEADS[head]
-            self.add_module(role, part.kind(part, model, f"{place}.{part.at}" if place else part.at, role))
-            self.cfg.d_vocab_out = inner.get_submodule(head).out_features
-        present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
-        for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
-            if role not in self._modules:
-                absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
-        for component in self.components():
-            absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
-            component.cfg = self.cfg
-        self.absent_names = absent
-        self.declare("", self.adapter.root_hooks)
-
-    def _bind(self, inner: nn.Module) -> None:
+    def _bind(self, inner: nn.Module, sharding: Sharding) -> None:
         """Connect every hook point to its place in the model."""
-        sharding = sharding_of(self.original_model, self.cfg)
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
         self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
         aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
@@ -212,17 +184,14 @@ class TransformerBridge(
         return {layer: (path, module) for layer, path, module in found if isinstance(module, BlockElsewhere)}
 
     def _root_role(self, role: str) -> ComponentBridge | Root:
-        found = self.get_submodule(role) if role else None
-        return found if isinstance(found, ComponentBridge) else self.root
+        return self.exchanges[role].component if role in self.exchanges else self.root
 
     def _tree_changed(self) -> None:
         self._points = None
 
     def components(self) -> Iterator[ComponentBridge]:
         """Every component: the embedding, each block and its parts, the final norm, the head."""
-        for name, child in self.named_children():
-            if name != "original_model":
-                yield from (module for module in child.modules() if isinstance(module, ComponentBridge))
+        return components_in(self)
 
     # -- giving back -------------------------------------------------------------------------------
 
@@ -231,6 +200,7 @@ class TransformerBridge(
         if not self._detached:
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
+            self.exchanged.undo()
             self.attachment.remove()
             self._preparation.undo()
             self._detached = True
@@ -247,7 +217,7 @@ class TransformerBridge(
     # -- names -------------------------------------------------------------------------------------
 
     def setup(self) -> None:
-        """List the hook points again, after modules were put in hooks' places."""
+        """List the hook points again, after modules were put in places of hooks or components."""
         points: dict[str, HookPoint] = {}
         for child, module in self.named_children():
             if child == "original_model":
@@ -256,11 +226,12 @@ class TransformerBridge(
                 if isinstance(found, HookPoint):
                     found.name = name
                     points[name] = found
-        self._points = points
+        self._points = self.exchanged.listed(points)
 
     def canonical_name(self, name: str) -> str:
         """The one name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
-        return super().canonical_name(self.aliases.get(name, name) if isinstance(name, str) else name)
+        alias = isinstance(name, str) and name not in self.hook_dict
+        return super().canonical_name(self.aliases.get(name, name) if alias else name)
 
     def names_of(self, name: str) -> tuple[str, ...]:
         return self.spellings.get(name, (name,))
@@ -268,6 +239,9 @@ class TransformerBridge(
     def unknown_hook(self, name: str) -> KeyError:
         if name in self.absent_names:
             return KeyError(f"hook {name!r} is absent in this model: {self.absent_names[name]}")
+        why = self.exchanged.why_gone(name)
+        if why is not None:
+            return KeyError(f"hook {name!r} is not there now: {why}")
         owner, _, slot = name.rpartition(".")
         placed = self.mod_dict.get(owner)
         if isinstance(placed, HookOwner) and slot in placed.full_names:
@@ -278,8 +252,9 @@ class TransformerBridge(
         return super().unknown_hook(name)
 
     def default_names(self) -> list[str]:
-        on_request = {f"{c.name}.{hook.name}" for c in self.components() for hook in c.declared if hook.on_request}
-        return [name for name in self.hook_dict if name not in on_request]
+        rows, wanted = ((c.name, hook) for c in self.components() for hook in c.declared), self.switched_on()
+        left_out = {f"{name}.{hook.name}" for name, hook in rows if hook.on_request and hook.name not in wanted}
+        return [name for name in self.hook_dict if name not in left_out]
 
     def hook_table(self) -> HookTable:
         """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.
@@ -354,8 +329,8 @@ class TransformerBridge(
         if start is None and stop is None:
             return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
         token = object()
-        places = [self._component(f"blocks.{i}").original_component for i in range(self.cfg.n_layers)]
-        places.append(self._component("ln_final").original_component)
+        places = [self._component(f"blocks.{i}").in_place for i in range(self.cfg.n_layers)]
+        places.append(self.exchanges["ln_final"].component.in_place)
         with ExitStack() as stack:
             if stop is not None:
                 stack.enter_context(stopping_at(places[stop], token))
@@ -408,9 +383,9 @@ class TransformerBridge(
         return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
-        """Every hook of the table fires in a run of all layers."""
+        """Every hook of the table fires in a run of all layers; one of a module in a place fires when that calls it."""
         layers = (model_kwargs.get(name) for name in ("start_at_layer", "stop_at_layer"))
-        return all(layer is None for layer in layers) and point.name in self._declared
+        return all(layer is None for layer in layers) and point.name in self._declared and point.on_change is not None
 
     @cached_property
     def _declared(self) -> frozenset[str]:
@@ -419,5 +394,6 @@ class TransformerBridge(
 
     def _component(self, name: str) -> ComponentBridge:
         found = self.get_submodule(name)
+        self.exchanged.refuse(name)
         assert isinstance(found, ComponentBridge)
         return found

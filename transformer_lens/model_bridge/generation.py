@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.inputs import ModelInput
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.tokens import TokenMethods
 from transformer_lens.model_bridge.upstream import CACHE, Arguments, spelled
+from transformer_lens.model_bridge.wrapped_model import WrappedModel
 
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
 
@@ -167,6 +168,9 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         self._refuse_of_the_other(what, options)
         refuse_unknown(what, options, model, OWN_KEYWORDS[what], CACHE.names)
         prompt = take_prompt(input, options)
+        assistant = options.get("assistant_model")
+        if isinstance(assistant, WrappedModel):
+            options = {**options, "assistant_model": assistant.original_model}
         options = in_lists(translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how))
         chosen = settings(options, model)
         options = with_tokenizer(options, chosen, self.token_adapter)
@@ -228,7 +232,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         """Let the run keep the chosen hooks; returns what the model has to be told for that."""
         call.refuse(phased=False, hooked=False, captured=True)
         named = names_filter is not None and not callable(names_filter)
-        names = self.select_names(names_filter)
+        names = self.select_names(names_filter, may_be_none=True)
         for name in names:
             run.capture(self.hook_dict[name], named)
         # Left to itself, `generate` asks for the logits of the last position alone.

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.loading import load_config, model_class, named_dtype
+from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
 from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.utilities import refuse_unknown
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 64
@@ -187,7 +188,7 @@ def model_info(
     and the model's own; `dtype` is that of the KV cache. `loading` goes to Hugging Face (`revision`,
     `token`). Raises `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
     """
-    config = model if isinstance(model, PreTrainedConfig) else find_config(model, loading)
+    config = find_config(model, loading)
     adapter = adapter_for(config)
     cfg = adapter.cfg
     count = _count(config, adapter)
@@ -210,8 +211,11 @@ def model_info(
     )
 
 
-def find_config(model: str | Path, loading: dict[str, Any]) -> Any:
+def find_config(model: str | Path | PreTrainedConfig, loading: dict[str, Any]) -> Any:
     """The config behind a name; a path or a shipped model of a built-in's name comes first."""
+    refuse_unknown("loading", loading, FILE_OPTIONS)
+    if isinstance(model, PreTrainedConfig):
+        return model
     name = str(model)
     if name in PUBLISHED and not Path(name).exists():
         return published_config(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping
@@ -11,15 +12,28 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.quantised import complete_quantisation
-from transformer_lens.model_bridge.sources import Source, refuse_pickles
+from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
 from transformer_lens.model_bridge.state_check import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.upstream import DTYPE, spelled
+from transformer_lens.utilities import refuse_unknown
 
 logger = logging.getLogger(__name__)
+
+FILE_OPTIONS = (*HUB_OPTIONS, "revision", "trust_remote_code")
+"""Keywords that say which files are read, and how."""
+OWN_OPTIONS = ("allow_pickle", "strict")
+MODEL_OPTIONS = (
+    *("adapter_kwargs", "adapter_name", "allow_all_kernels", "attn_implementation", "code_revision", "device_map"),
+    *("device_mesh", "distributed_config", "dtype", "experts_implementation", "generation_config", "gguf_file"),
+    *("kernel_config", "key_mapping", "max_memory", "offload_buffers", "offload_folder", "quantization_config"),
+    *("state_dict", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant"),
+)
+"""What transformers' `from_pretrained` takes out of its `**kwargs` and heeds; its signature does not say."""
 
 
 def resolve_name(name_or_path: str | Path) -> str:
@@ -55,6 +69,45 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwar
     return source.config(bool(kwargs.get("trust_remote_code")))
 
 
+def refuse_unknown_options(config: Any, options: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for a keyword that neither loading heeds nor the config has.
+
+    What transformers drops in silence (`low_cpu_mem_usage`) is unknown, too.
+    """
+    signature = set(inspect.signature(PreTrainedModel.from_pretrained).parameters) - {"model_args", "kwargs"}
+    known = {*signature, *FILE_OPTIONS, *OWN_OPTIONS, *MODEL_OPTIONS, *config.to_dict()}
+    # transformers gives a config every keyword that is the name of one of its attributes.
+    refuse_unknown("boot_transformers", [name for name in options if not hasattr(config, name)], known)
+
+
+def model_and_tokenizer(
+    name_or_path: str | Path | None,
+    hf_model: Any,
+    tokenizer: Any,
+    *,
+    device: torch.device | str | None,
+    options: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """The model of a name, or the one that is there, on this device and in this dtype, and a tokenizer."""
+    given = spelled(dict(options), DTYPE, "dtype")
+    dtype = named_dtype(given.pop("dtype", None))
+    if hf_model is not None:
+        refuse_unknown_options(hf_model.config, given)
+        late = [name for name, value in given.items() if value not in (None, False)]
+        if late:
+            raise ValueError(
+                f"boot_transformers: {', '.join(late)} cannot be applied to an hf_model that is already loaded"
+            )
+        hf_model = hf_model.to(dtype) if dtype is not None else hf_model
+    elif name_or_path is None:
+        raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
+    else:
+        hf_model = load_model(name_or_path, dtype="auto" if dtype is None else dtype, **given)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(name_or_path, **given)
+    return (hf_model if device is None else hf_model.to(device)), tokenizer
+
+
 def load_model(
     name_or_path: str | Path,
     *,
@@ -67,19 +120,21 @@ def load_model(
 
     Raises `ValueError` before any weight is read if its family is not supported, its configuration cannot
     run, or it would run code or read pickles that were not asked for (`trust_remote_code=True`,
-    `allow_pickle=True`); and afterwards if checkpoint and model do not fit, unless `strict=False`.
+    `allow_pickle=True`); and afterwards if checkpoint and model do not fit, unless `strict=False`. Raises `TypeError`
+    for a keyword that nothing takes.
     """
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
     base = source.base()
     trust = bool(kwargs.pop("trust_remote_code", False))
     config = base.config(trust)
     kind = model_class(config)
+    if "output_loading_info" in kwargs:
+        raise ValueError("output_loading_info: what does not fit is raised here, or logged with strict=False")
+    refuse_unknown_options(config, kwargs)
     if not allow_pickle:
         for place in {source.name: source, base.name: base}.values():
             refuse_pickles(place, config, kwargs)
         kwargs["use_safetensors"] = True
-    if "output_loading_info" in kwargs:
-        raise ValueError("output_loading_info: what does not fit is raised here, or logged with strict=False")
     other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
     other_model = any(key in config.to_dict() for key in kwargs.keys() - {"dtype"})
     # With ignore_mismatched_sizes transformers reports them all by name; without, its error names none.

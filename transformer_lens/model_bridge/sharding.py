@@ -198,24 +198,25 @@ class Sharding:
                 "together with 'colwise_gather_output' and 'rowwise_split_input'"
             )
         local = replace(self.cfg, n_heads=heads // size, n_key_value_heads=groups // size)
+        local.follow(self.cfg.facts)
         return Interior(local, self.shards, ("head", "kv_head"))
 
 
 def sharding_of(model: nn.Module, cfg: BridgeConfig) -> Sharding:
     """What the model's plan means, or that it has none. Raises `ValueError` for a division that is not understood."""
+    config: Any = getattr(model.config, "distributed_config", None)
+    if config is not None and (config.pp_size > 1 or config.dp_size > 1):
+        raise ValueError(
+            f"DistributedConfig(pp_size={config.pp_size}, fsdp_size={config.fsdp_size}): the bridge supports tensor "
+            "and expert parallelism (tp_size, ep_size); each process has to see the same batch"
+        )
     divided = next(((name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if divided is None:
         return Sharding({}, ALONE, cfg)
-    config: Any = getattr(model.config, "distributed_config", None)
     if config is None:
         raise ValueError(
             f"{divided[0]} is divided among processes, and not by transformers; load the model with "
             "from_pretrained(..., distributed_config=DistributedConfig(...)), whose plan tells hooks what is whole"
-        )
-    if config.pp_size > 1 or config.dp_size > 1:
-        raise ValueError(
-            f"DistributedConfig(pp_size={config.pp_size}, fsdp_size={config.fsdp_size}): the bridge supports tensor "
-            "and expert parallelism (tp_size, ep_size); each process has to see the same batch"
         )
     mesh = divided[1].device_mesh
     return Sharding(_styles(model, config), Shards(mesh.get_group(), mesh.get_local_rank(), mesh.size()), cfg)

@@ -25,7 +25,7 @@ def skeleton_bridge(model: str | Path | PreTrainedConfig, **loading: Any) -> Tra
     "falcon-40b". `loading` goes to Hugging Face (`revision`, `token`). It has no tokenizer and cannot run. Raises
     `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
     """
-    config = model if isinstance(model, PreTrainedConfig) else find_config(model, loading)
+    config = find_config(model, loading)
     kind = model_class(config)
     with torch.device("meta"):
         empty: Any = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)

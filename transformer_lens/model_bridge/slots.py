@@ -26,13 +26,13 @@ class Slot:
 
     @property
     def place(self) -> nn.Module | None:
-        """The hook point, or the module in its place."""
-        return self.owner._modules[self.slot]
+        """The hook point, or the module in its place; `None` while what it looks into is not there."""
+        return self.owner._modules.get(self.slot)
 
     @property
     def wanted(self) -> bool:
         """Whether anything sits here that has to see the tensor."""
-        place = self.owner._modules[self.slot]
+        place = self.place
         if isinstance(place, HookPoint):
             return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
         return place is not None

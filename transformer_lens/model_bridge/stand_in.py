@@ -168,7 +168,7 @@ class _Parts:
         self.component = component
 
     def __call__(self, role: str) -> nn.Module:
-        return self.component.role(role).original_component
+        return self.component.module_of(role)
 
 
 class BoundInside(Slot):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.state_check import StateError, fitted_state, tied_names
+from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
 
-class StateMethods(nn.Module):
+class StateMethods(WrappedModel):
     """Saving and loading, for `TransformerBridge`."""
 
-    original_model: nn.Module
     tokenizer: Any
 
     if TYPE_CHECKING:
+        exchanged: Exchanged
 
         @property
         def processed(self) -> tuple[str, ...]: ...
@@ -27,15 +29,45 @@ class StateMethods(nn.Module):
         @classmethod
         def boot_transformers(cls, *args: Any, **kwargs: Any) -> Self: ...
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """The model's own state under its own keys, whatever hooks are attached.
 
         >>> list(bridge.state_dict())[:2]
         ['transformer.word_embeddings.weight', 'transformer.h.0.self_attention.query_key_value.weight']
 
-        The tensors are the model's, not copies, as with any torch module.
+        The tensors are the model's, not copies, as with any torch module. In the state of a module around the bridge
+        they have its prefix; modules in hooks' places are a part of that state, under those hooks' names.
         """
-        return self.original_model.state_dict(*args, **kwargs)
+        around = destination
+        destination = self.original_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if around is not None:
+            for name, child in self.named_children():
+                if name != MODEL:
+                    child.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
+        return cast("dict[str, Any]", destination)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A module around the bridge loads its state: what has the model's names goes to the model."""
+        self._refuse_state()
+        for name in self.original_model.state_dict(keep_vars=True):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}{MODEL}.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refuse_state(self) -> None:
+        """Raise `StateError` for a model that takes no state."""
+        if self.processed:
+            raise StateError(
+                f"load_state_dict: the weights were processed ({', '.join(self.processed)}), and undoing that would "
+                "bring back others than these; call bridge.undo_processing() first"
+            )
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise StateError(
+                "load_state_dict: the model is quantised, and its packed weights take no state; load the state into a "
+                "model in full precision and quantise that with from_pretrained(..., quantization_config=...)"
+            )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state with the model's own keys: all of it, or nothing.
@@ -50,16 +82,7 @@ class StateMethods(nn.Module):
         model, and then nothing has changed.
         """
         model: Any = self.original_model
-        if self.processed:
-            raise StateError(
-                f"load_state_dict: the weights were processed ({', '.join(self.processed)}), and undoing that would "
-                "bring back others than these; call bridge.undo_processing() first"
-            )
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise StateError(
-                "load_state_dict: the model is quantised, and its packed weights take no state; load the state into a "
-                "model in full precision and quantise that with from_pretrained(..., quantization_config=...)"
-            )
+        self._refuse_state()
         tied = tied_names(model)
         state = fitted_state(model, state_dict, strict, assign)
         result = model.load_state_dict(state, strict=strict, assign=assign)
@@ -79,7 +102,8 @@ class StateMethods(nn.Module):
 
         Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that
         adapter. Raises `ValueError` for a processed model, whose weights are no longer those of its
-        checkpoint, unless `allow_processed=True`; and for a quantised Falcon, which could not be read back.
+        checkpoint, unless `allow_processed=True`; while another module is in a component's place; and for a quantised
+        Falcon, which could not be read back.
         """
         directory = Path(save_directory)
         if directory.exists() and not directory.is_dir():
@@ -93,6 +117,7 @@ class StateMethods(nn.Module):
                 f"save_pretrained: the weights were processed ({', '.join(self.processed)}) and are not those of the "
                 "checkpoint any more; save inside `with bridge.unprocessed():`, or pass allow_processed=True"
             )
+        self.exchanged.refuse()
         model: Any = self.original_model
         packed = layers_transformers_would_not_pack(model)
         if packed:

@@ -53,6 +53,7 @@ ROTATION = Word("cosines and sines of RoPE", ("position_embeddings",))
 ALIBI = Word("ALiBi bias", ("alibi",))
 OUTPUT_ATTENTIONS = Word("switch that returns the pattern", ("output_attentions",))
 NEW_TOKENS = Word("number of tokens that a step of generation reads", ("next_sequence_length",))
+DTYPE = Word("dtype of the weights", ("dtype", "torch_dtype"))
 CHOSEN = Word("chosen experts", ("top_k_index",))
 CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights",))
 

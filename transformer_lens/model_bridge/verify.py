@@ -231,6 +231,7 @@ def _checked(tokens: Tensor) -> Int[Tensor, "batch pos"]:
 def _refuse_hooks(bridge: TransformerBridge) -> None:
     if bridge._detached:
         raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+    bridge.exchanged.refuse()
     if bridge.cfg.dtype not in ROUNDINGS:
         known = ", ".join(map(str, ROUNDINGS))
         raise ValueError(f"verify: got a model in {bridge.cfg.dtype}, expected one of {known}")

@@ -1,4 +1,4 @@
-"""The Hugging Face model behind a bridge: its parameters, state and device are its own, under its own names."""
+"""The Hugging Face model behind a bridge: parameters, state, device and configs are its own, under its own names."""
 
 from __future__ import annotations
 
@@ -11,40 +11,135 @@ from torch import nn
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.weight_access import execution_device
 
+MODEL = "original_model"
+FIXED = {
+    MODEL: "the hooks of a bridge are on the model it was made for; for another model make a new "
+    "TransformerBridge(model), for other weights use load_state_dict",
+    "blocks": "they are the layers of the model; put modules in the places of a block's components "
+    "(bridge.blocks[0].mlp = module)",
+}
+"""What of a bridge cannot be set, and what to do instead."""
+
+
+class ModelFacts:
+    """What can change in a model, as it is now. `head` is the path of the module at its end, if it has one."""
+
+    def __init__(self, model: nn.Module, head: str | None) -> None:
+        self.model: Any = model
+        self.head = head
+
+    @property
+    def dtype(self) -> torch.dtype:
+        parameter: nn.Parameter = next(self.model.parameters())
+        return parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def d_vocab(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def d_vocab_out(self) -> int | None:
+        if self.head is None:
+            return self.d_vocab
+        # A module of somebody's own need not say how wide it is.
+        return getattr(self.model.get_submodule(self.head), "out_features", None)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `DataParallel` made this module: its parts are assigned, and its parameters are plain tensors."""
+    return "_is_replica" in module.__dict__
+
+
+class HandedOn:
+    """An attribute of the model that its bridge has under the same name."""
+
+    def __init__(self, meaning: str) -> None:
+        self.__doc__ = meaning
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, bridge: WrappedModel | None, owner: type) -> Any:
+        return self if bridge is None else getattr(bridge.original_model, self.name)
+
+    def __set__(self, bridge: WrappedModel, value: Any) -> None:
+        setattr(bridge.original_model, self.name, value)
+
 
 class WrappedModel(nn.Module):
-    """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual."""
+    """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual.
+
+    Inside another module, too: parameters and state have the model's own names there, behind the bridge's.
+    """
 
     original_model: nn.Module
     cfg: BridgeConfig
 
-    def _read_parameters(self) -> None:
-        parameter = next(self.original_model.parameters())
-        self.cfg.dtype = parameter.dtype
-        self.cfg.device = self.input_device()
+    # -- what transformers asks a model for ----------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's parameters."""
+        return self.cfg.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the token embedding runs."""
+        return self.cfg.device
 
     def input_device(self) -> torch.device:
-        """The device on which the token embedding runs."""
+        """The device on which the token embedding runs, also of a replica that `DataParallel` made."""
         model: Any = self.original_model
         embedding = model.get_input_embeddings()
-        return execution_device(embedding)
+        device: torch.device = embedding.weight.device if is_replica(embedding) else self.cfg.device
+        return device
+
+    config = HandedOn("The model's own Hugging Face config.")
+    generation_config = HandedOn("What `generate` does unless told otherwise.")
+    can_generate = HandedOn("Whether the model's class generates text.")
+    main_input_name = HandedOn("What the model calls its token ids.")
+    input_modalities = HandedOn("What the model reads; text.")
+    output_modalities = HandedOn("What the model writes; text.")
+    name_or_path = HandedOn("Where the model was loaded from.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        modules = self.__dict__.get("_modules", {})
+        model = modules.get(MODEL)
+        if name in FIXED and modules.get(name, value) is not value and not is_replica(self):
+            raise AttributeError(f"{name}: {FIXED[name]}")
+        if model is not None and name in model._modules and name not in modules:
+            raise AttributeError(
+                f"{name} is the model's own module: set it there (bridge.original_model.{name} = ...), and hooks follow"
+            )
+        super().__setattr__(name, value)
+
+    # -- parameters and state ------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or cast the model, as `torch.nn.Module.to` does."""
-        self.original_model.to(*args, **kwargs)
-        self._read_parameters()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What `half()`, `cuda()` and their like go through."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._read_parameters()
+        """Move or cast the model, and modules in hooks' places, as `torch.nn.Module.to` does."""
+        for child in self.children():
+            child.to(*args, **kwargs)
         return self
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's own parameters under their own names."""
+        self._name_children()
         return self.original_model.named_parameters(*args, **kwargs)
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The model's own parameters."""
-        return self.original_model.parameters(recurse)
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Every module, with those below `original_model` under the model's own names."""
+        self._name_children()
+        start = f"{prefix}." if prefix else ""
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            yield start + name.removeprefix(start).removeprefix(f"{MODEL}."), module
+
+    def _name_children(self) -> None:
+        """Make the modules directly below the model attributes, for torch finds a parameter by walking its name."""
+        children = self.original_model._modules
+        self.__dict__.update({name: child for name, child in children.items() if name not in self._modules})

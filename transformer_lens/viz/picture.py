@@ -109,7 +109,7 @@ def new_drawing(width: float, height: float) -> Drawing:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(MISSING, name="matplotlib") from error
     return Figure(figsize=(max(7.5, width), height), layout="constrained")
 
 
@@ -124,5 +124,5 @@ def plotly() -> Any:
     try:
         import plotly.graph_objects
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(MISSING, name="plotly") from error
     return plotly.graph_objects

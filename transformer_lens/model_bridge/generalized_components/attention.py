@@ -169,7 +169,7 @@ class TwinnedAttentionBridge(AttentionWeights, AttentionPlace):
         plain = stream[:, :, None].expand(-1, -1, call.cfg.n_heads, -1)
         entering = call.fire("hook_attn_in", plain)
         read = {part: call.fire(f"hook_{part}_input", entering) for part in self.places}
-        norm = plain_forward(self.parent.role("ln1").original_component)
+        norm = plain_forward(self.parent.module_of("ln1"))
         changed = {part: stream for part, stream in read.items() if stream is not plain}
         return {part: at_least_float32(norm(stream)) - norm(plain) for part, stream in changed.items()}
 

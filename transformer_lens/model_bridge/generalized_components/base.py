@@ -70,21 +70,36 @@ class Watcher(Protocol):
         """Another module sits in the hook's place."""
 
 
+class Exchange(Protocol):
+    """Where a component stands, and what may be put in its place."""
+
+    component: ComponentBridge
+
+    @property
+    def taken(self) -> bool: ...
+
+    def put(self, module: Any) -> None:
+        """Have the model run a module in the component's place, or the component's own again."""
+
+
 class HookOwner(nn.Module):
     """A module with declared hooks: an attribute of a hook's name may be replaced by any module.
 
-    The forward then calls that module in the hook's place; putting a `HookPoint()` there goes back.
+    The forward then calls that module in the hook's place; putting a `HookPoint()` there goes back. A module in a
+    component's place runs in the model in its stead, until the component is put back.
     """
 
     full_names: dict[str, str]
     rows: dict[str, Hook]
     watchers: dict[str, Watcher]
+    exchanges: dict[str, Exchange]
 
     def __init__(self) -> None:
         super().__init__()
         self.full_names = {}
         self.rows = {}
         self.watchers = {}
+        self.exchanges = {}
 
     def declare(self, prefix: str, hooks: tuple[Hook, ...]) -> None:
         """Make a hook point for every row."""
@@ -94,8 +109,17 @@ class HookOwner(nn.Module):
             setattr(self, hook.name, HookPoint())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        place = self.__dict__.get("exchanges", {}).get(name)
+        if place is not None:
+            place.put(value)
+            return
         full_name = self.__dict__.get("full_names", {}).get(name)
+        if full_name is not None and not isinstance(value, nn.Module):
+            raise TypeError(
+                f"hook {full_name!r}: got {type(value).__name__}, expected a module to run in its place, or a "
+                "HookPoint() to go back; functions are attached with add_hook"
+            )
+        super().__setattr__(name, value)
         if full_name is None:
             return
         watcher = self.watchers.get(name)
@@ -105,6 +129,19 @@ class HookOwner(nn.Module):
             value.on_change = watcher.refresh if watcher is not None else None
         if watcher is not None:
             watcher.replaced()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica is put together by assigning its parts, which exchanges nothing."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__ |= {"exchanges": {}, "full_names": {}}
+        return replica
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.full_names or name in self.exchanges:
+            raise AttributeError(
+                f"{name} cannot be deleted: put a HookPoint() in a hook's place, or a module in a component's"
+            )
+        super().__delattr__(name)
 
 
 class PartsElsewhere(nn.Module):
@@ -162,8 +199,33 @@ class ComponentBridge(HookOwner):
         return type(self.role(hook.port.at)).twin is not ComponentBridge.twin
 
     @property
+    def displaced(self) -> nn.Module | None:
+        """The module this component stands for while another one is in its place in the model."""
+        return self.__dict__.get("_displaced")
+
+    def stand_for(self, module: nn.Module) -> None:
+        """Stand for a module that is not in the model any more, and hold it, so that its weights are where this is."""
+        for part in self.modules():
+            if isinstance(part, ComponentBridge):
+                inside = part.path.removeprefix(self.path).lstrip(".")
+                part.__dict__["_displaced"] = module.get_submodule(inside)
+        self.add_module("displaced_module", module)
+
+    def take_back(self) -> None:
+        """The exact inverse."""
+        del self._modules["displaced_module"]
+        for part in self.modules():
+            if isinstance(part, ComponentBridge):
+                del part.__dict__["_displaced"]
+
+    @property
     def original_component(self) -> nn.Module:
         """The Hugging Face module this component stands for, as it is in the model now."""
+        return self.in_place if self.displaced is None else self.displaced
+
+    @property
+    def in_place(self) -> nn.Module:
+        """The module at this component's place in the model: its own, or what was put there."""
         found: nn.Module = self.model
         for part in self.path.split(".") if self.path else ():
             if isinstance(found, PartsElsewhere):
@@ -219,9 +281,17 @@ class ComponentBridge(HookOwner):
 
     def role(self, role: str) -> ComponentBridge:
         """This component ("") or one of its parts."""
-        found = self if not role else self.get_submodule(role)
+        found: Any = self
+        for name in role.split(".") if role else ():
+            found = found.exchanges[name].component if name in found.exchanges else found.get_submodule(name)
         assert isinstance(found, ComponentBridge)
         return found
+
+    def module_of(self, role: str) -> nn.Module:
+        """What runs in a role: a part's own module, or what was put in its place; this component's own for ""."""
+        part = self.role(role)
+        taken = role and "displaced_module" in part._modules
+        return part.in_place if taken else part.original_component
 
     def extra_repr(self) -> str:
         return f"at {self.path!r}"

@@ -113,7 +113,7 @@ def linear(role: str, parameter: str = "weight") -> Callable[[ComponentBridge], 
     """The weight or bias of the linear map in a role, the weight as `[in, out]`."""
 
     def place(component: ComponentBridge) -> Place:
-        module: Any = component.role(role).original_component
+        module: Any = component.module_of(role)
         if parameter == "bias":
             return Place(module, parameter, WHOLE, (_out_features(module),))
         return Place(module, parameter, matrix(module))
@@ -138,7 +138,7 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
 
     def place(attention: Any) -> Place:
         role, make = attention.places[part]
-        module: Any = attention.role(role).original_component
+        module: Any = attention.module_of(role)
         view = make(attention.cfg)
         view = in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
         if parameter == "bias":
@@ -150,7 +150,7 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
 
 
 def _output(attention: Any) -> Place:
-    module = attention.role("o").original_component
+    module = attention.module_of("o")
     heads = Heads(attention.cfg.n_heads, attention.cfg.d_head)
     kept_as_out_in: View = Transposed(heads) if isinstance(module, Conv1D) else heads
     return Place(module, "weight", Moved(kept_as_out_in, 0, -1))
@@ -236,7 +236,7 @@ def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridg
     def place(component: ComponentBridge) -> Place:
         width = component.cfg.d_mlp
         view: View = Whole() if half is None else Columns(half * width, (half + 1) * width)
-        return Place(component.role("experts").original_component, parameter, Transposed(view))
+        return Place(component.module_of("experts"), parameter, Transposed(view))
 
     return place
 
@@ -246,7 +246,7 @@ def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
 
     def place(component: ComponentBridge) -> Place:
         shape = (int(component.cfg.num_experts or 1), int(getattr(component.cfg, width)))
-        return Place(component.role("experts").original_component, "bias", WHOLE, shape)
+        return Place(component.module_of("experts"), "bias", WHOLE, shape)
 
     return place
 

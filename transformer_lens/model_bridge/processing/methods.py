@@ -166,7 +166,7 @@ class ProcessingMethods:
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""
         bridge = cast("TransformerBridge", self)
-        return bridge.root.original_component
+        return bridge.root.in_place
 
     def _undo_own_processing(self) -> None:
         """Put the weights back, if this bridge changed them."""
@@ -199,6 +199,7 @@ class ProcessingMethods:
         bridge = cast("TransformerBridge", self)
         if bridge._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+        bridge.exchanged.refuse()
         record = record_of(self._base())
         if record is None:
             return Record(self._base())

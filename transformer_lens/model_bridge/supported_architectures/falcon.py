@@ -6,6 +6,7 @@ Source: `modeling_falcon.py` in transformers. `new_decoder_architecture` wins ov
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformer_lens.model_bridge.architecture_adapter import (
 from transformer_lens.model_bridge.generalized_components import (
     ALiBiJointQKVAttentionBridge,
     BlockBridge,
+    ComponentBridge,
     EmbeddingBridge,
     FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
@@ -46,8 +48,8 @@ LAYOUT_NAMES = {
 ATTENTION = {True: ALiBiJointQKVAttentionBridge, False: JointQKVPositionEmbeddingsAttentionBridge}
 
 
-class FreshOutputFalconMLP(FalconMLP):
-    """Falcon's MLP whose caller gets a tensor of its own.
+class FreshOutput(nn.Module):
+    """A module whose caller gets a tensor of its own.
 
     A parallel `FalconDecoderLayer` runs `mlp_output += attention_output` on what the MLP returned, after
     every hook has seen it. Here it adds into a copy, so what hooks saw stays what the MLP computed, and
@@ -59,21 +61,32 @@ class FreshOutputFalconMLP(FalconMLP):
         return output.clone()
 
 
+class FreshOutputFalconMLP(FreshOutput, FalconMLP):
+    """Falcon's MLP, its output safe from the block."""
+
+
+@lru_cache(maxsize=64)
+def fresh(kind: Any) -> Any:
+    """The class with fresh outputs of a module that stands in for Falcon's MLP."""
+    return FreshOutputFalconMLP if kind is FalconMLP else type(kind.__name__, (FreshOutput, kind), {})
+
+
 class FreshOutputs(Preparation):
     """The MLPs whose class was exchanged; each counts how many preparations hold it."""
 
-    def __init__(self, mlps: list[nn.Module]) -> None:
+    def __init__(self, mlps: list[Any]) -> None:
         self.mlps = mlps
         for mlp in mlps:
             mlp.__dict__["preparations"] = mlp.__dict__.get("preparations", 0) + 1
-            mlp.__class__ = FreshOutputFalconMLP
+            if not isinstance(mlp, FreshOutput):
+                mlp.__class__ = fresh(type(mlp))  # type: ignore[arg-type]
 
     def undo(self) -> None:
         for mlp in self.mlps:
             mlp.__dict__["preparations"] -= 1
             if not mlp.__dict__["preparations"]:
                 del mlp.__dict__["preparations"]
-                mlp.__class__ = FalconMLP
+                mlp.__class__ = type(mlp).__bases__[1]
         self.mlps = []
 
 
@@ -197,3 +210,8 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         if not config.parallel_attn:
             return Preparation()
         return FreshOutputs([m for m in hf_model.modules() if type(m) in (FalconMLP, FreshOutputFalconMLP)])
+
+    def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
+        """The block adds into whatever its MLP returns."""
+        added_to = self.config.parallel_attn and isinstance(component, MLPBridge)
+        return FreshOutputs([module]) if added_to else Preparation()

@@ -1,0 +1,164 @@
+"""What identifies a job: the model with everything in it that changes its numbers, the tokenizer, the environment.
+
+A job that goes on has to find all of it as it was, so whatever can change in a model between two calls is written down.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
+LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+SAMPLED = 256
+"""Values of each parameter that go into the fingerprint of the weights, beside the sum of all its bits."""
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNHEEDED = frozenset(
+    {"training", "gradient_checkpointing", "layer_idx", "name_or_path", "max_seq_len_cached", "preparations"}
+)
+"""Settings of modules that change no number of a forward, or follow from its length."""
+ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})
+"""The settings of PEFT's layers whose names begin with an underscore."""
+WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"})
+"""Entries of a config that are a part of the job or of its environment, or say nothing of what runs."""
+
+
+def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
+    """What model ran: its name and revision, and a fingerprint of its weights."""
+    model: Any = bridge.original_model
+    config = model.config
+    return {
+        "name": bridge.cfg.model_name,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": bridge.cfg.architecture,
+        "weights": weights_fingerprint(model),
+        "dtype": dtype_name(bridge.cfg.dtype),
+        "attention": config._attn_implementation,
+        "experts": getattr(config, "_experts_implementation", None),
+        "hooked": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
+        "in_hooks_places": {
+            name: f"{type(module).__name__} {weights_fingerprint(module)}" for name, module in in_places(bridge)
+        },
+    }
+
+
+def in_places(bridge: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that sit in hooks' places."""
+    for owner in (bridge, *bridge.components()):
+        for slot, name in owner.full_names.items():
+            module = owner._modules.get(slot)
+            if module is not None and module is not bridge.hook_dict.get(name):
+                yield name, module
+
+
+def model_state(bridge: TransformerBridge) -> dict[str, Any]:
+    """What else of a model changes its numbers, by name: its config, the class and the settings of every module.
+
+    >>> from transformer_lens.collect.identity import model_state
+    >>> model_state(bridge)["transformer.ln_f.eps"]
+    1e-05
+
+    Where adapters are, which of them are active, disabled or merged, and how they are scaled, are such settings. What
+    every layer has alike stands once, under a `*`.
+    """
+    model: Any = bridge.original_model
+    config = model.config.to_diff_dict()
+    state = {f"config.{name}": value for name, value in config.items() if name not in WRITTEN_ELSEWHERE}
+    found: dict[str, list[Any]] = {}
+    for path, module in model.named_modules():
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+        for name, value in _settings(module):
+            found.setdefault(f"{place}.{name}".lstrip("."), []).append(value)
+    state |= {name: values[0] if all(v == values[0] for v in values) else values for name, values in found.items()}
+    device = bridge.input_device().type
+    autocast = torch.is_autocast_enabled(device)
+    return {**state, "autocast": dtype_name(torch.get_autocast_dtype(device)) if autocast else None}
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "class", type(module).__name__
+    for name, value in vars(module).items():
+        public = not name.startswith("_") and name not in UNHEEDED
+        if (public or name in ADAPTERS) and _plain(value):
+            yield name, value
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can be written down: a number, a text, or a collection of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A checksum of every parameter and buffer: name, shape, the sum of its bits, and some of its values.
+
+    >>> from transformer_lens.collect.identity import weights_fingerprint
+    >>> weights_fingerprint(model) == weights_fingerprint(TransformerBridge.boot_transformers("tiny-falcon").detach())
+    True
+    """
+    found = sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+        # What is offloaded is not here to be read. Of what processes divide, each has its part.
+        if type(here) is Tensor and not here.is_meta and here.numel():
+            found.update(_content(here.detach()))
+    return found.hexdigest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    """The sum of a tensor's bits, in which every value counts, and a sample of them, in which their order does."""
+    flat = tensor.reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+    total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
+    return f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes()
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
+    """What turned texts into tokens."""
+    if tokenizer is None:
+        return None
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": sha256(vocabulary.encode()).hexdigest(),
+        "rules": _rules(tokenizer),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+
+
+def _rules(tokenizer: Any) -> str | None:
+    """A checksum of how a fast tokenizer normalises, splits and merges; calls leave their padding in it."""
+    if not tokenizer.is_fast:
+        return None
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else decides the last bits of a number."""
+    versions = {name: version(name) for name in LIBRARIES}
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    precision = torch.get_float32_matmul_precision()
+    return {"versions": versions, "device": device.type, "threads": threads, "matmul_precision": precision}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,55 @@
+"""The tree of a bridge: components under their names, beside the modules of the model that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, ArchitectureAdapter, head_of
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
+from transformer_lens.model_bridge.places import Layers
+from transformer_lens.model_bridge.wrapped_model import MODEL
+
+
+def make_components(bridge: HookOwner, adapter: ArchitectureAdapter, model: nn.Module, place: str, inner: Any) -> str:
+    """Put every component into the tree; returns where the base model is. The model may be inside adapters."""
+    base = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
+    for role, part in adapter.component_mapping.items():
+        path = f"{base}.{part.at}" if base else part.at
+        if role == "blocks":
+            layers = range(adapter.cfg.n_layers)
+            blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in layers]
+            for block in blocks:
+                block.__dict__["run"] = bridge  # not a submodule of its own part
+            bridge.add_module("blocks", Layers(blocks))
+        else:
+            bridge.add_module(role, part.kind(part, model, path, role))
+    head = head_of(inner)
+    if head is not None:
+        role, part = HEADS[head]
+        bridge.add_module(role, part.kind(part, model, f"{place}.{part.at}" if place else part.at, role))
+    for component in components_in(bridge):
+        component.cfg = adapter.cfg
+    return base
+
+
+def components_in(bridge: HookOwner) -> Iterator[ComponentBridge]:
+    """Every component of the tree that stands in its place."""
+    for name, child in bridge.named_children():
+        if name != MODEL:
+            parts = (module for module in child.modules() if isinstance(module, ComponentBridge))
+            yield from (part for part in parts if part.displaced is None)
+
+
+def absent_names(bridge: HookOwner, adapter: ArchitectureAdapter, inner: Any) -> dict[str, str]:
+    """The names that other models have, and why this one has not."""
+    absent, head = dict(adapter.absent), head_of(inner)
+    present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
+    for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
+        if role not in bridge._modules:
+            absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
+    for component in components_in(bridge):
+        absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
+    return absent
