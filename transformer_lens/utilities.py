@@ -30,7 +30,7 @@ __all__ = [
 def lm_cross_entropy_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "#batch pos"] | Bool[Tensor, "#batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos_minus_1"]:
     """Next-token cross entropy in nats, computed in float32.
@@ -52,21 +52,18 @@ def lm_cross_entropy_loss(
     mask = None if attention_mask is None else checked_mask(attention_mask, 1 if shared else rows, pos, logits.device)
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    if mask is None:
-        counted = losses.numel()
-    else:
+    if mask is not None:
         counts = (mask[:, 1:] & mask[:, :-1]).expand_as(losses)
         losses = losses.masked_fill(~counts, 0.0)
-        counted = int(counts.sum())
     if per_token:
         return losses
-    if not counted:
-        raise ValueError(
-            "loss: there is no token to predict"
-            if mask is None
-            else "loss: the attention mask leaves no token to predict"
-        )
-    return losses.mean() if mask is None else losses.sum() / counted
+    if not losses.numel():
+        raise ValueError("loss: there is no token to predict")
+    if mask is None:
+        return losses.mean()
+    if not counts.any():
+        raise ValueError("loss: the attention mask leaves no token to predict")
+    return losses.sum() / counts.sum()
 
 
 def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:

@@ -57,8 +57,8 @@ def check_texts(texts: Texts) -> None:
 def batches_of(bridge: TransformerBridge, texts: Texts) -> Callable[[Sequence[int]], InputAndMask]:
     """
     >>> some = batches_of(bridge, ["Mary", "Mary and John", "John"])
-    >>> some([0, 2]).input.shape
-    torch.Size([2, 3])
+    >>> some([0, 1]).mask.sum(-1)
+    tensor([3, 5])
 
     Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
     """
