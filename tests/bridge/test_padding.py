@@ -361,13 +361,40 @@ def test_tokens_that_others_added_count_and_another_s_rows_are_refused() -> None
     other = filled(bridge, "dynamic", "left")
     for layer in other.layers:
         layer.keys = layer.keys.flip(2)
-    with pytest.raises(ValueError, match="this cache holds padded texts, and its rows are not those"):
-        bridge(extra, past_key_values=other)
+    for strange in (other, PrefixCache(other, held)):
+        with pytest.raises(ValueError, match="this cache holds padded texts, and its rows are not those"):
+            bridge(extra, past_key_values=strange)
     bridge(extra, past_key_values=other, attention_mask=mask[:, : held + 1])
-    with pytest.raises(ValueError, match="got a cache of 3 texts, and 2 to go on with"):
-        bridge(extra[:2], past_key_values=filled(bridge, "dynamic", "left"))
+    for kind in ("dynamic", "static", "grouped"):
+        with pytest.raises(ValueError, match="got a cache of 3 texts, and 2 to go on with"):
+            bridge(extra[:2], past_key_values=filled(bridge, kind, "left"))
     with pytest.raises(TypeError, match="past_key_values: got tuple, expected a transformers Cache"):
         bridge(extra, past_key_values=((torch.ones(3, 1, 1, 1),) * 2,))
+
+
+@torch.no_grad()
+def test_a_cache_that_is_used_again_forgets() -> None:
+    bridge = made("falcon 40b")
+    ids = tokens(3, 5)
+    for kind in ("dynamic", "static"):
+        cache = filled(bridge, kind, "left")
+        cache.reset()
+        bridge(ids[:, :4], past_key_values=cache)
+        rest = bridge(ids[:, 4:], past_key_values=cache)
+        torch.testing.assert_close(rest, bridge.original_model(ids).logits[:, 4:], **ROUNDING)
+
+
+@torch.no_grad()
+def test_masks_that_are_written_to_later_change_nothing() -> None:
+    bridge = made("falcon 40b")
+    ids, mask, cache = tokens(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool(), DynamicCache()
+    wanted = bridge(ids, attention_mask=mask)[:, 4:]
+    bridge(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
+    mask.fill_(True)
+    torch.testing.assert_close(bridge(ids[:, 4:], past_key_values=cache), wanted, **ROUNDING)
+    padded = bridge.to_tokens(TEXTS, padding_side="left")
+    bridge.input_and_mask(padded).mask.fill_(True)
+    assert not bridge.input_and_mask(padded).mask.all()
 
 
 def test_nothing_is_kept_in_a_cache_without_padding() -> None:

@@ -168,7 +168,7 @@ class InputMethods(TokenMethods):
         it than the row that has fewest; so a single row has none. A given `attention_mask` always wins.
         """
         reading = self._read(input, prepend_bos, padding_side)
-        value, mask = reading.value, reading.mask.cpu()
+        value, mask = reading.value, reading.mask.to("cpu", copy=True)
         if attention_mask is not None:
             mask = checked_mask(attention_mask, len(value), value.shape[1], mask.device)
         if reading.word is TOKENS and attention_mask is None and value is not input:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache, GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
 
 SIDES = ("left", "right")
 REMEMBERED = "transformer_lens_padding"
@@ -51,7 +52,7 @@ def checked_mask(mask: Any, rows: int, columns: int, device: torch.device) -> Bo
         )
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask: got other numbers than 0 and 1, expected 1 at each token and 0 at padding")
-    return mask.to(device).bool()
+    return mask.to(device, torch.bool, copy=True)
 
 
 def leading(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
@@ -204,14 +205,15 @@ def columns_of_call(
     changed in a way that cannot be followed, where no mask was given.
     """
     past = cached_length(cache)
+    held = {len(layer.keys) for layer in cache.layers if _has_keys(layer)} if past else {rows}
+    if held and rows not in held:
+        raise ValueError(f"past_key_values: got a cache of {max(held)} texts, and {rows} to go on with")
     if given is not None:
         mask = checked_mask(given, rows, past + new, device)
         return Columns(mask, ends(mask))
     old = recall(cache, device)
     if old is None and (seen is None or bool(seen.all())):
         return None
-    if old is not None and len(old.mask) != rows:
-        raise ValueError(f"past_key_values: got a cache of {len(old.mask)} texts, and {rows} to go on with")
     if old is None:
         tokens = torch.ones(rows, past, dtype=torch.bool, device=device)
         old = Columns(tokens, ~tokens)
@@ -248,15 +250,16 @@ def remember(cache: Any, columns: Columns | None) -> None:
 
     Nothing is kept where it holds others, as after a run that began above its first layer.
     """
-    if columns is None or cache is None:
+    if cache is None:
+        return
+    if columns is None or bool(columns.mask.all()):
+        vars(cache).pop(REMEMBERED, None)
         return
     length = cached_length(cache)
     if length != columns.mask.shape[1]:
         return
-    if bool(columns.mask.all()):
-        vars(cache).pop(REMEMBERED, None)
-        return
-    layer = max(number for number, layer in enumerate(cache.layers) if int(layer.get_seq_length()) == length)
+    full = [n for n, layer in enumerate(cache.layers) if _has_keys(layer) and int(layer.get_seq_length()) == length]
+    layer = max(full, default=0)
     setattr(cache, REMEMBERED, _Memory(columns, layer, _marks(cache.layers[layer])))
 
 
@@ -283,8 +286,11 @@ def recall(cache: Any, device: torch.device) -> Columns | None:
 def inherit(cache: Cache, whole: Cache, length: int, copies: int, layer: int | None) -> None:
     """`cache` is made of the first positions of `whole`, `copies` times (in one `layer` alone, if one is named)."""
     memory = vars(whole).get(REMEMBERED)
-    columns = None if memory is None else _found_again(memory, whole, cached_length(whole))
-    if columns is None:
+    if memory is None:
+        return
+    columns = _found_again(memory, whole, cached_length(whole))
+    if columns is None:  # nor will it be found again in `cache`, and `recall` says so
+        setattr(cache, REMEMBERED, memory)
         return
     index = torch.arange(len(columns.mask), device=columns.mask.device).repeat(copies)
     number = memory.layer if layer is None else layer
@@ -316,11 +322,16 @@ def _found_again(memory: _Memory, cache: Cache, length: int) -> Columns | None:
     return old.rows(index.to(old.mask.device), last)
 
 
+def _has_keys(layer: Any) -> bool:
+    """Whether keys of a layer are here: not on servers, and not all of them compressed."""
+    return isinstance(layer, CacheLayerMixin) and isinstance(layer.keys, Tensor) and layer.keys.ndim == 4
+
+
 def _marks(layer: Any) -> Int[Tensor, "batch held"] | None:
     """A number for each key that a layer of a cache holds, made of its first head's bits."""
-    if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
+    if not _has_keys(layer):
         return None
-    keys = layer.keys.detach()[:, 0, : int(layer.get_seq_length())]
+    keys: Tensor = layer.keys.detach()[:, 0, : int(layer.get_seq_length())]
     bits = keys.view(BITS[keys.element_size()]).long()
     factors = (2 * torch.arange(bits.shape[-1], device=bits.device) + 1) * MIXING
     return (bits * factors).sum(-1)
