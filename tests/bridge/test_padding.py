@@ -63,7 +63,7 @@ def agree(found: Tensor, bridge: TransformerBridge, texts: list[str], side: str)
 # -- ids --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("words", TOKENIZERS)
 @pytest.mark.parametrize("model", MODELS)
@@ -246,7 +246,7 @@ def go_on(bridge: TransformerBridge, cache: Any, order: list[int], firsts: list[
         torch.testing.assert_close(last[place, 0], wanted[length], **ROUNDING)
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("model", MODELS)
@@ -257,7 +257,7 @@ def test_going_on_from_padded_prompts(model: str, kind: str, side: str) -> None:
     go_on(bridge, filled(bridge, kind, side), [0, 1, 2])
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("change", ["copy", "reorder", "select", "repeat"])
@@ -404,7 +404,7 @@ def test_nothing_is_kept_in_a_cache_without_padding() -> None:
     assert set(vars(cache)) == before
 
 
-@pytest.mark.oldest
+@pytest.mark.core
 @pytest.mark.parametrize("pad", [PAD, None], ids=["pad", "pad is eos"])
 @pytest.mark.parametrize("model", ["falcon 40b", "falcon alibi", "mixtral"])
 def test_going_on_after_a_generation(model: str, pad: int | None) -> None:
