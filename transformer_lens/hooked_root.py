@@ -37,7 +37,7 @@ class Capture:
         self.store = store
         self.device = device
         self.remove_batch_dim = remove_batch_dim
-        self.pos_slice = None if pos_slice is None else Slice(pos_slice)
+        self.pos_slice = None if pos_slice is None else Slice([pos_slice] if type(pos_slice) is int else pos_slice)
         self.clone = clone
         self.suffix = suffix
 
@@ -371,10 +371,10 @@ class HookedRootModule(nn.Module):
         """Run the model and keep activations: returns `(output, cache)`.
 
         `names_filter` chooses hooks (`select_names`; a predicate that fits none gives an empty cache),
-        `device` moves them, `remove_batch_dim` drops a batch of one, `pos_slice` keeps some positions,
-        `clone` gives each captured tensor memory of its own (a q captured without it keeps the whole
-        fused QKV alive). `incl_bwd` calls `backward()` on the output, which has to be one number, and keeps
-        gradients under `name + "_grad"`.
+        `device` moves them, `remove_batch_dim` drops a batch of one, `pos_slice` keeps some positions (one
+        number keeps the axis, `Slice(-1)` drops it), `clone` gives each captured tensor memory of its own (a q
+        captured without it keeps the whole fused QKV alive). `incl_bwd` calls `backward()` on the output, which
+        has to be one number, and keeps gradients under `name + "_grad"`.
         """
         store: dict[str, Tensor] = {}
         run = Run()

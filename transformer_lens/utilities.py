@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens.hook_names import get_act_name
+from transformer_lens.model_bridge.padding import checked_mask
 from transformer_lens.slicing import Slice, SliceInput
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ __all__ = [
 def lm_cross_entropy_loss(
     logits: Float[Tensor, "batch pos d_vocab"],
     tokens: Int[Tensor, "batch pos"],
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "#batch pos"] | Bool[Tensor, "#batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos_minus_1"]:
     """Next-token cross entropy in nats, computed in float32.
@@ -39,17 +40,29 @@ def lm_cross_entropy_loss(
     >>> lm_cross_entropy_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]))
     tensor(1.3863)
 
-    A prediction counts where both its own token and the next one are unmasked. `per_token` gives one
-    value per prediction, zero where it does not count. Raises `ValueError` if none counts.
+    A prediction counts where both its own token and the next one are unmasked; a mask `[1, pos]` holds for every
+    text. `per_token` gives one value per prediction, zero where it does not count. Raises `ValueError` if none counts,
+    and for shapes that do not fit.
     """
+    if logits.ndim != 3 or tokens.shape != logits.shape[:2]:
+        raise ValueError(
+            f"loss: got logits {list(logits.shape)} and tokens {list(tokens.shape)}, expected [batch, pos, d_vocab] "
+            "and [batch, pos]"
+        )
+    rows, pos = tokens.shape
+    shared = isinstance(attention_mask, Tensor) and list(attention_mask.shape) == [1, pos]
+    mask = None if attention_mask is None else checked_mask(attention_mask, 1 if shared else rows, pos, logits.device)
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    if attention_mask is None:
-        return losses if per_token else losses.mean()
-    counts = attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
-    losses = losses.masked_fill(~counts, 0.0)
+    if mask is not None:
+        counts = (mask[:, 1:] & mask[:, :-1]).expand_as(losses)
+        losses = losses.masked_fill(~counts, 0.0)
     if per_token:
         return losses
+    if not losses.numel():
+        raise ValueError("loss: there is no token to predict")
+    if mask is None:
+        return losses.mean()
     if not counts.any():
         raise ValueError("loss: the attention mask leaves no token to predict")
     return losses.sum() / counts.sum()

@@ -215,9 +215,9 @@ def test_forcing_with_given_weights(kernel, forced, weights, positions, where):
 # -- routing ---------------------------------------------------------------------------------------
 
 
-def naive_routing(model, ids, attention_mask=None):
+def naive_routing(model, ids):
     """Layer, row, position -> chosen experts best first, their weights, all probabilities."""
-    router_logits = model(ids, attention_mask=attention_mask, output_router_logits=True).router_logits
+    router_logits = model(ids, output_router_logits=True).router_logits
     found = {}
     for layer, logits in enumerate(router_logits):
         for row in range(ids.shape[0]):
@@ -236,7 +236,7 @@ def test_routing_is_what_the_router_chose(bridge):
     mask = ids != bridge.tokenizer.pad_token_id
     found = routing(bridge, TEXTS)
     assert torch.equal(found.tokens, ids) and torch.equal(found.mask, mask)
-    for at, (chosen, weights, probability) in naive_routing(bridge.original_model, ids, mask.long()).items():
+    for at, (chosen, weights, probability) in naive_routing(bridge.original_model, ids).items():
         assert found.indices[at].tolist() == chosen
         # one softmax in float32, the other in float64
         assert found.weights[at].tolist() == pytest.approx(weights, rel=1e-5)

@@ -186,7 +186,8 @@ def test_options_reach_the_hooks(bridge):
     x = tokens()
     _, whole = bridge.run_with_cache(x)
     _, last = bridge.run_with_cache(x, names_filter=["blocks.0.attn.hook_z", "hook_embed"], pos_slice=-1)
-    assert torch.equal(last["z", 0], whole["z", 0][:, -1])
+    assert torch.equal(last["z", 0], whole["z", 0][:, -1:])
+    assert torch.equal(last["z", 0][:, -1], whole["z", 0][:, -1])
     _, moved = bridge.run_with_cache(x, names_filter="hook_embed", device="meta")
     assert moved["embed"].device.type == "meta"
     _, own = bridge.run_with_cache(x, names_filter="blocks.0.attn.hook_q", clone=True)

@@ -685,7 +685,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"attention_mask": torch.ones(3, 7)},
         ValueError,
-        r"attention_mask: got shape \[3, 7\], expected one row for each",
+        r"attention_mask: got shape \[3, 7\], expected \[2, 7\]: one row per text, one column per cached and new token",
     ),
     ({"names_filter": RESID}, ValueError, "names_filter chooses what return_cache=True keeps"),
     ({"return_cache": True, "num_beams": 2}, ValueError, "several beams or guesses"),

@@ -72,6 +72,21 @@ def test_losses_of_texts_of_several_lengths(pair: Pair) -> None:
     assert not torch.equal(masked[0], pair.local(pair.tokens))
 
 
+def test_going_on_from_padded_prompts(pair: Pair) -> None:
+    """A cache whose keys are on servers knows its padding, too."""
+    for side in ("left", "right"):
+        caches = [DynamicCache(), DynamicCache()]
+        with torch.no_grad():
+            for bridge, cache in zip(pair, caches, strict=True):
+                bridge(["Mary and John went", "John gave"], padding_side=side, past_key_values=cache)
+            found, wanted = (
+                bridge(pair.tokens[:, :2], past_key_values=c) for bridge, c in zip(pair, caches, strict=True)
+            )
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+            short = torch.cat([pair.local.to_tokens("John gave"), pair.tokens[1:, :2]], 1)
+            torch.testing.assert_close(found[1], pair.local(short)[0, -2:], rtol=1e-4, atol=1e-4)  # float32 rounding
+
+
 def test_the_models_own_call_with_its_own_positions(pair: Pair) -> None:
     positions = torch.arange(9)[None] + 5
     mask = torch.ones(2, 9, dtype=torch.long)

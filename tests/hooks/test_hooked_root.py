@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens.utilities import Slice
 
 pytestmark = pytest.mark.core
 
@@ -371,14 +372,16 @@ def test_remove_batch_dim(chain, x):
 @pytest.mark.parametrize(
     ("pos_slice", "kept"),
     [
-        (-1, lambda t: t[:, -1]),
+        (-1, lambda t: t[:, -1:]),
+        (1, lambda t: t[:, 1:2]),
+        (Slice(-1), lambda t: t[:, -1]),
         ((1, 3), lambda t: t[:, 1:3]),
         (slice(None, None, 2), lambda t: t[:, ::2]),
         ([0, 3], lambda t: t[:, [0, 3]]),
         (torch.tensor([2]), lambda t: t[:, 2:3]),
         (None, lambda t: t),
     ],
-    ids=["int", "tuple", "slice", "list", "tensor", "none"],
+    ids=["last", "int", "Slice", "tuple", "slice", "list", "tensor", "none"],
 )
 def test_pos_slice(chain, x, pos_slice, kept):
     _, cache = chain.run_with_cache(x, pos_slice=pos_slice)
@@ -388,12 +391,12 @@ def test_pos_slice(chain, x, pos_slice, kept):
 def test_pos_slice_follows_the_axes_of_the_point(chain, x):
     chain.hook_dict["hook_start"].axes = "batch head query_pos"
     _, cache = chain.run_with_cache(x, names_filter="hook_start", pos_slice=1)
-    assert torch.equal(cache["hook_start"], x[:, :, 1])
+    assert torch.equal(cache["hook_start"], x[:, :, 1:2])
 
 
 def test_pos_slice_and_remove_batch_dim_together(chain, x):
     _, cache = chain.run_with_cache(x, pos_slice=-1, remove_batch_dim=True)
-    assert torch.equal(cache["layers.1.hook_out"], (6 * x)[0, -1])
+    assert torch.equal(cache["layers.1.hook_out"], (6 * x)[0, -1:])
 
 
 def test_device_moves_what_is_kept(chain, x):
@@ -434,7 +437,7 @@ def test_incl_bwd_follows_the_options(x):
     options = {"pos_slice": -1, "remove_batch_dim": True, "names_filter": "hook_start"}
     _, cache = Summed().run_with_cache(x.requires_grad_(), incl_bwd=True, **options)
     assert list(cache) == ["hook_start", "hook_start_grad"]
-    assert torch.equal(cache["hook_start_grad"], torch.full((3,), 6.0))
+    assert torch.equal(cache["hook_start_grad"], torch.full((1, 3), 6.0))
 
 
 def test_get_caching_hooks_fills_the_dictionary_it_gives(chain, x):
@@ -455,7 +458,7 @@ def test_get_caching_hooks_follows_its_options(chain, x):
     assert store is given
     chain.run_with_hooks(x, fwd_hooks=forward)
     assert list(given) == ["before", "hook_start"]
-    assert given["hook_start"].shape == (3,)
+    assert given["hook_start"].shape == (1, 3)
     assert given["hook_start"].device.type == "meta"
 
 

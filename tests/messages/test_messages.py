@@ -338,6 +338,21 @@ CALLS = {
         ValueError,
         "attention_mask: got shape [2, 3], expected [2, 7]: one row per text, one column per cached and new token",
     ),
+    "mask of other numbers": (
+        lambda: bridge()(tokens(), attention_mask=torch.full((2, 7), -1e9)),
+        ValueError,
+        "attention_mask: got other numbers than 0 and 1, expected 1 at each token and 0 at padding",
+    ),
+    "mask that is a list": (
+        lambda: bridge()(tokens(), attention_mask=[[1] * 7] * 2),
+        TypeError,
+        "attention_mask: got list, expected a tensor [2, 7] of ones and zeros",
+    ),
+    "loss over nothing": (
+        lambda: bridge()(tokens(2, 1), return_type="loss"),
+        ValueError,
+        "loss: there is no token to predict",
+    ),
     "layer": (
         lambda: bridge()(tokens(), stop_at_layer=3),
         ValueError,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.choices import need_experts
-from transformer_lens.analysis.routing import Input, tokens_and_mask
+from transformer_lens.analysis.routing import Input, refuse_embeddings
 
 Answer = str | int | Sequence[str | int] | Int[Tensor, " batch"]
 
@@ -78,20 +78,20 @@ def logit_attribution(
     for a position that a text does not have.
     """
     need_experts(bridge, "expert logit attribution")
-    tokens, mask = tokens_and_mask(bridge, input, prepend_bos, padding_side)
+    refuse_embeddings(input)
+    tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     batch, positions = _rows(mask, position)
     right = _answers(bridge, "answer", answer, len(tokens))[batch]
     wrong = None if wrong_answer is None else _answers(bridge, "wrong_answer", wrong_answer, len(tokens))[batch]
     read, column = positions.unique(return_inverse=True)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
-            input,
+            tokens,
             return_type=None,
             names_filter=_names(bridge.cfg.n_layers),
             device="cpu",
             pos_slice=read.tolist(),
-            prepend_bos=prepend_bos,
-            padding_side=padding_side,
+            attention_mask=attention_mask,
         )
         return _Parts(bridge, cache, batch, positions, column, right, wrong).attribution()
 

@@ -13,7 +13,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.choices import need_experts
 from transformer_lens.analysis.patch_setters import layer_expert_patch_setter, layer_pos_patch_setter
 from transformer_lens.analysis.patching import Cache, PatchSweep
-from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric, run_interventions
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
@@ -85,7 +85,7 @@ def _sweep(
     **options: Any,
 ) -> Tensor:
     n_experts = need_experts(model, "patching an expert")
-    input, mask = input_and_mask(model, tokens, attention_mask)
+    input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
     layers = range(model.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
     with torch.no_grad():

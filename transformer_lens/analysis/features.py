@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.routing import tokens_and_mask
+from transformer_lens.model_bridge import InputAndMask
 
 Texts = Sequence[str] | Int[Tensor, "batch pos"]
 """Texts, or token ids."""
@@ -54,6 +54,20 @@ def check_texts(texts: Texts) -> None:
         raise TypeError(f"texts: got {got}, expected a list of texts, or token ids [batch, pos]")
 
 
+def batches_of(bridge: TransformerBridge, texts: Texts) -> Callable[[Sequence[int]], InputAndMask]:
+    """
+    >>> some = batches_of(bridge, ["Mary", "Mary and John", "John"])
+    >>> some([0, 1]).mask.sum(-1)
+    tensor([3, 5])
+
+    Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
+    """
+    if not isinstance(texts, Tensor):
+        return lambda some: bridge.input_and_mask([texts[number] for number in some])
+    ids, mask, _ = bridge.input_and_mask(texts)
+    return lambda some: InputAndMask(ids[list(some)], mask[list(some)], mask[list(some)].long())
+
+
 @torch.no_grad()
 def activations_at(
     bridge: TransformerBridge,
@@ -89,9 +103,9 @@ def activations_at(
     layers = [int(name.split(".")[1]) if name.startswith("blocks.") else bridge.cfg.n_layers for name in names]
     stop = max(layers) + 1 if max(layers) + 1 < bridge.cfg.n_layers else None
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    batch_of = batches_of(bridge, texts)
     for start in tqdm(range(0, len(texts), batch_size), disable=not verbose, desc="activations", leave=False):
-        some = texts[start : start + batch_size]
-        tokens, mask = tokens_and_mask(bridge, some if isinstance(some, Tensor) else list(some))
+        tokens, mask, attention_mask = batch_of(range(start, min(start + batch_size, len(texts))))
         wanted = position if isinstance(position, (int, str)) else position[start : start + batch_size]
         weights = _weights(mask, wanted, start)
 
@@ -106,9 +120,8 @@ def activations_at(
                 kept = wide[torch.arange(len(x), device=x.device), one]
             found[str(hook.name)].append(kept.cpu())
 
-        attention = None if bool(mask.all()) else mask.long()
         bridge.run_with_hooks(
-            tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=stop, attention_mask=attention
+            tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=stop, attention_mask=attention_mask
         )
     return {name: torch.cat(pieces) for name, pieces in found.items()}
 
@@ -136,5 +149,5 @@ def tokens_at(bridge: TransformerBridge, texts: Texts, position: int | Sequence[
 
     The token of each text at a position.
     """
-    tokens, mask = tokens_and_mask(bridge, texts if isinstance(texts, Tensor) else list(texts))
+    tokens, mask, _ = bridge.input_and_mask(texts)
     return [int(token) for token in tokens[_weights(mask, position, 0).bool()]]

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
-from transformer_lens.analysis.routing import tokens_and_mask
 
 At = Literal["corrupted", "clean"]
 HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
@@ -44,14 +43,15 @@ def prompt_pair(
     """Raises `ValueError` for prompts that do not fit one another."""
     if at not in ("corrupted", "clean"):
         raise ValueError(f"at: got {at!r}, expected 'corrupted' or 'clean': the run whose gradient is taken")
-    (x, mask), (y, other) = (input_and_mask(bridge, one, attention_mask) for one in (clean, corrupted))
+    (x, seen, mask), (y, seen_too, other) = (
+        bridge.input_and_mask(one, attention_mask=attention_mask) for one in (clean, corrupted)
+    )
     if x.shape[:2] != y.shape[:2] or not x.numel():
         raise ValueError(
             f"clean and corrupted: got {list(x.shape[:2])} and {list(y.shape[:2])} texts and tokens, expected as many "
             "of each, and at least one; pad them alike"
         )
-    padded = [tokens_and_mask(bridge, one)[1] for one in (x, y) if not one.is_floating_point()]
-    if attention_mask is None and len(padded) == 2 and not torch.equal(*padded):
+    if not x.is_floating_point() and not y.is_floating_point() and not torch.equal(seen, seen_too):
         raise ValueError("clean and corrupted: their padding differs, so positions do not correspond")
     return PromptPair(x, y, other if mask is None else mask)
 

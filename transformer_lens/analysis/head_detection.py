@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
-from transformer_lens.analysis.routing import tokens_and_mask
+from transformer_lens.analysis.routing import refuse_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ def detect_head(
         seq = list(seq)
     if not len(seq) or batch_size < 1:
         raise ValueError(f"detect_head: got {len(seq)} texts and batch_size {batch_size}, expected one or more")
-    tokens, mask = tokens_and_mask(model, seq)
+    refuse_embeddings(seq)
+    tokens, mask, _ = model.input_and_mask(seq)
     texts = [row[real] for row, real in zip(tokens, mask, strict=True)]
     patterns = [_pattern(detection_pattern, text, number, len(texts)) for number, text in enumerate(texts)]
     if error_measure == "mul" and any(bool(((p != 0) & (p != 1)).any()) for p in patterns):
@@ -146,8 +147,7 @@ def _scores(
 
 def _attention(model: TransformerBridge, tokens: Tensor, mask: Tensor, layers: Sequence[int]) -> ActivationCache:
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-    padded = None if bool(mask.all()) else mask.long()
-    _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, attention_mask=padded)
+    _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, attention_mask=mask)
     assert isinstance(cache, ActivationCache)
     return cache
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.gradient_runs import differentiable_names, gradient_run, one_number, wide
-from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
 
 
@@ -94,7 +94,7 @@ def integrated_gradients(
     points, weights = line_steps(steps)
     if steps_per_batch < 1:
         raise ValueError(f"steps_per_batch: got {steps_per_batch}, expected at least 1")
-    x, mask = input_and_mask(bridge, input, attention_mask)
+    x, _, mask = bridge.input_and_mask(input, attention_mask=attention_mask)
     layer = bridge.hook_dict[name].layer() if name.startswith("blocks.") else None
     stream_name = [] if layer is None else [f"blocks.{layer}.hook_resid_pre"]
     with torch.no_grad():

@@ -24,7 +24,7 @@ from transformer_lens.analysis.patch_setters import (
     layer_pos_head_vector_patch_setter,
     layer_pos_patch_setter,
 )
-from transformer_lens.analysis.patching_base import SweepInput, input_and_mask
+from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
 from transformer_lens.analysis.patching_index import index_rows, make_df_from_ranges
 from transformer_lens.utilities import get_act_name
@@ -75,7 +75,7 @@ def generic_activation_patch(
     """
     if (index_axis_names is None) == (index_df is None):
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
-    input, mask = input_and_mask(model, corrupted_tokens, attention_mask)
+    input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
     shape: list[int] = []
     if index_axis_names is not None:
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]

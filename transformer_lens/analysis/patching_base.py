@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import DynamicCache
 
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.routing import tokens_and_mask
 
 SweepInput = str | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"]
 """Text, token ids, or embeddings such as noised ones."""
@@ -25,6 +24,8 @@ class BaseRun:
     input: Tensor
     mask: Int[Tensor, "batch pos"] | None
     """Only where the padding is on the left, or the caller gave one: as in a plain call of the bridge."""
+    seen: Bool[Tensor, "batch pos"]
+    """Which positions are not padding."""
     logits: Float[Tensor, "batch pos d_vocab"]
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
     """The stream that enters each layer in which something is changed."""
@@ -34,7 +35,7 @@ class BaseRun:
     @classmethod
     def of(cls, bridge: TransformerBridge, input: SweepInput, mask: Tensor | None, names: Iterable[str]) -> BaseRun:
         """Run the model once; keeps the activations named and the streams below them."""
-        input, mask = input_and_mask(bridge, input, mask)
+        input, seen, mask = bridge.input_and_mask(input, attention_mask=mask)
         wanted = list(dict.fromkeys(names))
         streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers_of(bridge, wanted)}
         past = DynamicCache()  # given no config, it keeps every position, also of a model with sliding windows
@@ -46,7 +47,12 @@ class BaseRun:
             past_key_values=past,
         )
         kept = {layer: cache[name] for layer, name in streams.items()}
-        return cls(bridge, input, mask, logits, kept, {name: cache[name] for name in wanted}, past)
+        return cls(bridge, input, mask, seen, logits, kept, {name: cache[name] for name in wanted}, past)
+
+    def mask_of_copies(self, copies: int, start: int) -> Int[Tensor, "copies_batch pos"] | None:
+        """What a run of as many copies from position `start` on is given; what lies before is in a KV cache."""
+        mask = self.seen.long() if start and self.mask is None and not bool(self.seen.all()) else self.mask
+        return None if mask is None else mask.repeat(copies, 1)
 
     @property
     def batch(self) -> int:
@@ -55,16 +61,6 @@ class BaseRun:
     @property
     def pos(self) -> int:
         return self.logits.shape[1]
-
-
-def input_and_mask(bridge: TransformerBridge, input: SweepInput, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The input as a batch of a tensor, and the mask that a plain call of the bridge would give the model."""
-    if isinstance(input, Tensor) and input.is_floating_point():
-        return (input[None] if input.ndim == 2 else input), mask
-    ids, seen = tokens_and_mask(bridge, input)
-    if mask is None and bool((seen[:, 1:] > seen[:, :-1]).any()):
-        mask = seen.long()
-    return ids, mask
 
 
 def layers_of(bridge: TransformerBridge, names: Iterable[str]) -> dict[int, None]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from transformer_lens import TransformerBridge, on_each, on_rows
 from transformer_lens.analysis.lazy_logits import LazyLogits
-from transformer_lens.analysis.patching_base import BaseRun, Change, SweepInput, change, input_and_mask
+from transformer_lens.analysis.patching_base import BaseRun, Change, SweepInput, change
 from transformer_lens.model_bridge import PrefixCache
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
@@ -94,7 +94,7 @@ def _one_by_one(
     bar: Any,
 ) -> dict[int, Tensor]:
     """Each intervention as a forward of the whole model."""
-    input, mask = input_and_mask(model, tokens, mask)
+    input, _, mask = model.input_and_mask(tokens, attention_mask=mask)
     found = {}
     for number, intervention in enumerate(interventions):
         found[number] = _number(metric(model.run_with_hooks(input, fwd_hooks=[intervention], attention_mask=mask)))
@@ -182,7 +182,7 @@ class _Sweep:
         out: Tensor = self.bridge.run_with_hooks(
             stream,
             fwd_hooks=hooks,
-            attention_mask=None if self.base.mask is None else self.base.mask.repeat(copies, 1),
+            attention_mask=self.base.mask_of_copies(copies, start),
             start_at_layer=layer,
             stop_at_layer=layer + 1,
             past_key_values=PrefixCache(self.base.past, start, copies, layer) if start else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -123,29 +123,10 @@ class Routing:
         return self.table().__rich__()
 
 
-def tokens_and_mask(
-    bridge: TransformerBridge,
-    input: Input,
-    prepend_bos: bool | None = None,
-    padding_side: str | None = None,
-    attention_mask: Tensor | None = None,
-) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
-    """The token ids of an input and which of them are not padding, as `bridge.forward` sees them."""
-    adapter = bridge.token_adapter
-    if isinstance(input, Tensor):
-        if input.is_floating_point():
-            raise TypeError(f"input: got a {input.dtype} tensor, expected text or token ids; routing is told by tokens")
-        ids = input[None] if input.ndim == 1 else input
-        mask = torch.ones_like(ids) if adapter is None else adapter.mask_of(ids, padding_side)
-    else:
-        ids = bridge.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
-        assert adapter is not None  # or to_tokens would have raised
-        bos = bridge.cfg.default_prepend_bos and adapter.bos is not None if prepend_bos is None else prepend_bos
-        texts = [input] if isinstance(input, str) else input
-        mask = adapter.encode(texts, prepend_bos=bos, padding_side=padding_side).mask
-    if attention_mask is not None:
-        mask = attention_mask[:, -ids.shape[1] :]
-    return ids.cpu(), mask.cpu().bool()
+def refuse_embeddings(input: Any) -> None:
+    """Raise `TypeError` for what has no token ids."""
+    if isinstance(input, Tensor) and input.is_floating_point():
+        raise TypeError(f"input: got a {input.dtype} tensor, expected text or token ids; routing is told by tokens")
 
 
 def routing(
@@ -168,17 +149,12 @@ def routing(
     dense model and `TypeError` for embeddings.
     """
     need_experts(bridge, "routing")
-    tokens, mask = tokens_and_mask(bridge, input, prepend_bos, padding_side, attention_mask)
+    refuse_embeddings(input)
+    tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side, attention_mask)
     names = [f"blocks.{i}.mlp.{name}" for i in range(bridge.cfg.n_layers) for name in HOOKS]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
-            input,
-            return_type=None,
-            names_filter=names,
-            device="cpu",
-            prepend_bos=prepend_bos,
-            padding_side=padding_side,
-            attention_mask=attention_mask,
+            tokens, return_type=None, names_filter=names, device="cpu", attention_mask=attention_mask
         )
     logits, weights, indices = (cache.stack_activation(name.removeprefix("hook_")) for name in HOOKS)
     return Routing(bridge, tokens, mask, indices, weights.float(), logits.float().softmax(-1))

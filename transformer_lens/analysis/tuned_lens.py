@@ -6,7 +6,7 @@ Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer_lens import ActivationCache, TransformerBridge
-from transformer_lens.analysis.features import Texts, check_texts
+from transformer_lens.analysis.features import Texts, batches_of, check_texts
 from transformer_lens.analysis.lens_files import read_lens, write_lens
 from transformer_lens.analysis.lens_scores import LensScores, divergence, next_token_loss
-from transformer_lens.analysis.routing import tokens_and_mask
+from transformer_lens.model_bridge import InputAndMask
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
 
@@ -146,8 +146,8 @@ class TunedLens:
         losses: list[Tensor] = []
         done = False
         try:
-            batches = _shuffled(texts, epochs, batch_size, Random(seed))
-            for batch in tqdm(batches, total=steps, disable=not verbose, desc="tuned lens", leave=False):
+            batch_of, order = batches_of(self.bridge, texts), _shuffled(len(texts), epochs, batch_size, Random(seed))
+            for batch in tqdm(map(batch_of, order), total=steps, disable=not verbose, desc="tuned lens", leave=False):
                 losses.append(self._step(batch, optimizers, tokens_at_once))
                 for schedule in schedules:
                     schedule.step()
@@ -168,7 +168,7 @@ class TunedLens:
         return [muon, torch.optim.AdamW(biases, lr=min(rate, 1e-3), weight_decay=decay)]
 
     def _step(
-        self, batch: Texts, optimizers: list[torch.optim.Optimizer], tokens_at_once: int
+        self, batch: InputAndMask, optimizers: list[torch.optim.Optimizer], tokens_at_once: int
     ) -> Float[Tensor, " layer"]:
         """One step of the optimisers on one batch. Returns each layer's loss."""
         streams, logits, _ = self._run(batch)
@@ -191,16 +191,15 @@ class TunedLens:
         return losses
 
     @torch.no_grad()
-    def _run(self, batch: Texts) -> tuple[list[Tensor], Tensor, Int[Tensor, " token"]]:
+    def _run(self, batch: InputAndMask) -> tuple[list[Tensor], Tensor, Int[Tensor, " token"]]:
         """One run of the model: each layer's stream, the final one and the logits, at every token that is no padding.
 
         Third: the token that follows each of them, -1 where none does.
         """
-        tokens, mask = tokens_and_mask(self.bridge, batch if isinstance(batch, Tensor) else list(batch))
+        tokens, mask, attention_mask = batch
         layers = self.bridge.cfg.n_layers
         names = [f"blocks.{i}.hook_resid_pre" for i in range(layers)] + [f"blocks.{layers - 1}.hook_resid_post"]
-        padded = None if bool(mask.all()) else mask.long()
-        logits, cache = self.bridge.run_with_cache(tokens, names_filter=names, attention_mask=padded)
+        logits, cache = self.bridge.run_with_cache(tokens, names_filter=names, attention_mask=attention_mask)
         followed = torch.nn.functional.pad(mask[:, 1:], (0, 1))
         following = torch.nn.functional.pad(tokens[:, 1:], (0, 1)).masked_fill(~followed, -1)
         # Clones, since inference tensors cannot enter a graph.
@@ -225,8 +224,9 @@ class TunedLens:
         plain = TunedLens(self.bridge)
         sums = torch.zeros(4, len(self.translators) + 1, dtype=torch.float64)
         tokens = predicted = 0
+        batch_of = batches_of(self.bridge, texts)
         for start in range(0, len(texts), batch_size):
-            streams, logits, following = self._run(texts[start : start + batch_size])
+            streams, logits, following = self._run(batch_of(range(start, min(start + batch_size, len(texts)))))
             tokens, predicted = tokens + len(logits), predicted + int((following >= 0).sum())
             target = logits.log_softmax(-1)
             for layer, stream in enumerate(streams):
@@ -264,10 +264,9 @@ class TunedLens:
         return lens
 
 
-def _shuffled(texts: Texts, epochs: int, batch_size: int, rng: Random) -> Iterator[Texts]:
-    """Batches of each epoch, in an order of its own."""
+def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator[list[int]]:
+    """The numbers of the texts of each batch, in every epoch in an order of its own."""
     for _ in range(epochs):
-        order = rng.sample(range(len(texts)), len(texts))
-        for start in range(0, len(order), batch_size):
-            some: Iterable[int] = order[start : start + batch_size]
-            yield texts[list(some)] if isinstance(texts, Tensor) else [texts[i] for i in some]
+        order = rng.sample(range(texts), texts)
+        for start in range(0, texts, batch_size):
+            yield order[start : start + batch_size]

@@ -251,7 +251,8 @@ def continued(
     """
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
-        columns = bridge.to_tokens(batch, prepend_bos=how.get("prepend_bos"), padding_side="left").shape[1]
+        bos = how.get("prepend_bos")
+        columns = bridge.to_tokens(batch, prepend_bos=bos, padding_side="left", truncate=False).shape[1]
         for prompt, row in zip(batch, bridge.generate(batch, return_type="tokens", **how), strict=True):
             text, read = (
                 bridge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -28,7 +28,7 @@ from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
-from transformer_lens.model_bridge.inputs import Call, ModelInput, prepare_call
+from transformer_lens.model_bridge.inputs import Call, ModelInput
 from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
@@ -301,9 +301,10 @@ class TransformerBridge(
         >>> bridge("Mary and John", return_type="loss").shape, bridge("Mary and John").shape
         (torch.Size([]), torch.Size([1, 5, 735]))
 
-        Token ids without padding make the very call `model(tokens)` makes. `return_type` is "logits"
-        (the model's main output where it has no vocabulary), "loss" (next-token, float32, padding left
-        out), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
+        Token ids without padding make the very call `model(tokens)` makes; `input_and_mask` says what counts as
+        padding, and a KV cache knows which of its positions are. Text is cut at `cfg.n_ctx`, as by `to_tokens`.
+        `return_type` is "logits" (the model's main output where it has no vocabulary), "loss" (next-token, float32,
+        padding left out), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
         that enters it; `start_at_layer` takes such a stream as input. Negative layers count from the end.
         """
         start = layer_number("start_at_layer", start_at_layer, self.cfg.n_layers)
@@ -314,20 +315,9 @@ class TransformerBridge(
                 f"start_at_layer={start} with past_key_values: the layers below would miss these positions in the "
                 "cache; run the whole model, leave past_key_values out, or pass a PrefixCache of it"
             )
-        call = prepare_call(
-            input,
-            arguments=self.arguments,
-            adapter=self.token_adapter,
-            d_model=self.cfg.d_model,
-            device=self.input_device(),
-            prepend_bos=self.token_adapter is not None and self._prepends(prepend_bos),
-            padding_side=padding_side,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            start_at_layer=start,
-        )
+        call = self._call(input, start, prepend_bos, padding_side, attention_mask, past_key_values)
         if start is None and stop is None:
-            return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
+            return self._answer(call, return_type, loss_per_token)
         token = object()
         places = [self._component(f"blocks.{i}").in_place for i in range(self.cfg.n_layers)]
         places.append(self.exchanges["ln_final"].component.in_place)
@@ -338,10 +328,11 @@ class TransformerBridge(
                 stream = call.kwargs[self.arguments.name(EMBEDDINGS)]
                 stack.enter_context(starting_at(start, places, stream, self.adapter.block_returns_tuple))
             try:
-                return self._answer(self.original_model(**call.kwargs), call, return_type, loss_per_token)
+                return self._answer(call, return_type, loss_per_token)
             except Stopped as stopped:
                 if stopped.run is not token:
                     raise
+                call.done()
                 return stopped.value
 
     def _check_call(self, return_type: str | None, start: int | None, stop: int | None) -> None:
@@ -354,7 +345,9 @@ class TransformerBridge(
         if start is not None and stop is not None and start > stop:
             raise ValueError(f"start_at_layer={start} lies above stop_at_layer={stop}")
 
-    def _answer(self, output: Any, call: Call, return_type: str | None, per_token: bool) -> Any:
+    def _answer(self, call: Call, return_type: str | None, per_token: bool) -> Any:
+        output = self.original_model(**call.kwargs)
+        call.done()
         if return_type is None:
             return None
         logits = main_output(output)

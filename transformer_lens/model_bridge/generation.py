@@ -30,22 +30,21 @@ from transformer_lens.model_bridge.generation_options import (
 )
 from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
 from transformer_lens.model_bridge.generation_stream import refuse_unless_streamable, stream
-from transformer_lens.model_bridge.inputs import ModelInput
+from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
+from transformer_lens.model_bridge.padding import SIDES, Columns
 from transformer_lens.model_bridge.peft_layers import inner_model
-from transformer_lens.model_bridge.tokens import TokenMethods
-from transformer_lens.model_bridge.upstream import CACHE, Arguments, spelled
+from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, TOKENS, spelled
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
 
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
 
 
-class GenerationMethods(TokenMethods, HookedRootModule):
+class GenerationMethods(InputMethods, HookedRootModule):
     """The generating side of `TransformerBridge`."""
 
     original_model: nn.Module
     cfg: BridgeConfig
     adapter: ArchitectureAdapter
-    arguments: Arguments
     _detached: bool
 
     @property
@@ -104,7 +103,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         with run, progress(call.chosen.max_new_tokens, verbose) as watching:
             with run.forwards():
                 output = call(**more, **watching)
-            tokens = output if isinstance(output, Tensor) else output.sequences
+            tokens = run.written = output if isinstance(output, Tensor) else output.sequences
             activations = self._activations(call, run, tokens) if return_cache else None
         answer = call.answer(output, tokens)
         return answer if activations is None else (answer, activations)
@@ -181,16 +180,17 @@ class GenerationMethods(TokenMethods, HookedRootModule):
                 f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
                 "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
             )
+        side = "left" if padding_side is None else padding_side
+        looked_at = SIDES if padding_side is None else (padding_side,)
+        reading = self._read(prompt, prepend_bos, side, sides=looked_at, truncate=False)
         prepared = prepare_prompt(
-            prompt,
-            adapter=self.token_adapter,
-            d_model=self.cfg.d_model,
-            device=self.input_device(),
-            prepend_bos=self.token_adapter is not None and self._prepends(prepend_bos),
-            padding_side=padding_side,
+            reading,
             attention_mask=options.pop("attention_mask", None),
+            past_key_values=options.get(self.arguments.name(CACHE)),
+            has_tokenizer=self.token_adapter is not None,
             defaults=chosen,
             arguments=self.arguments,
+            device=self.input_device(),
         )
         cache = own_cache(model.config, chosen, options, self.arguments.name(CACHE))
         return GenerationCall(model, self.arguments, prepared, options, chosen, cache, return_type, self.token_adapter)
@@ -212,7 +212,7 @@ class GenerationMethods(TokenMethods, HookedRootModule):
                 raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
 
     def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
-        run = GenerationRun(call.model, call.prompt.mask)
+        run = GenerationRun(call.model, call.prompt, call.chosen)
         phased = False
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
@@ -245,8 +245,11 @@ class GenerationMethods(TokenMethods, HookedRootModule):
         start = run.read if run.cache is not None else 0
         mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)
         mask = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
+        # As `generate` itself counts positions: by the mask, whatever its zeros are.
+        positions = Columns(mask.bool(), ~mask.bool()).positions(length - start)
+        read = {TOKENS: tokens[:, start - before :], MASK: mask, POSITIONS: positions, CACHE: run.cache}
         with torch.no_grad(), run.forwards():
-            self(tokens[:, start - before :], attention_mask=mask, past_key_values=run.cache, return_type=None)
+            self.original_model(**self.arguments.named(read))
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
 
 

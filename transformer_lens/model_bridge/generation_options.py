@@ -16,9 +16,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from transformer_lens.checks import in_words, nearest
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
-from transformer_lens.model_bridge.inputs import ModelInput, batched_embeddings
+from transformer_lens.model_bridge.inputs import ModelInput, Reading
+from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
 from transformer_lens.model_bridge.tokens import TokenAdapter
-from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, TOKENS, Arguments
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
@@ -47,6 +48,11 @@ class Prompt:
         """Its columns, padding counted."""
         return self.mask.shape[1]
 
+    @property
+    def read(self) -> int:
+        """How many of its columns stand in what `generate` returns: all, but for embeddings and a cached part."""
+        return 0 if self.embedded else next(iter(self.kwargs.values())).shape[1]
+
 
 def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput:
     """The prompt, wherever it was passed; Hugging Face's own keywords are taken out of `options`."""
@@ -63,67 +69,44 @@ def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput
 
 
 def prepare_prompt(
-    input: ModelInput,
+    reading: Reading,
     *,
-    adapter: TokenAdapter | None,
-    d_model: int,
-    device: torch.device,
-    prepend_bos: bool,
-    padding_side: str | None,
     attention_mask: Tensor | None,
+    past_key_values: Any,
+    has_tokenizer: bool,
     defaults: GenerationConfig,
     arguments: Arguments,
+    device: torch.device,
 ) -> Prompt:
-    """Text, ids or embeddings with their mask. Raises `ValueError` for padding behind a prompt."""
-    texts: int | None = None
-    if isinstance(input, Tensor) and input.is_floating_point():
-        word, given = EMBEDDINGS, batched_embeddings(input.to(device), d_model, "input")
-        mask = torch.ones(given.shape[:2], dtype=torch.long)
-    elif isinstance(input, Tensor):
-        ids = input[None] if input.ndim == 1 else input
-        if ids.ndim != 2 or ids.dtype == torch.bool or 0 in ids.shape:
-            raise ValueError(
-                f"input: got a {input.dtype} tensor of shape {list(input.shape)}, expected token ids [batch, pos] "
-                "with at least one row and one position"
-            )
-        word, given, mask = TOKENS, ids.to(device), _mask_of(ids, adapter, defaults)
-    else:
-        if adapter is None:
-            raise ValueError(
-                "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
-                "TransformerBridge(model, tokenizer)"
-            )
-        texts = 0 if isinstance(input, str) else len(input)
-        side = "left" if padding_side is None else padding_side
-        batch = adapter.encode(
-            [input] if isinstance(input, str) else input, prepend_bos=prepend_bos, padding_side=side, truncate=False
-        )
-        word, given, mask = TOKENS, batch.ids.to(device), batch.mask
+    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too.
+
+    Raises `ValueError` for padding behind a prompt, and for masks of another width.
+    """
+    given, past = reading.value.to(device), cached_length(past_key_values)
+    rows, columns = given.shape[:2]
     if attention_mask is not None:
-        mask = attention_mask
-        if mask.ndim != 2 or len(mask) != len(given):
-            raise ValueError(
-                f"attention_mask: got shape {list(mask.shape)}, expected one row for each of the "
-                f"{len(given)} prompts, and one column for each token"
-            )
+        # Beside a KV cache, a mask of the whole text says that the prompt is what follows the cached part.
+        wide = past and isinstance(attention_mask, Tensor) and list(attention_mask.shape) == [rows, past + columns]
+        mask = checked_mask(attention_mask, rows, past + columns if wide else columns, device)
+        columns = mask.shape[1]
+    elif has_tokenizer or reading.word is EMBEDDINGS:
+        mask = reading.mask.to(device)
+    else:
+        mask = as_generate_infers(given, defaults)
+    if past >= columns:
+        raise ValueError(
+            f"generate: got {columns} tokens and a KV cache of {past}, expected the whole text, the cached part "
+            "included; or what follows it, with an attention_mask of both"
+        )
+    known = None if attention_mask is not None else recall(past_key_values, device)
+    if known is not None:
+        mask = torch.cat([known.mask, mask[:, past:]], dim=1)
     if not bool(mask[:, -1].all()):
         raise ValueError(
             "generate: a prompt ends in padding, and what is generated follows its last token; "
-            "pad on the left: padding_side='left'"
+            "pad on the left: padding_side='left'; or pass attention_mask, if it is none"
         )
-    return Prompt(arguments.named({word: given}), mask.to(device), texts, embedded=word is EMBEDDINGS)
-
-
-def _mask_of(ids: Tensor, adapter: TokenAdapter | None, defaults: GenerationConfig) -> Tensor:
-    """Which ids are padding: the run of pad tokens at the left; without a tokenizer, what `generate` infers."""
-    pad, eos = defaults.pad_token_id, defaults.eos_token_id
-    if adapter is not None:
-        ends = (adapter.bos, adapter.eos)
-        right = adapter.tokenizer.pad_token_id
-        behind = right is not None and right not in ends and bool((ids[:, -1] == right).any())
-        return adapter.mask_of(ids, "right" if behind else "left")
-    stops = eos if isinstance(eos, list) else [eos]
-    return torch.ne(ids, pad).long() if pad is not None and pad not in stops else torch.ones_like(ids)
+    return Prompt(arguments.named({reading.word: given}), mask.long(), reading.texts, reading.word is EMBEDDINGS)
 
 
 def translate(

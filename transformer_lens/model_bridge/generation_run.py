@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig
 
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookEntry, HookPoint, Run, changing_together, state
 from transformer_lens.hooked_root import Capture
+from transformer_lens.model_bridge.generation_options import Prompt
+from transformer_lens.model_bridge.padding import Columns, cached_length, remember, still_text
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, TOKENS, arguments_of
 
 Phase = Literal["prompt", "continuation", "all"]
@@ -28,15 +31,20 @@ PHASES: tuple[Phase, ...] = ("prompt", "continuation", "all")
 class GenerationRun:
     """One generation's hooks; enter it around everything, and `forwards()` around whatever runs the model."""
 
-    def __init__(self, model: nn.Module, prompt_mask: Tensor) -> None:
+    def __init__(self, model: nn.Module, prompt: Prompt, chosen: GenerationConfig) -> None:
         self.model = model
         self.arguments = arguments_of(type(model))
-        self.prompt_mask = prompt_mask
+        self.prompt_mask = prompt.mask
+        self.prompt = prompt
+        self.chosen = chosen
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
         self.step = 0
         self.read = 0
         self.cache: Any = None
+        self.rows = 0
+        self.written: Tensor | None = None
+        """The tokens, as far as they are known, those of the prompt in front."""
         self.captured: dict[str, Tensor] = {}
         self.pieces: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
@@ -64,6 +72,7 @@ class GenerationRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+        self._remember()
         if error is None:
             self._refuse_silence()
 
@@ -98,6 +107,19 @@ class GenerationRun:
                 "has to call its own hook points"
             )
 
+    def _remember(self) -> None:
+        """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""
+        length = cached_length(self.cache)
+        prompt = self.prompt_mask.bool()
+        if not self.rows or length < prompt.shape[1]:
+            return
+        prompt = prompt.repeat_interleave(self.rows // len(prompt), dim=0)
+        text = torch.ones(self.rows, length - prompt.shape[1], dtype=torch.bool, device=prompt.device)
+        if self.written is not None and len(self.written) == self.rows:
+            text = still_text(self.written[:, self.prompt.read :], self.chosen)[:, : text.shape[1]]
+        mask = torch.cat([prompt, text], dim=1)
+        remember(self.cache, Columns(mask, ~mask))
+
     # -- its forwards ------------------------------------------------------------------------------
 
     @contextmanager
@@ -117,12 +139,12 @@ class GenerationRun:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is None or not self._ours():
             return
-        tokens, embeddings, self.cache = (
-            self.arguments.value(word, args, kwargs) for word in (TOKENS, EMBEDDINGS, CACHE)
-        )
+        tokens, embeddings, cache = (self.arguments.value(word, args, kwargs) for word in (TOKENS, EMBEDDINGS, CACHE))
         read = embeddings if tokens is None else tokens
-        past = 0 if self.cache is None else int(self.cache.get_seq_length())
+        past = cached_length(cache)
         columns = range(past, past + read.shape[1])
+        if not self.step:  # guidance runs a second text, with a cache of its own, in between
+            self.cache, self.rows = cache, len(read)
         state.generation = GenerationStep(self.step, columns, self.prompt_mask, len(read))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -100,6 +100,7 @@ def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]
                     chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
                 input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
                 going = going & ~stopping_criteria(input_ids, None)
+                run.written = input_ids
             yield chosen
 
     return loop

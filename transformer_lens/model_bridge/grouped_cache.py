@@ -15,10 +15,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from transformer_lens.model_bridge.generalized_components.attention_math import repeat_groups
+from transformer_lens.model_bridge.padding import BITS
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Numbers as their bits, by their size in bytes: as such a nan equals itself."""
 FEW = 2**19
 """Up to so many numbers, selecting by index is quicker than repeating: 2 and 5 µs for a few, 40 and 30 ms for many."""
 

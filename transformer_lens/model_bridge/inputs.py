@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens.model_bridge.tokens import TokenAdapter
+from transformer_lens.model_bridge.padding import (
+    Columns,
+    checked_mask,
+    columns_of_call,
+    keep_mask,
+    kept_mask,
+    needs_mask,
+    remember,
+)
+from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
 from transformer_lens.model_bridge.upstream import (
     CACHE,
     EMBEDDINGS,
@@ -25,27 +34,44 @@ ModelInput = str | Sequence[str] | Tensor
 
 
 @dataclass(frozen=True)
+class Reading:
+    """An input as a tensor for the model."""
+
+    word: Word
+    """Which argument of the model it is."""
+    value: Tensor
+    """Token ids [batch, pos], or embeddings [batch, pos, d_model]."""
+    seen: Bool[Tensor, "batch pos"] | None
+    """Which positions are not padding; `None` where nothing is known to be."""
+    texts: int | None = None
+    """How many texts it came from: `None` if it was not text, 0 for one bare string."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """`seen`, written out."""
+        if self.seen is None:
+            return torch.ones(self.value.shape[:2], dtype=torch.bool, device=self.value.device)
+        return self.seen.to(self.value.device)
+
+
+@dataclass(frozen=True)
 class Call:
-    """Keyword arguments for the Hugging Face model, and what the loss needs to know."""
+    """Keyword arguments for the Hugging Face model, and what the loss and the KV cache need to know."""
 
     kwargs: dict[str, Any]
     tokens: Int[Tensor, "batch pos"] | None
-    loss_mask: Int[Tensor, "batch pos"] | None
+    columns: Columns | None
+    """`None` where no cached or new position is padding."""
+    cache: Any
 
+    @property
+    def loss_mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which of the tokens count."""
+        return None if self.columns is None or self.tokens is None else self.columns.mask[:, -self.tokens.shape[1] :]
 
-def positions_from_mask(mask: Shaped[Tensor, "batch total"], new: int) -> Int[Tensor, "batch new"]:
-    """Positions counted from each row's first unmasked token, for the last `new` of them.
-
-    >>> positions_from_mask(torch.tensor([[0, 0, 1, 1]]), new=4)
-    tensor([[0, 0, 0, 1]])
-    """
-    positions = mask.long().cumsum(-1) - 1
-    return positions.masked_fill(mask == 0, 0)[:, -new:]
-
-
-def has_left_padding(mask: Shaped[Tensor, "batch total"]) -> bool:
-    """Whether an unmasked token follows a masked one, so that positions are not simply counted."""
-    return bool((mask[:, 1:] > mask[:, :-1]).any())
+    def done(self) -> None:
+        """The model has run: its KV cache knows which of its positions are padding."""
+        remember(self.cache, self.columns)
 
 
 def batched_embeddings(
@@ -59,81 +85,40 @@ def batched_embeddings(
     return embeddings
 
 
-def prepare_call(
+def batched_ids(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Token ids with a batch axis. Raises `ValueError` for another shape, and for booleans."""
+    batched = ids[None] if ids.ndim == 1 else ids
+    if batched.ndim != 2 or ids.dtype == torch.bool or 0 in batched.shape:
+        raise ValueError(
+            f"input: got a {ids.dtype} tensor of shape {list(ids.shape)}, expected token ids [batch, pos] "
+            "with at least one row and one position"
+        )
+    return batched
+
+
+def read_input(
     input: ModelInput,
     *,
-    arguments: Arguments,
     adapter: TokenAdapter | None,
     d_model: int,
-    device: torch.device,
     prepend_bos: bool,
-    padding_side: str | None,
-    attention_mask: Tensor | None,
-    past_key_values: Any,
-    start_at_layer: int | None,
-) -> Call:
-    """Turn text, token ids or embeddings into the model's own arguments.
+    side: str | None,
+    sides: Sequence[str] = (),
+    truncate: bool = True,
+    what: str = "input",
+) -> Reading:
+    """Text, ids or embeddings, and which of their positions are padding.
 
-    Nothing is passed that the caller did not ask for or the padding does not require, so token ids
-    without padding make the call `model(tokens)` makes.
+    Texts are padded at `side` (`None`: where the tokenizer does). In ids, a pad token that texts hold as well is
+    padding at `sides` (none named: at that one).
     """
-    tokens: Tensor | None = None
-    loss_mask: Tensor | None = None
-    kwargs: dict[Word, Any]
     if isinstance(input, Tensor) and input.is_floating_point():
-        what = "input" if start_at_layer is None else "start_at_layer takes the residual stream, and the input"
-        embeddings = batched_embeddings(input.to(device), d_model, what)
-        kwargs = {EMBEDDINGS: embeddings}
-        rows, new = embeddings.shape[:2]
-    elif start_at_layer is not None:
-        got = f"a {input.dtype} Tensor" if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(
-            f"start_at_layer={start_at_layer}: got {got}, expected the residual stream that "
-            f"enters that layer, a float tensor [batch, pos, {d_model}]"
-        )
-    else:
-        tokens, loss_mask = _tokens(input, adapter, prepend_bos, padding_side)
-        tokens = tokens.to(device)
-        kwargs = {TOKENS: tokens}
-        rows, new = tokens.shape
-    mask = attention_mask if attention_mask is not None else loss_mask
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    if attention_mask is None and mask is not None and past:
-        mask = torch.cat([mask.new_ones(rows, past), mask], dim=-1)
-    if attention_mask is not None:
-        if list(attention_mask.shape) != [rows, past + new]:
-            raise ValueError(
-                f"attention_mask: got shape {list(attention_mask.shape)}, expected {[rows, past + new]}: one row "
-                "per text, one column per cached and new token"
-            )
-        loss_mask = attention_mask[:, -new:].to(device)
-    if mask is not None:
-        mask = mask.to(device)
-        left = has_left_padding(mask)
-        # Padding on the right changes nothing before it, so token ids keep the plain call.
-        if attention_mask is not None or left or not isinstance(input, Tensor):
-            kwargs[MASK] = mask
-        if left:
-            kwargs[POSITIONS] = positions_from_mask(mask, new)
-    if past_key_values is not None:
-        kwargs[CACHE] = past_key_values
-    return Call(arguments.named(kwargs), tokens, None if loss_mask is None else loss_mask.to(device))
-
-
-def _tokens(
-    input: ModelInput, adapter: TokenAdapter | None, prepend_bos: bool, padding_side: str | None
-) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+        return Reading(EMBEDDINGS, batched_embeddings(input, d_model, what), None)
     if isinstance(input, Tensor):
-        ids = input[None] if input.ndim == 1 else input
-        if ids.ndim != 2 or ids.dtype == torch.bool or 0 in ids.shape:
-            raise ValueError(
-                f"input: got a {input.dtype} tensor of shape {list(input.shape)}, expected token ids [batch, pos] "
-                "with at least one row and one position"
-            )
-        if adapter is None:
-            return ids, None
-        mask = adapter.mask_of(ids, padding_side)
-        return ids, None if bool(mask.all()) else mask
+        ids, seen = batched_ids(input), kept_mask(input)
+        if seen is None and adapter is not None:
+            seen = adapter.mask_of(ids, sides or (adapter.side(side),))
+        return Reading(TOKENS, ids, seen)
     texts = [input] if isinstance(input, str) else input
     if not isinstance(texts, Sequence):
         raise TypeError(
@@ -144,5 +129,95 @@ def _tokens(
             "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
             "TransformerBridge(model, tokenizer)"
         )
-    batch = adapter.encode(texts, prepend_bos=prepend_bos, padding_side=padding_side)
-    return batch.ids, batch.mask if batch.padded else None
+    batch = adapter.encode(texts, prepend_bos=prepend_bos, padding_side=side, truncate=truncate)
+    return Reading(TOKENS, batch.ids, batch.mask.bool(), 0 if isinstance(input, str) else len(texts))
+
+
+class InputAndMask(NamedTuple):
+    """An input as a batch, and which of its positions are padding."""
+
+    input: Tensor
+    """Token ids on the CPU, or embeddings."""
+    mask: Bool[Tensor, "batch pos"]
+    """False at padding. On the CPU."""
+    attention_mask: Int[Tensor, "batch pos"] | None
+    """What a run of `input` has to be given with it: `None` where the plain call computes the same."""
+
+
+class InputMethods(TokenMethods):
+    """What a bridge takes as input, and what becomes of it."""
+
+    arguments: Arguments
+
+    def input_and_mask(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> InputAndMask:
+        """An input as a batch, and which of its positions are padding, as `forward` takes them.
+
+        >>> ids, mask, _ = bridge.input_and_mask(["Mary", "Mary and John"], padding_side="left")
+        >>> mask.sum(-1), ids.shape
+        (tensor([3, 5]), torch.Size([2, 5]))
+
+        Of texts, and of ids from `to_tokens`, this is known. Other ids are judged by the pad token. One that stands in
+        no text is padding at either end of a row. One that is also the end or the beginning of texts, or stands in for
+        a pad token that is not there, is padding at `padding_side` (`None`: the tokenizer's), where a row has more of
+        it than the row that has fewest; so a single row has none. A given `attention_mask` always wins.
+        """
+        reading = self._read(input, prepend_bos, padding_side)
+        value, mask = reading.value, reading.mask.to("cpu", copy=True)
+        if attention_mask is not None:
+            mask = checked_mask(attention_mask, len(value), value.shape[1], mask.device)
+        if reading.word is TOKENS and attention_mask is None and value is not input:
+            value = keep_mask(value.cpu(), mask)
+        elif reading.word is TOKENS:
+            value = value.cpu()
+        return InputAndMask(value, mask, mask.long() if attention_mask is not None or needs_mask(mask) else None)
+
+    def _read(self, input: ModelInput, prepend_bos: bool | None, side: str | None, **options: Any) -> Reading:
+        adapter = self.token_adapter
+        bos = adapter is not None and self._prepends(prepend_bos)
+        return read_input(input, adapter=adapter, d_model=self.cfg.d_model, prepend_bos=bos, side=side, **options)
+
+    def _call(
+        self,
+        input: ModelInput,
+        start_at_layer: int | None,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+    ) -> Call:
+        """Text, token ids or embeddings as the model's own arguments.
+
+        Nothing is passed that the caller did not ask for or the padding does not require: token ids without padding
+        make the call `model(tokens)` makes, and so does padding on the right, which changes nothing before it.
+        """
+        what = "input" if start_at_layer is None else "start_at_layer takes the residual stream, and the input"
+        if start_at_layer is not None and not (isinstance(input, Tensor) and input.is_floating_point()):
+            got = f"a {input.dtype} Tensor" if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(
+                f"start_at_layer={start_at_layer}: got {got}, expected the residual stream that "
+                f"enters that layer, a float tensor [batch, pos, {self.cfg.d_model}]"
+            )
+        device = self.input_device()
+        reading = self._read(input, prepend_bos, padding_side, what=what)
+        rows, new = reading.value.shape[:2]
+        columns = columns_of_call(
+            rows, new, given=attention_mask, seen=reading.seen, cache=past_key_values, device=device
+        )
+        value = reading.value.to(device)
+        kwargs: dict[Word, Any] = {reading.word: value}
+        if columns is not None:
+            if attention_mask is not None or needs_mask(columns.mask):
+                kwargs[MASK] = columns.mask.long()
+            positions = columns.positions(new)
+            if positions is not None:
+                kwargs[POSITIONS] = positions
+        if past_key_values is not None:
+            kwargs[CACHE] = past_key_values
+        tokens = value if reading.word is TOKENS else None
+        return Call(self.arguments.named(kwargs), tokens, columns, past_key_values)

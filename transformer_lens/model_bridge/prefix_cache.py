@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from transformer_lens.model_bridge.padding import inherit
+
 
 class PrefixCache(DynamicCache):  # type: ignore[misc]
     """A throw-away copy of the first positions of a KV cache, with which a run may start above layer 0.
@@ -18,7 +20,8 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
 
     `copies` repeats the batch: row `i * batch + b` continues row `b`. With `layer` only that one is repeated,
     which is enough for a run of that layer alone. What such a run adds is lost with this cache; `whole` stays
-    as it is. Raises `ValueError` for a `whole` that does not hold `length` positions in full.
+    as it is, and what is known of its padding goes along. Raises `ValueError` for a `whole` that does not hold
+    `length` positions in full.
     """
 
     def __init__(self, whole: Cache, length: int, copies: int = 1, layer: int | None = None) -> None:
@@ -39,3 +42,4 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
             mine.lazy_initialization(keys, values)
             mine.keys, mine.values = keys, values
             self.layers.append(mine)
+        inherit(self, whole, length, copies, layer)

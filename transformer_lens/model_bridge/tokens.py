@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-PADDING_SIDES = ("left", "right")
+from transformer_lens.model_bridge.padding import SIDES, PadToken, keep_mask
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,7 @@ class TokenBatch:
     """Token ids of several texts, and which of them are not padding."""
 
     ids: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
-
-    @property
-    def padded(self) -> bool:
-        """Whether any position is padding."""
-        return not bool(self.mask.all())
+    mask: Bool[Tensor, "batch pos"]
 
 
 class TokenAdapter:
@@ -33,6 +29,7 @@ class TokenAdapter:
     def __init__(self, tokenizer: Any, config: Any, n_ctx: int) -> None:
         self.tokenizer = tokenizer
         self.n_ctx = n_ctx
+        self.said_cut = False
         self.bos = self._special("bos_token_id", config)
         self.eos = self._special("eos_token_id", config)
         pad = tokenizer.pad_token_id
@@ -48,7 +45,7 @@ class TokenAdapter:
 
     def side(self, padding_side: str | None) -> str:
         side = self.tokenizer.padding_side if padding_side is None else padding_side
-        if side not in PADDING_SIDES:
+        if side not in SIDES:
             raise ValueError(f"padding_side: got {side!r}, expected 'left' or 'right'")
         return str(side)
 
@@ -69,37 +66,44 @@ class TokenAdapter:
             )
         start = [self.bos] if prepend_bos and self.bos is not None else []
         rows = [start + list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-        if truncate:
-            rows = [row[: self.n_ctx] for row in rows]
         longest = max(map(len, rows))
+        if truncate and longest > self.n_ctx:
+            self._say_cut(longest)
+            rows, longest = [row[: self.n_ctx] for row in rows], self.n_ctx
         if not longest:
             raise ValueError("texts: they hold no tokens; pass some text, or prepend_bos=True")
         if self.pad is None and any(len(row) < longest for row in rows):
             raise ValueError("texts of different lengths need padding, and the tokenizer has no pad, eos or bos token")
         ids = torch.full((len(rows), longest), self.pad if self.pad is not None else 0)
-        mask = torch.zeros_like(ids)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
         for i, row in enumerate(rows):
             where = slice(longest - len(row), None) if side == "left" else slice(len(row))
             ids[i, where] = torch.tensor(row, dtype=torch.long)
-            mask[i, where] = 1
+            mask[i, where] = True
         return TokenBatch(ids, mask)
 
-    def mask_of(self, ids: Int[Tensor, "batch pos"], padding_side: str | None = None) -> Int[Tensor, "batch pos"]:
-        """Which tokens are not padding, judged by the run of pad tokens at the padded side.
+    def _say_cut(self, longest: int) -> None:
+        """Warn that text is cut, the first time it is."""
+        if not self.said_cut:
+            self.said_cut = True
+            warnings.warn(
+                f"text is cut to its first {self.n_ctx} tokens, cfg.n_ctx, of {longest}; for all of it pass "
+                "bridge.to_tokens(text, truncate=False). This is said once",
+                stacklevel=2,
+            )
 
-        Where the pad token is also the first token of a text, the last of a leading run is kept.
-        """
-        pad = self.tokenizer.pad_token_id
-        if pad is None:
-            return torch.ones_like(ids)
-        is_pad = torch.eq(ids, pad).long()
-        if self.side(padding_side) == "right":
-            run = is_pad.flip(-1).cumprod(-1).flip(-1)
-            return torch.ones_like(ids) - run
-        run = is_pad.cumprod(-1)
-        if pad == self.bos:
-            run = torch.cat([run[:, 1:], torch.zeros_like(run[:, :1])], -1)
-        return torch.ones_like(ids) - run
+    @property
+    def pad_token(self) -> PadToken | None:
+        """What fills up rows; `None` where the tokenizer has no special token for that."""
+        own = self.tokenizer.pad_token_id
+        return None if self.pad is None else PadToken(self.pad, own is None or own in (self.bos, self.eos))
+
+    def mask_of(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"] | None:
+        """Which ids are not padding, as `PadToken` judges; `None` where none can be."""
+        pad = self.pad_token
+        if pad is None or (pad.in_texts and len(ids) == 1) or not bool((ids[:, [0, -1]] == pad.id).any()):
+            return None
+        return pad.mask(ids, sides)
 
     def decode(self, ids: Any) -> str:
         """Text of a sequence of token ids, special tokens included."""
@@ -145,13 +149,15 @@ class TokenMethods:
 
         `prepend_bos=None` prepends the beginning-of-sequence token where the model has one
         (`cfg.default_prepend_bos`), `padding_side=None` pads where the tokenizer does, and `truncate`
-        keeps the first `cfg.n_ctx` tokens. Raises `ValueError` without a tokenizer.
+        keeps the first `cfg.n_ctx` tokens of each, with a warning the first time that cuts a text. The ids keep
+        their mask: as long as this tensor is passed on and not written to, its padding is known (else it is judged
+        by the pad token; `tokens_and_mask` gives the mask itself). Raises `ValueError` without a tokenizer.
         """
         texts = [input] if isinstance(input, str) else list(input)
         batch = self._tokens().encode(
             texts, prepend_bos=self._prepends(prepend_bos), padding_side=padding_side, truncate=truncate
         )
-        return batch.ids.to(self.input_device()) if move_to_device else batch.ids
+        return keep_mask(batch.ids.to(self.input_device()) if move_to_device else batch.ids, batch.mask)
 
     def to_string(
         self, tokens: int | Sequence[int] | Tensor | np.ndarray | Sequence[Tensor]

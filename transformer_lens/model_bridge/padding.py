@@ -1,0 +1,337 @@
+"""Which positions of a batch are padding: the one place that decides it, for texts, ids, masks and KV caches.
+
+Padding is no token: it counts in no loss or statistic and takes no position. A zero inside a text that a given mask
+holds hides a token, which keeps its position. What cannot be known is not guessed from one row alone, and a given
+mask always wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import Cache, GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
+
+SIDES = ("left", "right")
+REMEMBERED = "transformer_lens_padding"
+"""The attribute of a KV cache under which its padding is kept: it goes along into copies of the cache."""
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Numbers as their bits, by their size in bytes: as such a nan equals itself."""
+MIXING = 0x1E3779B97F4A7C15
+"""An odd number whose multiples have bits all over; integers wrap around."""
+
+
+# -- masks --------------------------------------------------------------------------------------------
+
+
+def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
+    """Whether a token follows a masked position: only then does a causal model see the mask.
+
+    >>> needs_mask(torch.tensor([[1, 1, 0]])), needs_mask(torch.tensor([[0, 1, 1]]))
+    (False, True)
+    """
+    return bool((mask[:, 1:] > mask[:, :-1]).any())
+
+
+def checked_mask(mask: Any, rows: int, columns: int, device: torch.device) -> Bool[Tensor, "batch columns"]:
+    """A mask that a caller gave. Raises `TypeError` and `ValueError` for what is no mask of these rows and columns."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attention_mask: got {type(mask).__name__}, expected a tensor {[rows, columns]} of ones and zeros"
+        )
+    if list(mask.shape) != [rows, columns]:
+        raise ValueError(
+            f"attention_mask: got shape {list(mask.shape)}, expected {[rows, columns]}: one row "
+            "per text, one column per cached and new token"
+        )
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("attention_mask: got other numbers than 0 and 1, expected 1 at each token and 0 at padding")
+    return mask.to(device, torch.bool, copy=True)
+
+
+def leading(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """The run of masked positions that each row begins with."""
+    return (~mask).cumprod(-1).bool()
+
+
+def ends(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """The runs of masked positions that each row begins and ends with."""
+    return leading(mask) | leading(mask.flip(-1)).flip(-1)
+
+
+# -- ids ----------------------------------------------------------------------------------------------
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def keep_mask(ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """These very ids, whose padding is known from now on, as long as nobody writes to them."""
+    _made[ids] = (ids.clone(), mask)
+    return ids
+
+
+def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
+    """What `keep_mask` was told of a tensor; `None` for any other tensor, and for one that was written to."""
+    found = _made.get(ids)
+    if found is None or not torch.equal(found[0], ids):
+        return None
+    mask: Tensor = found[1]
+    return mask
+
+
+@dataclass(frozen=True)
+class PadToken:
+    """The token that fills up rows."""
+
+    id: int
+    in_texts: bool
+    """Whether it is also the first or last token of texts, so that not every one of them is padding."""
+
+    def mask(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"]:
+        """Which ids are not padding.
+
+        >>> PadToken(0, in_texts=False).mask(torch.tensor([[0, 5, 6], [7, 0, 0]]), ["left"]).long()
+        tensor([[0, 1, 1],
+                [1, 0, 0]])
+        >>> PadToken(2, in_texts=True).mask(torch.tensor([[2, 2, 2, 5], [2, 6, 7, 8]]), ["left"]).long()
+        tensor([[0, 0, 1, 1],
+                [1, 1, 1, 1]])
+
+        A token that stands in no text is padding at either end of a row. One that does is padding at `sides`, as far
+        as a row has more of it there than the row that has fewest, since the longest text of a batch is not padded;
+        so a single row has none. A row of nothing else keeps one.
+        """
+        other = ids != self.id
+        if not self.in_texts:
+            return ~ends(other)
+        mask = torch.ones_like(other)
+        if "right" in sides:
+            run = leading(other.flip(-1)).sum(-1, keepdim=True)
+            # A row of nothing else is padded at one side.
+            more = (run - run.min()) * (other.any(-1, keepdim=True) if "left" in sides else 1)
+            mask &= ~_first(more, mask).flip(-1)
+        if "left" in sides:
+            run = leading(other).sum(-1, keepdim=True)
+            mask &= ~_first(run - run.min(), mask)
+        return mask
+
+
+def _first(count: Int[Tensor, "batch 1"], like: Tensor) -> Bool[Tensor, "batch pos"]:
+    """The first so many positions of each row, and never all of them."""
+    width = like.shape[-1]
+    return torch.arange(width, device=like.device) < count.clamp(max=width - 1)
+
+
+def as_generate_infers(ids: Int[Tensor, "batch pos"], chosen: GenerationConfig) -> Bool[Tensor, "batch pos"]:
+    """What Hugging Face's `generate` takes for text where it is given no mask, and there is no tokenizer to ask."""
+    pad = chosen.pad_token_id
+    known = pad is not None and pad not in _end_tokens(chosen)
+    return ids != pad if known else torch.ones_like(ids, dtype=torch.bool)
+
+
+def still_text(new: Int[Tensor, "batch new"], chosen: GenerationConfig) -> Bool[Tensor, "batch new"]:
+    """Which of the tokens that `generate` appended are text: up to the end of each, and not what fills rows up behind.
+
+    >>> chosen = GenerationConfig(eos_token_id=2, pad_token_id=2)
+    >>> still_text(torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), chosen).long()
+    tensor([[1, 1, 0, 0],
+            [1, 1, 1, 1]])
+    """
+    ends_here = torch.isin(new, torch.tensor(_end_tokens(chosen), dtype=new.dtype, device=new.device))
+    text = ends_here.cumsum(-1) - ends_here.long() == 0
+    pad = chosen.pad_token_id
+    if pad is None or pad in _end_tokens(chosen):
+        return text
+    return text & ~leading((new != pad).flip(-1)).flip(-1)
+
+
+def _end_tokens(chosen: GenerationConfig) -> list[int]:
+    ends_with = chosen.eos_token_id
+    return [] if ends_with is None else [ends_with] if isinstance(ends_with, int) else list(ends_with)
+
+
+# -- cached and new positions of a call ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The cached and new positions of a call."""
+
+    mask: Bool[Tensor, "batch total"]
+    """Which of them are attended to."""
+    padding: Bool[Tensor, "batch total"]
+    """Which of the others are no tokens at all."""
+
+    def positions(self, new: int) -> Int[Tensor, "batch new"] | None:
+        """Of the last `new` columns, each counted among the tokens of its row; `None` where a plain count is the same.
+
+        >>> mask = torch.tensor([[0, 0, 1, 1]]).bool()
+        >>> Columns(mask, ~mask).positions(new=4)
+        tensor([[0, 0, 0, 1]])
+        """
+        if not needs_mask(~self.padding):
+            return None
+        counted = (~self.padding).cumsum(-1) - 1
+        return counted.masked_fill(self.padding, 0)[:, -new:]
+
+    def rows(self, index: Int[Tensor, " row"], length: int) -> Columns:
+        """Some rows, and their first `length` columns."""
+        return Columns(self.mask[index, :length], self.padding[index, :length])
+
+    def then(self, mask: Bool[Tensor, "batch new"], padding: Bool[Tensor, "batch new"]) -> Columns:
+        """With new columns behind them."""
+        return Columns(torch.cat([self.mask, mask], -1), torch.cat([self.padding, padding], -1))
+
+
+def columns_of_call(
+    rows: int,
+    new: int,
+    *,
+    given: Any,
+    seen: Bool[Tensor, "batch new"] | None,
+    cache: Any,
+    device: torch.device,
+) -> Columns | None:
+    """What a call attends to: by the mask that was `given`, or by what is known of the new columns and of the cache.
+
+    `None` where all of it is tokens. In a given mask, zeros at either end of a row are padding, as in a batch that is
+    read at once. Raises `ValueError` for a mask of another shape, and for a cache of padded texts whose rows were
+    changed in a way that cannot be followed, where no mask was given.
+    """
+    past = cached_length(cache)
+    held = {len(layer.keys) for layer in cache.layers if _has_keys(layer)} if past else {rows}
+    if held and rows not in held:
+        raise ValueError(f"past_key_values: got a cache of {max(held)} texts, and {rows} to go on with")
+    if given is not None:
+        mask = checked_mask(given, rows, past + new, device)
+        return Columns(mask, ends(mask))
+    old = recall(cache, device)
+    if old is None and (seen is None or bool(seen.all())):
+        return None
+    if old is None:
+        tokens = torch.ones(rows, past, dtype=torch.bool, device=device)
+        old = Columns(tokens, ~tokens)
+    seen = torch.ones(rows, new, dtype=torch.bool, device=device) if seen is None else seen.to(device)
+    return old.then(seen, ends(seen))
+
+
+# -- caches -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a cache holds, and by what it is known again after its rows or its length were changed."""
+
+    columns: Columns
+    layer: int
+    marks: Int[Tensor, "batch held"] | None
+    """A number for each key that the layer holds, of the last columns; `None` for keys that are not here."""
+
+
+def cached_length(cache: Any) -> int:
+    """How many positions a cache holds. Raises `TypeError` for what is no cache of transformers."""
+    if cache is None:
+        return 0
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"past_key_values: got {type(cache).__name__}, expected a transformers Cache, such as DynamicCache()"
+        )
+    return int(cache.get_seq_length())
+
+
+def remember(cache: Any, columns: Columns | None) -> None:
+    """Let a cache know which of the positions that it holds now are padding.
+
+    Nothing is kept where it holds others, as after a run that began above its first layer.
+    """
+    if cache is None:
+        return
+    if columns is None or bool(columns.mask.all()):
+        vars(cache).pop(REMEMBERED, None)
+        return
+    length = cached_length(cache)
+    if length != columns.mask.shape[1]:
+        return
+    full = [n for n, layer in enumerate(cache.layers) if _has_keys(layer) and int(layer.get_seq_length()) == length]
+    layer = max(full, default=0)
+    setattr(cache, REMEMBERED, _Memory(columns, layer, _marks(cache.layers[layer])))
+
+
+def recall(cache: Any, device: torch.device) -> Columns | None:
+    """What is known of the positions that a cache holds, if anything; those that others added since count as tokens.
+
+    Raises `ValueError` where what was known cannot be found again.
+    """
+    memory = None if cache is None else vars(cache).get(REMEMBERED)
+    length = cached_length(cache)
+    if memory is None or not length:
+        return None
+    columns: Columns | None = _found_again(memory, cache, length)
+    if columns is None:
+        raise ValueError(
+            "past_key_values: this cache holds padded texts, and its rows are not those that the bridge put there; "
+            "pass attention_mask, one column per cached and new token"
+        )
+    added = torch.ones(len(columns.mask), length - columns.mask.shape[1], dtype=torch.bool, device=columns.mask.device)
+    columns = columns.then(added, ~added)
+    return Columns(columns.mask.to(device), columns.padding.to(device))
+
+
+def inherit(cache: Cache, whole: Cache, length: int, copies: int, layer: int | None) -> None:
+    """`cache` is made of the first positions of `whole`, `copies` times (in one `layer` alone, if one is named)."""
+    memory = vars(whole).get(REMEMBERED)
+    if memory is None:
+        return
+    columns = _found_again(memory, whole, cached_length(whole))
+    if columns is None:  # nor will it be found again in `cache`, and `recall` says so
+        setattr(cache, REMEMBERED, memory)
+        return
+    index = torch.arange(len(columns.mask), device=columns.mask.device).repeat(copies)
+    number = memory.layer if layer is None else layer
+    setattr(cache, REMEMBERED, _Memory(columns.rows(index, length), number, _marks(cache.layers[number])))
+
+
+def _found_again(memory: _Memory, cache: Cache, length: int) -> Columns | None:
+    """The remembered columns in the order of the rows that the cache has now, as far as it still has them."""
+    old = memory.columns
+    if memory.layer >= len(cache.layers) or int(cache.layers[memory.layer].get_seq_length()) != length:
+        return None
+    marks = _marks(cache.layers[memory.layer])
+    if marks is None or memory.marks is None:  # keys on servers, whose rows beam search alone changes
+        return old if length == old.mask.shape[1] else None
+    # Both hold the keys of their last columns: compare those that both hold.
+    first = max(length - marks.shape[1], old.mask.shape[1] - memory.marks.shape[1])
+    last = min(length, old.mask.shape[1])
+    if first >= last:
+        return None
+    now = marks[:, first - length + marks.shape[1] :][:, : last - first]
+    then = memory.marks[:, first - old.mask.shape[1] + memory.marks.shape[1] :][:, : last - first].to(now.device)
+    if now.shape == then.shape and torch.equal(now, then):
+        index = torch.arange(len(now), device=now.device)
+    else:
+        same = torch.stack([(row == then).all(-1) for row in now])
+        if not bool(same.any(-1).all()):
+            return None
+        index = same.long().argmax(-1)
+    return old.rows(index.to(old.mask.device), last)
+
+
+def _has_keys(layer: Any) -> bool:
+    """Whether keys of a layer are here: not on servers, and not all of them compressed."""
+    return isinstance(layer, CacheLayerMixin) and isinstance(layer.keys, Tensor) and layer.keys.ndim == 4
+
+
+def _marks(layer: Any) -> Int[Tensor, "batch held"] | None:
+    """A number for each key that a layer of a cache holds, made of its first head's bits."""
+    if not _has_keys(layer):
+        return None
+    keys: Tensor = layer.keys.detach()[:, 0, : int(layer.get_seq_length())]
+    bits = keys.view(BITS[keys.element_size()]).long()
+    factors = (2 * torch.arange(bits.shape[-1], device=bits.device) + 1) * MIXING
+    return (bits * factors).sum(-1)
