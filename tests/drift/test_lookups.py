@@ -47,11 +47,12 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("analysis/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
     ("analysis/patching_index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
-    ("collect/manifest.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
-    ("collect/manifest.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
+    ("collect/identity.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
+    ("collect/identity.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
     ("distributed/remote_call.py", "getattr(entry.fn, '__name__', type(entry.fn).__name__)"): "a user's callable",
     ("model_bridge/generalized_components/attention.py", "getattr(module, 'bias', None)"): NO_BIAS,
     ("model_bridge/generalized_components/weights.py", "getattr(self.module, 'bias', None)"): NO_BIAS,
+    ("model_bridge/loading.py", "hasattr(config, name)"): "a keyword the user passed",
     ("model_bridge/loading.py", "getattr(torch, dtype, None)"): "a name the user passed",
     ("model_bridge/loading.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
     ("model_bridge/loading.py", "getattr(found, 'config_class', None)"): "what a checkpoint names may be no model",
@@ -65,7 +66,7 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",
     ("model_bridge/sharding.py", "getattr(model.config, 'distributed_config', None)"): ONLY_WHEN,
     ("model_bridge/sources.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
-    ("model_bridge/state.py", "getattr(model.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/state.py", "getattr(self.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
         "anything may be passed as a config, and is then refused"
@@ -81,6 +82,9 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "getattr(sys.modules[type(module).__module__], 'apply_rotary_pos_emb', None)",
     ): "a reference that only rotating families have",
     ("model_bridge/verify.py", "getattr(config, f'{name}_token_id', None)"): "not every config has every special token",
+    ("model_bridge/wrapped_model.py", "getattr(self.model.get_submodule(self.head), 'out_features', None)"): (
+        "a head of somebody's own need not say how wide it is"
+    ),
     ("model_bridge/weight_access.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
     ("model_bridge/weight_access.py", "hasattr(h, 'offload')"): OTHER_LIBRARY,
 }
@@ -126,6 +130,9 @@ OURS = {
     ("generation_stream.py", "use_cache"),  # what `generate` hands its loop
     ("info.py", "alibi"),  # a key of Falcon's config
     ("published.py", "alibi"),
+    ("bridge.py", "dtype"),  # our own keyword
+    ("report.py", "dtype"),  # a row of the report
+    ("texts.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
 }
 """The same words where they mean something else."""
@@ -145,7 +152,10 @@ def test_an_adapter_lists_every_key_of_the_config_that_it_reads(name: str) -> No
 
 
 def test_names_of_words_are_those_of_some_release() -> None:
-    """Each word is an argument of some class here, so that a spelling mistake in the table is noticed."""
-    known = {*INSTALLED, *inspect.signature(MixtralForCausalLM.prepare_inputs_for_generation).parameters}
+    """Each word is an argument of some class here, so that a spelling mistake in the table is noticed.
+
+    `from_pretrained` takes `dtype` out of its `**kwargs`.
+    """
+    known = {"dtype", *INSTALLED, *inspect.signature(MixtralForCausalLM.prepare_inputs_for_generation).parameters}
     for word in WORDS:
         assert known & set(word.names), word.meaning
