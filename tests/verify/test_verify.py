@@ -36,8 +36,9 @@ from tests.support import (
 )
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.model_bridge.verification.decoding import WRITES
-from transformer_lens.model_bridge.verification.evidence import chunks, largest_difference
+from transformer_lens.model_bridge.verification.evidence import largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
+from transformer_lens.model_bridge.verification.steps import chunks
 from transformer_lens.model_bridge.verify import CHECKS, verify
 
 SECONDS = 5

@@ -26,15 +26,12 @@ from transformer_lens.model_bridge.verification.evidence import (
     ModuleCall,
     OwnRun,
     Seen,
-    Step,
-    fixed,
-    growing,
     largest_difference,
-    steps,
     tensors,
     watching,
 )
 from transformer_lens.model_bridge.verification.report import CheckResult
+from transformer_lens.model_bridge.verification.steps import Step, decoded, fixed, growing, steps
 
 EQUATIONS = (
     values.hugging_face,
@@ -55,7 +52,7 @@ NAMED = 5
 
 def decoding(e: Evidence) -> Iterator[CheckResult]:
     """Values with a cache that grows."""
-    yield from _read("decoding", e, e.decoded)
+    yield from _read("decoding", e, decoded(e))
 
 
 def static_cache(e: Evidence) -> Iterator[CheckResult]:
@@ -170,7 +167,7 @@ def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor]
     """Read the text piece by piece with what is there written at some hooks."""
     cache = growing(e)
     hooks = [(name, e.rewriting(name)) for name in names]
-    for step in e.decoded:
+    for step in decoded(e):
         output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
         after(step, output)
 
@@ -191,7 +188,7 @@ def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, Change]:
     """By how much the output of each module with one of these hooks inside differs from its own."""
     here = [component for component, hooks in e.inside.items() if set(hooks) & set(names)]
     worst = dict.fromkeys(here, (0.0, ""))
-    progress = iter(e.decoded)
+    progress = iter(decoded(e))
     current: list[Step] = []
 
     def begin(module: nn.Module, args: Any) -> None:
@@ -290,7 +287,7 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
 
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
     """The first write in blocks of other processes, judged by what every head then reads."""
-    *before, last = e.decoded
+    *before, last = decoded(e)
     cache = growing(e)
     for step in before:
         e.bridge(step.tokens, past_key_values=cache, return_type=None)

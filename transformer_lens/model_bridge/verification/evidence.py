@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import Cache, DynamicCache, StaticCache
 
 from transformer_lens.hook_point import HookFunction, HookPoint
 from transformer_lens.hooked_root import Capture, HookSpec
@@ -267,6 +265,8 @@ class Evidence(Seen):
     tokens: Int[Tensor, "batch pos"]
     thorough: bool = False
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Runs of another kind that checks share."""
 
     # -- the model by itself -------------------------------------------------------------------------
 
@@ -404,11 +404,6 @@ class Evidence(Seen):
             return identity
         return Looking() if self.bridge.hook_dict[name].integer else block.editing("scale", 1.0)
 
-    @cached_property
-    def decoded(self) -> list[Step]:
-        """The text read piece by piece with a cache that grows."""
-        return steps(self, growing, chunks(self.tokens.shape[1]))
-
     # -- one layer after the other, each given what the bare model gave it ----------------------------
 
     @cached_property
@@ -434,87 +429,3 @@ class Evidence(Seen):
                 module = self.modules[stage]
                 undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
-
-
-# -- a text read piece by piece ----------------------------------------------------------------------
-
-SPARE = 2
-"""Empty places that a cache of fixed size has behind the text."""
-
-
-def chunks(length: int) -> list[range]:
-    """How a text is read: a beginning, a chunk of two where it is long enough, and two single tokens.
-
-    >>> chunks(8)
-    [range(0, 4), range(4, 6), range(6, 7), range(7, 8)]
-    """
-    single = min(2, length - 1)
-    ends = [length - single - 2] if length - single > 2 else []
-    ends += range(length - single, length + 1)
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def growing(e: Evidence) -> Cache:
-    """The cache that transformers makes by itself."""
-    return DynamicCache(config=e.bridge.original_model.config)
-
-
-def fixed(e: Evidence) -> Cache:
-    """One whose size does not change."""
-    return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
-
-
-@dataclass
-class Step(Seen):
-    """One call of a text that is read piece by piece."""
-
-    whole: Evidence
-    columns: range
-    own: OwnRun
-    captured: tuple[Tensor, dict[str, Tensor]]
-    keys: Sequence[tuple[int, int]]
-    """How many keys each layer attends to, and the column of the first, as transformers' own cache says."""
-    before: Sequence[Step]
-
-    def __post_init__(self) -> None:
-        self.bridge = self.whole.bridge
-        self.repeats_to = self.whole.repeats_to
-        self.tokens = self.whole.tokens[:, self.columns.start : self.columns.stop]
-
-    def __str__(self) -> str:
-        return f"tokens {self.columns.start} to {self.columns.stop - 1} after {self.columns.start} cached ones"
-
-    def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
-        """The values of the cached keys, then the new ones, then the empty places of a cache of fixed size."""
-        pieces = [step.wide(f"{attention}.hook_v") for step in (*self.before, self)]
-        found = [piece for piece in pieces if piece is not None]
-        if len(found) < len(pieces):
-            return None
-        count, first = self.keys[int(attention.split(".")[1])]
-        held = torch.cat(found, dim=1)[:, first : first + count]
-        return F.pad(held, (0, 0, 0, 0, 0, count - held.shape[1]))
-
-
-def _own_steps(
-    e: Evidence, model: Any, cache: Cache, pieces: Sequence[range]
-) -> Iterator[tuple[range, OwnRun, list[tuple[int, int]]]]:
-    """The bare model's calls, each with the sizes of its layers' keys."""
-    assert e.takes_cache is not None
-    for columns in pieces:
-        keys = [cache.get_mask_sizes(len(columns), layer) for layer in range(e.bridge.cfg.n_layers)]
-        yield columns, e.watched(model, _tokens(e, columns), **{e.takes_cache: cache}), keys
-
-
-def _tokens(e: Evidence, columns: range) -> Int[Tensor, "batch pos"]:
-    return e.tokens[:, columns.start : columns.stop]
-
-
-def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range]) -> list[Step]:
-    """A text read piece by piece: what the bare model did, and what the bridge captured."""
-    with e.bare() as model:
-        own = list(_own_steps(e, model, make(e), pieces))
-    cache, found = make(e), list[Step]()
-    for columns, run, keys in own:
-        captured = e.everything(_tokens(e, columns), past_key_values=cache)
-        found.append(Step(e, columns, run, captured, keys, tuple(found)))
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.model_bridge.upstream import MASK
 from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.verification.values import compared
@@ -27,9 +27,9 @@ Reading = tuple[int, bool, list[int], list[list[int]]]
 def left_padded(ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, list[int]]:
     """Ids and mask of texts of the same width, all but the first behind padding; and how much each has.
 
-    >>> left_padded(torch.tensor([[5, 6, 7], [8, 9, 10]]))[0]
-    tensor([[ 5,  6,  7],
-            [ 0,  0,  8]])
+    >>> left_padded(torch.tensor([[5, 6, 7], [8, 9, 1]]))[0]
+    tensor([[5, 6, 7],
+            [0, 0, 8]])
 
     A single text is padded, and a text keeps one token at least.
     """
@@ -95,12 +95,14 @@ def generation(e: Evidence) -> Iterator[CheckResult]:
     width = max(1, e.tokens.shape[1] - NEW_TOKENS + 1)
     ids, mask, padding = left_padded(e.tokens[:, :width])
     config = GenerationConfig(max_new_tokens=e.tokens.shape[1] - width + 1, do_sample=False, pad_token_id=0)
-    options: dict[str, Any] = {"attention_mask": mask, "generation_config": config}
+    named = e.bridge.arguments.named({MASK: mask})
     with e.bare() as model:
-        own = inner_model(model)[1].generate(ids, **options)  # type: ignore[operator]
+        own = inner_model(model)[1].generate(ids, **named, generation_config=config)  # type: ignore[operator]
     read = Looking(_reading)
     names = [name for name in e.cache if name in e.ports]
-    got = e.bridge.generate(ids, fwd_hooks=[(names, read)], return_type="tokens", **options)
+    got = e.bridge.generate(
+        ids, fwd_hooks=[(names, read)], return_type="tokens", attention_mask=mask, generation_config=config
+    )
     wrong = largest_difference(got, own)
     yield CheckResult("generation", "", "", wrong, 0.0, "tokens", note="the tokens of the model's own generate")
     expected = [_expected(forward, width, padding) for forward in range(own.shape[1] - width)]
