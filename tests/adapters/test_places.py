@@ -185,6 +185,24 @@ def test_attention_and_the_hooks_of_the_block_that_look_into_it(name: str) -> No
 
 
 @every_family
+def test_what_looks_through_a_place_sees_the_module_there(name: str) -> None:
+    """The norm in front of attention and the output projection: twins and weights read those that run."""
+    bridge, x = TransformerBridge(family(name)), tokens()
+    block, attn = bridge.blocks[1], bridge.blocks[1].attn
+    attn.o = mine = nn.Linear(32, 32, bias=attn.b_O is not None)
+    block.ln1 = Twice(None)
+    with torch.no_grad():
+        usual, cache = bridge.run_with_cache(x, names_filter=lambda hook: "blocks.1." in hook)
+        result = cache["blocks.1.attn.hook_result"].sum(-2) + (0 if attn.b_O is None else mine.bias)
+        torch.testing.assert_close(result, cache["blocks.1.hook_attn_out"], rtol=1e-4, atol=1e-5)
+        assert torch.equal(attn.W_O.reshape(32, 32), mine.weight.T)
+        same = bridge.run_with_hooks(x, fwd_hooks=[("blocks.1.hook_q_input", lambda v, hook: v.clone())])
+        torch.testing.assert_close(same, usual, rtol=1e-4, atol=1e-4)
+        stream = cache["blocks.1.hook_resid_pre"]
+        torch.testing.assert_close(cache["blocks.1.attn.hook_in"], 2 * stream, rtol=0, atol=0)
+
+
+@every_family
 def test_parts_of_a_run_know_the_module_in_the_place_of_the_final_norm(name: str) -> None:
     bridge, x = TransformerBridge(family(name)), tokens()
     with torch.no_grad():
