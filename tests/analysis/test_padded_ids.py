@@ -67,7 +67,7 @@ def test_sweeps_are_the_loop_also_at_padding(side: str) -> None:
     bridge = made("40b", side)
     ids = numbers(bridge, TEXTS, side)
     changes: list[Any] = [
-        ("blocks.1.hook_resid_pre", lambda x, hook, at=at: x.index_fill(1, torch.tensor([at]), 0.5)) for at in (5, 7)
+        ("blocks.1.hook_resid_pre", lambda x, hook, at=at: x.index_fill(1, torch.tensor([at]), 0.5)) for at in (7, 8)
     ]
     found = run_interventions(bridge, ids, changes, lambda logits: logits[:, -1, 7].sum())
     with torch.no_grad():
