@@ -63,6 +63,19 @@ def test_sweeps(name: str, side: str) -> None:
 
 
 @SIDES
+def test_sweeps_are_the_loop_also_at_padding(side: str) -> None:
+    bridge = made("40b", side)
+    ids = numbers(bridge, TEXTS, side)
+    changes: list[Any] = [
+        ("blocks.1.hook_resid_pre", lambda x, hook, at=at: x.index_fill(1, torch.tensor([at]), 0.5)) for at in (7, 8)
+    ]
+    found = run_interventions(bridge, ids, changes, lambda logits: logits[:, -1, 7].sum())
+    with torch.no_grad():
+        loop = [bridge.run_with_hooks(ids, fwd_hooks=[change], padding_side=side)[:, -1, 7].sum() for change in changes]
+    torch.testing.assert_close(found, torch.stack(loop), **ROUNDING)
+
+
+@SIDES
 def test_attribution(side: str) -> None:
     bridge = made("40b", side)
     ids = numbers(bridge, TEXTS, side), numbers(bridge, OTHERS, side)

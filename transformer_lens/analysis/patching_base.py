@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import DynamicCache
@@ -50,8 +51,12 @@ class BaseRun:
         return cls(bridge, input, mask, seen, logits, kept, {name: cache[name] for name in wanted}, past)
 
     def mask_of_copies(self, copies: int, start: int) -> Int[Tensor, "copies_batch pos"] | None:
-        """What a run of as many copies from position `start` on is given; what lies before is in a KV cache."""
-        mask = self.seen.long() if start and self.mask is None and not bool(self.seen.all()) else self.mask
+        """What a run of as many copies from position `start` on is given; what lies before is in a KV cache.
+
+        It attends to what the base run attended to: where that was given no mask, also behind the end of texts.
+        """
+        everything = start and self.mask is None and not bool(self.seen.all())
+        mask = torch.ones_like(self.seen, dtype=torch.long) if everything else self.mask
         return None if mask is None else mask.repeat(copies, 1)
 
     @property
