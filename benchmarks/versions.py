@@ -184,6 +184,8 @@ def run(case: Case) -> dict[str, Any]:
     install(case)
     began = time.monotonic()
     found = pytest_run(case.executable, CORE, {})
+    if "tests" not in found:
+        raise NotInstalled(f"pytest ended with status {found['exit_status']} and no report")
     bad = found["failures"] + found["errors"]
     return {
         **there(case.executable),
