@@ -37,10 +37,8 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "model_bridge.generalized_components.base",
     ),
     "running": (
-        *(
-            f"model_bridge.{name}"
-            for name in ("tokens", "inputs", "padding", "outputs", "partial_run", "prefix_cache", "verify")
-        ),
+        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "text_pieces", "inputs", "padding")),
+        *(f"model_bridge.{name}" for name in ("outputs", "partial_run", "prefix_cache", "verify")),
         "model_bridge.verification",
         "utilities",
     ),

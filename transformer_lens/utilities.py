@@ -104,18 +104,41 @@ def test_prompt(
 ) -> str:
     """How well the model expects `answer` after `prompt`: rank, probability, and the likeliest tokens, as text.
 
-    >>> print(test_prompt("Mary and John went home; John thanked", "Mary", bridge))  # doctest: +SKIP
+    >>> prompt = "When Mary and John went to the store, John gave a drink to"
+    >>> print(test_prompt(prompt, "Mary", bridge, top_k=2))
+    ' Mary': rank 0, probability 99.99%
+      0   99.99%  ' Mary'
+      1    0.00%  ' Tom'
+
+    An answer of several tokens is scored as a sequence: each token after the prompt and those before it, and the
+    probability of them all. The likeliest tokens are those after the prompt. Raises `ValueError` for an empty answer
+    and `TypeError` for several.
     """
+    if not all(isinstance(text, str) for text in (prompt, answer)):
+        got = f"{type(prompt).__name__} and {type(answer).__name__}"
+        raise TypeError(f"test_prompt: got {got}, expected one prompt and one answer, both strings")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k: got {top_k!r}, expected 1 or more")
     answer = " " + answer if prepend_space_to_answer and not answer.startswith(" ") else answer
+    ids = model.to_answer_tokens(answer)
+    tokens = model.to_tokens(prompt)
     with torch.no_grad():
-        logits = model(prompt, return_type="logits")[0, -1].float()
-    probabilities = logits.softmax(-1)
-    expected = int(model.to_tokens(answer, prepend_bos=False)[0, 0])
-    rank = int((logits > logits[expected]).sum())
-    lines = [f"{answer!r}: rank {rank}, probability {probabilities[expected]:.2%}"]
-    best = probabilities.topk(min(top_k, probabilities.numel()))
-    for place, (probability, token) in enumerate(zip(best.values, best.indices, strict=True)):
-        lines.append(f"{place:3d}  {probability:7.2%}  {model.to_string(token.view(1))!r}")
+        whole = torch.cat([tokens, tokens.new_tensor([ids])], dim=1)
+        logits = model(whole, attention_mask=torch.ones_like(whole))[0, tokens.shape[1] - 1 : -1].float()
+    each = logits.log_softmax(-1)
+    chances = each[torch.arange(len(ids)), ids]
+    ranks = (each > chances[:, None]).sum(-1).tolist()
+    texts = [repr(answer)] if len(ids) == 1 else [*map(repr, model.to_str_tokens(ids))]
+    lines = [
+        f"{text}: rank {rank}, probability {chance:.2%}"
+        for text, rank, chance in zip(texts, ranks, chances.exp().tolist(), strict=True)
+    ]
+    if len(ids) > 1:
+        lines.append(f"{answer!r}: {len(ids)} tokens, probability of all of them {float(chances.sum().exp()):.2%}")
+    best = each[0].exp().topk(min(top_k, each.shape[-1]))
+    words = model.to_str_tokens(best.indices)
+    for place, (probability, word) in enumerate(zip(best.values.tolist(), words, strict=True)):
+        lines.append(f"{place:3d}  {probability:7.2%}  {word!r}")
     return "\n".join(lines)
 
 

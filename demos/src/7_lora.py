@@ -35,8 +35,8 @@ TEMPLATE = "When {} and {} went to the store, {} gave a drink to"
 
 def token_of(name):
     """The one token that a name is after a space, or None if it takes several."""
-    before, after = bridge.to_tokens("to")[0], bridge.to_tokens(f"to {name}")[0]
-    return int(after[-1]) if len(after) == len(before) + 1 else None
+    tokens = bridge.to_answer_tokens(f" {name}")
+    return tokens[0] if len(tokens) == 1 else None
 
 
 pairs = [pair for pair in name_pairs(held_out=True) if all(map(token_of, pair))][:32]

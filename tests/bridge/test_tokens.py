@@ -165,8 +165,8 @@ def test_to_string(bridge):
     assert bridge.to_string(ids[0].tolist()) == TEXT
     assert bridge.to_string(ids[0].numpy()) == TEXT
     assert bridge.to_string(list(ids[0])) == TEXT
-    assert bridge.to_string(int(ids[0, 1])) == "cat"
-    assert bridge.to_string(ids[0, 1]) == "cat"
+    # Words stand behind a space, and one number is a token in the middle of a text.
+    assert bridge.to_string(int(ids[0, 1])) == bridge.to_string(ids[0, 1]) == " cat"
     assert bridge.to_string(bridge.to_tokens("cat")) == ["<s> cat"]
     assert bridge.to_string(torch.cat([ids, ids])) == [TEXT, TEXT]
     with pytest.raises(ValueError, match=r"to_string: got token ids of shape \[1, 1, 6\], expected one or two axes"):
@@ -174,20 +174,21 @@ def test_to_string(bridge):
 
 
 def test_to_str_tokens(bridge):
-    words = TEXT.split()
+    words = ["the", " cat", " sat", " on", " the", " mat"]
     assert bridge.to_str_tokens(TEXT) == ["<s>", *words]
     assert bridge.to_str_tokens(TEXT, prepend_bos=False) == words
     assert bridge.to_str_tokens([TEXT, "Mary"], prepend_bos=False) == [words, ["Mary"]]
     ids = bridge.to_tokens(TEXT, prepend_bos=False)
     for same in (ids, ids[0], ids[0].numpy(), ids[0].tolist(), np.asarray(ids)):
-        assert bridge.to_str_tokens(same) == words
+        assert bridge.to_str_tokens(same) == [" the", *words[1:]]
     with pytest.raises(ValueError, match=r"to_str_tokens: got token ids of shape \[2, 6\], expected one sequence"):
         bridge.to_str_tokens(torch.cat([ids, ids]))
 
 
 def test_to_single_token(bridge):
-    assert bridge.to_string(bridge.to_single_token("Mary")) == "Mary"
-    with pytest.raises(ValueError, match=r"'the cat' is 2 tokens, \['the', 'cat'\], expected one"):
+    assert bridge.to_single_token("Mary") == bridge.tokenizer.convert_tokens_to_ids("Mary")
+    assert bridge.to_string(bridge.to_single_token("Mary")) == bridge.to_single_str_token(13) == " Mary"
+    with pytest.raises(ValueError, match=r"'the cat' is 2 tokens, \[' the', ' cat'\], expected one"):
         bridge.to_single_token("the cat")
 
 

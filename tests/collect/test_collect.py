@@ -265,3 +265,11 @@ def test_progress_shows_the_rate_and_the_end(tmp_path: Path, capsys: pytest.Capt
     TransformerBridge(falcon()).collect(docs, "hook_embed", tmp_path, context_size=8, batch_size=2, shard_tokens=16)
     said = capsys.readouterr().err.split("\r")[-1]
     assert "collect: 100%" in said and "80.0/80.0" in said and "tokens/s" in said
+
+
+def test_a_document_that_begins_with_bos_gets_no_other(tmp_path: Path) -> None:
+    bridge = TransformerBridge.boot_transformers("tiny-falcon")
+    texts = ["<|bos|> Mary and", " Mary and"]
+    store = bridge.collect(texts, "blocks.0.hook_resid_post", tmp_path, append_eos=False, progress=False)
+    ids = bridge.tokenizer("<|bos|> Mary and")["input_ids"]
+    assert [store.document(number)["token_ids"].tolist() for number in (0, 1)] == [ids, ids]

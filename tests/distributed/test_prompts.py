@@ -29,6 +29,7 @@ from transformer_lens.distributed import (
     StaticSpans,
 )
 from transformer_lens.distributed.prompts import PromptFacts, TrainedPrompts
+from transformer_lens.model_bridge.text_pieces import single_token
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 PRE = 3
@@ -240,8 +241,7 @@ def train_on_the_subject(mode: str, steps: int) -> list[float]:
     def batch(count: int, seed: int, held_out: bool) -> tuple[Tensor, Tensor, Tensor]:
         examples = ioi_examples(count, seed=seed, held_out=held_out)
         tokens, last = padded_prompts(tokenizer, [example.prompt for example in examples])
-        answers = [tokenizer.tokenize(example.wrong_answer)[0] for example in examples]
-        return tokens, last, torch.tensor(tokenizer.convert_tokens_to_ids(answers))
+        return tokens, last, torch.tensor([single_token(tokenizer, example.wrong_answer) for example in examples])
 
     torch.manual_seed(0)
     model = AutoDistributedModelForCausalLM.from_pretrained(

@@ -411,12 +411,12 @@ CALLS = {
     "single token": (
         lambda: with_text().to_single_token(TEXT),
         ValueError,
-        "'the cat' is 2 tokens, ['the', 'cat'], expected one",
+        "'the cat' is 2 tokens, [' the', ' cat'], expected one",
     ),
     "token position": (
         lambda: with_text().get_token_position("dog", TEXT, prepend_bos=False),
         ValueError,
-        "token 'dog' does not occur in ['the', 'cat']",
+        "token 'dog' does not occur in ['the', ' cat']",
     ),
     "token position mode": (
         lambda: with_text().get_token_position("cat", TEXT, mode="any"),

@@ -1,4 +1,4 @@
-"""What a caller means by a layer, an expert and positions: checked, and as numbers or a mask."""
+"""What a caller means by an answer, a layer, an expert and positions: checked, and as numbers or a mask."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
 
+Answer = str | int | Sequence[str | int] | Int[Tensor, " batch"]
+"""One token for all texts or one for each: an id, a text of one token, or several of these."""
 Layers = int | Sequence[int] | None
 """A layer, several, or `None` for all of them; negative ones count from the end."""
 Pairs = Sequence[tuple[int | None, int]]
 """Layers, each with one of its experts; `None` for all layers."""
 Positions = int | Sequence[int] | slice | Bool[Tensor, "batch pos"] | None
 """A position, several, a slice, a mask over batch and positions, or `None` for all of them."""
+
+
+def answer_ids(bridge: TransformerBridge, what: str, answer: Answer, batch: int) -> Int[Tensor, " batch"]:
+    """The token meant in each of `batch` texts. Raises `ValueError` for a text of several, and for another number."""
+    ids = bridge.token_ids(answer, what).reshape(-1)
+    if len(ids) not in (1, batch):
+        raise ValueError(f"{what}: got {len(ids)}, expected one, or one for each of the {batch} texts")
+    return ids.expand(batch)
 
 
 def need_experts(bridge: TransformerBridge, what: str) -> int:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
-
-Answer = Any
-"""One token for all texts or one for each: an id, ids, a text, or texts of one token each."""
+from transformer_lens.analysis.choices import Answer, answer_ids
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +76,7 @@ def direct_logit_attribution(
     bridge: TransformerBridge,
     cache: ActivationCache,
     answer: Answer,
-    wrong_answer: Answer = None,
+    wrong_answer: Answer | None = None,
     position: int = -1,
     *,
     parts: str = "head",
@@ -104,8 +102,8 @@ def direct_logit_attribution(
     if not cache.has_batch_dim:
         raise ValueError("cache: it has no batch axis; cache without remove_batch_dim")
     logits = cache["unembed.hook_out"][:, position]
-    right = _ids(bridge, "answer", answer, logits)
-    wrong = None if wrong_answer is None else _ids(bridge, "wrong_answer", wrong_answer, logits)
+    right = answer_ids(bridge, "answer", answer, len(logits))
+    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))
     stack, labels = PARTS[parts](cache, position)
     values = cache.logit_attrs(stack, right, wrong, pos_slice=position)
     norm: Any = bridge.get_submodule("ln_final")
@@ -119,19 +117,3 @@ def _difference(logits: Tensor, right: Tensor, wrong: Tensor | None) -> Float[Te
     rows = torch.arange(len(logits), device=logits.device)
     found = logits[rows, right.to(logits.device)]
     return found if wrong is None else found - logits[rows, wrong.to(logits.device)]
-
-
-def _ids(
-    bridge: TransformerBridge, what: str, answer: Answer, logits: Float[Tensor, "batch d_vocab"]
-) -> Int[Tensor, " batch"]:
-    """A token id for each text."""
-    given = answer.tolist() if isinstance(answer, Tensor) else answer
-    several = [given] if isinstance(given, (str, int)) else list(given)
-    batch, size = logits.shape
-    if len(several) not in (1, batch):
-        raise ValueError(f"{what}: got {len(several)}, expected one, or one for each of the {batch} texts")
-    ids = [bridge.to_single_token(one) if isinstance(one, str) else int(one) for one in several]
-    for token in ids:
-        if not 0 <= token < size:
-            raise ValueError(f"{what}: got token {token}, expected 0 to {size - 1}")
-    return torch.tensor(ids, device=logits.device).expand(batch)

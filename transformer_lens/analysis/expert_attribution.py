@@ -6,7 +6,6 @@ embedding, each layer's attention and each chosen expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
-from transformer_lens.analysis.choices import need_experts
+from transformer_lens.analysis.choices import Answer, answer_ids, need_experts
 from transformer_lens.analysis.routing import Input, refuse_embeddings
-
-Answer = str | int | Sequence[str | int] | Int[Tensor, " batch"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,8 +78,8 @@ def logit_attribution(
     refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     batch, positions = _rows(mask, position)
-    right = _answers(bridge, "answer", answer, len(tokens))[batch]
-    wrong = None if wrong_answer is None else _answers(bridge, "wrong_answer", wrong_answer, len(tokens))[batch]
+    right = answer_ids(bridge, "answer", answer, len(tokens))[batch]
+    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))[batch]
     read, column = positions.unique(return_inverse=True)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
@@ -139,19 +136,6 @@ def _rows(mask: Tensor, position: int | None) -> tuple[Int[Tensor, " row"], Int[
         )
     columns = [int(row.nonzero()[position]) for row in mask]
     return torch.arange(len(mask)), torch.tensor(columns)
-
-
-def _answers(bridge: TransformerBridge, what: str, answer: Answer, batch: int) -> Int[Tensor, " batch"]:
-    """A token id for each text."""
-    given = answer.tolist() if isinstance(answer, Tensor) else answer
-    several = [given] if isinstance(given, (str, int)) else list(given)
-    if len(several) not in (1, batch):
-        raise ValueError(f"{what}: got {len(several)}, expected one, or one for each of the {batch} texts")
-    ids = [bridge.to_single_token(one) if isinstance(one, str) else int(one) for one in several]
-    for token in ids:
-        if not 0 <= token < bridge.cfg.d_vocab_out:
-            raise ValueError(f"{what}: got token {token}, expected 0 to {bridge.cfg.d_vocab_out - 1}")
-    return torch.tensor(ids).expand(batch)
 
 
 @dataclass(frozen=True)

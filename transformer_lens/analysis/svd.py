@@ -178,7 +178,7 @@ class SVDInterpreter:
     def _texts(self, tokens: Tensor) -> str:
         if self.model.tokenizer is None:
             return " ".join(map(str, tokens.tolist()))
-        return " ".join(repr(self.model.to_string(token)) for token in tokens)
+        return " ".join(map(repr, self.model.to_str_tokens(tokens)))
 
     def _check(self, kind: str, layer: int, head: int | None, expert: int | None, side: str) -> None:
         cfg = self.cfg

@@ -80,14 +80,14 @@ class PatchedPair:
 
 
 def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> tuple[IOIPair, Tensor, Tensor]:
-    """An indirect-object pair whose two prompts have the same number of this model's tokens."""
+    """An indirect-object pair whose two prompts have as many of this model's tokens, and whose answers are one."""
     for seed in range(tries):
         pair = ioi_pair(seed)
         clean, corrupted = bridge.to_tokens(pair.clean), bridge.to_tokens(pair.corrupted)
-        answers = [bridge.to_tokens(answer, prepend_bos=False)[0, 0] for answer in (pair.answer, pair.wrong_answer)]
-        if clean.shape == corrupted.shape and answers[0] != answers[1]:
+        right, wrong = (bridge.to_answer_tokens(answer) for answer in (pair.answer, pair.wrong_answer))
+        if clean.shape == corrupted.shape and len(right) == len(wrong) == 1 and right != wrong:
             return pair, clean, corrupted
-    raise ValueError(f"none of {tries} indirect-object pairs has prompts of equal length under this tokenizer")
+    raise ValueError(f"none of {tries} indirect-object pairs has prompts of equal length and answers of one token here")
 
 
 def patch_residual_stream(bridge: TransformerBridge, progress: Progress) -> PatchedPair:
@@ -96,7 +96,7 @@ def patch_residual_stream(bridge: TransformerBridge, progress: Progress) -> Patc
     All positions of a layer go in one batch: row `i` is patched at position `i`.
     """
     pair, clean, corrupted = suitable_pair(bridge)
-    right, wrong = (int(bridge.to_tokens(a, prepend_bos=False)[0, 0]) for a in (pair.answer, pair.wrong_answer))
+    right, wrong = map(bridge.to_single_token, (pair.answer, pair.wrong_answer))
 
     def difference(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         return (logits[:, -1, right] - logits[:, -1, wrong]).float()

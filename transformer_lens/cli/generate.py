@@ -238,7 +238,7 @@ class Continuation:
     prompt: str
     continuation: str
     text: str
-    """Both, as the tokenizer writes them."""
+    """Both."""
 
 
 def continued(
@@ -251,14 +251,8 @@ def continued(
     """
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
-        bos = how.get("prepend_bos")
-        columns = bridge.to_tokens(batch, prepend_bos=bos, padding_side="left", truncate=False).shape[1]
-        for prompt, row in zip(batch, bridge.generate(batch, return_type="tokens", **how), strict=True):
-            text, read = (
-                bridge.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                for ids in (row, row[:columns])
-            )
-            yield Continuation(prompt, text.removeprefix(read), text)
+        for prompt, text in zip(batch, bridge.generate(batch, **how), strict=True):
+            yield Continuation(prompt, text[len(prompt) :], text)
 
 
 def show(found: Iterator[Continuation], about: dict[str, Any] | None) -> None:

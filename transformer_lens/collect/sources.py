@@ -132,7 +132,7 @@ class Encoder:
     tokenizer: Any
     text_key: str
     bos: int | None
-    """Put in front of each text, or `None`."""
+    """Put in front of each text that does not begin with it, or `None`."""
     eos: int | None
     """Put behind each text, or `None`."""
     d_vocab: int
@@ -160,7 +160,7 @@ class Encoder:
     def _framed(self, ids: Sequence[int]) -> np.ndarray:
         if not len(ids):
             return np.empty(0, np.int64)
-        front = [] if self.bos is None else [self.bos]
+        front = [] if self.bos is None or ids[0] == self.bos else [self.bos]
         back = [] if self.eos is None else [self.eos]
         return np.asarray([*front, *ids, *back], np.int64)
 

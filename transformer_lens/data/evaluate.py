@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformer_lens.data.generate import IOIExample, ioi_examples, repeated_random_tokens
+from transformer_lens.model_bridge.text_pieces import ids_of, single_token
 
 
 def plain_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -27,12 +28,13 @@ def padded_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     """
     >>> tokens, last = padded_prompts(tokenizer, ["When Mary"])  # doctest: +SKIP
 
-    BOS and the texts, padded on the right, and the position of each last token. The attention is
-    causal, so right padding needs no mask.
+    BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
+    attention is causal, so right padding needs no mask, and any token will do.
     """
-    rows = [[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]] for text in texts]
-    width = max(map(len, rows))
-    padded = [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows]
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [front + ids_of(tokenizer, text) for text in texts]
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
+    padded = [row + [pad] * (width - len(row)) for row in rows]
     return torch.tensor(padded), torch.tensor([len(row) - 1 for row in rows])
 
 
@@ -52,7 +54,7 @@ def ioi_accuracy(
     examples = examples if examples is not None else ioi_examples(400, seed=1)
     tokens, last = padded_prompts(tokenizer, [example.prompt for example in examples])
     logits = model(tokens).logits[torch.arange(len(tokens)), last]
-    answers = tokenizer.convert_tokens_to_ids([tokenizer.tokenize(example.answer)[0] for example in examples])
+    answers = [single_token(tokenizer, example.answer) for example in examples]
     return float((logits.argmax(-1) == torch.tensor(answers)).float().mean())
 
 

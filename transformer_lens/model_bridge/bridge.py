@@ -43,7 +43,7 @@ from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
-from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.text_methods import TokenMethods
 from transformer_lens.model_bridge.tree import absent_names, components_in, make_components
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
@@ -86,12 +86,10 @@ class TransformerBridge(
         HookOwner.__init__(self)
         warn_of_a_newer_release()
         place, inner = inner_model(hf_model)
-        config: Any = hf_model.config
-        self.adapter = adapter_for(config)
+        self.adapter = adapter_for(hf_model.config)
         self.original_model = hf_model
         self.tokenizer = tokenizer
         self.cfg: BridgeConfig = self.adapter.cfg
-        self.token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, config, self.cfg.n_ctx)
         self.cfg.architecture = type(inner).__name__
         self.arguments = arguments_of(type(inner))
         self._follow_model()

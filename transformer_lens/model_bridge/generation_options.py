@@ -18,6 +18,7 @@ from transformer_lens.checks import in_words, nearest
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.model_bridge.inputs import ModelInput, Reading
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
+from transformer_lens.model_bridge.text_pieces import decoded, pieces, special_tokens
 from transformer_lens.model_bridge.tokens import TokenAdapter
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
@@ -38,10 +39,12 @@ class Prompt:
 
     kwargs: dict[str, Tensor]
     mask: Int[Tensor, "batch prompt"]
-    texts: int | None
-    """How many texts it came from: `None` if it was not text, 0 for one bare string."""
-    embedded: bool = False
-    """Whether it came as embeddings."""
+    ids: Int[Tensor, "batch prompt"] | None
+    """`None` for embeddings."""
+    texts: list[str] | None
+    """The texts it came from, if it came as text."""
+    several: bool
+    """Whether it came as a list of texts, or as a batch of several rows."""
 
     @property
     def length(self) -> int:
@@ -49,9 +52,14 @@ class Prompt:
         return self.mask.shape[1]
 
     @property
+    def embedded(self) -> bool:
+        """Whether it came as embeddings."""
+        return self.ids is None
+
+    @property
     def read(self) -> int:
         """How many of its columns stand in what `generate` returns: all, but for embeddings and a cached part."""
-        return 0 if self.embedded else next(iter(self.kwargs.values())).shape[1]
+        return 0 if self.ids is None else self.ids.shape[1]
 
 
 def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput:
@@ -106,7 +114,9 @@ def prepare_prompt(
             "generate: a prompt ends in padding, and what is generated follows its last token; "
             "pad on the left: padding_side='left'; or pass attention_mask, if it is none"
         )
-    return Prompt(arguments.named({reading.word: given}), mask.long(), reading.texts, reading.word is EMBEDDINGS)
+    ids = None if reading.word is EMBEDDINGS else given
+    several = len(given) > 1 if reading.texts is None else reading.several
+    return Prompt(arguments.named({reading.word: given}), mask.long(), ids, reading.texts, several)
 
 
 def translate(
@@ -229,14 +239,23 @@ class GenerationCall:
             return output
         if self.return_type == "input" and self.prompt.texts is None:
             return output
-        texts = [self.text_of(row) for row in tokens]
-        one = self.prompt.texts == 0 or (self.prompt.texts is None and len(self.prompt.mask) == 1)
-        return texts[0] if one and len(texts) == 1 else texts
+        each = len(tokens) // len(self.prompt.mask)
+        texts = [self.text_of(number // each, row) for number, row in enumerate(tokens.tolist())]
+        return texts if self.prompt.several or len(texts) > 1 else texts[0]
 
-    def text_of(self, ids: Any) -> str:
-        """Text of token ids, special tokens left out."""
+    def text_of(self, number: int, row: list[int]) -> str:
+        """The text of a prompt as it was given, and of what was added to it, special tokens left out of that."""
         assert self.adapter is not None
-        return str(self.adapter.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        tokenizer = self.adapter.tokenizer
+        special = special_tokens(tokenizer)
+        new = [token for token in row[0 if self.prompt.embedded else self.prompt.length :] if token not in special]
+        if self.prompt.texts is not None:
+            return self.prompt.texts[number] + "".join(pieces(tokenizer, new))
+        if self.prompt.ids is None:
+            return "".join(pieces(tokenizer, new))
+        read = self.prompt.ids[number][self.prompt.mask[number].bool()].tolist()
+        first = 1 if read[:1] == [self.adapter.bos] else 0
+        return decoded(tokenizer, [*read[first:], *new])
 
     def refuse(self, *, phased: bool, hooked: bool, captured: bool) -> None:
         """Raise `ValueError` for hooks that the way of generating gives no clear meaning."""

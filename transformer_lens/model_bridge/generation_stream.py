@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from transformer_lens.model_bridge.generation_options import GenerationCall, progress
 from transformer_lens.model_bridge.generation_run import GenerationRun
+from transformer_lens.model_bridge.text_pieces import TextReader
 from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
 
 PARTS = (
@@ -25,9 +26,6 @@ PARTS = (
     "prepare_inputs_for_generation",
 )
 """The methods of a model that its own decoding loop calls."""
-
-UNFINISHED = "\ufffd"
-"""What decoding shows for a character of which some bytes are still to come."""
 
 
 def refuse_unless_streamable(call: GenerationCall) -> None:
@@ -114,19 +112,21 @@ def _choose(scores: Tensor, sampled: bool) -> Int[Tensor, " batch"]:
 
 def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
     """What each step adds to the texts; a character is held back until all of its bytes are there."""
-    one = call.prompt.texts == 0 or (call.prompt.texts is None and len(call.prompt.mask) == 1)
-    rows: list[list[int]] = []
-    told: list[str] = []
+    assert call.adapter is not None
+    readers: list[TextReader] = []
     for chosen in steps:
-        rows = rows or [[] for _ in chosen]
-        told = told or [""] * len(rows)
-        for row, token in zip(rows, chosen.tolist(), strict=True):
-            row.append(token)
-        texts = [call.text_of(row) for row in rows]
-        texts = [old if new.endswith(UNFINISHED) else new for old, new in zip(told, texts, strict=True)]
-        added = [new[len(old) :] for old, new in zip(told, texts, strict=True)]
-        told = texts
-        yield added[0] if one and len(added) == 1 else added
-    left = [call.text_of(row)[len(old) :] for row, old in zip(rows, told, strict=True)]
+        readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
+        yield _of_rows(
+            call,
+            [
+                "" if token in reader.special else reader.add(token)
+                for reader, token in zip(readers, chosen.tolist(), strict=True)
+            ],
+        )
+    left = [reader.rest() for reader in readers]
     if any(left):
-        yield left[0] if one and len(left) == 1 else left
+        yield _of_rows(call, left)
+
+
+def _of_rows(call: GenerationCall, texts: list[str]) -> str | list[str]:
+    return texts if call.prompt.several or len(texts) > 1 else texts[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from transformer_lens.model_bridge.padding import (
     Columns,
+    cached_length,
     checked_mask,
     columns_of_call,
     keep_mask,
@@ -19,7 +20,8 @@ from transformer_lens.model_bridge.padding import (
     needs_mask,
     remember,
 )
-from transformer_lens.model_bridge.tokens import TokenAdapter, TokenMethods
+from transformer_lens.model_bridge.text_methods import TokenMethods
+from transformer_lens.model_bridge.tokens import Texts, TokenAdapter, check_text
 from transformer_lens.model_bridge.upstream import (
     CACHE,
     EMBEDDINGS,
@@ -30,7 +32,7 @@ from transformer_lens.model_bridge.upstream import (
     Word,
 )
 
-ModelInput = str | Sequence[str] | Tensor
+ModelInput = Texts | Tensor
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Reading:
     """Token ids [batch, pos], or embeddings [batch, pos, d_model]."""
     seen: Bool[Tensor, "batch pos"] | None
     """Which positions are not padding; `None` where nothing is known to be."""
-    texts: int | None = None
-    """How many texts it came from: `None` if it was not text, 0 for one bare string."""
+    texts: list[str] | None = None
+    """The texts it came from, if it came as text: conversations as their template writes them."""
+    several: bool = False
+    """Whether they came as a list."""
 
     @property
     def mask(self) -> Bool[Tensor, "batch pos"]:
@@ -101,16 +105,17 @@ def read_input(
     *,
     adapter: TokenAdapter | None,
     d_model: int,
-    prepend_bos: bool,
+    prepend_bos: bool | None,
     side: str | None,
     sides: Sequence[str] = (),
     truncate: bool = True,
+    after: bool = False,
     what: str = "input",
 ) -> Reading:
     """Text, ids or embeddings, and which of their positions are padding.
 
     Texts are padded at `side` (`None`: where the tokenizer does). In ids, a pad token that texts hold as well is
-    padding at `sides` (none named: at that one).
+    padding at `sides` (none named: at that one). `after`: they go on from texts that were read before.
     """
     if isinstance(input, Tensor) and input.is_floating_point():
         return Reading(EMBEDDINGS, batched_embeddings(input, d_model, what), None)
@@ -119,18 +124,14 @@ def read_input(
         if seen is None and adapter is not None:
             seen = adapter.mask_of(ids, sides or (adapter.side(side),))
         return Reading(TOKENS, ids, seen)
-    texts = [input] if isinstance(input, str) else input
-    if not isinstance(texts, Sequence):
-        raise TypeError(
-            f"input: got {type(input).__name__}, expected a string, a list of strings, token ids or embeddings"
-        )
+    check_text(input)
     if adapter is None:
         raise ValueError(
             "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
             "TransformerBridge(model, tokenizer)"
         )
-    batch = adapter.encode(texts, prepend_bos=prepend_bos, padding_side=side, truncate=truncate)
-    return Reading(TOKENS, batch.ids, batch.mask.bool(), 0 if isinstance(input, str) else len(texts))
+    batch = adapter.encode(input, prepend_bos=prepend_bos, padding_side=side, truncate=truncate, after=after)
+    return Reading(TOKENS, batch.ids, batch.mask, batch.texts, batch.several)
 
 
 class InputAndMask(NamedTuple):
@@ -178,9 +179,8 @@ class InputMethods(TokenMethods):
         return InputAndMask(value, mask, mask.long() if attention_mask is not None or needs_mask(mask) else None)
 
     def _read(self, input: ModelInput, prepend_bos: bool | None, side: str | None, **options: Any) -> Reading:
-        adapter = self.token_adapter
-        bos = adapter is not None and self._prepends(prepend_bos)
-        return read_input(input, adapter=adapter, d_model=self.cfg.d_model, prepend_bos=bos, side=side, **options)
+        how: dict[str, Any] = {"prepend_bos": prepend_bos, "side": side, **options}
+        return read_input(input, adapter=self.token_adapter, d_model=self.cfg.d_model, **how)
 
     def _call(
         self,
@@ -204,7 +204,8 @@ class InputMethods(TokenMethods):
                 f"enters that layer, a float tensor [batch, pos, {self.cfg.d_model}]"
             )
         device = self.input_device()
-        reading = self._read(input, prepend_bos, padding_side, what=what)
+        after = cached_length(past_key_values) > 0
+        reading = self._read(input, prepend_bos, padding_side, what=what, after=after)
         rows, new = reading.value.shape[:2]
         columns = columns_of_call(
             rows, new, given=attention_mask, seen=reading.seen, cache=past_key_values, device=device

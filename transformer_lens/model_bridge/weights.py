@@ -226,23 +226,11 @@ class WeightMethods:
 
         `tokens` is a token's id or text, several of them, or a tensor of ids; its axes stay, with d_model
         after them. The final norm's weight is not in it (`cache.apply_ln_to_stack` applies that). Raises
-        `ValueError` for a text of several tokens and `IndexError` for an id outside the vocabulary.
+        `ValueError` for a text of several tokens and for an id outside the vocabulary.
         """
         bridge = cast("TransformerBridge", self)
-        if isinstance(tokens, str):
-            tokens = bridge.to_single_token(tokens)
-        elif isinstance(tokens, (list, tuple)):
-            tokens = [bridge.to_single_token(token) if isinstance(token, str) else int(token) for token in tokens]
         W_U = self.W_U
-        ids = torch.as_tensor(tokens, device=W_U.device)
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise TypeError(f"tokens_to_residual_directions: got {ids.dtype}, expected token ids")
-        if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < W_U.shape[1]):
-            raise IndexError(
-                f"tokens_to_residual_directions: got ids from {int(ids.min())} to {int(ids.max())}, expected 0 to "
-                f"{W_U.shape[1] - 1}"
-            )
-        return W_U.T[ids]
+        return W_U.T[bridge.token_ids(tokens, "tokens_to_residual_directions").to(W_U.device)]
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True

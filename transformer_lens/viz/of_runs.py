@@ -192,7 +192,7 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
         )
         lens, labels = cache.apply_slice_to_batch_dim(0).logit_lens(return_labels=True)
     best = lens.float().softmax(-1).topk(top)
-    words = [[[str(bridge.to_string([i])) for i in ids] for ids in row] for row in best.indices.tolist()]
+    words = [[list(map(str, bridge.to_str_tokens(ids))) for ids in row] for row in best.indices.tolist()]
     notes = [
         [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
         for row in zip(words, best.values.tolist(), strict=True)
@@ -239,7 +239,7 @@ def _named(cache: ActivationCache, token: str | int) -> str:
     if isinstance(token, str):
         return repr(token)
     bridge = cast(TransformerBridge, cache.model)
-    return f"token {int(token)}" if bridge.tokenizer is None else repr(bridge.to_string([int(token)]))
+    return f"token {int(token)}" if bridge.tokenizer is None else repr(bridge.to_single_str_token(token))
 
 
 def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
