@@ -191,6 +191,7 @@ TOOLS: dict[str, Callable[[TransformerBridge, Any], torch.Tensor]] = {
 """Every tool that is asked about an answer."""
 
 
+@pytest.mark.core
 @every_kind
 @pytest.mark.parametrize("tool", TOOLS)
 def test_every_tool_means_the_same_token(bridges, kind, tool):
@@ -260,6 +261,7 @@ def test_a_text_that_begins_with_bos_gets_no_other(bridges, kind):
     )
 
 
+@pytest.mark.core
 @every_kind
 def test_the_second_half_of_a_text_goes_on_from_the_first(bridges, kind):
     bridge = bridges[kind]
@@ -279,6 +281,7 @@ MESSAGES = [{"role": "user", "content": "When Mary went"}]
 ANSWERED = [*MESSAGES, {"role": "assistant", "content": "to John"}]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("form", LLAMA_FORMS)
 def test_chat_templates(bridges, form):
     bridge = bridges[f"llama {form}"]
@@ -348,6 +351,7 @@ def test_a_prompt_comes_back_as_it_was_written(bridges, kind):
         assert "".join(bridge.generate_stream(prompt, **GREEDY)) == alone[len(prompt) :]
 
 
+@pytest.mark.core
 @every_kind
 def test_what_is_added_is_the_text_of_the_new_tokens(bridges, kind):
     bridge = bridges[kind]
@@ -407,6 +411,7 @@ def test_what_is_no_tokenizer_is_refused(wrong):
     assert bridge.tokenizer is before
 
 
+@pytest.mark.core
 def test_special_tokens_are_read_when_they_are_needed():
     words = llama("first")
     bridge = TransformerBridge(family("mixtral", vocab_size=len(words), bos_token_id=1, eos_token_id=2), words)
