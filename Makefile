@@ -17,7 +17,7 @@ EXTRAS.demo-swarm = cli,viz,swarm
 TOO.dev = demo
 TOO.swarm = demo-swarm
 
-.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
+.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -34,10 +34,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m transformer_lens demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser and not swarm" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser and not swarm and not fuzz" -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not gpu and not browser and not swarm" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not browser and not swarm and not fuzz" -n 2
 
 # Pictures in a real browser; Debian's Chromium where there is none yet.
 pictures: $(VENV)/.dev
@@ -83,6 +83,10 @@ shapes: $(VENV)/.dev
 # Kills a job hundreds of times at random moments, and compares the bytes it ends with; some minutes.
 test-collect: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
+
+# Random calls of the whole public API; some minutes, FUZZ_EXAMPLES=2000 for longer. A failure prints how to run it again.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m fuzz tests/fuzz
 
 # Servers as processes, in a network of their own: nothing but loopback is there, so nothing can leave the machine.
 test-swarm: $(VENV)/.swarm

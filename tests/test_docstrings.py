@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +48,20 @@ def names() -> dict[str, object]:
     }
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds functions behind decorators too: a decorated one has the globals of the decorator's module."""
+
+    def _from_module(self, module: Any, object: Any) -> bool:
+        return bool(super()._from_module(module, inspect.unwrap(object) if callable(object) else object))
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module(name: str, names: dict[str, object]) -> None:
     module = importlib.import_module(name)
     if ".analysis." in name and name.rpartition(".")[2].startswith(ABOUT_EXPERTS):
         names = {**names, "bridge": names["moe"]}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    for example in doctest.DocTestFinder(exclude_empty=True).find(module, globs={**names, **vars(module)}):
+    for example in Finder(exclude_empty=True).find(module, globs={**names, **vars(module)}):
         torch.manual_seed(0)
         runner.run(example)
     assert runner.failures == 0

@@ -19,6 +19,7 @@ RANKS: list[tuple[str, ...]] = [
     (
         "transformer_lens.checks",
         "transformer_lens.generation_step",
+        "transformer_lens.checks",
         "transformer_lens.hook_point",
         "transformer_lens.slicing",
         "transformer_lens.factored_matrix",
@@ -46,9 +47,9 @@ METHODS_OF_GUESTS = (f"{BRIDGE}.collecting",)
 """Methods of the bridge that import what they are a spelling of when they are called."""
 PUBLIC = {
     "transformer_lens",
+    "transformer_lens.checks",
     "transformer_lens.hook_points",
     "transformer_lens.activation_cache",
-    "transformer_lens.checks",
     "transformer_lens.factored_matrix",
     "transformer_lens.utilities",
     "transformer_lens.model_bridge",

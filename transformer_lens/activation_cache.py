@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from transformer_lens.checks import device_of, in_words, is_one_of, whole
 from transformer_lens.direct_logits import Names
 from transformer_lens.hook_names import get_act_name
 from transformer_lens.residual_stacks import ResidualStacks
@@ -29,6 +30,8 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
     """
 
     def __init__(self, cache_dict: dict[str, Tensor], model: Names, has_batch_dim: bool = True) -> None:
+        if not isinstance(cache_dict, Mapping):
+            raise TypeError(f"cache_dict: got {in_words(cache_dict)}, expected a mapping of names to tensors")
         self.cache_dict = cache_dict
         self.model = model
         self.has_batch_dim = has_batch_dim
@@ -118,6 +121,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Self:
         """Move every tensor to a device, in place."""
+        device = device_of("device", device)
         self.cache_dict = {name: tensor.to(device) for name, tensor in self.cache_dict.items()}
         return self
 
@@ -127,5 +131,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         >>> cache.stack_activation("resid_post").shape
         torch.Size([4, 1, 5, 128])
         """
-        layers = range(self._n_layers() if layer == -1 else layer)
-        return torch.stack([self[get_act_name(name, i, sublayer_type)] for i in layers])
+        every = self._n_layers()
+        if not is_one_of(layer, (-1,)):
+            every = whole("layer", layer, 1, every, " (how many), or -1 for all")
+        return torch.stack([self[get_act_name(name, i, sublayer_type)] for i in range(every)])

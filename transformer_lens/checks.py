@@ -5,10 +5,13 @@ Every function takes the name under which the value was passed, and returns the 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,17 @@ def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
     return ", ".join(map(repr, near))
 
 
+def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `TypeError` for a keyword that nothing takes, with the nearest that something does.
+
+    >>> refuse_unknown("boot_transformers", ["dtype"], ["device", "dtype"])
+    """
+    names = set(known)
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{where}: got an unknown keyword {name!r}; the nearest are {nearest(name, names)}")
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
     if isinstance(value, Tensor):
@@ -67,14 +81,75 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
     return number
 
 
+def is_one_of(value: object, options: Iterable[Any]) -> bool:
+    """Whether a value is one of a few, whatever it is: a list or an array is none of them, and no error.
+
+    >>> is_one_of("first", ("first", "last")), is_one_of(["first"], ("first", "last"))
+    (True, False)
+    """
+    return any(type(value) is type(option) and value == option for option in options)
+
+
 def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
     """Raise `ValueError` unless a value is one of a few.
 
     >>> one_of("mode", "first", ("first", "last"))
     """
-    if not any(type(value) is type(option) and value == option for option in options):
+    if not is_one_of(value, options):
         listed = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
         raise ValueError(f"{what}: got {in_words(value)}, expected {listed}")
+
+
+def a_number(what: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
+    """A finite number within bounds (with `above`, larger than the lower one), as a Python one.
+
+    >>> a_number("scale", torch.tensor(0.5), least=0)
+    0.5
+
+    Raises `TypeError` for what is no number and `ValueError` for one beyond the bounds.
+    """
+    one = value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
+    bounds = (
+        ""
+        if least == -math.inf
+        else f" {'above' if above else 'from'} {least:g}{f' to {most:g}' if most < math.inf else ' on'}"
+    )
+    if isinstance(one, bool) or not isinstance(one, Real):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a finite number{bounds}")
+    number = float(one)
+    if not math.isfinite(number) or not least <= number <= most or (above and number == least):
+        raise ValueError(f"{what}: got {number:g}, expected a finite number{bounds}")
+    return number
+
+
+def a_path(what: str, value: Any) -> Path:
+    """A path. Raises `TypeError` for what names no file or directory."""
+    if not isinstance(value, (str, PathLike)):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a path")
+    return Path(value)
+
+
+def a_text(what: str, value: Any) -> None:
+    """Raise `TypeError` for what is no text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a str")
+
+
+def is_several(value: object) -> bool:
+    """Whether a value can be gone through, and is no text: a list, a tuple, a tensor with an axis..."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+
+
+def a_list(what: str, value: Any) -> None:
+    """Raise `TypeError` for what is not several: an iterable that is no text."""
+    if not is_several(value):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a list")
+
+
+def a_tensor(what: str, value: Any) -> None:
+    """Raise `TypeError` for what is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor")
 
 
 def function(what: str, value: Any, form: str) -> Callable[..., Any]:
@@ -99,3 +174,33 @@ def as_numbers(what: str, value: Any) -> Tensor:
     if made.is_complex():
         raise TypeError(f"{what}: got {in_words(value)}, expected real numbers")
     return made
+
+
+def whole_numbers(
+    what: str, value: Any, least: int | None = None, most: int | None = None, where: str = ""
+) -> list[int]:
+    """One whole number or several, each within bounds, as a list.
+
+    >>> whole_numbers("layer", np.arange(2), 0, 3), whole_numbers("layer", -1)
+    ([0, 1], [-1])
+    """
+    if is_whole(value):
+        return [whole(what, value, least, most, where)]
+    if not is_several(value) or isinstance(value, dict) or getattr(value, "ndim", 1) != 1:
+        expected = "whole numbers" if least is None else f"{least} to {most}"
+        raise TypeError(f"{what}: got {in_words(value)}, expected {expected}{where}")
+    return [whole(what, one, least, most, where) for one in value]
+
+
+def device_of(what: str, value: Any) -> torch.device:
+    """A device that is there.
+
+    >>> device_of("device", "cpu")
+    device(type='cpu')
+
+    Raises `ValueError` for one that is not, and for what names none.
+    """
+    try:
+        return torch.empty(0, device=value).device
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{what}: got {in_words(value)}, expected a device that is here, such as 'cpu'") from error

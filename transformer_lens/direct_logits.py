@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import in_words
+from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -144,16 +144,11 @@ class DirectLogits(ABC):
 
     def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
         """The number of layers below the wanted stream."""
-        if mlp_input and layer in (None, -1, self._layers):
+        if mlp_input and is_one_of(layer, (None, -1, self._layers)):
             raise ValueError("mlp_input=True: no MLP reads the stream after the last block; name a layer")
-        if layer is None or layer == -1:
+        if is_one_of(layer, (None, -1)):
             return self._layers
-        if not 0 <= layer <= self._layers:
-            raise ValueError(
-                f"layer: got {layer}, expected 0 to {self._layers} (the number of layers below the stream), -1 or None "
-                "for all"
-            )
-        return layer
+        return whole("layer", layer, 0, self._layers, " (the number of layers below the stream), -1 or None for all")
 
     def _norm(self, layer: int | None, mlp_input: bool) -> str:
         """The norm that reads the stream which enters `layer`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from transformer_lens.checks import a_text, whole
+
 PLACES = {
     "attn": ("q", "k", "v", "z", "q_normed", "k_normed", "rot_q", "rot_k", "result", "pattern", "attn_scores"),
     "mlp": (
@@ -44,6 +46,10 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
 
     A full name comes back as it is.
     """
+    for what, given in (("name", name), *((("layer_type", layer_type),) if layer_type is not None else ())):
+        a_text(what, given)
+    if layer is not None and not isinstance(layer, str):
+        whole("layer", layer)
     if ("." in name or name.startswith("hook_")) and layer is None and layer_type is None:
         return name
     joined = re.fullmatch(r"([a-z_]+?)(\d+)([a-z]?.*)", name)

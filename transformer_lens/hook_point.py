@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from transformer_lens.checks import is_one_of, whole
 from transformer_lens.generation_step import GenerationStep
 
 Direction = Literal["fwd", "bwd"]
@@ -133,6 +134,11 @@ class HookEntry:
             state.depth -= 1
 
 
+def checked_level(level: int | None) -> int | None:
+    """A level of hooks. Raises `TypeError` for what is no whole number."""
+    return None if level is None else whole("level", level)
+
+
 class HookPoint(nn.Module):
     """A named place: calling it runs its hooks on a tensor and gives back what they made of it.
 
@@ -172,7 +178,7 @@ class HookPoint(nn.Module):
         prepend: bool = False,
     ) -> HookEntry:
         """Attach `hook`; `prepend` puts it before those already here. Returns the entry for `remove`."""
-        return self.attach(HookEntry(hook, is_permanent, level), dir, prepend)
+        return self.attach(HookEntry(hook, is_permanent, checked_level(level)), dir, prepend)
 
     def attach(self, entry: HookEntry, dir: Direction = "fwd", prepend: bool = False) -> HookEntry:
         """Attach a prepared entry."""
@@ -213,6 +219,7 @@ class HookPoint(nn.Module):
         level: int | None = None,
     ) -> None:
         """Take hooks off; permanent ones only when asked, and only those of `level` if one is given."""
+        checked_level(level)
         for direction in ("fwd", "bwd") if dir == "both" else (dir,):
             for entry in list(self._entries(direction)):
                 if (including_permanent or not entry.is_permanent) and level in (None, entry.level):
@@ -225,6 +232,7 @@ class HookPoint(nn.Module):
         level: int | None = None,
     ) -> bool:
         """Whether any hook that fits is attached."""
+        checked_level(level)
         directions: tuple[Direction, ...] = ("fwd", "bwd") if dir == "both" else (dir,)
         return any(
             (including_permanent or not entry.is_permanent) and level in (None, entry.level)
@@ -252,7 +260,7 @@ class HookPoint(nn.Module):
         return int(parts[1])
 
     def _entries(self, dir: str) -> list[HookEntry]:
-        if dir not in ("fwd", "bwd"):
+        if not is_one_of(dir, ("fwd", "bwd")):
             raise ValueError(f"hook at {self.name!r}: got direction {dir!r}, expected 'fwd' or 'bwd'")
         return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
 

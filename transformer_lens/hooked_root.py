@@ -13,8 +13,16 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.checks import nearest
-from transformer_lens.hook_point import Direction, HookEntry, HookFunction, HookPoint, Run, changing_together
+from transformer_lens.checks import a_list, device_of, in_words, is_several, nearest
+from transformer_lens.hook_point import (
+    Direction,
+    HookEntry,
+    HookFunction,
+    HookPoint,
+    Run,
+    changing_together,
+    checked_level,
+)
 from transformer_lens.slicing import Slice, SliceInput
 
 NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
@@ -35,7 +43,7 @@ class Capture:
         suffix: str = "",
     ) -> None:
         self.store = store
-        self.device = device
+        self.device = None if device is None else device_of("device", device)
         self.remove_batch_dim = remove_batch_dim
         self.pos_slice = None if pos_slice is None else Slice([pos_slice] if type(pos_slice) is int else pos_slice)
         self.clone = clone
@@ -162,7 +170,7 @@ class HookedRootModule(nn.Module):
                     "print the model's hook_dict to see their names"
                 )
             return chosen
-        if not isinstance(names_filter, Iterable):
+        if not is_several(names_filter) or isinstance(names_filter, (Mapping, Tensor)):
             raise TypeError(
                 f"names filter: got {type(names_filter).__name__}, "
                 "expected a name, a list of names, a predicate or None"
@@ -190,6 +198,7 @@ class HookedRootModule(nn.Module):
     ) -> None:
         """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
         points = [self.hook_dict[chosen] for chosen in self._names_for(name, dir)]
+        level = checked_level(level)
         entries = [HookEntry(hook, is_permanent=is_permanent, level=level) for _ in points]
         for point, entry in zip(points, entries, strict=True):
             point.check(entry, dir)
@@ -234,6 +243,7 @@ class HookedRootModule(nn.Module):
     ) -> list[tuple[HookPoint, HookEntry, Direction, bool]]:
         """Resolve names to points, before anything is attached."""
         prepared: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
+        a_list(f"{dir}_hooks, (name, function) pairs", hooks)
         for spec in hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"{dir}_hooks: got {spec!r}, expected a list of (name, function) pairs")
@@ -350,6 +360,8 @@ class HookedRootModule(nn.Module):
     ) -> tuple[dict[str, Tensor], list[HookSpec], list[HookSpec]]:
         """A dictionary, and the forward and backward hooks that fill it when they are attached."""
         store: dict[str, Tensor] = {} if cache is None else cache
+        if not isinstance(store, dict):
+            raise TypeError(f"cache: got {in_words(cache)}, expected a dict to fill, or None for a new one")
         options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
         names = self.select_names(names_filter, may_be_none=True)
         forward: list[HookSpec] = [(name, Capture(store, **options)) for name in names]

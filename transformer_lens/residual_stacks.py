@@ -13,6 +13,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.checks import is_one_of, whole
 from transformer_lens.direct_logits import DirectLogits, Stack
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -74,7 +75,7 @@ class ResidualStacks(DirectLogits):
         >>> labels, torch.allclose(stack.sum(0), cache["resid_pre", 2], atol=1e-4)
         (['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out'], True)
         """
-        if mode not in ("all", "attn", "mlp"):
+        if not is_one_of(mode, ("all", "attn", "mlp")):
             raise ValueError(f"decompose_resid: got mode={mode!r}, expected 'all', 'attn' or 'mlp'")
         stop = self._layer(layer, mlp_input)
         rows = [("embed", self["embed"])] if incl_embeds else []
@@ -127,6 +128,7 @@ class ResidualStacks(DirectLogits):
         where the expert was not chosen; `neuron_slice` chooses within each expert.
         """
         neurons, at = Slice(neuron_slice), Slice(pos_slice)
+        layer = whole("layer", layer, 0, self._layers - 1)
         mlp = self._bridge.get_submodule(f"blocks.{layer}.mlp")
         weight = cast(Tensor, mlp.W_out).detach()
         post = self._at("mlp.hook_post", layer, at, axes_after=2 if weight.ndim == 3 else 1)

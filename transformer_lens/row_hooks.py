@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens.checks import a_list, whole
 from transformer_lens.hook_point import HookFunction, HookPoint
 
 Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
@@ -46,8 +47,10 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     It costs what one hook costs, however many functions it serves. Raises `ValueError` for no function,
     and in a run whose batch is not `len(fns) * rows_each`.
     """
-    if not fns or rows_each < 1:
-        raise ValueError(f"on_each: got {len(fns)} functions with {rows_each} rows each, expected at least one of both")
+    a_list("fns", fns)
+    rows_each = whole("rows_each", rows_each, 1)
+    if not fns:
+        raise ValueError(f"on_each: got no functions with {rows_each} rows each, expected at least one of both")
     return _OnEach([_checked_function("on_each", fn) for fn in fns], rows_each)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens.checks import a_tensor, a_text, in_words, whole
 from transformer_lens.hook_names import get_act_name
 from transformer_lens.model_bridge.padding import checked_mask
 from transformer_lens.slicing import Slice, SliceInput
@@ -44,6 +43,8 @@ def lm_cross_entropy_loss(
     text. `per_token` gives one value per prediction, zero where it does not count. Raises `ValueError` if none counts,
     and for shapes that do not fit.
     """
+    a_tensor("logits", logits)
+    a_tensor("tokens", tokens)
     if logits.ndim != 3 or tokens.shape != logits.shape[:2]:
         raise ValueError(
             f"loss: got logits {list(logits.shape)} and tokens {list(tokens.shape)}, expected [batch, pos, d_vocab] "
@@ -68,19 +69,6 @@ def lm_cross_entropy_loss(
     return losses.sum() / counts.sum()
 
 
-def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `TypeError` for a keyword that nothing takes, with the nearest that something does.
-
-    >>> from transformer_lens.utilities import refuse_unknown
-    >>> refuse_unknown("boot_transformers", ["dtype"], ["device", "dtype"])
-    """
-    names = sorted(known)
-    for name in given:
-        if name not in names:
-            near = ", ".join(get_close_matches(name, names, n=3, cutoff=0.0))
-            raise TypeError(f"{where}: got an unknown keyword {name!r}; the nearest are {near}")
-
-
 def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
     """A NumPy array of anything that holds numbers; bfloat16, which NumPy has not, becomes float32.
 
@@ -90,7 +78,13 @@ def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
     if isinstance(tensor, Tensor):
         tensor = tensor.detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return np.asarray(tensor)
+    try:
+        array = np.asarray(tensor)
+    except ValueError as error:
+        raise TypeError(f"to_numpy: got {in_words(tensor)}, expected rows of one length") from error
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"to_numpy: got {in_words(tensor)}, expected numbers")
+    return array
 
 
 def get_device() -> torch.device:
@@ -114,17 +108,17 @@ def test_prompt(
     probability of them all. The likeliest tokens are those after the prompt. Raises `ValueError` for an empty answer
     and `TypeError` for several.
     """
-    if not all(isinstance(text, str) for text in (prompt, answer)):
-        got = f"{type(prompt).__name__} and {type(answer).__name__}"
-        raise TypeError(f"test_prompt: got {got}, expected one prompt and one answer, both strings")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k: got {top_k!r}, expected 1 or more")
+    if not callable(model):
+        raise TypeError(f"model: got {in_words(model)}, expected a TransformerBridge")
+    for what, given in (("prompt", prompt), ("answer", answer)):
+        a_text(what, given)
+    top_k = whole("top_k", top_k, 1)
     answer = " " + answer if prepend_space_to_answer and not answer.startswith(" ") else answer
     ids = model.to_answer_tokens(answer)
     tokens = model.to_tokens(prompt)
     with torch.no_grad():
-        whole = torch.cat([tokens, tokens.new_tensor([ids])], dim=1)
-        logits = model(whole, attention_mask=torch.ones_like(whole))[0, tokens.shape[1] - 1 : -1].float()
+        both = torch.cat([tokens, tokens.new_tensor([ids])], dim=1)
+        logits = model(both, attention_mask=torch.ones_like(both))[0, tokens.shape[1] - 1 : -1].float()
     each = logits.log_softmax(-1)
     chances = each[torch.arange(len(ids)), ids]
     ranks = (each > chances[:, None]).sum(-1).tolist()

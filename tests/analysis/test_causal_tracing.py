@@ -84,7 +84,7 @@ def test_wrong_noise_is_refused():
     with pytest.raises(ValueError, match="got 2 prompts and 10 samples"):
         noised_embeddings(bridge, x, [1])
     for positions in ([6], [-7], []):
-        with pytest.raises(ValueError, match="positions: got .* expected some of -6 to 5"):
+        with pytest.raises(ValueError, match="positions: got .* expected -6 to 5"):
             noised_embeddings(bridge, x[:1], positions)
     with pytest.raises(ValueError, match="got 1 prompts and 0 samples"):
         noised_embeddings(bridge, x[:1], [1], samples=0)

@@ -46,6 +46,9 @@ NO_BIAS = "a linear map without the attribute has no bias"
 BY_RIGHT: dict[tuple[str, str], str] = {
     ("analysis/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
     ("analysis/patching_index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
+    ("checks.py", "getattr(value, 'ndim', 1)"): "anything may be passed",
+    ("model_bridge/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
+    ("model_bridge/weight_access.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
     ("collect/identity.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
     ("collect/identity.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
@@ -71,7 +74,10 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
         "anything may be passed as a config, and is then refused"
     ),
-    ("model_bridge/tokens.py", "getattr(config, name, None)"): "not every config names every special token",
+    (
+        "model_bridge/tokens.py",
+        "getattr(self.owner.original_model.config, name, None)",
+    ): "not every config names every special token",
     ("model_bridge/verification/values.py", "getattr(module, weight, None)"): "experts that are stacked otherwise",
     (
         "model_bridge/verification/values.py",

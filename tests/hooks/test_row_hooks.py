@@ -162,9 +162,9 @@ def test_wrong_rows_and_answers_are_refused():
         on_rows(0, 3)
     with pytest.raises(TypeError, match="on_each: got int, expected a function"):
         on_each([keep, 3])
-    with pytest.raises(ValueError, match="on_each: got 0 functions with 1 rows each"):
+    with pytest.raises(ValueError, match="on_each: got no functions with 1 rows each"):
         on_each([])
-    with pytest.raises(ValueError, match="on_each: got 1 functions with 0 rows each"):
+    with pytest.raises(ValueError, match="rows_each: got 0, expected 1 or more"):
         on_each([keep], rows_each=0)
     for rows in (2, -3, [0, 2], slice(5, 7), torch.tensor([-3])):
         with pytest.raises(ValueError, match="hook on rows at 'p': got a batch of 2, which has no rows"):

@@ -361,7 +361,7 @@ CALLS = {
     "type of a layer": (
         lambda: bridge()(tokens(), stop_at_layer="1"),
         TypeError,
-        "stop_at_layer: got str, expected an int or None",
+        "stop_at_layer: got '1', expected -2 to 2 in a model of 2 layers",
     ),
     "layers the wrong way round": (
         lambda: bridge()(torch.zeros(1, 3, 32), start_at_layer=2, stop_at_layer=1),

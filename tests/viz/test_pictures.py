@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused(falcon, tokens):
         Waterfall(torch.zeros(2), ["a"], "x")
     with pytest.raises(ValueError, match="not finite"):
         Waterfall(torch.tensor([float("nan")]), ["a"], "x")
-    with pytest.raises(ValueError, match="got most=0"):
+    with pytest.raises(ValueError, match="most: got 0, expected 1 or more"):
         Waterfall(torch.zeros(1), ["a"], "x", most=0)
     with pytest.raises(ValueError, match="got 'v' of shape"):
         TokenText(["a"], {"v": torch.zeros(2)}, "x")

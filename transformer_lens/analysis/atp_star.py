@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.gradient_runs import At, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.checks import is_one_of
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -35,6 +37,7 @@ Tensors = dict[str, Tensor]
 Scores = dict[str, Float[Tensor, "layer batch pos ..."]]
 
 
+@checked
 def atp_star(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -98,7 +101,7 @@ def atp_star(
 
 
 def _check(bridge: TransformerBridge, parts: Sequence[str], grad_drop: bool) -> None:
-    if isinstance(parts, str) or not parts or any(part not in HOOKS for part in parts):
+    if isinstance(parts, str) or not parts or any(not is_one_of(part, HOOKS) for part in parts):
         raise ValueError(f"parts: got {parts!r}, expected some of {', '.join(HOOKS)}")
     if "mlp_post" in parts and bridge.cfg.num_experts:
         raise KeyError("parts: 'mlp_post' is about the neurons of chosen experts, which may differ; use 'mlp_out'")
@@ -175,11 +178,21 @@ def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+def _check_shapes(scores: Tensor, change: Tensor, gradient: Tensor) -> None:
+    """Raise `ValueError` unless all three are about the same queries and keys."""
+    if scores.ndim != 4 or not scores.shape == change.shape == gradient.shape:
+        shapes = ", ".join(str(list(one.shape)) for one in (scores, change, gradient))
+        raise ValueError(
+            f"scores, change and gradient: got {shapes}, expected one shape [batch, head, query_pos, key_pos]"
+        )
+
+
 def _hidden(scores: Tensor) -> Tensor:
     """Where the mask lets no query look: scores near the lowest number there is."""
     return scores < torch.finfo(torch.float16).min * 0.9
 
 
+@checked
 def query_effects(
     scores: Float[Tensor, "batch head query_pos key_pos"],
     change: Float[Tensor, "batch head query_pos key_pos"],
@@ -193,12 +206,14 @@ def query_effects(
     `gradient . (softmax(scores + change) - softmax(scores))`: what one query at a time does, with the
     gradient at the pattern (Kramár et al. 2024, the query part of their QK fix).
     """
+    _check_shapes(scores, change, gradient)
     hidden = _hidden(scores)
     before, after = ((one.masked_fill(hidden, -torch.inf)) for one in (scores, scores + change))
     difference = (after.softmax(-1) - before.softmax(-1)).masked_fill(hidden, 0)
     return (difference * gradient).sum(-1)
 
 
+@checked
 def key_effects(
     scores: Float[Tensor, "batch head query_pos key_pos"],
     change: Float[Tensor, "batch head query_pos key_pos"],
@@ -214,6 +229,7 @@ def key_effects(
     is the gradient averaged by the pattern over the other keys, and `p'_n = sigmoid(logit(p_n) + c_n)`, so no
     softmax is computed anew for each key.
     """
+    _check_shapes(scores, change, gradient)
     hidden = _hidden(scores)
     scores = scores.masked_fill(hidden, -torch.inf)
     total = scores.logsumexp(-1, keepdim=True)

@@ -14,11 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import need_experts
 from transformer_lens.analysis.expert_patching import PARTS, expert_contributions
 from transformer_lens.analysis.gradient_runs import At, differentiable_names, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.checks import a_text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,6 +45,7 @@ class AttributionScores:
         The score of each hook by some of its axes, in their order in `axes`; the others are summed, the
         batch too. Raises `ValueError` for an axis that a hook does not have.
         """
+        a_text("axes", axes)
         return {name: self._by(name, axes.split()) for name in self.scores}
 
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
@@ -71,6 +74,7 @@ class AttributionScores:
         return f"AttributionScores of {len(self.scores)} hooks: {', '.join(list(self.scores)[:4])}"
 
 
+@checked
 def attribution_patching(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -118,6 +122,7 @@ def attribution_patching(
     return AttributionScores(scores, axes, run.value.detach())
 
 
+@checked
 def expert_attribution_patching(
     bridge: TransformerBridge,
     clean: SweepInput,

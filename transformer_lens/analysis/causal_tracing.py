@@ -13,8 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
+from transformer_lens.checks import whole_numbers
 
 
+@checked
 @torch.no_grad()
 def noised_embeddings(
     bridge: TransformerBridge,
@@ -45,14 +48,14 @@ def noised_embeddings(
         raise ValueError(
             f"noised_embeddings: got {len(ids)} prompts and {samples} samples, expected 1 prompt, 1 sample up"
         )
-    outside = [position for position in positions if not -pos <= position < pos]
-    if outside or not len(positions):
-        raise ValueError(f"positions: got {list(positions)}, expected some of {-pos} to {pos - 1}")
+    positions = whole_numbers("positions", positions, -pos, pos - 1)
+    if not positions:
+        raise ValueError(f"positions: got none, expected some of {-pos} to {pos - 1}")
     _, cache = bridge.run_with_cache(ids, names_filter="hook_embed", stop_at_layer=0)
     embedding = cache["hook_embed"]
     model: Any = bridge.original_model
     spread = noise * float(model.get_input_embeddings().weight.float().std())
     drawn = torch.randn(samples, len(positions), embedding.shape[-1], generator=torch.Generator().manual_seed(seed))
     noised: Tensor = embedding.repeat(samples, 1, 1)
-    noised[:, list(positions)] += (drawn * spread).to(noised)
+    noised[:, positions] += (drawn * spread).to(noised)
     return noised

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.checks import in_words, whole_numbers
 
 Answer = str | int | Sequence[str | int] | Int[Tensor, " batch"]
 """One token for all texts or one for each: an id, a text of one token, or several of these."""
@@ -41,12 +42,8 @@ def need_experts(bridge: TransformerBridge, what: str) -> int:
 def layer_numbers(bridge: TransformerBridge, layer: Layers) -> list[int]:
     """The layers meant, from 0. Raises `ValueError` for one that is not there, and for one named twice."""
     n_layers = bridge.cfg.n_layers
-    wanted = range(n_layers) if layer is None else [layer] if isinstance(layer, int) else layer
-    for number in wanted:
-        if not -n_layers <= number < n_layers:
-            raise ValueError(
-                f"layer: got {number}, expected {-n_layers} to {n_layers - 1} in a model of {n_layers} layers"
-            )
+    where = f" in a model of {n_layers} layers"
+    wanted = range(n_layers) if layer is None else whole_numbers("layer", layer, -n_layers, n_layers - 1, where)
     numbers = [number % n_layers for number in wanted]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"layer: got {list(wanted)}, expected each layer once")
@@ -56,12 +53,7 @@ def layer_numbers(bridge: TransformerBridge, layer: Layers) -> list[int]:
 def expert_numbers(bridge: TransformerBridge, experts: int | Sequence[int]) -> list[int]:
     """The experts meant. Raises `ValueError` for one that is not there, and for one named twice."""
     n_experts = bridge.cfg.num_experts or 0
-    wanted = [experts] if isinstance(experts, int) else list(experts)
-    for number in wanted:
-        if not 0 <= number < n_experts:
-            raise ValueError(
-                f"expert: got {number}, expected 0 to {n_experts - 1} in a model of {n_experts} experts a layer"
-            )
+    wanted = whole_numbers("expert", experts, 0, n_experts - 1, f" in a model of {n_experts} experts a layer")
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"experts: got {wanted}, expected each expert once")
     return wanted
@@ -75,8 +67,8 @@ def experts_by_layer(
     Raises `ValueError` for one that is not there, for one named twice, and unless experts are given just once.
     """
     layers: Any = layer
-    several: list[Any] = [] if layer is None or isinstance(layer, int) else list(layer)
-    pairs = [pair for pair in several if not isinstance(pair, int)]
+    several: list[Any] = list(layer) if isinstance(layer, (list, tuple, range)) else []
+    pairs = [pair for pair in several if isinstance(pair, (list, tuple)) and len(pair) == 2]
     if len(pairs) < len(several) if pairs else expert is None:
         raise ValueError(
             f"experts: got layer={layer} and expert={expert}, expected layers and an expert, or pairs (layer, expert)"
@@ -95,21 +87,20 @@ def experts_by_layer(
 
 def check_positions(positions: Positions) -> None:
     """Raise `TypeError` for what cannot mean positions, before any model runs."""
-    if isinstance(positions, Tensor):
-        suits = positions.dtype == torch.bool and positions.ndim == 2
-        got = f"a {positions.dtype} tensor of shape {list(positions.shape)}"
-    else:
-        several = positions if isinstance(positions, (list, tuple, range)) else [positions]
-        suits = positions is None or isinstance(positions, slice) or all(type(p) is int for p in several)
-        got = repr(positions)
-    if not suits:
-        raise TypeError(f"positions: got {got}, expected ints, a slice, a boolean mask [batch, pos] or None")
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 2:
+        return
+    expected = "ints, a slice, a boolean mask [batch, pos] or None"
+    if isinstance(positions, Tensor) or not (positions is None or isinstance(positions, slice)):
+        try:
+            whole_numbers("positions", positions)
+        except TypeError as error:
+            raise TypeError(f"positions: got {in_words(positions)}, expected {expected}") from error
 
 
 def position_mask(positions: Positions, like: Tensor) -> Bool[Tensor, "batch pos"]:
     """The positions as a mask over the first two axes of `like`. Raises `ValueError` for one beyond them."""
     batch, pos = like.shape[:2]
-    if isinstance(positions, Tensor):
+    if isinstance(positions, Tensor) and positions.dtype == torch.bool:
         if list(positions.shape) != [batch, pos]:
             raise ValueError(f"positions: got a mask of shape {list(positions.shape)}, expected {[batch, pos]}")
         return positions.to(like.device)
@@ -117,9 +108,5 @@ def position_mask(positions: Positions, like: Tensor) -> Bool[Tensor, "batch pos
     if positions is None or isinstance(positions, slice):
         mask[:, positions or slice(None)] = True
         return mask
-    several = [positions] if isinstance(positions, int) else list(positions)
-    for position in several:
-        if not -pos <= position < pos:
-            raise ValueError(f"positions: got {position}, expected {-pos} to {pos - 1} in a run of {pos} positions")
-    mask[:, several] = True
+    mask[:, whole_numbers("positions", positions, -pos, pos - 1, f" in a run of {pos} positions")] = True
     return mask

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import Answer, answer_ids
+from transformer_lens.checks import in_words, is_one_of, whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,6 +29,7 @@ class DirectLogitAttribution:
     logit: Float[Tensor, " batch"]
     """What the model computed."""
 
+    @checked
     def __getitem__(self, label: str) -> Float[Tensor, " batch"]:
         """What one part adds in each text. Raises `KeyError` for a label that is not there."""
         if label not in self.labels:
@@ -35,6 +38,7 @@ class DirectLogitAttribution:
             )
         return self.values[self.labels.index(label)]
 
+    @checked
     def top(self, n: int) -> list[tuple[str, float]]:
         """The `n` parts that add most by size, on average over the texts."""
         means = self.values.mean(1)
@@ -72,6 +76,7 @@ PARTS: dict[str, Callable[[ActivationCache, int], Any]] = {
 }
 
 
+@checked
 def direct_logit_attribution(
     bridge: TransformerBridge,
     cache: ActivationCache,
@@ -97,11 +102,15 @@ def direct_logit_attribution(
     token. For experts `transformer_lens.analysis.experts.logit_attribution` also reads several positions.
     Raises `ValueError` for parts that the model does not have, and for a cache without its batch axis.
     """
-    if parts not in PARTS:
+    if not is_one_of(parts, PARTS):
         raise ValueError(f"parts: got {parts!r}, expected one of {', '.join(PARTS)}")
+    if not isinstance(cache, ActivationCache):
+        raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
     if not cache.has_batch_dim:
         raise ValueError("cache: it has no batch axis; cache without remove_batch_dim")
-    logits = cache["unembed.hook_out"][:, position]
+    whole_run = cache["unembed.hook_out"]
+    position = whole("position", position, -whole_run.shape[1], whole_run.shape[1] - 1)
+    logits = whole_run[:, position]
     right = answer_ids(bridge, "answer", answer, len(logits))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))
     stack, labels = PARTS[parts](cache, position)

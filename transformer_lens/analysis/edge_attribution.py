@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.edge_graph import EdgeGraph, EdgeScores
 from transformer_lens.analysis.edge_values import SenderValues, read_senders, sender_hooks
 from transformer_lens.analysis.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
@@ -17,6 +18,7 @@ from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
 
 
+@checked
 def edge_attribution_patching(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -57,6 +59,7 @@ def edge_attribution_patching(
     return _scores(graph, change, gradients)
 
 
+@checked
 def edge_attribution_patching_ig(
     bridge: TransformerBridge,
     clean: SweepInput,

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
+from transformer_lens.checks import in_words, whole
 
 Edge = tuple[str, str]
 """The labels of a sender and of a receiver."""
@@ -53,6 +55,7 @@ class EdgeGraph:
     receivers: tuple[Place, ...]
 
     @classmethod
+    @checked
     def of(cls, bridge: TransformerBridge) -> Self:
         """The graph of a model."""
         cfg = bridge.cfg
@@ -92,14 +95,17 @@ class EdgeGraph:
     def _receiver_numbers(self) -> dict[str, int]:
         return {one.label: number for number, one in enumerate(self.receivers)}
 
+    @checked
     def sender(self, label: str) -> int:
         """The number of a sender. Raises `KeyError` for a label that is not there."""
         return _number(label, self._sender_numbers, "sender")
 
+    @checked
     def receiver(self, label: str) -> int:
         """The number of a receiver. Raises `KeyError` for a label that is not there."""
         return _number(label, self._receiver_numbers, "receiver")
 
+    @checked
     def has_edge(self, sender: str, receiver: str) -> bool:
         """Whether what this sender writes is in what this receiver reads."""
         return bool(self.exists[self.sender(sender), self.receiver(receiver)])
@@ -113,10 +119,12 @@ class EdgeGraph:
         found = [number for number, one in enumerate(places) if one.hook == hook]
         return slice(found[0], found[-1] + 1)
 
+    @checked
     def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "sender receiver"]:
         """Edges as a table. Raises `ValueError` for a pair without an edge."""
         kept = torch.zeros_like(self.exists)
-        for sender, receiver in edges:
+        for edge in edges:
+            sender, receiver = _pair(edge)
             if not self.has_edge(sender, receiver):
                 raise ValueError(f"edges: {sender!r} does not come before {receiver!r}, so there is no edge")
             kept[self.sender(sender), self.receiver(receiver)] = True
@@ -125,6 +133,13 @@ class EdgeGraph:
     def __repr__(self) -> str:
         edges = int(self.exists.sum())
         return f"EdgeGraph of {len(self.senders)} senders, {len(self.receivers)} receivers and {edges} edges"
+
+
+def _pair(edge: Any) -> tuple[Any, Any]:
+    """The two ends of an edge."""
+    if not isinstance(edge, (tuple, list)) or len(edge) != 2:
+        raise TypeError(f"edge: got {in_words(edge)}, expected (sender, receiver)")
+    return edge[0], edge[1]
 
 
 def _number(label: str, numbers: dict[str, int], what: str) -> int:
@@ -148,8 +163,11 @@ class Circuit:
     kept: Bool[Tensor, "sender receiver"]
 
     @classmethod
+    @checked
     def of(cls, graph: EdgeGraph, edges: Iterable[Edge]) -> Self:
         """A circuit of edges by label. Raises `KeyError` and `ValueError` for edges that are not there."""
+        if not isinstance(graph, EdgeGraph):
+            raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
         return cls(graph, graph.mask(edges))
 
     def edges(self) -> list[Edge]:
@@ -157,6 +175,7 @@ class Circuit:
         places = self.kept.nonzero().tolist()
         return [(self.graph.senders[s].label, self.graph.receivers[r].label) for s, r in places]
 
+    @checked
     def without(self, edges: Iterable[Edge]) -> Circuit:
         """The circuit less some edges."""
         return Circuit(self.graph, self.kept & ~self.graph.mask(edges))
@@ -189,12 +208,14 @@ class EdgeScores:
 
     def __getitem__(self, edge: Edge) -> float:
         """The score of one edge, by its labels."""
-        return float(self.scores[self.graph.sender(edge[0]), self.graph.receiver(edge[1])])
+        sender, receiver = _pair(edge)
+        return float(self.scores[self.graph.sender(sender), self.graph.receiver(receiver)])
 
     def values(self) -> Float[Tensor, " edge"]:
         """The scores of the edges there are, in the order of `graph.edges()`."""
         return self.scores[self.graph.exists]
 
+    @checked
     def top(self, n: int) -> list[tuple[str, str, float]]:
         """The `n` edges with the largest scores by size, the largest first."""
         order = self._order()[:n] if n >= 0 else self._order()
@@ -206,12 +227,12 @@ class EdgeScores:
 
     def keep(self, n: int) -> Circuit:
         """The circuit of the `n` edges with the largest scores by size."""
-        if not 0 <= n <= int(self.graph.exists.sum()):
-            raise ValueError(f"keep: got {n}, expected 0 to {int(self.graph.exists.sum())} edges")
+        n = whole("keep", n, 0, int(self.graph.exists.sum()), " edges")
         kept = torch.zeros_like(self.graph.exists).flatten()
         kept[self._order()[:n]] = True
         return Circuit(self.graph, kept.view_as(self.graph.exists))
 
+    @checked
     def prune(self, threshold: float) -> Circuit:
         """The circuit of edges whose score is at least `threshold` in size, those that lead nowhere taken out."""
         if not threshold >= 0:

@@ -15,8 +15,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import Answer, answer_ids, need_experts
 from transformer_lens.analysis.routing import Input, refuse_embeddings
+from transformer_lens.checks import whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +47,7 @@ class LogitAttribution:
         return f"LogitAttribution of {rows} rows to the embedding, {layers} attentions and {layers} x {experts} experts"
 
 
+@checked
 def logit_attribution(
     bridge: TransformerBridge,
     input: Input,
@@ -93,6 +96,7 @@ def logit_attribution(
         return _Parts(bridge, cache, batch, positions, column, right, wrong).attribution()
 
 
+@checked
 def expert_logit_attribution(
     bridge: TransformerBridge,
     input: Input,
@@ -130,10 +134,7 @@ def _rows(mask: Tensor, position: int | None) -> tuple[Int[Tensor, " row"], Int[
         return batch, column
     lengths = mask.sum(-1)
     shortest = int(lengths.min())
-    if not -shortest <= position < shortest:
-        raise ValueError(
-            f"position: got {position}, expected {-shortest} to {shortest - 1} in texts of at least {shortest} tokens"
-        )
+    position = whole("position", position, -shortest, shortest - 1, f" in texts of at least {shortest} tokens")
     columns = [int(row.nonzero()[position]) for row in mask]
     return torch.arange(len(mask)), torch.tensor(columns)
 

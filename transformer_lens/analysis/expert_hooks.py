@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import (
     Layers,
     Pairs,
@@ -26,10 +27,12 @@ from transformer_lens.analysis.choices import (
     need_experts,
     position_mask,
 )
+from transformer_lens.checks import a_list, a_number
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 
 
+@checked
 def ablate_expert(
     bridge: TransformerBridge,
     layer: Layers | Pairs,
@@ -88,6 +91,7 @@ def ablate_expert(
     return hooks
 
 
+@checked
 def forbid_experts(
     bridge: TransformerBridge, layer: Layers, experts: int | Sequence[int], positions: Positions = None
 ) -> Hooks:
@@ -118,6 +122,7 @@ def forbid_experts(
     return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge, layer)]
 
 
+@checked
 def force_experts(
     bridge: TransformerBridge,
     layer: Layers,
@@ -154,6 +159,8 @@ def force_experts(
     layers = layer_numbers(bridge, layer)
     if weights is None:
         return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
+    a_list("weights", weights)
+    weights = [a_number("weights", weight) for weight in weights]
     if len(weights) != len(forced):
         raise ValueError(f"weights: got {len(weights)}, expected one for each of the {len(forced)} experts")
     spare = places - len(forced)

@@ -10,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import need_experts
 from transformer_lens.analysis.patch_setters import layer_expert_patch_setter, layer_pos_patch_setter
 from transformer_lens.analysis.patching import Cache, PatchSweep
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric, run_interventions
+from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
 
@@ -58,6 +60,7 @@ def get_act_patch_expert_out_by_pos(
     return _sweep(model, corrupted_tokens, clean_cache, metric, by_pos=True, **options)
 
 
+@checked
 def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tensor, "batch pos expert d_model"]:
     """
     >>> _, cache = bridge.run_with_cache("Mary and John")
@@ -68,12 +71,18 @@ def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tens
     What each expert of a layer adds to the stream: its output times its weight, zero where it was not
     chosen. They sum to `hook_mlp_out`.
     """
-    out, weights, indices = (cache[f"blocks.{layer}.mlp.hook_{part}"] for part in PARTS)
+    names = [f"blocks.{whole('layer', layer, 0)}.mlp.hook_{part}" for part in PARTS]
+    for name in names:
+        if name not in cache:
+            raise KeyError(f"cache: it holds no {name!r}; cache that activation as well")
+    out, weights, indices = (cache[name] for name in names)
+    n_experts = whole("n_experts", n_experts, 1 + int(indices.max()))
     weighted = (out * weights[..., None]).to(out.dtype)
     empty = out.new_zeros(*out.shape[:2], n_experts, out.shape[-1])
     return empty.scatter_add(2, indices[..., None].expand_as(weighted), weighted)
 
 
+@checked
 def _sweep(
     model: TransformerBridge,
     tokens: SweepInput,

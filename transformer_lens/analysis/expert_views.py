@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
+from transformer_lens.checks import a_text, in_words, whole
 
 HOOKS = {
     "hook_weight": "hook_expert_weights",
@@ -79,6 +81,7 @@ class ExpertView:
         return self.rows("hook_expert_out")
 
 
+@checked
 def expert_view(
     cache: ActivationCache, layer: int, expert: int, mask: Bool[Tensor, "batch pos"] | None = None
 ) -> ExpertView:
@@ -94,6 +97,9 @@ def expert_view(
 
     Raises `ValueError` for a dense model, and for a layer or an expert that is not there.
     """
+    if not isinstance(cache, ActivationCache):
+        raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
+    layer, expert = whole("layer", layer), whole("expert", expert)
     model = cache.model
     if isinstance(model, TransformerBridge):
         need_experts(model, "expert_view")
@@ -107,6 +113,7 @@ def expert_view(
     return ExpertView(cache, layer, expert, *chosen.nonzero(as_tuple=True))
 
 
+@checked
 def expert_activation(cache: ActivationCache, name: str) -> Tensor:
     """
     >>> _, cache = bridge.run_with_cache("When Mary and John")
@@ -117,6 +124,7 @@ def expert_activation(cache: ActivationCache, name: str) -> Tensor:
     `hook_pre_linear`, `hook_post` or `hook_out`; with `_grad` after it, their gradient. Raises `KeyError`
     for any other name, and for what the cache does not hold.
     """
+    a_text("name", name)
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise KeyError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens.checks import is_whole, whole_numbers
 from transformer_lens.model_bridge import InputAndMask
 
 Texts = Sequence[str] | Int[Tensor, "batch pos"]
@@ -49,7 +50,7 @@ def check_texts(texts: Texts) -> None:
         got, suits = f"a {texts.dtype} tensor of shape {list(texts.shape)}", texts.ndim == 2
         suits = suits and not texts.is_floating_point()
     else:
-        got, suits = type(texts).__name__, not isinstance(texts, str)
+        got, suits = type(texts).__name__, isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
     if not suits:
         raise TypeError(f"texts: got {got}, expected a list of texts, or token ids [batch, pos]")
 
@@ -98,8 +99,10 @@ def activations_at(
         raise ValueError(
             f"got {len(texts)} texts, {len(names)} places and batch_size {batch_size}, expected one or more"
         )
-    if not isinstance(position, (int, str)) and len(position) != len(texts):
-        raise ValueError(f"position: got {len(position)} numbers for {len(texts)} texts")
+    if not isinstance(position, str):
+        position = position if is_whole(position) else whole_numbers("position", position)
+        if isinstance(position, list) and len(position) != len(texts):
+            raise ValueError(f"position: got {len(position)} numbers for {len(texts)} texts")
     layers = [int(name.split(".")[1]) if name.startswith("blocks.") else bridge.cfg.n_layers for name in names]
     stop = max(layers) + 1 if max(layers) + 1 < bridge.cfg.n_layers else None
     found: dict[str, list[Tensor]] = {name: [] for name in names}

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.checks import is_one_of
 
 At = Literal["corrupted", "clean"]
 HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
@@ -41,7 +42,7 @@ def prompt_pair(
     bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None, at: str
 ) -> PromptPair:
     """Raises `ValueError` for prompts that do not fit one another."""
-    if at not in ("corrupted", "clean"):
+    if not is_one_of(at, ("corrupted", "clean")):
         raise ValueError(f"at: got {at!r}, expected 'corrupted' or 'clean': the run whose gradient is taken")
     (x, seen, mask), (y, seen_too, other) = (
         bridge.input_and_mask(one, attention_mask=attention_mask) for one in (clean, corrupted)

@@ -11,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.routing import refuse_embeddings
+from transformer_lens.checks import a_list, in_words, is_one_of, is_whole, whole_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ PATTERNS = {
 }
 
 
+@checked
 @torch.no_grad()
 def detect_head(
     model: TransformerBridge,
@@ -98,7 +101,7 @@ def detect_head(
 
     Raises `ValueError` for patterns, measures, heads and texts that do not fit.
     """
-    if error_measure not in get_args(ErrorMeasure):
+    if not is_one_of(error_measure, get_args(ErrorMeasure)):
         raise ValueError(f"error_measure: got {error_measure!r}, expected 'abs' or 'mul'")
     wanted = _wanted(model, heads)
     if not isinstance(seq, (str, Tensor)):
@@ -154,6 +157,8 @@ def _attention(model: TransformerBridge, tokens: Tensor, mask: Tensor, layers: S
 
 def _of_batch(cache: ActivationCache, layer: int, mask: Tensor) -> Float[Tensor, "batch head pos pos"]:
     """A layer's patterns with a batch axis. Raises `ValueError` for a cache of other texts."""
+    if not isinstance(cache, ActivationCache):
+        raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
     found = cache["pattern", layer]
     found = found if found.ndim == 4 else found[None]
     batch, pos = mask.shape
@@ -193,11 +198,14 @@ def _wanted(model: TransformerBridge, heads: Heads | None) -> list[tuple[int, in
     if heads is None:
         return [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
     if isinstance(heads, Mapping):
-        pairs = [(layer, head) for layer, several in heads.items() for head in several]
+        pairs = [(layer, head) for layer in heads for head in whole_numbers("heads", heads[layer])]
     else:
+        a_list("heads", heads)
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_whole, pair)) for pair in heads):
+            raise TypeError(f"heads: got {in_words(heads)}, expected (layer, head) pairs, or the heads of each layer")
         pairs = [(layer, head) for layer, head in heads]
     for layer, head in pairs:
-        if not (0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
+        if not (is_whole(layer) and 0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
             raise ValueError(
                 f"heads: got ({layer}, {head}), expected layers 0 to {cfg.n_layers - 1} and heads 0 to "
                 f"{cfg.n_heads - 1}"

@@ -10,13 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.head_detection import detect_head
+from transformer_lens.checks import a_tensor, is_one_of, whole
 from transformer_lens.data.generate import repeated_random_tokens
 
 Matrix = Literal["W_Q", "W_K", "W_V", "W_O"]
 MATRICES: tuple[Matrix, ...] = ("W_Q", "W_K", "W_V", "W_O")
 
 
+@checked
 def random_repeats(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
@@ -36,6 +39,7 @@ def random_repeats(
     return repeated_random_tokens(ordinary, length, batch, first, Random(seed))
 
 
+@checked
 def induction_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
@@ -52,6 +56,7 @@ def induction_scores(
     return _mean_attention(bridge, tokens, queries, queries - length + 1)
 
 
+@checked
 def previous_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
@@ -66,6 +71,7 @@ def previous_token_scores(
     return _mean_attention(bridge, tokens, queries, queries - 1)
 
 
+@checked
 def duplicate_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
@@ -108,6 +114,8 @@ def principal_angles(
     The angles between the spaces that the columns of two matrices span, in radians from 0 to pi/2, the smallest first;
     as many as the lower rank. Computed in float64 as Björck and Golub 1973 do, from sines where they are small.
     """
+    a_tensor("first", first)
+    a_tensor("second", second)
     if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0]:
         raise ValueError(
             f"principal_angles: got {list(first.shape)} and {list(second.shape)}, expected two matrices of as many rows"
@@ -120,6 +128,7 @@ def principal_angles(
     return torch.where(cosines > 0.5**0.5, sines.asin(), cosines.acos()).to(first.dtype)
 
 
+@checked
 @torch.no_grad()
 def head_similarity(
     bridge: TransformerBridge, matrix: Matrix = "W_O", other: Matrix | None = None
@@ -140,7 +149,7 @@ def head_similarity(
     n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
     """
     for name in (matrix, matrix if other is None else other):
-        if name not in MATRICES:
+        if not is_one_of(name, MATRICES):
             raise ValueError(f"head_similarity: got {name!r}, expected one of {', '.join(MATRICES)}")
     layers = range(bridge.cfg.n_layers)
     first = [head_bases(bridge, matrix, layer) for layer in layers]
@@ -154,6 +163,7 @@ def head_similarity(
     return torch.stack([row.to(rows[0].device) for row in rows])
 
 
+@checked
 @torch.no_grad()
 def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[Tensor, "head d_model d_head"]:
     """
@@ -163,10 +173,9 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
 
     An orthonormal basis of the space that each head of a layer reads or writes, in float32 at least.
     """
-    if matrix not in MATRICES:
+    if not is_one_of(matrix, MATRICES):
         raise ValueError(f"head_bases: got {matrix!r}, expected one of {', '.join(MATRICES)}")
-    if not 0 <= layer < bridge.cfg.n_layers:
-        raise ValueError(f"layer: got {layer}, expected 0 to {bridge.cfg.n_layers - 1}")
+    layer = whole("layer", layer, 0, bridge.cfg.n_layers - 1)
     block: Any = bridge.blocks[layer]
     weight: Tensor = getattr(block.attn, matrix).detach()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))

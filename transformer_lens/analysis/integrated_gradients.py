@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.gradient_runs import differentiable_names, gradient_run, one_number, wide
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.checks import a_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +61,7 @@ def weighted_metric(metric: Metric, weights: list[float], batch: int) -> Metric:
     return total
 
 
+@checked
 def integrated_gradients(
     bridge: TransformerBridge,
     input: SweepInput,
@@ -153,7 +156,7 @@ def _at_baseline(
 
 def _baseline(baseline: Tensor | float, there: Tensor, name: str) -> Tensor:
     if not isinstance(baseline, Tensor):
-        return torch.full_like(there, float(baseline))
+        return torch.full_like(there, a_number("baseline", baseline))
     if baseline.shape != there.shape and baseline.shape != there.shape[1:]:
         raise ValueError(
             f"baseline: got shape {list(baseline.shape)}, expected {list(there.shape)} as at {name!r}, or a row of it"

@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.text_table import TextTable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
+@checked
 def divergence(
     log_probs: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, " token"]:
@@ -28,6 +30,7 @@ def divergence(
     return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
 
 
+@checked
 def next_token_loss(
     logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:

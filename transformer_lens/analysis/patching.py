@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.patch_setters import (
     PatchSetter,
     layer_head_dest_src_pos_pattern_patch_setter,
@@ -27,6 +28,7 @@ from transformer_lens.analysis.patch_setters import (
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
 from transformer_lens.analysis.patching_index import index_rows, make_df_from_ranges
+from transformer_lens.checks import is_one_of
 from transformer_lens.utilities import get_act_name
 
 Cache = Mapping[str, Tensor]
@@ -34,6 +36,7 @@ KEY_VALUE = ("k", "v", "rot_k")
 """Activations with an axis of key-value heads, of which grouped models have fewer."""
 
 
+@checked
 def generic_activation_patch(
     model: TransformerBridge,
     corrupted_tokens: SweepInput,
@@ -78,6 +81,8 @@ def generic_activation_patch(
     input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
     shape: list[int] = []
     if index_axis_names is not None:
+        if not index_axis_names:
+            raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
         index_df = make_df_from_ranges(shape, index_axis_names)
     rows = index_rows(index_df)
@@ -118,7 +123,7 @@ def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: i
     sizes = {"layer": cfg.n_layers, "pos": pos, "src_pos": pos, "dest_pos": pos, "head": heads, "head_index": heads}
     if cfg.num_experts:
         sizes["expert"] = cfg.num_experts
-    if axis not in sizes:
+    if not is_one_of(axis, sizes):
         raise ValueError(f"index_axis_names: got {axis!r}, expected some of {', '.join(sizes)}")
     return sizes[axis]
 

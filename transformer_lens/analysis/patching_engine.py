@@ -16,8 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer_lens import TransformerBridge, on_each, on_rows
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.lazy_logits import LazyLogits
 from transformer_lens.analysis.patching_base import BaseRun, Change, SweepInput, change
+from transformer_lens.checks import in_words
 from transformer_lens.model_bridge import PrefixCache
 
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
@@ -31,6 +33,7 @@ ENOUGH_TOKENS = 192
 """A batch of this many tokens uses the processor well, and need not be filled with longer rows than it has."""
 
 
+@checked
 @torch.no_grad()
 def run_interventions(
     model: TransformerBridge,
@@ -68,6 +71,9 @@ def run_interventions(
     While user hooks are attached, and in a model that predicts no next token, each intervention is a
     forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
     """
+    for one in interventions:
+        if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):
+            raise TypeError(f"interventions: got {in_words(one)}, expected (name, function) pairs")
     named = [(model.canonical_name(name), fn) for name, fn in interventions]
     outside = [name for name, _ in named if not name.startswith("blocks.")]
     if outside:

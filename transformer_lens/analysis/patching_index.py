@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
+from transformer_lens.analysis.arguments import checked
+from transformer_lens.checks import a_list, a_text, whole_numbers
+
 
 @dataclass(frozen=True)
 class IndexTable:
@@ -30,6 +33,7 @@ class IndexTable:
         return iter(self.rows)
 
 
+@checked
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
     """
     >>> table = make_df_from_ranges([2, 3], ["layer", "pos"])
@@ -41,13 +45,20 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
     """
     if len(column_max_ranges) != len(column_names):
         raise ValueError(f"make_df_from_ranges: got {len(column_max_ranges)} ranges and {len(column_names)} names")
-    rows = list(product(*map(range, column_max_ranges)))
+    for name in column_names:
+        a_text("column_names", name)
+    rows = list(product(*map(range, whole_numbers("column_max_ranges", column_max_ranges))))
     if find_spec("pandas") is None:
         return IndexTable(tuple(column_names), tuple(rows))
     return importlib.import_module("pandas").DataFrame(rows, columns=list(column_names))
 
 
+@checked
 def index_rows(index_df: Any) -> list[list[int]]:
     """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers."""
     rows: Iterable[Any] = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
-    return [[int(number) for number in row] for row in rows]
+    made = []
+    for row in rows:
+        a_list("index_df: a row", row)
+        made.append(whole_numbers("index_df", row))
+    return made

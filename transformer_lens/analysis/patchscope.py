@@ -15,11 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge, on_rows
+from transformer_lens.analysis.arguments import a_bridge, checked
+from transformer_lens.checks import function, whole_numbers
 
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 Mapping = Callable[[Float[Tensor, " d_model"]], Float[Tensor, " d_model"]]
 
 
+@checked
 def identity_prompt(
     words: Sequence[str], *, pair: str = "{word} -> {word}", separator: str = "; ", placeholder: str = "?"
 ) -> str:
@@ -30,9 +33,11 @@ def identity_prompt(
     The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
     goes on with the token that the injected stream stands for.
     """
-    if not words or any(not word for word in words):
+    if not words or any(not isinstance(word, str) or not word for word in words):
         raise ValueError(f"identity_prompt: got {list(words)}, expected one word or more")
-    return separator.join([*(pair.format(word=word) for word in words), placeholder])
+    if "{word}" not in pair:
+        raise ValueError(f"identity_prompt: got pair={pair!r}, expected a text with {{word}} in it")
+    return separator.join([*(pair.replace("{word}", word) for word in words), placeholder])
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,9 @@ class Patchscope:
     mapping: Mapping | None = None
 
     def __post_init__(self) -> None:
+        a_bridge("bridge", self.bridge)
+        if self.mapping is not None:
+            function("mapping", self.mapping, "of a stream [d_model] that returns one")
         _position(self.position, self.tokens.shape[1], "target position")
         if self.layer is not None:
             _layer(self.bridge, self.layer, "target layer")
@@ -112,6 +120,7 @@ class Patchscope:
         target = self.prompt if isinstance(self.prompt, str) else self.tokens
         return self.bridge.generate(target, max_new_tokens=max_new_tokens, fwd_hooks=hooks, **options)
 
+    @checked
     @torch.no_grad()
     def sweep(
         self, source: Prompt, position: int = -1, layers: Sequence[int] | None = None, *, batch_size: int = 16
@@ -124,7 +133,7 @@ class Patchscope:
         The next-token logits of the target for streams of many layers (all of them by default), `batch_size` of them
         in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
         """
-        every = range(self.bridge.cfg.n_layers + 1) if layers is None else layers
+        every = list(range(self.bridge.cfg.n_layers + 1)) if layers is None else whole_numbers("layers", layers)
         numbers = [_layer(self.bridge, layer, "layers") for layer in every]
         if not numbers or batch_size < 1:
             raise ValueError(f"sweep: got {len(numbers)} layers and batch_size {batch_size}, expected one or more")
@@ -168,6 +177,7 @@ class Patchscope:
         return write
 
 
+@checked
 def stream_name(bridge: TransformerBridge, layer: int) -> str:
     """
     >>> stream_name(bridge, 0), stream_name(bridge, 4)

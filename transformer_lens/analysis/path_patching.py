@@ -13,16 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
 from transformer_lens.analysis.edge_patching import EdgeRuns, Experiment
 from transformer_lens.analysis.gradient_runs import one_number
 from transformer_lens.analysis.patching_base import SweepInput
 from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Metric
+from transformer_lens.checks import in_words
 
 Stop = str | Sequence[str]
 """A sender or a receiver, or several side by side."""
 
 
+@checked
 def path_patching(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -61,6 +64,7 @@ def path_patching(
     return runs.measure(experiments, metric, memory_budget)
 
 
+@checked
 def edge_effects(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -93,6 +97,7 @@ def edge_effects(
     return EdgeScores(runs.graph, scores)
 
 
+@checked
 def circuit_metric(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -118,6 +123,7 @@ def circuit_metric(
     return runs.measure(_of_circuits(runs.graph, circuits), metric, memory_budget)
 
 
+@checked
 def faithfulness(
     bridge: TransformerBridge,
     clean: SweepInput,
@@ -152,16 +158,23 @@ def faithfulness(
 def _of_circuits(graph: EdgeGraph, circuits: Sequence[Circuit]) -> list[Experiment]:
     embed = torch.tensor([one.label == "embed" for one in graph.senders])
     for one in circuits:
+        if not isinstance(one, Circuit):
+            raise TypeError(f"circuits: got {in_words(one)} among them, expected Circuits")
         if one.graph.senders != graph.senders or one.graph.receivers != graph.receivers:
             raise ValueError(f"circuits: got {one!r} of another model, expected edges of {graph!r}")
     return [Experiment(one.kept, embed) for one in circuits]
 
 
+@checked
 def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
     """The experiment in which one path is live, and all that comes after it."""
-    if isinstance(path, str) or len(path) < 2:
+    if not isinstance(graph, EdgeGraph):
+        raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
+    if len(path) < 2:
         raise ValueError(f"path: got {path!r}, expected a sender and at least one receiver")
-    stops = [[stop] if isinstance(stop, str) else list(stop) for stop in path]
+    stops = [
+        [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, (list, tuple)) else [] for stop in path
+    ]
     if not all(stops):
         raise ValueError(f"path: got {path!r}, in which a step is empty")
     forced = torch.zeros(len(graph.senders), dtype=torch.bool)

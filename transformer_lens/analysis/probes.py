@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.features import Position, Texts, activations_at, tokens_at
+from transformer_lens.analysis.arguments import checked
+from transformer_lens.analysis.features import Position, Texts, activations_at, check_texts, tokens_at
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.checks import a_text, is_one_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +59,7 @@ class ProbeScore:
         return self.score - self.control
 
 
+@checked
 def probe(
     features: Float[Tensor, "example features"],
     labels: Sequence[Any] | Tensor,
@@ -116,6 +119,7 @@ class ProbeTable:
     scores: dict[str, ProbeScore]
 
     def __getitem__(self, name: str) -> ProbeScore:
+        a_text("name", name)
         if name not in self.scores:
             raise KeyError(f"no probe of {name!r}; there are those of {', '.join(map(repr, self.scores))}")
         return self.scores[name]
@@ -157,6 +161,7 @@ class ProbeTable:
         return self.table().__rich__()
 
 
+@checked
 def probe_layers(
     bridge: TransformerBridge,
     texts: Texts,
@@ -183,10 +188,13 @@ def probe_layers(
 
     A direction found can be given to `bridge.steer` and `bridge.project_out`.
     """
+    check_texts(texts)
     if len(labels) != len(texts):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(texts)} texts")
     sklearn_modules()
-    places = ["hook_embed", *range(bridge.cfg.n_layers)] if at is None else list(at)
+    if at is None:
+        at = ["hook_embed", *range(bridge.cfg.n_layers)]
+    places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
     features = activations_at(bridge, texts, places, position, batch_size=batch_size, verbose=verbose)
     if types is None and not isinstance(position, str):
         types = tokens_at(bridge, texts, position)
@@ -334,11 +342,11 @@ def _checked(
         raise ValueError(f"features: {int((~features.isfinite()).sum())} of them are not finite")
     floats = np.issubdtype(y.dtype, np.floating)
     task = task or ("regression" if floats else "classification")
-    if task not in ("classification", "regression"):
+    if not is_one_of(task, ("classification", "regression")):
         raise ValueError(f"task: got {task!r}, expected 'classification' or 'regression'")
     if floats and not np.isfinite(y).all():
         raise ValueError("labels: some are not finite")
-    if folds < 2 or not 0 < strength < math.inf or not 0 < confidence < 1:
+    if folds < 2 or not 0 < confidence < 1:
         raise ValueError(f"got folds {folds}, strength {strength}, confidence {confidence}; expected 2 up, > 0, 0 to 1")
     if len(np.unique(y)) < 2:
         raise ValueError(f"labels: all {len(y)} are the same, and there is nothing to tell apart")

@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.checks import whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,8 +69,8 @@ class Routing:
         The tokens sent to one expert, in reading order, padding left out. Raises `ValueError` for a layer
         or an expert that is not there.
         """
-        (number,) = layer_numbers(self.bridge, layer)
-        expert_numbers(self.bridge, expert)
+        (number,) = layer_numbers(self.bridge, whole("layer", layer))
+        expert_numbers(self.bridge, whole("expert", expert))
         sent = (self.indices[number] == expert) & self.mask[..., None]
         texts = self.str_tokens
         return [
@@ -129,6 +131,7 @@ def refuse_embeddings(input: Any) -> None:
         raise TypeError(f"input: got a {input.dtype} tensor, expected text or token ids; routing is told by tokens")
 
 
+@checked
 def routing(
     bridge: TransformerBridge,
     input: Input,

@@ -17,9 +17,11 @@ from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import need_experts
 from transformer_lens.analysis.routing import Input, Routing, routing
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.checks import whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,10 +83,12 @@ class RoutingStatistics:
         How often each token of the vocabulary was sent to each expert, as one dense tensor.
         """
         layers, experts = self.load.shape
+        d_vocab = whole("d_vocab", d_vocab, 1 + int(self.tokens.max()))
         dense = torch.zeros(layers, d_vocab, experts, dtype=torch.long)
         dense[:, self.tokens] = self.token_load.transpose(0, 1)
         return dense
 
+    @checked
     def top_tokens(self, layer: int, expert: int, n: int = 10) -> list[ExpertToken]:
         """
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
@@ -93,6 +97,8 @@ class RoutingStatistics:
 
         The tokens sent most often to an expert, the most frequent first.
         """
+        layers, experts = self.load.shape
+        layer, expert = whole("layer", layer, -layers, layers - 1), whole("expert", expert, 0, experts - 1)
         counts = self.token_load[:, layer, expert]
         order = counts.argsort(descending=True, stable=True)[:n]
         return [
@@ -213,6 +219,7 @@ def _counted(found: Routing) -> RoutingStatistics:
     )
 
 
+@checked
 def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], progress: bool = True) -> RoutingStatistics:
     """
     >>> texts = ["When Mary and John went to the store", "Days: Monday Tuesday Wednesday"]

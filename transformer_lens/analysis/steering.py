@@ -9,11 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Position, Texts, activations_at, place_name
+from transformer_lens.checks import is_one_of
 
 NORMALIZATIONS = (None, "unit", "stream")
 
 
+@checked
 def steering_vector(
     bridge: TransformerBridge,
     positive: Texts,
@@ -42,7 +45,7 @@ def steering_vector(
     Raises `ValueError` for no texts, a position that a text has not, and a difference of zero that was to be
     normalised.
     """
-    if normalize not in NORMALIZATIONS:
+    if not is_one_of(normalize, NORMALIZATIONS):
         raise ValueError(f"normalize: got {normalize!r}, expected None, 'unit' or 'stream'")
     name = place_name(bridge, at)
     sides = [

@@ -13,7 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import FactoredMatrix, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.checks import is_one_of
 
 VectorType = Literal["OV", "QK", "w_in", "w_gate", "w_out"]
 VECTOR_TYPES: tuple[VectorType, ...] = ("OV", "QK", "w_in", "w_gate", "w_out")
@@ -49,11 +51,13 @@ class SVDInterpreter:
     centring are left out. Computed in float32 at least. Nothing of the model is changed or kept.
     """
 
+    @checked
     def __init__(self, model: TransformerBridge, fold_ln: bool = True) -> None:
         self.model = model
         self.cfg = model.cfg
         self.fold_ln = fold_ln
 
+    @checked
     def get_singular_vectors(
         self,
         vector_type: VectorType,
@@ -84,6 +88,7 @@ class SVDInterpreter:
             projected: Tensor = W_U.mT @ found.directions.to(W_U.device).mT
         return projected[:, None, :]
 
+    @checked
     @torch.no_grad()
     def singular_vectors(
         self,
@@ -114,6 +119,7 @@ class SVDInterpreter:
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         return SingularVectors(S[:num_vectors], directions * largest.sign())
 
+    @checked
     def top_tokens(
         self,
         vector_type: VectorType,
@@ -182,7 +188,7 @@ class SVDInterpreter:
 
     def _check(self, kind: str, layer: int, head: int | None, expert: int | None, side: str) -> None:
         cfg = self.cfg
-        if kind not in VECTOR_TYPES:
+        if not is_one_of(kind, VECTOR_TYPES):
             raise ValueError(f"vector_type: got {kind!r}, expected one of {', '.join(map(repr, VECTOR_TYPES))}")
         if kind == "w_gate" and not cfg.gated_mlp:
             raise ValueError("vector_type: this model's MLPs have no gate, expected 'w_in' or 'w_out'")
@@ -197,7 +203,7 @@ class SVDInterpreter:
                 _check_index(name, index, size)
             elif index is not None:
                 raise ValueError(f"{name}: got {index}, and {kind} of this model has none; leave it out")
-        if side not in ("right", "left") or (side == "left" and not circuit):
+        if not is_one_of(side, ("right", "left")) or (side == "left" and not circuit):
             expected = "'right' or 'left'" if circuit else f"'right': the left vectors of {kind} are over neurons"
             raise ValueError(f"side: got {side!r}, expected {expected}")
 

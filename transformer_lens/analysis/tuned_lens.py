@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Texts, batches_of, check_texts
 from transformer_lens.analysis.lens_files import read_lens, write_lens
 from transformer_lens.analysis.lens_scores import LensScores, divergence, next_token_loss
+from transformer_lens.checks import is_one_of
 from transformer_lens.model_bridge import InputAndMask
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
@@ -39,6 +41,7 @@ class TunedLens:
     Raises `ValueError` for a model without an unembedding.
     """
 
+    @checked
     def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge = bridge
         size, layers = bridge.cfg.d_model, bridge.cfg.n_layers
@@ -100,6 +103,7 @@ class TunedLens:
 
     # -- training ------------------------------------------------------------------------------------
 
+    @checked
     def fit(
         self,
         texts: Texts,
@@ -131,9 +135,9 @@ class TunedLens:
         After an exception, an interrupt or a loss that is not finite (`ValueError`) the lens is as it was before.
         """
         check_texts(texts)
-        rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}.get(optimizer, math.nan)
-        if optimizer not in ("adamw", "muon"):
+        if not is_one_of(optimizer, ("adamw", "muon")):
             raise ValueError(f"optimizer: got {optimizer!r}, expected 'adamw' or 'muon'")
+        rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}[optimizer]
         if epochs < 1 or batch_size < 1 or tokens_at_once < 1 or not 0 < rate < math.inf or not len(texts):
             raise ValueError(
                 f"fit: got {len(texts)} texts, epochs {epochs}, batch_size {batch_size}, tokens_at_once "
@@ -208,6 +212,7 @@ class TunedLens:
 
     # -- judging -------------------------------------------------------------------------------------
 
+    @checked
     @torch.no_grad()
     def evaluate(self, texts: Texts, *, batch_size: int = 8, tokens_at_once: int = 2048) -> LensScores:
         """
@@ -243,6 +248,7 @@ class TunedLens:
 
     # -- files ---------------------------------------------------------------------------------------
 
+    @checked
     def save(self, directory: str | Path) -> None:
         """
         >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
@@ -252,6 +258,7 @@ class TunedLens:
         write_lens(Path(directory), self.bridge, self.translators.state_dict())
 
     @classmethod
+    @checked
     def load(cls, directory: str | Path, bridge: TransformerBridge) -> TunedLens:
         """
         >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP

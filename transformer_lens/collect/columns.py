@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transformer_lens.checks import in_words
 from transformer_lens.collect.files import DTYPES
 from transformer_lens.collect.manifest import ShardRecord
 
@@ -107,7 +108,12 @@ class StoredTensor:
             return self._range(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
         if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             return self._gather(np.asarray([index]))[0]
-        wanted = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+        try:
+            wanted = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+        except (TypeError, ValueError) as error:  # lists of several lengths, or bfloat16
+            raise TypeError(
+                f"{self.name!r}: got {in_words(index)}, expected token numbers, a slice, or a mask"
+            ) from error
         if wanted.dtype == np.bool_ and wanted.shape == (len(self),):
             wanted = wanted.nonzero()[0]
         if wanted.size and wanted.dtype.kind not in "iu":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from tqdm import tqdm
 
+from transformer_lens.checks import a_path, in_words
 from transformer_lens.collect.background import Background
 from transformer_lens.collect.capture import Captured, Capturing, probe
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
@@ -27,6 +28,7 @@ from transformer_lens.collect.plan import Cursor, ShardPlan, TokenStream, plan_s
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
 from transformer_lens.collect.together import Together
+from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +47,8 @@ class Job:
     """One process's part of a job. Making it checks everything that can be checked before the first batch."""
 
     def __init__(self, bridge: TransformerBridge, data: Any, names: Any, out_dir: Path, options: Options) -> None:
+        if not isinstance(bridge, HookedRootModule):
+            raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
         self.options, self.out_dir = options, out_dir
         if bridge.original_model.training:
             raise ValueError(
@@ -271,5 +275,5 @@ def collect(
     settings of its modules), for other data than before, and for hooks without a value for each token; `OSError` for
     a full or read-only disk. Finished shards stay valid.
     """
-    Job(bridge, dataset, names, Path(out_dir), Options.of(options)).run()
+    Job(bridge, dataset, names, a_path("out_dir", out_dir), Options.of(options)).run()
     return ActivationStore(out_dir)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from transformer_lens.checks import in_words
+
 
 class RunningStatistics:
     """Statistics of vectors that come in batches, in float64.
@@ -28,6 +30,8 @@ class RunningStatistics:
 
     def update(self, values: Shaped[Tensor, "token ..."]) -> None:
         """Count a batch in. Raises `ValueError` for one of another shape than those before it."""
+        if not isinstance(values, Tensor) or values.ndim < 1:
+            raise TypeError(f"statistics: got {in_words(values)}, expected a tensor [token, ...]")
         if not len(values):
             return
         exact = values.detach().to(torch.float64)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transformer_lens.checks import in_words, nearest, whole
+from transformer_lens.checks import a_path, in_words, nearest, whole
 from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.columns import Index, Shards, StoredTensor
 from transformer_lens.collect.files import ABOUT_TOKENS
@@ -39,7 +39,7 @@ class ActivationStore:
     """
 
     def __init__(self, out_dir: str | Path) -> None:
-        self.out_dir = Path(out_dir)
+        self.out_dir = a_path("out_dir", out_dir)
         self.manifest = Manifest.read(self.out_dir)
         records = self.manifest.records()
         numbers = sorted(records)
@@ -78,7 +78,9 @@ class ActivationStore:
         return {name: tensor[index] for name, tensor in self._tensors.items()}
 
     def _named(self, key: str | tuple[Any, ...]) -> StoredTensor:
-        name = key if isinstance(key, str) else get_act_name(*key)
+        if not isinstance(key, (str, tuple)) or not len(key) >= 1:
+            raise TypeError(f"name: got {in_words(key)}, expected a name, or a short key such as ('resid_post', 1)")
+        name = key if isinstance(key, str) else get_act_name(*key[:3])
         if name not in self._tensors:
             raise KeyError(f"{name!r} was not collected; the nearest names are {nearest(name, self._tensors)}")
         return self._tensors[name]

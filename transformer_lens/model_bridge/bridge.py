@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.checks import in_words, is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.architecture_adapter import head_of
@@ -83,6 +84,8 @@ class TransformerBridge(
     """What the model's forward calls its arguments."""
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
+        if not isinstance(hf_model, nn.Module):
+            raise TypeError(f"TransformerBridge: got {in_words(hf_model)}, expected a Hugging Face model")
         HookOwner.__init__(self)
         warn_of_a_newer_release()
         place, inner = inner_model(hf_model)
@@ -336,7 +339,7 @@ class TransformerBridge(
     def _check_call(self, return_type: str | None, start: int | None, stop: int | None) -> None:
         if self._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
-        if return_type not in RETURN_TYPES:
+        if not is_one_of(return_type, RETURN_TYPES):
             raise ValueError(f"return_type: got {return_type!r}, expected 'logits', 'loss', 'both' or None")
         if stop is not None and return_type in ("loss", "both"):
             raise ValueError(f"return_type={return_type!r} needs the whole model, and stop_at_layer={stop} ends before")

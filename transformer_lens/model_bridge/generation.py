@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.checks import a_list, is_one_of, one_of, whole
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
@@ -22,7 +23,7 @@ from transformer_lens.model_bridge.generation_options import (
     own_cache,
     prepare_prompt,
     progress,
-    refuse_unknown,
+    refuse_unknown_option,
     settings,
     take_prompt,
     translate,
@@ -94,7 +95,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
         if max_new_tokens is not None:
-            options["max_new_tokens"] = max_new_tokens
+            options["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
         call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
         run = self._generation_run(call, fwd_hooks, on)
         if names_filter is not None and not return_cache:
@@ -140,7 +141,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
         if max_new_tokens is not None:
-            options["max_new_tokens"] = max_new_tokens
+            options["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
         call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
         return stream(call, self._generation_run(call, fwd_hooks, on), verbose)
@@ -165,7 +166,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
                 f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
             )
         self._refuse_of_the_other(what, options)
-        refuse_unknown(what, options, model, OWN_KEYWORDS[what], CACHE.names)
+        refuse_unknown_option(what, options, model, OWN_KEYWORDS[what], CACHE.names)
         prompt = take_prompt(input, options)
         assistant = options.get("assistant_model")
         if isinstance(assistant, WrappedModel):
@@ -204,7 +205,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
                     raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
 
     def _check_return_type(self, return_type: str, as_output: bool) -> None:
-        if return_type not in RETURN_TYPES:
+        if not is_one_of(return_type, RETURN_TYPES):
             raise ValueError(f"return_type: got {return_type!r}, expected 'input', 'str' or 'tokens'")
         if return_type == "str":
             self._tokens()
@@ -214,11 +215,13 @@ class GenerationMethods(InputMethods, HookedRootModule):
     def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
         run = GenerationRun(call.model, call.prompt, call.chosen)
         phased = False
+        one_of("on", on, PHASES)
+        a_list("fwd_hooks", fwd_hooks)
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
                 raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")
             where, fn, phase = (*spec, on)[:3]
-            if phase not in PHASES:
+            if not is_one_of(phase, PHASES):
                 raise ValueError(
                     f"phase of the hook at {where!r}: got {phase!r}, expected 'prompt', 'continuation' or 'all'"
                 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from transformer_lens.checks import in_words, nearest
+from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.model_bridge.inputs import ModelInput, Reading
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
@@ -25,6 +26,12 @@ from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Argu
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 """Keywords of Hugging Face's `generate` that stand in none of its signatures."""
+SAMPLING: Mapping[str, Callable[[str, Any], Any]] = {
+    "temperature": partial(a_number, least=0.0),
+    "top_k": partial(whole, least=0),
+    "top_p": partial(a_number, least=0.0, most=1.0),
+}
+"""What the numbers that choose a token have to be; zero switches one off."""
 LISTS: Mapping[str, tuple[type[Any], type[Any]]] = {
     "stopping_criteria": (StoppingCriteria, StoppingCriteriaList),
     "logits_processor": (LogitsProcessor, LogitsProcessorList),
@@ -128,6 +135,9 @@ def translate(
     {'do_sample': False}
     """
     said = {name: value for name, value in sampling.items() if value is not None}
+    for name, rule in SAMPLING.items():
+        if name in said:
+            rule(name, said[name])
     if said.get("temperature") == 0:
         if said.get("do_sample"):
             raise ValueError("generate: temperature=0 takes the likeliest token, and do_sample=True draws one")
@@ -146,16 +156,15 @@ def translate(
     return made
 
 
-def refuse_unknown(what: str, options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]) -> None:
+def refuse_unknown_option(
+    what: str, options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]
+) -> None:
     """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before, and
     `also` those that are translated afterwards."""
     known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS, *also}
     known |= set(inspect.signature(type(model).generate).parameters) | set(inspect.signature(model.forward).parameters)
     known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
-    for name in options:
-        if name not in known:
-            near = nearest(name, (known | own) - {"self", "options"})
-            raise TypeError(f"{what}: got an unknown keyword {name!r}; the nearest are {near}")
+    refuse_unknown(what, options, (known | own) - {"self", "options"})
 
 
 def in_lists(options: dict[str, Any]) -> dict[str, Any]:
@@ -248,12 +257,12 @@ class GenerationCall:
         assert self.adapter is not None
         tokenizer = self.adapter.tokenizer
         special = special_tokens(tokenizer)
-        new = [token for token in row[0 if self.prompt.embedded else self.prompt.length :] if token not in special]
+        new = [token for token in row[self.prompt.read :] if token not in special]
         if self.prompt.texts is not None:
             return self.prompt.texts[number] + "".join(pieces(tokenizer, new))
         if self.prompt.ids is None:
             return "".join(pieces(tokenizer, new))
-        read = self.prompt.ids[number][self.prompt.mask[number].bool()].tolist()
+        read = self.prompt.ids[number][self.prompt.mask[number, -self.prompt.read :].bool()].tolist()
         first = 1 if read[:1] == [self.adapter.bos] else 0
         return decoded(tokenizer, [*read[first:], *new])
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from transformer_lens.checks import a_path, in_words, is_whole, refuse_unknown
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
 from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
-from transformer_lens.utilities import refuse_unknown
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 64
@@ -216,6 +216,7 @@ def find_config(model: str | Path | PreTrainedConfig, loading: dict[str, Any]) -
     refuse_unknown("loading", loading, FILE_OPTIONS)
     if isinstance(model, PreTrainedConfig):
         return model
+    a_path("model", model)
     name = str(model)
     if name in PUBLISHED and not Path(name).exists():
         return published_config(name)
@@ -238,8 +239,8 @@ def _cache_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _lengths(context: Sequence[int] | None, n_ctx: int) -> list[int]:
     if context is None:
         return sorted({min(2048, n_ctx), n_ctx})
-    if not context or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in context):
-        raise ValueError(f"context: got {context!r}, expected numbers of tokens, such as [2048, 8192]")
+    if not isinstance(context, (list, tuple)) or not context or not all(is_whole(n) and n > 0 for n in context):
+        raise ValueError(f"context: got {in_words(context)}, expected numbers of tokens, such as [2048, 8192]")
     return list(context)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transformer_lens.checks import whole
 from transformer_lens.hook_point import state
 from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
@@ -141,8 +142,5 @@ def layer_number(name: str, layer: int | None, n_layers: int) -> int | None:
     """A layer counted from the end where it is negative. Raises `ValueError` beyond the model."""
     if layer is None:
         return None
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"{name}: got {type(layer).__name__}, expected an int or None")
-    if not -n_layers <= layer <= n_layers:
-        raise ValueError(f"{name}: got {layer}, expected {-n_layers} to {n_layers} in a model of {n_layers} layers")
+    layer = whole(name, layer, -n_layers, n_layers, f" in a model of {n_layers} layers")
     return layer + n_layers if layer < 0 else layer

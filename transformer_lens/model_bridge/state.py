@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from transformer_lens.checks import a_path
 from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.state_check import StateError, fitted_state, tied_names
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
@@ -105,7 +106,7 @@ class StateMethods(WrappedModel):
         checkpoint, unless `allow_processed=True`; while another module is in a component's place; and for a quantised
         Falcon, which could not be read back.
         """
-        directory = Path(save_directory)
+        directory = a_path("save_directory", save_directory)
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"save_pretrained: {directory} is a file, expected a directory")
         if kwargs.get("push_to_hub"):

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transformer_lens.checks import is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, HookSpec
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -118,7 +119,7 @@ class SteeringMethods(HookedRootModule):
         if callable(at):
             names = self.select_names(at)
         else:
-            places = [at] if isinstance(at, (str, int)) else list(at)
+            places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
             names = list(dict.fromkeys(self._place(what, place) for place in places))
         if not names:
             raise ValueError(f"{what}: got no hook, expected at least one")
@@ -274,7 +275,7 @@ def _checked_scale(scale: float | Tensor) -> float | Tensor:
 
 def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
     """Positions, rows and part, checked before any model runs."""
-    if on not in PARTS:
+    if not is_one_of(on, PARTS):
         raise ValueError(f"on: got {on!r}, expected 'prompt', 'continuation' or 'all'")
     if rows is not None:
         on_rows(rows, torch.zeros_like)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from transformer_lens.checks import in_words
 from transformer_lens.model_bridge.peft_layers import adapted_weight, is_adapted
 from transformer_lens.model_bridge.quantised import dequantised
 
@@ -29,6 +30,10 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
     `ValueError` for a weight on the meta device that nothing can bring back. A quantised weight is
     dequantised, and an adapter on top of a weight is added to it: both are copies.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: got {in_words(module)}, expected a module of a model")
+    if not isinstance(name, str) or not hasattr(module, name):
+        raise ValueError(f"name: got {in_words(name)}, expected the name of a weight of {type(module).__name__}")
     if is_adapted(module):
         return adapted_weight(module, name, partial(read_weight, shard=shard))
     weight = _brought_back(module, name)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import FactoredMatrix, composition_scores
 from transformer_lens.model_bridge.config import BridgeConfig
 
@@ -202,7 +203,7 @@ class WeightMethods:
         half precision; zero unless the first head's layer is below the second's. Formula: Elhage et al. 2021,
         "A Mathematical Framework for Transformer Circuits". Norms between the heads are left out.
         """
-        if mode not in READERS:
+        if not is_one_of(mode, READERS):
             raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, READERS))}")
         attention = [self._layer_part(layer, "attn") for layer in range(self.cfg.n_layers)]
         heads, device = self.cfg.n_heads, attention[0].W_O.device

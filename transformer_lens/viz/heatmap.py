@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import as_numbers
+from transformer_lens.checks import a_list, as_numbers, in_words, is_one_of
 from transformer_lens.utilities import to_numpy
 from transformer_lens.viz.picture import (
     DIVERGING,
@@ -37,6 +38,13 @@ MOST_NUMBERS = 400
 MOST_PANELS = 24
 """A PNG shows up to this many panels side by side."""
 COLUMNS = 4
+
+
+def _are_ends(limits: object) -> bool:
+    """Whether these are two numbers, the lower first."""
+    if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not all(isinstance(end, Real) for end in limits):
+        return False
+    return bool(-math.inf < limits[0] < limits[1] < math.inf)
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,6 +73,14 @@ class Heatmap(Picture):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", as_numbers(f"heat map {self.title!r}: values", self.values))
+        for name, cells in (
+            ("rows", self.rows),
+            ("columns", self.columns),
+            ("texts", self.texts),
+            ("notes", self.notes),
+        ):
+            if cells is not None:
+                a_list(f"heat map {self.title!r}: {name}", cells)
         expected = [len(self.rows), len(self.columns)]
         if list(self.values.shape) != expected:
             raise ValueError(
@@ -72,9 +88,12 @@ class Heatmap(Picture):
                 "labels given"
             )
         for name, cells in (("texts", self.texts), ("notes", self.notes)):
-            if cells is not None and [len(cells), *{len(row) for row in cells}] != expected:
+            if (
+                cells is not None
+                and [len(cells), *{len(row) if isinstance(row, (list, tuple)) else -1 for row in cells}] != expected
+            ):
                 raise ValueError(f"heat map {self.title!r}: got {name} that do not fill {expected} cells")
-        if self.limits is not None and not -math.inf < self.limits[0] < self.limits[1] < math.inf:
+        if self.limits is not None and not _are_ends(self.limits):
             raise ValueError(f"heat map {self.title!r}: got limits={self.limits}, expected (low, high), low below high")
 
     def __repr__(self) -> str:
@@ -231,9 +250,13 @@ class Heatmaps(Picture):
     """The panel that shows at the start; by default the first."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.panels, Mapping) or not all(isinstance(one, Heatmap) for one in self.panels.values()):
+            raise TypeError(
+                f"heat maps {self.title!r}: got {in_words(self.panels)}, expected a Heatmap under each name"
+            )
         if not self.panels:
             raise ValueError(f"heat maps {self.title!r}: got no panel, expected at least one")
-        if self.first and self.first not in self.panels:
+        if self.first != "" and not is_one_of(self.first, self.panels):
             raise ValueError(f"heat maps {self.title!r}: got first={self.first!r}, expected one of {list(self.panels)}")
 
     def __repr__(self) -> str:

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
-from transformer_lens.checks import as_numbers, in_words, whole
+from transformer_lens.analysis.arguments import checked
+from transformer_lens.checks import as_numbers, in_words, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -44,6 +45,8 @@ def attention_patterns(
     tensor they say which heads it holds, else they count from 0. `first=(layer, head)` shows first. Raises
     `ValueError` where tokens and positions do not fit, and for heads or layers that are not there.
     """
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        raise TypeError(f"attention_patterns: got first={in_words(first)}, expected (layer, head)")
     panels = {}
     for (layer, head), pattern in _heads(attention, layers, heads).items():
         if list(pattern.shape[-1:]) != [len(tokens)] or pattern.shape[0] > pattern.shape[1]:
@@ -77,16 +80,18 @@ def _heads(
     """Every head's pattern, by layer and head."""
     if isinstance(attention, Tensor):
         return _numbered(attention, layers, heads)
+    if not isinstance(attention, ActivationCache):
+        raise TypeError(f"attention: got {in_words(attention)}, expected an ActivationCache, or patterns as a tensor")
     cached = _cached_patterns(attention)
     held = len(next(iter(cached.values())))
     for what, wanted, there in (("layers", layers, sorted(cached)), ("heads", heads, list(range(held)))):
-        absent = [number for number in _several(wanted, there) if number not in there]
+        absent = [number for number in _several(what, wanted, there) if number not in there]
         if absent:
             raise ValueError(
                 f"attention_patterns: got {what}={wanted}, expected some of {there}, which the cache holds"
             )
-    several = _several(heads, range(held))
-    return {(layer, head): cached[layer][head] for layer in _several(layers, cached) for head in several}
+    several = _several("heads", heads, range(held))
+    return {(layer, head): cached[layer][head] for layer in _several("layers", layers, cached) for head in several}
 
 
 def _numbered(
@@ -101,8 +106,8 @@ def _numbered(
         )
     stacked = pattern[(None,) * (4 - pattern.ndim)]
     unnamed: Sequence[int | None] = [None] if pattern.ndim < 4 else range(len(stacked))
-    of_layers = unnamed if layers is None else _several(layers, ())
-    of_heads = _several(heads, range(stacked.shape[1]))
+    of_layers = unnamed if layers is None else _several("layers", layers, ())
+    of_heads = _several("heads", heads, range(stacked.shape[1]))
     for what, numbers, size in (("layers", of_layers, len(stacked)), ("heads", of_heads, stacked.shape[1])):
         if len(set(numbers)) != size or len(numbers) != size:
             raise ValueError(
@@ -112,8 +117,8 @@ def _numbered(
     return {(layer, head): stacked[i, j] for i, layer in enumerate(of_layers) for j, head in enumerate(of_heads)}
 
 
-def _several(wanted: Numbers, every: Iterable[int]) -> list[int]:
-    return list(every) if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
+def _several(what: str, wanted: Numbers, every: Iterable[int]) -> list[int]:
+    return list(every) if wanted is None else whole_numbers(what, wanted)
 
 
 def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head query_pos key_pos"]]:
@@ -174,6 +179,7 @@ def _with_axes(what: str, values: Any, axes: str) -> Tensor:
     return made
 
 
+@checked
 def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
     """The likeliest next token of each position as each layer's stream would predict it.
 
@@ -211,6 +217,7 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
     )
 
 
+@checked
 def logit_waterfall(
     cache: ActivationCache,
     token: str | int,
@@ -226,6 +233,9 @@ def logit_waterfall(
     `cache` holds one text. Tokens are text or ids; the title shows their text. The parts sum to the logit less
     what the final norm's bias and the unembedding's add.
     """
+    if not isinstance(cache, ActivationCache):
+        raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
+    position = whole("position", position)
     one = cache.apply_slice_to_batch_dim(0) if cache.has_batch_dim else cache
     stack, labels = one.get_full_resid_decomposition(expand_neurons=False, pos_slice=position, return_labels=True)
     parts = one.logit_attrs(stack, token, wrong, pos_slice=position, has_batch_dim=False)
@@ -242,6 +252,7 @@ def _named(cache: ActivationCache, token: str | int) -> str:
     return f"token {int(token)}" if bridge.tokenizer is None else repr(bridge.to_single_str_token(token))
 
 
+@checked
 def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
     """Which experts each token of one text goes to and how much each counts, one layer at a time.
 
@@ -269,6 +280,7 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
     return Heatmaps(panels, "Routing")
 
 
+@checked
 def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> TokenText:
     """Running text, each token coloured by how much it surprised the model.
 

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformer_lens.checks import a_path
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
@@ -70,7 +72,7 @@ class Picture(ABC):
 
     def save(self, path: str | Path) -> Path:
         """Write one file, HTML or PNG by the ending of its name. Raises `ValueError` for other endings."""
-        suffix = Path(path).suffix.lower()
+        suffix = a_path("path", path).suffix.lower()
         if suffix == ".html":
             return self.save_html(path)
         if suffix == ".png":
@@ -79,13 +81,13 @@ class Picture(ABC):
 
     def save_html(self, path: str | Path) -> Path:
         """Write one HTML file; values show on hover."""
-        path = Path(path)
+        path = a_path("path", path)
         path.write_text(self.html(), encoding="utf-8")
         return path
 
     def save_png(self, path: str | Path) -> Path:
         """Write a PNG that is readable at 900 pixels."""
-        path = Path(path)
+        path = a_path("path", path)
         path.write_bytes(self.png())
         return path
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import as_numbers
+from transformer_lens.checks import a_list, as_numbers, whole
 from transformer_lens.viz.picture import (
     FALL,
     FONT,
@@ -48,6 +48,7 @@ class Waterfall(Picture):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", as_numbers(f"waterfall {self.title!r}: values", self.values))
+        a_list(f"waterfall {self.title!r}: labels", self.labels)
         if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
             raise ValueError(
                 f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "
@@ -55,8 +56,7 @@ class Waterfall(Picture):
             )
         if not bool(self.values.isfinite().all()):
             raise ValueError(f"waterfall {self.title!r}: got values that are not finite")
-        if self.most < 1:
-            raise ValueError(f"waterfall {self.title!r}: got most={self.most}, expected at least 1")
+        whole(f"waterfall {self.title!r}: most", self.most, 1)
 
     def __repr__(self) -> str:
         return f"Waterfall {self.title!r}: {len(self.labels)} parts, {float(self.values.double().sum()):.3f} in all"

@@ -1,0 +1,655 @@
+"""What each parameter's name means in this package, which values are wrong for it, and a right call of everything.
+
+A new public function whose parameters have known names needs no row; any other needs a line here, or the audit fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.support import falcon_config
+from transformer_lens import ActivationCache, FactoredMatrix, HookPoint, TransformerBridge
+from transformer_lens.analysis.attribution_patching import attribution_patching
+from transformer_lens.analysis.direct_logit_attribution import direct_logit_attribution
+from transformer_lens.analysis.edge_attribution import edge_attribution_patching
+from transformer_lens.analysis.edge_graph import Circuit, EdgeGraph
+from transformer_lens.analysis.experts import expert_view, routing, routing_statistics
+from transformer_lens.analysis.patch_setters import layer_pos_patch_setter
+from transformer_lens.analysis.patchscope import Patchscope
+from transformer_lens.analysis.probes import probe_layers
+from transformer_lens.analysis.svd import SVDInterpreter
+from transformer_lens.analysis.tuned_lens import TunedLens
+from transformer_lens.collect import ActivationStore, RunningStatistics
+from transformer_lens.hook_points import Capture, HookEntry
+from transformer_lens.utilities import Slice
+from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
+
+TEXT = "When Mary and John went"
+OTHER = "When Mary and Mary went"
+
+
+class Thing:
+    """An object that means nothing to anybody."""
+
+    def __repr__(self) -> str:
+        return "<a thing>"
+
+
+THING = Thing()
+
+
+@dataclass
+class World:
+    """Two small models, their caches, and one of everything that has methods."""
+
+    folder: Path
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def falcon(self) -> TransformerBridge:
+        return TransformerBridge.boot_transformers("tiny-falcon")
+
+    @cached_property
+    def moe(self) -> TransformerBridge:
+        return TransformerBridge.boot_transformers("tiny-mixtral")
+
+    def bridge(self, entry: str) -> TransformerBridge:
+        return self.moe if about_experts(entry) else self.falcon
+
+    def cache(self, entry: str) -> ActivationCache:
+        bridge = self.bridge(entry)
+        if bridge.cfg.model_name not in self.made:
+            self.made[bridge.cfg.model_name] = bridge.run_with_cache(TEXT)[1]
+        return ActivationCache(dict(self.made[bridge.cfg.model_name].cache_dict), bridge)
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        return self.falcon.collect([TEXT, OTHER], ["blocks.0.hook_resid_post"], self.folder / "store", progress=False)
+
+    def itself(self, entry: str) -> Any:
+        """The object whose method an entry is."""
+        return self.cache(entry) if entry.startswith("ActivationCache.") else SELVES[entry.partition(".")[0]](self)
+
+
+def about_experts(entry: str) -> bool:
+    named = ("analysis.expert", "analysis.routing", "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
+    named = (*named, "analysis.attribution_patching.expert")
+    return entry.startswith((*named, "Routing", "ExpertView"))
+
+
+def metric(logits: Tensor) -> Tensor:
+    return logits[0, -1, 5] - logits[0, -1, 6]
+
+
+def neutral(tensor: Tensor, hook: HookPoint) -> None:
+    return None
+
+
+def saved_lens(world: World) -> Path:
+    TunedLens(world.falcon).save(world.folder / "lens")
+    return world.folder / "lens"
+
+
+SELVES: Mapping[str, Callable[[World], Any]] = {
+    "ActivationCache": lambda w: w.cache(""),
+    "ActivationStore": lambda w: w.store,
+    "ActivationBatches": lambda w: w.store.batches("blocks.0.hook_resid_post", 4),
+    "AttributionScores": lambda w: attribution_patching(w.falcon, TEXT, OTHER, metric, ["blocks.1.attn.hook_z"]),
+    "Capture": lambda w: Capture({}),
+    "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
+    "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
+    "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
+    "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
+    "ExpertView": lambda w: expert_view(w.cache("ExpertView"), 0, 2),
+    "FactoredMatrix": lambda w: FactoredMatrix(torch.ones(2, 3, 1), torch.ones(2, 1, 4)),
+    "Heatmap": lambda w: Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t"),
+    "Heatmaps": lambda w: Heatmaps({"one": Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t")}, "t"),
+    "HookEntry": lambda w: HookEntry(neutral),
+    "HookedRootModule": lambda w: w.falcon,
+    "Slice": lambda w: Slice((0, 1)),
+    "HookPoint": lambda w: HookPoint("blocks.0.hook_x", axes="batch pos d_model"),
+    "Patchscope": lambda w: Patchscope(w.falcon, TEXT),
+    "ProbeTable": lambda w: probe_layers(
+        w.falcon, [TEXT, OTHER] * 6, [True, False] * 6, at=["blocks.0.hook_resid_post"]
+    ),
+    "Routing": lambda w: routing(w.moe, TEXT),
+    "RoutingStatistics": lambda w: routing_statistics(w.moe, [TEXT]),
+    "RunningStatistics": lambda w: RunningStatistics(),
+    "SVDInterpreter": lambda w: SVDInterpreter(w.falcon),
+    "TokenText": lambda w: TokenText(["a"], {"loss": torch.ones(1)}, "t"),
+    "TransformerBridge": lambda w: w.falcon,
+    "TunedLens": lambda w: TunedLens(w.falcon),
+    "Waterfall": lambda w: Waterfall(torch.ones(1), ["a"], "t"),
+}
+
+# -- kinds: the values that are wrong for a parameter -------------------------------------------------------
+
+NUMBERS = [THING, "three", 1.5, math.nan, [1]]
+INDEX = [*NUMBERS, 99, -99, True]
+COUNT = [*NUMBERS, 0, -1]
+TENSOR = [THING, "values", 5, [[1.0], [1.0, 2.0]]]
+FUNCTION = [THING, "metric", 5]
+CHOICE = [THING, "nonsense", 5]
+NAME = [THING, "nonsense", 5, ""]
+NAMES = [THING, "nonsense", 5, ["nonsense"], [5], {"nonsense": 1}]
+TEXT_OR_IDS = [
+    THING,
+    5,
+    [],
+    [5.5],
+    torch.zeros(0, 3, dtype=torch.long),
+    torch.zeros(1, 2, 3, 4, dtype=torch.long),
+    torch.full((1, 3), 10**6),
+    torch.full((1, 3), -1),
+    torch.ones(1, 3, dtype=torch.bool),
+    torch.ones(1, 3, 7),
+]
+HOOKS = [THING, 5, "blocks.0.hook_resid_pre", [5], [("nonsense", neutral)], [("blocks.0.hook_resid_pre", 5)], neutral]
+MASK = [THING, "mask", 5, torch.ones(3), torch.ones(1, 99)]
+SLICE = [THING, "last", 1.5, [0.5], [[0, 1]], 99, [99], (1, 2, 3, 4), slice(None, None, -1), {1: 2}, [True]]
+POSITIONS = [THING, "last", 1.5, [0.5], 99, [99], torch.ones(3, dtype=torch.bool)]
+PATHS = [THING, 5]
+FLOAT = [THING, "big", [1.0], math.nan]
+SEED = [THING, "dice", 1.5, [1]]
+DEVICE = [THING, "nowhere", 5.5]
+BRIDGE = [None, THING, "tiny-falcon", nn.Linear(2, 2)]
+CACHE = [THING, 5, "cache", {}]
+ANSWER = [THING, 1.5, 10**6, -1, "two words of text", []]
+LABELS = [THING, 5, ["a", "b", "c", "d", "e"]]
+
+KINDS: dict[str, Sequence[Any]] = {
+    **dict.fromkeys(["bridge", "model"], BRIDGE),
+    **dict.fromkeys(["cache", "clean_cache"], CACHE),
+    **dict.fromkeys(["metric", "patching_metric", "patch_setter", "hook", "fn", "mapping"], FUNCTION),
+    **dict.fromkeys(
+        ["input", "tokens", "corrupted_tokens", "clean", "corrupted", "seq", "prompt", "text"], TEXT_OR_IDS
+    ),
+    **dict.fromkeys(["layer", "start_at_layer", "stop_at_layer", "layer_index", "head_index", "expert_index"], INDEX),
+    **dict.fromkeys(["expert", "position"], INDEX),
+    **dict.fromkeys(["layers", "experts", "heads"], (THING, "first", 1.5, 99, [99], ["first"])),
+    **dict.fromkeys(["positions"], POSITIONS),
+    **dict.fromkeys(["batch_size", "samples", "steps", "steps_per_batch", "epochs", "tokens_at_once", "length"], COUNT),
+    **dict.fromkeys(["batch", "n", "most", "top", "top_k", "num_vectors", "k", "rows_each", "memory_budget"], COUNT),
+    **dict.fromkeys(["max_new_tokens", "folds", "buffer_tokens", "d_vocab"], COUNT),
+    **dict.fromkeys(["seed", "epoch"], SEED),
+    **dict.fromkeys(["attention_mask", "mask"], MASK),
+    **dict.fromkeys(["pos_slice", "batch_slice", "neuron_slice", "input_slice"], SLICE),
+    **dict.fromkeys(["fwd_hooks", "bwd_hooks"], HOOKS),
+    **dict.fromkeys(["names_filter", "names"], NAMES),
+    **dict.fromkeys(
+        ["mode", "matrix", "other_matrix", "vector_type", "side", "parts", "return_type", "padding_side"], CHOICE
+    ),
+    **dict.fromkeys(["on", "direction", "dir", "at", "optimizer", "task", "error_measure"], CHOICE),
+    **dict.fromkeys(["answer", "wrong_answer", "token", "wrong", "incorrect_tokens"], ANSWER),
+    **dict.fromkeys(["values", "residual_stack", "tensor", "vector", "logits", "log_probs", "stream"], TENSOR),
+    **dict.fromkeys(["directory", "path", "save_directory", "out_dir"], PATHS),
+    **dict.fromkeys(["device"], DEVICE),
+    **dict.fromkeys(["noise", "weight_decay", "strength", "scale", "temperature", "top_p"], FLOAT),
+    **dict.fromkeys(["texts", "positive", "negative", "batches"], (THING, 5, [], [5.5])),
+    **dict.fromkeys(["labels", "rows", "columns"], LABELS),
+    **dict.fromkeys(["dtype"], (THING, "float31", 5)),
+}
+
+KINDS |= {
+    **dict.fromkeys(["A", "B", "first", "second", "features", "following", "corrupted_activation"], TENSOR),
+    **dict.fromkeys(["scores", "change", "gradient", "x", "clean_activation"], TENSOR),
+    **dict.fromkeys(["activation_name", "label", "name", "sender", "receiver", "key", "string"], NAME),
+    **dict.fromkeys(
+        ["edges", "circuits", "paths", "interventions", "edge"], (THING, 5, ["nonsense"], [("nonsense", "L0H0.q")])
+    ),
+    **dict.fromkeys(["graph", "module", "state_dict", "hf_model", "config", "store", "whole"], (THING, 5, "nonsense")),
+    **dict.fromkeys(["cache_dict", "panels"], (THING, 5, [1])),
+    **dict.fromkeys(["fns"], (THING, 5, [], [5])),
+    **dict.fromkeys(
+        ["column_max_ranges", "column_names", "index_axis_names"], (THING, 5, [THING], ["nonsense", "nonsense"])
+    ),
+    **dict.fromkeys(["index_df"], (THING, 5, ["nonsense"], [(99, 0)])),
+    **dict.fromkeys(["index"], (THING, 1.5, "nonsense", [0.5], 10**6, [10**6], True)),
+    **dict.fromkeys(["context"], (THING, [0], ["many"], [1.5], [])),
+    **dict.fromkeys(["source"], TEXT_OR_IDS),
+    **dict.fromkeys(["words"], (THING, 5, [], [5], [""])),
+    **dict.fromkeys(["detection_pattern"], (THING, 5, "nonsense", torch.ones(2, 3), torch.ones(2, 2, 2, 2))),
+    **dict.fromkeys(["attention"], (THING, 5, torch.ones(3), torch.ones(1, 2, 3))),
+    **dict.fromkeys(["axes"], (THING, 5, "nonsense")),
+    **dict.fromkeys(["dim"], INDEX),
+    **dict.fromkeys(["copies", "number"], COUNT),
+    **dict.fromkeys(["level"], NUMBERS),
+    **dict.fromkeys(["limits"], (THING, 5, (1.0,), (2.0, 1.0), (0.0, math.nan), ("a", "b"))),
+    **dict.fromkeys(["notes"], (THING, 5, ["a"], [["a"]])),
+    **dict.fromkeys(["lr", "confidence"], (*FLOAT, 0.0, -1.0)),
+    **dict.fromkeys(["baseline"], (THING, "zero", torch.ones(3))),
+    **dict.fromkeys(["weights"], (THING, "heavy", [1.0], [math.nan, 1.0], 5)),
+    **dict.fromkeys(["direction"], CHOICE),
+    **dict.fromkeys(["types", "groups"], (THING, 5, [1, 2])),
+    **dict.fromkeys(["past_key_values"], (THING, 5, "cache")),
+    **dict.fromkeys(["single_token"], ANSWER),
+    **dict.fromkeys(["threshold"], FLOAT),
+    **dict.fromkeys(["dataset"], (THING, 5, [], [5])),
+    **dict.fromkeys(["other"], (THING, "nonsense", 5)),
+    **dict.fromkeys(["scalar"], (torch.ones(3))),  # of what is no number Python itself says so
+    **dict.fromkeys(["name_or_path"], (THING, 5, "/nothing/here")),
+    **dict.fromkeys(["n_experts", "layer_type", "sublayer_type"], (THING, "nonsense")),
+    **dict.fromkeys(["pair"], (THING, 5, "{nothing}")),
+    **dict.fromkeys(["separator", "placeholder"], (THING, 5)),
+}
+
+SWITCHES = frozenset(
+    [
+        "allow_processed",
+        "apply_ln",
+        "assign",
+        "center_unembed",
+        "center_writing_weights",
+        "clear_contexts",
+        "clone",
+        "disable_warnings",
+        "do_sample",
+        "drop_last",
+        "exclude_bos",
+        "exclude_current_token",
+        "expand_neurons",
+        "fold_ln",
+        "fold_value_biases",
+        "grad_drop",
+        "has_batch_dim",
+        "incl_bwd",
+        "incl_embeds",
+        "incl_mid",
+        "incl_remainder",
+        "include_mlp_biases",
+        "including_permanent",
+        "integer",
+        "is_permanent",
+        "loss_per_token",
+        "mlp_input",
+        "move_to_device",
+        "no_processing",
+        "normalize",
+        "per_token",
+        "prepend",
+        "prepend_bos",
+        "prepend_space_to_answer",
+        "progress",
+        "qk_fix",
+        "recompute_ln",
+        "recurse",
+        "remove_batch_dim",
+        "renormalize",
+        "reset_hooks_end",
+        "return_cache",
+        "return_cache_object",
+        "return_index_df",
+        "return_labels",
+        "shard",
+        "shuffle",
+        "silence",
+        "stop_at_eos",
+        "strict",
+        "truncate",
+        "use_attn_in",
+        "use_attn_result",
+        "use_hook_mlp_in",
+        "use_past_kv_cache",
+        "use_split_qkv_input",
+        "verbose",
+    ]
+)
+"""They take whatever Python takes for true or false."""
+WORDS = frozenset(
+    ["title", "row_title", "column_title", "value", "unit", "read_only", "suffix", "revision", "answer_text"]
+)
+"""Text that is only shown."""
+KEYWORDS = frozenset(["options", "kwargs", "model_kwargs", "from_pretrained_kwargs", "loading"])
+"""Further keywords: an unknown one is wrong."""
+OF_OTHERS = frozenset(["tokenizer", "device_map", "quantization_config", "attn_implementation", "args", "model_args"])
+"""Handed on to transformers or torch, which check them."""
+
+SETTERS = (
+    "layer_expert",
+    "layer_head_dest_src_pos_pattern",
+    "layer_head_pattern",
+    "layer_head_pos_pattern",
+    "layer_head_vector",
+    "layer_pos",
+    "layer_pos_head_vector",
+)
+
+NOT_AUDITED: dict[str, str] = {
+    **dict.fromkeys(
+        ["Capture.__call__", "HookEntry.call", "HookPoint.attach", "HookPoint.check", "HookPoint.remove"],
+        "called by hook points, with what they made",
+    ),
+    **dict.fromkeys(
+        ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__"], "made by the bridge"
+    ),
+    **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
+    **dict.fromkeys(
+        ["analysis.integrated_gradients.line_steps", "analysis.integrated_gradients.weighted_metric"],
+        "between parts of the package",
+    ),
+    **dict.fromkeys(["TransformerBridge.parameters", "TransformerBridge.named_parameters"], "torch's own"),
+    **dict.fromkeys(["TransformerBridge.to", "TransformerBridge.state_dict"], "torch's own"),
+    **dict.fromkeys(
+        ["HookedRootModule.names_of", "HookedRootModule.unknown_hook"],
+        "asked by the package, about names that are text",
+    ),
+    "BridgeConfig.follow": "called by the bridge, with its model",
+    **dict.fromkeys(["TransformerBridge.names_of", "TransformerBridge.unknown_hook"], "like those they override"),
+    "PrefixCache.__init__": "made by the engine of sweeps",
+    **{
+        f"analysis.patch_setters.{name}_patch_setter": "called by sweeps, with activations whose shapes they compared"
+        for name in SETTERS
+    },
+    "PatchSweep.__call__": "the sweeps that are made of it are called",
+    "TransformerBridge.fires_in": "asked by the engine",
+    "HookedRootModule.fires_in": "asked by the engine",
+    "TransformerBridge.verify": "owned by `verifying`, which has its tests",
+}
+"""Public functions that are not called with wrong values here, and why."""
+
+IDS = torch.tensor([[1, 5, 6, 7, 8, 9]])
+OTHER_IDS = torch.tensor([[1, 5, 6, 7, 8, 10]])
+
+BASE: dict[str, Callable[[World, str], Any]] = {
+    **dict.fromkeys(["bridge", "model"], lambda w, entry: w.bridge(entry)),
+    **dict.fromkeys(["cache", "clean_cache"], lambda w, entry: w.bridge(entry).run_with_cache(IDS)[1]),
+    **dict.fromkeys(["metric", "patching_metric"], lambda w, entry: metric),
+    **dict.fromkeys(["input", "tokens", "clean", "seq", "source", "prompt"], lambda w, entry: IDS),
+    **dict.fromkeys(["corrupted", "corrupted_tokens"], lambda w, entry: OTHER_IDS),
+    "text": lambda w, entry: TEXT,
+    **dict.fromkeys(["answer", "token"], lambda w, entry: 5),
+    **dict.fromkeys(["layer", "expert", "experts", "layer_index"], lambda w, entry: 1),
+    "texts": lambda w, entry: [TEXT, OTHER],
+    "positions": lambda w, entry: [1],
+    "name": lambda w, entry: "blocks.1.hook_resid_post",
+    "names": lambda w, entry: ["blocks.1.hook_resid_post"],
+    "names_filter": lambda w, entry: None,
+    "title": lambda w, entry: "a title",
+    "hook": lambda w, entry: neutral,
+    "fn": lambda w, entry: neutral,
+    "graph": lambda w, entry: EdgeGraph.of(w.falcon),
+    "at": lambda w, entry: "blocks.1.hook_resid_post",
+    "residual_stack": lambda w, entry: w.cache(entry).decompose_resid(),
+    "n": lambda w, entry: 2,
+    "dtype": lambda w, entry: None,
+    **dict.fromkeys(["path", "out_dir", "directory", "save_directory"], lambda w, entry: w.folder / entry),
+}
+"""A right value for each parameter that has to be given, by its name."""
+
+
+@dataclass
+class Row:
+    """What is special about one function: right values, and other wrong ones (an empty list: nothing is wrong)."""
+
+    given: dict[str, Any] = field(default_factory=dict)
+    wrong: dict[str, list[Any]] = field(default_factory=dict)
+    fresh: bool = False
+    """It changes the bridge, and gets one of its own."""
+
+
+UNBOUND = [THING, "last", 1.5, [0.5], [[0, 1]], (1, 2, 3, 4), slice(None, None, -1), {1: 2}]
+"""Wrong slices of an axis whose length is not known yet, or of one that is long."""
+LATER = {
+    "positions": [THING, "last", 1.5, [0.5], torch.ones(3, dtype=torch.bool)],
+    "rows": [THING, 1.5, "first", [0.5]],
+}
+"""What is wrong before a batch is known."""
+OLD_SWITCHES = ("use_attn_in", "use_attn_result", "use_hook_mlp_in", "use_split_qkv_input")
+PLACE = [THING, 5.5, "nonsense", 99, []]
+PATTERN = torch.full((1, 2, 3, 3), 0.5)
+
+ROWS: dict[str, Row] = {
+    "ActivationCache.__getitem__": Row(
+        {"key": ("q", 0)}, {"key": [*NAME, ("q", 99), ("q", "x", "y", "z"), ("nonsense", 0)]}
+    ),
+    "ActivationCache.full_name": Row({"key": ("q", 0)}, {"key": [*NAME, ("q", 99), ("nonsense", 0)]}),
+    "ActivationCache.__init__": Row({"cache_dict": {}}, {"model": []}),
+    "ActivationCache.apply_ln_to_stack": Row(wrong={"batch_slice": SLICE[:-1]}),
+    "ActivationCache.apply_slice_to_batch_dim": Row({"batch_slice": 0}, {"batch_slice": SLICE[:-1]}),
+    "ActivationCache.get_neuron_results": Row(wrong={"neuron_slice": UNBOUND}),
+    "ActivationCache.logit_attrs": Row({"tokens": 5}, {"tokens": ANSWER, "batch_slice": SLICE[:-1]}),
+    "ActivationCache.stack_activation": Row(
+        {"name": "resid_post"}, {"layer": [*NUMBERS, 99, -99], "sublayer_type": ["nonsense", 5]}
+    ),
+    "ActivationCache.stack_neuron_results": Row({"layer": 1, "pos_slice": -1}, {"neuron_slice": UNBOUND}),
+    "ActivationCache.to": Row({"device": "cpu"}),
+    "ActivationStore.__getitem__": Row({"index": "blocks.0.hook_resid_post"}),
+    "ActivationStore.__init__": Row({"out_dir": lambda w: w.store.out_dir}, {"out_dir": [*PATHS, "/nothing/here"]}),
+    "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5] + [5]}),
+    "ActivationStore.document": Row({"number": 0}, {"number": [*NUMBERS, 99]}),
+    "ActivationStore.to_dataset": Row(wrong={"options": []}),
+    "ActivationStore.to_numpy": Row({"name": "blocks.0.hook_resid_post"}),
+    "AttributionScores.by": Row({"axes": "pos head"}),
+    "AttributionScores.stacked": Row({"axes": "head"}),
+    "ActivationBatches.set_epoch": Row({"epoch": 1}),
+    "Capture.__init__": Row({"store": {}}, {"store": [], "pos_slice": UNBOUND}),
+    "Circuit.of": Row({"edges": [("embed", "L0H0.q")]}),
+    "Circuit.without": Row({"edges": [("embed", "L0H0.q")]}),
+    "DirectLogitAttribution.__getitem__": Row({"label": "embed"}),
+    "EdgeGraph.has_edge": Row({"sender": "embed", "receiver": "L0H0.q"}),
+    "EdgeGraph.mask": Row({"edges": [("embed", "L0H0.q")]}),
+    "EdgeGraph.receiver": Row({"label": "L0H0.q"}),
+    "EdgeGraph.sender": Row({"label": "embed"}),
+    "EdgeScores.__getitem__": Row(
+        {"edge": ("embed", "L0H0.q")}, {"edge": [THING, 5, "nonsense", ("nonsense", "L0H0.q")]}
+    ),
+    "EdgeScores.keep": Row(wrong={"n": [*NUMBERS, -1, 10**6]}),
+    "EdgeScores.prune": Row({"threshold": 0.1}),
+    "ExpertView.rows": Row({"hook": "hook_post"}, {"hook": NAME}),
+    "FactoredMatrix.__getitem__": Row({"index": 0}),
+    "FactoredMatrix.__init__": Row({"A": torch.ones(3, 1), "B": torch.ones(1, 4)}),
+    "FactoredMatrix.__matmul__": Row(
+        {"other": torch.ones(4)}, {"other": [torch.ones(3), torch.ones(3, 2), torch.ones(4).double()]}
+    ),
+    "FactoredMatrix.__mul__": Row({"scalar": 2}),
+    "FactoredMatrix.get_corner": Row(wrong={"k": [*NUMBERS, -1]}),
+    "FactoredMatrix.unsqueeze": Row({"dim": 0}, {"dim": [*NUMBERS, 99, -99, True]}),
+    "GroupedCache.__init__": Row({"config": lambda w: falcon_config()}),
+    "Heatmap.__init__": Row({"values": torch.eye(2), "rows": ["a", "b"], "columns": ["c", "d"]}),
+    "Heatmap.save": Row({"path": lambda w: w.folder / "a.html"}, {"path": [*PATHS, "a.nonsense"]}),
+    "Heatmap.save_html": Row({"path": lambda w: w.folder / "a.html"}),
+    "Heatmap.save_png": Row({"path": lambda w: w.folder / "a.png"}),
+    "Heatmaps.__init__": Row(
+        {"panels": {"one": Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t")}},
+        {"first": NAME[1:3], "panels": [THING, 5, [1], {}]},
+    ),
+    "HookPoint.__init__": Row(wrong={"name": [], "axes": []}),
+    "HookPoint.forward": Row({"x": torch.ones(1, 2, 3)}, {"x": []}),
+    "HookPoint.remove_hooks": Row(wrong={"dir": CHOICE}),
+    "HookedRootModule.run_with_cache": Row(wrong={}),
+    "TransformerBridge.enable_compatibility_mode": Row(fresh=True),
+    "TransformerBridge.process_weights": Row(fresh=True),
+    **{f"TransformerBridge.set_{name}": Row({name: False}) for name in OLD_SWITCHES},
+    "Patchscope.__init__": Row({"prompt": TEXT}, {"position": INDEX}),
+    "Patchscope.generate": Row({"layer": 1, "source": TEXT}),
+    "Patchscope.logits": Row({"layer": 1, "source": TEXT}),
+    "Patchscope.sweep": Row({"source": TEXT}, {"layers": [THING, 1.5, [99], ["first"], []]}),
+    "ProbeTable.__getitem__": Row({"name": "blocks.0.hook_resid_post"}),
+    "Routing.tokens_of": Row(),
+    "RoutingStatistics.cooccurrence": Row({"d_vocab": 735}),
+    "RunningStatistics.update": Row({"values": torch.ones(3, 2)}, {"values": [*TENSOR, torch.ones(())]}),
+    "SVDInterpreter.get_singular_vectors": Row({"vector_type": "OV", "head_index": 1}, {"expert_index": [1]}),
+    "SVDInterpreter.singular_vectors": Row({"vector_type": "OV", "head_index": 1}, {"expert_index": [1]}),
+    "SVDInterpreter.top_tokens": Row({"vector_type": "OV", "head_index": 1}, {"expert_index": [1]}),
+    "Slice.__init__": Row(wrong={"input_slice": UNBOUND}),
+    "Slice.apply": Row({"tensor": torch.ones(3, 2)}),
+    "TokenText.__init__": Row(
+        {"tokens": ["a"], "values": {"v": torch.ones(1)}}, {"tokens": [THING, 5, [], ["a", "b"]]}
+    ),
+    "TransformerBridge.__init__": Row({"hf_model": lambda w: w.falcon.original_model}),
+    "TransformerBridge.accumulated_bias": Row(),
+    "TransformerBridge.add_hook": Row({"name": "blocks.0.hook_resid_pre"}, {"name": NAMES}, fresh=True),
+    "TransformerBridge.add_perma_hook": Row({"name": "blocks.0.hook_resid_pre"}, {"name": NAMES}, fresh=True),
+    "TransformerBridge.all_composition_scores": Row({"mode": "Q"}),
+    "TransformerBridge.boot_transformers": Row(
+        {"name_or_path": "tiny-falcon"}, {"hf_model": [], "device": [], "dtype": [], "from_pretrained_kwargs": []}
+    ),
+    "TransformerBridge.collect": Row({"dataset": [TEXT]}, {"dataset": [THING, 5, []]}),
+    "TransformerBridge.forward": Row(
+        {"start_at_layer": None}, {"start_at_layer": NUMBERS, "stop_at_layer": [*NUMBERS, 99, -99]}
+    ),
+    "TransformerBridge.from_pretrained": Row({"name_or_path": "tiny-falcon"}, {"kwargs": []}),
+    "TransformerBridge.generate": Row({"input": IDS, "max_new_tokens": 1}, {"top_k": [*NUMBERS, -1]}),
+    "TransformerBridge.generate_stream": Row({"input": IDS, "max_new_tokens": 1}, {"top_k": [*NUMBERS, -1]}),
+    "TransformerBridge.get_caching_hooks": Row(wrong={"cache": [THING, 5], "pos_slice": UNBOUND}),
+    "TransformerBridge.get_token_position": Row(
+        {"single_token": 5}, {"single_token": [THING, 1.5, 10**6, "two words of text"]}
+    ),
+    "TransformerBridge.hooks": Row(),
+    "TransformerBridge.load_state_dict": Row({"state_dict": lambda w: w.falcon.state_dict()}),
+    "TransformerBridge.project_out": Row(
+        {"direction": torch.ones(128)}, {"direction": [*TENSOR, torch.ones(3), torch.zeros(128)], "at": PLACE, **LATER}
+    ),
+    "TransformerBridge.run_with_cache": Row(wrong={}),
+    "TransformerBridge.run_with_hooks": Row(wrong={}),
+    "TransformerBridge.save_pretrained": Row(wrong={"kwargs": []}),
+    "TransformerBridge.steer": Row(
+        {"vector": torch.ones(128)},
+        {"vector": [*TENSOR, torch.ones(3), torch.full((128,), math.nan)], "at": PLACE, **LATER},
+    ),
+    "TransformerBridge.to_single_token": Row({"string": " Mary"}, {"string": [THING, 5, "", "two words of text"]}),
+    "TransformerBridge.to_str_tokens": Row(wrong={"input": [THING, 5.5, [5.5], torch.ones(1, 2, 3, 4)]}),
+    "TransformerBridge.to_string": Row(
+        wrong={"tokens": [THING, 5.5, [5.5], "text", torch.ones(1, 2, 3, dtype=torch.long)]}
+    ),
+    "TransformerBridge.to_tokens": Row({"input": TEXT}, {"input": [THING, 5, [], [5]]}),
+    "TransformerBridge.tokens_to_residual_directions": Row({"tokens": 5}, {"tokens": ANSWER[:-1]}),
+    "TunedLens.load": Row({"directory": lambda w: saved_lens(w)}, {"directory": [*PATHS, "/nothing/here"]}),
+    "TunedLens.logits": Row({"source": lambda w: w.cache("")}, {"source": [THING, 5, torch.ones(3)], "layer": [0]}),
+    "TunedLens.translate": Row({"stream": torch.ones(1, 128)}),
+    "Waterfall.__init__": Row({"values": torch.ones(2), "labels": ["a", "b"]}),
+    "analysis.atp_star.atp_star": Row(wrong={"parts": [THING, 5, ["nonsense"], []]}),
+    "analysis.atp_star.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
+    "analysis.atp_star.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
+    "analysis.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
+    "analysis.expert_hooks.ablate_expert": Row(
+        {"expert": 1},
+        {
+            "positions": LATER["positions"],
+            "layer": [THING, "first", 1.5, 99, [99]],
+            "expert": [THING, "x", 1.5, 99, [99]],
+        },
+    ),
+    "analysis.expert_hooks.forbid_experts": Row(
+        wrong={"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
+    ),
+    "analysis.expert_hooks.force_experts": Row(
+        {"experts": [0, 1]}, {"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
+    ),
+    "analysis.expert_patching.expert_contributions": Row({"n_experts": 4}, {"n_experts": NUMBERS}),
+    "analysis.expert_views.expert_activation": Row({"name": "blocks.0.mlp.experts.2.hook_post"}),
+    "analysis.head_detection.detect_head": Row(
+        {"detection_pattern": "previous_token_head"}, {"cache": CACHE, "heads": [THING, 5, ["nonsense"], [(99, 0)]]}
+    ),
+    "analysis.heads.head_bases": Row({"matrix": "W_O"}),
+    "analysis.heads.principal_angles": Row(
+        {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:3]}, {"first": TENSOR}
+    ),
+    "analysis.lens_scores.divergence": Row({"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)}),
+    "analysis.lens_scores.next_token_loss": Row({"logits": torch.zeros(1, 3), "following": torch.tensor([1])}),
+    "analysis.patching.generic_activation_patch": Row(
+        {
+            "patch_setter": lambda w: layer_pos_patch_setter,
+            "activation_name": "resid_pre",
+            "index_axis_names": ("layer", "pos"),
+        },
+        {"index_df": [[(0, 0)]], "index_axis_names": [THING, 5, [THING], ["nonsense"]]},
+    ),
+    "analysis.patching_engine.run_interventions": Row({"interventions": [("blocks.0.hook_resid_pre", neutral)]}),
+    "analysis.patching_index.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),
+    "analysis.patching_index.make_df_from_ranges": Row(
+        {"column_max_ranges": [2], "column_names": ["layer"]}, {"column_names": [THING, 5, [THING]]}
+    ),
+    "analysis.patchscope.identity_prompt": Row({"words": ["cat"]}),
+    "analysis.path_patching.along_path": Row(
+        {"path": ("embed", "L0H0.q")}, {"path": [THING, 5, [], ["nonsense", "L0H0.q"]]}
+    ),
+    "analysis.path_patching.circuit_metric": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
+    "analysis.path_patching.edge_effects": Row({"edges": [("embed", "L0H0.q")]}),
+    "analysis.path_patching.faithfulness": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
+    "analysis.path_patching.path_patching": Row({"paths": [("embed", "L0H0.q")]}),
+    "analysis.probes.probe": Row(
+        {"features": torch.randn(30, 4), "labels": [0, 1] * 15, "types": ["a", "b", "c"] * 10}
+    ),
+    "analysis.probes.probe_layers": Row(
+        {"texts": [TEXT, OTHER] * 6, "labels": [0, 1] * 6, "at": ["blocks.0.hook_resid_post"]},
+        {"at": PLACE, "texts": [THING, 5, []], "position": [THING, 1.5, math.nan, 99, "nonsense"]},
+    ),
+    "analysis.routing_statistics.routing_statistics": Row({"batches": [TEXT]}, {"batches": [THING, 5]}),
+    "analysis.steering.steering_vector": Row(
+        {"positive": [TEXT], "negative": [OTHER]},
+        {"at": PLACE, "position": [THING, 1.5, math.nan, 99, "nonsense", [1, 2]]},
+    ),
+    "collect.run.collect": Row({"dataset": [TEXT]}, {"dataset": [THING, 5, []]}),
+    "hook_names.get_act_name": Row(
+        {"name": "q", "layer": 0}, {"name": [THING, 5], "layer": [THING, 1.5], "layer_type": [THING, 5]}
+    ),
+    "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
+    "model_bridge.skeleton.skeleton_bridge": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
+    "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
+    "row_hooks.on_each": Row({"fns": [neutral]}),
+    "row_hooks.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),
+    "utilities.lm_cross_entropy_loss": Row({"logits": torch.zeros(1, 6, 735)}),
+    "utilities.test_prompt": Row(
+        {"prompt": TEXT, "answer": "Mary"}, {"prompt": [THING, 5, []], "answer": [THING, 5, ""]}
+    ),
+    "utilities.to_numpy": Row({"tensor": torch.ones(1)}, {"tensor": [THING, "text"]}),
+    "viz.of_runs.attention_patterns": Row(
+        {"tokens": ["a", "b", "c"], "attention": PATTERN[0]},
+        {
+            "tokens": [THING, 5, ["a"]],
+            "first": [THING, 5, (99, 0), (0,)],
+            "attention": [THING, 5, torch.ones(3)],
+            "layers": [THING, "x", [0, 1]],
+        },
+    ),
+    "viz.of_runs.head_map": Row({"values": torch.eye(2)}),
+    "viz.of_runs.patching_map": Row({"values": torch.eye(2), "tokens": ["a", "b"]}, {"tokens": [THING, 5, ["a"]]}),
+}
+
+
+AWAITED: dict[str, str] = {
+    **dict.fromkeys(
+        ["input", "tokens", "corrupted_tokens", "clean", "corrupted", "seq", "prompt", "source"], "tokens13"
+    ),
+    **dict.fromkeys(["attention_mask", "mask", "past_key_values", "padding_side", "text"], "padding13"),
+    **dict.fromkeys(["name_or_path"], "state13"),
+    **dict.fromkeys(
+        ["string", "single_token", "answer", "wrong_answer", "incorrect_tokens", "token", "wrong"], "tokens13"
+    ),
+}
+"""Parameters whose reading another branch is rewriting: left out until it is there."""
+
+
+def given(world: World, entry: str, names: list[str]) -> dict[str, Any]:
+    """Right values for these parameters of a function."""
+    row = ROWS.get(entry, Row())
+    values = {}
+    for name in names:
+        if name in row.given:
+            value = row.given[name]
+            values[name] = value(world) if callable(value) and not isinstance(value, (Tensor, nn.Module)) else value
+        else:
+            values[name] = BASE[name](world, entry)
+    return values
+
+
+def wrong_values(entry: str, name: str) -> Sequence[Any]:
+    """The values that this parameter has to refuse. Fails for a name that nobody has said anything about."""
+    row = ROWS.get(entry, Row())
+    if name in AWAITED:
+        return []
+    if name in row.wrong:
+        return row.wrong[name]
+    if name in SWITCHES | WORDS | OF_OTHERS | KEYWORDS:
+        return []
+    assert name in KINDS, f"{entry}: say in {Path(__file__).name} what is wrong for a parameter called {name!r}"
+    return KINDS[name]
