@@ -188,7 +188,7 @@ class TransformerBridge(
         return self.exchanges[role].component if role in self.exchanges else self.root
 
     def _tree_changed(self) -> None:
-        self._points = None
+        self.__dict__["_points"] = None  # past torch's __setattr__: thousands of times while a bridge is made
 
     def components(self) -> Iterator[ComponentBridge]:
         """Every component: the embedding, each block and its parts, the final norm, the head."""
