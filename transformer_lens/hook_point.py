@@ -152,17 +152,21 @@ class HookPoint(nn.Module):
     hook gets the gradient and may return another one, bare or as a 1-tuple.
     """
 
+    name: str | None
+    axes: str
+    read_only: str
+    integer: bool
+    ctx: dict[Any, Any]
+    fwd_hooks: list[HookEntry]
+    bwd_hooks: list[HookEntry]
+    on_change: Callable[[], None] | None
+    admit: Callable[[HookEntry, Direction], None] | None
+
     def __init__(self, name: str | None = None, axes: str = "", read_only: str = "", integer: bool = False) -> None:
         super().__init__()
-        self.name = name
-        self.axes = axes
-        self.read_only = read_only
-        self.integer = integer
-        self.ctx: dict[Any, Any] = {}
-        self.fwd_hooks: list[HookEntry] = []
-        self.bwd_hooks: list[HookEntry] = []
-        self.on_change: Callable[[], None] | None = None
-        self.admit: Callable[[HookEntry, Direction], None] | None = None
+        # Past torch's __setattr__, which looks for parameters in each: a model has thousands of hook points.
+        self.__dict__ |= {"name": name, "axes": axes, "read_only": read_only, "integer": integer}
+        self.__dict__ |= {"ctx": {}, "fwd_hooks": [], "bwd_hooks": [], "on_change": None, "admit": None}
 
     def extra_repr(self) -> str:
         return repr(self.name) if self.name else ""

@@ -250,7 +250,7 @@ class Attachment:
                     port.elsewhere = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
                     self.elsewhere.append(port.elsewhere)
             owner.watchers[hook.name] = slot
-            setattr(owner, hook.name, owner._modules[hook.name])
+            slot.begin()
 
     def _bind_port(
         self, hook: Hook, port: Port, owner: HookOwner, component: Callable[[str], ComponentBridge | Root], layer: int

@@ -90,6 +90,12 @@ class HookElsewhere(Slot):
         if refusal is not None:
             raise refusal
 
+    def begin(self) -> None:
+        super().begin()
+        place = self.place
+        assert isinstance(place, HookPoint)
+        place.admit = self.admit
+
     def replaced(self) -> None:
         place = self.place
         if not isinstance(place, HookPoint):

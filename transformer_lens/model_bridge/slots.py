@@ -37,6 +37,10 @@ class Slot:
             return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
         return place is not None
 
+    def begin(self) -> None:
+        """Let the hook point that is here tell of its hooks."""
+        self.owner._modules[self.slot].__dict__["on_change"] = self.refresh
+
     def refresh(self) -> None:
         """Called when a hook came or went: tells what puts the torch hooks on and off."""
         for listener in self.listeners:

@@ -106,7 +106,7 @@ class HookOwner(nn.Module):
         for hook in hooks:
             self.full_names[hook.name] = prefix + hook.name
             self.rows[hook.name] = hook
-            setattr(self, hook.name, HookPoint())
+            self._modules[hook.name] = HookPoint(prefix + hook.name, hook.axes, hook.read_only, hook.integer)
 
     def __setattr__(self, name: str, value: Any) -> None:
         place = self.__dict__.get("exchanges", {}).get(name)
