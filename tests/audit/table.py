@@ -335,7 +335,10 @@ NOT_AUDITED: dict[str, str] = {
         ["analysis.integrated_gradients.line_steps", "analysis.integrated_gradients.weighted_metric"],
         "between parts of the package",
     ),
-    **dict.fromkeys(["TransformerBridge.named_modules", "TransformerBridge.parameters", "TransformerBridge.named_parameters"], "torch's own"),
+    **dict.fromkeys(
+        ["TransformerBridge.named_modules", "TransformerBridge.parameters", "TransformerBridge.named_parameters"],
+        "torch's own",
+    ),
     **dict.fromkeys(["TransformerBridge.to", "TransformerBridge.state_dict"], "torch's own"),
     **dict.fromkeys(
         ["HookedRootModule.names_of", "HookedRootModule.unknown_hook"],

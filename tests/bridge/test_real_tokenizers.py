@@ -492,9 +492,9 @@ def test_wrong_input_gets_a_sentence(bridges, method, given, kind, message):
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
-        ((5, "Mary"), TypeError, "test_prompt: got int and str, expected one prompt and one answer, both strings"),
-        ((["a", "b"], "Mary"), TypeError, "test_prompt: got list and str, expected one prompt and one answer"),
-        ((TEXT, None), TypeError, "test_prompt: got str and NoneType"),
+        ((5, "Mary"), TypeError, "prompt: got 5, expected a str"),
+        ((["a", "b"], "Mary"), TypeError, r"prompt: got \['a', 'b'\], expected a str"),
+        ((TEXT, None), TypeError, "answer: got None, expected a str"),
     ],
 )
 def test_scoring_wrong_input_gets_a_sentence(bridges, given, kind, message):
