@@ -4,6 +4,8 @@ The oracle is the bare Hugging Face model and the cache of the unprocessed bridg
 change, and how; all others have to stay.
 """
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -90,10 +92,13 @@ def test_a_trained_model_is_no_further_from_the_truth_than_it_was(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_predictions_stay_on_mixtral(experts, kv, tied):
     model, x = mixtral(experts=experts, num_key_value_heads=kv, tie_word_embeddings=tied), tokens()
-    before = log_probs(model, x)
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")  # grouped_mm has no float64
+    truth, before = log_probs(exact, x), log_probs(model, x)
     bridge = processed(model, torch.float32)
     assert bridge.processed == FOR_RMS
-    assert (log_probs(model, x) - before).abs().max() < 1e-5
+    # The bare model is off by 3e-6 to 1e-5 itself; 1.7 times as much is the most that was seen of the processed one.
+    assert (log_probs(model, x) - truth).abs().max() < 2 * (before - truth).abs().max() < 2.1e-5
     bridge.detach()
     assert torch.equal(log_probs(model, x), before)
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from transformer_lens.checks import nearest
 from transformer_lens.cli.options import (
     PUBLISHED,
     AsJson,
@@ -116,6 +115,8 @@ def matches(pattern: str, name: str, layers: int) -> bool:
 
 
 def _nothing_matches(pattern: str, names: Sequence[str], layers: int) -> KeyError:
+    from transformer_lens.checks import nearest  # which loads torch, and help has to be quick
+
     near = nearest(pattern, names)
     return KeyError(
         f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are {near}"
