@@ -108,7 +108,7 @@ def test_prompt(
     probability of them all. The likeliest tokens are those after the prompt. Raises `ValueError` for an empty answer
     and `TypeError` for several.
     """
-    if not callable(model):
+    if not callable(getattr(model, "to_answer_tokens", None)):
         raise TypeError(f"model: got {in_words(model)}, expected a TransformerBridge")
     for what, given in (("prompt", prompt), ("answer", answer)):
         a_text(what, given)

@@ -86,5 +86,5 @@ def test_wrong_noise_is_refused():
     for positions in ([6], [-7], []):
         with pytest.raises(ValueError, match="positions: got .* expected -6 to 5"):
             noised_embeddings(bridge, x[:1], positions)
-    with pytest.raises(ValueError, match="got 1 prompts and 0 samples"):
+    with pytest.raises(ValueError, match="samples: got 0, expected 1 or more"):
         noised_embeddings(bridge, x[:1], [1], samples=0)

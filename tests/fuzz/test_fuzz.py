@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.audit.surface import parameters
-from tests.audit.table import AWAITED, KEYWORDS, OF_OTHERS, SWITCHES, WORDS, World
+from tests.audit.table import KEYWORDS, OF_OTHERS, SWITCHES, WORDS, World
 from tests.audit.test_audit import AUDITED, SURFACE, complaint, run
 from tests.fuzz.junk import junk
 from tests.support import VOCAB, family, torch_hooks
@@ -110,7 +110,7 @@ def slices(draw: st.DrawFn, size: int) -> tuple[Any, Any]:
 def any_argument_of_any_function(data: st.DataObject, world: World) -> None:
     """One argument of a right call is exchanged for anything at all: an answer, or a sentence."""
     entry = data.draw(st.sampled_from(AUDITED))
-    left_out = {*AWAITED, *KEYWORDS, *OF_OTHERS, *SWITCHES, *WORDS}
+    left_out = {*KEYWORDS, *OF_OTHERS, *SWITCHES, *WORDS}
     names = [p.name for p in parameters(SURFACE[entry]) if p.name not in left_out]
     if not names or entry.endswith(("add_hook", "add_perma_hook", "process_weights", "enable_compatibility_mode")):
         return

@@ -31,7 +31,7 @@ def a_mapping(what: str, value: Any) -> None:
 
 
 COUNTS = (
-    *("batch", "batch_size", "buffer_tokens", "epochs", "folds", "k", "length", "memory_budget", "most", "n"),
+    *("batch", "batch_size", "buffer_tokens", "epochs", "folds", "k", "length", "memory_budget", "most"),
     *("num_vectors", "rows_each", "samples", "steps", "steps_per_batch", "tokens_at_once", "top", "top_k"),
 )
 
@@ -41,6 +41,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("metric", "patching_metric"), partial(function, form="of the logits that returns one number")),
     "patch_setter": partial(function, form="fn(corrupted_activation, index, clean_activation)"),
     **dict.fromkeys(COUNTS, partial(whole, least=1)),
+    "n": partial(whole, least=0),
     "seed": whole,
     **dict.fromkeys(("noise", "threshold", "weight_decay"), a_number),
     "confidence": partial(a_number, least=0.0, most=1.0),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.checks import whole_numbers
+from transformer_lens.checks import in_words, whole_numbers
 
 
 @checked
@@ -41,8 +41,9 @@ def noised_embeddings(
     `noise` is in standard deviations of the model's token embeddings (Meng et al. take three). Raises
     `ValueError` for a batch of several prompts and for positions that are not there.
     """
-    ids = bridge.to_tokens(tokens) if isinstance(tokens, str) else tokens
-    ids = ids[None] if ids.ndim == 1 else ids
+    ids, _, _ = bridge.input_and_mask(tokens)
+    if ids.is_floating_point():
+        raise TypeError(f"tokens: got {in_words(tokens)}, expected one prompt's text or token ids")
     pos = ids.shape[1]
     if len(ids) != 1 or samples < 1:
         raise ValueError(
@@ -50,7 +51,7 @@ def noised_embeddings(
         )
     positions = whole_numbers("positions", positions, -pos, pos - 1)
     if not positions:
-        raise ValueError(f"positions: got none, expected some of {-pos} to {pos - 1}")
+        raise ValueError(f"positions: got none, expected {-pos} to {pos - 1}, one or more")
     _, cache = bridge.run_with_cache(ids, names_filter="hook_embed", stop_at_layer=0)
     embedding = cache["hook_embed"]
     model: Any = bridge.original_model

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
-from transformer_lens.checks import a_text, in_words, whole
+from transformer_lens.checks import a_tensor, a_text, in_words, whole
 
 HOOKS = {
     "hook_weight": "hook_expert_weights",
@@ -107,6 +107,7 @@ def expert_view(
         expert_numbers(model, expert)
     chosen = _batched(cache, layer, "hook_expert_indices") == expert
     if mask is not None:
+        a_tensor("mask", mask)
         if mask.shape != chosen.shape[:2]:
             raise ValueError(f"mask: got shape {list(mask.shape)}, expected {list(chosen.shape[:2])}")
         chosen = chosen & mask.to(chosen.device).bool()[..., None]

@@ -34,7 +34,7 @@ def get_previous_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "
 
     1 where a query (row) looks at the token before it.
     """
-    length = tokens.shape[-1]
+    length = len(_one_text(tokens))
     return torch.ones(length, length).tril(-1).triu(-1)
 
 
@@ -47,7 +47,7 @@ def get_duplicate_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, 
 
     1 where a query looks at an earlier occurrence of its own token.
     """
-    ids = tokens.reshape(-1).cpu()
+    ids = _one_text(tokens).cpu()
     return (ids[:, None] == ids[None, :]).float().tril(-1)
 
 
@@ -61,6 +61,14 @@ def get_induction_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos p
     """
     duplicates = get_duplicate_token_head_detection_pattern(tokens)
     return torch.nn.functional.pad(duplicates[:, :-1], (1, 0))
+
+
+def _one_text(tokens: Tokens) -> Int[Tensor, " pos"]:
+    """The ids of one text. Raises `TypeError` for anything else."""
+    suits = isinstance(tokens, Tensor) and tokens.ndim in (1, 2) and tokens.numel() == tokens.shape[-1] > 0
+    if not suits or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens: got {in_words(tokens)}, expected the token ids of one text, [pos] or [1, pos]")
+    return tokens.reshape(-1)
 
 
 PATTERNS = {
@@ -105,6 +113,7 @@ def detect_head(
         raise ValueError(f"error_measure: got {error_measure!r}, expected 'abs' or 'mul'")
     wanted = _wanted(model, heads)
     if not isinstance(seq, (str, Tensor)):
+        a_list("seq", seq)
         seq = list(seq)
     if not len(seq) or batch_size < 1:
         raise ValueError(f"detect_head: got {len(seq)} texts and batch_size {batch_size}, expected one or more")

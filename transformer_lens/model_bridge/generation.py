@@ -181,6 +181,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
                 f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
                 "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
             )
+        if padding_side is not None:
+            one_of("padding_side", padding_side, ("left", "right"))
         side = "left" if padding_side is None else padding_side
         looked_at = SIDES if padding_side is None else (padding_side,)
         reading = self._read(prompt, prepend_bos, side, sides=looked_at, truncate=False)

@@ -89,14 +89,21 @@ def batched_embeddings(
     return embeddings
 
 
-def batched_ids(ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Token ids with a batch axis. Raises `ValueError` for another shape, and for booleans."""
+def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "batch pos"]:
+    """Token ids with a batch axis. Raises `ValueError` for another shape, for booleans, and for ids that are none.
+
+    Ids on a GPU are not looked at, which would wait for it.
+    """
     batched = ids[None] if ids.ndim == 1 else ids
     if batched.ndim != 2 or ids.dtype == torch.bool or 0 in batched.shape:
         raise ValueError(
             f"input: got a {ids.dtype} tensor of shape {list(ids.shape)}, expected token ids [batch, pos] "
             "with at least one row and one position"
         )
+    if ids.device.type == "cpu":
+        least, most = (int(end) for end in ids.aminmax())
+        if least < 0 or most >= d_vocab:
+            raise ValueError(f"input: got token {least if least < 0 else most}, expected 0 to {d_vocab - 1}")
     return batched
 
 
@@ -105,6 +112,7 @@ def read_input(
     *,
     adapter: TokenAdapter | None,
     d_model: int,
+    d_vocab: int,
     prepend_bos: bool | None,
     side: str | None,
     sides: Sequence[str] = (),
@@ -120,7 +128,7 @@ def read_input(
     if isinstance(input, Tensor) and input.is_floating_point():
         return Reading(EMBEDDINGS, batched_embeddings(input, d_model, what), None)
     if isinstance(input, Tensor):
-        ids, seen = batched_ids(input), kept_mask(input)
+        ids, seen = batched_ids(input, d_vocab), kept_mask(input)
         if seen is None and adapter is not None:
             seen = adapter.mask_of(ids, sides or (adapter.side(side),))
         return Reading(TOKENS, ids, seen)
@@ -180,7 +188,7 @@ class InputMethods(TokenMethods):
 
     def _read(self, input: ModelInput, prepend_bos: bool | None, side: str | None, **options: Any) -> Reading:
         how: dict[str, Any] = {"prepend_bos": prepend_bos, "side": side, **options}
-        return read_input(input, adapter=self.token_adapter, d_model=self.cfg.d_model, **how)
+        return read_input(input, adapter=self.token_adapter, d_model=self.cfg.d_model, d_vocab=self.cfg.d_vocab, **how)
 
     def _call(
         self,

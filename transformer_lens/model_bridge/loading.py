@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from transformer_lens.checks import refuse_unknown
+from transformer_lens.checks import a_path, device_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.quantised import complete_quantisation
 from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
@@ -102,10 +102,11 @@ def model_and_tokenizer(
     elif name_or_path is None:
         raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
     else:
+        a_path("name_or_path", name_or_path)
         hf_model = load_model(name_or_path, dtype="auto" if dtype is None else dtype, **given)
         if tokenizer is None:
             tokenizer = load_tokenizer(name_or_path, **given)
-    return (hf_model if device is None else hf_model.to(device)), tokenizer
+    return (hf_model if device is None else hf_model.to(device_of("device", device))), tokenizer
 
 
 def load_model(

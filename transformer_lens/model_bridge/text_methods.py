@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from transformer_lens.checks import one_of
 from transformer_lens.model_bridge.padding import keep_mask
 from transformer_lens.model_bridge.text_pieces import (
     ids_after,
@@ -213,8 +214,9 @@ class TokenMethods:
         """
         if mode not in ("first", "last"):
             raise ValueError(f"mode: got {mode!r}, expected 'first' or 'last'")
+        if padding_side is not None:  # one row has no padding
+            one_of("padding_side", padding_side, ("left", "right"))
         if isinstance(input, str):
-            self._tokens().side(padding_side)  # one row has no padding
             ids = self._tokens().rows(input, prepend_bos=prepend_bos).rows[0]
         else:
             ids = one_sequence("get_token_position", input)

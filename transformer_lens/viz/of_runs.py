@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.checks import as_numbers, in_words, whole, whole_numbers
+from transformer_lens.checks import a_list, as_numbers, in_words, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -45,6 +45,7 @@ def attention_patterns(
     tensor they say which heads it holds, else they count from 0. `first=(layer, head)` shows first. Raises
     `ValueError` where tokens and positions do not fit, and for heads or layers that are not there.
     """
+    a_list("tokens", tokens)
     if not isinstance(first, (tuple, list)) or len(first) != 2:
         raise TypeError(f"attention_patterns: got first={in_words(first)}, expected (layer, head)")
     panels = {}
