@@ -423,7 +423,7 @@ def test_edges_that_lead_nowhere_do_nothing():
 @pytest.mark.parametrize(
     ("path", "kind", "text"),
     [
-        ("embed", ValueError, "path: got 'embed', expected a sender and at least one receiver"),
+        ("embed", TypeError, "path: got 'embed', expected a list"),
         (("embed",), ValueError, "at least one receiver"),
         (("embed", []), ValueError, "in which a step is empty"),
         (("L0H0.q", "logits"), KeyError, "sender: got 'L0H0.q'"),

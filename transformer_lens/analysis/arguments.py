@@ -48,7 +48,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("lr", "strength"), partial(a_number, least=0.0, above=True)),
     "directory": a_path,
     **dict.fromkeys(("label", "sender", "receiver", "activation_name"), a_text),
-    **dict.fromkeys(("edges", "circuits", "paths", "interventions", "words", "batches", "index_df"), a_list),
+    **dict.fromkeys(("edges", "circuits", "paths", "interventions", "words", "index_df"), a_list),
     **dict.fromkeys(
         ("column_max_ranges", "column_names", "index_axis_names", "path", "types", "groups", "labels"), a_list
     ),

@@ -21,7 +21,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.choices import need_experts
 from transformer_lens.analysis.routing import Input, Routing, routing
 from transformer_lens.analysis.text_table import TextTable
-from transformer_lens.checks import whole
+from transformer_lens.checks import is_several, whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -235,8 +235,9 @@ def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], prog
     where a list of batches belongs.
     """
     need_experts(bridge, "routing_statistics")
-    if isinstance(batches, str):
-        raise TypeError("batches: got a str, expected an iterable of batches; for one text pass [text]")
+    if not is_several(batches):
+        got = type(batches).__name__
+        raise TypeError(f"batches: got a {got}, expected an iterable of batches; for one text pass [text]")
     total: RoutingStatistics | None = None
     for batch in tqdm(batches, desc="routing statistics", unit="batch", disable=not progress):
         found = _counted(routing(bridge, batch))

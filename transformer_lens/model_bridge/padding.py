@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from transformer_lens.model_bridge.upstream import attribute
+
 SIDES = ("left", "right")
 REMEMBERED = "transformer_lens_padding"
 """The attribute of a KV cache under which its padding is kept: it goes along into copies of the cache."""
@@ -205,7 +207,7 @@ def columns_of_call(
     changed in a way that cannot be followed, where no mask was given.
     """
     past = cached_length(cache)
-    held = {len(layer.keys) for layer in cache.layers if _has_keys(layer)} if past else {rows}
+    held = {len(layer.keys) for layer in attribute(cache, "layers") if _has_keys(layer)} if past else {rows}
     if held and rows not in held:
         raise ValueError(f"past_key_values: got a cache of {max(held)} texts, and {rows} to go on with")
     if given is not None:
@@ -258,7 +260,11 @@ def remember(cache: Any, columns: Columns | None) -> None:
     length = cached_length(cache)
     if length != columns.mask.shape[1]:
         return
-    full = [n for n, layer in enumerate(cache.layers) if _has_keys(layer) and int(layer.get_seq_length()) == length]
+    full = [
+        n
+        for n, layer in enumerate(attribute(cache, "layers"))
+        if _has_keys(layer) and int(layer.get_seq_length()) == length
+    ]
     layer = max(full, default=0)
     setattr(cache, REMEMBERED, _Memory(columns, layer, _marks(cache.layers[layer])))
 
@@ -324,7 +330,8 @@ def _found_again(memory: _Memory, cache: Cache, length: int) -> Columns | None:
 
 def _has_keys(layer: Any) -> bool:
     """Whether keys of a layer are here: not on servers, and not all of them compressed."""
-    return isinstance(layer, CacheLayerMixin) and isinstance(layer.keys, Tensor) and layer.keys.ndim == 4
+    keys = attribute(layer, "keys") if isinstance(layer, CacheLayerMixin) else None
+    return isinstance(keys, Tensor) and keys.ndim == 4
 
 
 def _marks(layer: Any) -> Int[Tensor, "batch held"] | None:
