@@ -112,7 +112,7 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
     bounds = (
         ""
         if least == -math.inf
-        else f" {'above' if above else 'from'} {least:g}{f' to {most:g}' if most < math.inf else ' on'}"
+        else f" {'above' if above else 'from'} {least:g}{f' to {most:g}' if most < math.inf else '' if above else ' up'}"
     )
     if isinstance(one, bool) or not isinstance(one, Real):
         raise TypeError(f"{what}: got {in_words(value)}, expected a finite number{bounds}")

@@ -182,7 +182,7 @@ def test_a_table_of_regressions(bridge):
         ({"types": [0]}, ValueError, "types: got 1, expected one for each"),
         ({"task": "ranking"}, ValueError, "task: got 'ranking'"),
         ({"folds": 1}, ValueError, "folds 1"),
-        ({"strength": 0}, ValueError, "strength 0"),
+        ({"strength": 0}, ValueError, "strength: got 0, expected a finite number above 0$"),
         ({"confidence": 1.0}, ValueError, "confidence 1.0"),
     ],
 )

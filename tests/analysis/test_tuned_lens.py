@@ -234,8 +234,8 @@ def test_broken_files(bridge, trained, tmp_path):
     "call, text",
     [
         (lambda lens: lens.fit([]), "got 0 texts"),
-        (lambda lens: lens.fit(TRAINING, lr=0.0), "lr 0.0"),
-        (lambda lens: lens.fit(TRAINING, epochs=0), "epochs 0"),
+        (lambda lens: lens.fit(TRAINING, lr=0.0), "lr: got 0, expected a finite number above 0$"),
+        (lambda lens: lens.fit(TRAINING, epochs=0), "epochs: got 0, expected 1 or more"),
         (lambda lens: lens.fit(TRAINING, optimizer="sgd"), "optimizer: got 'sgd'"),
         (lambda lens: lens.evaluate([]), "got 0 texts"),
         (lambda lens: lens.evaluate(torch.tensor([[5]])), "no text has two tokens"),

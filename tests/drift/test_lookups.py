@@ -89,7 +89,7 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "getattr(sys.modules[type(module).__module__], 'apply_rotary_pos_emb', None)",
     ): "a reference that only rotating families have",
     ("model_bridge/verify.py", "getattr(config, f'{name}_token_id', None)"): "not every config has every special token",
-    ("model_bridge/wrapped_model.py", "getattr(self.model.get_submodule(self.head), 'out_features', None)"): (
+    ("model_bridge/wrapped_model.py", "getattr(inner._modules[head], 'out_features', None)"): (
         "a head of somebody's own need not say how wide it is"
     ),
     ("model_bridge/weight_access.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
@@ -141,6 +141,7 @@ OURS = {
     ("report.py", "dtype"),  # a row of the report
     ("texts.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
+    ("text_pieces.py", "input_ids"),
 }
 """The same words where they mean something else."""
 

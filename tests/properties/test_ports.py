@@ -28,7 +28,7 @@ def test_a_plain_port_hands_over_the_very_tensor() -> None:
     assert port.read(x, Whole(), None) is x
     assert port.write(x, value, Whole(), None, no_modules) is value
     assert port.recalls is None and port.remember(x) is None
-    assert (port.at, port.side, port.item, port.arg) == ("", "out", 0, "hidden_states")
+    assert (port.at, port.side, port.item, port.arg) == ("", "out", 0, None)
 
 
 def test_an_aliased_port_hands_over_a_copy() -> None:

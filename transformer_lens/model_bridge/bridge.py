@@ -21,7 +21,6 @@ from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.checks import in_words, is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
-from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -109,9 +108,7 @@ class TransformerBridge(
 
     def _follow_model(self) -> None:
         """Let the config read what can change from the model."""
-        place, inner = inner_model(self.original_model)
-        head = head_of(inner)
-        self.cfg.follow(ModelFacts(self.original_model, head and f"{place}.{head}".lstrip(".")))
+        self.cfg.follow(ModelFacts(self.original_model))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -92,7 +92,7 @@ def batched_embeddings(
 def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "batch pos"]:
     """Token ids with a batch axis. Raises `ValueError` for another shape, for booleans, and for ids that are none.
 
-    Ids on a GPU are not looked at, which would wait for it.
+    Ids on a GPU are not looked at, which would wait for it, nor are those that `torch.compile` traces.
     """
     batched = ids[None] if ids.ndim == 1 else ids
     if batched.ndim != 2 or ids.dtype == torch.bool or 0 in batched.shape:
@@ -100,7 +100,7 @@ def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "bat
             f"input: got a {ids.dtype} tensor of shape {list(ids.shape)}, expected token ids [batch, pos] "
             "with at least one row and one position"
         )
-    if ids.device.type == "cpu":
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling():
         least, most = (int(end) for end in ids.aminmax())
         if least < 0 or most >= d_vocab:
             raise ValueError(f"input: got token {least if least < 0 else most}, expected 0 to {d_vocab - 1}")

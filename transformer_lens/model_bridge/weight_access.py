@@ -32,10 +32,10 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {in_words(module)}, expected a module of a model")
-    if not isinstance(name, str) or not hasattr(module, name):
-        raise ValueError(f"name: got {in_words(name)}, expected the name of a weight of {type(module).__name__}")
     if is_adapted(module):
         return adapted_weight(module, name, partial(read_weight, shard=shard))
+    if not isinstance(name, str) or not hasattr(module, name):
+        raise ValueError(f"name: got {in_words(name)}, expected the name of a weight of {type(module).__name__}")
     weight = _brought_back(module, name)
     if weight.is_meta:
         raise ValueError(

@@ -8,7 +8,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.weight_access import execution_device
 
 MODEL = "original_model"
@@ -22,11 +24,10 @@ FIXED = {
 
 
 class ModelFacts:
-    """What can change in a model, as it is now. `head` is the path of the module at its end, if it has one."""
+    """What can change in a model, as it is now; nothing is read before it is asked for."""
 
-    def __init__(self, model: nn.Module, head: str | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        self.head = head
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,10 +44,10 @@ class ModelFacts:
 
     @property
     def d_vocab_out(self) -> int | None:
-        if self.head is None:
-            return self.d_vocab
+        inner: Any = inner_model(self.model)[1]
+        head = head_of(inner)
         # A module of somebody's own need not say how wide it is.
-        return getattr(self.model.get_submodule(self.head), "out_features", None)
+        return self.d_vocab if head is None else getattr(inner._modules[head], "out_features", None)
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -150,17 +150,17 @@ def _culprits(e: Evidence, names: Sequence[str], bound: float) -> Iterator[str]:
 def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterator[CheckResult]:
     """All in one run; where a module's output changed, or everywhere if thorough, each hook of the module alone."""
     together = _modules_change(e, [name for names in owners.values() for name in names])
-    wrong = [owner for owner, change in together.items() if not change[0] <= e.rounding[0]]
+    wrong = [owner for owner, change in together.items() if not change[0] <= e.projecting[0]]
     alone = {owner: owners[owner] for owner in (owners if e.thorough else wrong)}
     guilty = set[str]()
     for names in zip_longest(*alone.values()):
         chosen = {owner: name for owner, name in zip(alone, names, strict=True) if name is not None}
         for owner, change in _modules_change(e, list(chosen.values())).items():
-            guilty |= {owner} if not change[0] <= e.rounding[0] else set()
-            yield _neutral(chosen[owner], owner, change, e.rounding)
+            guilty |= {owner} if not change[0] <= e.projecting[0] else set()
+            yield _neutral(chosen[owner], owner, change, e.projecting)
     for owner, change in together.items():
         if owner not in wrong or owner not in guilty:
-            yield _neutral("", owner, change, e.rounding, ", all its hooks together")
+            yield _neutral("", owner, change, e.projecting, ", all its hooks together")
 
 
 def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor], None]) -> None:
@@ -282,7 +282,7 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
             name = f"{attention.removesuffix('.attn')}.{write.hook}"
             a, b = got[attention][row], oracle[attention][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
-            yield values.compared("writing", name, a, b, e.rounding, what)
+            yield values.compared("writing", name, a, b, e.projecting, what)
 
 
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:

@@ -256,6 +256,12 @@ class Seen:
         steps = share / torch.finfo(dtype).eps
         return share, f"another order of operations: {steps:.0f} roundings of {str(dtype).removeprefix('torch.')}"
 
+    @property
+    def projecting(self) -> tuple[float, str]:
+        """The tolerance where a projection reads something else than in the model's own run."""
+        eight_bits = any(parameter.dtype == torch.int8 for parameter in self.bridge.original_model.parameters())
+        return (2.0**-5, "8-bit layers round what they read to 127 steps") if eight_bits else self.rounding
+
 
 @dataclass
 class Evidence(Seen):
