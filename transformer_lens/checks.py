@@ -109,11 +109,8 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
     Raises `TypeError` for what is no number and `ValueError` for one beyond the bounds.
     """
     one = value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
-    bounds = (
-        ""
-        if least == -math.inf
-        else f" {'above' if above else 'from'} {least:g}{f' to {most:g}' if most < math.inf else '' if above else ' up'}"
-    )
+    end = f" to {most:g}" if most < math.inf else "" if above else " on"
+    bounds = "" if least == -math.inf else f" {'above' if above else 'from'} {least:g}{end}"
     if isinstance(one, bool) or not isinstance(one, Real):
         raise TypeError(f"{what}: got {in_words(value)}, expected a finite number{bounds}")
     number = float(one)

@@ -80,6 +80,8 @@ def keep_mask(ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) ->
 
 def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
     """What `keep_mask` was told of a tensor; `None` for any other tensor, and for one that was written to."""
+    if torch.compiler.is_compiling():  # a graph is traced for any ids
+        return None
     found = _made.get(ids)
     if found is None or not torch.equal(found[0], ids):
         return None
