@@ -88,3 +88,16 @@ def test_a_bridge_gives_the_model_back(name: str) -> None:
     first.detach()
     second.detach()
     assert [type(module) for module in model.modules()] == types
+
+
+def test_what_a_call_that_asks_for_attentions_gets_wrong() -> None:
+    """Only Falcon, where its kernel leaves the pattern out; tests/bridge/test_generation.py shows the numbers."""
+    faults = {
+        (alibi, attn): adapter_for(falcon_config(attn, multi_query=False, alibi=alibi)).attentions_fault()
+        for alibi in (False, True)
+        for attn in ("sdpa", "eager")
+    }
+    assert faults[False, "eager"] is faults[True, "eager"] is None
+    assert "attend to later ones" in str(faults[False, "sdpa"])
+    assert "ALiBi bias a second time" in str(faults[True, "sdpa"])
+    assert adapter_for(mixtral().config).attentions_fault() is None
