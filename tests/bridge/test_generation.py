@@ -677,7 +677,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "assisted generation reads prompt and guesses in one forward",
     ),
-    ({"stopping_criteria": lambda ids, scores: True}, TypeError, "expected transformers' StoppingCriteria, or a list"),
+    ({"stopping_criteria": "later"}, TypeError, "expected transformers' StoppingCriteria, or a list"),
     ({"logits_processor": [3]}, TypeError, "logits_processor: got 3, expected transformers' LogitsProcessor"),
     ({"stop_strings": 3}, TypeError, "stop_strings: got 3, expected a string or a list of them"),
     ({"output_attentions": True}, ValueError, "adds Falcon's boolean mask to the scores, and tokens attend to later"),

@@ -170,14 +170,14 @@ def refuse_unknown_option(
 def in_lists(options: dict[str, Any]) -> dict[str, Any]:
     """Options in which stopping criteria and logits processors, one or several, are transformers' lists.
 
-    Raises `TypeError` for what is none.
+    Raises `TypeError` for what cannot be called.
     """
     made = dict(options)
     for name, (kind, listed) in LISTS.items():
         given = options.get(name)
         several = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
         for one in several:
-            if not isinstance(one, kind):
+            if not callable(one):  # transformers calls them, and asks for no class
                 raise TypeError(
                     f"{name}: got {in_words(one)}, expected transformers' {kind.__name__}, or a list of them"
                 )
