@@ -91,6 +91,8 @@ def model_and_tokenizer(
     """The model of a name, or the one that is there, on this device and in this dtype, and a tokenizer."""
     given = spelled(dict(options), DTYPE, "dtype")
     dtype = named_dtype(given.pop("dtype", None))
+    if hf_model is not None and not isinstance(hf_model, nn.Module):
+        raise TypeError(f"hf_model: got a {type(hf_model).__name__}, expected a Hugging Face model")
     if hf_model is not None:
         refuse_unknown_options(hf_model.config, given)
         late = [name for name, value in given.items() if value not in (None, False)]
