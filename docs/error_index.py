@@ -67,7 +67,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         *(f"analysis.{name}" for name in ("patch_setters", "causal_tracing", "expert_patching", "path_patching")),
         "analysis.lazy_logits",
     ),
-    "experts": ("analysis.expert_", "analysis.routing", "analysis.choices", "analysis.experts"),
+    "experts": ("analysis.experts",),
     "analysis": ("analysis",),
     "pictures": ("viz",),
     "collect": ("collect",),

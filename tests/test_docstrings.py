@@ -22,8 +22,8 @@ MODULES = sorted(
     if not found.name.endswith("__main__")
 )
 
-ABOUT_EXPERTS = ("expert", "routing", "choices")
-"""Analysis modules whose examples are about a mixture of experts: there `bridge` is tiny-mixtral."""
+ABOUT_EXPERTS = ("analysis.expert", "analysis.patching.expert")
+"""Modules whose examples are about a mixture of experts: there `bridge` is tiny-mixtral."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ class Finder(doctest.DocTestFinder):
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_a_module(name: str, names: dict[str, object]) -> None:
     module = importlib.import_module(name)
-    if ".analysis." in name and name.rpartition(".")[2].startswith(ABOUT_EXPERTS):
+    if name.removeprefix("transformer_lens.").startswith(ABOUT_EXPERTS):
         names = {**names, "bridge": names["moe"]}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for example in Finder(exclude_empty=True).find(module, globs={**names, **vars(module)}):

@@ -81,7 +81,7 @@ def test_sentences_are_read_from_every_way_of_saying_them(tmp_path: Path) -> Non
 
 
 def test_the_longest_prefix_gives_the_theme() -> None:
-    assert INDEX.theme_of("analysis.expert_hooks") == "experts"
+    assert INDEX.theme_of("analysis.experts.hooks") == "experts"
     assert INDEX.theme_of("analysis.svd") == "analysis"
     assert INDEX.theme_of("unheard_of") is None
 

@@ -504,7 +504,7 @@ def test_tables_print_render_and_show_in_notebooks(bridge):
         assert "&lt;" in shown._repr_html_() or shown is statistics  # '<|bos|>' is text, not a tag
 
 
-MODULES = ("expert_attribution", "expert_hooks", "expert_views", "routing", "routing_statistics", "text_table")
+MODULES = (*(f"experts.{name}" for name in ("attribution", "hooks", "views", "routers", "statistics")), "text_table")
 
 
 @pytest.mark.parametrize("name", MODULES)

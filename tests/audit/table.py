@@ -80,8 +80,8 @@ class World:
 
 
 def about_experts(entry: str) -> bool:
-    named = ("analysis.expert", "analysis.routing", "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
-    named = (*named, "analysis.attribution_patching.expert")
+    named = ("analysis.experts", "analysis.expert_patching", "analysis.attribution_patching.expert")
+    named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
     return entry.startswith((*named, "Routing", "ExpertView"))
 
 
@@ -537,7 +537,7 @@ ROWS: dict[str, Row] = {
     "analysis.atp_star.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
     "analysis.atp_star.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
     "analysis.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
-    "analysis.expert_hooks.ablate_expert": Row(
+    "analysis.experts.hooks.ablate_expert": Row(
         {"expert": 1},
         {
             "positions": LATER["positions"],
@@ -545,14 +545,14 @@ ROWS: dict[str, Row] = {
             "expert": [THING, "x", 1.5, 99, [99]],
         },
     ),
-    "analysis.expert_hooks.forbid_experts": Row(
+    "analysis.experts.hooks.forbid_experts": Row(
         wrong={"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
     ),
-    "analysis.expert_hooks.force_experts": Row(
+    "analysis.experts.hooks.force_experts": Row(
         {"experts": [0, 1]}, {"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
     ),
     "analysis.expert_patching.expert_contributions": Row({"n_experts": 4}, {"n_experts": NUMBERS}),
-    "analysis.expert_views.expert_activation": Row({"name": "blocks.0.mlp.experts.2.hook_post"}),
+    "analysis.experts.views.expert_activation": Row({"name": "blocks.0.mlp.experts.2.hook_post"}),
     "analysis.head_detection.detect_head": Row(
         {"detection_pattern": "previous_token_head"}, {"cache": CACHE, "heads": [THING, 5, ["nonsense"], [(99, 0)]]}
     ),
@@ -594,7 +594,7 @@ ROWS: dict[str, Row] = {
         {"texts": [TEXT, OTHER] * 6, "labels": [0, 1] * 6, "at": ["blocks.0.hook_resid_post"]},
         {"at": PLACE, "texts": [THING, 5, []], "position": [THING, 1.5, math.nan, 99, "nonsense"]},
     ),
-    "analysis.routing_statistics.routing_statistics": Row({"batches": [TEXT]}, {"batches": [THING, 5]}),
+    "analysis.experts.statistics.routing_statistics": Row({"batches": [TEXT]}, {"batches": [THING, 5]}),
     "analysis.steering.steering_vector": Row(
         {"positive": [TEXT], "negative": [OTHER]},
         {"at": PLACE, "position": [THING, 1.5, math.nan, 99, "nonsense", [1, 2]]},

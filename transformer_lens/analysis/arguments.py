@@ -1,7 +1,7 @@
 """What analysis asks of its arguments, by their names, before anything runs: one table for all functions.
 
 A name means the same everywhere, so a function says `@checked` and no more. What depends on a model (layers, heads,
-experts, positions) is checked by `choices`, `features` and the functions themselves.
+experts, positions) is checked by `asking`, `features` and the functions themselves.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import need_experts
+from transformer_lens.analysis.asking import need_experts
 from transformer_lens.analysis.expert_patching import PARTS, expert_contributions
 from transformer_lens.analysis.gradient_runs import At, differentiable_names, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.patching_base import SweepInput

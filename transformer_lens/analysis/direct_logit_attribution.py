@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import Answer, answer_ids
+from transformer_lens.analysis.asking import Answer, answer_ids
 from transformer_lens.checks import in_words, is_one_of, whole
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import need_experts
+from transformer_lens.analysis.asking import need_experts
 from transformer_lens.analysis.patch_setters import layer_expert_patch_setter, layer_pos_patch_setter
 from transformer_lens.analysis.patching import Cache, PatchSweep
 from transformer_lens.analysis.patching_base import SweepInput

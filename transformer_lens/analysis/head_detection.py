@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.routing import refuse_embeddings
+from transformer_lens.analysis.experts.routers import refuse_embeddings
 from transformer_lens.checks import a_list, in_words, is_one_of, is_whole, whole_numbers
 
 logger = logging.getLogger(__name__)

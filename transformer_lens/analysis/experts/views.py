@@ -13,7 +13,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
+from transformer_lens.analysis.asking import expert_numbers, layer_numbers, need_experts
 from transformer_lens.checks import a_tensor, a_text, in_words, whole
 
 HOOKS = {

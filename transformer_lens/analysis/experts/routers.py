@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import expert_numbers, layer_numbers, need_experts
+from transformer_lens.analysis.asking import expert_numbers, layer_numbers, need_experts
 from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.checks import whole
 

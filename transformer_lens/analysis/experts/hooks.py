@@ -16,7 +16,7 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import (
+from transformer_lens.analysis.asking import (
     Layers,
     Pairs,
     Positions,

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import Answer, answer_ids, need_experts
-from transformer_lens.analysis.routing import Input, refuse_embeddings
+from transformer_lens.analysis.asking import Answer, answer_ids, need_experts
+from transformer_lens.analysis.experts.routers import Input, refuse_embeddings
 from transformer_lens.checks import whole
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.choices import need_experts
-from transformer_lens.analysis.routing import Input, Routing, routing
+from transformer_lens.analysis.asking import need_experts
+from transformer_lens.analysis.experts.routers import Input, Routing, routing
 from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.checks import is_several, whole
 
