@@ -62,11 +62,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         *(f"model_bridge.{name}" for name in ("generation_stream", "grouped_cache")),
         "analysis.steering",
     ),
-    "patching": (
-        *(f"analysis.{name}" for name in ("patching", "patching_base", "patching_engine", "patching_index")),
-        *(f"analysis.{name}" for name in ("patch_setters", "causal_tracing", "expert_patching", "path_patching")),
-        "analysis.lazy_logits",
-    ),
+    "patching": ("analysis.patching", "analysis.path_patching"),
     "experts": ("analysis.experts",),
     "analysis": ("analysis",),
     "pictures": ("viz",),

@@ -26,7 +26,7 @@ from transformer_lens.analysis.attribution import (
     integrated_gradients,
     path_patching,
 )
-from transformer_lens.analysis.expert_patching import expert_contributions
+from transformer_lens.analysis.patching.experts import expert_contributions
 
 
 def metric(logits: Tensor) -> Tensor:

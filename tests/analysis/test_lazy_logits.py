@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer_lens.analysis.lazy_logits import LazyLogits
+from transformer_lens.analysis.patching.lazy_logits import LazyLogits
 
 FULL = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
 ALL = (0, 1, 2, 3, 4)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.support import FAMILIES, VOCAB, falcon, family, mixtral, tokens
 from transformer_lens import TransformerBridge, patching
-from transformer_lens.analysis import patching_engine
-from transformer_lens.analysis.expert_patching import expert_contributions
-from transformer_lens.analysis.patching_engine import run_interventions
-from transformer_lens.analysis.patching_index import IndexTable, index_rows
+from transformer_lens.analysis.patching import engine
+from transformer_lens.analysis.patching.engine import run_interventions
+from transformer_lens.analysis.patching.experts import expert_contributions
+from transformer_lens.analysis.patching.index import IndexTable, index_rows
 
 FORMULAS: dict[str, tuple[str, tuple[str, ...], Callable[..., None]]] = {}
 """What each sweep writes, once more and by hand: hook, axes, and an edit of the corrupted activation."""
@@ -230,7 +230,7 @@ def test_the_memory_budget_changes_nothing(layout, budget):
 @pytest.mark.parametrize("enough", [1, 10**9])
 def test_how_rows_are_grouped_changes_nothing(enough, monkeypatch):
     bridge, corrupted, clean = runs("40b", pos=12)
-    monkeypatch.setattr(patching_engine, "ENOUGH_TOKENS", enough)
+    monkeypatch.setattr(engine, "ENOUGH_TOKENS", enough)
     got = patching.get_act_patch_resid_pre(bridge, corrupted, clean, metric, verbose=False)
     close(got, naive(bridge, corrupted, clean, "resid_pre"))
 
@@ -522,7 +522,7 @@ def test_an_index_table_of_ones_own():
 
 def test_ranges_make_a_table_with_and_without_pandas(monkeypatch):
     rows = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    monkeypatch.setattr("transformer_lens.analysis.patching_index.find_spec", lambda name: None)
+    monkeypatch.setattr("transformer_lens.analysis.patching.index.find_spec", lambda name: None)
     own = patching.make_df_from_ranges([2, 3], ["layer", "pos"])
     assert isinstance(own, IndexTable) and own.columns == ("layer", "pos") and index_rows(own) == rows
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from transformer_lens.analysis.direct_logit_attribution import direct_logit_attr
 from transformer_lens.analysis.edge_attribution import edge_attribution_patching
 from transformer_lens.analysis.edge_graph import Circuit, EdgeGraph
 from transformer_lens.analysis.experts import expert_view, routing, routing_statistics
-from transformer_lens.analysis.patch_setters import layer_pos_patch_setter
+from transformer_lens.analysis.patching.setters import layer_pos_patch_setter
 from transformer_lens.analysis.patchscope import Patchscope
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
@@ -80,7 +80,7 @@ class World:
 
 
 def about_experts(entry: str) -> bool:
-    named = ("analysis.experts", "analysis.expert_patching", "analysis.attribution_patching.expert")
+    named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution_patching.expert")
     named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
     return entry.startswith((*named, "Routing", "ExpertView"))
 
@@ -348,7 +348,7 @@ NOT_AUDITED: dict[str, str] = {
     **dict.fromkeys(["TransformerBridge.names_of", "TransformerBridge.unknown_hook"], "like those they override"),
     "PrefixCache.__init__": "made by the engine of sweeps",
     **{
-        f"analysis.patch_setters.{name}_patch_setter": "called by sweeps, with activations whose shapes they compared"
+        f"analysis.patching.setters.{name}_patch_setter": "called by sweeps, which compared the shapes"
         for name in SETTERS
     },
     "PatchSweep.__call__": "the sweeps that are made of it are called",
@@ -536,7 +536,7 @@ ROWS: dict[str, Row] = {
     "analysis.atp_star.atp_star": Row(wrong={"parts": [THING, 5, ["nonsense"], []]}),
     "analysis.atp_star.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
     "analysis.atp_star.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
-    "analysis.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
+    "analysis.patching.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
     "analysis.experts.hooks.ablate_expert": Row(
         {"expert": 1},
         {
@@ -551,7 +551,7 @@ ROWS: dict[str, Row] = {
     "analysis.experts.hooks.force_experts": Row(
         {"experts": [0, 1]}, {"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
     ),
-    "analysis.expert_patching.expert_contributions": Row({"n_experts": 4}, {"n_experts": NUMBERS}),
+    "analysis.patching.experts.expert_contributions": Row({"n_experts": 4}, {"n_experts": NUMBERS}),
     "analysis.experts.views.expert_activation": Row({"name": "blocks.0.mlp.experts.2.hook_post"}),
     "analysis.head_detection.detect_head": Row(
         {"detection_pattern": "previous_token_head"}, {"cache": CACHE, "heads": [THING, 5, ["nonsense"], [(99, 0)]]}
@@ -566,7 +566,7 @@ ROWS: dict[str, Row] = {
     ),
     "analysis.lens_scores.divergence": Row({"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)}),
     "analysis.lens_scores.next_token_loss": Row({"logits": torch.zeros(1, 3), "following": torch.tensor([1])}),
-    "analysis.patching.generic_activation_patch": Row(
+    "analysis.patching.sweeps.generic_activation_patch": Row(
         {
             "patch_setter": lambda w: layer_pos_patch_setter,
             "activation_name": "resid_pre",
@@ -574,9 +574,9 @@ ROWS: dict[str, Row] = {
         },
         {"index_df": [[(0, 0)]], "index_axis_names": [THING, 5, [THING], ["nonsense"]]},
     ),
-    "analysis.patching_engine.run_interventions": Row({"interventions": [("blocks.0.hook_resid_pre", neutral)]}),
-    "analysis.patching_index.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),
-    "analysis.patching_index.make_df_from_ranges": Row(
+    "analysis.patching.engine.run_interventions": Row({"interventions": [("blocks.0.hook_resid_pre", neutral)]}),
+    "analysis.patching.index.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),
+    "analysis.patching.index.make_df_from_ranges": Row(
         {"column_max_ranges": [2], "column_names": ["layer"]}, {"column_names": [THING, 5, [THING]]}
     ),
     "analysis.patchscope.identity_prompt": Row({"words": ["cat"]}),

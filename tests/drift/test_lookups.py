@@ -44,8 +44,8 @@ ONLY_WHEN = "a config has it only where the checkpoint says so"
 OTHER_LIBRARY = "of accelerate or a quantising library, which may be absent"
 NO_BIAS = "a linear map without the attribute has no bias"
 BY_RIGHT: dict[tuple[str, str], str] = {
-    ("analysis/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
-    ("analysis/patching_index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
+    ("analysis/patching/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
+    ("analysis/patching/index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
     ("checks.py", "getattr(value, 'ndim', 1)"): "anything may be passed",
     ("model_bridge/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
     ("model_bridge/weight_access.py", "hasattr(module, name)"): "a module that was put in a place need not have it",

@@ -14,8 +14,8 @@ from transformer_lens.analysis.edge_graph import EdgeGraph, EdgeScores
 from transformer_lens.analysis.edge_values import SenderValues, read_senders, sender_hooks
 from transformer_lens.analysis.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.integrated_gradients import line_steps, weighted_metric
-from transformer_lens.analysis.patching_base import SweepInput
-from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.analysis.patching.base_run import SweepInput
+from transformer_lens.analysis.patching.engine import Metric
 
 
 @checked

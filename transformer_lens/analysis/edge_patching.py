@@ -18,8 +18,8 @@ from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.edge_graph import EdgeGraph
 from transformer_lens.analysis.edge_values import Vectors, read_senders, sender_hooks
 from transformer_lens.analysis.gradient_runs import one_number, prompt_pair, wide
-from transformer_lens.analysis.patching_base import SweepInput
-from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Metric
+from transformer_lens.analysis.patching.base_run import SweepInput
+from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.edge_graph import EdgeGraph
-from transformer_lens.analysis.expert_patching import PARTS, expert_contributions
 from transformer_lens.analysis.gradient_runs import wide
+from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 
 Vectors = Float[Tensor, "batch pos sender d_model"]
 Receive = Callable[[slice, Vectors], None]

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.patching_base import SweepInput
-from transformer_lens.analysis.patching_engine import Metric
+from transformer_lens.analysis.patching.base_run import SweepInput
+from transformer_lens.analysis.patching.engine import Metric
 from transformer_lens.checks import is_one_of
 
 At = Literal["corrupted", "clean"]

@@ -179,7 +179,7 @@ def sweep(
     """
     import torch
 
-    from transformer_lens.analysis import expert_patching, patching
+    from transformer_lens.analysis import patching
 
     right, other = bridge.to_single_token(answer), None if wrong is None else bridge.to_single_token(wrong)
     clean_ids, corrupted_ids = bridge.to_tokens(clean), bridge.to_tokens(corrupted)
@@ -194,14 +194,12 @@ def sweep(
         last = logits[0, -1].float()
         return last.log_softmax(-1)[right] if other is None else last[right] - last[other]
 
-    name = SWEEPS[what][0]
-    run = vars(expert_patching if name in vars(expert_patching) else patching)[name]
     with torch.no_grad():
         clean_logits, cache = bridge.run_with_cache(clean_ids)
         best, worst = measured(clean_logits), measured(bridge(corrupted_ids))
         if not bool((best - worst).isfinite()) or bool(best == worst):
             raise ValueError(f"the clean run measures {best:.4g} and the corrupted one {worst:.4g}: nothing to restore")
-        found = run(
+        found = vars(patching)[SWEEPS[what][0]](
             bridge, corrupted_ids, cache, lambda logits: (measured(logits) - worst) / (best - worst), verbose=False
         )
     tokens = [str(token) for token in bridge.to_str_tokens(clean)]

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from transformer_lens import TransformerBridge, on_each, on_rows
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.lazy_logits import LazyLogits
-from transformer_lens.analysis.patching_base import BaseRun, Change, SweepInput, change
+from transformer_lens.analysis.patching.base_run import BaseRun, Change, SweepInput, change
+from transformer_lens.analysis.patching.lazy_logits import LazyLogits
 from transformer_lens.checks import in_words
 from transformer_lens.model_bridge import PrefixCache
 

@@ -1,7 +1,7 @@
 """Activation patching: what of a clean run's result comes back when one activation of it is put into a corrupted run.
 
 Sources: Vig et al. 2020 (causal mediation), Meng et al. 2022 (causal tracing), Wang et al. 2022 (indirect
-objects). The sweeps run on `patching_engine`; each equals a loop over `run_with_hooks` to rounding.
+objects). The sweeps run on `engine`; each equals a loop over `run_with_hooks` to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.patch_setters import (
+from transformer_lens.analysis.patching.base_run import SweepInput
+from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
+from transformer_lens.analysis.patching.index import index_rows, make_df_from_ranges
+from transformer_lens.analysis.patching.setters import (
     PatchSetter,
     layer_head_dest_src_pos_pattern_patch_setter,
     layer_head_pattern_patch_setter,
@@ -25,9 +28,6 @@ from transformer_lens.analysis.patch_setters import (
     layer_pos_head_vector_patch_setter,
     layer_pos_patch_setter,
 )
-from transformer_lens.analysis.patching_base import SweepInput
-from transformer_lens.analysis.patching_engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
-from transformer_lens.analysis.patching_index import index_rows, make_df_from_ranges
 from transformer_lens.checks import is_one_of
 from transformer_lens.utilities import get_act_name
 
