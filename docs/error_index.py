@@ -62,7 +62,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         *(f"model_bridge.{name}" for name in ("generation_stream", "grouped_cache")),
         "analysis.steering",
     ),
-    "patching": ("analysis.patching", "analysis.path_patching"),
+    "patching": ("analysis.patching", "analysis.attribution.paths"),
     "experts": ("analysis.experts",),
     "analysis": ("analysis",),
     "pictures": ("viz",),

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from tests.support import FAMILIES, falcon, family, tokens
 from transformer_lens import TransformerBridge, patching
-from transformer_lens.analysis.atp_star import key_effects, query_effects
 from transformer_lens.analysis.attribution import (
     atp_star,
     attribution_patching,
     expert_attribution_patching,
     integrated_gradients,
 )
-from transformer_lens.analysis.integrated_gradients import line_steps
+from transformer_lens.analysis.attribution.atp import key_effects, query_effects
+from transformer_lens.analysis.attribution.integrated import line_steps
 
 STREAMS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_in", "hook_mlp_out", "hook_q_input", "hook_k_input")
 INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "attn.hook_result")

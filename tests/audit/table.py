@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tests.support import falcon_config
 from transformer_lens import ActivationCache, FactoredMatrix, HookPoint, TransformerBridge
-from transformer_lens.analysis.attribution_patching import attribution_patching
-from transformer_lens.analysis.direct_logit_attribution import direct_logit_attribution
-from transformer_lens.analysis.edge_attribution import edge_attribution_patching
-from transformer_lens.analysis.edge_graph import Circuit, EdgeGraph
+from transformer_lens.analysis.attribution.activations import attribution_patching
+from transformer_lens.analysis.attribution.direct_logits import direct_logit_attribution
+from transformer_lens.analysis.attribution.edge_graph import Circuit, EdgeGraph
+from transformer_lens.analysis.attribution.edges import edge_attribution_patching
 from transformer_lens.analysis.experts import expert_view, routing, routing_statistics
 from transformer_lens.analysis.patching.setters import layer_pos_patch_setter
 from transformer_lens.analysis.patchscope import Patchscope
@@ -80,7 +80,7 @@ class World:
 
 
 def about_experts(entry: str) -> bool:
-    named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution_patching.expert")
+    named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution.activations.expert")
     named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
     return entry.startswith((*named, "Routing", "ExpertView"))
 
@@ -332,7 +332,7 @@ NOT_AUDITED: dict[str, str] = {
     ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
-        ["analysis.integrated_gradients.line_steps", "analysis.integrated_gradients.weighted_metric"],
+        ["analysis.attribution.integrated.line_steps", "analysis.attribution.integrated.weighted_metric"],
         "between parts of the package",
     ),
     **dict.fromkeys(
@@ -533,9 +533,9 @@ ROWS: dict[str, Row] = {
     "TunedLens.logits": Row({"source": lambda w: w.cache("")}, {"source": [THING, 5, torch.ones(3)], "layer": [0]}),
     "TunedLens.translate": Row({"stream": torch.ones(1, 128)}),
     "Waterfall.__init__": Row({"values": torch.ones(2), "labels": ["a", "b"]}),
-    "analysis.atp_star.atp_star": Row(wrong={"parts": [THING, 5, ["nonsense"], []]}),
-    "analysis.atp_star.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
-    "analysis.atp_star.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
+    "analysis.attribution.atp.atp_star": Row(wrong={"parts": [THING, 5, ["nonsense"], []]}),
+    "analysis.attribution.atp.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
+    "analysis.attribution.atp.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
     "analysis.patching.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
     "analysis.experts.hooks.ablate_expert": Row(
         {"expert": 1},
@@ -580,13 +580,13 @@ ROWS: dict[str, Row] = {
         {"column_max_ranges": [2], "column_names": ["layer"]}, {"column_names": [THING, 5, [THING]]}
     ),
     "analysis.patchscope.identity_prompt": Row({"words": ["cat"]}),
-    "analysis.path_patching.along_path": Row(
+    "analysis.attribution.paths.along_path": Row(
         {"path": ("embed", "L0H0.q")}, {"path": [THING, 5, [], ["nonsense", "L0H0.q"]]}
     ),
-    "analysis.path_patching.circuit_metric": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
-    "analysis.path_patching.edge_effects": Row({"edges": [("embed", "L0H0.q")]}),
-    "analysis.path_patching.faithfulness": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
-    "analysis.path_patching.path_patching": Row({"paths": [("embed", "L0H0.q")]}),
+    "analysis.attribution.paths.circuit_metric": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
+    "analysis.attribution.paths.edge_effects": Row({"edges": [("embed", "L0H0.q")]}),
+    "analysis.attribution.paths.faithfulness": Row({"circuits": lambda w: [SELVES["Circuit"](w)]}),
+    "analysis.attribution.paths.path_patching": Row({"paths": [("embed", "L0H0.q")]}),
     "analysis.probes.probe": Row(
         {"features": torch.randn(30, 4), "labels": [0, 1] * 15, "types": ["a", "b", "c"] * 10}
     ),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
-from transformer_lens.analysis.edge_patching import EdgeRuns, Experiment
-from transformer_lens.analysis.gradient_runs import one_number
+from transformer_lens.analysis.attribution.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
+from transformer_lens.analysis.attribution.edge_patching import EdgeRuns, Experiment
+from transformer_lens.analysis.attribution.gradient_runs import one_number
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric
 from transformer_lens.checks import in_words

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.edge_graph import EdgeGraph
-from transformer_lens.analysis.gradient_runs import wide
+from transformer_lens.analysis.attribution.edge_graph import EdgeGraph
+from transformer_lens.analysis.attribution.gradient_runs import wide
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 
 Vectors = Float[Tensor, "batch pos sender d_model"]

@@ -16,7 +16,13 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.asking import need_experts
-from transformer_lens.analysis.gradient_runs import At, differentiable_names, gradient_run, prompt_pair, wide
+from transformer_lens.analysis.attribution.gradient_runs import (
+    At,
+    differentiable_names,
+    gradient_run,
+    prompt_pair,
+    wide,
+)
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import Metric
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions

@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.edge_graph import EdgeGraph
-from transformer_lens.analysis.edge_values import Vectors, read_senders, sender_hooks
-from transformer_lens.analysis.gradient_runs import one_number, prompt_pair, wide
+from transformer_lens.analysis.attribution.edge_graph import EdgeGraph
+from transformer_lens.analysis.attribution.gradient_runs import one_number, prompt_pair, wide
+from transformer_lens.analysis.attribution.senders import Vectors, read_senders, sender_hooks
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric
 
