@@ -5,7 +5,7 @@ import torch
 
 from tests.support import FAMILIES, VOCAB, family
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.patchscope import Patchscope, identity_prompt, stream_name
+from transformer_lens.analysis.lenses.patchscope import Patchscope, identity_prompt, stream_name
 
 SOURCE = "When Alice and Tom went to the"
 TARGET = "The ball is for Mary. The cup is for John. The ball is for"

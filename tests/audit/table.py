@@ -22,11 +22,10 @@ from transformer_lens.analysis.attribution.direct_logits import direct_logit_att
 from transformer_lens.analysis.attribution.edge_graph import Circuit, EdgeGraph
 from transformer_lens.analysis.attribution.edges import edge_attribution_patching
 from transformer_lens.analysis.experts import expert_view, routing, routing_statistics
+from transformer_lens.analysis.lenses import Patchscope, TunedLens
 from transformer_lens.analysis.patching.setters import layer_pos_patch_setter
-from transformer_lens.analysis.patchscope import Patchscope
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
-from transformer_lens.analysis.tuned_lens import TunedLens
 from transformer_lens.collect import ActivationStore, RunningStatistics
 from transformer_lens.hook_points import Capture, HookEntry
 from transformer_lens.utilities import Slice
@@ -564,8 +563,8 @@ ROWS: dict[str, Row] = {
     "analysis.heads.principal_angles": Row(
         {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:3]}, {"first": TENSOR}
     ),
-    "analysis.lens_scores.divergence": Row({"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)}),
-    "analysis.lens_scores.next_token_loss": Row({"logits": torch.zeros(1, 3), "following": torch.tensor([1])}),
+    "analysis.lenses.scores.divergence": Row({"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)}),
+    "analysis.lenses.scores.next_token_loss": Row({"logits": torch.zeros(1, 3), "following": torch.tensor([1])}),
     "analysis.patching.sweeps.generic_activation_patch": Row(
         {
             "patch_setter": lambda w: layer_pos_patch_setter,
@@ -579,7 +578,7 @@ ROWS: dict[str, Row] = {
     "analysis.patching.index.make_df_from_ranges": Row(
         {"column_max_ranges": [2], "column_names": ["layer"]}, {"column_names": [THING, 5, [THING]]}
     ),
-    "analysis.patchscope.identity_prompt": Row({"words": ["cat"]}),
+    "analysis.lenses.patchscope.identity_prompt": Row({"words": ["cat"]}),
     "analysis.attribution.paths.along_path": Row(
         {"path": ("embed", "L0H0.q")}, {"path": [THING, 5, [], ["nonsense", "L0H0.q"]]}
     ),

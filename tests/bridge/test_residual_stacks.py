@@ -8,8 +8,8 @@ from transformers import FalconForSequenceClassification
 from tests.support import FAMILIES, falcon_config, family, tokens
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.attribution.direct_logits import direct_logit_attribution
+from transformer_lens.analysis.lenses import TunedLens
 from transformer_lens.analysis.svd import SVDInterpreter
-from transformer_lens.analysis.tuned_lens import TunedLens
 
 SEQUENTIAL = ("rw", "rw-rope", "mixtral")
 CLOSE = {"rtol": 0, "atol": 1e-9}

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Texts, batches_of, check_texts
-from transformer_lens.analysis.lens_files import read_lens, write_lens
-from transformer_lens.analysis.lens_scores import LensScores, divergence, next_token_loss
+from transformer_lens.analysis.lenses.files import read_lens, write_lens
+from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
 from transformer_lens.checks import is_one_of
 from transformer_lens.model_bridge import InputAndMask
 
