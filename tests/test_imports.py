@@ -1,6 +1,7 @@
 """The shape of the package, read from its source: who imports whom, what is not used, how long things are."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import transformer_lens
+from transformer_lens.analysis.patching.sweeps import PatchSweep
 
 PACKAGE = Path(transformer_lens.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -235,3 +237,25 @@ def test_public_names_are_there():
     assert hook_points.HookPoint is transformer_lens.HookPoint
     assert hook_points.HookedRootModule is transformer_lens.HookedRootModule
     assert all(getattr(utils, name) is getattr(utilities, name) for name in utilities.__all__)
+
+
+PATHS = {
+    "analysis.attribution": ("EdgeGraph", "attribution_patching", "direct_logit_attribution", "path_patching"),
+    "analysis.experts": ("ablate_expert", "expert_view", "logit_attribution", "routing", "routing_statistics"),
+    "analysis.lenses": ("Patchscope", "TunedLens", "identity_prompt"),
+    "analysis.patching": ("generic_activation_patch", "get_act_patch_resid_pre", "run_interventions"),
+    "analysis.patchscope": ("Patchscope", "identity_prompt"),
+    "analysis.tuned_lens": ("TunedLens",),
+    "head_detector": ("detect_head",),
+    "patching": ("get_act_patch_expert_out", "get_act_patch_resid_pre", "make_df_from_ranges", "noised_embeddings"),
+}
+"""Paths that stay, wherever the code is. The other modules of `analysis` are where they are imported from."""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_known_paths_hand_on_the_thing_itself(path):
+    for name in PATHS[path]:
+        found = getattr(importlib.import_module(f"transformer_lens.{path}"), name)
+        assert callable(found)
+        home = importlib.import_module(type(found).__module__ if isinstance(found, PatchSweep) else found.__module__)
+        assert getattr(home, name) is found
