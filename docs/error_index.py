@@ -64,7 +64,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "patching": ("analysis.patching", "analysis.attribution.paths"),
     "experts": ("analysis.experts",),
-    "analysis": ("analysis",),
+    "analysis": ("analysis", "asking"),
     "pictures": ("viz",),
     "collect": ("collect",),
     "distributed": ("distributed",),

@@ -26,6 +26,7 @@ RANKS: list[tuple[str, ...]] = [
         "transformer_lens.slicing",
         "transformer_lens.factored_matrix",
         "transformer_lens.hook_names",
+        "transformer_lens.asking",
         *(f"{BRIDGE}.supported_versions", f"{BRIDGE}.upstream"),
     ),
     ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
@@ -49,6 +50,7 @@ METHODS_OF_GUESTS = (f"{BRIDGE}.collecting",)
 """Methods of the bridge that import what they are a spelling of when they are called."""
 PUBLIC = {
     "transformer_lens",
+    "transformer_lens.asking",
     "transformer_lens.checks",
     "transformer_lens.hook_points",
     "transformer_lens.activation_cache",

@@ -81,6 +81,18 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
     return number
 
 
+def from_end(what: str, value: Any, size: int, where: str = "", beyond: bool = False) -> int:
+    """One of `size` places, counted from the end where it is negative, as a number from 0.
+
+    >>> from_end("layer", -1, 4), from_end("layer", 4, 4, beyond=True)
+    (3, 4)
+
+    With `beyond`, `size` itself may be meant: what comes after the last.
+    """
+    number = whole(what, value, -size, size if beyond else size - 1, where)
+    return number + size if number < 0 else number
+
+
 def is_one_of(value: object, options: Iterable[Any]) -> bool:
     """Whether a value is one of a few, whatever it is: a list or an array is none of them, and no error.
 

@@ -167,8 +167,8 @@ ERRORS = [
     ({"answer": 3, "wrong_answer": -1}, "wrong_answer: got token -1, expected 0 to 734"),
     ({"answer": [3, 4]}, "answer: got 2, expected one, or one for each of the 1 texts"),
     ({"answer": " Mary John"}, "' Mary John' is 2 tokens, [' Mary', ' John'], expected one"),
-    ({"answer": 3, "position": 15}, "position: got 15, expected -15 to 14 in texts of at least 15 tokens"),
-    ({"answer": 3, "position": -16}, "position: got -16, expected -15 to 14 in texts of at least 15 tokens"),
+    ({"answer": 3, "position": 15}, "position: got 15, expected -15 to 14 in text 0, which has 15 tokens"),
+    ({"answer": 3, "position": -16}, "position: got -16, expected -15 to 14 in text 0, which has 15 tokens"),
 ]
 
 
@@ -255,11 +255,11 @@ def cached(**options):
 
 ROUTES = "blocks.0.mlp.hook_expert_indices"
 VIEW_ERRORS = [
-    (lambda: expert_view(cached(), 2, 0), ValueError, "layer: got 2, expected -2 to 1 in a model of 2 layers"),
+    (lambda: expert_view(cached(), 2, 0), ValueError, "expert: got (2, 0), expected layers 0 to 1 and experts 0 to 3"),
     (
-        lambda: expert_view(cached(), 0, 4),
+        lambda: expert_view(cached(), "L0H1"),
         ValueError,
-        "expert: got 4, expected 0 to 3 in a model of 4 experts a layer",
+        "expert: got 'L0H1', expected a layer and its expert as 'L3E2', '3.2' or (3, 2)",
     ),
     (
         lambda: expert_view(cached(), 0, 0, torch.ones(2, 3).bool()),

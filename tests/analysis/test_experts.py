@@ -427,7 +427,7 @@ def run(make):
 
 
 OTHER = "routing statistics: got those of a model with [layers, experts, chosen] = [2, 4, 1], expected [2, 4, 2]"
-KINDS = "expected ints, a slice, a boolean mask [batch, pos] or None"
+KINDS = "expected ints, a forward slice, a boolean mask [batch, pos] or None"
 ERRORS = [
     (lambda b: ablate_expert(b, 2, 0), "layer: got 2, expected -2 to 1 in a model of 2 layers"),
     (lambda b: forbid_experts(b, [0, -3], 0), "layer: got -3, expected -2 to 1 in a model of 2 layers"),
@@ -466,7 +466,7 @@ ERRORS = [
     ),
     (
         lambda b: routing(b, torch.ones(1, 2, 32)),
-        "input: got a torch.float32 tensor, expected text or token ids; routing is told by tokens",
+        "input: got a torch.float32 tensor, expected text or token ids",
     ),
     (
         lambda b: routing_statistics(b, "Mary"),
@@ -477,10 +477,10 @@ ERRORS = [
         lambda b: routing_statistics(b, [tokens()]) + routing_statistics(boot(num_experts_per_tok=1), [tokens()]),
         OTHER,
     ),
-    (lambda b: routing(b, tokens()).tokens_of(2, 0), "layer: got 2, expected -2 to 1 in a model of 2 layers"),
+    (lambda b: routing(b, tokens()).tokens_of(2, 0), "expert: got (2, 0), expected layers 0 to 1 and experts 0 to 3"),
     (
-        lambda b: routing(b, tokens()).tokens_of(0, 4),
-        "expert: got 4, expected 0 to 3 in a model of 4 experts a layer",
+        lambda b: routing(b, tokens()).tokens_of("L0E4"),
+        "expert: got 'L0E4', expected layers 0 to 1 and experts 0 to 3",
     ),
 ]
 

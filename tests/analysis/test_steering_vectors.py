@@ -5,8 +5,9 @@ import torch
 
 from tests.support import VOCAB, falcon
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.features import activations_at, place_name, tokens_at
+from transformer_lens.analysis.features import activations_at, tokens_at
 from transformer_lens.analysis.steering import steering_vector
+from transformer_lens.asking import place_name
 
 TEXTS = ["Mary and John went", "When Alice and Tom went to the park, Tom", "John", "Tom and Mary gave"]
 
@@ -122,12 +123,16 @@ def test_without_a_tokenizer():
         (lambda b: activations_at(b, [], [0]), ValueError, "got 0 texts"),
         (lambda b: activations_at(b, TEXTS, []), ValueError, "0 places"),
         (lambda b: activations_at(b, "Mary", [0]), TypeError, "expected a list of texts"),
-        (lambda b: activations_at(b, TEXTS, [0], 4), ValueError, "position: got 4 for text 2, which has"),
-        (lambda b: activations_at(b, TEXTS, [0], -5), ValueError, "position: got -5 for text 2"),
+        (
+            lambda b: activations_at(b, TEXTS, [0], 4),
+            ValueError,
+            "got 4, expected -4 to 3 in text 2, which has",
+        ),
+        (lambda b: activations_at(b, TEXTS, [0], -5), ValueError, "position: got -5, expected -4 to 3 in text 2"),
         (lambda b: activations_at(b, TEXTS, [0], "last"), ValueError, "position: got 'last'"),
         (lambda b: activations_at(b, TEXTS, [0], [1]), ValueError, "got 1 numbers for 4 texts"),
         (lambda b: activations_at(b, TEXTS, ["blocks.0.attn.hook_pattern"]), ValueError, "expected batch and pos"),
-        (lambda b: place_name(b, 9), ValueError, "at: got layer 9, expected -4 to 3"),
+        (lambda b: place_name(b, 9), ValueError, "at: got 9, expected -4 to 3"),
         (lambda b: place_name(b, None), TypeError, "at: got None"),
         (lambda b: steering_vector(b, TEXTS, TEXTS, 0, normalize="unit"), ValueError, "have the same mean"),
         (lambda b: steering_vector(b, TEXTS, TEXTS, 0, normalize="max"), ValueError, "normalize: got 'max'"),

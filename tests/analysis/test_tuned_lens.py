@@ -240,7 +240,7 @@ def test_broken_files(bridge, trained, tmp_path):
         (lambda lens: lens.evaluate([]), "got 0 texts"),
         (lambda lens: lens.evaluate(torch.tensor([[5]])), "no text has two tokens"),
         (lambda lens: lens.logits(torch.ones(3), 0), r"stream: got \[3\], expected a tensor \[..., 128\]"),
-        (lambda lens: lens.logits(torch.ones(128), 5), "layer: got 5, expected 0 to 4"),
+        (lambda lens: lens.logits(torch.ones(128), 5), "layer: got 5, expected -4 to 4 in a model of 4 layers"),
         (lambda lens: lens.logits(torch.ones(128)), "expected its layer"),
     ],
 )
@@ -253,7 +253,7 @@ def test_what_is_refused(bridge, call, text):
 
 def test_one_text_is_not_taken_for_its_letters(bridge):
     for call in (TunedLens(bridge).fit, TunedLens(bridge).evaluate):
-        with pytest.raises(TypeError, match="texts: got str"):
+        with pytest.raises(TypeError, match="texts: got 'Mary and John'"):
             call("Mary and John")
 
 

@@ -270,6 +270,7 @@ SWITCHES = frozenset(
         "integer",
         "is_permanent",
         "loss_per_token",
+        "mean",
         "mlp_input",
         "move_to_device",
         "no_processing",
@@ -551,6 +552,9 @@ ROWS: dict[str, Row] = {
         {"experts": [0, 1]}, {"positions": LATER["positions"], "layer": [THING, "first", 1.5, 99, [99]]}
     ),
     "analysis.patching.experts.expert_contributions": Row({"n_experts": 4}, {"n_experts": NUMBERS}),
+    **dict.fromkeys(
+        ["Routing.tokens_of", "RoutingStatistics.top_tokens", "analysis.experts.views.expert_view"], Row({"expert": 1})
+    ),
     "analysis.experts.views.expert_activation": Row({"name": "blocks.0.mlp.experts.2.hook_post"}),
     "analysis.head_detection.detect_head": Row(
         {"detection_pattern": "previous_token_head"}, {"cache": CACHE, "heads": [THING, 5, ["nonsense"], [(99, 0)]]}
@@ -559,6 +563,7 @@ ROWS: dict[str, Row] = {
         f"analysis.head_detection.get_{name}_head_detection_pattern": Row(wrong={"tokens": ONE_TEXT})
         for name in ("duplicate_token", "induction", "previous_token")
     },
+    "analysis.heads.ablate_heads": Row({"heads": "L0H1"}, {"positions": LATER["positions"]}),
     "analysis.heads.head_bases": Row({"matrix": "W_O"}),
     "analysis.heads.principal_angles": Row(
         {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:3]}, {"first": TENSOR}

@@ -297,7 +297,7 @@ def test_a_direction_over_heads(bridge):
             ValueError,
             "vector: 128 of its 128 numbers are not finite",
         ),
-        (lambda b: b.steer(torch.ones(128), 4), ValueError, "steer: got layer 4, expected -4 to 3"),
+        (lambda b: b.steer(torch.ones(128), 4), ValueError, "steer: got 4, expected -4 to 3 in a model of 4 layers"),
         (lambda b: b.steer(torch.ones(128), True), TypeError, "steer: got True"),
         (lambda b: b.steer(torch.ones(128), []), ValueError, "steer: got no hook"),
         (lambda b: b.steer(torch.ones(128), "blocks.0.hook_resid_pos"), KeyError, "blocks.0.hook_resid_post"),

@@ -11,11 +11,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.heads import induction_scores, previous_token_scores, random_repeats
+from transformer_lens.analysis.heads import ablate_heads, induction_scores, previous_token_scores, random_repeats
 from transformer_lens.cli.app import app
 from transformer_lens.cli.circuits import (
     heads_that_repeat,
-    mean_ablation,
     patch_residual_stream,
     second_half_loss,
     suitable_pair,
@@ -87,7 +86,7 @@ def test_the_heads_it_finds_are_induction_and_previous_token_heads(falcon):
     tokens = random_repeats(falcon)
     with torch.no_grad():
         with_them = second_half_loss(falcon, tokens)
-        hooks = [("blocks.1.attn.hook_z", mean_ablation(head)) for head in range(4)]
+        hooks = ablate_heads(falcon, {1: range(4)}, mean=True)
         without = second_half_loss(falcon, tokens, fwd_hooks=hooks)
     assert with_them < 0.05
     assert without > 3

@@ -159,7 +159,7 @@ def test_vectors_that_do_not_fit(tmp_path: Path) -> None:
         ("two", "1", "got 2 tensors in"),
         ("nan", "1", "128 of its 128 numbers are not finite"),
         ("text", "1", "is no safetensors file"),
-        ("short", "9", "got layer 9, expected -4 to 3"),
+        ("short", "9", "got 9, expected -4 to 3 in a model of 4 layers"),
         ("short", "blocks.0.hook_nothing", "blocks.0.hook_nothing"),
     ):
         result = run("hi", "--steer", tmp_path / f"{name}.safetensors", "--steer-at", place)
@@ -175,10 +175,10 @@ def test_vectors_that_do_not_fit(tmp_path: Path) -> None:
     [
         ((), 2, "give a prompt in quotes, or --file"),
         (("hi", "--stream", "--json"), 2, "--stream and --json exclude each other"),
-        (("hi", "--ablate-head", "1"), 2, "expected LAYER.HEAD"),
-        (("hi", "--ablate-head", "-1.0"), 2, "expected LAYER.HEAD"),
-        (("hi", "--ablate-head", "4.0"), 1, "got 4.0, expected a layer from 0 to 3 and a head from 0 to 3"),
-        (("hi", "--ablate-head", "0.4"), 1, "got 0.4"),
+        (("hi", "--ablate-head", "1"), 2, "expected a layer and its head as"),
+        (("hi", "--ablate-head", "-1.0"), 2, "expected a layer and its head as"),
+        (("hi", "--ablate-head", "4.0"), 1, "got (4, 0), expected layers 0 to 3 and heads 0 to 3"),
+        (("hi", "--ablate-head", "L0H4"), 1, "got (0, 4)"),
         (("hi", "--steer-at", "1"), 2, "--steer and --steer-at belong together"),
         (("hi", "--steer", "/nowhere.safetensors", "--steer-at", "1"), 2, "does not exist"),
         (("hi", "--option", "repetition_penalty"), 2, "expected NAME=VALUE"),

@@ -81,7 +81,7 @@ def test_hovering_over_attention_names_tokens_and_value_and_the_menu_changes_the
     assert f"{cache['pattern', 1][0, 2, -1, 4]:.3f}" in before
     page.mouse.move(5, 5)
     page.locator(".updatemenu-header").click()
-    page.locator(".updatemenu-dropdown-button", has_text="layer 0 head 3").click()
+    page.locator(".updatemenu-dropdown-button", has_text="L0H3").click()
     page.wait_for_function("document.querySelector('.js-plotly-plot').data[3].visible === true")
     assert page.evaluate("document.querySelector('.js-plotly-plot').data.filter(t => t.visible === true).length") == 1
     after = hovered(page, 4.5 * cell, 1 - cell / 2)

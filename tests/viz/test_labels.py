@@ -63,41 +63,44 @@ def test_chosen_heads_keep_their_numbers(falcon, cache):
     tokens = falcon.to_str_tokens(TEXT)
     pattern = cache["pattern", 1][0]
     chosen = attention_patterns(tokens, pattern[[3, 1]], heads=[3, 1], layers=1, first=(1, 1))
-    assert (list(chosen.panels), chosen.first) == (["layer 1 head 3", "layer 1 head 1"], "layer 1 head 1")
+    assert (list(chosen.panels), chosen.first) == (["L1H3", "L1H1"], "L1H1")
     seen = torch.ones(15, 15, dtype=torch.bool).tril()
     for head in (3, 1):
-        assert torch.equal(chosen.panels[f"layer 1 head {head}"].values[seen], pattern[head][seen])
+        assert torch.equal(chosen.panels[f"L1H{head}"].values[seen], pattern[head][seen])
     assert list(attention_patterns(tokens, pattern[2], heads=2).panels) == ["head 2"]
     assert list(attention_patterns(tokens, pattern[2:3], heads=[2]).panels) == ["head 2"]
-    assert list(attention_patterns(tokens, pattern[2], heads=2, layers=1).panels) == ["layer 1 head 2"]
+    assert list(attention_patterns(tokens, pattern[2], heads=2, layers=1).panels) == ["L1H2"]
     layers = torch.stack([cache["pattern", layer][0, :2] for layer in (1, 3)])
     stacked = attention_patterns(tokens, layers, layers=(1, 3))
-    assert list(stacked.panels) == [f"layer {layer} head {head}" for layer in (1, 3) for head in (0, 1)]
-    assert torch.equal(stacked.panels["layer 3 head 1"].values[seen], cache["pattern", 3][0, 1][seen])
+    assert list(stacked.panels) == [f"L{layer}H{head}" for layer in (1, 3) for head in (0, 1)]
+    assert torch.equal(stacked.panels["L3H1"].values[seen], cache["pattern", 3][0, 1][seen])
 
 
 def test_of_a_cache_heads_and_layers_are_chosen(falcon, cache):
     tokens = falcon.to_str_tokens(TEXT)
     some = attention_patterns(tokens, cache, heads=[1, 3], layers=[0, 2])
-    assert list(some.panels) == ["layer 0 head 1", "layer 0 head 3", "layer 2 head 1", "layer 2 head 3"]
+    assert list(some.panels) == ["L0H1", "L0H3", "L2H1", "L2H3"]
     seen = torch.ones(15, 15, dtype=torch.bool).tril()
-    assert torch.equal(some.panels["layer 2 head 3"].values[seen], cache["pattern", 2][0, 3][seen])
-    assert list(attention_patterns(tokens, cache, heads=3, layers=2).panels) == ["layer 2 head 3"]
-    with pytest.raises(ValueError, match=r"got heads=\[1, 4\], expected some of \[0, 1, 2, 3\], which the cache holds"):
+    assert torch.equal(some.panels["L2H3"].values[seen], cache["pattern", 2][0, 3][seen])
+    assert list(attention_patterns(tokens, cache, heads=3, layers=2).panels) == ["L2H3"]
+    with pytest.raises(ValueError, match=r"got L0H4, expected heads 0 to 3 of layers \[0, 1, 2, 3\]"):
         attention_patterns(tokens, cache, heads=[1, 4])
-    with pytest.raises(ValueError, match=r"got layers=-1, expected some of \[0, 1, 2, 3\]"):
-        attention_patterns(tokens, cache, layers=-1)
+    assert list(attention_patterns(tokens, cache, heads=3, layers=-1).panels) == ["L3H3"]
+    with pytest.raises(ValueError, match="layers: got 4, expected -4 to 3 in a model of 4 layers"):
+        attention_patterns(tokens, cache, layers=4)
 
 
 @pytest.mark.parametrize("numbers", [[1], [1, 1], [1, 2, 3]])
 def test_numbers_have_to_fit_the_tensor(falcon, cache, numbers):
     tokens = falcon.to_str_tokens(TEXT)
-    with pytest.raises(ValueError, match=r"got heads=\[.*\], expected 2 different numbers"):
+    with pytest.raises(
+        ValueError, match=r"got heads=\[.*\] and layers=None, expected different ones, one for each of the 1 x 2"
+    ):
         attention_patterns(tokens, cache["pattern", 1][0, :2], heads=numbers)
-    with pytest.raises(ValueError, match=r"got layers=\[.*\], expected 2 different numbers"):
+    with pytest.raises(ValueError, match=r"got heads=None and layers=\[.*\], expected different ones"):
         attention_patterns(tokens, torch.stack([cache["pattern", i][0] for i in (0, 1)]), layers=numbers)
     with pytest.raises(ValueError, match="say which head a single one is with heads="):
-        attention_patterns(tokens, cache["pattern", 1][0, 0], heads=numbers)
+        attention_patterns(tokens, cache["pattern", 1][0, 0])
 
 
 def test_maps_take_the_ends_of_their_colours(falcon):

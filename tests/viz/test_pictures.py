@@ -48,14 +48,14 @@ def cache(falcon):
 def test_attention_patterns_show_every_head_and_hide_the_future(cache, tokens):
     picture = attention_patterns(tokens, cache, first=(1, 2))
     assert len(picture.panels) == 16
-    shown = picture.panels["layer 2 head 1"].values
+    shown = picture.panels["L2H1"].values
     seen = torch.ones(15, 15, dtype=torch.bool).tril()
     assert torch.equal(shown[seen], cache["pattern", 2][0, 1][seen])
     assert shown[~seen].isnan().all()
     figure = picture.figure()
     assert [trace.visible for trace in figure.data].index(True) == 1 * 4 + 2
     button = figure.layout.updatemenus[0].buttons[9]
-    assert button.label == "layer 2 head 1"
+    assert button.label == "L2H1"
     assert [place for place, on in enumerate(button.args[0]["visible"]) if on] == [9]
 
 
@@ -63,7 +63,7 @@ def test_attention_given_as_a_tensor(cache, tokens):
     one = attention_patterns(tokens, cache["pattern", 1][0])
     assert list(one.panels) == [f"head {h}" for h in range(4)]
     stacked = attention_patterns(tokens, torch.stack([cache["pattern", i][0] for i in range(2)]), first=(1, 3))
-    assert (len(stacked.panels), stacked.first) == (8, "layer 1 head 3")
+    assert (len(stacked.panels), stacked.first) == (8, "L1H3")
     # With a KV cache there are fewer queries than keys: the last positions.
     late = attention_patterns(tokens, cache["pattern", 1][0, :, -2:])
     assert late.panels["head 0"].rows == tokens[-2:]
@@ -75,7 +75,7 @@ def test_what_attention_patterns_refuse(falcon, cache, tokens):
         attention_patterns(tokens[1:], cache)
     with pytest.raises(ValueError, match=r"a tensor of \[15, 15\], expected \[head query_pos key_pos\]"):
         attention_patterns(tokens, cache["pattern", 0][0, 0])
-    with pytest.raises(ValueError, match=r"first=\(9, 0\), and there is no layer 9 head 0"):
+    with pytest.raises(ValueError, match=r"first=\(9, 0\), and there is no L9H0"):
         attention_patterns(tokens, cache, first=(9, 0))
     _, some = falcon.run_with_cache([TEXT, TEXT])
     with pytest.raises(ValueError, match=r"a batch of 2, expected one text; choose it by"):
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused(falcon, tokens):
         TokenText(["a"], {"v": torch.tensor([float("inf")])}, "x")
     with pytest.raises(ValueError, match="no tokens or no values"):
         TokenText([], {}, "x")
-    with pytest.raises(ValueError, match="MLPs are dense, so nothing is routed"):
+    with pytest.raises(ValueError, match="routing_map needs a mixture of experts"):
         routing_map(falcon, TEXT)
     with pytest.raises(ValueError, match=r"got 'x.svg', expected a name that ends in .html or .png"):
         head_map(torch.eye(2), "x").save("x.svg")

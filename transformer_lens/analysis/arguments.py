@@ -1,7 +1,7 @@
 """What analysis asks of its arguments, by their names, before anything runs: one table for all functions.
 
 A name means the same everywhere, so a function says `@checked` and no more. What depends on a model (layers, heads,
-experts, positions) is checked by `asking`, `features` and the functions themselves.
+experts, positions) is asked by `transformer_lens.asking`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RULES: Mapping[str, Rule] = {
     "confidence": partial(a_number, least=0.0, most=1.0),
     **dict.fromkeys(("lr", "strength"), partial(a_number, least=0.0, above=True)),
     "directory": a_path,
-    **dict.fromkeys(("label", "sender", "receiver", "activation_name"), a_text),
+    "activation_name": a_text,
     **dict.fromkeys(("edges", "circuits", "paths", "interventions", "words", "index_df"), a_list),
     **dict.fromkeys(
         ("column_max_ranges", "column_names", "index_axis_names", "path", "types", "groups", "labels"), a_list

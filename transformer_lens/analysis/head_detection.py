@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,16 +12,14 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.experts.routers import refuse_embeddings
-from transformer_lens.checks import a_list, in_words, is_one_of, is_whole, whole_numbers
+from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
+from transformer_lens.checks import a_list, in_words, is_one_of
 
 logger = logging.getLogger(__name__)
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
 HEAD_NAMES: tuple[HeadName, ...] = get_args(HeadName)
 ErrorMeasure = Literal["abs", "mul"]
-Heads = Sequence[tuple[int, int]] | Mapping[int, Sequence[int]]
-"""(layer, head) pairs, or the heads of each layer."""
 Tokens = Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
 
@@ -65,9 +63,7 @@ def get_induction_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos p
 
 def _one_text(tokens: Tokens) -> Int[Tensor, " pos"]:
     """The ids of one text. Raises `TypeError` for anything else."""
-    suits = isinstance(tokens, Tensor) and tokens.ndim in (1, 2) and tokens.numel() == tokens.shape[-1] > 0
-    if not suits or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens: got {in_words(tokens)}, expected the token ids of one text, [pos] or [1, pos]")
+    check_one_text("tokens", tokens, ids_only=True)
     return tokens.reshape(-1)
 
 
@@ -99,7 +95,8 @@ def detect_head(
     (torch.Size([4, 4]), [[0, 2], [0, 3]])
 
     How well each head's attention fits a pattern: one that is named, or your own `[pos, pos]`, zero above its
-    diagonal, also one for each text. -1 for heads that are not among `heads`.
+    diagonal, also one for each text. `heads` are some heads (`["L3H2", "0.1", (1, 0)]`) or the heads of each layer
+    (`{3: [0, 2]}`); all others score -1.
 
     "mul": the share of a head's attention that falls where the pattern is (0 to 1); attention that was excluded
     counts nowhere, and a head that has none left scores 0. "abs": 1 less the absolute difference to the pattern,
@@ -111,7 +108,7 @@ def detect_head(
     """
     if not is_one_of(error_measure, get_args(ErrorMeasure)):
         raise ValueError(f"error_measure: got {error_measure!r}, expected 'abs' or 'mul'")
-    wanted = _wanted(model, heads)
+    wanted = head_pairs(model.cfg, heads)
     if not isinstance(seq, (str, Tensor)):
         a_list("seq", seq)
         seq = list(seq)
@@ -199,26 +196,3 @@ def _pattern(given: HeadName | Tensor, text: Int[Tensor, " pos"], number: int, t
     if not bool(pattern.isfinite().all()) or bool(pattern.triu(1).any()):
         raise ValueError("detection_pattern: expected finite numbers, zero above the diagonal (no head looks ahead)")
     return pattern
-
-
-def _wanted(model: TransformerBridge, heads: Heads | None) -> list[tuple[int, int]]:
-    """The heads meant. Raises `ValueError` for one that is not there."""
-    cfg = model.cfg
-    if heads is None:
-        return [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
-    if isinstance(heads, Mapping):
-        pairs = [(layer, head) for layer in heads for head in whole_numbers("heads", heads[layer])]
-    else:
-        a_list("heads", heads)
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_whole, pair)) for pair in heads):
-            raise TypeError(f"heads: got {in_words(heads)}, expected (layer, head) pairs, or the heads of each layer")
-        pairs = [(layer, head) for layer, head in heads]
-    for layer, head in pairs:
-        if not (is_whole(layer) and 0 <= layer < cfg.n_layers and 0 <= head < cfg.n_heads):
-            raise ValueError(
-                f"heads: got ({layer}, {head}), expected layers 0 to {cfg.n_layers - 1} and heads 0 to "
-                f"{cfg.n_heads - 1}"
-            )
-    if not pairs:
-        raise ValueError("heads: got none, expected at least one")
-    return pairs

@@ -1,7 +1,8 @@
-"""What heads do on repeated random tokens, and how alike the subspaces are that they read and write."""
+"""Heads: what they do on repeated random tokens, taking them away, and how alike the spaces they read and write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import Any, Literal
 
@@ -9,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens import TransformerBridge
+from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.head_detection import detect_head
-from transformer_lens.checks import a_tensor, is_one_of, whole
+from transformer_lens.asking import Heads, Positions, checked_positions, head_pairs, layer_number, position_mask
+from transformer_lens.checks import a_tensor, is_one_of
 from transformer_lens.data.generate import repeated_random_tokens
 
 Matrix = Literal["W_Q", "W_K", "W_V", "W_O"]
@@ -100,6 +102,34 @@ def _mean_attention(
     return torch.stack(rows)
 
 
+@checked
+def ablate_heads(
+    bridge: TransformerBridge, heads: Heads, positions: Positions = None, *, mean: bool = False
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """
+    >>> prompt = "When Mary and John went to the store, John gave a drink to"
+    >>> hooks = ablate_heads(bridge, ["L3H0", "3.1", (3, 2), "L3H3"])
+    >>> bridge.to_string(bridge.run_with_hooks(prompt, fwd_hooks=hooks)[0, -1].argmax())
+    ' John'
+
+    Hooks that let some heads write nothing, or with `mean` what they write on average over the batch and the positions
+    of that forward: what they read (`attn.hook_z`) is replaced, everywhere or at some positions (those of
+    `bridge.steer`). Heads as in `detect_head`. Raises `ValueError` for a head that is not there.
+    """
+    where = checked_positions(positions)
+    of_layer: dict[int, list[int]] = {}
+    for layer, head in head_pairs(bridge.cfg, heads):
+        of_layer.setdefault(layer, []).append(head)
+
+    def ablate(z: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> Float[Tensor, "batch pos head d_head"]:
+        gone = torch.zeros(z.shape[2], dtype=torch.bool, device=z.device)
+        gone[of_layer[hook.layer()]] = True
+        instead = z.mean((0, 1), keepdim=True) if mean else torch.zeros_like(z)
+        return torch.where((position_mask(where, z, hook)[..., None] & gone)[..., None], instead, z)
+
+    return [(f"blocks.{layer}.attn.hook_z", ablate) for layer in sorted(of_layer)]
+
+
 # -- subspaces ---------------------------------------------------------------------------------------
 
 
@@ -175,7 +205,7 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     """
     if not is_one_of(matrix, MATRICES):
         raise ValueError(f"head_bases: got {matrix!r}, expected one of {', '.join(MATRICES)}")
-    layer = whole("layer", layer, 0, bridge.cfg.n_layers - 1)
+    layer = layer_number(bridge.cfg, layer)
     block: Any = bridge.blocks[layer]
     weight: Tensor = getattr(block.attn, matrix).detach()
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -201,6 +231,7 @@ def _rounding(x: Tensor) -> float:
 
 
 __all__ = [
+    "ablate_heads",
     "detect_head",
     "duplicate_token_scores",
     "head_bases",

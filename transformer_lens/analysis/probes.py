@@ -17,8 +17,9 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Position, Texts, activations_at, check_texts, tokens_at
+from transformer_lens.analysis.features import Position, activations_at, tokens_at
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.asking import Texts, check_texts
 from transformer_lens.checks import a_text, is_one_of
 
 if TYPE_CHECKING:

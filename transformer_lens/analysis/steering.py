@@ -10,7 +10,8 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Position, Texts, activations_at, place_name
+from transformer_lens.analysis.features import Position, activations_at
+from transformer_lens.asking import Texts, place_name
 from transformer_lens.checks import is_one_of
 
 NORMALIZATIONS = (None, "unit", "stream")

@@ -63,7 +63,7 @@ def _commands(
 
     transformer-lens hooks tiny-falcon attn
 
-    transformer-lens generate tiny-falcon "Mary and John went" --ablate-head 3.2
+    transformer-lens generate tiny-falcon "Mary and John went" --ablate-head L3H2
     """
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.heads import induction_scores, previous_token_scores, random_repeats
+from transformer_lens.analysis.heads import ablate_heads, induction_scores, previous_token_scores, random_repeats
 from transformer_lens.data.generate import IOIPair, ioi_pair
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -52,19 +52,10 @@ def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates:
         baseline = second_half_loss(bridge, tokens)
         for index in progress(best, "ablating heads"):
             layer, head = divmod(index, bridge.cfg.n_heads)
-            ablated = second_half_loss(bridge, tokens, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", mean_ablation(head))])
+            ablated = second_half_loss(bridge, tokens, fwd_hooks=ablate_heads(bridge, (layer, head), mean=True))
             scores = float(induction[layer, head]), float(previous[layer, head])
             found.append(HeadEffect(layer, head, *scores, float(ablated - baseline)))
     return sorted(found, key=lambda effect: -max(effect.induction, effect.previous))[: 2 * candidates]
-
-
-def mean_ablation(head: int) -> Callable[[Tensor, HookPoint], None]:
-    """A hook that replaces one head's output by its mean over the batch and the positions."""
-
-    def ablate(z: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> None:
-        z[:, :, head] = z[:, :, head].mean((0, 1))
-
-    return ablate
 
 
 @dataclass(frozen=True)

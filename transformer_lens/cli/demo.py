@@ -72,7 +72,7 @@ def show_next(model: str, heads: Sequence[tuple[int, int]], pages: Sequence[Path
     pictures = ", ".join(map(str, pages)) or "none was drawn"
     prompt = "When Mary and John went to the store, John gave a drink to"
     command = f"{_program()} generate {shlex.quote(model)} {prompt!r} -n 1"
-    command += "".join(f" --ablate-head {layer}.{head}" for layer, head in heads)
+    command += "".join(f" --ablate-head L{layer}H{head}" for layer, head in heads)
     for label, text in (
         ("pictures", f"{pictures} (open in a browser)" if pages else pictures),
         ("read on", "demos/1_main_demo.ipynb, or docs/tutorials/first_steps.md"),
@@ -132,7 +132,7 @@ def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
     for effect in effects:
         kind = "induction" if effect.induction > 0.4 else "previous token" if effect.previous > 0.4 else ""
         table.add_row(
-            f"{effect.layer}.{effect.head}",
+            f"L{effect.layer}H{effect.head}",
             f"{effect.induction:.2f}",
             f"{effect.previous:.2f}",
             kind,

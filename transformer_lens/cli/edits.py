@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
     """
-    >>> heads_of(["1.2", "0.3"])
+    >>> heads_of(["L1H2", "0.3"])
     [(1, 2), (0, 3)]
 
     Layers and heads. Raises typer's `BadParameter`, exit code 2, for anything else.
     """
-    found = [(text, re.fullmatch(r"([0-9]+)\.([0-9]+)", text)) for text in texts]
-    for text, match in found:
-        if not match:
-            raise typer.BadParameter(f"got {text!r}, expected LAYER.HEAD, such as 1.2", param_hint="--ablate-head")
-    return [(int(match[1]), int(match[2])) for _, match in found if match]
+    from transformer_lens.asking import written_pair
+
+    try:
+        return [written_pair("head", text, "LAYER.HEAD") for text in texts]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--ablate-head") from error
 
 
 def place_of(text: str) -> str | int:
@@ -53,25 +54,13 @@ def edited(
     Heads write zero in place of what they read (`attn.hook_z`). Raises `ValueError` for a head, a file, a vector or
     a place that does not fit the model.
     """
-    cfg = bridge.cfg
-    for layer, head in heads:
-        if layer >= cfg.n_layers or head >= cfg.n_heads:
-            raise ValueError(
-                f"--ablate-head: got {layer}.{head}, expected a layer from 0 to {cfg.n_layers - 1} and a head from "
-                f"0 to {cfg.n_heads - 1}"
-            )
+    from transformer_lens.analysis.heads import ablate_heads
+
     with ExitStack() as stack:
-        stack.enter_context(bridge.hooks([(f"blocks.{layer}.attn.hook_z", _silence(head)) for layer, head in heads]))
+        stack.enter_context(bridge.hooks(ablate_heads(bridge, heads) if heads else []))
         if vector is not None:
             stack.enter_context(bridge.steer(read_vector(vector), place_of(at), scale=scale))
         return stack.pop_all()
-
-
-def _silence(head: int) -> Any:
-    def silence(z: Tensor, hook: Any) -> None:
-        z[:, :, head] = 0
-
-    return silence
 
 
 def read_vector(path: Path) -> Tensor:

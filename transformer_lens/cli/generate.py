@@ -93,8 +93,8 @@ Options = Annotated[
 AblateHead = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="LAYER.HEAD",
-        help="Let a head write nothing (its hook_z is zero), such as 3.2; repeatable.",
+        metavar="HEAD",
+        help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable.",
         rich_help_panel=EDITS,
     ),
 ]
@@ -160,7 +160,7 @@ def generate(
 
     transformer-lens generate tiny-falcon "Mary and" --sample --seed 1 --stream
 
-    transformer-lens generate tiny-falcon "Mary and" --ablate-head 3.2 --json
+    transformer-lens generate tiny-falcon "Mary and" --ablate-head L3H2 --json
 
     echo "Mary and John went" | transformer-lens generate tiny-falcon --file -
     """

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.asking import layer_number
 from transformer_lens.checks import in_words, is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
@@ -32,7 +33,7 @@ from transformer_lens.model_bridge.inputs import Call, ModelInput
 from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.old_names import OldSwitches
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
-from transformer_lens.model_bridge.partial_run import Stopped, layer_number, starting_at, stopping_at
+from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.ports import Inside
@@ -305,8 +306,10 @@ class TransformerBridge(
         padding left out), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
         that enters it; `start_at_layer` takes such a stream as input. Negative layers count from the end.
         """
-        start = layer_number("start_at_layer", start_at_layer, self.cfg.n_layers)
-        stop = layer_number("stop_at_layer", stop_at_layer, self.cfg.n_layers)
+        start, stop = (
+            None if layer is None else layer_number(self.cfg, layer, what, beyond=True)
+            for what, layer in (("start_at_layer", start_at_layer), ("stop_at_layer", stop_at_layer))
+        )
         self._check_call(return_type, start, stop)
         if start and past_key_values is not None and not isinstance(past_key_values, PrefixCache):
             raise ValueError(

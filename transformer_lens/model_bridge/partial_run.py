@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transformer_lens.checks import whole
 from transformer_lens.hook_point import state
 from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
@@ -136,11 +135,3 @@ def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[N
             stand_in.users -= 1
             if not stand_in.users:
                 stand_in.remove()
-
-
-def layer_number(name: str, layer: int | None, n_layers: int) -> int | None:
-    """A layer counted from the end where it is negative. Raises `ValueError` beyond the model."""
-    if layer is None:
-        return None
-    layer = whole(name, layer, -n_layers, n_layers, f" in a model of {n_layers} layers")
-    return layer + n_layers if layer < 0 else layer

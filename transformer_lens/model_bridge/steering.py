@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
 from transformer_lens.checks import is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, HookSpec
@@ -24,8 +25,6 @@ from transformer_lens.row_hooks import Rows, on_rows
 
 Places = str | int | Sequence[str | int] | Callable[[str], bool]
 """A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""
-Positions = int | Sequence[int] | slice | Bool[Tensor, "batch pos"] | None
-"""A position, several, a slice, a mask over batch and positions, or `None` for all of them."""
 Part = Literal["prompt", "continuation", "all"]
 PARTS: tuple[Part, ...] = ("prompt", "continuation", "all")
 
@@ -120,7 +119,7 @@ class SteeringMethods(HookedRootModule):
             names = self.select_names(at)
         else:
             places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
-            names = list(dict.fromkeys(self._place(what, place) for place in places))
+            names = list(dict.fromkeys(place_name(self, place, what) for place in places))
         if not names:
             raise ValueError(f"{what}: got no hook, expected at least one")
         for name in names:
@@ -129,16 +128,6 @@ class SteeringMethods(HookedRootModule):
                 why = point.read_only or f"its axes are {point.axes!r}, and it needs floats by batch and position"
                 raise ValueError(f"{what} at {name!r}: {why}")
         return names
-
-    def _place(self, what: str, place: str | int) -> str:
-        if isinstance(place, str):
-            return self.canonical_name(place)
-        if isinstance(place, bool) or not isinstance(place, int):
-            raise TypeError(f"{what}: got {place!r}, expected a hook's name, a layer, several of them, or a predicate")
-        layers = self.cfg.n_layers
-        if not -layers <= place < layers:
-            raise ValueError(f"{what}: got layer {place}, expected {-layers} to {layers - 1}")
-        return f"blocks.{place % layers}.hook_resid_post"
 
     def _tail(self, name: str) -> list[int | str]:
         """A hook's shape without batch and positions."""
@@ -162,7 +151,7 @@ class _Where:
         if self.on != "all":
             chosen &= self._part(pos, hook).to(tensor.device)
         if self.positions is not None:
-            chosen &= self._position_mask(batch, pos, hook).to(tensor.device)
+            chosen &= position_mask(self.positions, tensor, hook)
         if self.rows is not None:
             every = torch.zeros(batch, 1, dtype=torch.bool, device=tensor.device)
             chosen &= on_rows(self.rows, lambda part, hook: torch.ones_like(part))(every, hook=hook)
@@ -175,40 +164,6 @@ class _Where:
         of_prompt = torch.tensor([column < step.prompt_mask.shape[1] for column in step.columns])
         of_prompt = of_prompt[-pos:]  # `generate` computes the logits of the last column alone
         return of_prompt if self.on == "prompt" else ~of_prompt
-
-    def _position_mask(self, batch: int, pos: int, hook: HookPoint) -> Bool[Tensor, "batch pos"]:
-        step, wanted = hook.generation, self.positions
-        if step is None:
-            index, length = torch.arange(pos).expand(batch, pos), torch.full((batch, 1), pos)
-        else:
-            index = step.positions[:, -pos:].cpu()
-            length = step.prompt_mask.sum(-1, keepdim=True).cpu().repeat_interleave(batch // len(step.prompt_mask), 0)
-        if isinstance(wanted, Tensor):
-            expected = [batch, pos] if step is None else list(step.prompt_mask.shape)
-            if list(wanted.shape) != expected:
-                raise ValueError(f"positions: got a mask of shape {list(wanted.shape)}, expected {expected}")
-            if step is None:
-                return wanted
-            within = torch.nn.functional.pad(wanted.cpu(), (0, max(0, step.columns.stop - wanted.shape[1])))
-            return within.repeat_interleave(batch // len(wanted), 0)[:, step.columns.start : step.columns.stop][
-                :, -pos:
-            ]
-        if isinstance(wanted, slice):
-            start = _counted(wanted.start or 0, length).clamp(min=0)
-            found = (index >= start) & ((index - start) % (wanted.step or 1) == 0)
-            return found if wanted.stop is None else found & (index < _counted(wanted.stop, length))
-        found = torch.zeros(batch, pos, dtype=torch.bool)
-        for position in [wanted] if isinstance(wanted, int) else wanted or ():
-            place = _counted(position, length)
-            if bool((place < 0).any()) or (step is None and bool((place >= length).any())):
-                raise ValueError(f"positions: got {position}, expected {-int(length.min())} to {int(length.min()) - 1}")
-            found |= index == place
-        return found
-
-
-def _counted(position: int, length: Tensor) -> Tensor:
-    """A position of each row, negative ones counted from the end."""
-    return length + position if position < 0 else torch.full_like(length, position)
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,18 +234,7 @@ def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
         raise ValueError(f"on: got {on!r}, expected 'prompt', 'continuation' or 'all'")
     if rows is not None:
         on_rows(rows, torch.zeros_like)
-    if isinstance(positions, Tensor):
-        suits = positions.dtype == torch.bool and positions.ndim == 2
-        got = f"a {positions.dtype} tensor of shape {list(positions.shape)}"
-    elif isinstance(positions, slice):
-        suits, got = (positions.step or 1) > 0, f"{positions}"
-    else:
-        several = positions if isinstance(positions, (list, tuple, range)) else [positions]
-        suits = positions is None or (len(several) > 0 and all(type(position) is int for position in several))
-        got = repr(positions)
-    if not suits:
-        raise TypeError(f"positions: got {got}, expected ints, a forward slice, a boolean mask [batch, pos] or None")
-    return _Where(positions, rows, on)
+    return _Where(checked_positions(positions), rows, on)
 
 
 def _orthonormal(directions: Float[Tensor, "several d"]) -> Float[Tensor, "several d"]:

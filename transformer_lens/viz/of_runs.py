@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.checks import a_list, as_numbers, in_words, whole, whole_numbers
+from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
+from transformer_lens.checks import a_list, as_numbers, in_words, is_several, is_whole, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -26,28 +27,28 @@ Limits = tuple[float, float] | None
 def attention_patterns(
     tokens: Sequence[str],
     attention: ActivationCache | Pattern,
-    first: tuple[int, int] = (0, 0),
+    first: Pair = (0, 0),
     title: str = "",
-    heads: Numbers = None,
+    heads: Numbers | Heads = None,
     layers: Numbers = None,
 ) -> Heatmaps:
     """How much each position attends to each earlier one, one head at a time, with a menu of heads.
 
     >>> tokens = bridge.to_str_tokens("Mary and John")
-    >>> attention_patterns(tokens, cache, first=(1, 2))
-    Heatmaps 'Attention patterns': 16 panels, layer 0 head 0 to layer 3 head 3
+    >>> attention_patterns(tokens, cache, first="L1H2")
+    Heatmaps 'Attention patterns': 16 panels, L0H0 to L3H3
 
-    >>> attention_patterns(tokens, cache["pattern", 1][0, [2, 3]], heads=[2, 3], layers=1)
-    Heatmaps 'Attention patterns': 2 panels, layer 1 head 2 to layer 1 head 3
+    >>> attention_patterns(tokens, cache["pattern", 1][0, [2, 3]], heads=["L1H2", "L1H3"])
+    Heatmaps 'Attention patterns': 2 panels, L1H2 to L1H3
 
     `attention` is a cache of one text, or a tensor `[layer head query_pos key_pos]`, `[head query_pos key_pos]` or,
-    with one number as `heads`, `[query_pos key_pos]`. Of a cache, `heads` and `layers` choose what is shown; of a
-    tensor they say which heads it holds, else they count from 0. `first=(layer, head)` shows first. Raises
-    `ValueError` where tokens and positions do not fit, and for heads or layers that are not there.
+    with one head, `[query_pos key_pos]`. Of a cache, `heads` and `layers` choose what is shown; of a tensor they say
+    which heads it holds, else they count from 0. `heads` are numbers in each of the layers, or heads with their
+    layers: `"L3H2"`, `"3.2"`, several of these or of pairs `[(3, 2)]`. `first` shows first. Raises `ValueError` where
+    tokens and positions do not fit, and for heads or layers that are not there.
     """
     a_list("tokens", tokens)
-    if not isinstance(first, (tuple, list)) or len(first) != 2:
-        raise TypeError(f"attention_patterns: got first={in_words(first)}, expected (layer, head)")
+    wanted = _label(*written_pair("head", first, "first"))
     panels = {}
     for (layer, head), pattern in _heads(attention, layers, heads).items():
         if list(pattern.shape[-1:]) != [len(tokens)] or pattern.shape[0] > pattern.shape[1]:
@@ -58,7 +59,7 @@ def attention_patterns(
         queries, keys = pattern.shape
         shown = pattern.detach().float().cpu()
         unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-        name = f"head {head}" if layer is None else f"layer {layer} head {head}"
+        name = _label(layer, head)
         panels[name] = Heatmap(
             shown.masked_fill(unseen, float("nan")),
             rows=tokens[keys - queries :],
@@ -69,57 +70,69 @@ def attention_patterns(
             value="attention",
             limits=(0.0, 1.0),
         )
-    wanted = f"layer {first[0]} head {first[1]}"
     if wanted not in panels and first != (0, 0):
-        raise ValueError(f"attention_patterns: got first={first}, and there is no {wanted} among the patterns given")
+        raise ValueError(f"attention_patterns: got first={first!r}, and there is no {wanted} among the patterns given")
     return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
 
 
+def _label(layer: int | None, head: int) -> str:
+    return f"head {head}" if layer is None else f"L{layer}H{head}"
+
+
 def _heads(
-    attention: ActivationCache | Pattern, layers: Numbers, heads: Numbers
+    attention: ActivationCache | Pattern, layers: Numbers, heads: Numbers | Heads
 ) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
     """Every head's pattern, by layer and head."""
-    if isinstance(attention, Tensor):
-        return _numbered(attention, layers, heads)
-    if not isinstance(attention, ActivationCache):
+    if not isinstance(attention, (Tensor, ActivationCache)):
         raise TypeError(f"attention: got {in_words(attention)}, expected an ActivationCache, or patterns as a tensor")
+    several: Any = [heads] if isinstance(heads, str) else heads
+    pairs: list[tuple[int | None, int]] = []
+    if is_several(several) and not all(map(is_whole, several)):
+        if layers is not None:
+            raise ValueError(f"layers: got {layers} beside heads={in_words(heads)}, which name their layers already")
+        pairs = [written_pair("head", head, "heads") for head in several]
+    if isinstance(attention, Tensor):
+        return _of_tensor(attention, layers, several, pairs)
     cached = _cached_patterns(attention)
     held = len(next(iter(cached.values())))
-    for what, wanted, there in (("layers", layers, sorted(cached)), ("heads", heads, list(range(held)))):
-        absent = [number for number in _several(what, wanted, there) if number not in there]
-        if absent:
+    if not pairs:
+        cfg = cast(TransformerBridge, attention.model).cfg
+        of_layers = cached if layers is None else layer_numbers(cfg, layers, "layers")
+        pairs = [(i, h) for i in of_layers for h in (range(held) if heads is None else whole_numbers("heads", heads))]
+    for layer, head in pairs:
+        if layer not in cached or not 0 <= head < held:
             raise ValueError(
-                f"attention_patterns: got {what}={wanted}, expected some of {there}, which the cache holds"
+                f"attention_patterns: got {_label(layer, head)}, expected heads 0 to {held - 1} of layers "
+                f"{sorted(cached)}, which the cache holds"
             )
-    several = _several("heads", heads, range(held))
-    return {(layer, head): cached[layer][head] for layer in _several("layers", layers, cached) for head in several}
+    return {(layer, head): cached[cast(int, layer)][head] for layer, head in pairs}
 
 
-def _numbered(
-    pattern: Pattern, layers: Numbers, heads: Numbers
+def _of_tensor(
+    pattern: Pattern, layers: Numbers, heads: Any, pairs: list[tuple[int | None, int]]
 ) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
-    """The heads of a tensor under the numbers given, or counted from 0."""
-    if pattern.ndim not in (3, 4) and not (pattern.ndim == 2 and isinstance(heads, int)):
+    """The heads of a tensor under the names given, or counted from 0."""
+    if pattern.ndim not in (3, 4) and not (pattern.ndim == 2 and heads is not None):
         raise ValueError(
             f"attention_patterns: got a tensor of {list(pattern.shape)}, expected [head query_pos key_pos] or "
             "[layer head query_pos key_pos]; choose one text of a batch first, and say which head a single one is "
             "with heads="
         )
     stacked = pattern[(None,) * (4 - pattern.ndim)]
-    unnamed: Sequence[int | None] = [None] if pattern.ndim < 4 else range(len(stacked))
-    of_layers = unnamed if layers is None else _several("layers", layers, ())
-    of_heads = _several("heads", heads, range(stacked.shape[1]))
-    for what, numbers, size in (("layers", of_layers, len(stacked)), ("heads", of_heads, stacked.shape[1])):
-        if len(set(numbers)) != size or len(numbers) != size:
-            raise ValueError(
-                f"attention_patterns: got {what}={list(numbers)}, expected {size} different numbers, one for each of "
-                f"the {what} in the tensor of {list(pattern.shape)}"
-            )
-    return {(layer, head): stacked[i, j] for i, layer in enumerate(of_layers) for j, head in enumerate(of_heads)}
-
-
-def _several(what: str, wanted: Numbers, every: Iterable[int]) -> list[int]:
-    return list(every) if wanted is None else whole_numbers(what, wanted)
+    rows, columns = stacked.shape[:2]
+    fits = True
+    if not pairs:
+        unnamed: Sequence[int | None] = [None] if pattern.ndim < 4 else range(rows)
+        of_layers = unnamed if layers is None else whole_numbers("layers", layers)
+        of_heads = range(columns) if heads is None else whole_numbers("heads", heads)
+        fits = (len(of_layers), len(of_heads)) == (rows, columns)
+        pairs = [(layer, head) for layer in of_layers for head in of_heads]
+    if not fits or len(set(pairs)) != len(pairs) or len(pairs) != rows * columns:
+        raise ValueError(
+            f"attention_patterns: got heads={heads} and layers={layers}, expected different ones, one for each of the "
+            f"{rows} x {columns} heads in the tensor of {list(pattern.shape)}"
+        )
+    return dict(zip(pairs, stacked.flatten(0, 1), strict=True))
 
 
 def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head query_pos key_pos"]]:
@@ -190,7 +203,7 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
 
     Colour is its probability; hovering lists the `top` tokens.
     """
-    _need_one_text("logit_lens_grid", text)
+    check_one_text("logit_lens_grid", text)
     top = whole("logit_lens_grid: top", top, 1, bridge.W_U.shape[1])
     names = ["resid_pre", "resid_post"]
     with torch.no_grad():
@@ -262,14 +275,13 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
 
     `text` may be token ids, [pos] or [1, pos]. Raises `TypeError` for several texts.
     """
-    _need_one_text("routing_map", text)
-    if not bridge.cfg.num_experts:
-        raise ValueError("routing_map: this model's MLPs are dense, so nothing is routed")
+    check_one_text("routing_map", text)
+    n_experts = need_experts(bridge.cfg, "routing_map")
     inside = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
     with torch.no_grad():
         _, cache = bridge.run_with_cache(text, names_filter=lambda name: name.endswith(inside), prepend_bos=prepend_bos)
     tokens = _tokens(bridge, text, prepend_bos)
-    experts = list(map(str, range(bridge.cfg.num_experts)))
+    experts = list(map(str, range(n_experts)))
     panels = {}
     for layer in range(bridge.cfg.n_layers):
         weights, chosen = cache["expert_weights", layer][0].float(), cache["expert_indices", layer][0]
@@ -290,18 +302,11 @@ def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None 
 
     The first token is predicted by nothing and has no colour.
     """
-    _need_one_text("token_losses", text)
+    check_one_text("token_losses", text)
     with torch.no_grad():
         loss = bridge(text, return_type="loss", loss_per_token=True, prepend_bos=prepend_bos)[0]
     tokens = _tokens(bridge, text, prepend_bos)
     return TokenText(tokens, {"loss": torch.cat([loss.new_zeros(1), loss]).cpu()}, "Loss by token", "nats")
-
-
-def _need_one_text(what: str, text: object) -> None:
-    """Raise `TypeError` for several texts: a picture is of one."""
-    ids = isinstance(text, Tensor) and not text.is_floating_point() and (text.ndim == 1 or text.shape[:-1] == (1,))
-    if not isinstance(text, str) and not ids:
-        raise TypeError(f"{what}: got {in_words(text)}, expected one text, or the token ids of one: [pos] or [1, pos]")
 
 
 def _tokens(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> list[str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import need_experts
 from transformer_lens.analysis.attribution.gradient_runs import (
     At,
     differentiable_names,
@@ -26,6 +25,7 @@ from transformer_lens.analysis.attribution.gradient_runs import (
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import Metric
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
+from transformer_lens.asking import need_experts
 from transformer_lens.checks import a_text
 
 
@@ -148,7 +148,7 @@ def expert_attribution_patching(
     it was not chosen. An estimate of `get_act_patch_expert_out`; arguments and errors as in
     `attribution_patching`. Raises `ValueError` for a dense model.
     """
-    n_experts = need_experts(bridge, "attribution to experts")
+    n_experts = need_experts(bridge.cfg, "attribution to experts")
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     layers = range(bridge.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]

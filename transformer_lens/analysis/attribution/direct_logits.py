@@ -15,8 +15,8 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import Answer, answer_ids
-from transformer_lens.checks import in_words, is_one_of, whole
+from transformer_lens.asking import Answer, answer_ids, part_label, position_number
+from transformer_lens.checks import a_text, in_words, is_one_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,9 +29,10 @@ class DirectLogitAttribution:
     logit: Float[Tensor, " batch"]
     """What the model computed."""
 
-    @checked
-    def __getitem__(self, label: str) -> Float[Tensor, " batch"]:
+    def __getitem__(self, label: str | tuple[int, int]) -> Float[Tensor, " batch"]:
         """What one part adds in each text. Raises `KeyError` for a label that is not there."""
+        label = part_label(label)
+        a_text("label", label)
         if label not in self.labels:
             raise KeyError(
                 f"direct logit attribution: got {label!r}, expected one of {', '.join(self.labels[:6])}, ..."
@@ -109,7 +110,7 @@ def direct_logit_attribution(
     if not cache.has_batch_dim:
         raise ValueError("cache: it has no batch axis; cache without remove_batch_dim")
     whole_run = cache["unembed.hook_out"]
-    position = whole("position", position, -whole_run.shape[1], whole_run.shape[1] - 1)
+    position = position_number(position, whole_run.shape[1])
     logits = whole_run[:, position]
     right = answer_ids(bridge, "answer", answer, len(logits))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))

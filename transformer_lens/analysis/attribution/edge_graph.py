@@ -17,7 +17,8 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.checks import in_words, whole
+from transformer_lens.asking import part_label
+from transformer_lens.checks import a_text, in_words, whole
 
 Edge = tuple[str, str]
 """The labels of a sender and of a receiver."""
@@ -47,8 +48,8 @@ class EdgeGraph:
     >>> graph.senders[1].label, graph.receivers[0].label, graph.has_edge("L0H1", "0_mlp_in")
     ('L0H0', 'L0H0.q', False)
 
-    Labels: senders `embed`, `L0H1`, `0_mlp_out`, or `L0E2` for an expert; receivers `L1H2.q`, `.k`, `.v`,
-    `1_mlp_in` (which a layer's router and experts read together) and `logits`.
+    Labels: senders `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out`, or `L0E2` for an expert; receivers
+    `L1H2.q`, `.k`, `.v`, `1_mlp_in` (which a layer's router and experts read together) and `logits`.
     """
 
     senders: tuple[Place, ...]
@@ -95,18 +96,15 @@ class EdgeGraph:
     def _receiver_numbers(self) -> dict[str, int]:
         return {one.label: number for number, one in enumerate(self.receivers)}
 
-    @checked
-    def sender(self, label: str) -> int:
+    def sender(self, label: str | tuple[int, int]) -> int:
         """The number of a sender. Raises `KeyError` for a label that is not there."""
         return _number(label, self._sender_numbers, "sender")
 
-    @checked
     def receiver(self, label: str) -> int:
         """The number of a receiver. Raises `KeyError` for a label that is not there."""
         return _number(label, self._receiver_numbers, "receiver")
 
-    @checked
-    def has_edge(self, sender: str, receiver: str) -> bool:
+    def has_edge(self, sender: str | tuple[int, int], receiver: str) -> bool:
         """Whether what this sender writes is in what this receiver reads."""
         return bool(self.exists[self.sender(sender), self.receiver(receiver)])
 
@@ -142,7 +140,9 @@ def _pair(edge: Any) -> tuple[Any, Any]:
     return edge[0], edge[1]
 
 
-def _number(label: str, numbers: dict[str, int], what: str) -> int:
+def _number(label: Any, numbers: dict[str, int], what: str) -> int:
+    label = part_label(label)
+    a_text(what, label)
     if label not in numbers:
         some = list(numbers)
         raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")

@@ -7,6 +7,7 @@ Patching"; Hanna et al. 2024 (faithfulness). `edge_patching` runs them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,10 +20,11 @@ from transformer_lens.analysis.attribution.edge_patching import EdgeRuns, Experi
 from transformer_lens.analysis.attribution.gradient_runs import one_number
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric
+from transformer_lens.asking import is_pair, part_label
 from transformer_lens.checks import in_words
 
-Stop = str | Sequence[str]
-"""A sender or a receiver, or several side by side."""
+Stop = str | Sequence[int] | Sequence[str | tuple[int, int]]
+"""A sender or a receiver by its label, a head also as `"3.2"` or `(3, 2)`; or several side by side."""
 
 
 @checked
@@ -51,8 +53,8 @@ def path_patching(
     A path begins with a sender, which writes what it writes in the clean run, and goes on with receivers. On
     the way to the last of them only the path is live; what comes after the last is computed anew (so a
     path that ends at `"logits"` is that path and no other). Each step may be a list of senders or receivers; a
-    head as receiver (`"L3H2"`) means its query, key and value inputs together. Labels as in `EdgeGraph`; an
-    MLP's input leads to all experts of its layer.
+    head as receiver (`"L3H2"`, `"3.2"`, `(3, 2)`) means its query, key and value inputs together. Labels as in
+    `EdgeGraph`; an MLP's input leads to all experts of its layer.
 
     It is exact: each head's input is edited for itself, also where heads share keys, and the final norm, the
     softmaxes and the routers are run. It costs two forwards, and one row of a batch for each path and text,
@@ -172,8 +174,9 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
         raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
     if len(path) < 2:
         raise ValueError(f"path: got {path!r}, expected a sender and at least one receiver")
-    stops = [
-        [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, (list, tuple)) else [] for stop in path
+    stops: list[list[Any]] = [
+        [stop] if isinstance(stop, str) or is_pair(stop) else list(stop) if isinstance(stop, (list, tuple)) else []
+        for stop in path
     ]
     if not all(stops):
         raise ValueError(f"path: got {path!r}, in which a step is empty")
@@ -192,8 +195,9 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
     return Experiment(live & graph.exists, forced)
 
 
-def _receivers(graph: EdgeGraph, label: str) -> list[int]:
+def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     """A receiver, or the three of a head."""
+    label = part_label(label)
     if any(one.label == label for one in graph.receivers):
         return [graph.receiver(label)]
     parts = [number for number, one in enumerate(graph.receivers) if one.node == label]

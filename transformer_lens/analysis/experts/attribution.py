@@ -16,8 +16,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import Answer, answer_ids, need_experts
-from transformer_lens.analysis.experts.routers import Input, refuse_embeddings
+from transformer_lens.asking import Answer, Input, answer_ids, columns, need_experts, refuse_embeddings
 from transformer_lens.checks import whole
 
 
@@ -77,7 +76,7 @@ def logit_attribution(
     Raises `ValueError` for a dense model, for an answer of several tokens or outside the vocabulary, and
     for a position that a text does not have.
     """
-    need_experts(bridge, "expert logit attribution")
+    need_experts(bridge.cfg, "expert logit attribution")
     refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     batch, positions = _rows(mask, position)
@@ -132,11 +131,7 @@ def _rows(mask: Tensor, position: int | None) -> tuple[Int[Tensor, " row"], Int[
     if position is None:
         batch, column = mask.nonzero(as_tuple=True)
         return batch, column
-    lengths = mask.sum(-1)
-    shortest = int(lengths.min())
-    position = whole("position", position, -shortest, shortest - 1, f" in texts of at least {shortest} tokens")
-    columns = [int(row.nonzero()[position]) for row in mask]
-    return torch.arange(len(mask)), torch.tensor(columns)
+    return torch.arange(len(mask)), columns(mask, whole("position", position))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import (
+from transformer_lens.asking import (
     Layers,
     Pairs,
     Positions,
-    check_positions,
+    checked_positions,
     expert_numbers,
     experts_by_layer,
     layer_numbers,
@@ -45,20 +45,20 @@ def ablate_expert(
     >>> text = "When Mary and John went to the store"
     >>> bool(bridge.run_with_hooks(text, fwd_hooks=hooks, return_type="loss") > bridge(text, return_type="loss"))
     True
-    >>> several = ablate_expert(bridge, [(0, 2), (0, 3), (2, 1)])  # pairs of layer and expert
+    >>> several = ablate_expert(bridge, ["L0E2", "0.3", (2, 1)])  # a layer and its expert, in three spellings
     >>> everywhere = ablate_expert(bridge, layer=None, expert=[2, 3])  # two experts of every layer
 
     Take the weighted output of one expert, or of several, out of the stream where it was chosen, everywhere
     or at some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
     scales those to sum to one (where the experts taken away had all the weight, nothing is left to scale).
 
-    `layer=None` stands for all layers, also in a pair. Positions are those of the forward that runs, padding
-    included. The experts' twin computes the layers named, within rounding of the model's own kernel. Raises
-    `ValueError` for a dense model, for a layer, an expert or a position that is not there, and for one named twice.
+    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`. The experts'
+    twin computes the layers named, within rounding of the model's own kernel. Raises `ValueError` for a dense model,
+    for a layer, an expert or a position that is not there, and for one named twice.
     """
-    need_experts(bridge, "ablate_expert")
-    gone_of = experts_by_layer(bridge, layer, expert)
-    check_positions(positions)
+    need_experts(bridge.cfg, "ablate_expert")
+    gone_of = experts_by_layer(bridge.cfg, layer, expert)
+    positions = checked_positions(positions)
     if renormalize and bridge.cfg.experts_per_token == 1:
         raise ValueError("renormalize: this model chooses 1 expert for each token, so no weight is left to scale")
     seen: dict[tuple[int, str | None], Tensor] = {}
@@ -74,7 +74,7 @@ def ablate_expert(
     ) -> Float[Tensor, "batch pos chosen d_model"]:
         chosen: Int[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_indices")
         taken = torch.isin(chosen, torch.tensor(gone_of[hook.layer()], device=chosen.device))
-        gone = taken & position_mask(positions, out)[..., None]
+        gone = taken & position_mask(positions, out, hook)[..., None]
         left = out.masked_fill(gone[..., None], 0)
         if not renormalize:
             return left
@@ -106,20 +106,20 @@ def forbid_experts(
     Send tokens past some experts: their router logits become the lowest number there is, so the router
     chooses among the others, whose weights sum to one.
 
-    `layer=None` stands for all layers. Positions are those of the forward that runs, padding included.
+    `layer=None` stands for all layers. Positions are those of `bridge.steer`.
     Raises `ValueError` for a dense model, if fewer experts are left than the model chooses, and for a
     layer, an expert or a position that is not there.
     """
-    n_experts = need_experts(bridge, "forbid_experts")
-    forbidden = expert_numbers(bridge, experts)
-    check_positions(positions)
+    n_experts = need_experts(bridge.cfg, "forbid_experts")
+    forbidden = expert_numbers(bridge.cfg, experts)
+    positions = checked_positions(positions)
     left, needed = n_experts - len(forbidden), bridge.cfg.experts_per_token or 1
     if left < needed:
         raise ValueError(
             f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
             "token; to send tokens to fewer, use force_experts"
         )
-    return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge, layer)]
+    return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge.cfg, layer)]
 
 
 @checked
@@ -143,12 +143,12 @@ def force_experts(
     whatever they sum to, and stand in the order given.
 
     Fewer experts than the model chooses leave places over: those hold others, with weight zero. More
-    are refused. `layer=None` stands for all layers. Positions are those of the forward that runs,
-    padding included. Raises `ValueError` for a dense model, and for numbers that do not fit.
+    are refused. `layer=None` stands for all layers. Positions are those of `bridge.steer`.
+    Raises `ValueError` for a dense model, and for numbers that do not fit.
     """
-    n_experts = need_experts(bridge, "force_experts")
-    forced = expert_numbers(bridge, experts)
-    check_positions(positions)
+    n_experts = need_experts(bridge.cfg, "force_experts")
+    forced = expert_numbers(bridge.cfg, experts)
+    positions = checked_positions(positions)
     places = bridge.cfg.experts_per_token or 1
     if not 0 < len(forced) <= places:
         raise ValueError(
@@ -156,7 +156,7 @@ def force_experts(
             "token; to let it choose among more, forbid the others"
         )
     others = [expert for expert in range(n_experts) if expert not in forced]
-    layers = layer_numbers(bridge, layer)
+    layers = layer_numbers(bridge.cfg, layer)
     if weights is None:
         return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
     a_list("weights", weights)
@@ -182,7 +182,9 @@ def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
         concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         concerned[list(experts)] = True
         # Not minus infinity: a row of nothing else would become nan.
-        logits.masked_fill_(position_mask(positions, logits)[..., None] & concerned, torch.finfo(logits.dtype).min)
+        logits.masked_fill_(
+            position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min
+        )
 
     return lower
 
@@ -191,7 +193,7 @@ def _put(values: Sequence[int] | Sequence[float], positions: Positions) -> Calla
     """A hook that puts the same values at every place of some positions."""
 
     def put(places: Tensor, hook: HookPoint) -> Tensor:
-        where = position_mask(positions, places)[..., None]
+        where = position_mask(positions, places, hook)[..., None]
         return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)
 
     return put

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,14 +11,12 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import expert_numbers, layer_numbers, need_experts
 from transformer_lens.analysis.text_table import TextTable
-from transformer_lens.checks import whole
+from transformer_lens.asking import Input, Pair, need_experts, one_expert, refuse_embeddings
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Input = str | Sequence[str] | Int[Tensor, "*batch pos"]
 HOOKS = ("hook_router_logits", "hook_expert_weights", "hook_expert_indices")
 
 
@@ -60,18 +57,19 @@ class Routing:
             return [[str(token) for token in row] for row in self.tokens.tolist()]
         return [list(map(str, self.bridge.to_str_tokens(row))) for row in self.tokens]
 
-    def tokens_of(self, layer: int, expert: int) -> list[RoutedToken]:
+    def tokens_of(self, layer: int | Pair, expert: int | None = None) -> list[RoutedToken]:
         """
         >>> found = routing(bridge, "When Mary and John went to the store")
         >>> [(token.position, token.text, round(token.weight, 2)) for token in found.tokens_of(0, expert=2)]
         [(0, '<|bos|>', 0.72), (2, ' Mary', 0.6)]
+        >>> found.tokens_of("L0E2") == found.tokens_of(0, 2)
+        True
 
         The tokens sent to one expert, in reading order, padding left out. Raises `ValueError` for a layer
         or an expert that is not there.
         """
-        (number,) = layer_numbers(self.bridge, whole("layer", layer))
-        expert_numbers(self.bridge, whole("expert", expert))
-        sent = (self.indices[number] == expert) & self.mask[..., None]
+        layer, expert = one_expert((len(self.indices), self.probabilities.shape[-1]), layer, expert)
+        sent = (self.indices[layer] == expert) & self.mask[..., None]
         texts = self.str_tokens
         return [
             RoutedToken(
@@ -80,8 +78,8 @@ class Routing:
                 int(self.tokens[batch, position]),
                 texts[batch][position],
                 place,
-                float(self.weights[number, batch, position, place]),
-                float(self.probabilities[number, batch, position, expert]),
+                float(self.weights[layer, batch, position, place]),
+                float(self.probabilities[layer, batch, position, expert]),
             )
             for batch, position, place in sent.nonzero().tolist()
         ]
@@ -125,12 +123,6 @@ class Routing:
         return self.table().__rich__()
 
 
-def refuse_embeddings(input: Any) -> None:
-    """Raise `TypeError` for what has no token ids."""
-    if isinstance(input, Tensor) and input.is_floating_point():
-        raise TypeError(f"input: got a {input.dtype} tensor, expected text or token ids; routing is told by tokens")
-
-
 @checked
 def routing(
     bridge: TransformerBridge,
@@ -151,7 +143,7 @@ def routing(
     `prepend_bos`, `padding_side` and `attention_mask` as in `bridge.forward`. Raises `ValueError` for a
     dense model and `TypeError` for embeddings.
     """
-    need_experts(bridge, "routing")
+    need_experts(bridge.cfg, "routing")
     refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side, attention_mask)
     names = [f"blocks.{i}.mlp.{name}" for i in range(bridge.cfg.n_layers) for name in HOOKS]

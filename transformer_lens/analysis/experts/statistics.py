@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import need_experts
-from transformer_lens.analysis.experts.routers import Input, Routing, routing
+from transformer_lens.analysis.experts.routers import Routing, routing
 from transformer_lens.analysis.text_table import TextTable
+from transformer_lens.asking import Input, Pair, need_experts, one_expert
 from transformer_lens.checks import is_several, whole
 
 if TYPE_CHECKING:
@@ -89,16 +89,16 @@ class RoutingStatistics:
         return dense
 
     @checked
-    def top_tokens(self, layer: int, expert: int, n: int = 10) -> list[ExpertToken]:
+    def top_tokens(self, layer: int | Pair, expert: int | None = None, n: int = 10) -> list[ExpertToken]:
         """
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
         >>> [(token.text, token.times, token.share) for token in found.top_tokens(0, expert=0, n=2)]
         [('<|bos|>', 1, 1.0), (' and', 1, 1.0)]
 
-        The tokens sent most often to an expert, the most frequent first.
+        The tokens sent most often to an expert, the most frequent first. The expert is a layer and a number, or both
+        in one as "L0E2".
         """
-        layers, experts = self.load.shape
-        layer, expert = whole("layer", layer, -layers, layers - 1), whole("expert", expert, 0, experts - 1)
+        layer, expert = one_expert(self.load.shape, layer, expert)
         counts = self.token_load[:, layer, expert]
         order = counts.argsort(descending=True, stable=True)[:n]
         return [
@@ -234,7 +234,7 @@ def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], prog
     Raises `ValueError` for a dense model and for no batches, `TypeError` for embeddings, and for one text
     where a list of batches belongs.
     """
-    need_experts(bridge, "routing_statistics")
+    need_experts(bridge.cfg, "routing_statistics")
     if not is_several(batches):
         got = type(batches).__name__
         raise TypeError(f"batches: got a {got}, expected an iterable of batches; for one text pass [text]")

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import cast
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import expert_numbers, layer_numbers, need_experts
-from transformer_lens.checks import a_tensor, a_text, in_words, whole
+from transformer_lens.asking import Pair, need_experts, one_expert
+from transformer_lens.checks import a_tensor, a_text, in_words
 
 HOOKS = {
     "hook_weight": "hook_expert_weights",
@@ -83,7 +84,10 @@ class ExpertView:
 
 @checked
 def expert_view(
-    cache: ActivationCache, layer: int, expert: int, mask: Bool[Tensor, "batch pos"] | None = None
+    cache: ActivationCache,
+    layer: int | Pair,
+    expert: int | None = None,
+    mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> ExpertView:
     """
     >>> _, cache = bridge.run_with_cache("When Mary and John")
@@ -91,20 +95,16 @@ def expert_view(
     >>> view, view.position.tolist(), view.post.shape
     (ExpertView of 2 tokens at expert 2 of layer 0, [0, 2], torch.Size([2, 64]))
 
-    The tokens of a run that chose an expert. The cache has to hold `mlp.hook_expert_indices` of that
-    layer, and the hooks that are then read. `mask` leaves tokens out, such as padding, of which a cache
-    knows nothing. Positions are those the cache kept.
+    The tokens of a run that chose an expert: a layer and a number, or both in one as `"L0E2"`. The cache has to hold
+    `mlp.hook_expert_indices` of that layer, and the hooks that are then read. `mask` leaves tokens out, such as
+    padding, of which a cache knows nothing. Positions are those the cache kept.
 
     Raises `ValueError` for a dense model, and for a layer or an expert that is not there.
     """
     if not isinstance(cache, ActivationCache):
         raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
-    layer, expert = whole("layer", layer), whole("expert", expert)
-    model = cache.model
-    if isinstance(model, TransformerBridge):
-        need_experts(model, "expert_view")
-        (layer,) = layer_numbers(model, layer)
-        expert_numbers(model, expert)
+    cfg = cast(TransformerBridge, cache.model).cfg
+    layer, expert = one_expert((cfg.n_layers, need_experts(cfg, "expert_view")), layer, expert)
     chosen = _batched(cache, layer, "hook_expert_indices") == expert
     if mask is not None:
         a_tensor("mask", mask)

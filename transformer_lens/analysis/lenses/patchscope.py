@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge, on_rows
 from transformer_lens.analysis.arguments import a_bridge, checked
+from transformer_lens.asking import check_one_text, layer_number, position_number
 from transformer_lens.checks import function, whole_numbers
 
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
@@ -68,9 +69,9 @@ class Patchscope:
         a_bridge("bridge", self.bridge)
         if self.mapping is not None:
             function("mapping", self.mapping, "of a stream [d_model] that returns one")
-        _position(self.position, self.tokens.shape[1], "target position")
+        position_number(self.position, self.tokens.shape[1], "target position")
         if self.layer is not None:
-            _layer(self.bridge, self.layer, "target layer")
+            layer_number(self.bridge.cfg, self.layer, "target layer", beyond=True)
 
     @property
     def tokens(self) -> Int[Tensor, "1 pos"]:
@@ -89,7 +90,7 @@ class Patchscope:
         The target's logits with the stream of `source` at `layer` and `position` in its place. `source` may be such
         a stream itself, and `layer` then only says where it goes if the target has no layer of its own.
         """
-        number = _layer(self.bridge, layer, "layer")
+        number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         stream = self._mapped(self._stream(source, number, position))
         hook = self._writer(stream)
         name = stream_name(self.bridge, number if self.layer is None else self.layer)
@@ -113,7 +114,7 @@ class Patchscope:
         The target prompt continued with the stream injected: text for a prompt of text, else token ids. `options` are
         those of `bridge.generate`.
         """
-        number = _layer(self.bridge, layer, "layer")
+        number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         stream = self._mapped(self._stream(source, number, position))
         name = stream_name(self.bridge, number if self.layer is None else self.layer)
         hooks = [(name, self._writer(stream))]
@@ -134,7 +135,7 @@ class Patchscope:
         in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
         """
         every = list(range(self.bridge.cfg.n_layers + 1)) if layers is None else whole_numbers("layers", layers)
-        numbers = [_layer(self.bridge, layer, "layers") for layer in every]
+        numbers = [layer_number(self.bridge.cfg, layer, "layers", beyond=True) for layer in every]
         if not numbers or batch_size < 1:
             raise ValueError(f"sweep: got {len(numbers)} layers and batch_size {batch_size}, expected one or more")
         streams = [self._mapped(stream) for stream in _streams(self.bridge, source, numbers, position)]
@@ -167,7 +168,7 @@ class Patchscope:
 
     def _writer(self, stream: Float[Tensor, " d_model"]) -> Callable[..., None]:
         """A hook that writes a stream at the target position, in a plain run and in `generate`."""
-        place = _position(self.position, self.tokens.shape[1], "target position")
+        place = position_number(self.position, self.tokens.shape[1], "target position")
 
         def write(x: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
             columns = range(x.shape[1]) if hook.generation is None else hook.generation.columns
@@ -185,7 +186,7 @@ def stream_name(bridge: TransformerBridge, layer: int) -> str:
 
     The hook at which the stream below `layer` is: `n_layers` means the stream after the last one.
     """
-    number, layers = _layer(bridge, layer, "layer"), bridge.cfg.n_layers
+    number, layers = layer_number(bridge.cfg, layer, "layer", beyond=True), bridge.cfg.n_layers
     return f"blocks.{number}.hook_resid_pre" if number < layers else f"blocks.{layers - 1}.hook_resid_post"
 
 
@@ -193,36 +194,12 @@ def stream_name(bridge: TransformerBridge, layer: int) -> str:
 def _streams(bridge: TransformerBridge, source: Prompt, layers: Sequence[int], position: int) -> list[Tensor]:
     """The streams of a prompt at some layers and one position."""
     tokens = _one_row(bridge, source)
-    place = _position(position, tokens.shape[1], "source position")
+    place = position_number(position, tokens.shape[1], "source position")
     names = [stream_name(bridge, layer) for layer in layers]
     _, cache = bridge.run_with_cache(tokens, names_filter=names, pos_slice=[place], return_type=None, clone=True)
     return [cache[name][0, 0] for name in names]
 
 
 def _one_row(bridge: TransformerBridge, prompt: Prompt) -> Int[Tensor, "1 pos"]:
-    if not isinstance(prompt, (str, Tensor)):
-        raise TypeError(f"prompt: got {type(prompt).__name__}, expected one text or its token ids")
-    tokens = bridge.to_tokens(prompt) if isinstance(prompt, str) else prompt
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.is_floating_point():
-        raise ValueError(
-            f"prompt: got a {tokens.dtype} tensor of shape {list(tokens.shape)}, expected one prompt's ids"
-        )
-    return tokens
-
-
-def _position(position: int, length: int, what: str) -> int:
-    if isinstance(position, bool) or not isinstance(position, int):
-        raise TypeError(f"{what}: got {position!r}, expected an int")
-    if not -length <= position < length:
-        raise ValueError(f"{what}: got {position}, expected {-length} to {length - 1} in a prompt of {length} tokens")
-    return position % length
-
-
-def _layer(bridge: TransformerBridge, layer: int, what: str) -> int:
-    layers = bridge.cfg.n_layers
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"{what}: got {layer!r}, expected an int")
-    if not -layers <= layer <= layers:
-        raise ValueError(f"{what}: got {layer}, expected {-layers} to {layers} in a model of {layers} layers")
-    return layer + layers if layer < 0 else layer
+    check_one_text("prompt", prompt)
+    return bridge.to_tokens(prompt) if isinstance(prompt, str) else prompt.reshape(1, -1)

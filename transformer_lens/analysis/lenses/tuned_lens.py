@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Texts, batches_of, check_texts
+from transformer_lens.analysis.features import batches_of
 from transformer_lens.analysis.lenses.files import read_lens, write_lens
 from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
+from transformer_lens.asking import Texts, check_texts, layer_number
 from transformer_lens.checks import is_one_of
 from transformer_lens.model_bridge import InputAndMask
 
@@ -58,13 +59,11 @@ class TunedLens:
         The stream that enters `layer` as the final stream that the lens takes it for; that of `n_layers` is
         the final stream, and stays.
         """
-        layers = len(self.translators)
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= layers:
-            raise ValueError(f"layer: got {layer!r}, expected 0 to {layers} (the number of layers below the stream)")
+        layer = layer_number(self.bridge.cfg, layer, beyond=True)
         if not isinstance(stream, Tensor) or stream.shape[-1:] != (self.bridge.cfg.d_model,):
             got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
             raise ValueError(f"stream: got {got}, expected a tensor [..., {self.bridge.cfg.d_model}]")
-        if layer == layers:
+        if layer == len(self.translators):
             return stream
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
         found: Tensor = (wide + self.translators[layer](wide.float()).to(wide)).to(stream.dtype)

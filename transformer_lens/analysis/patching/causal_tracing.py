@@ -49,7 +49,7 @@ def noised_embeddings(
         raise ValueError(
             f"noised_embeddings: got {len(ids)} prompts and {samples} samples, expected 1 prompt, 1 sample up"
         )
-    positions = whole_numbers("positions", positions, -pos, pos - 1)
+    positions = whole_numbers("positions", positions, -pos, pos - 1, f" in a prompt of {pos} tokens")
     if not positions:
         raise ValueError(f"positions: got none, expected {-pos} to {pos - 1}, one or more")
     _, cache = bridge.run_with_cache(ids, names_filter="hook_embed", stop_at_layer=0)

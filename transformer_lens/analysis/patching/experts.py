@@ -11,11 +11,11 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.asking import need_experts
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import Metric, run_interventions
 from transformer_lens.analysis.patching.setters import layer_expert_patch_setter, layer_pos_patch_setter
 from transformer_lens.analysis.patching.sweeps import Cache, PatchSweep
+from transformer_lens.asking import need_experts
 from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
@@ -93,7 +93,7 @@ def _sweep(
     verbose: bool = True,
     **options: Any,
 ) -> Tensor:
-    n_experts = need_experts(model, "patching an expert")
+    n_experts = need_experts(model.cfg, "patching an expert")
     input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
     layers = range(model.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]

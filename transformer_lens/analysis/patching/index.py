@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from transformer_lens.analysis.arguments import checked
+from transformer_lens.asking import written_pair
 from transformer_lens.checks import a_list, a_text, whole_numbers
 
 
@@ -55,10 +56,18 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
 
 @checked
 def index_rows(index_df: Any) -> list[list[int]]:
-    """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers."""
+    """
+    >>> index_rows([(0, 1), "L3H2"])
+    [[0, 1], [3, 2]]
+
+    The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers; a head or an expert in the
+    words of its layer, such as `"L3H2"`, is a row of two.
+    """
     rows: Iterable[Any] = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
     made = []
     for row in rows:
+        if isinstance(row, str):
+            row = written_pair("expert" if "E" in row else "head", row, "index_df")
         a_list("index_df: a row", row)
         made.append(whole_numbers("index_df", row))
     return made
