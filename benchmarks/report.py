@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from transformer_lens.text_table import TextTable
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "transformer-lens", "transformer-lens-bridge", "nnsight")
 
@@ -88,18 +90,10 @@ def amount(value: float, unit: str) -> str:
     return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.3g} {unit}"
 
 
-def table_text(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: columns as wide as their widest cell."""
-    lines = [list(columns), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, text[0], "-" * len(text[0]), *text[1:]])
-
-
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], styles: Mapping[str, str]) -> None:
     """Print a table: with rich where it is installed, plain where not; `styles` colours cells by their text."""
     if find_spec("rich") is None or not sys.stdout.isatty():
-        print(table_text(title, columns, rows))
+        print(TextTable(title, columns, rows, ruled=True))
         return
     from rich.console import Console
     from rich.table import Table

@@ -504,12 +504,13 @@ def test_tables_print_render_and_show_in_notebooks(bridge):
         assert "&lt;" in shown._repr_html_() or shown is statistics  # '<|bos|>' is text, not a tag
 
 
-MODULES = (*(f"experts.{name}" for name in ("attribution", "hooks", "views", "routers", "statistics")), "text_table")
+ROOM = ("attribution", "hooks", "views", "routers", "statistics")
+MODULES = (*(f"analysis.experts.{name}" for name in ROOM), "text_table")
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_run(bridge, name):
-    module = importlib.import_module(f"transformer_lens.analysis.{name}")
+    module = importlib.import_module(f"transformer_lens.{name}")
     names = {public: getattr(experts, public) for public in experts.__all__}
     result = doctest.testmod(module, extraglobs={"bridge": bridge, "torch": torch, **names})
     assert result.attempted and not result.failed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,9 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Position, activations_at, tokens_at
-from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.asking import Texts, check_texts
 from transformer_lens.checks import a_text, is_one_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from transformer_lens.text_table import Tabular, TextTable
 
 Task = Literal["classification", "regression"]
 Values = np.ndarray[Any, np.dtype[Any]]
@@ -114,7 +111,7 @@ def probe(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProbeTable:
+class ProbeTable(Tabular):
     """Probes of several places, by hook name. Prints as a table."""
 
     scores: dict[str, ProbeScore]
@@ -149,17 +146,8 @@ class ProbeTable:
         columns = ["activation", *measure, "control", "selectivity", "shuffled"]
         return TextTable("Linear probes, on examples left out of their training", columns, rows)
 
-    def __str__(self) -> str:
-        return str(self.table())
-
     def __repr__(self) -> str:
         return f"ProbeTable of {len(self.scores)} places; print it for a table"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def __rich__(self) -> Table:
-        return self.table().__rich__()
 
 
 @checked

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from transformer_lens import FactoredMatrix, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.checks import is_one_of
+from transformer_lens.text_table import TextTable
 
 VectorType = Literal["OV", "QK", "w_in", "w_gate", "w_out"]
 VECTOR_TYPES: tuple[VectorType, ...] = ("OV", "QK", "w_in", "w_gate", "w_out")

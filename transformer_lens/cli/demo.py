@@ -26,6 +26,7 @@ from transformer_lens.cli.circuits import (
     patch_residual_stream,
 )
 from transformer_lens.data.generate import ioi_examples
+from transformer_lens.text_table import TextTable
 from transformer_lens.viz import Heatmap
 
 FIRST_HOOKS = 5
@@ -183,10 +184,9 @@ def show_routing(bridge: TransformerBridge, console: Console, prompts: int = 100
     texts = [example.prompt + example.answer for example in ioi_examples(prompts)]
     statistics = experts.routing_statistics(bridge, [texts], progress=False)
     console.print(statistics)
-    table = Table(title=f"Tokens each expert gets most, layer 0, over {prompts} prompts", title_justify="left")
-    table.add_column("expert")
-    table.add_column("token (share of its occurrences)")
+    rows = []
     for expert in range(int(bridge.cfg.num_experts or 0)):
-        most = statistics.top_tokens(0, expert)[:6]
-        table.add_row(str(expert), "  ".join(f"{token.text!r} ({token.share:.0%})" for token in most))
-    console.print(table)
+        most = statistics.top_tokens(0, expert, n=6)
+        rows.append([str(expert), "  ".join(f"{token.text!r} ({token.share:.0%})" for token in most)])
+    title = f"Tokens each expert gets most, layer 0, over {prompts} prompts"
+    console.print(TextTable(title, ["expert", "token (share of its occurrences)"], rows))

@@ -6,13 +6,10 @@ import json
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from transformer_lens.cli.options import dtype_of
-from transformer_lens.model_bridge import ModelInfo, model_info
+from transformer_lens.model_bridge import model_info
 
 SHORT_DTYPES = ("bf16", "fp16", "fp32")
 
@@ -31,7 +28,7 @@ def run_info(
     if as_json:
         typer.echo(json.dumps(info.to_dict(), indent=2))
     else:
-        show(info, console)
+        console.print(*info.tables())
 
 
 def lengths(text: str) -> list[int]:
@@ -61,14 +58,3 @@ def cache_dtype(text: str) -> str:
         return str(dtype_of(text))
     except typer.BadParameter as error:
         raise typer.BadParameter(f"{error.message}, or {', '.join(SHORT_DTYPES)}", param_hint="--dtype") from error
-
-
-def show(info: ModelInfo, console: Console) -> None:
-    """The tables of a model."""
-    for title, columns, rows in info.tables():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
-        for column in columns:
-            table.add_column(column)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)

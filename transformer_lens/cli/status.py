@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from transformer_lens.cli.options import AsJson, Model, named, output, quiet, write_json
@@ -79,16 +77,10 @@ COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms 
 
 def show(found: dict[str, Any]) -> None:
     """A table of servers, and a line about blocks that nobody serves."""
-    table = Table(
-        title=f"{found['model']}: {len(found['servers'])} servers of {found['n_layers']} blocks",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=True)
-    for row in found["servers"]:
-        cells = (
+    from transformer_lens.text_table import TextTable
+
+    rows = [
+        (
             "{}:{}".format(*row["blocks"]),
             row["state"],
             *(number(row[name]) for name in ("load", "sessions", "kv_bytes", "kv_bytes_free")),
@@ -96,7 +88,12 @@ def show(found: dict[str, Any]) -> None:
             row["version"],
             row["peer"],
         )
-        table.add_row(*(Text(cell) for cell in cells))
+        for row in found["servers"]
+    ]
+    title = f"{found['model']}: {len(found['servers'])} servers of {found['n_layers']} blocks"
+    table = TextTable(title, COLUMNS, rows).__rich__()
+    for column in table.columns:
+        column.no_wrap = True
     console = output()
     # A peer id that is cut or broken over lines is of no use, so a narrow terminal breaks the lines itself.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.text_table import Tabular, TextTable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ class HookRow:
         return " ".join(axis if axis == str(size) else f"{axis}={size}" for axis, size in pairs)
 
 
-class HookTable:
+class HookTable(Tabular):
     """A table of hooks: prints as text, shows as HTML in a notebook, and renders with rich.
 
     >>> print(bridge.hook_table())  # doctest: +SKIP
@@ -93,28 +93,13 @@ class HookTable:
         """The rows as plain data."""
         return [dict(vars(row)) for row in self.rows]
 
-    def __str__(self) -> str:
-        lines = [COLUMNS, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-        # The reason of an absent row runs on, so it does not widen the columns after it.
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([self.title, text[0], "-" * min(len(text[0]), 120), *text[1:]])
+    def table(self) -> TextTable:
+        """One line for each hook, those that are absent in grey."""
+        # The reason of an absent row runs on, so the line under the head ends before it.
+        grey = ["#767676" if row.absent else "" for row in self.rows]
+        return TextTable(self.title, COLUMNS, [row.cells() for row in self.rows], ruled=True, colours=grey)
 
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        def line(cells: tuple[str, ...], tag: str, style: str = "") -> str:
-            inner = "".join(f"<{tag} style='text-align:left'>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr{style}>{inner}</tr>"
-
-        grey = " style='color:#767676'"
-        body = "".join(line(row.cells(), "td", grey if row.absent else "") for row in self.rows)
-        return (
-            f"<table><caption>{html.escape(self.title)}</caption>"
-            f"<thead>{line(COLUMNS, 'th')}</thead><tbody>{body}</tbody></table>"
-        )
+    __repr__ = Tabular.__str__
 
     def __rich__(self) -> Table:
         """Two columns, readable in 80: names on the left, axes, meaning and spellings on the right."""

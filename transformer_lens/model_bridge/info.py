@@ -21,6 +21,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
 from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.text_table import TextTable
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 64
@@ -93,8 +94,8 @@ class ModelInfo:
         """All of it as plain data; memory is in bytes."""
         return asdict(self)
 
-    def tables(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, columns and rows of what there is to show."""
+    def tables(self) -> Iterator[TextTable]:
+        """What there is to show."""
         active = "" if self.active_parameters == self.parameters else f", of which {billions(self.active_parameters)}"
         shape = [
             ["layout", self.layout],
@@ -105,7 +106,7 @@ class ModelInfo:
                 f"vocabulary {self.d_vocab}, context {self.n_ctx:,}",
             ],
         ]
-        yield f"{self.name}: {self.architecture}", ["", ""], shape
+        yield TextTable(f"{self.name}: {self.architecture}", ["", ""], shape)
         title = f"Memory of the weights (1 MB is 2^20 bytes, 1 GB 2^30); {UNQUANTISED}"
         rows = [[w.precision, size(w.bytes), w.formula] for w in self.weights]
         columns = ["precision", "weights", "formula"]
@@ -113,21 +114,15 @@ class ModelInfo:
             title += "; bitsandbytes leaves the experts in bf16 too"
             rows = [[*row[:2], size(w.bitsandbytes), row[2]] for row, w in zip(rows, self.weights, strict=True)]
             columns.insert(2, "by bitsandbytes")
-        yield title, columns, rows
+        yield TextTable(title, columns, rows)
         rows = [
             [f"{c.context:,}", about(c.needed), about(c.allocated), times(c.allocated, c.needed)] for c in self.kv_cache
         ]
         title = f"KV cache of one sequence in {self.cache_dtype}"
-        yield title, ["tokens", "attention needs", "transformers allocates", "ratio"], rows
+        yield TextTable(title, ["tokens", "attention needs", "transformers allocates", "ratio"], rows)
 
     def __str__(self) -> str:
-        parts = []
-        for title, columns, rows in self.tables():
-            lines = [columns, *rows] if any(columns) else rows
-            widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-            text = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-            parts.append("\n".join([title, *text]))
-        return "\n\n".join(parts)
+        return "\n\n".join(map(str, self.tables()))
 
 
 def size(count: int) -> str:

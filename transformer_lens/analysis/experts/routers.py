@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +11,8 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.asking import Input, Pair, need_experts, one_expert, refuse_embeddings
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from transformer_lens.text_table import Tabular, TextTable
 
 HOOKS = ("hook_router_logits", "hook_expert_weights", "hook_expert_indices")
 
@@ -36,7 +33,7 @@ class RoutedToken(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Routing:
+class Routing(Tabular):
     """The choices of every router for every token. Prints as a table; tensors are on the CPU."""
 
     bridge: TransformerBridge
@@ -109,18 +106,9 @@ class Routing:
         pairs = zip(self.indices[at].tolist(), self.weights[at].tolist(), strict=True)
         return " ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)
 
-    def __str__(self) -> str:
-        return str(self.table())
-
     def __repr__(self) -> str:
         layers, batch, pos, chosen = self.indices.shape
         return f"Routing of {batch} x {pos} tokens: {chosen} experts chosen in each of {layers} layers"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def __rich__(self) -> Table:
-        return self.table().__rich__()
 
 
 @checked

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import log
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,12 +19,9 @@ from tqdm import tqdm
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.experts.routers import Routing, routing
-from transformer_lens.analysis.text_table import TextTable
 from transformer_lens.asking import Input, Pair, need_experts, one_expert
 from transformer_lens.checks import is_several, whole
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from transformer_lens.text_table import Tabular, TextTable
 
 
 class ExpertToken(NamedTuple):
@@ -38,7 +35,7 @@ class ExpertToken(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RoutingStatistics:
+class RoutingStatistics(Tabular):
     """Counts over all tokens that are not padding. `a + b` are those of both data sets.
 
     A token counts once at each expert chosen for it, whatever its weight.
@@ -180,18 +177,9 @@ class RoutingStatistics:
         )
         return TextTable(title, columns, rows)
 
-    def __str__(self) -> str:
-        return str(self.table())
-
     def __repr__(self) -> str:
         layers, experts = self.load.shape
         return f"RoutingStatistics of {self.n_tokens} tokens, {layers} layers of {experts} experts"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def __rich__(self) -> Table:
-        return self.table().__rich__()
 
 
 def _counted(found: Routing) -> RoutingStatistics:

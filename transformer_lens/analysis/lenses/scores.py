@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.text_table import TextTable
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from transformer_lens.text_table import Tabular, TextTable
 
 
 @checked
@@ -44,7 +40,7 @@ def next_token_loss(
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensScores:
+class LensScores(Tabular):
     """
     >>> zeros = torch.zeros(2)
     >>> print(LensScores(zeros, zeros + 1, zeros + 2, zeros + 3))
@@ -69,14 +65,5 @@ class LensScores:
         title = "Nats per token: divergence from the model's prediction, and loss on the next token"
         return TextTable(title, ["stream", "KL", "KL, logit lens", "loss", "loss, logit lens"], rows)
 
-    def __str__(self) -> str:
-        return str(self.table())
-
     def __repr__(self) -> str:
         return f"LensScores of {len(self.kl) - 1} layers; print it for a table"
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
-
-    def __rich__(self) -> Table:
-        return self.table().__rich__()

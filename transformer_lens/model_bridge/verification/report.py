@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from transformer_lens.text_table import Tabular, TextTable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -61,7 +63,7 @@ class CheckResult:
 
 
 @dataclass(frozen=True)
-class VerificationReport:
+class VerificationReport(Tabular):
     """Every comparison that `bridge.verify()` made.
 
     >>> report = bridge.verify()
@@ -169,44 +171,32 @@ class VerificationReport:
         lines += [f"nothing to compare in this model: {', '.join(absent)}"] if absent else []
         return lines + [result.sentence() for result in self.failures()]
 
+    def table(self) -> TextTable:
+        """The rows, those that failed in red."""
+        passed, cells = zip(*self.rows(), strict=True) if self.results else ((), ())
+        red = ["" if one else "#b00020" for one in passed]
+        return TextTable(self.title(), COLUMNS, cells, ruled=True, colours=red)
+
     def __str__(self) -> str:
-        lines = [COLUMNS, *(cells for _, cells in self.rows())]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        return "\n".join([self.title(), text[0], "-" * len(text[0]), *text[1:], *self.below()])
+        return "\n".join([str(self.table()), *self.below()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def line(cells: tuple[str, ...], tag: str, style: str = "") -> str:
-            inner = "".join(f"<{tag} style='text-align:left'>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr{style}>{inner}</tr>"
-
-        red = " style='color:#b00020'"
-        body = "".join(line(cells, "td", "" if passed else red) for passed, cells in self.rows())
-        below = "".join(f"<div>{html.escape(sentence)}</div>" for sentence in self.below())
-        return (
-            f"<table><caption>{html.escape(self.title())}</caption>"
-            f"<thead>{line(COLUMNS, 'th')}</thead><tbody>{body}</tbody></table>{below}"
-        )
+        return self.table()._repr_html_() + "".join(f"<div>{html.escape(sentence)}</div>" for sentence in self.below())
 
     def __rich__(self) -> Table:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.title()), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
-        table.padding = (0, 1, 0, 0)
-        for column in COLUMNS:
-            table.add_column(column, overflow="fold", justify="right" if column in COLUMNS[1:3] else "left")
-        for passed, cells in self.rows():
-            table.add_row(*map(Text, cells), style="" if passed else "bold red")
+        shown = self.table().__rich__()
+        shown.padding, shown.show_edge = (0, 1, 0, 0), False
+        for column in shown.columns:
+            column.overflow, column.justify = "fold", "right" if column.header in COLUMNS[1:3] else "left"
+        for row, (passed, _) in zip(shown.rows, self.rows(), strict=True):
+            row.style = "" if passed else "bold red"
         if self.below():
-            table.caption = Text("\n".join(self.below()))
-            table.caption_justify = "left"
-        return table
+            shown.caption, shown.caption_justify = Text("\n".join(self.below())), "left"
+        return shown
 
 
 def over_layers(component: str) -> str:
