@@ -65,7 +65,7 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str = 
 
 def inside(bridge: TransformerBridge, layer: int | None = None) -> list[str]:
     """The names of all twin hooks, those on request too, of one layer if given."""
-    rows = [row.name for row in bridge.hook_table() if row.kind.startswith("twin")]
+    rows = [row.name for row in bridge.hook_table() if row.kind.startswith(("seam", "formula"))]
     names = [name.replace("{i}", str(i)) for name in rows for i in range(bridge.cfg.n_layers) if "{i}" in name]
     names += [name for name in rows if "{i}" not in name]
     return [n for n in names if layer is None or n.startswith(f"blocks.{layer}.")]

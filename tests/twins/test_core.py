@@ -32,14 +32,12 @@ from tests.twins.test_laws import test_two_bridges_on_one_model as two_bridges
 from tests.twins.test_norms import test_captured_values_are_the_formulas as captured_norms
 from tests.twins.test_norms import test_writes_have_the_predicted_effect as norm_writes
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.attention_math import (
+from transformer_lens.model_bridge.generalized_components.attention_masks import (
     additive_mask,
     entries,
     repeat_groups,
-    rotate,
+    seeing_queries,
 )
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
-from transformer_lens.model_bridge.twin_call import TwinCall
 from transformer_lens.model_bridge.views import block_k, block_q, block_v
 
 pytestmark = pytest.mark.core
@@ -92,13 +90,8 @@ def test_masks_are_tensors_or_are_asked_for_their_entries() -> None:
         entries(object(), 3, 4, tensor.device)
 
 
-def test_arithmetic() -> None:
-    """A rotation keeps lengths and undoes itself backwards; groups are repeated in order."""
-    x, angle = torch.randn(2, 8, 5, 6), torch.randn(2, 5, 3).repeat(1, 1, 2)
-    there = rotate(x, angle.cos(), angle.sin())
-    pairs = x[..., :3] ** 2 + x[..., 3:] ** 2
-    assert_close(there[..., :3] ** 2 + there[..., 3:] ** 2, pairs.double(), torch.float32)
-    assert_close(rotate(there, angle.cos(), -angle.sin()), x.double(), torch.float32)
+def test_groups_are_repeated_in_order() -> None:
+    x = torch.randn(2, 8, 5, 6)
     assert torch.equal(repeat_groups(x[:, :2], 8), x[:, :2].repeat_interleave(4, dim=1))
     assert repeat_groups(x, 8) is x
 
@@ -237,29 +230,14 @@ def test_without_a_cache_and_without_the_scores(family: str) -> None:
 
 def test_under_flash_attention_padding_reads_nothing() -> None:
     """Its mask has a place for each key; with a cache the queries are the last ones."""
-    bridge = wrap(make("mixtral"))
-    component: Any = bridge.get_submodule("blocks.0.attn")
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 0, 0]])
     for queries in (5, 3):
-        call = TwinCall(
-            component.original_component,
-            bridge.cfg,
-            (),
-            {"attention_mask": mask},
-            False,
-            component.role,
-            lambda n, v: v,
-            lambda n: False,
-        )
         # What is padding is taken out of queries and keys alike, and comes back as zeros.
-        real = mask[:, None, -queries:, None].bool()
-        allowed = (allowed_keys(mask, queries) & real).expand(4, 8, queries, 5)
-        scores = component.masked(call, torch.randn(4, 8, queries, 5))
-        pattern = component.probabilities(call, scores, torch.float32)
-        sums = allowed.any(-1).double()
-        assert_close(pattern.sum(-1), sums, torch.float32)
-        assert (pattern[~allowed] == 0).all()
-        assert (pattern[allowed] > 0).all()
+        assert torch.equal(seeing_queries(mask, queries), mask[:, None, -queries:, None].bool())
+        assert seeing_queries(torch.ones(2, 5), queries) is None and seeing_queries(None, queries) is None
+        allowed = allowed_keys(mask, queries)
+        assert torch.equal(seeing_queries(allowed, queries), allowed.any(-1, keepdim=True))
+        assert seeing_queries(torch.zeros(2, 1, queries, 5), queries) is None
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlp.hook_post", "blocks.0.ln1.hook_scale", "blocks.0.attn.hook_result"])
@@ -290,12 +268,3 @@ def test_blocks_of_a_fused_activation() -> None:
     x = torch.arange(q + 2.0 * kv)
     parts = [view(cfg).get(x).flatten() for view in (block_q, block_k, block_v)]
     assert [len(part) for part in parts] == [q, kv, kv] and torch.equal(torch.cat(parts), x)
-
-
-def test_a_component_without_a_twin_says_so() -> None:
-    bridge = wrap(make("7b"))
-    component = bridge.get_submodule("blocks.0.mlp")
-    assert isinstance(component, ComponentBridge)
-    call = TwinCall(component, bridge.cfg, (), {}, False, component.role, lambda n, v: v, lambda n: False)
-    with pytest.raises(NotImplementedError, match="MLPBridge declares hooks inside its module and has no twin"):
-        component.twin(call)

@@ -92,7 +92,7 @@ def test_every_hook_fires_once_in_order(family: str, attn: str) -> None:
     layers = [name.split(".")[1] for name in order if name.startswith("blocks.")]
     assert layers == sorted(layers)
     attention = [n.rpartition("_")[2] for n in order if "blocks.0.attn" in n]
-    assert attention == [s for s in ("q", "k", "scores", "pattern", "result") if s in attention]
+    assert attention == [s for s in ("k", "q", "scores", "pattern", "result") if s in attention]
 
 
 def test_two_bridges_on_one_model() -> None:

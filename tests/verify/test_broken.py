@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.support import family, mixtral
 from transformer_lens import TransformerBridge
@@ -28,7 +29,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.attention import FUSED, ROTATED, SCORES, qkv_hooks
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
-from transformer_lens.model_bridge.upstream import STREAM
+from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
 from transformer_lens.model_bridge.verify import CHECKS
 from transformer_lens.model_bridge.views import Whole
 
@@ -73,24 +74,24 @@ def adapted(model: Any, **changes: dict[str, Any]) -> TransformerBridge:
 
 
 def shown(kind: Any, name: str, wrong: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> Any:
-    """A component whose twin shows something else than it computes with: `right` undoes `wrong`."""
+    """A component that shows something else than it computes with: `right` undoes `wrong`."""
 
     class Broken(kind):
-        def twin(self, call: Any) -> Any:
+        def inside(self, call: Any) -> Any:
             def fire(hook: str, value: Tensor) -> Tensor:
                 return right(call.fire(hook, wrong(value))) if hook == name else call.fire(hook, value)
 
-            return super().twin(replace(call, fire=fire))
+            return super().inside(replace(call, fire=fire))
 
     return Broken
 
 
 def returning(kind: Any, wrong: Callable[[Any, Tensor], Tensor]) -> Any:
-    """A component whose twin returns something else than its module."""
+    """A component that returns something else than its module."""
 
     class Broken(kind):
-        def twin(self, call: Any) -> Any:
-            return wrong(call, super().twin(call))
+        def inside(self, call: Any) -> Any:
+            return wrong(call, super().inside(call))
 
     return Broken
 
@@ -213,20 +214,20 @@ def both_reversed() -> Any:
 
 def twice(kind: Any, name: str) -> Any:
     class Broken(kind):
-        def twin(self, call: Any) -> Any:
+        def inside(self, call: Any) -> Any:
             def fire(hook: str, value: Tensor) -> Tensor:
                 value = call.fire(hook, value)
                 return call.fire(hook, value) if hook == name else value
 
-            return super().twin(replace(call, fire=fire))
+            return super().inside(replace(call, fire=fire))
 
     return Broken
 
 
 def silent(kind: Any, name: str) -> Any:
     class Broken(kind):
-        def twin(self, call: Any) -> Any:
-            return super().twin(replace(call, fire=lambda hook, v: v if hook == name else call.fire(hook, v)))
+        def inside(self, call: Any) -> Any:
+            return super().inside(replace(call, fire=lambda hook, v: v if hook == name else call.fire(hook, v)))
 
     return Broken
 
@@ -243,41 +244,53 @@ def in_order(x: Tensor) -> Tensor:
     return x.flip(1)
 
 
-def at_cached_steps(step: str, wrong: Callable[[Any], Any]) -> Any:
-    """Attention in one of whose steps something goes wrong, but only where the cache held keys before."""
+def at_cached_steps(
+    name: str, wrong: Callable[[Tensor, int], Tensor], right: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
+    """Attention that shows something else at a hook, but only where the cache held keys before.
+
+    `wrong` is given the value and how many tokens the call has, `right` what became of it and the value.
+    """
 
     class Broken(Attention):
-        def begin(self, call: Any) -> None:
-            super().begin(call)
-            self.__dict__["held"] = self._held(call)
+        def inside(self, call: Any) -> Any:
+            layer = layer_of_cache(call.argument(CACHE), call.module.layer_idx)
+            held = 0 if layer is None else int(layer.get_seq_length())
 
-        def _held(self, call: Any) -> int:
-            layer = self.cache_layer(call)
-            return 0 if layer is None else int(layer.get_seq_length())
+            def fire(hook: str, value: Tensor) -> Tensor:
+                if hook != name or not held:
+                    return call.fire(hook, value)
+                return right(call.fire(hook, wrong(value, call.argument(STREAM).shape[1])), value)
 
-    def broken(self: Any, call: Any, *args: Any) -> Any:
-        held = self._held(call) if call.writing else self.__dict__["held"]
-        held -= call.argument(STREAM).shape[1] if step == "with_edit" else 0  # the new ones are in by then
-        right = getattr(Attention, step)(self, call, *args)
-        return wrong(right, *args) if held else right
+            return super().inside(replace(call, fire=fire))
 
-    setattr(Broken, step, broken)
     return Broken
 
 
-def without_the_past(right: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def without_the_past(pattern: Tensor, new: int) -> Tensor:
     """What a look-up of the cache by a wrong name made of it: the new keys alone."""
-    return k, v
+    return pattern[..., -new:]
 
 
-def rolled(pair: tuple[Tensor, Tensor], *new: Tensor) -> tuple[Tensor, Tensor]:
-    keys, values = pair
-    return keys.roll(1, 2), values
+def with_nothing_of_it(shown: Tensor, pattern: Tensor) -> Tensor:
+    return F.pad(shown, (pattern.shape[-1] - shown.shape[-1], 0))
 
 
-def rolled_if_fixed(keys: Tensor, k: Tensor) -> Tensor:
+def rolled(pattern: Tensor, _new: int) -> Tensor:
+    return pattern.roll(1, -1)
+
+
+def rolled_if_fixed(pattern: Tensor, _new: int) -> Tensor:
     """Wrong keys where empty places come after the new ones."""
-    return keys.roll(1, 2) if keys.shape[2] > 8 else keys
+    return pattern.roll(1, -1) if pattern.shape[-1] > 8 else pattern
+
+
+def as_shown(shown: Tensor, _pattern: Tensor) -> Tensor:
+    return shown
+
+
+def as_it_was(_shown: Tensor, pattern: Tensor) -> Tensor:
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -391,9 +404,9 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         {"experts"},
         "blocks.0.mlp",
     ),
-    "a twin with a wrong scale": (
+    "a norm with a wrong scale": (
         lambda: adapted(family("rw"), blocks__ln2={"kind": returning(LayerNormBridge, lambda call, out: out * 1.001)}),
-        {"twin", "rewriting"},
+        {"inside", "rewriting"},
         "blocks.1.ln2",
     ),
     "reading spoils": (
@@ -428,7 +441,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         {"gradient"},
         "blocks.1",
     ),
-    "a twin that cuts the graph": (
+    "a norm that cuts the graph": (
         lambda: adapted(
             family("7b"), ln_final={"kind": shown(FinalLayerNormBridge, "hook_scale", Tensor.detach, lambda x: x)}
         ),
@@ -436,22 +449,28 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         "ln_final",
     ),
     "attention that does not see the cache": (
-        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", without_the_past)}),
+        lambda: adapted(
+            family("40b"), blocks__attn={"kind": at_cached_steps("hook_pattern", without_the_past, with_nothing_of_it)}
+        ),
         {"decoding", "rewriting", "writing", "static cache"},
         "blocks.1.attn",
     ),
     "cached keys in another order": (
-        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_cache", rolled)}),
+        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("hook_pattern", rolled, as_shown)}),
         {"decoding", "rewriting", "writing", "static cache"},
         "blocks.0.attn",
     ),
     "wrong keys of a cache of fixed size": (
-        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("keys_seen", rolled_if_fixed)}),
+        lambda: adapted(
+            family("40b"), blocks__attn={"kind": at_cached_steps("hook_pattern", rolled_if_fixed, as_shown)}
+        ),
         {"static cache"},
         "blocks.0.attn",
     ),
     "a write that the cache swallows": (
-        lambda: adapted(family("40b"), blocks__attn={"kind": at_cached_steps("with_edit", lambda right, x, part: x)}),
+        lambda: adapted(
+            family("40b"), blocks__attn={"kind": at_cached_steps("hook_pattern", lambda value, _: value, as_it_was)}
+        ),
         {"writing"},
         "blocks.1",
     ),
@@ -484,7 +503,7 @@ def test_every_check_is_broken_once() -> None:
     alone = {check for _, checks, _ in CASES.values() if len(checks) == 1 for check in checks}
     # A bridge whose output is not the model's shows that at its last hook as well; what is wrong at a whole text is
     # wrong with a cache too; and what is wrong with one cache is so with the other.
-    shared = {"untouched", "twin", "looking", "neutral hook", "z @ W_O", "decoding"}
+    shared = {"untouched", "inside", "looking", "neutral hook", "z @ W_O", "decoding"}
     assert {check.name for check in CHECKS} - alone == shared
 
 

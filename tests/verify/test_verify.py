@@ -315,11 +315,11 @@ def small_report() -> VerificationReport:
     results = (
         CheckResult("fires", "blocks.0.attn", "blocks.0.attn.hook_q", 0.0, 0.0, "a count"),
         CheckResult("fires", "blocks.0.mlp", "blocks.0.mlp.hook_pre", 0.0, 0.0, "a count"),
-        CheckResult("twin", "blocks.0.attn", "", 1e-7, 1e-5, "rounding"),
-        CheckResult("twin", "blocks.1.attn", "", math.nan, 1e-5, "rounding", note="a <note>"),
+        CheckResult("inside", "blocks.0.attn", "", 1e-7, 1e-5, "rounding"),
+        CheckResult("inside", "blocks.1.attn", "", math.nan, 1e-5, "rounding", note="a <note>"),
         CheckResult("noise", "", "hook_embed", 0.5, 0.0, "noise", has_to_exceed=True),
     )
-    meanings = {"fires": "once", "twin": "as its module", "noise": "changes", "experts": "sum", "static cache": "too"}
+    meanings = {"fires": "once", "inside": "as its module", "noise": "changes", "experts": "sum", "static cache": "too"}
     about = ("tiny", "FalconForCausalLM", "float32", "cpu", "sdpa", (2, 8), 0.25, meanings, results)
     return VerificationReport(
         *about,
@@ -334,12 +334,12 @@ def test_the_report_as_text() -> None:
         "check  difference  tolerance  where it is largest   result\n"
         "----------------------------------------------------------\n"
         "fires  0           0          2 kinds of component  ok\n"
-        "twin   nan         1e-05      blocks.1.attn         FAILED\n"
+        "inside nan         1e-05      blocks.1.attn         FAILED\n"
         "noise  5.0e-01     > 0        hook_embed            ok\n"
         "noise: one hook of every layer in the same run (thorough: each hook alone)\n"
         "not applicable: static cache: it has none\n"
         "nothing to compare in this model: experts\n"
-        "twin: blocks.1.attn: difference nan, tolerance 1e-05 (rounding): a <note>"
+        "inside: blocks.1.attn: difference nan, tolerance 1e-05 (rounding): a <note>"
     )
     assert repr(small_report()) == str(small_report())
 

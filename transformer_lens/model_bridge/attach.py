@@ -17,11 +17,11 @@ from transformer_lens.model_bridge.checkpointing import recalled
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.inside_hooks import BoundInside, BoundModule
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside, Port, Side
 from transformer_lens.model_bridge.sharding import Sharding, Shards
 from transformer_lens.model_bridge.slots import Slot
-from transformer_lens.model_bridge.stand_in import BoundInside, BoundTwin
 from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item
 from transformer_lens.model_bridge.watch import unwatch, watch
 
@@ -108,7 +108,7 @@ class Tap:
             return None
         if self.arg is None:
             return arguments.with_first(new, args, kwargs)
-        return args, {**kwargs, arguments.name(self.arg): new}
+        return arguments.with_value(self.arg, new, args, kwargs)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The forward hook: may exchange the module's output, or one item of it."""
@@ -206,13 +206,13 @@ class Attachment:
         self.on_replaced = on_replaced
         self.sharding = sharding
         self.taps: dict[tuple[str, Side, Word | None, bool], Tap] = {}
-        self.twins: dict[str, BoundTwin] = {}
+        self.opened: dict[str, BoundModule] = {}
         self.model = model
         self.blocks_elsewhere = blocks_elsewhere
         self.elsewhere: list[HookElsewhere] = []
-        self.attached: dict[Tap | BoundTwin, None] = {}
+        self.attached: dict[Tap | BoundModule, None] = {}
 
-    def tell(self, place: Tap | BoundTwin, attached: bool) -> None:
+    def tell(self, place: Tap | BoundModule, attached: bool) -> None:
         """Something was put on the model or taken off; the model is watched as long as anything is there."""
         with _counting:
             before = bool(self.attached)
@@ -275,12 +275,12 @@ class Attachment:
     ) -> BoundInside:
         inside = component(place.at)
         assert isinstance(inside, ComponentBridge)
-        if inside.path not in self.twins:
-            self.twins[inside.path] = BoundTwin(inside, inside.interior(self.sharding), layer, self.tell)
-        twin = self.twins[inside.path]
-        bound = BoundInside(hook, place, owner, twin, self.on_replaced)
-        twin.hooks[hook.name] = bound
-        bound.listeners.append(twin)
+        if inside.path not in self.opened:
+            self.opened[inside.path] = BoundModule(inside, inside.interior(self.sharding), layer, self.tell)
+        module = self.opened[inside.path]
+        bound = BoundInside(hook, place, owner, module, self.on_replaced)
+        module.hooks[hook.name] = bound
+        bound.listeners.append(module)
         for role in (place.rows_of, place.stream_of):
             if role is not None:
                 self._recall(bound, component(role), layer)
@@ -300,9 +300,9 @@ class Attachment:
         return self.taps[key]
 
     def remove(self) -> None:
-        """Take every torch hook and every stand-in off, also under modules put in hooks' places."""
-        for twin in self.twins.values():
-            twin.release()
+        """Take every torch hook and everything in place of a forward off, also under modules put in hooks' places."""
+        for module in self.opened.values():
+            module.release()
         for slot in self.elsewhere:
             slot.release()
         self.elsewhere = []

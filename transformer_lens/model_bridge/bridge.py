@@ -278,7 +278,9 @@ class TransformerBridge(
     def _hook_row(self, prefix: str, hook: Hook) -> HookRow:
         aliases = tuple(prefix + alias for alias in hook.aliases)
         shape = axis_sizes(hook.axes, self.cfg)
-        kind = ("twin" if isinstance(hook.port, Inside) else "port") + (", on request" if hook.on_request else "")
+        kind = (hook.port.kind if isinstance(hook.port, Inside) else "port") + (
+            ", on request" if hook.on_request else ""
+        )
         return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 
     # -- running -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from transformer_lens.model_bridge.generalized_components.attention_math import repeat_groups
+from transformer_lens.model_bridge.generalized_components.attention_masks import repeat_groups
 from transformer_lens.model_bridge.padding import BITS
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 

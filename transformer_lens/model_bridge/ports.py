@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.twin_call import plain_forward
+from transformer_lens.model_bridge.inside_call import plain_forward
 from transformer_lens.model_bridge.upstream import Word
 from transformer_lens.model_bridge.views import TokenRows, View, whole
 
@@ -63,7 +63,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Inside:
-    """A value that no module hands over: the twin of the module in role `at` computes it.
+    """A value inside the module in role `at`: at a seam of its code, or computed by a formula of ours.
 
     `rows_of` names a role whose input still has batch and position, where that module works on
     flattened tokens; `stream_of` one whose input is the stream, where the hook shows that.
@@ -72,6 +72,7 @@ class Inside:
     at: str = ""
     rows_of: str | None = None
     stream_of: str | None = None
+    kind: Literal["seam", "formula"] = "seam"
 
 
 @dataclass(frozen=True)

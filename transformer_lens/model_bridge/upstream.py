@@ -90,6 +90,16 @@ class Arguments:
         """The call with another first argument."""
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, self.first: value})
 
+    def with_value(
+        self, word: Word, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with another value of one argument, however that was passed."""
+        name = self.name(word)
+        place = self.places[name]
+        if place < len(args):
+            return (*args[:place], value, *args[place + 1 :]), kwargs
+        return args, {**{key: given for key, given in kwargs.items() if key not in word.names}, name: value}
+
     def name(self, word: Word) -> str:
         """What the parameter is called in the installed release. Raises `UpstreamError` where there is none."""
         found = self._names.get(word)
@@ -143,6 +153,34 @@ def attribute(owner: object, name: str) -> Any:
     except AttributeError as error:
         there = sorted(key for key in vars(owner) if not key.startswith("_"))
         raise UpstreamError(type(owner).__name__, f"attribute {name!r}", there) from error
+
+
+ATTENTION_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
+"""What a file of models calls the registry in which its attention looks its function up."""
+
+
+def attention_functions(module: nn.Module) -> Any:
+    """The registry in which an attention module looks the function up that computes it."""
+    there = inspect.unwrap(type(module).forward).__globals__
+    if ATTENTION_FUNCTIONS not in there:
+        raise UpstreamError(f"the file of {type(module).__name__}", f"registry {ATTENTION_FUNCTIONS}", ())
+    return there[ATTENTION_FUNCTIONS]
+
+
+def eager_forward(module: nn.Module) -> Any:
+    """The forward of experts as their family wrote it, under the one that chooses between kernels."""
+    forward = type(module).forward
+    unwrapped = inspect.unwrap(forward)
+    if unwrapped is forward:
+        raise UpstreamError(type(module).__name__, "forward of its own under the one that chooses a kernel", ())
+    return unwrapped
+
+
+def first_forward(kind: type[nn.Module]) -> Any:
+    """The forward that a module class's first ancestor of transformers has."""
+    return next(
+        base.__dict__["forward"] for base in reversed(kind.__mro__) if "forward" in vars(base) and base is not nn.Module
+    )
 
 
 HELD = ("keys", "values", "is_initialized", "is_sliding", "get_seq_length", "update")

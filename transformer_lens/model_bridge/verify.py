@@ -90,7 +90,7 @@ CHECKS = (
         _modules_elsewhere,
     ),
     Check("experts", "per-expert outputs, weighted and summed, give mlp_out", values.experts, _modules_elsewhere),
-    Check("twin", "a twin's output is its module's", runs.twin, _modules_elsewhere),
+    Check("inside", "with a hook inside, a module's output is its own", runs.inside, _modules_elsewhere),
     Check("looking", "capturing leaves the output as it is", runs.looking),
     Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),
     Check("kept", "a captured value is after the run what it was when captured", runs.kept),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from transformer_lens.model_bridge.checkpointing import recording
-from transformer_lens.model_bridge.twin_call import ForwardInPlace
+from transformer_lens.model_bridge.inside_call import ForwardInPlace
 
 _exchange = threading.Lock()
 """Held while a model's `forward` is exchanged: the bridges on a model share its watch."""

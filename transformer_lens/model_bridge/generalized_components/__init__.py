@@ -2,14 +2,10 @@
 
 from transformer_lens.model_bridge.generalized_components.attention import (
     ALiBiJointQKVAttentionBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
-    PositionEmbeddingsAttentionBridge,
-)
-from transformer_lens.model_bridge.generalized_components.attention_ports import (
-    AttentionBridge,
     JointQKVAttentionBridge,
+    JointQKVPositionEmbeddingsAttentionBridge,
     NormedQKAttentionBridge,
-    QKVAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
     QKVBlocksAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import (
@@ -41,9 +37,11 @@ from transformer_lens.model_bridge.generalized_components.moe import ExpertsBrid
 from transformer_lens.model_bridge.generalized_components.normalization import (
     FinalLayerNormBridge,
     FinalNormalizationBridge,
+    FinalOffsetRMSNormBridge,
     FinalRMSNormBridge,
     LayerNormBridge,
     NormalizationBridge,
+    OffsetRMSNormBridge,
     RMSNormBridge,
 )
 
@@ -51,13 +49,13 @@ __all__ = [
     "POSITION_HOOK",
     "ROOT_HOOKS",
     "ALiBiJointQKVAttentionBridge",
-    "AttentionBridge",
     "BlockBridge",
     "ComponentBridge",
     "EmbeddingBridge",
     "ExpertsBridge",
     "FinalLayerNormBridge",
     "FinalNormalizationBridge",
+    "FinalOffsetRMSNormBridge",
     "FinalRMSNormBridge",
     "GatedMLPBridge",
     "HeadBridge",
@@ -71,13 +69,13 @@ __all__ = [
     "MoEBridge",
     "NormalizationBridge",
     "NormedQKAttentionBridge",
+    "OffsetRMSNormBridge",
     "ParallelBlockBridge",
     "Part",
     "PartsElsewhere",
     "PositionEmbeddingBridge",
     "PositionEmbeddingsAttentionBridge",
     "PostNormBlockBridge",
-    "QKVAttentionBridge",
     "QKVBlocksAttentionBridge",
     "RMSNormBridge",
     "RotaryEmbeddingBridge",

@@ -1,13 +1,12 @@
-"""Where attention's tensors and weights are: the places of q, k and v, and classes that know the ports alone."""
+"""Where attention's tensors and weights are: the places of q, k and v, and the rows of its hooks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
-from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.views import (
     View,
@@ -20,8 +19,6 @@ from transformer_lens.model_bridge.views import (
     key_value_heads,
     query_heads,
 )
-
-LEARNED = "positions are added to the embeddings, and nothing is rotated"
 
 Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
 """Where q, k and v are: the role whose output holds them, and how to see them in it."""
@@ -62,6 +59,22 @@ ROTATED = (
     Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
     Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
 )
+NORMED = (
+    Hook(
+        "hook_q_normed",
+        "batch pos head d_head",
+        "the queries after their norm, before position encoding",
+        Port("q_norm"),
+        aliases=("q_norm.hook_out",),
+    ),
+    Hook(
+        "hook_k_normed",
+        "batch pos kv_head d_head",
+        "the keys after their norm, before position encoding",
+        Port("k_norm"),
+        aliases=("k_norm.hook_out",),
+    ),
+)
 SCORES = (
     Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
     Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
@@ -69,7 +82,7 @@ SCORES = (
         "hook_result",
         "batch pos head d_model",
         "what each head adds to the stream; with the bias they sum to hook_attn_out",
-        Inside(),
+        Inside(kind="formula"),
         on_request=True,
     ),
 )
@@ -91,62 +104,3 @@ class AttentionPlace(ComponentBridge):
     def _block(self) -> str:
         block, layer = self.name.split(".")[:2]
         return f"{block}[{layer}]"
-
-
-class AttentionBridge(AttentionWeights, AttentionPlace):
-    """Attention of which only the ports are known; a subclass with a twin names the inside."""
-
-    places: ClassVar[Places] = {}
-
-
-class QKVAttentionBridge(AttentionBridge):
-    """Attention with separate projections, ports alone: roles `q`, `k`, `v`, `o`."""
-
-    places = SEPARATE
-    reads = OF_PROJECTIONS
-    writes = OUTPUT
-    hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
-
-
-class JointQKVAttentionBridge(AttentionBridge):
-    """Attention with one fused, grouped matmul, ports alone: roles `qkv`, `o`."""
-
-    places = FUSED
-    reads = OF_ONE_MATMUL
-    writes = OUTPUT
-    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
-
-
-class QKVBlocksAttentionBridge(AttentionBridge):
-    """Attention over learned positions with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o`."""
-
-    places = BLOCKS
-    reads = OF_ONE_MATMUL
-    writes = OUTPUT
-    hooks = (*qkv_hooks(BLOCKS), *SCORES)
-    absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
-
-
-class NormedQKAttentionBridge(QKVAttentionBridge):
-    """RoPE attention that norms each head's query and key first: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
-
-    `hook_q` and `hook_k` are what the projections return; what is rotated is at the hooks added here.
-    """
-
-    hooks = (
-        *QKVAttentionBridge.hooks,
-        Hook(
-            "hook_q_normed",
-            "batch pos head d_head",
-            "the queries after their norm, before position encoding",
-            Port("q_norm"),
-            aliases=("q_norm.hook_out",),
-        ),
-        Hook(
-            "hook_k_normed",
-            "batch pos kv_head d_head",
-            "the keys after their norm, before position encoding",
-            Port("k_norm"),
-            aliases=("k_norm.hook_out",),
-        ),
-    )

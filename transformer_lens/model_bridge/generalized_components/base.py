@@ -14,13 +14,13 @@ from torch import nn
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.peft_layers import computing_module
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.sharding import Interior, Sharding
-from transformer_lens.model_bridge.twin_call import TwinCall
 from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute
 
-NO_TWIN = "it is computed inside a module and handed over by none, and this architecture has no twin of that module"
+CLOSED = "it is computed inside a module, and this architecture does not say where it passes there"
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,11 @@ class ComponentBridge(HookOwner):
     absent: ClassVar[Mapping[str, str]] = {}
     """Names other architectures have here, and why this component has none."""
     declared: tuple[Hook, ...]
-    """The hooks of this component: those of its class, less those inside a part that has no twin."""
+    """The hooks of this component: those of its class, less those inside a part that is not opened."""
     missing: Mapping[str, str]
-    """`absent`, and the hooks inside a part that has no twin."""
+    """`absent`, and the hooks inside a part that is not opened."""
     parent: ComponentBridge
     """The component this one is a part of; not a submodule, for the tree has no cycles."""
-    observes: ClassVar[tuple[str, ...]] = ()
-    """The roles whose inputs and outputs the twin needs when it only looks."""
     reads: ClassVar[tuple[StreamMatrix, ...]] = ()
     """The weights that read what the norm in front of this component returns."""
     writes: ClassVar[tuple[StreamMatrix, ...]] = ()
@@ -189,14 +187,14 @@ class ComponentBridge(HookOwner):
             child = sub.kind(sub, model, below, f"{name}.{role}")
             child.__dict__["parent"] = self
             self.add_module(role, child)
-        self.declared = tuple(hook for hook in self.hooks if self._has_twin_for(hook))
-        self.missing = {hook.name: NO_TWIN for hook in self.hooks if hook not in self.declared} | dict(self.absent)
+        self.declared = tuple(hook for hook in self.hooks if self._opens(hook))
+        self.missing = {hook.name: CLOSED for hook in self.hooks if hook not in self.declared} | dict(self.absent)
         self.declare(f"{name}.", self.declared)
 
-    def _has_twin_for(self, hook: Hook) -> bool:
+    def _opens(self, hook: Hook) -> bool:
         if not isinstance(hook.port, Inside):
             return True
-        return type(self.role(hook.port.at)).twin is not ComponentBridge.twin
+        return type(self.role(hook.port.at)).inside is not ComponentBridge.inside
 
     @property
     def displaced(self) -> nn.Module | None:
@@ -243,7 +241,7 @@ class ComponentBridge(HookOwner):
 
     @property
     def computing_module(self) -> nn.Module:
-        """That module without the wrappers that only adapt its parameters: where its twin stands in."""
+        """That module without the wrappers that only adapt its parameters: where the hooks inside are."""
         return computing_module(self.original_component)
 
     def check_module(self) -> None:
@@ -272,12 +270,9 @@ class ComponentBridge(HookOwner):
         """
         return self.original_component(*args, **kwargs)
 
-    def begin(self, call: TwinCall) -> None:
-        """Keep what the module is about to change, before a call that the twin looks into."""
-
-    def twin(self, call: TwinCall) -> Any:
-        """Compute what the module computes, naming its intermediate values through `call.fire`."""
-        raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and has no twin")
+    def inside(self, call: InsideCall) -> Any:
+        """A call of the module while hooks inside it wait: what it computes, its values shown by `call.fire`."""
+        raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and does not open it")
 
     def role(self, role: str) -> ComponentBridge:
         """This component ("") or one of its parts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,17 +10,20 @@ from torch import Tensor
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 from transformer_lens.model_bridge.generalized_components.weights import NormWeights
+from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import Inside, Port
-from transformer_lens.model_bridge.twin_call import TwinCall
 
 SCALE = Hook(
     "hook_scale",
     "batch pos 1",
     "what the stream is divided by: its standard deviation, or root mean square",
-    Inside(),
+    Inside(kind="formula"),
 )
 NORMALIZED = Hook(
-    "hook_normalized", "batch pos d_model", "the stream divided by its scale, before weight and bias", Inside()
+    "hook_normalized",
+    "batch pos d_model",
+    "the stream divided by its scale, before weight and bias",
+    Inside(kind="formula"),
 )
 FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final norm, as the head reads it", Port())
 
@@ -28,12 +31,14 @@ FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final no
 class NormalizationBridge(ComponentBridge):
     """A norm before attention or MLP. What it returns is read at `attn.hook_in` and `mlp.hook_in`.
 
-    This class knows the places alone; a subclass with a twin knows the formula too.
+    This class knows the places alone; `OpenNormalizationBridge` knows the formula too.
     """
 
     hooks: ClassVar[tuple[Hook, ...]] = (SCALE, NORMALIZED)
     affine: ClassVar[tuple[str, ...]] = ()
     """The parameters that multiply, and are added to, the normalised stream; none where the formula is unknown."""
+    neutral: ClassVar[float] = 1.0
+    """The weight that multiplies by one."""
     centres: ClassVar[bool] = False
     """Whether the mean over d_model is taken off, so that a constant added along d_model changes nothing."""
 
@@ -44,42 +49,84 @@ class FinalNormalizationBridge(NormalizationBridge):
     hooks = (SCALE, NORMALIZED, FINAL_OUT)
 
 
-class LayerNormBridge(NormWeights, NormalizationBridge):
+class OpenNormalizationBridge(NormWeights, NormalizationBridge):
+    """A norm whose formula is known: a module computes it in one step, so there is no seam to open."""
+
+    def inside(self, call: InsideCall) -> Any:
+        """The module's call; where a hook writes, the formula in its place."""
+        if any(map(call.writes, (SCALE.name, NORMALIZED.name))):
+            return self.formula(call)
+        output = call.run()
+        with torch.no_grad():
+            self.look(call)
+        return output
+
+    def look(self, call: InsideCall) -> None:
+        """Show scale and normalised stream."""
+        self.formula(call)
+
+    def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
+        """What the module computes, from its scale and its normalised stream."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what its module computes")
+
+
+class LayerNormBridge(OpenNormalizationBridge):
     """LayerNorm (Ba et al. 2016), as `torch.nn.LayerNorm` computes it: half precision in float32."""
 
     attributes = affine = ("weight", "bias")
     centres = True
 
-    def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
+    def look(self, call: InsideCall) -> None:
+        """One kernel gives both; it has no gradient to its scale, which only a write needs."""
         x: Tensor = call.first
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if not call.writing:
-            # One kernel gives both; it has no gradient to its scale, which only a write needs.
-            normalized, _, reciprocal = torch.native_layer_norm(wide, (x.shape[-1],), None, None, call.cfg.eps)
-            call.fire("hook_scale", reciprocal.reciprocal())
-            return call.fire("hook_normalized", normalized.to(x.dtype))
+        normalized, _, reciprocal = torch.native_layer_norm(
+            at_least_float32(x), (x.shape[-1],), None, None, call.cfg.eps
+        )
+        call.fire(SCALE.name, reciprocal.reciprocal())
+        call.fire(NORMALIZED.name, normalized.to(x.dtype))
+
+    def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
+        x: Tensor = call.first
+        wide = at_least_float32(x)
         centred = wide - wide.mean(-1, keepdim=True)
-        scale = call.fire("hook_scale", (centred.square().mean(-1, keepdim=True) + call.cfg.eps).sqrt())
-        normalized = call.fire("hook_normalized", (centred / scale).to(x.dtype))
-        return torch.addcmul(call.weight("", "bias"), normalized, call.weight(""))
+        scale = call.fire(SCALE.name, (centred.square().mean(-1, keepdim=True) + call.cfg.eps).sqrt())
+        normalized = call.fire(NORMALIZED.name, (centred / scale).to(x.dtype))
+        bias = call.weight("", "bias")
+        return torch.addcmul(bias, normalized, call.weight(""))
 
 
-class RMSNormBridge(NormWeights, NormalizationBridge):
-    """RMSNorm (Zhang and Sennrich 2019), as `MixtralRMSNorm` computes it.
+class RMSNormBridge(OpenNormalizationBridge):
+    """RMSNorm (Zhang and Sennrich 2019), as `LlamaRMSNorm` and its copies compute it.
 
     In float32 whatever the model's dtype, and rounded before the weight.
     """
 
     attributes = affine = ("weight",)
 
-    def twin(self, call: TwinCall) -> Float[Tensor, "*batch d_model"]:
+    def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
         x: Tensor = call.first
         wide = x.to(torch.float32)
         mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
-        scale = call.fire("hook_scale", found := mean_square.sqrt())
+        scale = call.fire(SCALE.name, found := mean_square.sqrt())
         # The model multiplies by the reciprocal root; only a scale that a hook changed is divided by.
         divided = wide * torch.rsqrt(mean_square) if scale is found else wide / scale
-        return call.weight("") * call.fire("hook_normalized", divided.to(x.dtype))
+        return self.weighted(call, divided, x.dtype)
+
+    def weighted(self, call: InsideCall, divided: Tensor, dtype: torch.dtype) -> Float[Tensor, "*batch d_model"]:
+        """The normalised stream times the weight."""
+        return call.weight("") * call.fire(NORMALIZED.name, divided.to(dtype))
+
+
+class OffsetRMSNormBridge(RMSNormBridge):
+    """RMSNorm as `GemmaRMSNorm` computes it: times one plus the weight, and rounded after that."""
+
+    neutral = 0.0
+
+    def weighted(self, call: InsideCall, divided: Tensor, dtype: torch.dtype) -> Float[Tensor, "*batch d_model"]:
+        shown = divided.to(dtype)
+        new = call.fire(NORMALIZED.name, shown)
+        wide = divided if new is shown else new.to(divided.dtype)
+        return (wide * (1.0 + call.weight("").float())).to(dtype)
 
 
 class FinalLayerNormBridge(LayerNormBridge):
@@ -92,3 +139,14 @@ class FinalRMSNormBridge(RMSNormBridge):
     """The RMSNorm after the last block."""
 
     hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class FinalOffsetRMSNormBridge(OffsetRMSNormBridge):
+    """Gemma's RMSNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, half precision widened."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.processing.draft import Draft
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
-    from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionBridge
+    from transformer_lens.model_bridge.generalized_components.attention import OpenAttentionBridge
 
 HEADS = ("unembed", "head")
 
@@ -115,7 +115,7 @@ def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
     """`b_O + sum over heads of W_O b_V`: rows of a pattern sum to one, so a constant value comes out as it went in."""
     cfg = bridge.cfg
     for block in blocks(bridge):
-        attention = cast("AttentionBridge", block.role("attn"))
+        attention = cast("OpenAttentionBridge", block.role("attn"))
         if "v" not in attention.places:
             raise draft.refusal(attention, "bias", f"{type(attention).__name__} does not say where its values are")
         role, make_view = attention.places["v"]

@@ -388,9 +388,9 @@ class Evidence(Seen):
 
     @cached_property
     def inside(self) -> dict[str, list[str]]:
-        """The hooks inside each module that has a twin, by the component of that module."""
-        twins = self.bridge.attachment.twins.values()
-        return {twin.component.name: [hook.name for hook in twin.hooks.values()] for twin in twins}
+        """The hooks inside each module that has any, by the component of that module."""
+        opened = self.bridge.attachment.opened.values()
+        return {module.component.name: [hook.name for hook in module.hooks.values()] for module in opened}
 
     def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
         """The output of a run with hooks."""

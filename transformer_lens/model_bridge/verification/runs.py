@@ -107,11 +107,10 @@ def kept(e: Evidence) -> Iterator[CheckResult]:
         yield CheckResult("kept", name.rpartition(".")[0], name, difference, *e.same)
 
 
-def twin(e: Evidence) -> Iterator[CheckResult]:
-    """Every twin against its module, each fed what the module was fed.
+def inside(e: Evidence) -> Iterator[CheckResult]:
+    """Every module that hooks look into, a user hook at each, against itself with none, fed the same.
 
-    A user hook inside makes the twin compute; a plain torch hook notes its output and hands on the
-    module's own, so that the next one starts from the same input.
+    A plain torch hook notes its output and hands on the module's own, so that the next one starts from the same input.
     """
     found: dict[str, float] = {}
 
@@ -129,7 +128,7 @@ def twin(e: Evidence) -> Iterator[CheckResult]:
         if names:
             e.hooked([(names, Looking())])
     for component, difference in found.items():
-        yield CheckResult("twin", component, "", difference, *e.rounding)
+        yield CheckResult("inside", component, "", difference, *e.rounding)
 
 
 # -- writing -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The arithmetic of attention, as transformers' eager implementations write it.
+"""Attention masks of every implementation as what eager attention adds to its scores.
 
 Axes: B batch, H query heads, G key-value heads, Q query positions, K key positions, D d_head.
 """
@@ -12,18 +12,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 
-def rotate(x_BHQD: Float[Tensor, "B H Q D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H Q D"]:
-    """RoPE (Su et al. 2021) on halves: the pair of dimension `i` is dimension `i + D/2`."""
-    first, second = x_BHQD.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x_BHQD * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor, half precision widened."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:
     """Give every query head its group's key or value."""
     batch, groups, keys, d_head = x_BGKD.shape
@@ -31,13 +19,6 @@ def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tenso
         return x_BGKD
     wide = x_BGKD[:, :, None].expand(batch, groups, n_heads // groups, keys, d_head)
     return wide.reshape(batch, n_heads, keys, d_head)
-
-
-def softmax(scores: Float[Tensor, "B H Q K"], dtype: torch.dtype, reuse: bool) -> Float[Tensor, "B H Q K"]:
-    """Softmax over the keys in `dtype`; with `reuse`, in the memory of the scores where that has the dtype."""
-    if reuse and scores.dtype == dtype:
-        return torch.softmax(scores, -1, out=scores)
-    return torch.softmax(scores, -1, dtype=dtype)
 
 
 def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -77,3 +58,17 @@ def additive_mask(
         return mask[..., :keys]
     zero = torch.zeros((), dtype=dtype, device=device)
     return torch.where(allowed, zero, lowest)
+
+
+def seeing_queries(mask: Tensor | None, queries: int) -> Tensor | None:
+    """Which queries see any key, `[batch, #head, query, 1]`; `None` where all do, or the mask holds numbers to add.
+
+    A query that sees nothing (padding) reads nothing in the kernels that take such masks.
+    """
+    if mask is None or mask.is_floating_point():
+        return None
+    if mask.ndim == 2:  # flash attention's padding mask: padding is taken out, and comes back as zeros
+        sees = mask.bool()[:, None, -queries:, None]
+    else:
+        sees = mask.any(-1, keepdim=True)
+    return None if bool(sees.all()) else sees

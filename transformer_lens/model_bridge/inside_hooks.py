@@ -1,7 +1,6 @@
-"""Twins at work: a stand-in for a module's `forward`, there only while a hook inside it is.
+"""Hooks inside modules: what sits in a module's `forward` while a hook inside is there.
 
-For a run whose hooks only capture, the module works and its twin looks on; where a hook may write, or
-a gradient has to pass through the inside, the twin computes the module's output for that call.
+It hands each call to the component, which knows the module's seams and formulas. Other calls are the module's own.
 """
 
 from __future__ import annotations
@@ -16,51 +15,68 @@ from torch import Tensor, nn
 from transformer_lens.hook_point import HookEntry, HookPoint, nested_forward, state
 from transformer_lens.model_bridge.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.inside_call import ForwardInPlace, InsideCall
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.sharding import Interior
 from transformer_lens.model_bridge.slots import Slot
-from transformer_lens.model_bridge.twin_call import ForwardInPlace, TwinCall, observing
 from transformer_lens.model_bridge.views import TokenRows
 
 _exchange = threading.Lock()
-"""Held while a `forward` is exchanged: bridges and runs of several threads share a module's stand-in."""
+"""Held while a `forward` is exchanged: bridges and runs of several threads share what is in its place."""
 
 
-class StandIn(ForwardInPlace):
+class InsideForward(ForwardInPlace):
     """Sits in a module's `forward` on behalf of every bridge that has hooks inside."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.had = "forward" in module.__dict__
         self.original = module.forward
-        self.twins: list[BoundTwin] = []
+        self.users: list[BoundModule] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with nested_forward():
-            twins = [twin for twin in tuple(self.twins) if twin.active()]
-            if not twins:
+            active = [user for user in tuple(self.users) if user.active()]
+            if not active:
                 return self.original(*args, **kwargs)
-            if any(twin.writes() for twin in twins):
-                return twins[0].compute(self.module, args, kwargs, twins)
-            return self.look(args, kwargs, twins)
+            return active[0].component.inside(self.call(args, kwargs, active))
 
-    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[BoundTwin]) -> Any:
-        """Let the module work, then show what is inside; the module's output stands."""
-        component = twins[0].component
-        call = twins[0].call(self.module, args, kwargs, twins, writing=False)
-        component.begin(call)
-        with observing({role: call.parts(role) for role in component.observes}, call.seen):
-            call.output = self.original(*args, **kwargs)
-        with torch.no_grad():
-            component.twin(call)
-        return call.output
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], users: list[BoundModule]) -> InsideCall:
+        """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
+        component, inside = users[0].component, users[0].interior
+        rows: TokenRows | None = _first_recalled(users, "rows")
+        stream: Tensor | None = _first_recalled(users, "stream")
+        written = {name for user in users for name in user.written()}
+
+        def fire(name: str, value: Tensor) -> Tensor:
+            for user in users:
+                value = user.hooks[name].fire(value, rows)
+            return value
+
+        def wants(name: str) -> bool:
+            return any(user.hooks[name].fires() for user in users if name in user.hooks)
+
+        return InsideCall(
+            self.module,
+            self.original,
+            inside.cfg,
+            args,
+            kwargs,
+            component.module_of,
+            fire,
+            wants,
+            written.__contains__,
+            stream,
+            inside.shards,
+            inside.axes,
+        )
 
     def remove(self) -> None:
         self.leave(self.module, self.had)
 
 
-class BoundTwin:
+class BoundModule:
     """The hooks of one bridge inside one module, by name."""
 
     def __init__(
@@ -71,22 +87,22 @@ class BoundTwin:
         self.interior = interior
         self.layer = layer
         self.hooks: dict[str, BoundInside] = {}
-        self.stand_in: StandIn | None = None
+        self.in_place: InsideForward | None = None
 
     def refresh(self) -> None:
-        """Stand in for the module, or stop, as the hooks inside need it."""
+        """Take the place of the module's forward, or leave it, as the hooks inside need it."""
         with _exchange:
             needed = any(hook.wanted for hook in self.hooks.values())
-            if needed and self.stand_in is None:
+            if needed and self.in_place is None:
                 self._put_on()
                 self.tell(self, True)
-            elif not needed and self.stand_in is not None:
+            elif not needed and self.in_place is not None:
                 self._take_off()
                 self.tell(self, False)
 
     def follow(self) -> None:
         """Move to the module that is at this place now, if another one was put there."""
-        if self.stand_in is not None and self.stand_in.module is not self.component.computing_module:
+        if self.in_place is not None and self.in_place.module is not self.component.computing_module:
             with _exchange:
                 self._take_off()
                 self._put_on()
@@ -94,21 +110,21 @@ class BoundTwin:
     def _put_on(self) -> None:
         self.component.check_module()
         module = self.component.computing_module
-        found = StandIn.on(module)
-        self.stand_in = found or StandIn(module)
+        found = InsideForward.on(module)
+        self.in_place = found or InsideForward(module)
         if found is None:
-            module.forward = self.stand_in
-        self.stand_in.twins.append(self)
+            module.forward = self.in_place
+        self.in_place.users.append(self)
 
     def _take_off(self) -> None:
-        assert self.stand_in is not None
-        self.stand_in.twins.remove(self)
-        if not self.stand_in.twins:
-            self.stand_in.remove()
-        self.stand_in = None
+        assert self.in_place is not None
+        self.in_place.users.remove(self)
+        if not self.in_place.users:
+            self.in_place.remove()
+        self.in_place = None
 
     def release(self) -> None:
-        """Stop standing in, whatever sits in the hooks' places."""
+        """Leave the module's forward, whatever sits in the hooks' places."""
         self.hooks = {}
         self.refresh()
 
@@ -116,71 +132,36 @@ class BoundTwin:
         """Whether any hook inside fires in what this thread is running."""
         record = current_record()
         if record is not None and record.replaying:
-            return self in record.computed
+            return any(hook in record.computed for hook in self.hooks.values())
         return covered(self.layer) and any(hook.fires() for hook in self.hooks.values())
 
-    def writes(self) -> bool:
-        """Whether any of them may change what it sees, or needs a gradient through it."""
+    def written(self) -> list[str]:
+        """The names of the hooks that may change what they see; a block's record keeps which."""
         record = current_record()
         if record is not None and record.replaying:
-            return self in record.computed
-        return any(hook.writes() for hook in self.hooks.values())
-
-    def call(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[BoundTwin], writing: bool
-    ) -> TwinCall:
-        """The call as the twin sees it; every bridge's hook of a name fires, one after the other."""
-        rows: TokenRows | None = _first_recalled(twins, "rows")
-
-        def fire(name: str, value: Tensor) -> Tensor:
-            for twin in twins:
-                value = twin.hooks[name].fire(value, rows)
-            return value
-
-        def wants(name: str) -> bool:
-            return any(twin.hooks[name].fires() for twin in twins)
-
-        parts = _Parts(self.component)
-        stream: Tensor | None = _first_recalled(twins, "stream")
-        inside = self.interior
-        return TwinCall(
-            module, inside.cfg, args, kwargs, writing, parts, fire, wants, stream, inside.shards, inside.axes
-        )
-
-    def compute(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], twins: list[BoundTwin]) -> Any:
-        """The module's output, from its twin."""
-        record = current_record()
-        if record is not None and not record.replaying:
-            record.computed.update(twins)
-        return self.component.twin(self.call(module, args, kwargs, twins, writing=True))
+            return [name for name, hook in self.hooks.items() if hook in record.computed]
+        found = [name for name, hook in self.hooks.items() if hook.writes()]
+        if record is not None:
+            record.computed.update(self.hooks[name] for name in found)
+        return found
 
 
-def _first_recalled(twins: list[BoundTwin], what: str) -> Any:
+def _first_recalled(users: list[BoundModule], what: str) -> Any:
     """What the hooks of any of the bridges remembered of this call, taken out of memory."""
-    found = [recalled(twin, len(state.executing), what) for twin in twins]
+    found = [recalled(user, len(state.executing), what) for user in users]
     return next((value for value in found if value is not None), None)
-
-
-class _Parts:
-    """The Hugging Face module of a role of a component."""
-
-    def __init__(self, component: ComponentBridge) -> None:
-        self.component = component
-
-    def __call__(self, role: str) -> nn.Module:
-        return self.component.module_of(role)
 
 
 class BoundInside(Slot):
     """One hook inside a module."""
 
     def __init__(
-        self, hook: Hook, inside: Inside, owner: HookOwner, twin: BoundTwin, on_replaced: Callable[[], None]
+        self, hook: Hook, inside: Inside, owner: HookOwner, module: BoundModule, on_replaced: Callable[[], None]
     ) -> None:
         super().__init__(hook, owner, on_replaced)
         self.inside = inside
-        self.twin = twin
-        self.divided = twin.interior.dim(hook.axes)
+        self.module = module
+        self.divided = module.interior.dim(hook.axes)
 
     def entries(self) -> list[HookEntry] | None:
         """The hooks that fire now; `None` where another module sits in the place."""
@@ -202,8 +183,7 @@ class BoundInside(Slot):
 
     def writes(self) -> bool:
         """Whether it may change the value, or needs a gradient through it."""
-        entries = self.entries()
-        place = self.place
+        place, entries = self.place, self.entries()
         if entries is None or not isinstance(place, HookPoint):
             return True
         return any(not entry.reads_only or entry in place.bwd_hooks for entry in entries)
@@ -212,13 +192,13 @@ class BoundInside(Slot):
         """Keep what the module itself does not see: batch and position, or the block's stream."""
         if self.fires():
             what, value = ("stream", x) if self.inside.stream_of is not None else ("rows", TokenRows(*x.shape[:2]))
-            state.recalled[id(self.twin), len(state.executing), what] = value
+            state.recalled[id(self.module), len(state.executing), what] = value
 
     def fire(self, value: Tensor, rows: TokenRows | None) -> Tensor:
         """Run the hook on the value, as batch and positions where the module has rows."""
         if not self.fires():
             return value
-        shards, dim = self.twin.interior.shards, self.divided
+        shards, dim = self.module.interior.shards, self.divided
         whole = value if dim is None else shards.gather(value, dim)
         shown = whole if rows is None else rows.get(whole)
         new = self.show(shown)

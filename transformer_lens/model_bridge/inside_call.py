@@ -1,15 +1,11 @@
-"""One call of a Hugging Face module, as the twin of that module sees it.
-
-When the twin only looks, the module has already worked: `through` gives what its parts handed over.
-When the twin writes, `through` runs those parts, so that their own hooks fire.
-"""
+"""One call of a Hugging Face module, as the component that opens it sees it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -19,7 +15,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.peft_layers import is_adapted
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.sharding import ALONE, Shards
-from transformer_lens.model_bridge.upstream import UpstreamError, Word, arguments_of
+from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
 from transformer_lens.model_bridge.weight_access import read_weight
 
 DISPATCHED = "_old_forward"
@@ -50,53 +46,58 @@ class ForwardInPlace:
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
-    """The module's own computation, whatever stands in for it."""
+    """The module's own computation, whatever is in the place of its forward."""
     forward: Callable[..., Any] = module.forward
     return forward.original if isinstance(forward, ForwardInPlace) else forward
 
 
 @dataclass
-class TwinCall:
+class InsideCall:
     """The arguments of the call, the module's numbers, and the hooks that wait inside."""
 
     module: nn.Module
+    original: Callable[..., Any]
+    """The module's own forward."""
     cfg: BridgeConfig
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    writing: bool
+    kwargs: dict[str, Any]
     parts: Callable[[str], nn.Module]
     fire: Callable[[str, Tensor], Tensor]
     wants: Callable[[str], bool]
+    """Whether a hook of this name fires in this call."""
+    writes: Callable[[str], bool]
+    """Whether one may change what it sees, or needs a gradient through it."""
     stream: Tensor | None = None
     """The stream that enters the block, where a hook shows it."""
     shards: Shards = ALONE
     """The processes that share the inside of the module; `cfg` has the numbers of this one's part."""
     divided: tuple[str, ...] = ()
     """The axes along which they share it."""
-    output: Any = None
-    kept: dict[str, Any] = field(default_factory=dict)
-    seen: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> Arguments:
+        """What the module's forward calls its arguments."""
+        return arguments_of(type(self.module))
 
     def argument(self, word: Word) -> Any:
         """An argument of the module's forward, however it was passed; its default if it was left out."""
-        return arguments_of(type(self.module)).value(word, self.args, self.kwargs)
+        return self.arguments.value(word, self.args, self.kwargs)
+
+    def given(self, values: Mapping[Word, Any]) -> InsideCall:
+        """The call with other arguments."""
+        args, kwargs = self.args, self.kwargs
+        for word, value in values.items():
+            args, kwargs = self.arguments.with_value(word, value, args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     @property
     def first(self) -> Any:
         """The first argument."""
-        return arguments_of(type(self.module)).first_value(self.args, self.kwargs)
+        return self.arguments.first_value(self.args, self.kwargs)
 
-    def through(self, role: str, x: Tensor, amend: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """What the part in this role received and returned, after the hooks on it.
-
-        `amend` changes what it returns before any hook sees that.
-        """
-        if not self.writing:
-            return self.seen[role]
-        part = self.parts(role)
-        with observing({role: part}, self.seen), amending(part, amend):
-            part(x)
-        return self.seen[role]
+    def run(self) -> Any:
+        """What the module's own forward returns."""
+        return self.original(*self.args, **self.kwargs)
 
     def weight(self, role: str, name: str = "weight") -> Tensor:
         """A weight of a part, or of the module itself (""): this process's part of it where the inside is divided."""
@@ -108,42 +109,24 @@ class TwinCall:
 
 
 @contextmanager
-def amending(module: nn.Module, amend: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-    """Change what a module returns in this thread, before every other hook on it."""
-    if amend is None:
-        yield
-        return
+def on_output(
+    module: nn.Module, act: Callable[[Tensor, Tensor], Tensor | None], *, first: bool = False
+) -> Iterator[None]:
+    """Hand what a module receives and returns in this thread to `act`, whose result, if any, the model goes on with.
+
+    Before every other hook on the module, or after them.
+    """
     thread = threading.get_ident()
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return amend(output) if threading.get_ident() == thread else None
+        if threading.get_ident() != thread:
+            return None
+        if not isinstance(output, Tensor):
+            raise UpstreamError(type(module).__name__, f"tensor as its output, got {type(output).__name__}", ())
+        return act(args[0], output)
 
-    handle = module.register_forward_hook(hook, prepend=True)
+    handle: RemovableHandle = module.register_forward_hook(hook, prepend=first)
     try:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def observing(modules: Mapping[str, nn.Module], seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Note what some modules receive and return in this thread, after every other hook on them."""
-    thread = threading.get_ident()
-    handles: list[RemovableHandle] = []
-
-    def note(role: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if threading.get_ident() == thread:
-                if not isinstance(output, Tensor):
-                    raise UpstreamError(type(module).__name__, f"tensor as its output, got {type(output).__name__}", ())
-                seen[role] = (args[0], output)
-
-        return hook
-
-    try:
-        for role, module in modules.items():
-            handles.append(module.register_forward_hook(note(role)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

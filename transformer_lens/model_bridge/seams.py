@@ -1,0 +1,307 @@
+"""Seams: places inside a module's own forward where it hands a value to a function.
+
+For one call, in one thread, that function is exchanged: what passes is shown to hooks, or another value goes on in its
+place. The arithmetic stays the module's own, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from transformer_lens.hook_point import state
+from transformer_lens.model_bridge.upstream import UpstreamError, attention_functions
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+DROPOUT = (F.dropout, torch.dropout)
+MATMUL = (F.linear, torch.matmul, Tensor.matmul)
+ADD = (torch.add, Tensor.add)
+IN_PLACE: dict[Any, Callable[[Tensor, Any], Tensor]] = {
+    Tensor.mul: Tensor.mul_,
+    Tensor.div: Tensor.div_,
+    Tensor.add: Tensor.add_,
+}
+
+Step = Callable[[Tensor], Tensor]
+"""What happens to a value at a seam: it is looked at, or another one takes its place."""
+
+
+IN_PLACE: dict[Any, Callable[[Tensor, Any], Tensor]] = {
+    Tensor.mul: Tensor.mul_,
+    Tensor.div: Tensor.div_,
+    Tensor.add: Tensor.add_,
+}
+"""What makes a sum or a multiple of a tensor, and what makes it in that tensor's memory."""
+
+
+class Enough(BaseException):
+    """Leaves a computation that runs beside the module, once everything wanted has been seen."""
+
+
+@contextmanager
+def until_enough() -> Iterator[None]:
+    """A computation beside the module, which may end early and leaves no graph."""
+    with torch.no_grad(), suppress(Enough):
+        yield
+
+
+class TorchCalls(TorchFunctionMode):
+    """The calls of torch functions that a module makes in this thread, less those that hooks make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = len(state.executing)
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make one call, or another one in its place."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what it does with a call")
+
+    def __torch_function__(
+        self, function: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if len(state.executing) != self.depth:  # a hook runs here, and what it computes is its own
+            return function(*args, **(kwargs or {}))
+        return self.call(function, args, kwargs or {})
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[Any, Any]]]:
+    """The tensor a torch function works on, and the arguments with another one in its place."""
+    if args:
+        return args[0], lambda x: ((x, *args[1:]), kwargs)
+    return kwargs["input"], lambda x: (args, {**kwargs, "input": x})
+
+
+class Probabilities(TorchCalls):
+    """Attention's one softmax: what it receives are the scores, and what goes on from it is the pattern.
+
+    `drops`: the pattern goes through dropout, after the model cut it to its dtype and to its keys; else it is what the
+    softmax returns. With `queries`, nothing is looked at before `from_here`, and then they are the first factor of the
+    first product. With `reuses`, the steps from the product to the softmax share one tensor's memory, as nothing is
+    larger at long contexts; for a run beside the module, which nothing of it goes on with.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        scores: Step,
+        pattern: Step,
+        *,
+        drops: bool,
+        queries: Step | None = None,
+        reuses: bool = False,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.scores = scores
+        self.pattern = pattern
+        self.drops = drops
+        self.queries = queries
+        self.armed = queries is None
+        self.reuses = reuses
+        self.latest: Tensor | None = None
+        """The tensor that the latest step made."""
+        self.seen = 0
+        self.waits = False
+
+    def from_here(self) -> None:
+        """The projections are done: what multiplies now are queries with keys."""
+        self.armed = True
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.armed:
+            return function(*args, **kwargs)
+        if function in SOFTMAX:
+            return self._softmax(function, args, kwargs)
+        if self.waits and function in DROPOUT:
+            self.waits = False
+            x, with_other = _first(args, kwargs)
+            args, kwargs = with_other(self.pattern(x))
+        elif self.queries is not None and function in MATMUL:
+            queries, self.queries = self.queries, None
+            x, with_other = _first(args, kwargs)
+            args, kwargs = with_other(queries(x))
+        return self._step(function, args, kwargs) if self.reuses and not self.seen else function(*args, **kwargs)
+
+    def _softmax(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.seen += 1
+        x, with_other = _first(args, kwargs)
+        scores = self.scores(x)
+        args, kwargs = with_other(scores)
+        dtype = kwargs.get("dtype") or scores.dtype
+        if self.reuses and scores is self.latest and len(args) == 1 and dtype == scores.dtype:
+            result = torch.softmax(scores, kwargs["dim"], out=scores)
+        else:
+            result = function(*args, **kwargs)
+        self.waits = self.armed = self.drops
+        return result if self.drops else self.pattern(result)
+
+    def _step(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step from the product to the softmax; a sum or a multiple of what the one before made, in its memory."""
+        latest, in_place = self.latest, IN_PLACE.get(function)
+        if in_place is not None and latest is not None and args[0] is latest and not kwargs:
+            other = args[1]
+            fits = not isinstance(other, Tensor) or torch.broadcast_shapes(other.shape, latest.shape) == latest.shape
+            if fits and torch.result_type(latest, other) == latest.dtype:
+                return in_place(latest, other)
+        result = function(*args, **kwargs)
+        if result is not self.latest:  # `x /= 2` gives the same tensor back
+            self.latest = result if function in MATMUL or function in IN_PLACE else None
+        return result
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if error is None and (self.seen != 1 or self.waits):
+            missing = f"one softmax in its attention (it made {self.seen})"
+            raise UpstreamError(type(self.module).__name__, missing + " with dropout after it" * self.waits, ())
+
+
+class FirstProduct(TorchCalls):
+    """The first product with a matrix that a module computes, such as the logits of a router."""
+
+    def __init__(self, module: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.module = module
+        self.step: Step | None = step
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = function(*args, **kwargs)
+        if self.step is None or function not in MATMUL:
+            return result
+        step, self.step = self.step, None
+        return step(result)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if error is None and self.step is not None:
+            raise UpstreamError(type(self.module).__name__, "product with a matrix in its forward", ())
+
+
+# -- attention functions -----------------------------------------------------------------------------
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+"""An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
+
+
+class _Waiting(threading.local):
+    """The calls of attention modules that this thread is in and whose attention function is exchanged."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, int, Callable[[Attend, Attend], Attend]]] = []
+
+
+_waiting = _Waiting()
+_exchange = threading.Lock()
+"""Held while a registry's look-up is exchanged: calls of several threads share the exchange."""
+_users: dict[int, int] = {}
+
+
+@contextmanager
+def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], Attend]) -> Iterator[None]:
+    """For one call of an attention module in this thread, exchange the attention function it asks transformers for.
+
+    `instead` is given the function that the model's configuration names and the family's own eager one.
+    """
+    registry = attention_functions(module)
+    _waiting.calls.append((module, len(state.executing), instead))
+    with _exchange:
+        _users[id(registry)] = _users.get(id(registry), 0) + 1
+        if _users[id(registry)] == 1:
+            registry.__dict__["get_interface"] = _asking(registry)
+    try:
+        yield
+    finally:
+        _waiting.calls.pop()
+        with _exchange:
+            _users[id(registry)] -= 1
+            if not _users[id(registry)]:
+                del registry.__dict__["get_interface"], _users[id(registry)]
+
+
+def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
+    """A look-up that gives the module whose call waits its exchanged function, and every other module the real one."""
+    look_up = type(registry).get_interface
+
+    def get_interface(implementation: str, default: Attend) -> Attend:
+        real: Attend = look_up(registry, implementation, default)
+        if not _waiting.calls or _waiting.calls[-1][1] != len(state.executing):
+            return real
+        waiting, _, instead = _waiting.calls[-1]
+
+        def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            function = instead(real, default) if module is waiting else real
+            return function(module, *args, **kwargs)
+
+        return attend
+
+    return get_interface
+
+
+# -- keys and values ---------------------------------------------------------------------------------
+
+KeysAndValues = tuple[Tensor, Tensor]
+
+
+class PassingBy:
+    """What attention is handed where it is called without a KV cache: its new keys and values pass by."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], KeysAndValues]) -> None:
+        self.step = step
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeysAndValues:
+        """The cache's only method that an attention module calls."""
+        return self.step(keys, values)
+
+
+@contextmanager
+def cache_update(
+    cache: Any, before: Callable[[Tensor, Tensor], KeysAndValues], after: Callable[[Tensor, Tensor], KeysAndValues]
+) -> Iterator[Any]:
+    """What attention gets for its cache in one call: new keys and values pass `before`, all of them `after`."""
+    if cache is None:
+        yield PassingBy(lambda keys, values: after(*before(keys, values)))
+        return
+    update = cache.update
+
+    def amended(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> KeysAndValues:
+        return after(*update(*before(keys, values), *args, **kwargs))
+
+    had = cache.__dict__.get("update")
+    cache.__dict__["update"] = amended
+    try:
+        yield cache
+    finally:
+        if had is None:
+            del cache.__dict__["update"]
+        else:
+            cache.__dict__["update"] = had
+
+
+# -- a module beside itself --------------------------------------------------------------------------
+
+
+class Handed(nn.Module):
+    """A part that returns what it was made with, whatever it is called on."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.value
+
+
+def beside(module: nn.Module, parts: Mapping[str, nn.Module] | None = None, **attributes: Any) -> Any:
+    """A copy of a module that shares its parameters and parts, with some of them, or some attributes, exchanged.
+
+    No hook of the module is on the way of the copy's class's `forward`, and nothing of the module is changed.
+    """
+    copied = type(module).__new__(type(module))
+    copied.__dict__ = {**module.__dict__, **attributes, "_modules": {**module._modules, **(parts or {})}}
+    return copied
