@@ -151,7 +151,7 @@ class Probabilities(TorchCalls):
             if fits and torch.result_type(latest, other) == latest.dtype:
                 return in_place(latest, other)
         result = function(*args, **kwargs)
-        if result is not self.latest:  # `x /= 2` gives the same tensor back
+        if isinstance(result, Tensor) and result is not latest:  # `x /= 2` gives the same tensor back
             self.latest = result if function in MATMUL or function in IN_PLACE else None
         return result
 
