@@ -77,7 +77,7 @@ def words(kind: str, model: str, facts: dict[str, str]) -> list[Drill]:
 
 
 def free(kind: str, model: str, old: str) -> Drill:
-    """A first argument, whose name does not matter."""
+    """An argument whose name does not matter."""
     return Drill(f"{kind} {old}", model, renamed(kind, old, "other"))
 
 
@@ -113,7 +113,6 @@ DRILLS = [
         {
             CACHE_ARGUMENT: "KV cache",
             "attention_mask": "attention mask",
-            "position_embeddings": "cosines and sines of RoPE",
             "hidden_states": "hidden states",
         },
     ),
@@ -133,11 +132,12 @@ DRILLS = [
             "layer_past": "KV cache",
             "attention_mask": "attention mask",
             "output_attentions": "switch that returns the pattern",
-            "position_embeddings": "cosines and sines of RoPE",
             "hidden_states": "hidden states",
         },
     ),
     *words("FalconAttention", "rw", {"alibi": "ALiBi bias"}),
+    free("MixtralAttention", "mixtral", "position_embeddings"),
+    free("FalconAttention", "40b", "position_embeddings"),
     *(
         drill
         for kind, model in (("MixtralForCausalLM", "mixtral"), ("FalconForCausalLM", "7b"))
@@ -159,12 +159,11 @@ DRILLS = [
     ),
     free("FalconDecoderLayer", "40b", "hidden_states"),
     free("FalconMLP", "rw", "x"),
-    *missing("MixtralAttention", "mixtral", "config", "layer_idx", "scaling", "attention_dropout"),
-    *missing("MixtralExperts", "mixtral", "gate_up_proj", "down_proj", "act_fn"),
+    *missing("MixtralAttention", "mixtral", "config", "layer_idx"),
+    *missing("MixtralExperts", "mixtral", "gate_up_proj", "down_proj", "has_bias", "is_transposed"),
     *missing("MixtralTopKRouter", "mixtral", "weight"),
     *missing("MixtralRMSNorm", "mixtral", "weight"),
-    *missing("FalconAttention", "40b", "config", "layer_idx", "new_decoder_architecture"),
-    *missing("FalconAttention", "rw", "attention_dropout"),
+    *missing("FalconAttention", "40b", "config", "layer_idx"),
     *missing("Embedding", "40b", "weight"),
     *keys("mixtral", "num_local_experts", "num_experts_per_tok", "head_dim", "sliding_window", "rms_norm_eps"),
     *keys("40b", "num_kv_heads", "num_ln_in_parallel_attn", "new_decoder_architecture", "multi_query", "alibi"),

@@ -331,11 +331,11 @@ def small_report() -> VerificationReport:
 def test_the_report_as_text() -> None:
     assert str(small_report()) == (
         "tiny: FalconForCausalLM, float32, sdpa, cpu: 5 comparisons in 0.2 s, 1 FAILED\n"
-        "check  difference  tolerance  where it is largest   result\n"
-        "----------------------------------------------------------\n"
-        "fires  0           0          2 kinds of component  ok\n"
-        "inside nan         1e-05      blocks.1.attn         FAILED\n"
-        "noise  5.0e-01     > 0        hook_embed            ok\n"
+        "check   difference  tolerance  where it is largest   result\n"
+        "-----------------------------------------------------------\n"
+        "fires   0           0          2 kinds of component  ok\n"
+        "inside  nan         1e-05      blocks.1.attn         FAILED\n"
+        "noise   5.0e-01     > 0        hook_embed            ok\n"
         "noise: one hook of every layer in the same run (thorough: each hook alone)\n"
         "not applicable: static cache: it has none\n"
         "nothing to compare in this model: experts\n"

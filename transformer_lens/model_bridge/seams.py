@@ -134,7 +134,7 @@ class Probabilities(TorchCalls):
         x, with_other = _first(args, kwargs)
         scores = self.scores(x)
         args, kwargs = with_other(scores)
-        dtype = kwargs.get("dtype") or scores.dtype
+        dtype = {"dtype": None, **kwargs}["dtype"] or scores.dtype
         if self.reuses and scores is self.latest and len(args) == 1 and dtype == scores.dtype:
             result = torch.softmax(scores, kwargs["dim"], out=scores)
         else:

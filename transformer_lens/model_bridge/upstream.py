@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -161,19 +162,20 @@ ATTENTION_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 
 def attention_functions(module: nn.Module) -> Any:
     """The registry in which an attention module looks the function up that computes it."""
-    there = inspect.unwrap(type(module).forward).__globals__
-    if ATTENTION_FUNCTIONS not in there:
+    files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__]
+    found = next((names[ATTENTION_FUNCTIONS] for names in files if ATTENTION_FUNCTIONS in names), None)
+    if found is None:
         raise UpstreamError(f"the file of {type(module).__name__}", f"registry {ATTENTION_FUNCTIONS}", ())
-    return there[ATTENTION_FUNCTIONS]
+    return found
 
 
 def eager_forward(module: nn.Module) -> Any:
     """The forward of experts as their family wrote it, under the one that chooses between kernels."""
-    forward = type(module).forward
-    unwrapped = inspect.unwrap(forward)
-    if unwrapped is forward:
+    forwards = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
+    chosen = next((forward for forward in forwards if inspect.unwrap(forward) is not forward), None)
+    if chosen is None:
         raise UpstreamError(type(module).__name__, "forward of its own under the one that chooses a kernel", ())
-    return unwrapped
+    return inspect.unwrap(chosen)
 
 
 def first_forward(kind: type[nn.Module]) -> Any:

@@ -402,7 +402,6 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
     places = FUSED
     reads = OF_ONE_MATMUL
     takes = (*OpenAttentionBridge.takes, OUTPUT_ATTENTIONS, ALIBI)
-    attributes = (*OpenAttentionBridge.attributes, "new_decoder_architecture")
     hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
 
     def attend(self, run: AttentionRun) -> Any:
