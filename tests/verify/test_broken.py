@@ -79,7 +79,10 @@ def shown(kind: Any, name: str, wrong: Callable[[Tensor], Tensor], right: Callab
     class Broken(kind):
         def inside(self, call: Any) -> Any:
             def fire(hook: str, value: Tensor) -> Tensor:
-                return right(call.fire(hook, wrong(value))) if hook == name else call.fire(hook, value)
+                if hook != name:
+                    return call.fire(hook, value)
+                new = call.fire(hook, false := wrong(value))
+                return value if new is false else right(new)
 
             return super().inside(replace(call, fire=fire))
 

@@ -134,8 +134,8 @@ class Probabilities(TorchCalls):
         x, with_other = _first(args, kwargs)
         scores = self.scores(x)
         args, kwargs = with_other(scores)
-        dtype = {"dtype": None, **kwargs}["dtype"] or scores.dtype
-        if self.reuses and scores is self.latest and len(args) == 1 and dtype == scores.dtype:
+        widens = any(isinstance(given, torch.dtype) and given != scores.dtype for given in kwargs.values())
+        if self.reuses and scores is self.latest and len(args) == 1 and not widens:
             result = torch.softmax(scores, kwargs["dim"], out=scores)
         else:
             result = function(*args, **kwargs)

@@ -412,8 +412,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
             with self._opened(run, run.scores, run.pattern):
                 return call.run()
         if run.writes_any("hook_rot_q", *PROBABILITIES):
-            # The class for flash attention inherits from the one that computes a pattern.
-            own = call.original if config._attn_implementation == "sdpa" else _first_forward(call.module)
+            own = call.original if config._attn_implementation == "sdpa" else _computing_pattern(call.module)
             output, _, *rest = self._explicitly(run, call, own)
             return (output, None, *rest)
         run.note_projections()
@@ -421,7 +420,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
         run.beside = True
         with until_enough():
             there = call.given({CACHE: PassingBy(partial(_there, run))})
-            self._explicitly(run, there, _first_forward(run.handing(run.projected)))
+            self._explicitly(run, there, _computing_pattern(run.handing(run.projected)))
         return output
 
     def _explicitly(self, run: AttentionRun, call: InsideCall, forward: Callable[..., Any]) -> Any:
@@ -449,9 +448,11 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
         return seam
 
 
-def _first_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the first class in a module's ancestry, of this module."""
-    return cast("Callable[..., Any]", MethodType(first_forward(type(module)), module))
+def _computing_pattern(module: Any) -> Callable[..., Any]:
+    """A forward of the module that can compute a pattern; the class for flash attention inherits from one."""
+    flash = "flash" in module.config._attn_implementation
+    forward = first_forward(type(module)) if flash else type(module).forward
+    return cast("Callable[..., Any]", MethodType(forward, module))
 
 
 def _there(run: AttentionRun, _keys: Tensor, _values: Tensor) -> KeysAndValues:
