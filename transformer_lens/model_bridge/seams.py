@@ -23,11 +23,6 @@ SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 DROPOUT = (F.dropout, torch.dropout)
 MATMUL = (F.linear, torch.matmul, Tensor.matmul)
 ADD = (torch.add, Tensor.add)
-IN_PLACE: dict[Any, Callable[[Tensor, Any], Tensor]] = {
-    Tensor.mul: Tensor.mul_,
-    Tensor.div: Tensor.div_,
-    Tensor.add: Tensor.add_,
-}
 
 Step = Callable[[Tensor], Tensor]
 """What happens to a value at a seam: it is looked at, or another one takes its place."""
