@@ -313,6 +313,30 @@ def test_what_is_the_models_own_is_set_on_the_model() -> None:
     assert not hasattr(bridge, "mine")
 
 
+@pytest.mark.parametrize("place", ["generate", "blocks.0.attn.role", "blocks.1.mlp.twin"])
+def test_no_module_takes_the_place_of_a_method(place: str) -> None:
+    """torch would list it, and calls would go to the method."""
+    bridge = TransformerBridge(family("40b"))
+    owner, _, name = place.rpartition(".")
+    modules = list(bridge.named_modules())
+    with pytest.raises(AttributeError, match=f"^{name}: got Linear, which cannot stand for this method; places"):
+        setattr(bridge.get_submodule(owner), name, nn.Linear(2, 2))
+    assert list(bridge.named_modules()) == modules
+
+
+def test_what_the_class_sets_in_its_own_way_it_sets_of_modules_and_parameters_too() -> None:
+    bridge = TransformerBridge(family("40b"))
+    attention, modules = bridge.blocks[0].attn, list(bridge.named_modules())
+    for owner, name in ((bridge, "device"), (bridge, "W_U"), (attention, "original_component")):
+        with pytest.raises(AttributeError, match=f"property '{name}' of '.*' object has no setter"):
+            setattr(owner, name, nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="W_Q: got Linear, expected a tensor of shape"):
+        attention.W_Q = nn.Linear(2, 2)
+    doubled = nn.Parameter(2 * attention.W_Q)
+    attention.W_Q = doubled
+    assert torch.equal(attention.W_Q, doubled) and list(bridge.named_modules()) == modules
+
+
 def replicas(module: nn.Module) -> nn.Module:
     """A replica as `DataParallel` makes one, on the same device: `torch.nn.parallel.replicate` itself needs GPUs."""
     modules = list(module.modules())

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import FalconForSequenceClassification, FalconModel, MixtralModel, PreTrainedTokenizerBase, pipeline
+from transformers import (
+    FalconForSequenceClassification,
+    FalconModel,
+    MixtralModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    pipeline,
+)
 
 from tests.bridge.texts import tokenizer
 from tests.support import FALCON_SMALL, FAMILIES, MIXTRAL_SMALL, falcon_config, family, tokens
@@ -360,12 +367,118 @@ def test_an_assistant_drafts_and_the_text_is_the_models_own(name: str) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["40b", "mixtral"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_bridge_drafts_for_a_model_as_the_model_inside_it_does(name: str, do_sample: bool) -> None:
+    model, x = family(name), tokens(1)
+    drafter = copy.deepcopy(
+        model
+    )  # agrees with the model, so that guesses are taken, until one layer of it is silenced
+    helper = TransformerBridge(drafter)
+    widths: list[int] = []
+
+    def watched(module: nn.Module, arguments: Any, named: dict[str, Any]) -> None:
+        widths.append(named["input_ids"].shape[1])
+
+    model.register_forward_pre_hook(watched, with_kwargs=True)
+
+    def written(assistant: Any) -> tuple[list[int], list[int]]:
+        torch.manual_seed(0)
+        widths.clear()
+        text = model.generate(x, max_new_tokens=9, do_sample=do_sample, assistant_model=assistant)
+        return text[0].tolist(), list(widths)
+
+    text, agreed = expected = written(drafter)
+    assert written(helper) == expected
+    with helper.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda stream, hook: -stream)]):
+        expected = written(drafter)  # the hook is in the model inside
+        assert written(helper) == expected
+    assert expected[1] != agreed
+    assert do_sample or expected[0] == text == model.generate(x, max_new_tokens=9, do_sample=False)[0].tolist()
+
+
+def test_assisted_generation_without_a_kv_cache_is_refused() -> None:
+    bridge = TransformerBridge(family("40b"))
+    with pytest.raises(ValueError, match="generate: assisted generation takes guesses back from a KV cache, and use_c"):
+        bridge.generate(tokens(1), max_new_tokens=2, assistant_model=bridge, use_past_kv_cache=False)
+
+
+def test_embeddings_heads_and_vocabularies_are_exchanged_as_on_the_model() -> None:
+    model, x = family("mixtral"), tokens()
+    bridge = TransformerBridge(model)
+    assert bridge.get_input_embeddings() is model.model.embed_tokens
+    assert bridge.get_output_embeddings() is model.lm_head
+    bridge.resize_token_embeddings(80)
+    assert bridge.cfg.d_vocab == model.lm_head.out_features == 80
+    embedding, head = nn.Embedding(80, 32), nn.Linear(32, 80, bias=False)
+    bridge.set_input_embeddings(embedding)
+    bridge.set_output_embeddings(head)
+    assert model.model.embed_tokens is embedding and model.lm_head is head
+    _, cache = bridge.run_with_cache(x)
+    assert torch.equal(cache["hook_embed"], embedding(x))
+    assert torch.equal(cache["unembed.hook_out"], head(cache["ln_final.hook_out"]))
+    model.config.tie_word_embeddings = True
+    bridge.tie_weights()
+    assert head.weight is embedding.weight
+    assert torch.equal(bridge(x), model(x).logits)
+
+
 def test_a_wrapper_that_asks_for_device_config_and_logits() -> None:
     """As evaluation harnesses do; their forwards go to `original_model`, in which the bridge's hooks fire too."""
     bridge, x = TransformerBridge(family("40b"), words()), tokens()
     model = bridge.eval().original_model
+    bridge.tie_weights()
     with torch.no_grad():
         mask = torch.ones_like(x)
         logits = model(input_ids=x.to(bridge.device), attention_mask=mask).logits
         assert torch.equal(logits, bridge(x, attention_mask=mask))
+        with bridge.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda out, hook: 2 * out)]):
+            doubled = model(x).logits
+            assert torch.equal(doubled, bridge(x)) and not torch.equal(doubled, logits)
     assert bridge.config.max_position_embeddings == FALCON_SMALL["max_position_embeddings"]
+    assert (bridge.dtype, bridge.config.vocab_size) == (torch.float32, logits.shape[-1])
+
+
+def test_a_wrapper_that_generates_from_a_padded_batch() -> None:
+    bridge = TransformerBridge(family("40b"), words())
+    batch = words()(["the cat", "the"], return_tensors="pt", padding=True)
+
+    def stop(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] >= batch["input_ids"].shape[1] + 2] * len(ids))
+
+    def wrapper(model: Any) -> torch.Tensor:
+        criteria = StoppingCriteriaList([stop])
+        options = {"max_length": 9, "stopping_criteria": criteria, "pad_token_id": words().pad_token_id}
+        return model.generate(**batch, **options, use_cache=True, do_sample=False)
+
+    got = wrapper(bridge)
+    assert torch.equal(got, wrapper(bridge.original_model))
+    assert got.shape[1] == batch["input_ids"].shape[1] + 2
+
+
+# -- what is put in an attribute's place ---------------------------------------------------------------
+
+NO_TOKENIZER = "tokenizer: got {}, expected one of transformers' tokenizers"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "sentence"),
+    [
+        ("tokenizer", nn.Linear(2, 2), TypeError, NO_TOKENIZER.format("Linear")),
+        ("tokenizer", FalconModel(falcon_config()), TypeError, NO_TOKENIZER.format("FalconModel")),
+        ("tokenizer", torch.ones(2), TypeError, NO_TOKENIZER.format("Tensor")),
+        ("tokenizer", nn.Parameter(torch.ones(2)), TypeError, NO_TOKENIZER.format("Parameter")),
+        ("tokenizer", PreTrainedTokenizerBase, TypeError, NO_TOKENIZER.format("type")),
+        ("config", nn.Linear(2, 2), TypeError, "config: got Linear(.*), expected a FalconConfig"),
+        ("config", MixtralModel.config_class(), TypeError, "config: got a MixtralConfig, expected a FalconConfig"),
+        ("generation_config", {}, TypeError, "generation_config: got {}, expected a GenerationConfig"),
+        ("cfg", None, AttributeError, "cfg: it describes the model and follows it; its own fields can be set"),
+    ],
+)
+def test_what_cannot_take_an_attributes_place_is_refused(name: str, value: Any, error: Any, sentence: str) -> None:
+    bridge = TransformerBridge(family("40b"), words())
+    modules, before = list(bridge.named_modules()), getattr(bridge, name)
+    with pytest.raises(error, match=f"^{sentence}"):
+        setattr(bridge, name, value)
+    assert list(bridge.named_modules()) == modules and getattr(bridge, name) is before

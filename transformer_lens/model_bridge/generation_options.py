@@ -272,6 +272,11 @@ class GenerationCall:
         guessing = options.get("assistant_model") is not None or bool(chosen.prompt_lookup_num_tokens)
         if phased and guessing:
             raise ValueError("generate: assisted generation reads prompt and guesses in one forward; pass on='all'")
+        if guessing and chosen.use_cache is False:
+            raise ValueError(
+                "generate: assisted generation takes guesses back from a KV cache, and use_cache=False (or "
+                "use_past_kv_cache=False) forbids it one; leave it out"
+            )
         if phased and chosen.use_cache is False:
             raise ValueError("generate: without a KV cache every forward reads the prompt again; pass on='all'")
         if (hooked or captured) and (chosen.guidance_scale or 1) != 1:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from transformer_lens.checks import in_words
 from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.peft_layers import inner_model
@@ -19,6 +20,7 @@ FIXED = {
     "TransformerBridge(model), for other weights use load_state_dict",
     "blocks": "they are the layers of the model; put modules in the places of a block's components "
     "(bridge.blocks[0].mlp = module)",
+    "cfg": "it describes the model and follows it; its own fields can be set (bridge.cfg.default_prepend_bos = True)",
 }
 """What of a bridge cannot be set, and what to do instead."""
 
@@ -68,6 +70,9 @@ class HandedOn:
         return self if bridge is None else getattr(bridge.original_model, self.name)
 
     def __set__(self, bridge: WrappedModel, value: Any) -> None:
+        standing = getattr(bridge.original_model, self.name)
+        if not isinstance(value, type(standing)):
+            raise TypeError(f"{self.name}: got {in_words(value)}, expected a {type(standing).__name__}")
         setattr(bridge.original_model, self.name, value)
 
 
@@ -106,11 +111,18 @@ class WrappedModel(nn.Module):
     input_modalities = HandedOn("What the model reads; text.")
     output_modalities = HandedOn("What the model writes; text.")
     name_or_path = HandedOn("Where the model was loaded from.")
+    get_input_embeddings = HandedOn("Its token embedding.")
+    set_input_embeddings = HandedOn("Exchange its token embedding.")
+    get_output_embeddings = HandedOn("Its head, where that predicts tokens.")
+    set_output_embeddings = HandedOn("Exchange its head.")
+    resize_token_embeddings = HandedOn("Give it a vocabulary of another size.")
+    tie_weights = HandedOn("Make its head share the token embedding's weight again, where its config says so.")
+    _supports_logits_to_keep = HandedOn("Whether it can be asked for the last logits alone; an assistant is.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         modules = self.__dict__.get("_modules", {})
         model = modules.get(MODEL)
-        if name in FIXED and modules.get(name, value) is not value and not is_replica(self):
+        if name in FIXED and {**modules, **self.__dict__}.get(name, value) is not value and not is_replica(self):
             raise AttributeError(f"{name}: {FIXED[name]}")
         if model is not None and name in model._modules and name not in modules:
             raise AttributeError(

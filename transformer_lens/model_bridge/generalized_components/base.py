@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import getattr_static, isdatadescriptor
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -119,9 +120,10 @@ class HookOwner(nn.Module):
                 f"hook {full_name!r}: got {type(value).__name__}, expected a module to run in its place, or a "
                 "HookPoint() to go back; functions are attached with add_hook"
             )
-        super().__setattr__(name, value)
         if full_name is None:
+            self._set(name, value)
             return
+        super().__setattr__(name, value)
         watcher = self.watchers.get(name)
         if isinstance(value, HookPoint):
             row = self.rows[name]
@@ -129,6 +131,19 @@ class HookOwner(nn.Module):
             value.on_change = watcher.refresh if watcher is not None else None
         if watcher is not None:
             watcher.replaced()
+
+    def _set(self, name: str, value: Any) -> None:
+        """Set an attribute that is no hook's. torch would keep a module or parameter where the class's own hides it."""
+        defined = getattr_static(type(self), name, None) if isinstance(value, (nn.Module, Tensor)) else None
+        if defined is None:
+            super().__setattr__(name, value)
+        elif isdatadescriptor(defined):
+            object.__setattr__(self, name, value)
+        else:
+            raise AttributeError(
+                f"{name}: got {type(value).__name__}, which cannot stand for this method; places for modules "
+                "are the components and hooks (bridge.hook_table() lists them)"
+            )
 
     def _replicate_for_data_parallel(self) -> Any:
         """A replica is put together by assigning its parts, which exchanges nothing."""
