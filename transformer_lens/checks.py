@@ -132,9 +132,11 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
 
 
 def a_path(what: str, value: Any) -> Path:
-    """A path. Raises `TypeError` for what names no file or directory."""
+    """A path. Raises `TypeError` for what is none, and `ValueError` for names that nothing on a disk has."""
     if not isinstance(value, (str, PathLike)):
         raise TypeError(f"{what}: got {in_words(value)}, expected a path")
+    if value == "" or "\0" in str(value):  # "" would be the current directory
+        raise ValueError(f"{what}: got {in_words(str(value))}, expected the name of a file or directory")
     return Path(value)
 
 

@@ -155,7 +155,7 @@ HOOKS = [THING, 5, "blocks.0.hook_resid_pre", [5], [("nonsense", neutral)], [("b
 MASK = [THING, "mask", 5, torch.ones(3), torch.ones(1, 99)]
 SLICE = [THING, "last", 1.5, [0.5], [[0, 1]], 99, [99], (1, 2, 3, 4), slice(None, None, -1), {1: 2}, [True]]
 POSITIONS = [THING, "last", 1.5, [0.5], 99, [99], torch.ones(3, dtype=torch.bool)]
-PATHS = [THING, 5]
+PATHS = [THING, 5, "", "a\0b"]
 FLOAT = [THING, "big", [1.0], math.nan]
 SEED = [THING, "dice", 1.5, [1]]
 DEVICE = [THING, "nowhere", 5.5]

@@ -249,7 +249,8 @@ def examples(draws: Callable[[st.DataObject, World], None], world: World, profil
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)  # what is drawn may be a file's name
     monkeypatch.setenv("TQDM_DISABLE", "1")
     with torch.no_grad():
         yield
@@ -266,5 +267,5 @@ def test_a_few_examples(draws: Callable[[st.DataObject, World], None], world: Wo
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("draws", PROPERTIES, ids=lambda draws: draws.__name__)
-def test_many_examples(draws: Callable[[st.DataObject, World], None], world: World, tmp_path: Path) -> None:
+def test_many_examples(draws: Callable[[st.DataObject, World], None], world: World) -> None:
     examples(draws, world, settings(max_examples=LONG, deadline=None, suppress_health_check=SLOW, print_blob=True))
