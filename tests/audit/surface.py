@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def _of_class(kind: type[Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
         static = inspect.getattr_static(kind, name)
         method = getattr(kind, name, None)
         ours = str(getattr(method, "__module__", "")).startswith("transformer_lens")
-        if isinstance(static, property) or not ours or not inspect.isroutine(method):
+        if isinstance(static, (property, cached_property)) or not ours or not inspect.isroutine(method):
             continue
         if parameters(method):
             yield f"{kind.__name__}.{name}", method
