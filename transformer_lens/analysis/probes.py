@@ -19,7 +19,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Position, activations_at, tokens_at
 from transformer_lens.asking import Texts, check_texts
-from transformer_lens.checks import a_text, is_one_of
+from transformer_lens.checks import a_text, one_of
 from transformer_lens.text_table import Tabular, TextTable
 
 Task = Literal["classification", "regression"]
@@ -330,9 +330,9 @@ def _checked(
     if not bool(features.isfinite().all()):
         raise ValueError(f"features: {int((~features.isfinite()).sum())} of them are not finite")
     floats = np.issubdtype(y.dtype, np.floating)
-    task = task or ("regression" if floats else "classification")
-    if not is_one_of(task, ("classification", "regression")):
-        raise ValueError(f"task: got {task!r}, expected 'classification' or 'regression'")
+    if task is None:
+        task = "regression" if floats else "classification"
+    one_of("task", task, ("classification", "regression"))
     if floats and not np.isfinite(y).all():
         raise ValueError("labels: some are not finite")
     if folds < 2 or not 0 < confidence < 1:
