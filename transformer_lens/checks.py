@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from difflib import get_close_matches
 from numbers import Integral, Real
 from os import PathLike
@@ -152,9 +152,16 @@ def is_several(value: object) -> bool:
 
 
 def a_list(what: str, value: Any) -> None:
-    """Raise `TypeError` for what is not several: an iterable that is no text."""
+    """Raise `TypeError` for what is not several: text, and what has no length."""
+    if not is_several(value) or not isinstance(value, Sized):
+        raise TypeError(f"{what}: got {in_words(value)}, expected a list")
+
+
+def listed(what: str, value: Any) -> list[Any]:
+    """What is in a list, an array or a generator, as a list. Raises `TypeError` for what is not several."""
     if not is_several(value):
         raise TypeError(f"{what}: got {in_words(value)}, expected a list")
+    return list(value)
 
 
 def a_tensor(what: str, value: Any) -> None:
@@ -213,5 +220,5 @@ def device_of(what: str, value: Any) -> torch.device:
     """
     try:
         return torch.empty(0, device=value).device
-    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"{what}: got {in_words(value)}, expected a device that is here, such as 'cpu'") from error

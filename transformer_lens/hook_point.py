@@ -224,10 +224,8 @@ class HookPoint(nn.Module):
     ) -> None:
         """Take hooks off; permanent ones only when asked, and only those of `level` if one is given."""
         checked_level(level)
-        for direction in ("fwd", "bwd") if dir == "both" else (dir,):
-            for entry in list(self._entries(direction)):
-                if (including_permanent or not entry.is_permanent) and level in (None, entry.level):
-                    self.remove(entry)
+        for entry in self._fitting(dir, including_permanent, level):
+            self.remove(entry)
 
     def has_hooks(
         self,
@@ -237,12 +235,7 @@ class HookPoint(nn.Module):
     ) -> bool:
         """Whether any hook that fits is attached."""
         checked_level(level)
-        directions: tuple[Direction, ...] = ("fwd", "bwd") if dir == "both" else (dir,)
-        return any(
-            (including_permanent or not entry.is_permanent) and level in (None, entry.level)
-            for direction in directions
-            for entry in self._entries(direction)
-        )
+        return bool(self._fitting(dir, including_permanent, level))
 
     def clear_context(self) -> None:
         """Empty `ctx`, the dictionary in which hooks keep what they want to find again."""
@@ -262,6 +255,15 @@ class HookPoint(nn.Module):
         if len(parts) < 2 or not parts[1].isdigit():
             raise ValueError(f"hook point {self.name!r} is not inside a block, so it has no layer number")
         return int(parts[1])
+
+    def _fitting(self, dir: str, including_permanent: bool, level: int | None) -> list[HookEntry]:
+        directions = ("fwd", "bwd") if is_one_of(dir, ("both",)) else (dir,)
+        return [
+            entry
+            for direction in directions
+            for entry in self._entries(direction)
+            if (including_permanent or not entry.is_permanent) and level in (None, entry.level)
+        ]
 
     def _entries(self, dir: str) -> list[HookEntry]:
         if not is_one_of(dir, ("fwd", "bwd")):

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.checks import a_list, device_of, in_words, is_several, nearest
+from transformer_lens.checks import device_of, in_words, is_one_of, is_several, listed, nearest
 from transformer_lens.hook_point import (
     Direction,
     HookEntry,
@@ -181,7 +181,7 @@ class HookedRootModule(nn.Module):
     def _names_for(self, where: NamesFilter, dir: Direction) -> list[str]:
         """The names a hook goes to; for a gradient, a predicate means those that can have one."""
         names = self.select_names(where)
-        if dir == "bwd" and callable(where):
+        if callable(where) and is_one_of(dir, ("bwd",)):
             return [name for name in names if not self.hook_dict[name].integer]
         return names
 
@@ -243,7 +243,7 @@ class HookedRootModule(nn.Module):
     ) -> list[tuple[HookPoint, HookEntry, Direction, bool]]:
         """Resolve names to points, before anything is attached."""
         prepared: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
-        a_list(f"{dir}_hooks, (name, function) pairs", hooks)
+        hooks = listed(f"{dir}_hooks, (name, function) pairs", hooks)
         for spec in hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"{dir}_hooks: got {spec!r}, expected a list of (name, function) pairs")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_list, whole
+from transformer_lens.checks import listed, whole
 from transformer_lens.hook_point import HookFunction, HookPoint
 
 Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
@@ -47,7 +47,7 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     It costs what one hook costs, however many functions it serves. Raises `ValueError` for no function,
     and in a run whose batch is not `len(fns) * rows_each`.
     """
-    a_list("fns", fns)
+    fns = listed("fns", fns)
     rows_each = whole("rows_each", rows_each, 1)
     if not fns:
         raise ValueError(f"on_each: got no functions with {rows_each} rows each, expected at least one of both")

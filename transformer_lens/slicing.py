@@ -56,10 +56,12 @@ def check_within(what: str, index: AxisIndex, sizes: Sequence[int]) -> None:
         if list(index.shape) != list(sizes):
             raise IndexError(f"{what}: got a mask of shape {list(index.shape)}, expected {list(sizes)}")
         return
-    numbers = index if isinstance(index, Tensor) else torch.tensor([index])
+    if isinstance(index, Tensor) and not index.numel():
+        return
     size = sizes[0]
-    if numbers.numel() and not (-size <= int(numbers.min()) and int(numbers.max()) < size):
-        beyond = int(numbers.max()) if int(numbers.max()) >= size else int(numbers.min())
+    least, most = (int(end) for end in index.aminmax()) if isinstance(index, Tensor) else (index, index)
+    if least < -size or most >= size:
+        beyond = most if most >= size else least
         expected = f"{-size} to {size - 1}" if size else "nothing, for the axis is empty"
         raise IndexError(f"{what}: got {beyond}, expected {expected}")
 

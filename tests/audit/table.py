@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -136,7 +137,7 @@ INDEX = [*NUMBERS, 99, -99, True]
 COUNT = [*NUMBERS, 0, -1]
 TENSOR = [THING, "values", 5, [[1.0], [1.0, 2.0]]]
 FUNCTION = [THING, "metric", 5]
-CHOICE = [THING, "", torch.tensor([]), "nonsense", 5]
+CHOICE = [THING, "", torch.tensor([]), np.zeros(2), "nonsense", 5]
 NAME = [THING, "nonsense", 5, ""]
 NAMES = [THING, "nonsense", 5, ["nonsense"], [5], {"nonsense": 1}]
 TEXT_OR_IDS = [
@@ -149,16 +150,17 @@ TEXT_OR_IDS = [
     torch.full((1, 3), 10**6),
     torch.full((1, 3), -1),
     torch.ones(1, 3, dtype=torch.bool),
+    torch.ones(1, 3, dtype=torch.complex64),
     torch.ones(1, 3, 7),
 ]
 HOOKS = [THING, 5, "blocks.0.hook_resid_pre", [5], [("nonsense", neutral)], [("blocks.0.hook_resid_pre", 5)], neutral]
 MASK = [THING, "mask", 5, torch.ones(3), torch.ones(1, 99)]
-SLICE = [THING, "last", 1.5, [0.5], [[0, 1]], 99, [99], (1, 2, 3, 4), slice(None, None, -1), {1: 2}, [True]]
+SLICE = [THING, "last", 1.5, [0.5], [[0, 1]], 99, 10**30, [99], (1, 2, 3, 4), slice(None, None, -1), {1: 2}, [True]]
 POSITIONS = [THING, "last", 1.5, [0.5], 99, [99], torch.ones(3, dtype=torch.bool)]
 PATHS = [THING, 5, "", "a\0b"]
 FLOAT = [THING, "big", [1.0], math.nan]
 SEED = [THING, "dice", 1.5, [1]]
-DEVICE = [THING, "nowhere", 5.5]
+DEVICE = [THING, "nowhere", 5.5, 10**30]
 BRIDGE = [None, THING, "tiny-falcon", nn.Linear(2, 2)]
 CACHE = [THING, 5, "cache", {}]
 ANSWER = [THING, 1.5, 10**6, -1, "two words of text", []]
@@ -207,7 +209,7 @@ KINDS |= {
     ),
     **dict.fromkeys(["graph", "module", "state_dict", "hf_model", "config", "store", "whole"], (THING, 5, "nonsense")),
     **dict.fromkeys(["cache_dict", "panels"], (THING, 5, [1])),
-    **dict.fromkeys(["fns"], (THING, 5, [], [5])),
+    **dict.fromkeys(["fns"], (THING, 5, [], [5], np.zeros(2))),
     **dict.fromkeys(
         ["column_max_ranges", "column_names", "index_axis_names"], (THING, 5, [THING], ["nonsense", "nonsense"])
     ),
@@ -215,7 +217,7 @@ KINDS |= {
     **dict.fromkeys(["index"], (THING, 1.5, "nonsense", [0.5], 10**6, [10**6], True)),
     **dict.fromkeys(["context"], (THING, [0], ["many"], [1.5], [])),
     **dict.fromkeys(["source"], TEXT_OR_IDS),
-    **dict.fromkeys(["words"], (THING, 5, [], [5], [""])),
+    **dict.fromkeys(["words"], (THING, 5, [], [5], [""], np.zeros(2))),
     **dict.fromkeys(["detection_pattern"], (THING, 5, "nonsense", torch.ones(2, 3), torch.ones(2, 2, 2, 2))),
     **dict.fromkeys(["attention"], (THING, 5, torch.ones(3), torch.ones(1, 2, 3))),
     **dict.fromkeys(["axes"], (THING, 5, "nonsense")),
@@ -568,8 +570,14 @@ ROWS: dict[str, Row] = {
     "analysis.heads.principal_angles": Row(
         {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:3]}, {"first": TENSOR}
     ),
-    "analysis.lenses.scores.divergence": Row({"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)}),
-    "analysis.lenses.scores.next_token_loss": Row({"logits": torch.zeros(1, 3), "following": torch.tensor([1])}),
+    "analysis.lenses.scores.divergence": Row(
+        {"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)},
+        {"logits": [*TENSOR, torch.zeros(2), torch.ones(1, 3, dtype=torch.complex64)]},
+    ),
+    "analysis.lenses.scores.next_token_loss": Row(
+        {"logits": torch.zeros(1, 3), "following": torch.tensor([1])},
+        {"following": [*TENSOR, torch.zeros(1), torch.ones(2, dtype=torch.long)]},
+    ),
     "analysis.patching.sweeps.generic_activation_patch": Row(
         {
             "patch_setter": lambda w: layer_pos_patch_setter,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -221,6 +222,12 @@ def test_sampling_is_asked_for_by_its_settings() -> None:
     for given in ({"temperature": 0.9}, {"top_k": 5}, {"top_p": 0.8}):
         torch.manual_seed(2)
         expected = bare.generate(ids, do_sample=True, max_new_tokens=6, **FREE, **given)
+        torch.manual_seed(2)
+        assert torch.equal(bridge.generate(ids, max_new_tokens=6, **FREE, **given), expected)
+    for given in ({"temperature": np.float32(0.5)}, {"top_k": np.int64(5)}, {"top_p": torch.tensor(0.75)}):
+        own = {name: value.item() for name, value in given.items()}
+        torch.manual_seed(2)
+        expected = bare.generate(ids, do_sample=True, max_new_tokens=6, **FREE, **own)
         torch.manual_seed(2)
         assert torch.equal(bridge.generate(ids, max_new_tokens=6, **FREE, **given), expected)
     greedy = bare.generate(ids, do_sample=False, max_new_tokens=6, **FREE)

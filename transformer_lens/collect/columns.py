@@ -110,7 +110,7 @@ class StoredTensor:
             return self._gather(np.asarray([index]))[0]
         try:
             wanted = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-        except (TypeError, ValueError) as error:  # lists of several lengths, or bfloat16
+        except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, bfloat16, or "meta"
             raise TypeError(
                 f"{self.name!r}: got {in_words(index)}, expected token numbers, a slice, or a mask"
             ) from error

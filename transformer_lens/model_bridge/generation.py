@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
-from transformer_lens.checks import a_list, is_one_of, one_of, whole
+from transformer_lens.checks import is_one_of, listed, one_of, whole
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
@@ -218,7 +218,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         run = GenerationRun(call.model, call.prompt, call.chosen)
         phased = False
         one_of("on", on, PHASES)
-        a_list("fwd_hooks", fwd_hooks)
+        fwd_hooks = listed("fwd_hooks", fwd_hooks)
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
                 raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")

@@ -137,7 +137,7 @@ def translate(
     said = {name: value for name, value in sampling.items() if value is not None}
     for name, rule in SAMPLING.items():
         if name in said:
-            rule(name, said[name])
+            said[name] = rule(name, said[name])  # as Python's own number, which transformers insists on
     if said.get("temperature") == 0:
         if said.get("do_sample"):
             raise ValueError("generate: temperature=0 takes the likeliest token, and do_sample=True draws one")

@@ -95,7 +95,7 @@ def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "bat
     Ids on a GPU are not looked at, which would wait for it, nor are those that `torch.compile` traces.
     """
     batched = ids[None] if ids.ndim == 1 else ids
-    if batched.ndim != 2 or ids.dtype == torch.bool or 0 in batched.shape:
+    if batched.ndim != 2 or ids.dtype == torch.bool or ids.is_complex() or 0 in batched.shape:
         raise ValueError(
             f"input: got a {ids.dtype} tensor of shape {list(ids.shape)}, expected token ids [batch, pos] "
             "with at least one row and one position"

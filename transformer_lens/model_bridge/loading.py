@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from transformer_lens.checks import a_path, device_of, refuse_unknown
+from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.quantised import complete_quantisation
 from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
@@ -45,7 +45,7 @@ def resolve_name(name_or_path: str | Path) -> str:
 def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype of a name; `None` for "auto", which leaves it as it is."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype in (None, "auto"):
+    if is_one_of(dtype, (None, "auto")):
         return None
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype: got {dtype!r}, expected a torch.dtype or the name of one, such as 'bfloat16'")

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from transformer_lens.checks import one_of
+from transformer_lens.checks import in_words, one_of
 from transformer_lens.model_bridge.padding import keep_mask
 from transformer_lens.model_bridge.text_pieces import (
     ids_after,
@@ -212,8 +212,7 @@ class TokenMethods:
         The token of a text is the one it is in the middle of a text, or at the beginning of `input` the one it is
         there. Raises `ValueError` if it does not occur.
         """
-        if mode not in ("first", "last"):
-            raise ValueError(f"mode: got {mode!r}, expected 'first' or 'last'")
+        one_of("mode", mode, ("first", "last"))
         if padding_side is not None:  # one row has no padding
             one_of("padding_side", padding_side, ("left", "right"))
         if isinstance(input, str):
@@ -253,6 +252,8 @@ def as_ids(what: str, given: Any) -> Int[Tensor, ...]:
         array = np.asarray(_plain(given))
     except ValueError:
         raise ValueError(f"{what}: got rows of different lengths, expected token ids of one length") from None
+    except (TypeError, RuntimeError):  # a sparse tensor, or one on "meta"
+        raise TypeError(f"{what}: got {in_words(given)}, expected token ids") from None
     if array.dtype.kind not in "iu" and array.size:
         got = f"a list of {type(given[0]).__name__}" if isinstance(given, (list, tuple)) else type(given).__name__
         got = getattr(given, "dtype", got)

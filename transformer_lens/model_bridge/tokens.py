@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from transformer_lens.checks import one_of
 from transformer_lens.model_bridge.padding import SIDES, PadToken
 from transformer_lens.model_bridge.text_pieces import (
     chat_text,
@@ -87,8 +88,7 @@ class TokenAdapter:
 
     def side(self, padding_side: str | None) -> str:
         side = self.tokenizer.padding_side if padding_side is None else padding_side
-        if side not in SIDES:
-            raise ValueError(f"padding_side: got {side!r}, expected 'left' or 'right'")
+        one_of("padding_side", side, SIDES)
         return str(side)
 
     def encode(

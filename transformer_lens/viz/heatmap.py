@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import a_list, as_numbers, in_words, is_one_of
+from transformer_lens.checks import as_numbers, in_words, is_one_of, listed
 from transformer_lens.utilities import to_numpy
 from transformer_lens.viz.picture import (
     DIVERGING,
@@ -80,7 +80,7 @@ class Heatmap(Picture):
             ("notes", self.notes),
         ):
             if cells is not None:
-                a_list(f"heat map {self.title!r}: {name}", cells)
+                object.__setattr__(self, name, listed(f"heat map {self.title!r}: {name}", cells))
         expected = [len(self.rows), len(self.columns)]
         if list(self.values.shape) != expected:
             raise ValueError(
@@ -256,7 +256,7 @@ class Heatmaps(Picture):
             )
         if not self.panels:
             raise ValueError(f"heat maps {self.title!r}: got no panel, expected at least one")
-        if self.first != "" and not is_one_of(self.first, self.panels):
+        if not is_one_of(self.first, ("", *self.panels)):
             raise ValueError(f"heat maps {self.title!r}: got first={self.first!r}, expected one of {list(self.panels)}")
 
     def __repr__(self) -> str:

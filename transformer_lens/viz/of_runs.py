@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
-from transformer_lens.checks import a_list, as_numbers, in_words, is_several, is_whole, whole, whole_numbers
+from transformer_lens.checks import as_numbers, in_words, is_several, is_whole, listed, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -47,7 +47,7 @@ def attention_patterns(
     layers: `"L3H2"`, `"3.2"`, several of these or of pairs `[(3, 2)]`. `first` shows first. Raises `ValueError` where
     tokens and positions do not fit, and for heads or layers that are not there.
     """
-    a_list("tokens", tokens)
+    tokens = listed("tokens", tokens)
     wanted = _label(*written_pair("head", first, "first"))
     panels = {}
     for (layer, head), pattern in _heads(attention, layers, heads).items():

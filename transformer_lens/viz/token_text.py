@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from transformer_lens.checks import a_list, as_numbers, in_words
+from transformer_lens.checks import as_numbers, in_words, listed
 from transformer_lens.viz.heatmap import Heatmap
 from transformer_lens.viz.picture import FALL, FONT, RISE, Picture, entitle, new_drawing, visible
 
@@ -78,7 +78,7 @@ class TokenText(Picture):
                 f"token text {self.title!r}: got {in_words(self.values)}, expected a row of numbers under each name: "
                 "{'loss': values}"
             )
-        a_list(f"token text {self.title!r}: tokens", self.tokens)
+        object.__setattr__(self, "tokens", listed(f"token text {self.title!r}: tokens", self.tokens))
         if not self.tokens or not self.values:
             raise ValueError(f"token text {self.title!r}: got no tokens or no values, expected both")
         rows = {name: as_numbers(f"token text {self.title!r}: {name!r}", row) for name, row in self.values.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import a_list, as_numbers, whole
+from transformer_lens.checks import as_numbers, listed, whole
 from transformer_lens.viz.picture import (
     FALL,
     FONT,
@@ -48,7 +48,7 @@ class Waterfall(Picture):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", as_numbers(f"waterfall {self.title!r}: values", self.values))
-        a_list(f"waterfall {self.title!r}: labels", self.labels)
+        object.__setattr__(self, "labels", listed(f"waterfall {self.title!r}: labels", self.labels))
         if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
             raise ValueError(
                 f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "

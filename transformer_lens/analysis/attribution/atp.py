@@ -18,7 +18,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import Metric
-from transformer_lens.checks import is_one_of, is_several
+from transformer_lens.checks import is_one_of
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -101,7 +101,7 @@ def atp_star(
 
 
 def _check(bridge: TransformerBridge, parts: Sequence[str], grad_drop: bool) -> None:
-    if not is_several(parts) or not parts or any(not is_one_of(part, HOOKS) for part in parts):
+    if not isinstance(parts, (list, tuple)) or not parts or any(not is_one_of(part, HOOKS) for part in parts):
         raise ValueError(f"parts: got {parts!r}, expected some of {', '.join(HOOKS)}")
     if "mlp_post" in parts and bridge.cfg.num_experts:
         raise KeyError("parts: 'mlp_post' is about the neurons of chosen experts, which may differ; use 'mlp_out'")

@@ -34,7 +34,7 @@ def identity_prompt(
     The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
     goes on with the token that the injected stream stands for.
     """
-    if not words or any(not isinstance(word, str) or not word for word in words):
+    if not len(words) or any(not isinstance(word, str) or not word for word in words):
         raise ValueError(f"identity_prompt: got {list(words)}, expected one word or more")
     if "{word}" not in pair:
         raise ValueError(f"identity_prompt: got pair={pair!r}, expected a text with {{word}} in it")

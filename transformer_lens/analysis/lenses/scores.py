@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.analysis.arguments import checked
+from transformer_lens.checks import in_words
 from transformer_lens.text_table import Tabular, TextTable
 
 
@@ -23,6 +24,8 @@ def divergence(
     KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and
     q by logits.
     """
+    if logits.shape != log_probs.shape or not logits.is_floating_point() or not log_probs.is_floating_point():
+        raise ValueError(f"logits: got {in_words(logits)}, expected those of log_probs, {in_words(log_probs)}")
     return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
 
 
@@ -36,6 +39,10 @@ def next_token_loss(
 
     The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
     """
+    if following.is_floating_point() or following.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"following: got {in_words(following)}, expected the token ids that follow, {list(logits.shape[:-1])}"
+        )
     return torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="none")
 
 

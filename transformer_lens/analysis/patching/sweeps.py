@@ -81,7 +81,7 @@ def generic_activation_patch(
     input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
     shape: list[int] = []
     if index_axis_names is not None:
-        if not index_axis_names:
+        if not len(index_axis_names):
             raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
         index_df = make_df_from_ranges(shape, index_axis_names)
