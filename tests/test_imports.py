@@ -21,7 +21,6 @@ RANKS: list[tuple[str, ...]] = [
     (
         "transformer_lens.checks",
         "transformer_lens.generation_step",
-        "transformer_lens.checks",
         "transformer_lens.hook_point",
         "transformer_lens.slicing",
         "transformer_lens.factored_matrix",
@@ -32,15 +31,15 @@ RANKS: list[tuple[str, ...]] = [
     ),
     ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
     (
-        *(f"{BRIDGE}.config", f"{BRIDGE}.views", f"{BRIDGE}.ports", f"{BRIDGE}.twin_call", f"{BRIDGE}.twins"),
-        # What twins and weights read the model's own tensors through.
+        *(f"{BRIDGE}.config", f"{BRIDGE}.views", f"{BRIDGE}.ports", f"{BRIDGE}.inside_call", f"{BRIDGE}.seams"),
+        # What components and weights read the model's own tensors through.
         *(f"{BRIDGE}.sharding", f"{BRIDGE}.weight_access", f"{BRIDGE}.peft_layers", f"{BRIDGE}.quantised"),
         f"{BRIDGE}.checkpointing",
     ),
     (f"{BRIDGE}.generalized_components",),
     (f"{BRIDGE}.architecture_adapter",),
     (f"{BRIDGE}.supported_architectures",),
-    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in", f"{BRIDGE}.watch", f"{BRIDGE}.elsewhere"),
+    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.inside_hooks", f"{BRIDGE}.watch", f"{BRIDGE}.elsewhere"),
     (f"{BRIDGE}.attach",),
 ]
 """Everything else stands above these."""
@@ -112,8 +111,7 @@ every_file = pytest.mark.parametrize("file", FILES, ids=idents(FILES))
 
 def test_the_ranks_name_modules_that_exist():
     names = {module_name(file) for file in FILES}
-    optional = {f"{BRIDGE}.twins", f"{BRIDGE}.twin_call", f"{BRIDGE}.slots", f"{BRIDGE}.stand_in"}
-    assert {member for members in RANKS for member in members} - optional <= names
+    assert {member for members in RANKS for member in members} <= names
 
 
 @every_file

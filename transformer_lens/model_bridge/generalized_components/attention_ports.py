@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
@@ -91,6 +91,8 @@ SCORES = (
 class AttentionPlace(ComponentBridge):
     """Any attention: called by itself, it takes all that the model hands to its module."""
 
+    places: ClassVar[Places]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) <= 1:
             raise ValueError(
@@ -100,6 +102,11 @@ class AttentionPlace(ComponentBridge):
                 f"{type(self.original_component).__name__}.forward takes"
             )
         return super().forward(*args, **kwargs)
+
+    def part_names(self) -> dict[str, str]:
+        """What the module calls the parts that hand over q, k and v, by role."""
+        roles = dict.fromkeys(role for role, _ in self.places.values())
+        return {role: self.role(role).path.removeprefix(f"{self.path}.") for role in roles}
 
     def _block(self) -> str:
         block, layer = self.name.split(".")[:2]

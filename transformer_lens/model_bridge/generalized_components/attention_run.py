@@ -1,0 +1,241 @@
+"""One call of an attention module: what its hooks ask for, and what passed the seams of the module so far.
+
+Whatever the family, keys and values pass the update of its cache, scores its softmax, and z its output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from transformer_lens.model_bridge.generalized_components.attention_masks import (
+    additive_mask,
+    entries,
+    repeat_groups,
+    seeing_queries,
+)
+from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.generalized_components.normalization import at_least_float32
+from transformer_lens.model_bridge.generalized_components.weights import matrix
+from transformer_lens.model_bridge.inside_call import InsideCall, on_output, plain_forward
+from transformer_lens.model_bridge.seams import Enough, Handed, KeysAndValues, PassingBy, beside, cache_update
+from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
+from transformer_lens.model_bridge.views import View
+
+
+class AttentionRun:
+    """The state of one call, and the steps at its seams."""
+
+    def __init__(self, component: AttentionPlace, call: InsideCall, seams: ExitStack) -> None:
+        self.component = component
+        self.call = call
+        self.seams = seams
+        self.cfg = call.cfg
+        self.beside = False
+        """Whether what runs is beside the module, and may end once everything wanted was seen."""
+        self.projected: dict[str, Tensor] = {}
+        """What the projections of q, k and v handed over, by role."""
+        self.keys_and_values: KeysAndValues
+        """All keys and values, as they came from the cache."""
+        self.turned: Tensor | None = None
+        """What hooks at the rotated keys changed of them."""
+        self.at_keys: Callable[[], None] = nothing
+        """What to do once they are there."""
+        self.changes = self._changes()
+        """What hooks at single query heads' inputs changed of q, k and v."""
+        self.widened = any(part != "q" for part in self.changes)
+        """Whether every query head has a key and a value of its own in this call."""
+
+    @property
+    def reuses(self) -> bool:
+        """Whether the pattern may take the memory of the scores."""
+        return self.beside and not self.call.wants("hook_attn_scores")
+
+    def wants_any(self, *names: str) -> bool:
+        """Whether a hook of one of these names fires in this call."""
+        return any(map(self.call.wants, names))
+
+    def writes_any(self, *names: str) -> bool:
+        """Whether one of them may change what it sees, or needs a gradient through it."""
+        return any(map(self.call.writes, names))
+
+    # -- single query heads' inputs ------------------------------------------------------------------
+
+    def amend_queries(self) -> None:
+        """Add what hooks at the stream as single query heads read it change of q, before any hook sees that.
+
+        Keys and values, which a group shares, are changed for that query head alone, after the cache.
+        """
+        if "q" in self.changes:
+            role, view = self.component.places["q"]
+            amend = partial(_added, view=view(self.cfg), change=self.changes["q"])
+            self.seams.enter_context(on_output(self.call.parts(role), lambda _, out: amend(out), first=True))
+        if self.widened:
+            self.note_projections()
+
+    def note_projections(self) -> None:
+        """Keep what the projections of q, k and v hand over, after the hooks on them."""
+        for role in self.component.part_names():
+            self.seams.enter_context(on_output(self.call.parts(role), partial(self._note, role)))
+
+    def _note(self, role: str, _received: Tensor, returned: Tensor) -> None:
+        self.projected[role] = returned
+
+    def _changes(self) -> dict[str, Float[Tensor, "B Q H D"]]:
+        call = self.call
+        if call.stream is None:
+            return {}
+        # With layers on several devices, the stream was remembered before it came to this one.
+        stream = call.shards.entering(call.stream.to(call.argument(STREAM).device))
+        plain = stream[:, :, None].expand(-1, -1, self.cfg.n_heads, -1)
+        entering = call.fire("hook_attn_in", plain)
+        read = {part: call.fire(f"hook_{part}_input", entering) for part in self.component.places}
+        norm = plain_forward(self.component.parent.module_of("ln1"))
+        return {part: self._change(part, norm(new), norm(plain)) for part, new in read.items() if new is not plain}
+
+    def _change(self, part: str, after: Float[Tensor, "B Q H M"], before: Tensor) -> Float[Tensor, "B Q H D"]:
+        """Each query head's own stream through that head's (or its group's) weight; no bias, for these are changes."""
+        role, view = self.component.places[part]
+        wide = at_least_float32(after) - before
+        module = self.call.parts(role)
+        weight_MHD = matrix(module, view(self.cfg)).get(self.call.weight(role)).to(wide.dtype)
+        group_of_head = torch.arange(self.cfg.n_heads) // (self.cfg.n_heads // weight_MHD.shape[1])
+        return torch.einsum("bqhm,mhd->bqhd", wide, weight_MHD[:, group_of_head])
+
+    def _edited(self) -> KeysAndValues:
+        """Every query head's new keys and values: the module's own code on what the projections handed over, changed
+        for one query head of every group at a time."""
+        heads = self.cfg.n_heads
+        each = heads // self.cfg.n_key_value_heads
+        found: list[KeysAndValues] = []
+        for nth in range(each):
+            handed = dict(self.projected)
+            for part in self.changes.keys() - {"q"}:
+                role, view = self.component.places[part]
+                handed[role] = _added(handed[role], view(self.cfg), self.changes[part][:, :, nth::each])
+            keys, values = self._keys_and_values(handed)
+            found.append((keys[:, nth::each], values[:, nth::each]) if keys.shape[1] == heads else (keys, values))
+        keys, values = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
+        return keys if self.turned is None else keys + repeat_groups(self.turned, heads), values
+
+    def _keys_and_values(self, handed: Mapping[str, Tensor]) -> KeysAndValues:
+        """The new keys and values that the module makes of what its projections hand over."""
+        found: list[KeysAndValues] = []
+
+        def stop(keys: Tensor, values: Tensor) -> KeysAndValues:
+            found.append((keys, values))
+            raise Enough
+
+        module = self.handing(handed)
+        call = self.call.given({CACHE: PassingBy(stop)})
+        with suppress(Enough):
+            type(module).forward(module, *call.args, **call.kwargs)
+        return found[0]
+
+    def handing(self, handed: Mapping[str, Tensor]) -> Any:
+        """The module with projections that hand over what they are told."""
+        names = self.component.part_names()
+        return beside(self.call.module, {names[role]: Handed(value) for role, value in handed.items()})
+
+    # -- the cache ---------------------------------------------------------------------------------------
+
+    def open_cache(self) -> None:
+        """Show the rotated keys before they are cached, and keep what comes back."""
+        self.cache = self.call.argument(CACHE)
+        passing = self.seams.enter_context(cache_update(self.cache, self._before, self._after))
+        self.call = self.call.given({CACHE: passing})
+
+    def _before(self, keys: Float[Tensor, "B G Q D"], values: Tensor) -> KeysAndValues:
+        if not self.call.wants("hook_rot_k"):
+            return keys, values
+        each = keys.shape[1] // self.cfg.n_key_value_heads  # Falcon gives query heads their keys before it caches them
+        shown = keys[:, ::each].transpose(1, 2)
+        new = self.call.fire("hook_rot_k", shown)
+        if new is shown:
+            return keys, values
+        self.turned = (new - shown).transpose(1, 2)
+        return new.transpose(1, 2).repeat_interleave(each, dim=1), values
+
+    def _after(self, keys: Float[Tensor, "B G K D"], values: Tensor) -> KeysAndValues:
+        if self.widened:
+            wide = (repeat_groups(old, self.cfg.n_heads) for old in (keys, values))
+            keys, values = map(self._with_new, wide, self._edited())
+        self.keys_and_values = (keys, values)
+        self.at_keys()
+        return keys, values
+
+    def _with_new(self, wide: Float[Tensor, "B H K D"], new: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H K D"]:
+        """All keys or values, those of the new positions exchanged."""
+        end = self.end(wide.shape[2])
+        before, _, after = wide.split([end - new.shape[2], new.shape[2], wide.shape[2] - end], dim=2)
+        return torch.cat([before, new, after], dim=2)
+
+    def end(self, keys: int) -> int:
+        """Where the new positions end among the keys: a cache of fixed size has empty places after them."""
+        if self.cache is None:
+            return keys
+        layer = layer_of_cache(self.cache, cast("Any", self.call.module).layer_idx)
+        return min(keys, int(layer.get_seq_length()))
+
+    # -- scores, pattern, results --------------------------------------------------------------------------
+
+    def queries(self, value: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H Q D"]:
+        """What multiplies the keys."""
+        if self.call.wants("hook_rot_q"):
+            shown = value.transpose(1, 2)
+            new = self.call.fire("hook_rot_q", shown)
+            value = value if new is shown else new.transpose(1, 2)
+        if self.beside and not self.wants_any("hook_attn_scores", "hook_pattern"):
+            raise Enough
+        return value
+
+    def scores(self, value: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B H Q K"]:
+        """What the softmax receives."""
+        new = self.call.fire("hook_attn_scores", value) if self.call.wants("hook_attn_scores") else value
+        if self.beside and not self.call.wants("hook_pattern"):
+            raise Enough
+        return new
+
+    def pattern(self, value: Float[Tensor, "B H Q K"], sees: Tensor | None = None) -> Float[Tensor, "B H Q K"]:
+        """What averages the values: nothing for a query that sees nothing."""
+        value = value if sees is None else value.masked_fill(~sees, 0)
+        new = self.call.fire("hook_pattern", value) if self.call.wants("hook_pattern") else value
+        if self.beside:
+            raise Enough
+        return new
+
+    def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What eager attention adds to its scores for any implementation's mask, and which queries see anything."""
+        given = entries(mask, queries, keys, like.device)
+        added = additive_mask(given, queries, keys, self.end(keys) - queries, like.dtype, like.device)
+        return added, seeing_queries(given, queries)
+
+    def show_results(self) -> None:
+        """Each head's part of what the output projection makes of z; a write goes on as their sum."""
+        if self.call.wants("hook_result"):
+            self.seams.enter_context(on_output(self.call.parts("o"), self._result))
+
+    def _result(self, z: Float[Tensor, "B Q flat"], _out: Tensor) -> Tensor | None:
+        call, module = self.call, self.call.parts("o")
+        by_head = (self.cfg.n_heads, -1)
+        weight_HDM = matrix(module).get(call.weight("o")).unflatten(0, by_head)
+        result = torch.einsum("bqhd,hdm->bqhm", z.unflatten(-1, by_head), weight_HDM)
+        changed = call.fire("hook_result", result)
+        if changed is result:
+            return None
+        total = call.shards.summed(changed.sum(2))
+        return total if getattr(module, "bias", None) is None else total + call.weight("o", "bias")
+
+
+def nothing() -> None:
+    """Nothing is to be done."""
+
+
+def _added(out: Tensor, view: View, change: Tensor) -> Tensor:
+    return view.put(out, (view.get(out) + change).to(out.dtype))
