@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -94,6 +95,10 @@ class InsideCall:
     def first(self) -> Any:
         """The first argument."""
         return self.arguments.first_value(self.args, self.kwargs)
+
+    def graph_of(self, name: str) -> AbstractContextManager[object]:
+        """For what is computed to be shown: it is part of the graph only where a hook of this name may write."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.writes(name))
 
     def run(self) -> Any:
         """What the module's own forward returns."""

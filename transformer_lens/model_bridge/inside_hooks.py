@@ -6,7 +6,7 @@ It hands each call to the component, which knows the module's seams and formulas
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,25 +37,31 @@ class InsideForward(ForwardInPlace):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with nested_forward():
-            active = [user for user in tuple(self.users) if user.active()]
-            if not active:
+            users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
+            if not users:
                 return self.original(*args, **kwargs)
-            return active[0].component.inside(self.call(args, kwargs, active))
+            component = next(iter(users)).component
+            return component.inside(self.call(component, args, kwargs, users))
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], users: list[BoundModule]) -> InsideCall:
+    def call(
+        self,
+        component: ComponentBridge,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        users: dict[BoundModule, dict[str, BoundInside]],
+    ) -> InsideCall:
         """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
-        component, inside = users[0].component, users[0].interior
+        inside = next(iter(users)).interior
         rows: TokenRows | None = _first_recalled(users, "rows")
         stream: Tensor | None = _first_recalled(users, "stream")
-        written = {name for user in users for name in user.written()}
+        wanted = {name for hooks in users.values() for name in hooks}
+        written = {name for user, hooks in users.items() for name in user.written(hooks)}
 
         def fire(name: str, value: Tensor) -> Tensor:
-            for user in users:
-                value = user.hooks[name].fire(value, rows)
+            for hooks in users.values():
+                if name in hooks:
+                    value = hooks[name].fire(value, rows)
             return value
-
-        def wants(name: str) -> bool:
-            return any(user.hooks[name].fires() for user in users if name in user.hooks)
 
         return InsideCall(
             self.module,
@@ -65,7 +71,7 @@ class InsideForward(ForwardInPlace):
             kwargs,
             component.module_of,
             fire,
-            wants,
+            wanted.__contains__,
             written.__contains__,
             stream,
             inside.shards,
@@ -128,25 +134,26 @@ class BoundModule:
         self.hooks = {}
         self.refresh()
 
-    def active(self) -> bool:
-        """Whether any hook inside fires in what this thread is running."""
+    def wanted(self) -> dict[str, BoundInside]:
+        """The hooks inside that fire in what this thread is running."""
         record = current_record()
         if record is not None and record.replaying:
-            return any(hook in record.computed for hook in self.hooks.values())
-        return covered(self.layer) and any(hook.fires() for hook in self.hooks.values())
+            again = any(hook in record.computed for hook in self.hooks.values())
+            return {name: hook for name, hook in self.hooks.items() if again and hook in record.outcomes}
+        return {name: hook for name, hook in self.hooks.items() if hook.fires()} if covered(self.layer) else {}
 
-    def written(self) -> list[str]:
-        """The names of the hooks that may change what they see; a block's record keeps which."""
+    def written(self, wanted: dict[str, BoundInside]) -> list[str]:
+        """The names of those that may change what they see; a block's record keeps which."""
         record = current_record()
         if record is not None and record.replaying:
-            return [name for name, hook in self.hooks.items() if hook in record.computed]
-        found = [name for name, hook in self.hooks.items() if hook.writes()]
+            return [name for name, hook in wanted.items() if hook in record.computed]
+        found = [name for name, hook in wanted.items() if hook.writes()]
         if record is not None:
-            record.computed.update(self.hooks[name] for name in found)
+            record.computed.update(wanted[name] for name in found)
         return found
 
 
-def _first_recalled(users: list[BoundModule], what: str) -> Any:
+def _first_recalled(users: Iterable[BoundModule], what: str) -> Any:
     """What the hooks of any of the bridges remembered of this call, taken out of memory."""
     found = [recalled(user, len(state.executing), what) for user in users]
     return next((value for value in found if value is not None), None)
@@ -175,6 +182,9 @@ class BoundInside(Slot):
 
     def fires(self) -> bool:
         """Whether anything here sees the value in what this thread is running."""
+        place = self.place
+        if isinstance(place, HookPoint) and not (place.fwd_hooks or place.bwd_hooks or self.replays):
+            return False
         record = current_record()
         if record is not None and record.replaying:
             return self in record.outcomes
@@ -196,8 +206,6 @@ class BoundInside(Slot):
 
     def fire(self, value: Tensor, rows: TokenRows | None) -> Tensor:
         """Run the hook on the value, as batch and positions where the module has rows."""
-        if not self.fires():
-            return value
         shards, dim = self.module.interior.shards, self.divided
         whole = value if dim is None else shards.gather(value, dim)
         shown = whole if rows is None else rows.get(whole)

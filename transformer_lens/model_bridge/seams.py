@@ -77,9 +77,9 @@ class Probabilities(TorchCalls):
     """Attention's one softmax: what it receives are the scores, and what goes on from it is the pattern.
 
     `drops`: the pattern goes through dropout, after the model cut it to its dtype and to its keys; else it is what the
-    softmax returns. With `queries`, nothing is looked at before `from_here`, and then they are the first factor of the
-    first product. With `reuses`, the steps from the product to the softmax share one tensor's memory, as nothing is
-    larger at long contexts; for a run beside the module, which nothing of it goes on with.
+    softmax returns. With `queries`, they are the first factor of the first product. With `reuses`, the steps from the
+    product to the softmax share one tensor's memory, as nothing is larger at long contexts; for a run beside the
+    module, which nothing goes on with.
     """
 
     def __init__(
@@ -98,16 +98,12 @@ class Probabilities(TorchCalls):
         self.pattern = pattern
         self.drops = drops
         self.queries = queries
-        self.armed = queries is None
+        self.armed = True
         self.reuses = reuses
         self.latest: Tensor | None = None
         """The tensor that the latest step made."""
         self.seen = 0
         self.waits = False
-
-    def from_here(self) -> None:
-        """The projections are done: what multiplies now are queries with keys."""
-        self.armed = True
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.armed:

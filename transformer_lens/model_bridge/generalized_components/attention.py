@@ -6,8 +6,8 @@ function it asks transformers for. A formula of ours is only what each head adds
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -210,11 +210,13 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
         with self._opened(run, scores, lambda value: run.pattern(value, sees[0])):
             return forward(*call.args, **call.kwargs)
 
-    def _opened(self, run: AttentionRun, scores: Step, pattern: Step) -> Probabilities:
-        """The seams of the module's products and softmax, from where its keys are there."""
+    @contextmanager
+    def _opened(self, run: AttentionRun, scores: Step, pattern: Step) -> Iterator[None]:
+        """Open the seams of the module's products and softmax, from where its keys are there."""
         seam = Probabilities(run.call.module, scores, pattern, drops=False, queries=run.queries, reuses=run.reuses)
-        run.at_keys = seam.from_here
-        return seam
+        with ExitStack() as opened:
+            run.at_keys = lambda: opened.enter_context(seam)
+            yield
 
 
 def _computing_pattern(module: Any) -> Callable[..., Any]:

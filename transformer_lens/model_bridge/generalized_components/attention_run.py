@@ -45,7 +45,7 @@ class AttentionRun:
         """All keys and values, as they came from the cache."""
         self.turned: Tensor | None = None
         """What hooks at the rotated keys changed of them."""
-        self.at_keys: Callable[[], None] = nothing
+        self.at_keys: Callable[[], object] = nothing
         """What to do once they are there."""
         self.changes = self._changes()
         """What hooks at single query heads' inputs changed of q, k and v."""
@@ -224,13 +224,14 @@ class AttentionRun:
     def _result(self, z: Float[Tensor, "B Q flat"], _out: Tensor) -> Tensor | None:
         call, module = self.call, self.call.parts("o")
         by_head = (self.cfg.n_heads, -1)
-        weight_HDM = matrix(module).get(call.weight("o")).unflatten(0, by_head)
-        result = torch.einsum("bqhd,hdm->bqhm", z.unflatten(-1, by_head), weight_HDM)
+        with call.graph_of("hook_result"):
+            weight_HDM = matrix(module).get(call.weight("o")).unflatten(0, by_head)
+            result = torch.einsum("bqhd,hdm->bqhm", z.unflatten(-1, by_head), weight_HDM)
         changed = call.fire("hook_result", result)
         if changed is result:
             return None
         total = call.shards.summed(changed.sum(2))
-        return total if getattr(module, "bias", None) is None else total + call.weight("o", "bias")
+        return total + call.weight("o", "bias") if self.component.has_bias("o") else total
 
 
 def nothing() -> None:

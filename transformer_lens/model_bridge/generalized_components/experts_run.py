@@ -1,0 +1,313 @@
+"""One call of a mixture's experts, opened: by the kernel that computes them all at once, or expert by expert.
+
+The hidden layer, the neurons and the output of every chosen (token, expert) pair pass there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens.model_bridge.inside_call import InsideCall
+from transformer_lens.model_bridge.seams import ADD, MATMUL, Enough, TorchCalls, beside
+from transformer_lens.model_bridge.sharding import ALONE, Shards
+from transformer_lens.model_bridge.upstream import (
+    CHOICE_WEIGHTS,
+    CHOSEN,
+    STREAM,
+    UpstreamError,
+    eager_forward,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A value on the way through each expert, and the hooks that show it."""
+
+    name: str
+    hooks: tuple[str, ...]
+
+
+HIDDEN = Stage("hidden", ("hook_pre", "hook_pre_linear"))
+NEURONS = Stage("neurons", ("hook_post",))
+OUTPUTS = Stage("outputs", ("hook_expert_out",))
+STAGES = (HIDDEN, NEURONS, OUTPUTS)
+
+
+def show_hidden(
+    value: Float[Tensor, "pair hidden"], together: bool, fire: Callable[[str, Tensor], Tensor]
+) -> Float[Tensor, "pair hidden"]:
+    """Show both halves of the hidden layer, which lie side by side or in turns."""
+    halves = value.chunk(2, dim=-1) if together else (value[..., ::2], value[..., 1::2])
+    new = [fire(name, half) for name, half in zip(HIDDEN.hooks, halves, strict=True)]
+    if all(one is other for one, other in zip(new, halves, strict=True)):
+        return value
+    # Laid out as the module's own hidden layer, or the activation rounds differently.
+    return torch.cat(new, dim=-1) if together else torch.stack(new, dim=-1).flatten(-2)
+
+
+class KernelRun:
+    """A call of a kernel of transformers that computes the pairs of all experts at once.
+
+    Their neurons are what the module's own gate makes of their hidden layer, in between the kernel's two products.
+    """
+
+    def __init__(self, together: bool, call: InsideCall) -> None:
+        self.together = together
+        self.call = call
+        self.module: Any = call.module
+        self.shape = call.argument(CHOSEN).shape
+        self.products = KernelCalls(self.module, self._outputs)
+
+    @staticmethod
+    def fits(call: InsideCall) -> bool:
+        """Whether the module's forward, as its class has it, goes to such a kernel, and no other process has a part."""
+        own = isinstance(call.original, MethodType) and call.original.__func__ is type(call.module).forward
+        config: Any = call.module.config
+        here = call.shards.size == 1 and not any(weight.is_meta for weight in call.module.parameters(recurse=False))
+        return own and here and config._experts_implementation in SORTS
+
+    def run(self) -> Any:
+        """The module's output."""
+        module = beside(self.module, _apply_gate=self._gate)
+        with self.products:
+            return type(module).forward(module, *self.call.args, **self.call.kwargs)
+
+    def _gate(self, hidden: Float[Tensor, "pair hidden"]) -> Float[Tensor, "pair d_mlp"]:
+        new = show_hidden(hidden, self.together, self._fire)
+        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(new))
+        self.products.gated = True
+        return neurons
+
+    def _outputs(self, value: Float[Tensor, "pair d_model"]) -> Float[Tensor, "pair d_model"]:
+        return self._fire(OUTPUTS.hooks[0], value)
+
+    def _fire(self, name: str, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
+        """Show a value to its hook by token, where any hook wants it."""
+        if not self.call.wants(name):
+            return pairs
+        order = self.products.order
+        with self.call.graph_of(name):
+            by_token = pairs if order is None else torch.empty_like(pairs).index_put((order,), pairs)
+            shown = by_token.unflatten(0, self.shape)
+        new = self.call.fire(name, shown)
+        if new is shown:
+            return pairs
+        flat = new.flatten(0, 1)
+        return flat if order is None else flat[order]
+
+
+SORTS = {"grouped_mm": True, "batched_mm": False}
+"""The kernels for all experts at once, and whether they sort the pairs by expert."""
+
+
+class KernelCalls(TorchCalls):
+    """The order in which a kernel sorts the pairs, and their outputs, which it multiplies by their weights."""
+
+    def __init__(self, module: Any, outputs: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.outputs: Callable[[Tensor], Tensor] | None = outputs
+        self.order: Tensor | None = None
+        self.gated = False
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.gated and self.outputs is not None and function is Tensor.mul:
+            outputs, self.outputs = self.outputs, None
+            return function(outputs(args[0]), *args[1:], **kwargs)
+        result = function(*args, **kwargs)
+        if function is torch.sort and self.order is None:
+            self.order = result[1]
+        return result
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        sorts = SORTS[self.module.config._experts_implementation]
+        if error is None and (self.outputs is not None or sorts != (self.order is not None)):
+            made = "gate between the products of its kernel, and pairs that are sorted as they were before"
+            raise UpstreamError(type(self.module).__name__, made, ())
+
+
+class EagerRun:
+    """The family's eager forward of one call, and what is known of its inside: one tensor for each expert chosen.
+
+    That forward multiplies each chosen expert's tokens by two matrices. A hook is shown one value for all experts at
+    once, so the forward runs again from what a hook was shown, and takes what is known for granted.
+    """
+
+    def __init__(self, together: bool, call: InsideCall) -> None:
+        self.together = together
+        self.own = call
+        self.by_expert = "expert" in call.divided
+        self.module: Any = call.module
+        x, chosen, weights = (call.argument(word) for word in (STREAM, CHOSEN, CHOICE_WEIGHTS))
+        self.x: Float[Tensor, "row d_model"] = call.shards.entering(x)
+        self.pairs = Pairs(chosen, int(call.cfg.num_experts or 1), call.shards if self.by_expert else ALONE)
+        names = dict(self.module.named_parameters(recurse=False))
+        if call.shards.size > 1 or any(parameter.is_meta for parameter in names.values()):
+            self.module = beside(self.module, _parameters={name: call.weight("", name) for name in names})
+        arguments = {STREAM: self.x}
+        if self.by_expert:  # each process has some of the pairs: for its forward, as many tokens with one choice
+            weights = call.shards.entering(weights).T.reshape(-1)[self.pairs.here, None]
+            arguments = {STREAM: self.x[self.pairs.row], CHOSEN: self.pairs.expert[:, None], CHOICE_WEIGHTS: weights}
+        self.call = call.given(arguments)
+        self.known: dict[str, list[Tensor]] = {}
+
+    def looked(self) -> Any:
+        """The module's output, hooks having looked: its own forward where that is the eager one, or that beside it."""
+        wanted = [stage for stage in STAGES if any(map(self.call.wants, stage.hooks))]
+        if self.module.config._experts_implementation == "eager" and self.call.shards.size == 1:
+            with ExpertProducts(self.module, self.known, len(self.pairs.counts), wanted[-1], stops=False):
+                output = self.own.run()
+        else:
+            output = self.own.run()
+            with torch.no_grad():
+                self._forward(wanted[-1])
+        with torch.no_grad():
+            for stage in wanted:
+                self._show(stage)
+        return output
+
+    def written(self) -> Float[Tensor, "row d_model"]:
+        """The output, hooks having written inside."""
+        for stage in STAGES:
+            if any(map(self.call.wants, stage.hooks)):
+                self._forward(stage)
+                self._show(stage)
+        total = self._forward(None)
+        if self.by_expert:
+            total = torch.zeros_like(self.x).index_add(0, self.pairs.row, total)
+        partial = self.by_expert or OUTPUTS.name not in self.known
+        return self.call.shards.summed(total) if partial else total
+
+    def _forward(self, until: Stage | None) -> Tensor:
+        """Run the eager forward, as far as a stage is known for every expert, or to its end."""
+        forward, call = eager_forward(self.module), self.call
+        with suppress(Enough), ExpertProducts(self.module, self.known, len(self.pairs.counts), until):
+            return forward(self.module, *call.args, **call.kwargs)  # type: ignore[no-any-return]
+        return self.x
+
+    def _show(self, stage: Stage) -> None:
+        found = self.known[stage.name]
+        value = torch.cat(found) if found else self.x.new_empty(0, self._width(stage))
+        if stage is HIDDEN:
+            new = show_hidden(value, self.together, partial(self.pairs.fire, self.call))
+        else:
+            # Where processes share the neurons, each has a part of every output.
+            shown = value if stage is NEURONS or self.by_expert else self.call.shards.summed(value)
+            new = self.pairs.fire(self.call, stage.hooks[0], shown)
+        if new is not value:
+            self.known[stage.name] = list(new.split(self.pairs.counts))
+
+    def _width(self, stage: Stage) -> int:
+        """Of a value where no expert has a token."""
+        weight = self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj
+        into, out = weight.shape[1:] if self.module.is_transposed else reversed(weight.shape[1:])
+        return int(into if stage is NEURONS else out)
+
+
+class ExpertProducts(TorchCalls):
+    """The two products with a matrix that eager experts compute for each expert chosen, in the experts' order.
+
+    The first returns the hidden layer, the second receives the neurons and returns the output; where experts have
+    biases, those are added to the products. What is `known` takes their place. `until` keeps the values up to a stage,
+    and ends after it.
+    """
+
+    def __init__(
+        self, module: Any, known: dict[str, list[Tensor]], experts: int, until: Stage | None, stops: bool = True
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.given = {name: list(values) for name, values in known.items()}
+        self.known = known
+        self.experts = experts
+        self.until = until if stops else None
+        self.products = 0
+        self.adds_to: str | None = None
+        for stage in STAGES[: STAGES.index(until) + 1] if until else ():
+            known.setdefault(stage.name, [])
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.adds_to is not None and function in ADD:
+            name, self.adds_to = self.adds_to, None
+            return self._value(name, lambda: function(*args, **kwargs))
+        if function not in MATMUL:
+            return function(*args, **kwargs)
+        second = self.products % 2
+        self.products += 1
+        if second:
+            args = (self._value(NEURONS.name, lambda: args[0]), *args[1:])
+        name = (OUTPUTS if second else HIDDEN).name
+        if self.module.has_bias:
+            self.adds_to = name
+            return function(*args, **kwargs)
+        return self._value(name, lambda: function(*args, **kwargs))
+
+    def _value(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A value of the expert whose turn it is: the known one, or a new one, kept if its stage is to be known."""
+        expert = (self.products - 1) // 2
+        if name in self.given:
+            return self.given[name][expert]
+        value = compute()
+        if name in self.known:
+            self.known[name].append(value)
+            if self.until is not None and name == self.until.name and expert == self.experts - 1:
+                raise Enough
+        return value
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        if error is None and self.products != 2 * self.experts:
+            made = f"two products for each of the {self.experts} experts chosen (it made {self.products})"
+            raise UpstreamError(type(self.module).__name__, made, ())
+
+
+class Pairs:
+    """The chosen (token, expert) pairs sorted by expert; within one, first choices come first.
+
+    Where processes have some experts each, `here`, `row`, `expert` and `counts` are those of this one's pairs.
+    """
+
+    def __init__(self, chosen: Int[Tensor, "row chosen"], experts: int, shards: Shards) -> None:
+        self.shape = chosen.shape
+        self.shards = shards
+        flat = chosen.T.reshape(-1)
+        self.order = torch.argsort(flat, stable=True)
+        counts: list[int] = torch.bincount(flat, minlength=experts).tolist()
+        each = experts // shards.size
+        first = each * shards.rank
+        self.sizes = [sum(counts[each * rank : each * (rank + 1)]) for rank in range(shards.size)]
+        start = sum(self.sizes[: shards.rank])
+        self.here = self.order[start : start + self.sizes[shards.rank]]
+        self.row = self.here % len(chosen)
+        self.expert = flat[self.here] - first
+        self.counts = [count for count in counts[first : first + each] if count]
+
+    def whole(self, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "pair width"]:
+        """The pairs of all processes."""
+        return self.shards.gather(pairs, 0, self.sizes)
+
+    def by_token(self, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "row chosen width"]:
+        """Back in the order of the tokens and their choices."""
+        rows, chosen = self.shape
+        places = torch.empty_like(pairs).index_put((self.order,), pairs)
+        return places.unflatten(0, (chosen, rows)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    def fire(self, call: InsideCall, name: str, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "here width"]:
+        """Show a value to its hook by token, where any hook wants it."""
+        if not call.wants(name):
+            return pairs
+        shown = self.by_token(self.whole(pairs))
+        new = call.fire(name, shown)
+        if new is shown:
+            return pairs
+        return self.shards.slice(new.transpose(0, 1).reshape(-1, new.shape[-1])[self.order], 0, self.sizes)
