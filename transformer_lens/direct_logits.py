@@ -16,6 +16,7 @@ from transformer_lens.slicing import Slice, SliceInput
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 Stack = Float[Tensor, "component *batch_and_pos d_model"]
 Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
@@ -68,9 +69,7 @@ class DirectLogits(ABC):
         norm = self._norm(layer, mlp_input)
         residual_stack = self._chosen_texts(residual_stack, norm, Slice(batch_slice), has_batch_dim)
         wide = torch.promote_types(residual_stack.dtype, torch.float32)
-        x = residual_stack.to(wide)
-        if self._bridge.cfg.normalization_type.startswith("LN"):
-            x = x - x.mean(-1, keepdim=True)
+        x = self._centred(residual_stack.to(wide))
         if recompute_ln:
             scale = (x.square().mean(-1, keepdim=True) + self._bridge.cfg.eps).sqrt()
         else:
@@ -81,8 +80,7 @@ class DirectLogits(ABC):
                     f"[component, {', '.join(map(str, scale.shape[:-1]))}, d_model] as {norm}.hook_scale has it; "
                     "give the pos_slice that the stack was made with, and batch_slice for texts of a whole stack"
                 )
-        weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
-        return (x / scale * weight.to(x.device, wide)).to(residual_stack.dtype)
+        return self._normed(x, scale, norm).to(residual_stack.dtype)
 
     def logit_attrs(
         self,
@@ -138,9 +136,8 @@ class DirectLogits(ABC):
     def _layers(self) -> int:
         return self._bridge.cfg.n_layers
 
-    @property
-    def _parallel(self) -> bool:
-        return self._bridge.cfg.parallel_attn_mlp
+    def _block(self, layer: int) -> BlockBridge:
+        return cast("BlockBridge", self._bridge.blocks[layer])
 
     def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
         """The number of layers below the wanted stream."""
@@ -155,8 +152,18 @@ class DirectLogits(ABC):
         stop = self._layer(layer, mlp_input)
         if stop == self._layers:
             return "ln_final"
-        second = mlp_input and self._bridge.cfg.norms_per_block == 2
-        return f"blocks.{stop}.ln{2 if second else 1}"
+        block = self._block(stop)
+        branch = block.branch("mlp") if mlp_input else block.branches[0]
+        if not branch.norm:
+            raise ValueError(f"the norm before layer {stop}: {block.name}.{branch.mixer} reads the stream with none")
+        return f"{block.name}.{branch.norm}"
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self._bridge.cfg.normalization_type.startswith("LN") else x
+
+    def _normed(self, centred: Tensor, scale: Tensor, norm: str) -> Tensor:
+        weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
+        return centred / scale * weight.to(centred)
 
     def _scale(self, norm: str, at: Slice, of_batch: Slice) -> Float[Tensor, "*batch_and_pos 1"]:
         scale = at.apply(self[f"{norm}.hook_scale"], -2)

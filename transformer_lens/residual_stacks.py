@@ -6,7 +6,7 @@ rounding; `tests/bridge/test_residual_stacks.py` holds that on every layout.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from einops import einsum
@@ -17,6 +17,10 @@ from transformer_lens.checks import is_one_of, whole
 from transformer_lens.direct_logits import DirectLogits, Stack
 from transformer_lens.slicing import Slice, SliceInput
 
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge.generalized_components import Branch
+
+Added = list[tuple[int, "Branch"]]
 Labelled = tuple[Stack, list[str]]
 Rows = list[tuple[str, Tensor]]
 
@@ -53,7 +57,7 @@ class ResidualStacks(DirectLogits):
         rows: Rows = []
         for i in range(min(stop + 1, self._layers)):
             rows.append((f"{i}_pre", self["resid_pre", i]))
-            if (incl_mid and i < stop) or (mlp_input and i == stop and not self._parallel):
+            if (incl_mid and i < stop) or (mlp_input and i == stop and self._block(i).before("mlp")):
                 rows.append((f"{i}_mid", self["resid_mid", i]))
         if stop == self._layers:
             rows.append(("final_post", self["resid_post", stop - 1]))
@@ -75,14 +79,12 @@ class ResidualStacks(DirectLogits):
         >>> labels, torch.allclose(stack.sum(0), cache["resid_pre", 2], atol=1e-4)
         (['embed', '0_attn_out', '0_mlp_out', '1_attn_out', '1_mlp_out'], True)
         """
-        if not is_one_of(mode, ("all", "attn", "mlp")):
-            raise ValueError(f"decompose_resid: got mode={mode!r}, expected 'all', 'attn' or 'mlp'")
-        stop = self._layer(layer, mlp_input)
-        rows = [("embed", self["embed"])] if incl_embeds else []
-        for i in range(stop):
-            rows += [(f"{i}_{part}_out", self[f"{part}_out", i]) for part in ("attn", "mlp") if mode in ("all", part)]
-        if mlp_input and not self._parallel and mode != "mlp":
-            rows.append((f"{stop}_attn_out", self["attn_out", stop]))
+        *others, last = ("all", *dict.fromkeys(b.mixer for block in self._bridge.blocks for b in block.branches))
+        if not is_one_of(mode, (*others, last)):
+            raise ValueError(f"decompose_resid: got mode={mode!r}, expected {', '.join(map(repr, others))} or {last!r}")
+        added = [(i, b.mixer) for i, b in self._added(self._layer(layer, mlp_input), mlp_input)]
+        rows = self._embeds(Slice()) if incl_embeds else []
+        rows += [(f"{i}_{mixer}_out", self[f"{mixer}_out", i]) for i, mixer in added if mode in ("all", mixer)]
         return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
 
     # -- heads, neurons, experts -------------------------------------------------------------------
@@ -112,7 +114,7 @@ class ResidualStacks(DirectLogits):
         (torch.Size([4, 1, 5, 128]), ['L0H0', 'L0H1', 'L0H2', 'L0H3'])
         """
         keep = Slice(pos_slice)
-        rows = self._head_rows(self._layer(layer), keep)
+        rows = self._head_rows(self._added(self._layer(layer)), keep)
         rows += self._remainder(rows, layer, keep) if incl_remainder else []
         return self._stack(rows, layer, False, apply_ln, keep, return_labels)
 
@@ -135,8 +137,9 @@ class ResidualStacks(DirectLogits):
         kept = neurons.apply(torch.arange(weight.shape[-2])).reshape(-1).to(post.device)
         post, weight = post[..., kept], weight[..., kept, :].to(post.device)
         if weight.ndim == 2:
-            return post[..., None] * weight
-        return (self._by_expert(post, layer, at)[..., None] * weight).flatten(-3, -2)
+            return self._as_added(post[..., None] * weight, layer, "mlp", at)
+        results = (self._by_expert(post, layer, at)[..., None] * weight).flatten(-3, -2)
+        return self._as_added(results, layer, "mlp", at)
 
     def stack_neuron_results(
         self,
@@ -155,7 +158,7 @@ class ResidualStacks(DirectLogits):
         Its size is layers x neurons x d_model for every position, so give `pos_slice` or `neuron_slice`.
         """
         keep = Slice(pos_slice)
-        rows = self._neuron_rows(self._layer(layer), Slice(neuron_slice), keep)
+        rows = self._neuron_rows(self._added(self._layer(layer)), Slice(neuron_slice), keep)
         rows += self._remainder(rows, layer, keep) if incl_remainder else []
         return self._stack(rows, layer, False, apply_ln, keep, return_labels)
 
@@ -178,7 +181,10 @@ class ResidualStacks(DirectLogits):
         keep = Slice(pos_slice)
         rows: Rows = []
         for i in range(self._layer(layer)):
+            if f"blocks.{i}.mlp.hook_expert_out" not in self.model.hook_dict:
+                continue
             out = self._by_expert(self._at("mlp.hook_expert_out", i, keep, axes_after=2), i, keep)
+            out = self._as_added(out, i, "mlp", keep)
             rows += [(f"L{i}E{e}", part) for e, part in enumerate(out.unbind(-2))]
         rows += self._remainder(rows, layer, keep) if incl_remainder else []
         return self._stack(rows, layer, False, apply_ln, keep, return_labels)
@@ -199,15 +205,17 @@ class ResidualStacks(DirectLogits):
         (['3_mlp_out', 'embed', 'bias'], True)
         """
         stop, keep = self._layer(layer, mlp_input), Slice(pos_slice)
-        heads_below = stop + (mlp_input and not self._parallel)
-        rows = self._head_rows(heads_below, keep)
+        added = self._added(stop, mlp_input)
+        rows = self._head_rows(added, keep)
         if expand_neurons:
-            rows += self._neuron_rows(stop, Slice(), keep)
-        else:
-            rows += [(f"{i}_mlp_out", self._at("hook_mlp_out", i, keep)) for i in range(stop)]
-        embed = self._at("hook_embed", None, keep)
+            rows += self._neuron_rows(added, Slice(), keep)
+        whole_branches = [
+            (i, b.mixer) for i, b in added if b.mixer != "attn" and not (expand_neurons and b.mixer == "mlp")
+        ]
+        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in whole_branches]
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
-        rows += [("embed", embed), ("bias", bias.detach().to(embed.device).expand_as(embed))]
+        embeds = self._embeds(keep)
+        rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
         return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
 
     def logit_lens(
@@ -236,19 +244,44 @@ class ResidualStacks(DirectLogits):
 
     # -- rows: a label and a part of the stream ----------------------------------------------------
 
-    def _head_rows(self, stop: int, keep: Slice) -> Rows:
-        heads = [(i, self._head_results(i, keep).unbind(-2)) for i in range(stop)]
-        return [(f"L{i}H{h}", part) for i, parts in heads for h, part in enumerate(parts)]
+    def _added(self, stop: int, mlp_input: bool = False) -> Added:
+        """Layer and branch of everything that was added below a layer, or below what its MLP reads."""
+        added = [(i, branch) for i in range(stop) for branch in self._block(i).branches]
+        return added + [(stop, branch) for branch in (self._block(stop).before("mlp") if mlp_input else ())]
 
-    def _neuron_rows(self, stop: int, neurons: Slice, keep: Slice) -> Rows:
-        cfg = self._bridge.cfg
-        kept = neurons.apply(torch.arange(cfg.d_mlp)).reshape(-1).tolist()
-        experts = [f"E{e}" for e in range(cfg.num_experts)] if cfg.num_experts else [""]
+    def _embeds(self, keep: Slice) -> Rows:
+        """What the stream begins with."""
+        embed = self._at("hook_embed", None, keep)
+        if "hook_pos_embed" not in self.model.hook_dict:
+            return [("embed", embed)]
+        return [("embed", embed), ("pos_embed", self._at("hook_pos_embed", None, keep).expand_as(embed))]
+
+    def _head_rows(self, added: Added, keep: Slice) -> Rows:
+        heads = [
+            (i, self._as_added(self._head_results(i, keep), i, "attn", keep)) for i, b in added if b.mixer == "attn"
+        ]
+        return [(f"L{i}H{h}", part) for i, parts in heads for h, part in enumerate(parts.unbind(-2))]
+
+    def _neuron_rows(self, added: Added, neurons: Slice, keep: Slice) -> Rows:
         rows: Rows = []
-        for i in range(stop):
-            names = [f"L{i}{expert}N{n}" for expert in experts for n in kept]
+        for i in [i for i, branch in added if branch.mixer == "mlp"]:
+            *experts, width, _ = cast(Tensor, self._bridge.get_submodule(f"blocks.{i}.mlp").W_out).shape
+            kept = neurons.apply(torch.arange(width)).reshape(-1).tolist()
+            names = [f"L{i}{e}N{n}" for e in ([f"E{e}" for e in range(*experts)] if experts else [""]) for n in kept]
             rows += list(zip(names, self.get_neuron_results(i, neurons, keep).unbind(-2), strict=True))
         return rows
+
+    def _as_added(
+        self, parts: Tensor, layer: int, mixer: str, keep: Slice
+    ) -> Float[Tensor, "*batch_and_pos part d_model"]:
+        """Parts of what a mixer returns as they reach the stream: through its later norm, as that run scaled, and times
+        its multiplier."""
+        branch = self._block(layer).branch(mixer)
+        if branch.post_norm:
+            norm = f"blocks.{layer}.{branch.post_norm}"
+            scale = self._scale(norm, keep, Slice())[..., None, :]
+            parts = self._normed(self._centred(parts), scale.to(parts.device), norm).to(parts.dtype)
+        return parts if branch.scale == 1.0 else parts * branch.scale
 
     def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
         keep = Slice(pos_slice)

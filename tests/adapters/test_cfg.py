@@ -11,15 +11,17 @@ from tests.support import FAMILIES, LAYOUTS, falcon_config, family, mixtral
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, Preparation
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL,
+    PARALLEL_ONE_NORM,
+    SEQUENTIAL,
     ALiBiJointQKVAttentionBridge,
     BlockBridge,
     ComponentBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     MLPBridge,
     MoEBridge,
-    ParallelBlockBridge,
     PositionEmbeddingsAttentionBridge,
-    SharedNormParallelBlockBridge,
+    Stages,
 )
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for, register_adapter
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
@@ -38,29 +40,29 @@ FALCON: dict[str, Any] = {
     "parallel_attn_mlp": True,
 }  # fmt: skip
 EXPECTED: dict[str, dict[str, Any]] = {
-    "7b": {**FALCON, "n_key_value_heads": 1, "norms_per_block": 1},
-    "11b": {**FALCON, "n_key_value_heads": 2, "norms_per_block": 1},
-    "40b": {**FALCON, "n_key_value_heads": 2, "norms_per_block": 2},
+    "7b": {**FALCON, "n_key_value_heads": 1},
+    "11b": {**FALCON, "n_key_value_heads": 2},
+    "40b": {**FALCON, "n_key_value_heads": 2},
     "rw": {
-        **FALCON, "n_key_value_heads": 8, "norms_per_block": 2, "parallel_attn_mlp": False,
+        **FALCON, "n_key_value_heads": 8, "parallel_attn_mlp": False,
         "positional_embedding_type": "alibi",
     },
-    "rw-rope": {**FALCON, "n_key_value_heads": 8, "norms_per_block": 2, "parallel_attn_mlp": False},
+    "rw-rope": {**FALCON, "n_key_value_heads": 8, "parallel_attn_mlp": False},
     "mixtral": {
         **COMMON, "n_key_value_heads": 2, "d_mlp": 24, "act_fn": "silu", "eps": 1e-5, "normalization_type": "RMS",
         "final_rms": True, "gated_mlp": True, "num_experts": 4, "experts_per_token": 2, "sliding_window": None,
         "model_name": "mixtral", "architecture": "MixtralForCausalLM", "positional_embedding_type": "rotary",
-        "parallel_attn_mlp": False, "norms_per_block": 2,
+        "parallel_attn_mlp": False,
     },
 }  # fmt: skip
 
-KINDS: dict[str, tuple[type[ComponentBridge], ...]] = {
-    "7b": (SharedNormParallelBlockBridge, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
-    "11b": (SharedNormParallelBlockBridge, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
-    "40b": (ParallelBlockBridge, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
-    "rw": (BlockBridge, ALiBiJointQKVAttentionBridge, MLPBridge),
-    "rw-rope": (BlockBridge, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
-    "mixtral": (BlockBridge, PositionEmbeddingsAttentionBridge, MoEBridge),
+KINDS: dict[str, tuple[Stages, type[ComponentBridge], type[ComponentBridge]]] = {
+    "7b": (PARALLEL_ONE_NORM, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
+    "11b": (PARALLEL_ONE_NORM, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
+    "40b": (PARALLEL, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
+    "rw": (SEQUENTIAL, ALiBiJointQKVAttentionBridge, MLPBridge),
+    "rw-rope": (SEQUENTIAL, JointQKVPositionEmbeddingsAttentionBridge, MLPBridge),
+    "mixtral": (SEQUENTIAL, PositionEmbeddingsAttentionBridge, MoEBridge),
 }
 
 # Role -> where it lives, below a block, written from the modeling code.
@@ -119,15 +121,16 @@ def test_components_stand_for_the_right_modules(name: str) -> None:
 @every_family
 def test_component_classes_follow_the_layout(name: str) -> None:
     block: Any = TransformerBridge(family(name)).get_submodule("blocks.1")
-    assert tuple(map(type, (block, block.attn, block.mlp))) == KINDS[name]
+    assert (block.stages, type(block.attn), type(block.mlp)) == KINDS[name]
+    assert type(block) is BlockBridge
 
 
-@pytest.mark.parametrize("norms, kind", [(None, ParallelBlockBridge), (1, SharedNormParallelBlockBridge)])
-def test_none_means_two_norms_under_the_new_architecture(norms: int | None, kind: type[ComponentBridge]) -> None:
+@pytest.mark.parametrize("norms, stages", [(None, PARALLEL), (1, PARALLEL_ONE_NORM)])
+def test_none_means_two_norms_under_the_new_architecture(norms: int | None, stages: Stages) -> None:
     """Also before transformers has written its 2 into the config, which it does while it builds the model."""
     adapter = adapter_for(falcon_config(new_decoder_architecture=True, num_ln_in_parallel_attn=norms))
-    assert adapter.component_mapping["blocks"].kind is kind
-    assert adapter.cfg.norms_per_block == (2 if norms is None else 1)
+    assert adapter.block(0).stages == stages
+    assert len({"ln1", "ln2"} & set(adapter.block(0).parts)) == (2 if norms is None else 1)
 
 
 @pytest.mark.parametrize("multi_query", [True, False])

@@ -34,13 +34,13 @@ CARDS = {
             alibi=True, parallel_attn=False, multi_query=False, bias=True,
         ),
         {"n_layers": 24, "n_heads": 32, "n_key_value_heads": 32, "d_model": 2048, "d_head": 64, "d_mlp": 8192,
-         "d_vocab": 50304, "positional_embedding_type": "alibi", "parallel_attn_mlp": False, "norms_per_block": 2},
+         "d_vocab": 50304, "positional_embedding_type": "alibi", "parallel_attn_mlp": False},
         1.31,
     ),
     "falcon-7b": Published(
         FalconConfig(vocab_size=65024, hidden_size=4544, num_attention_heads=71, num_hidden_layers=32),
         {"n_layers": 32, "n_heads": 71, "n_key_value_heads": 1, "d_model": 4544, "d_head": 64, "d_mlp": 18176,
-         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True, "norms_per_block": 1},
+         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True},
         6.92,
     ),
     "falcon-11b": Published(
@@ -49,20 +49,20 @@ CARDS = {
             num_ln_in_parallel_attn=1, max_position_embeddings=8192,
         ),
         {"n_layers": 60, "n_heads": 32, "n_key_value_heads": 8, "d_model": 4096, "d_head": 128, "d_mlp": 16384,
-         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True, "norms_per_block": 1,
+         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True,
          "n_ctx": 8192},
         10.84,
     ),
     "falcon-40b": Published(
         FalconConfig(**NEW, hidden_size=8192, num_attention_heads=128, num_kv_heads=8, num_hidden_layers=60),
         {"n_layers": 60, "n_heads": 128, "n_key_value_heads": 8, "d_model": 8192, "d_head": 64, "d_mlp": 32768,
-         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True, "norms_per_block": 2},
+         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True},
         41.30,
     ),
     "falcon-180b": Published(
         FalconConfig(**NEW, hidden_size=14848, num_attention_heads=232, num_kv_heads=8, num_hidden_layers=80),
         {"n_layers": 80, "n_heads": 232, "n_key_value_heads": 8, "d_model": 14848, "d_head": 64, "d_mlp": 59392,
-         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True, "norms_per_block": 2},
+         "d_vocab": 65024, "positional_embedding_type": "rotary", "parallel_attn_mlp": True},
         178.56,
     ),
     "mixtral-8x7b": Published(
@@ -170,4 +170,4 @@ def test_blocks_have_the_hooks_of_their_kind(name: str) -> None:
     assert ("blocks.{i}.hook_resid_mid" in absent) == cfg["parallel_attn_mlp"]
     assert ("blocks.{i}.mlp.hook_expert_indices" in present) == name.startswith("mixtral")
     assert {f"blocks.{{i}}.hook_{part}" for part in ("resid_pre", "mlp_in", "resid_post")} <= present
-    assert ("blocks.{i}.ln2.hook_scale" in absent) or (cfg.get("norms_per_block", 2) == 2)
+    assert ("blocks.{i}.ln2.hook_scale" in absent) == (name in ("falcon-7b", "falcon-11b"))

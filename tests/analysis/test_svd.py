@@ -13,7 +13,7 @@ def by_hand(bridge, kind, layer, head=None, expert=None, side="right", folded=Tr
     block = bridge.blocks[layer]
     one = torch.ones(bridge.cfg.d_model).double()
     first = block.ln1.w.detach().double() if folded else one
-    norm = block.ln2 if bridge.cfg.norms_per_block == 2 else block.ln1
+    norm = block.ln2 if "ln2" in block._modules else block.ln1
     second = norm.w.detach().double() if folded else one
     last = bridge.ln_final.w.detach().double() if folded else one
     if kind in ("OV", "QK"):

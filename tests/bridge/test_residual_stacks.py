@@ -202,8 +202,8 @@ def test_a_normed_stack_sums_to_what_the_reader_reads(bridge, cache, layer, mlp_
     stack = cache.get_full_resid_decomposition(layer, mlp_input, expand_neurons=False)
     normed = cache.apply_ln_to_stack(stack, layer, mlp_input).sum(0)
     read = cache["ln_final.hook_out"] if reader is None else cache[f"blocks.{layer}.{reader}.hook_in"]
-    second = mlp_input and bridge.cfg.norms_per_block == 2
-    norm = bridge.ln_final if reader is None else bridge.get_submodule(f"blocks.{layer}.ln{2 if second else 1}")
+    second = "ln2" if mlp_input and "ln2" in bridge.blocks[0]._modules else "ln1"
+    norm = bridge.ln_final if reader is None else bridge.get_submodule(f"blocks.{layer}.{second}")
     torch.testing.assert_close(
         normed + norm.b, read, rtol=0, atol=1e-6 if "RMS" in bridge.cfg.normalization_type else 1e-9
     )

@@ -15,7 +15,6 @@ from transformer_lens.model_bridge.generalized_components import (
     JointQKVPositionEmbeddingsAttentionBridge,
     LayerNormBridge,
     MLPBridge,
-    SharedNormParallelBlockBridge,
 )
 
 STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -197,14 +196,6 @@ def test_a_component_that_does_not_say_enough(monkeypatch, kind, attribute, valu
     with pytest.raises(ValueError, match=f"^weights cannot be processed: transformer.{sentence}"):
         getattr(bridge, step)()
     assert same(model, before)
-
-
-@pytest.mark.parametrize("step", ["fold_ln", "center_writing_weights"])
-def test_a_block_that_does_not_say_what_its_norms_feed(monkeypatch, step):
-    bridge = TransformerBridge(falcon())
-    monkeypatch.setattr(SharedNormParallelBlockBridge, "feeds", {})
-    with pytest.raises(ValueError, match="SharedNormParallelBlockBridge does not say what its norms feed"):
-        getattr(bridge, step)()
 
 
 def test_a_norm_with_a_bias_before_weights_that_take_none(monkeypatch):

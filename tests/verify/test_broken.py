@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +104,9 @@ def with_hook(kind: Any, name: str, **changes: Any) -> Any:
     """A component one of whose hooks is declared otherwise."""
 
     class Broken(kind):
-        hooks: ClassVar[Any] = tuple(replace(hook, **changes) if hook.name == name else hook for hook in kind.hooks)
+        def table(self, part: Part) -> Any:
+            hooks, absent = super().table(part)
+            return tuple(replace(hook, **changes) if hook.name == name else hook for hook in hooks), absent
 
     return Broken
 

@@ -211,7 +211,8 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if matrix == "W_O":
         return _basis(weight.mT)
-    return _basis(weight * block.ln1.w.detach().to(weight)[:, None])
+    norm = block.branch("attn").norm
+    return _basis(weight * block.role(norm).w.detach().to(weight)[:, None] if norm else weight)
 
 
 def _basis(

@@ -160,7 +160,7 @@ class SVDInterpreter:
         circuit = (attention.OV if kind == "OV" else attention.QK)[head]
         A, B = _wide(circuit.A), _wide(circuit.B)
         if self.fold_ln:
-            weight = self._norm(f"blocks.{layer}.ln1").to(A)
+            weight = self._norm_before(layer, "attn").to(A)
             A = weight[:, None] * A
             B = B if kind == "OV" else B * weight
         return FactoredMatrix(A, B)
@@ -172,9 +172,14 @@ class SVDInterpreter:
         if kind == "w_out":
             return matrix
         if self.fold_ln:
-            norm = "ln2" if self.cfg.norms_per_block == 2 else "ln1"
-            matrix = self._norm(f"blocks.{layer}.{norm}").to(matrix)[:, None] * matrix
+            matrix = self._norm_before(layer, "mlp").to(matrix)[:, None] * matrix
         return matrix.mT
+
+    def _norm_before(self, layer: int, mixer: str) -> Float[Tensor, " d_model"]:
+        """The weight of the norm that a branch reads through; ones where it reads the stream as it is."""
+        block: Any = self.model.blocks[layer]
+        norm = block.branch(mixer).norm
+        return self._norm(f"{block.name}.{norm}") if norm else torch.ones(self.cfg.d_model)
 
     def _norm(self, name: str) -> Float[Tensor, " d_model"]:
         norm: Any = self.model.get_submodule(name)

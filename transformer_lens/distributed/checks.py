@@ -24,7 +24,9 @@ class Checks:
         self.config = config
         self.blocks = blocks
         self.limits = limits
-        self.shapes = {row.name: row.shape for row in bridge.hook_table().present()}
+        self.table = bridge.hook_table()
+        of_neurons = [row for row in self.table if row.name == "blocks.{i}.mlp.hook_post"]
+        self.neurons = max(math.prod(size for size in row.shape if isinstance(size, int)) for row in of_neurons)
 
     def check(self, request: Request) -> None:
         """Raise for what does not fit these blocks, and for what is too much."""
@@ -53,8 +55,8 @@ class Checks:
         """The shape of the activation at an action's hook."""
         rows, new = request.tensors["stream"].shape[:2]
         sizes = {"batch": rows, "pos": new, "query_pos": new, "key_pos": new + request.start}
-        general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", str(self.point(action.name).name))
-        return [int(sizes.get(str(axis), axis)) for axis in self.shapes[general]]
+        row = self.table.row(str(self.point(action.name).name))
+        return [int(sizes.get(str(axis), axis)) for axis in row.shape]
 
     # -- one after the other -------------------------------------------------------------------------
 
@@ -123,9 +125,8 @@ class Checks:
         if answer > self.limits.answer:
             raise MessageError(f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made")
         # One block's activations, a few of each width, with scores of every head as attention that is looked into has.
-        mlp = int(cfg.d_mlp or 4 * cfg.d_model) * int(cfg.experts_per_token or 1)
         scores = cfg.n_heads * (new + request.start)
-        block = rows * new * (12 * cfg.d_model + 4 * mlp + 3 * scores)
+        block = rows * new * (12 * cfg.d_model + 4 * self.neurons + 3 * scores)
         graph = blocks if request.grad or request.kind == "backward" else 1
         # An edit's activation lives three times while it is made, and as long as the graph.
         edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]

@@ -6,7 +6,7 @@ configurations the model class cannot run, and what has to be made safe for hook
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -29,6 +29,9 @@ HEADS: Mapping[str, tuple[str, Part]] = {
     "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
 }
 """The heads of Hugging Face's task classes: attribute of the model -> component."""
+
+Blocks = Callable[[int], Part]
+"""The block of each layer, by its number."""
 
 KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
 """What is read from every config."""
@@ -79,7 +82,9 @@ class ArchitectureAdapter:
         for sentence in self.refusals():
             raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
         self.cfg = self.read_config()
-        self.component_mapping: dict[str, Part] = self.components()
+        self.component_mapping: Mapping[str, Part | Blocks] = self.components()
+        side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
+        self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
 
     def refusals(self) -> list[str]:
         """A sentence for everything in the config that the model class cannot run."""
@@ -105,9 +110,27 @@ class ArchitectureAdapter:
         """What the family calls its layout."""
         return self.model_type.capitalize()
 
-    def components(self) -> dict[str, Part]:
-        """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`."""
+    def components(self) -> Mapping[str, Part | Blocks]:
+        """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`.
+
+        `blocks` is the Part of every layer, or a function of the layer's number where layers differ.
+        """
         raise NotImplementedError(f"{type(self).__name__} has to say where its components live")
+
+    def block(self, layer: int) -> Part:
+        """The Part of one layer.
+
+        >>> adapter_for(MixtralConfig()).block(31).at
+        'layers'
+        """
+        blocks = self.component_mapping["blocks"]
+        return blocks if isinstance(blocks, Part) else blocks(layer)
+
+    def outside(self) -> dict[str, Part]:
+        """The parts outside the blocks, by role."""
+        return {
+            role: part for role, part in self.component_mapping.items() if isinstance(part, Part) and role != "blocks"
+        }
 
     def read_config(self) -> BridgeConfig:
         """The model's numbers under the field's names."""

@@ -26,9 +26,9 @@ from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
 from transformer_lens.model_bridge.generation import GenerationMethods
-from transformer_lens.model_bridge.hook_table import HookRow, HookTable, axis_sizes
+from transformer_lens.model_bridge.hook_table import HookTable, make_table
 from transformer_lens.model_bridge.inputs import Call, ModelInput
 from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.old_names import OldSwitches
@@ -36,7 +36,6 @@ from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_out
 from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.places import Exchanged
-from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
 from transformer_lens.model_bridge.sharding import Sharding, sharding_of
@@ -261,27 +260,8 @@ class TransformerBridge(
         >>> next(row.shape for row in bridge.hook_table() if row.name == "blocks.{i}.attn.hook_k")
         ('batch', 'pos', 2, 32)
         """
-        rows = [self._hook_row("", hook) for hook in self.adapter.root_hooks]
-        shown = [c for c in self.components() if not c.name.startswith("blocks.") or c.name.split(".")[1] == "0"]
-        for component in shown:
-            prefix = component.name.replace("blocks.0", "blocks.{i}", 1) + "."
-            rows += [self._hook_row(prefix, hook) for hook in component.declared]
-        general = {
-            name.replace("blocks.0", "blocks.{i}", 1): why
-            for name, why in self.absent_names.items()
-            if not name.startswith("blocks.") or name.startswith("blocks.0.")
-        }
-        rows += [HookRow(name, "", (), "absent", "", (), False, why) for name, why in general.items()]
         title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
-        return HookTable(title, rows)
-
-    def _hook_row(self, prefix: str, hook: Hook) -> HookRow:
-        aliases = tuple(prefix + alias for alias in hook.aliases)
-        shape = axis_sizes(hook.axes, self.cfg)
-        kind = (hook.port.kind if isinstance(hook.port, Inside) else "port") + (
-            ", on request" if hook.on_request else ""
-        )
-        return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
+        return make_table(title, self.cfg, self.adapter.root_hooks, self.components(), self.absent_names)
 
     # -- running -----------------------------------------------------------------------------------
 

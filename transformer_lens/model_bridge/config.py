@@ -84,7 +84,6 @@ class BridgeConfig:
     act_fn: str
     normalization_type: str
     positional_embedding_type: str
-    parallel_attn_mlp: bool
     model_name: str
     architecture: str
     eps: float
@@ -94,7 +93,7 @@ class BridgeConfig:
     device: FromModel[torch.device] = FromModel(torch.device("cpu"))
     num_experts: int | None = None
     experts_per_token: int | None = None
-    norms_per_block: int = 2
+    parallel_attn_mlp: bool = False
     sliding_window: int | None = None
     attn_only: bool = False
     gated_mlp: bool = False

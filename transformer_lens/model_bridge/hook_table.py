@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.text_table import Tabular, TextTable
 
 if TYPE_CHECKING:
@@ -28,18 +31,23 @@ SIZES = {
 COLUMNS = ("hook", "axes", "kind", "meaning", "also called")
 
 
-def axis_sizes(axes: str, cfg: BridgeConfig) -> tuple[int | str, ...]:
-    """The length of each axis, or its name where the input decides.
+def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int] = {}) -> tuple[int | str, ...]:
+    """The length of each axis, or its name where the input decides; `sizes` are a component's own.
 
-    >>> axis_sizes("batch pos head d_head", bridge.cfg)
-    ('batch', 'pos', 4, 32)
+    >>> axis_sizes("batch pos head d_head", bridge.cfg), axis_sizes("pos d_mlp", bridge.cfg, {"d_mlp": 96})
+    (('batch', 'pos', 4, 32), ('pos', 96))
     """
-    return tuple(getattr(cfg, SIZES[axis]) if axis in SIZES else axis for axis in axes.split())
+
+    def size(axis: str) -> int | str:
+        found: int | str = sizes.get(axis) or (getattr(cfg, SIZES[axis]) if axis in SIZES else axis)
+        return found
+
+    return tuple(map(size, axes.split()))
 
 
 @dataclass(frozen=True)
 class HookRow:
-    """One hook, or the same hook of every block: `{i}` stands for the layer."""
+    """One hook, or the same hook of several blocks: `{i}` stands for the layer."""
 
     name: str
     axes: str
@@ -49,13 +57,19 @@ class HookRow:
     aliases: tuple[str, ...]
     read_only: bool
     absent: str = ""
+    layers: tuple[int, ...] = ()
+    """The layers that the row holds for, where these are not all."""
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
         if self.absent:
-            return (self.name, "", "absent", self.absent, "")
-        kind = self.kind + (", read-only" if self.read_only else "")
+            return (self.name, "", "absent" + self.where(), self.absent, "")
+        kind = self.kind + (", read-only" if self.read_only else "") + self.where()
         return (self.name, self.sizes(), kind, self.meaning, ", ".join(self.aliases))
+
+    def where(self) -> str:
+        """The layers it holds for as the end of a phrase: `, layers 1-3`; nothing where these are all."""
+        return f", {layers_in_words(self.layers)}" if self.layers else ""
 
     def sizes(self) -> str:
         """The axes with their lengths: `batch pos head=8 d_head=16`."""
@@ -89,6 +103,18 @@ class HookTable(Tabular):
         """Names of other architectures, each with the reason why it is absent here."""
         return [row for row in self.rows if row.absent]
 
+    def row(self, name: str) -> HookRow:
+        """The row of a hook by its full name. Raises `KeyError` where there is none.
+
+        >>> bridge.hook_table().row("blocks.2.mlp.hook_post").shape
+        ('batch', 'pos', 256)
+        """
+        general, layer = _general(name)
+        for row in self.rows:
+            if row.name == general and (not row.layers or layer in row.layers):
+                return row
+        raise KeyError(f"hook table: got {name!r}, expected the full name of a hook, such as {self.rows[0].name!r}")
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain data."""
         return [dict(vars(row)) for row in self.rows]
@@ -111,12 +137,69 @@ class HookTable(Tabular):
         table.add_column("hook", no_wrap=True)
         table.add_column("axes and meaning", overflow="fold")
         for row in self.present():
-            kind = "" if row.kind == "port" else f"  ({row.kind})"
+            kind = "" if row.kind == "port" and not row.layers else f"  ({row.kind}{row.where()})"
             lines = [Text(row.sizes() + kind, style="cyan"), Text(row.meaning)]
             lines += [Text("also " + ", ".join(row.aliases), style="dim")] if row.aliases else []
             table.add_row(row.name, Text("\n").join(lines))
-        reasons = dict.fromkeys(row.absent for row in self.absent())
-        for reason in reasons:
-            names = "\n".join(row.name for row in self.absent() if row.absent == reason)
-            table.add_row(names, f"absent: {reason}", style="dim")
+        reasons = dict.fromkeys((row.where(), row.absent) for row in self.absent())
+        for where, reason in reasons:
+            names = "\n".join(row.name for row in self.absent() if (row.where(), row.absent) == (where, reason))
+            table.add_row(names, f"absent{where}: {reason}", style="dim")
         return table
+
+
+# -- making one ------------------------------------------------------------------------------------------
+
+
+def layers_in_words(layers: Iterable[int]) -> str:
+    """
+    >>> layers_in_words([0]), layers_in_words([1, 2, 3, 5])
+    ('layer 0', 'layers 1-3, 5')
+    """
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if sum(map(len, runs)) > 1 else ''} {text}"
+
+
+def _general(name: str) -> tuple[str, int]:
+    """The name with `{i}` for its layer, and the layer; -1 outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", name)
+    return (name, -1) if found is None else (f"blocks.{{i}}.{name[found.end() :]}", int(found[1]))
+
+
+def make_table(
+    title: str,
+    cfg: BridgeConfig,
+    root_hooks: Iterable[Hook],
+    components: Iterable[ComponentBridge],
+    absent: Mapping[str, str],
+) -> HookTable:
+    """The table of a model's hooks: those that several layers declare alike are one row."""
+
+    def row_of(prefix: str, hook: Hook, sizes: Mapping[str, int]) -> HookRow:
+        aliases = tuple(_general(prefix + alias)[0] for alias in hook.aliases)
+        shape = axis_sizes(hook.axes, cfg, sizes)
+        kind = (hook.port.kind if isinstance(hook.port, Inside) else "port") + (
+            ", on request" if hook.on_request else ""
+        )
+        return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
+
+    declared = [row_of("", hook, {}) for hook in root_hooks]
+    declared += [row_of(f"{c.name}.", hook, c.sizes) for c in components for hook in c.declared]
+    declared += [HookRow(name, "", (), "absent", "", (), False, why) for name, why in absent.items()]
+    layers: dict[HookRow, list[int]] = {}
+    for row in declared:
+        name, layer = _general(row.name)
+        layers.setdefault(replace(row, name=name), []).append(layer)
+    return HookTable(
+        title,
+        [
+            replace(row, layers=tuple(at)) if at[0] >= 0 and len(at) < cfg.n_layers else row
+            for row, at in layers.items()
+        ],
+    )

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformer_lens.checks import a_path, in_words, is_whole, refuse_unknown
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import Part
+from transformer_lens.model_bridge.hook_table import layers_in_words
 from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
 from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
@@ -247,18 +249,37 @@ def layout_in_words(adapter: ArchitectureAdapter) -> str:
     parallel attention and MLP with one norm; RoPE
     """
     cfg = adapter.cfg
-    mlp = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token," if cfg.num_experts else "MLP"
-    if cfg.parallel_attn_mlp:
-        block = f"parallel attention and {mlp} with {'two norms' if cfg.norms_per_block == 2 else 'one norm'}"
-    else:
-        block = f"sequential: attention, then {mlp} each with a norm"
-    words = [f"{adapter.layout_name()}: {_heads_in_words(cfg)}", block, _POSITIONS[cfg.positional_embedding_type]]
+    kinds: dict[str, list[int]] = {}
+    for layer in range(cfg.n_layers):
+        kinds.setdefault(_block_in_words(cfg, adapter.block(layer)), []).append(layer)
+    blocks = [f"{kind} in {layers_in_words(layers)}" if len(kinds) > 1 else kind for kind, layers in kinds.items()]
+    words = [f"{adapter.layout_name()}: {_heads_in_words(cfg)}", *blocks, _POSITIONS[cfg.positional_embedding_type]]
     if cfg.sliding_window:
         words.append(f"each token attends to the last {cfg.sliding_window:,}")
     return "; ".join(words)
 
 
-_POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi"}
+_POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi", "standard": "learned positions"}
+_COUNTS = ("no norm", "one norm", "two norms", "three norms")
+
+
+def _block_in_words(cfg: BridgeConfig, block: Part) -> str:
+    """What the branches of a block are, and which of them are side by side."""
+    experts = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token,"
+    words = {"attn": "attention", "mixer": "mixer", "mlp": "MLP"}
+    if "mlp" in block.parts and "experts" in block.parts["mlp"].parts:
+        words["mlp"] = experts
+    stages = [" and ".join(words[branch.mixer] for branch in stage) for stage in block.stages]
+    if len(stages) == 1:
+        norms = {norm for branch in block.stages[0] for norm in (branch.norm, branch.post_norm) if norm}
+        return f"{'parallel ' if len(block.stages[0]) > 1 else ''}{stages[0]} with {_COUNTS[len(norms)]}"
+    branches = [branch for stage in block.stages for branch in stage]
+    where = {
+        (True, False): "",
+        (True, True): " before and after",
+        (False, True): " after",
+    }[all(branch.norm for branch in branches), all(branch.post_norm for branch in branches)]
+    return f"sequential: {', then '.join(stages)} each with a norm{where}"
 
 
 def _heads_in_words(cfg: BridgeConfig) -> str:
@@ -316,7 +337,7 @@ def _count(config: Any, adapter: ArchitectureAdapter) -> _Count:
         model: Any = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
     linear: list[torch.Size] = []
     expert: list[torch.Size] = []
-    for module in model.base_model.get_submodule(adapter.component_mapping["blocks"].at).modules():
+    for module in model.base_model.get_submodule(adapter.block(0).at).modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, nn.Linear):
             linear.append(module.weight.shape)

@@ -6,14 +6,14 @@ module it stood for, so that the new one may call it. Putting the component back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.architecture_adapter import Preparation
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
+from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge, HookOwner
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.views import whole
 from transformer_lens.model_bridge.wrapped_model import is_replica
@@ -202,6 +202,9 @@ class Layers(nn.ModuleList):
         super().__init__()
         for number, module in enumerate(modules):
             self.add_module(str(number), module)
+
+    def __iter__(self) -> Iterator[BlockBridge]:
+        return super().__iter__()  # type: ignore[return-value]  # what it is made of
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(

@@ -20,6 +20,7 @@ from transformer_lens.checks import is_one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, HookSpec
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import axis_sizes
 from transformer_lens.row_hooks import Rows, on_rows
 
@@ -131,7 +132,9 @@ class SteeringMethods(HookedRootModule):
 
     def _tail(self, name: str) -> list[int | str]:
         """A hook's shape without batch and positions."""
-        return list(axis_sizes(self.hook_dict[name].axes, self.cfg)[2:])
+        owner = self.mod_dict.get(name.rpartition(".")[0])
+        sizes = owner.sizes if isinstance(owner, ComponentBridge) else {}
+        return list(axis_sizes(self.hook_dict[name].axes, self.cfg, sizes)[2:])
 
 
 @dataclass(frozen=True, eq=False)

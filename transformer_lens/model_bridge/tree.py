@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, ArchitectureAdapter, head_of
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner, Part
 from transformer_lens.model_bridge.places import Layers
 from transformer_lens.model_bridge.wrapped_model import MODEL
 
@@ -16,16 +16,20 @@ from transformer_lens.model_bridge.wrapped_model import MODEL
 def make_components(bridge: HookOwner, adapter: ArchitectureAdapter, model: nn.Module, place: str, inner: Any) -> str:
     """Put every component into the tree; returns where the base model is. The model may be inside adapters."""
     base = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
-    for role, part in adapter.component_mapping.items():
-        path = f"{base}.{part.at}" if base else part.at
+
+    def path(part: Part) -> str:
+        return f"{base}.{part.at}" if base else part.at
+
+    outside = adapter.outside()
+    for role in adapter.component_mapping:
         if role == "blocks":
-            layers = range(adapter.cfg.n_layers)
-            blocks = [part.kind(part, model, f"{path}.{i}", f"blocks.{i}") for i in layers]
+            parts = [adapter.block(i) for i in range(adapter.cfg.n_layers)]
+            blocks = [part.kind(part, model, f"{path(part)}.{i}", f"blocks.{i}") for i, part in enumerate(parts)]
             for block in blocks:
                 block.__dict__["run"] = bridge  # not a submodule of its own part
-            bridge.add_module("blocks", Layers(blocks))
+            bridge.add_module(role, Layers(blocks))
         else:
-            bridge.add_module(role, part.kind(part, model, path, role))
+            bridge.add_module(role, outside[role].kind(outside[role], model, path(outside[role]), role))
     head = head_of(inner)
     if head is not None:
         role, part = HEADS[head]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -222,6 +223,28 @@ class Moved:
         return self.view.put(x, value.movedim(self.destination, self.source))
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A tensor that its reader multiplies by a number, as the reader has it.
+
+    >>> Scaled(0.5).get(torch.tensor([4.0])), Scaled(0.5).put(torch.tensor([4.0]), torch.tensor([3.0]))
+    (tensor([2.]), tensor([6.]))
+
+    A division undoes a multiplication but for rounding, so what is put is what one gets within one rounding; what was
+    not changed is put back bit for bit.
+    """
+
+    scale: float
+
+    def get(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        divided = value / self.scale
+        off = torch.where(value == self.get(x), x - divided, 0)
+        return divided + off.detach()
+
+
 def in_groups(view: View, kv_groups: int) -> View:
     """The query heads that a view reads as `(kv_group, heads_per_group)`, without copying them."""
     return replace(view, grouped=True) if isinstance(view, FusedQKV) else Groups(view, kv_groups)
@@ -230,6 +253,11 @@ def in_groups(view: View, kv_groups: int) -> View:
 def whole(cfg: BridgeConfig) -> View:
     """The tensor itself."""
     return Whole()
+
+
+def scaled(scale: float, cfg: BridgeConfig) -> View:
+    """The tensor times a number."""
+    return Scaled(scale)
 
 
 def query_heads(cfg: BridgeConfig) -> View:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import FactoredMatrix, composition_scores
@@ -19,6 +19,8 @@ from transformer_lens.model_bridge.config import BridgeConfig
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import BlockBridge, Branch
+    from transformer_lens.model_bridge.places import Layers
 
 Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
 READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
@@ -29,11 +31,28 @@ READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
 """How a later head can read what an earlier one writes: the matrix whose rows meet it."""
 
 
+ADDED_BIASES: Mapping[str, str] = {"attn": "b_O", "mlp": "b_out"}
+"""What a component adds to the stream whatever it reads."""
+
+
+def _added_bias(block: BlockBridge, branch: Branch) -> Tensor:
+    """The constant that a branch adds: none of experts, which add theirs where they are chosen."""
+    bias: Tensor = getattr(block.get_submodule(branch.mixer), ADDED_BIASES[branch.mixer])
+    if bias.ndim > 1:
+        return torch.zeros_like(bias[0])
+    if branch.post_norm and bool(bias.any()):
+        raise ValueError(
+            f"{block.name}.{branch.mixer} has a bias, and {branch.post_norm} comes after it, so what the bias adds to "
+            "the stream is another vector at every position"
+        )
+    return bias * branch.scale
+
+
 class WeightMethods:
     """What a bridge inherits to read weights."""
 
     cfg: BridgeConfig
-    blocks: nn.ModuleList
+    blocks: Layers
 
     # -- both ends: views ------------------------------------------------------------------------------
 
@@ -250,13 +269,14 @@ class WeightMethods:
             raise ValueError(f"layer: got {layer!r}, expected 0 to {layers}, or -{layers} to -1")
         if mlp_input and number == layers:
             raise ValueError(f"mlp_input: layer {layer} is the stream after the last block, which no MLP reads")
+        blocks = [*self.blocks]
+        added = [(block, branch) for block in blocks[:number] for branch in block.branches]
+        if mlp_input:
+            added += [(blocks[number], branch) for branch in blocks[number].before("mlp")]
         total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
-        for below in range(number):
-            total = total + self._layer_part(below, "attn").b_O.to(total.device)
-            if include_mlp_biases and self.cfg.num_experts is None:
-                total = total + self._layer_part(below, "mlp").b_out.to(total.device)
-        if mlp_input and not self.cfg.parallel_attn_mlp:
-            total = total + self._layer_part(number, "attn").b_O.to(total.device)
+        for block, branch in added:
+            if branch.mixer in ADDED_BIASES and (include_mlp_biases or branch.mixer != "mlp"):
+                total = total + _added_bias(block, branch).to(total.device)
         return total
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -272,6 +292,12 @@ class WeightMethods:
 
     def _stacked(self, role: str, name: str) -> Tensor:
         weights: list[Tensor] = [getattr(self._layer_part(layer, role), name) for layer in range(self.cfg.n_layers)]
+        different = next((i for i, weight in enumerate(weights) if weight.shape != weights[0].shape), None)
+        if different is not None:
+            raise ValueError(
+                f"{name}: it is {list(weights[0].shape)} in layer 0 and {list(weights[different].shape)} in layer "
+                f"{different}, so layers cannot be stacked; read bridge.blocks[i].{role}.{name}"
+            )
         # The blocks of a large model may lie on several devices.
         return torch.stack([weight.to(weights[0].device) for weight in weights])
 

@@ -19,6 +19,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import part_label
 from transformer_lens.checks import a_text, in_words, whole
+from transformer_lens.model_bridge.generalized_components import Branch
 
 Edge = tuple[str, str]
 """The labels of a sender and of a receiver."""
@@ -34,7 +35,7 @@ class Place:
     index: int | None
     """Which head or expert of that hook it is."""
     stage: int
-    """Senders reach receivers of later stages. In a parallel block both branches have one stage."""
+    """Senders reach receivers of later stages. Branches that are side by side have one stage."""
     node: str
     """Heads of one layer are nodes of their own, an MLP or a layer's experts together are one."""
 
@@ -59,26 +60,17 @@ class EdgeGraph:
     @checked
     def of(cls, bridge: TransformerBridge) -> Self:
         """The graph of a model."""
-        cfg = bridge.cfg
-        parallel = bool(cfg.parallel_attn_mlp)
         senders = [Place("embed", "hook_embed", None, 0, "embed")]
         receivers: list[Place] = []
-        for i in range(cfg.n_layers):
-            attn, mlp = 2 * i + 1, 2 * i + (1 if parallel else 2)
-            block, node = f"blocks.{i}.", f"{i}_mlp"
-            heads = range(cfg.n_heads)
-            senders += [Place(f"L{i}H{h}", f"{block}attn.hook_result", h, attn, f"L{i}H{h}") for h in heads]
-            for part in "qkv":
-                hook = f"{block}hook_{part}_input"
-                receivers += [Place(f"L{i}H{h}.{part}", hook, h, attn, f"L{i}H{h}") for h in heads]
-            receivers.append(Place(f"{i}_mlp_in", f"{block}hook_mlp_in", None, mlp, node))
-            if cfg.num_experts:
-                experts = range(cfg.num_experts)
-                senders += [Place(f"L{i}E{e}", f"{block}mlp.hook_expert_out", e, mlp, node) for e in experts]
-            else:
-                senders.append(Place(f"{i}_mlp_out", f"{block}hook_mlp_out", None, mlp, node))
-        last = cfg.n_layers - 1
-        receivers.append(Place("logits", f"blocks.{last}.hook_resid_post", None, 2 * last + 3, "logits"))
+        number = 0
+        for i, block in enumerate(bridge.blocks):
+            for stage in block.stages:
+                number += 1
+                for branch in stage:
+                    senders += _writing(bridge, i, branch, number)
+                    receivers += _reading(bridge, i, branch, number)
+        last = f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post"
+        receivers.append(Place("logits", last, None, number + 1, "logits"))
         return cls(tuple(senders), tuple(receivers))
 
     @cached_property
@@ -131,6 +123,35 @@ class EdgeGraph:
     def __repr__(self) -> str:
         edges = int(self.exists.sum())
         return f"EdgeGraph of {len(self.senders)} senders, {len(self.receivers)} receivers and {edges} edges"
+
+
+def _node(layer: int, branch: Branch, head: int) -> str:
+    return f"L{layer}H{head}" if branch.mixer == "attn" and branch.direct else f"{layer}_{branch.mixer}"
+
+
+def _writing(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) -> list[Place]:
+    """Each head or expert of a branch, or the whole branch where a norm or a number is between them and the stream."""
+    block, mixer = f"blocks.{layer}.", branch.mixer
+    if branch.direct and mixer == "attn":
+        hook, label, many = "attn.hook_result", "H", bridge.cfg.n_heads
+    elif branch.direct and f"{block}mlp.hook_expert_out" in bridge.hook_dict and mixer == "mlp":
+        hook, label, many = "mlp.hook_expert_out", "E", int(bridge.cfg.num_experts or 0)
+    else:
+        return [Place(f"{layer}_{mixer}_out", f"{block}hook_{mixer}_out", None, stage, _node(layer, branch, 0))]
+    return [Place(f"L{layer}{label}{n}", block + hook, n, stage, _node(layer, branch, n)) for n in range(many)]
+
+
+def _reading(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) -> list[Place]:
+    """Each head's query, key and value, or what the branch reads as a whole."""
+    block = f"blocks.{layer}."
+    if branch.mixer != "attn":
+        label = f"{branch.mixer}_in"
+        return [Place(f"{layer}_{label}", f"{block}hook_{label}", None, stage, _node(layer, branch, 0))]
+    return [
+        Place(f"L{layer}H{head}.{part}", f"{block}hook_{part}_input", head, stage, _node(layer, branch, head))
+        for part in "qkv"
+        for head in range(bridge.cfg.n_heads)
+    ]
 
 
 def _pair(edge: Any) -> tuple[Any, Any]:

@@ -16,11 +16,13 @@ from transformer_lens.model_bridge.generalized_components.base import (
     PartsElsewhere,
     StreamMatrix,
 )
-from transformer_lens.model_bridge.generalized_components.block import (
-    BlockBridge,
-    ParallelBlockBridge,
-    PostNormBlockBridge,
-    SharedNormParallelBlockBridge,
+from transformer_lens.model_bridge.generalized_components.block import BlockBridge
+from transformer_lens.model_bridge.generalized_components.branches import (
+    PARALLEL,
+    PARALLEL_ONE_NORM,
+    SEQUENTIAL,
+    Branch,
+    Stages,
 )
 from transformer_lens.model_bridge.generalized_components.embedding import (
     POSITION_HOOK,
@@ -46,10 +48,14 @@ from transformer_lens.model_bridge.generalized_components.normalization import (
 )
 
 __all__ = [
+    "PARALLEL",
+    "PARALLEL_ONE_NORM",
     "POSITION_HOOK",
     "ROOT_HOOKS",
+    "SEQUENTIAL",
     "ALiBiJointQKVAttentionBridge",
     "BlockBridge",
+    "Branch",
     "ComponentBridge",
     "EmbeddingBridge",
     "ExpertsBridge",
@@ -70,17 +76,15 @@ __all__ = [
     "NormalizationBridge",
     "NormedQKAttentionBridge",
     "OffsetRMSNormBridge",
-    "ParallelBlockBridge",
     "Part",
     "PartsElsewhere",
     "PositionEmbeddingBridge",
     "PositionEmbeddingsAttentionBridge",
-    "PostNormBlockBridge",
     "QKVBlocksAttentionBridge",
     "RMSNormBridge",
     "RotaryEmbeddingBridge",
     "RouterBridge",
-    "SharedNormParallelBlockBridge",
+    "Stages",
     "StreamMatrix",
     "UnembeddingBridge",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.branches import Stages
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.peft_layers import computing_module
 from transformer_lens.model_bridge.ports import Inside, Port
@@ -59,6 +60,18 @@ class Part:
     kind: type[ComponentBridge]
     at: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)
+    stages: Stages = ()
+    """In a block: its branches."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """The lengths of axes of its hooks, such as `d_mlp`, where they are not those of the model's config."""
+
+    def __post_init__(self) -> None:
+        unknown = {role for stage in self.stages for branch in stage for role in branch.roles} - set(self.parts)
+        if unknown:
+            raise ValueError(
+                f"Part at {self.at!r}: its branches name {', '.join(sorted(unknown))}, expected roles of its parts: "
+                f"{', '.join(self.parts)}"
+            )
 
 
 class Watcher(Protocol):
@@ -179,10 +192,6 @@ class ComponentBridge(HookOwner):
     """The weights that read what the norm in front of this component returns."""
     writes: ClassVar[tuple[StreamMatrix, ...]] = ()
     """The weights whose results are added to the stream as they are."""
-    feeds: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """In a block: the role of each norm, and the roles that read what it returns."""
-    adds: ClassVar[tuple[str, ...]] = ()
-    """In a block: the roles whose outputs are added to the stream."""
     takes: ClassVar[tuple[Word, ...]] = ()
     """The arguments that the module's forward has to have."""
     attributes: ClassVar[tuple[str, ...]] = ()
@@ -202,9 +211,15 @@ class ComponentBridge(HookOwner):
             child = sub.kind(sub, model, below, f"{name}.{role}")
             child.__dict__["parent"] = self
             self.add_module(role, child)
-        self.declared = tuple(hook for hook in self.hooks if self._opens(hook))
-        self.missing = {hook.name: CLOSED for hook in self.hooks if hook not in self.declared} | dict(self.absent)
+        self.sizes = part.sizes
+        hooks, absent = self.table(part)
+        self.declared = tuple(hook for hook in hooks if self._opens(hook))
+        self.missing = {hook.name: CLOSED for hook in hooks if hook not in self.declared} | dict(absent)
         self.declare(f"{name}.", self.declared)
+
+    def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
+        """The hooks of this component, and the names it has not, each with the reason."""
+        return self.hooks, self.absent
 
     def _opens(self, hook: Hook) -> bool:
         if not isinstance(hook.port, Inside):

@@ -1,55 +1,163 @@
-"""Transformer blocks: attention and MLP one after the other, or side by side."""
+"""The transformer block: its hooks, and the names it has not, follow from the list of its branches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, Part
+from transformer_lens.model_bridge.generalized_components.branches import READERS, Branch, Stages
 from transformer_lens.model_bridge.ports import BranchPort, Inside, Port, SharedPort
+from transformer_lens.model_bridge.views import scaled, whole
 
 STREAM = "batch pos d_model"
-
-
-def _branch(name: str, who: str) -> Hook:
-    meaning = f"the residual stream as {who} of each query head reads it, before the norm"
-    return Hook(name, "batch pos head d_model", meaning, Inside("attn", stream_of=""), on_request=True)
-
-
-BRANCHES = (
-    _branch("hook_attn_in", "attention"),
-    _branch("hook_q_input", "the query"),
-    _branch("hook_k_input", "the key"),
-    _branch("hook_v_input", "the value"),
-)
-
 RESID_PRE = Hook(
     "hook_resid_pre", STREAM, "the residual stream that enters the block", Port(side="in"), aliases=("hook_in",)
 )
-ATTN_OUT = Hook(
-    "hook_attn_out", STREAM, "what attention adds to the stream", Port("attn", "out"), aliases=("attn.hook_out",)
-)
-RESID_MID = Hook("hook_resid_mid", STREAM, "the residual stream between attention and MLP", SharedPort("ln2", "in"))
-MLP_IN_MEANING = "the residual stream as the MLP reads it, before its norm"
-MLP_IN = Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, Port("ln2", "in"), aliases=("ln2.hook_in",))
-MLP_OUT = Hook("hook_mlp_out", STREAM, "what the MLP adds to the stream", Port("mlp", "out"), aliases=("mlp.hook_out",))
 RESID_POST = Hook("hook_resid_post", STREAM, "the residual stream that leaves the block", Port(), aliases=("hook_out",))
+PER_HEAD = {
+    "hook_attn_in": "attention",
+    "hook_q_input": "the query",
+    "hook_k_input": "the key",
+    "hook_v_input": "the value",
+}
+"""The hooks where attention reads the stream, and who reads there."""
+USUAL_NORMS = {"ln1": "attn", "ln2": "mlp"}
+"""The roles of norms that other blocks have, and whom they feed there."""
 
-NO_MIDDLE = "attention and MLP read the same stream side by side, so there is no stream between them"
 
-EACH_ITS_OWN = {"ln1": ("attn",), "ln2": ("mlp",)}
-"""Every norm feeds one branch."""
+def names(branches: tuple[Branch, ...], between: str = " and ") -> str:
+    """Some branches in words: "attention and MLP"."""
+    return between.join(READERS[branch.mixer].removeprefix("the ") for branch in branches)
 
 
-class StreamBlock(ComponentBridge):
-    """Any block: called on a residual stream, it returns the stream that leaves it."""
+@lru_cache(maxsize=64)
+def feeds(stages: Stages) -> dict[str, tuple[str, ...]]:
+    """The role of each norm in front of a branch, and the roles that read what it returns."""
+    found: dict[str, tuple[str, ...]] = {}
+    for branch in (branch for stage in stages for branch in stage if branch.norm):
+        found[branch.norm] = (*found.get(branch.norm, ()), branch.mixer)
+    return found
+
+
+# -- rows of the hook table ------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def hooks_of(stages: Stages) -> tuple[Hook, ...]:
+    """The hooks of a block, in the order of its branches."""
+    rows = [RESID_PRE]
+    for number, stage in enumerate(stages):
+        stream = stage[0].receives if number else ""
+        if number:
+            meaning = f"the residual stream between {names(stages[number - 1], ', ')} and {names(stage)}"
+            rows.append(Hook("hook_resid_mid", STREAM, meaning, SharedPort(stream, "in")))
+        for branch in stage:
+            rows += [*_reading(branch, stream, feeds(stages)), _writing(branch)]
+    return (*rows, RESID_POST)
+
+
+def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) -> list[Hook]:
+    """Where a branch reads the stream; `stream` is the role that its stage's stream enters."""
+    if branch.mixer == "attn":
+        before = ", before the norm" if branch.norm else ""
+        port, axes = Inside("attn", stream_of=stream), "batch pos head d_model"
+        meanings = {name: f"the residual stream as {who} of each query head reads it" for name, who in PER_HEAD.items()}
+        return [Hook(name, axes, meaning + before, port, on_request=True) for name, meaning in meanings.items()]
+    name = f"hook_{branch.mixer}_in"
+    meaning = f"the residual stream as {READERS[branch.mixer]} reads it" + (", before its norm" if branch.norm else "")
+    if len(fed.get(branch.norm, ())) > 1:
+        return [Hook(name, STREAM, meaning, BranchPort(branch.mixer, "in", stream=stream, norm=branch.norm))]
+    aliases = (f"{branch.norm}.hook_in",) if branch.norm else ()
+    return [Hook(name, STREAM, meaning, Port(branch.receives, "in"), aliases=aliases)]
+
+
+def _writing(branch: Branch) -> Hook:
+    """What a branch adds to the stream."""
+    view = whole if branch.scale == 1.0 else partial(scaled, branch.scale)
+    aliases = (f"{branch.returns}.hook_out",) if branch.scale == 1.0 else ()
+    meaning = f"what {READERS[branch.mixer]} adds to the stream"
+    return Hook(f"hook_{branch.mixer}_out", STREAM, meaning, Port(branch.returns, "out", view), aliases=aliases)
+
+
+@lru_cache(maxsize=64)
+def absent_of(stages: Stages) -> dict[str, str]:
+    """Names that other blocks have, and why this one has not."""
+    branches = tuple(branch for stage in stages for branch in stage)
+    found, fed = {}, feeds(stages)
+    if len(branches) == 1:
+        found["hook_resid_mid"] = f"{names(branches)} is all there is in this block, so the stream has no middle"
+    elif len(stages) == 1:
+        found["hook_resid_mid"] = (
+            f"{names(branches)} read the same stream side by side, so there is no stream between them"
+        )
+    for norm, mixer in USUAL_NORMS.items():
+        if norm in fed:
+            continue
+        branch = next((branch for branch in branches if branch.mixer == mixer), None)
+        for hook in ("hook_scale", "hook_normalized"):
+            if branch is None:
+                why = f"this block has no {READERS[mixer].removeprefix('the ')}"
+            elif branch.norm:
+                readers = names(tuple(b for b in branches if b.norm == branch.norm))
+                why = f"one norm feeds {readers}: read {branch.norm}.{hook}"
+            else:
+                why = f"{READERS[mixer]} reads the stream as it is, with no norm in front"
+            found[f"{norm}.{hook}"] = why
+    for mixer in set(USUAL_NORMS.values()) - {branch.mixer for branch in branches}:
+        missing = [*PER_HEAD, "hook_attn_out"] if mixer == "attn" else ["hook_mlp_in", "hook_mlp_out"]
+        found |= dict.fromkeys(missing, f"this block has no {READERS[mixer].removeprefix('the ')}")
+    return found
+
+
+class BlockBridge(ComponentBridge):
+    """A block: the parts that the branches of its `Part` go through, by role. Called on a stream, it returns one.
+
+    >>> [branch.mixer for branch in bridge.blocks[0].branches], bridge.blocks[0].branch("mlp").norm
+    (['attn', 'mlp'], 'ln2')
+    """
 
     run: Callable[..., Any]
     """The bridge of the whole model; not a submodule, for the tree has no cycles."""
+
+    def __init__(self, part: Part, model: nn.Module, path: str, name: str) -> None:
+        if not part.stages:
+            raise ValueError(
+                f"{name}: its Part has no branches; say which, such as Part(BlockBridge, at, parts, SEQUENTIAL)"
+            )
+        super().__init__(part, model, path, name)
+        self.stages = part.stages
+
+    def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
+        return hooks_of(part.stages), absent_of(part.stages)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """All branches, in the order in which the block calls them."""
+        return tuple(branch for stage in self.stages for branch in stage)
+
+    @property
+    def feeds(self) -> Mapping[str, tuple[str, ...]]:
+        """The role of each norm in front of a branch, and the roles that read what it returns."""
+        return feeds(self.stages)
+
+    def branch(self, mixer: str) -> Branch:
+        """The branch of "attn", "mlp" or "mixer". Raises `ValueError` where the block has none."""
+        for branch in self.branches:
+            if branch.mixer == mixer:
+                return branch
+        has = ", ".join(branch.mixer for branch in self.branches)
+        raise ValueError(f"{self.name} has no {mixer!r}; its branches are {has}")
+
+    def before(self, mixer: str) -> tuple[Branch, ...]:
+        """The branches of this block whose sums are in the stream that another one reads."""
+        wanted = self.branch(mixer)
+        after = next(number for number, stage in enumerate(self.stages) if wanted in stage)
+        return tuple(branch for stage in self.stages[:after] for branch in stage)
 
     def forward(self, stream: Float[Tensor, "batch pos d_model"], **options: Any) -> Float[Tensor, "batch pos d_model"]:
         """Run this block alone, with the mask and the positions that the model makes for it.
@@ -61,65 +169,3 @@ class StreamBlock(ComponentBridge):
         """
         layer = int(self.name.split(".")[1])
         return self.run(stream, start_at_layer=layer, stop_at_layer=layer + 1, **options)  # type: ignore[no-any-return]
-
-
-class BlockBridge(StreamBlock):
-    """A sequential block: roles `ln1`, `attn`, `ln2`, `mlp`."""
-
-    feeds = EACH_ITS_OWN
-    adds = ("attn", "mlp")
-    hooks = (
-        RESID_PRE,
-        *BRANCHES,
-        ATTN_OUT,
-        RESID_MID,
-        MLP_IN,
-        MLP_OUT,
-        RESID_POST,
-    )
-
-
-class PostNormBlockBridge(StreamBlock):
-    """A sequential block with a norm before and after each branch: roles `ln1`, `attn`, `ln1_post`, `ln2`, `mlp`,
-    `ln2_post`. What is added to the stream is what the later norm returns."""
-
-    feeds = EACH_ITS_OWN
-    adds = ("ln1_post", "ln2_post")
-    hooks = (
-        RESID_PRE,
-        *BRANCHES,
-        replace(ATTN_OUT, port=Port("ln1_post"), aliases=("ln1_post.hook_out",)),
-        RESID_MID,
-        MLP_IN,
-        replace(MLP_OUT, port=Port("ln2_post"), aliases=("ln2_post.hook_out",)),
-        RESID_POST,
-    )
-
-
-class ParallelBlockBridge(StreamBlock):
-    """A parallel block with a norm for each branch: roles `ln1`, `attn`, `ln2`, `mlp`."""
-
-    feeds = EACH_ITS_OWN
-    adds = ("attn", "mlp")
-    hooks = (RESID_PRE, *BRANCHES, ATTN_OUT, MLP_IN, MLP_OUT, RESID_POST)
-    absent = {"hook_resid_mid": NO_MIDDLE}
-
-
-class SharedNormParallelBlockBridge(StreamBlock):
-    """A parallel block whose one norm feeds both branches: roles `ln1`, `attn`, `mlp`."""
-
-    feeds = {"ln1": ("attn", "mlp")}
-    adds = ("attn", "mlp")
-    hooks = (
-        RESID_PRE,
-        *BRANCHES,
-        ATTN_OUT,
-        Hook("hook_mlp_in", STREAM, MLP_IN_MEANING, BranchPort("mlp", "in", stream="", norm="ln1")),
-        MLP_OUT,
-        RESID_POST,
-    )
-    absent = {
-        "hook_resid_mid": NO_MIDDLE,
-        "ln2.hook_scale": "one norm feeds attention and MLP: read ln1.hook_scale",
-        "ln2.hook_normalized": "one norm feeds attention and MLP: read ln1.hook_normalized",
-    }

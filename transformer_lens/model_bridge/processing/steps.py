@@ -1,7 +1,7 @@
 """The four ways to rewrite weights without changing what the model predicts.
 
-Which weights stand at the stream is said by the components (`feeds`, `adds`, `reads`, `writes`); here is the
-algebra alone. Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+Which weights stand at the stream is said by the blocks (their branches) and components (`reads`, `writes`); here is
+the algebra alone. Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 """
 
 from __future__ import annotations
@@ -22,19 +22,12 @@ if TYPE_CHECKING:
 HEADS = ("unembed", "head")
 
 
-def blocks(bridge: TransformerBridge) -> Iterator[ComponentBridge]:
-    """The blocks, the lowest first."""
-    yield from (bridge._component(f"blocks.{i}") for i in range(bridge.cfg.n_layers))
-
-
 def norms(bridge: TransformerBridge) -> Iterator[tuple[NormalizationBridge, list[ComponentBridge]]]:
     """Every norm on the stream, and the components that read what it returns.
 
     Without a head the final norm's result is the model's output, and nobody's input.
     """
-    for block in blocks(bridge):
-        if not block.feeds:
-            raise ValueError(f"weights cannot be processed: {type(block).__name__} does not say what its norms feed")
+    for block in bridge.blocks:
         for role, readers in block.feeds.items():
             yield cast("NormalizationBridge", block.role(role)), [block.role(reader) for reader in readers]
     heads = [bridge._component(name) for name in HEADS if name in bridge._modules]
@@ -80,12 +73,11 @@ def _fold_into(reader: ComponentBridge, draft: Draft, scale: torch.Tensor | None
 
 def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
     """Everything that is added to the stream loses its mean over d_model, which every LayerNorm takes off anyway."""
-    for role in bridge.adapter.component_mapping:
-        if role != "blocks":
-            _center(bridge._component(role), draft)
-    for block in blocks(bridge):
-        for role in block.adds:
-            writer = block.role(role)
+    for role in bridge.adapter.outside():
+        _center(bridge._component(role), draft)
+    for block in bridge.blocks:
+        for branch in block.branches:
+            writer = block.role(branch.returns)
             if not writer.writes:
                 kind = type(writer).__name__
                 raise draft.refusal(writer, "weight", f"{kind} does not say which of its weights write to the stream")
@@ -114,7 +106,9 @@ def center_unembed(bridge: TransformerBridge, draft: Draft) -> None:
 def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
     """`b_O + sum over heads of W_O b_V`: rows of a pattern sum to one, so a constant value comes out as it went in."""
     cfg = bridge.cfg
-    for block in blocks(bridge):
+    for block in bridge.blocks:
+        if "attn" not in (branch.mixer for branch in block.branches):
+            continue
         attention = cast("OpenAttentionBridge", block.role("attn"))
         if "v" not in attention.places:
             raise draft.refusal(attention, "bias", f"{type(attention).__name__} does not say where its values are")
@@ -143,7 +137,8 @@ def _always(bridge: TransformerBridge) -> str | None:
 def _needs_layer_norm(bridge: TransformerBridge) -> str | None:
     others = sorted({type(norm).__name__ for norm, _ in norms(bridge) if not norm.centres})
     if not others:
-        return None
+        bare = [(block.name, branch.mixer) for block in bridge.blocks for branch in block.branches if not branch.norm]
+        return f"{bare[0][0]}.{bare[0][1]} reads the stream with no norm in front" if bare else None
     return (
         f"the norms of this model ({', '.join(others)}) do not take the mean off the stream, so the mean of what is "
         "written there counts"

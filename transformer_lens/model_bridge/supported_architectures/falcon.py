@@ -18,6 +18,9 @@ from transformer_lens.model_bridge.architecture_adapter import (
     refuse_unless_divisible,
 )
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL,
+    PARALLEL_ONE_NORM,
+    SEQUENTIAL,
     ALiBiJointQKVAttentionBridge,
     BlockBridge,
     ComponentBridge,
@@ -27,16 +30,15 @@ from transformer_lens.model_bridge.generalized_components import (
     LayerNormBridge,
     LinearBridge,
     MLPBridge,
-    ParallelBlockBridge,
     Part,
     RotaryEmbeddingBridge,
-    SharedNormParallelBlockBridge,
+    Stages,
 )
 
-BLOCKS: dict[str, tuple[type[Any], dict[str, str]]] = {
-    "sequential": (BlockBridge, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
-    "parallel, one norm": (SharedNormParallelBlockBridge, {"ln1": "input_layernorm"}),
-    "parallel, two norms": (ParallelBlockBridge, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
+BLOCKS: dict[str, tuple[Stages, dict[str, str]]] = {
+    "sequential": (SEQUENTIAL, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
+    "parallel, one norm": (PARALLEL_ONE_NORM, {"ln1": "input_layernorm"}),
+    "parallel, two norms": (PARALLEL, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
 }
 LAYOUT_NAMES = {
     (False, False, "sequential", True): "RW",
@@ -175,17 +177,14 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         return self.cfg.n_heads if self.config.new_decoder_architecture else self.cfg.n_key_value_heads
 
     def variant(self) -> Mapping[str, Any]:
-        kind = self.block_kind()
         return {
             "n_key_value_heads": self.key_value_groups(),
             "positional_embedding_type": "alibi" if self.config.alibi else "rotary",
             "normalization_type": "LN",
-            "parallel_attn_mlp": kind != "sequential",
-            "norms_per_block": len(BLOCKS[kind][1]),
         }
 
     def components(self) -> dict[str, Part]:
-        block, norms = BLOCKS[self.block_kind()]
+        stages, norms = BLOCKS[self.block_kind()]
         linear = {"qkv": Part(LinearBridge, "query_key_value"), "o": Part(LinearBridge, "dense")}
         layers = {"in": Part(LinearBridge, "dense_h_to_4h"), "out": Part(LinearBridge, "dense_4h_to_h")}
         inside = {role: Part(LayerNormBridge, at) for role, at in norms.items()}
@@ -194,7 +193,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         return {
             "embed": Part(EmbeddingBridge, "word_embeddings"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
-            "blocks": Part(block, "h", inside),
+            "blocks": Part(BlockBridge, "h", inside, stages),
             "ln_final": Part(FinalLayerNormBridge, "ln_f"),
         }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
+    SEQUENTIAL,
     BlockBridge,
     EmbeddingBridge,
     ExpertsBridge,
@@ -57,7 +58,6 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
             "normalization_type": "RMS",
             "final_rms": True,
             "gated_mlp": True,
-            "parallel_attn_mlp": False,
         }
 
     def components(self) -> dict[str, Part]:
@@ -72,6 +72,6 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
         return {
             "embed": Part(EmbeddingBridge, "embed_tokens"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
-            "blocks": Part(BlockBridge, "layers", inside),
+            "blocks": Part(BlockBridge, "layers", inside, SEQUENTIAL),
             "ln_final": Part(FinalRMSNormBridge, "norm"),
         }

@@ -332,7 +332,7 @@ def _oracle(
             keys = cache.get_mask_sizes(1, layer)
             v = _all_values(e, attention, calls, keys)
             project = partial(_put_z, here, v)
-            norm = e.modules[f"{block}.ln1"]
+            norm = e.modules[f"{block}.{e.block(block).branch('attn').norm}"]
             read = partial(_put_input, here, streams[block], norm)
             undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
             undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)

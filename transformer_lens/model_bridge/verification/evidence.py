@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_point import HookFunction, HookPoint
 from transformer_lens.hooked_root import Capture, HookSpec
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere
-from transformer_lens.model_bridge.generalized_components import ComponentBridge
+from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge
 from transformer_lens.model_bridge.outputs import main_output
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.ports import Inside
@@ -231,6 +231,12 @@ class Seen:
     def components(self) -> dict[str, ComponentBridge]:
         """Every component by name."""
         return {component.name: component for component in self.bridge.components()}
+
+    def block(self, name: str) -> BlockBridge:
+        """A block, which says what its branches are."""
+        found = self.components[name]
+        assert isinstance(found, BlockBridge)
+        return found
 
     @cached_property
     def ports(self) -> set[str]:

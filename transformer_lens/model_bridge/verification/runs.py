@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookFunction, HookPoint
 from transformer_lens.hooked_root import HookSpec
-from transformer_lens.model_bridge.hook_table import axis_sizes
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
     Looking,
@@ -49,8 +48,9 @@ def shape(e: Evidence) -> Iterator[CheckResult]:
     """The axes that the hook table declares."""
     batch, pos = e.tokens.shape
     known = {"batch": batch, "pos": pos, "query_pos": pos, "key_pos": pos}
+    table = e.bridge.hook_table()
     for name, value in e.cache.items():
-        declared = [known.get(str(size), size) for size in axis_sizes(e.bridge.hook_dict[name].axes, e.bridge.cfg)]
+        declared = [known.get(str(size), size) for size in table.row(name).shape]
         fits = len(declared) == value.ndim and all(
             isinstance(size, str) or size == got for size, got in zip(declared, value.shape, strict=True)
         )

@@ -17,9 +17,6 @@ from transformer_lens.model_bridge.verification.evidence import Seen, largest_di
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.weight_access import read_weight
 
-NORMED = {"ln1": ("attn",), "ln2": ("mlp",), "ln_final": ("unembed", "head")}
-"""Which component reads what a norm returns."""
-
 
 def compared(
     check: str, hook: str, got: Tensor, expected: Tensor, tolerance: tuple[float, str], note: str = ""
@@ -53,13 +50,22 @@ def _leaving(e: Seen, layer: int, block: str) -> Tensor | None:
     return e.own.hidden[layer + 1] if layer + 2 < len(e.own.hidden) else e.returned(block)
 
 
-def _mlp_in(e: Seen, block: str) -> Tensor | None:
-    return e.received(f"{block}.ln2" if f"{block}.ln2" in e.components else block)
+def _stream_of(e: Seen, block: str, mixer: str) -> Tensor | None:
+    """The stream that a branch reads: what enters the block, or the first branch that is called after the middle."""
+    stages = e.block(block).stages
+    number = next(number for number, stage in enumerate(stages) if mixer in (branch.mixer for branch in stage))
+    return e.received(f"{block}.{stages[number][0].receives}" if number else block)
 
 
-def _branch_out(e: Seen, block: str, branch: str, norm: str) -> Tensor | None:
-    """What a branch adds: its own output, or that of the norm behind it."""
-    return e.returned(f"{block}.{norm}" if f"{block}.{norm}" in e.components else f"{block}.{branch}")
+def _middle(e: Seen, block: str) -> Tensor | None:
+    return e.received(f"{block}.{e.block(block).stages[1][0].receives}")
+
+
+def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
+    """What a branch adds: its own output or that of the norm behind it, times its multiplier."""
+    branch = e.block(block).branch(mixer)
+    out = e.returned(f"{block}.{branch.returns}")
+    return out if out is None or branch.scale == 1.0 else out * branch.scale
 
 
 def projected(e: Seen, attention: str, part: str) -> Tensor | None:
@@ -100,7 +106,7 @@ def _pattern(e: Seen, attention: str) -> Tensor | None:
 
 
 def _per_head(e: Seen, block: str) -> Tensor | None:
-    x = e.received(block)
+    x = _stream_of(e, block, "attn")
     return None if x is None else x[:, :, None].expand(-1, -1, e.bridge.cfg.n_heads, -1)
 
 
@@ -111,11 +117,13 @@ REFERENCES: Mapping[str, Reference] = {
     "hook_embed": lambda e, c, i: e.returned("embed"),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
     "block.hook_resid_pre": lambda e, c, i: _entering(e, i, c),
-    "block.hook_resid_mid": lambda e, c, i: e.received(f"{c}.ln2"),
+    "block.hook_resid_mid": lambda e, c, i: _middle(e, c),
     "block.hook_resid_post": lambda e, c, i: _leaving(e, i, c),
-    "block.hook_attn_out": lambda e, c, i: _branch_out(e, c, "attn", "ln1_post"),
-    "block.hook_mlp_out": lambda e, c, i: _branch_out(e, c, "mlp", "ln2_post"),
-    "block.hook_mlp_in": lambda e, c, i: _mlp_in(e, c),
+    "block.hook_attn_out": lambda e, c, i: _branch_out(e, c, "attn"),
+    "block.hook_mlp_out": lambda e, c, i: _branch_out(e, c, "mlp"),
+    "block.hook_mixer_out": lambda e, c, i: _branch_out(e, c, "mixer"),
+    "block.hook_mlp_in": lambda e, c, i: _stream_of(e, c, "mlp"),
+    "block.hook_mixer_in": lambda e, c, i: _stream_of(e, c, "mixer"),
     **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
     "attn.hook_in": lambda e, c, i: e.received(c),
     "attn.hook_q": lambda e, c, i: projected(e, c, "q"),
@@ -166,28 +174,32 @@ def _blocks(e: Seen) -> Iterator[str]:
 
 
 def stream(e: Seen) -> Iterator[CheckResult]:
-    """`resid_pre + attn_out + mlp_out == resid_post`, and half of it for `resid_mid`."""
+    """`resid_pre + attn_out + mlp_out == resid_post`, and so stage by stage where the block has a middle."""
     for block in _blocks(e):
-        pre, attn, mid, mlp, post = (
-            e.wide(f"{block}.hook_{name}") for name in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-        )
-        if pre is None or attn is None:
-            continue
-        if mid is not None:
-            yield compared("stream", f"{block}.hook_resid_mid", mid, pre.to(mid.device) + attn, e.rounding)
-        if mlp is not None and post is not None:
-            total = pre.to(post.device) + attn + mlp
-            yield compared("stream", f"{block}.hook_resid_post", post, total, e.rounding)
+        total = e.wide(f"{block}.hook_resid_pre")
+        stages = e.block(block).stages
+        for number, stage in enumerate(stages, start=1):
+            for added in (e.wide(f"{block}.hook_{branch.mixer}_out") for branch in stage):
+                total = None if total is None or added is None else total.to(added.device) + added
+            name = f"{block}.hook_resid_{'post' if number == len(stages) else 'mid'}"
+            found = e.wide(name)
+            if total is not None and found is not None:
+                yield compared("stream", name, found, total.to(found.device), e.rounding)
 
 
 def norm(e: Seen) -> Iterator[CheckResult]:
     """Scale and normalised stream on paper, and who reads what the norm returns."""
     cfg = e.bridge.cfg
-    for name in [name for name in e.components if name.rpartition(".")[2] in NORMED]:
+    readers: dict[str, list[str]] = {"ln_final": [name for name in ("unembed", "head") if name in e.components]}
+    for block in _blocks(e):
+        readers |= {
+            f"{block}.{norm}": [f"{block}.{role}" for role in fed] for norm, fed in e.block(block).feeds.items()
+        }
+    for name in [name for name in e.components if name in readers]:
         x, out = e.received(name), e.returned(name)
         if x is None or out is None:
             continue
-        for reader in _readers(e, name):
+        for reader in readers[name]:
             read = e.received(reader)
             if read is not None:
                 difference = largest_difference(read, out.reshape(read.shape))
@@ -199,13 +211,6 @@ def norm(e: Seen) -> Iterator[CheckResult]:
             value = e.value(f"{name}.{hook}")
             if value is not None:
                 yield compared("norm", f"{name}.{hook}", value, expected.to(value.dtype), e.rounding)
-
-
-def _readers(e: Seen, norm: str) -> list[str]:
-    """The components that read what a norm returns; one norm may feed both branches."""
-    block, _, last = norm.rpartition(".")
-    roles = ("attn", "mlp") if last == "ln1" and f"{block}.ln2" not in e.components else NORMED[last]
-    return [name for role in roles if (name := f"{block}.{role}" if block else role) in e.components]
 
 
 def pattern(e: Seen) -> Iterator[CheckResult]:
