@@ -252,7 +252,7 @@ def layout_in_words(adapter: ArchitectureAdapter) -> str:
     kinds: dict[str, list[int]] = {}
     for layer in range(cfg.n_layers):
         kinds.setdefault(_block_in_words(cfg, adapter.block(layer)), []).append(layer)
-    blocks = [f"{kind} in {layers_in_words(layers)}" if len(kinds) > 1 else kind for kind, layers in kinds.items()]
+    blocks = [f"{layers_in_words(layers)}: {kind}" if len(kinds) > 1 else kind for kind, layers in kinds.items()]
     words = [f"{adapter.layout_name()}: {_heads_in_words(cfg)}", *blocks, _POSITIONS[cfg.positional_embedding_type]]
     if cfg.sliding_window:
         words.append(f"each token attends to the last {cfg.sliding_window:,}")

@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.generalized_components.embedding import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
+from transformer_lens.model_bridge.generalized_components.mixer import MixerBridge
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge, MLPBridge
 from transformer_lens.model_bridge.generalized_components.moe import ExpertsBridge, MoEBridge, RouterBridge
 from transformer_lens.model_bridge.generalized_components.normalization import (
@@ -72,6 +73,7 @@ __all__ = [
     "LayerNormBridge",
     "LinearBridge",
     "MLPBridge",
+    "MixerBridge",
     "MoEBridge",
     "NormalizationBridge",
     "NormedQKAttentionBridge",

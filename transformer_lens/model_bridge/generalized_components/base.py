@@ -226,6 +226,10 @@ class ComponentBridge(HookOwner):
             return True
         return type(self.role(hook.port.at)).inside is not ComponentBridge.inside
 
+    def size(self, name: str) -> int:
+        """One of this component's own sizes, or the number of that name in the model's config."""
+        return int(self.sizes[name] if name in self.sizes else getattr(self.cfg, name))
+
     @property
     def displaced(self) -> nn.Module | None:
         """The module this component stands for while another one is in its place in the model."""

@@ -71,6 +71,10 @@ def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) ->
     name = f"hook_{branch.mixer}_in"
     meaning = f"the residual stream as {READERS[branch.mixer]} reads it" + (", before its norm" if branch.norm else "")
     if len(fed.get(branch.norm, ())) > 1:
+        if branch.scale_in != 1.0:
+            raise ValueError(
+                f"Branch: {name} with scale_in={branch.scale_in} behind a norm that feeds others too has no port"
+            )
         return [Hook(name, STREAM, meaning, BranchPort(branch.mixer, "in", stream=stream, norm=branch.norm))]
     aliases = (f"{branch.norm}.hook_in",) if branch.norm else ()
     return [Hook(name, STREAM, meaning, Port(branch.receives, "in"), aliases=aliases)]

@@ -13,19 +13,22 @@ READERS = {"attn": "attention", "mlp": "the MLP", "mixer": "the mixer"}
 
 @dataclass(frozen=True)
 class Branch:
-    """One way from the residual stream and back: `stream + scale * post_norm(mixer(norm(stream)))`, parts by role.
+    """One way from the residual stream and back, its parts by role.
+
+    What it adds to a stream is `scale * post_norm(mixer(scale_in * norm(stream)))`.
 
     >>> Branch("ln2", "mlp").receives, Branch("", "attn", post_norm="ln1_post").returns
     ('ln2', 'ln1_post')
 
     `norm=""`: the mixer reads the stream as it is. `post_norm=""`: what it returns is added without a norm of its own.
-    `scale` is the number that this is multiplied by. The mixer is "attn", "mlp" or "mixer".
+    The mixer is "attn", "mlp" or "mixer".
     """
 
     norm: str
     mixer: str
     post_norm: str = ""
     scale: float = 1.0
+    scale_in: float = 1.0
 
     def __post_init__(self) -> None:
         if self.mixer not in READERS:

@@ -234,7 +234,7 @@ def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridg
     """The stacked weights of the experts as `[expert, in, out]`; `half` is 0 or 1 of two maps side by side."""
 
     def place(component: ComponentBridge) -> Place:
-        width = component.cfg.d_mlp
+        width = component.size("d_mlp")
         view: View = Whole() if half is None else Columns(half * width, (half + 1) * width)
         return Place(component.module_of("experts"), parameter, Transposed(view))
 
@@ -245,7 +245,7 @@ def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
     """A bias that experts would have; `width` is the name of its length in the config."""
 
     def place(component: ComponentBridge) -> Place:
-        shape = (int(component.cfg.num_experts or 1), int(getattr(component.cfg, width)))
+        shape = (int(component.cfg.num_experts or 1), component.size(width))
         return Place(component.module_of("experts"), "bias", WHOLE, shape)
 
     return place

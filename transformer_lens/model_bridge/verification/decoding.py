@@ -332,8 +332,7 @@ def _oracle(
             keys = cache.get_mask_sizes(1, layer)
             v = _all_values(e, attention, calls, keys)
             project = partial(_put_z, here, v)
-            norm = e.modules[f"{block}.{e.block(block).branch('attn').norm}"]
-            read = partial(_put_input, here, streams[block], norm)
+            read = partial(_put_input, here, streams[block], e.entering(block, "attn"))
             undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
             undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
         return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))
@@ -397,12 +396,17 @@ def _put_z(here: Sequence[Write], v: Values, module: nn.Module, args: tuple[Any,
 
 
 def _put_input(
-    here: Sequence[Write], stream: Tensor, norm: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: Any
+    here: Sequence[Write],
+    stream: Tensor,
+    entering: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Any,
 ) -> Any:
     """A plain torch pre-hook on attention: the rows whose write is the stream read that one, after the norm."""
     by_name = not args
     x = (next(iter(kwargs.values())) if by_name else args[0]).clone()
     for row, write in enumerate(here):
         if write.z is None:
-            x[row : row + 1] = norm(write.new(stream[row : row + 1]))
+            x[row : row + 1] = entering(write.new(stream[row : row + 1]))
     return (args, {**kwargs, next(iter(kwargs)): x}) if by_name else ((x, *args[1:]), kwargs)

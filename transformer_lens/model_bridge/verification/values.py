@@ -190,19 +190,19 @@ def stream(e: Seen) -> Iterator[CheckResult]:
 def norm(e: Seen) -> Iterator[CheckResult]:
     """Scale and normalised stream on paper, and who reads what the norm returns."""
     cfg = e.bridge.cfg
-    readers: dict[str, list[str]] = {"ln_final": [name for name in ("unembed", "head") if name in e.components]}
+    readers = {"ln_final": [(name, 1.0) for name in ("unembed", "head") if name in e.components]}
     for block in _blocks(e):
-        readers |= {
-            f"{block}.{norm}": [f"{block}.{role}" for role in fed] for norm, fed in e.block(block).feeds.items()
-        }
+        for branch in (branch for branch in e.block(block).branches if branch.norm):
+            readers.setdefault(f"{block}.{branch.norm}", []).append((f"{block}.{branch.mixer}", branch.scale_in))
     for name in [name for name in e.components if name in readers]:
         x, out = e.received(name), e.returned(name)
         if x is None or out is None:
             continue
-        for reader in readers[name]:
+        for reader, times in readers[name]:
             read = e.received(reader)
             if read is not None:
-                difference = largest_difference(read, out.reshape(read.shape))
+                returned = out.reshape(read.shape) * times if times != 1.0 else out.reshape(read.shape)
+                difference = largest_difference(read, returned)
                 yield CheckResult("norm", name, "", difference, *e.same, note=f"what it returns is what {reader} reads")
         x = x.double()
         centred = x - x.mean(-1, keepdim=True) if cfg.normalization_type.startswith("LN") else x

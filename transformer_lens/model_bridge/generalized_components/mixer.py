@@ -1,0 +1,12 @@
+"""A mixer of positions that is not attention, such as a state-space layer: what enters and leaves it."""
+
+from __future__ import annotations
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.ports import Port
+
+
+class MixerBridge(ComponentBridge):
+    """A state-space or linear-attention module. What it adds to the stream is at the block's `hook_mixer_out`."""
+
+    hooks = (Hook("hook_in", "batch pos d_model", "the normalised stream that enters the mixer", Port(side="in")),)
