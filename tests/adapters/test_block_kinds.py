@@ -294,7 +294,7 @@ def test_rows_of_layers_that_differ_say_which_they_hold_for() -> None:
     assert table.row("blocks.2.hook_attn_out").layers == () and table.row("hook_embed").where() == ""
     absent = {(row.name, row.layers): row.absent for row in table.absent()}
     assert "this MLP is dense" in absent["blocks.{i}.mlp.hook_expert_out", (0,)]
-    with pytest.raises(KeyError, match=r"got 'blocks\.0\.nothing', expected the full name of a hook, such as"):
+    with pytest.raises(KeyError, match=r"got 'blocks\.0\.nothing', expected the full name of a hook; the nearest are"):
         table.row("blocks.0.nothing")
 
 

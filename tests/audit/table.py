@@ -113,6 +113,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "Heatmap": lambda w: Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t"),
     "Heatmaps": lambda w: Heatmaps({"one": Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t")}, "t"),
     "HookEntry": lambda w: HookEntry(neutral),
+    "HookTable": lambda w: w.falcon.hook_table(),
     "HookedRootModule": lambda w: w.falcon,
     "Slice": lambda w: Slice((0, 1)),
     "HookPoint": lambda w: HookPoint("blocks.0.hook_x", axes="batch pos d_model"),

@@ -328,7 +328,7 @@ def test_high_positions_change_nothing_for_others() -> None:
 def test_no_answer_is_larger_than_was_expected(name: str) -> None:
     """Every hook of two blocks, read in a forward, a step that goes on with a text, and a backward pass."""
     server = SpanServer(name, range(1, 3))
-    hooks = [n.replace("{i}", "2") for n in server.checks.shapes if n.startswith("blocks.")]
+    hooks = [r.name.replace("{i}", "2") for r in server.checks.table.present() if r.name.startswith("blocks.")]
     assert len(hooks) > 25
     first = step(0, 7)
     assert not answer(server, first).error

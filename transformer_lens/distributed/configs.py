@@ -13,9 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconModel, MixtralConfig, MixtralModel, PreTrainedConfig, PreTrainedModel
-from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
+from transformers import MODEL_MAPPING, FalconConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.distributed.settings import (
@@ -25,11 +23,13 @@ from transformer_lens.distributed.settings import (
     PromptSettings,
     check_settings,
 )
+from transformer_lens.model_bridge import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, spelled
 
 logger = logging.getLogger(__name__)
 
 Name = str | os.PathLike[str]
+COLLECTED = ("output_hidden_states", "output_attentions")
 
 
 class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
@@ -45,10 +45,12 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     """The family's model without its head: what runs the blocks on a server."""
     ends: ClassVar[dict[str, int]]
     """What a server has no use for, and how many axes each has: an embedding of one row, a norm that never runs."""
-    collects: ClassVar[tuple[str, ...]] = ("output_hidden_states", "output_attentions")
+    collects: ClassVar[tuple[str, ...]]
     """What the family's models would collect inside their blocks when the config asks for it."""
     dropouts: ClassVar[tuple[str, ...]]
     """What is random in its blocks in training."""
+    returns_tuple: ClassVar[bool]
+    """Whether its blocks return their stream as the first item of a tuple."""
     full_name_in_prefix: ClassVar[bool]
     """Whether the prefix keeps the owner of a hub name."""
 
@@ -59,12 +61,13 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     @property
     def num_key_value_groups(self) -> int:
         """How many query heads share a key, as Petals documents it."""
-        raise NotImplementedError
+        return self.query_heads_per_key
 
     @property
     def query_heads_per_key(self) -> int:
         """How many query heads share a key: what memory and length are sized by."""
-        return self.num_key_value_groups
+        cfg = adapter_for(self).cfg
+        return cfg.n_heads // cfg.n_key_value_heads
 
     @classmethod
     def from_pretrained(
@@ -150,6 +153,25 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
         return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
 
 
+def made_from_adapter(kind: type[Any]) -> type[Any]:
+    """Fill in what the family's adapter and its own model say: where the blocks are, and what is around them."""
+    plain = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
+    config = plain(num_hidden_layers=1)
+    adapter = adapter_for(config)
+    with torch.device("meta"):
+        model = MODEL_MAPPING[plain](config)
+    part, ends = adapter.block(0), [adapter.outside()[role].at for role in ("embed", "ln_final")]
+    block = model.get_submodule(f"{part.at}.0")
+    kind.base_class, kind.block_class = type(model), type(block)
+    kind.attn_class = type(block.get_submodule(part.parts["attn"].at))
+    kind.block_prefix = f"{model.base_model_prefix}.{part.at}"
+    kind.ends = {f"{at}.{name}": p.ndim for at in ends for name, p in model.get_submodule(at).named_parameters()}
+    kind.collects = (*COLLECTED, *(["output_router_logits"] if adapter.cfg.num_experts else []))
+    kind.dropouts, kind.returns_tuple = adapter.dropouts, adapter.block_returns_tuple
+    return kind
+
+
+@made_from_adapter
 class DistributedFalconConfig(DistributedConfig, FalconConfig):
     """The config of a Falcon whose blocks are on other machines.
 
@@ -157,22 +179,10 @@ class DistributedFalconConfig(DistributedConfig, FalconConfig):
     71
     """
 
-    block_prefix: ClassVar[str] = "transformer.h"
-    block_class: ClassVar[type[nn.Module]] = FalconDecoderLayer
-    attn_class: ClassVar[type[nn.Module]] = FalconAttention
-    base_class: ClassVar[type[PreTrainedModel]] = FalconModel
-    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "hidden_dropout")
-    ends: ClassVar[dict[str, int]] = {"word_embeddings.weight": 2, "ln_f.weight": 1, "ln_f.bias": 1}
     full_name_in_prefix: ClassVar[bool] = False
 
-    @property
-    def num_key_value_groups(self) -> int:
-        """How many query heads share a key; the new architecture wins over `multi_query`."""
-        if self.new_decoder_architecture:
-            return int(self.num_attention_heads // self.num_kv_heads)
-        return int(self.num_attention_heads) if self.multi_query else 1
 
-
+@made_from_adapter
 class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
     """The config of a Mixtral whose blocks are on other machines.
 
@@ -181,24 +191,12 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
     (1, 4)
     """
 
-    block_prefix: ClassVar[str] = "model.layers"
-    block_class: ClassVar[type[nn.Module]] = MixtralDecoderLayer
-    attn_class: ClassVar[type[nn.Module]] = MixtralAttention
-    base_class: ClassVar[type[PreTrainedModel]] = MixtralModel
-    collects: ClassVar[tuple[str, ...]] = (*DistributedConfig.collects, "output_router_logits")
-    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
-    ends: ClassVar[dict[str, int]] = {"embed_tokens.weight": 2, "norm.weight": 1}
     full_name_in_prefix: ClassVar[bool] = True
 
     @property
     def num_key_value_groups(self) -> int:
         """Always 1, as Petals documents it for Mixtral; `query_heads_per_key` is the true number."""
         return 1
-
-    @property
-    def query_heads_per_key(self) -> int:
-        """How many query heads share a key."""
-        return int(self.num_attention_heads // self.num_key_value_heads)
 
 
 CONFIGS: dict[str, type[DistributedConfig]] = {

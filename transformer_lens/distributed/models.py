@@ -240,7 +240,6 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
     config: Any
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]
-    returns_tuple: ClassVar[bool]
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
 
     def __init__(self, config: DistributedConfig) -> None:
@@ -251,7 +250,7 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
         finally:
             here.num_hidden_layers = layers
         self.base_model.__class__ = self.remote_base
-        self.base_model.place_blocks(self.blocks, self.returns_tuple)
+        self.base_model.place_blocks(self.blocks, config.returns_tuple)
         LMHead.put(self.get_output_embeddings(), config)  # type: ignore[attr-defined]
         self._freeze()
 
@@ -328,7 +327,6 @@ class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):
 
     config_class = DistributedFalconConfig
     remote_base = DistributedFalconModel
-    returns_tuple = True
 
 
 class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
@@ -336,7 +334,6 @@ class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
 
     config_class = DistributedMixtralConfig
     remote_base = DistributedMixtralModel
-    returns_tuple = False
 
 
 MODELS: dict[str, type[DistributedCausalLM]] = {

@@ -2,18 +2,22 @@
 
 from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookRequest
+from transformer_lens.model_bridge.generalized_components import Branch
 from transformer_lens.model_bridge.info import ModelInfo, model_info
 from transformer_lens.model_bridge.inputs import InputAndMask
 from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.skeleton import skeleton_bridge
+from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 __all__ = [
     "BlockElsewhere",
+    "Branch",
     "HookRequest",
     "InputAndMask",
     "ModelInfo",
     "PrefixCache",
     "TransformerBridge",
+    "adapter_for",
     "model_info",
     "skeleton_bridge",
 ]

@@ -69,6 +69,8 @@ class ArchitectureAdapter:
     """Attributes of the config that the family reads beside these."""
     block_returns_tuple: ClassVar[bool] = False
     """Whether a block of the model returns its stream as the first item of a tuple."""
+    dropouts: ClassVar[tuple[str, ...]] = ()
+    """The numbers in the config that make its blocks random in training."""
     root_hooks: ClassVar[tuple[Hook, ...]] = ROOT_HOOKS
     """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
@@ -120,8 +122,8 @@ class ArchitectureAdapter:
     def block(self, layer: int) -> Part:
         """The Part of one layer.
 
-        >>> adapter_for(MixtralConfig()).block(31).at
-        'layers'
+        >>> FalconArchitectureAdapter(FalconConfig()).block(31).at
+        'h'
         """
         blocks = self.component_mapping["blocks"]
         return blocks if isinstance(blocks, Part) else blocks(layer)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from transformer_lens.checks import a_text, nearest
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook
 from transformer_lens.model_bridge.ports import Inside
@@ -109,11 +110,13 @@ class HookTable(Tabular):
         >>> bridge.hook_table().row("blocks.2.mlp.hook_post").shape
         ('batch', 'pos', 256)
         """
+        a_text("name", name)
         general, layer = _general(name)
         for row in self.rows:
             if row.name == general and (not row.layers or layer in row.layers):
                 return row
-        raise KeyError(f"hook table: got {name!r}, expected the full name of a hook, such as {self.rows[0].name!r}")
+        near = nearest(general, [row.name for row in self.rows])
+        raise KeyError(f"hook table: got {name!r}, expected the full name of a hook; the nearest are {near}")
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain data."""

@@ -19,7 +19,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import part_label
 from transformer_lens.checks import a_text, in_words, whole
-from transformer_lens.model_bridge.generalized_components import Branch
+from transformer_lens.model_bridge import Branch
 
 Edge = tuple[str, str]
 """The labels of a sender and of a receiver."""

@@ -97,6 +97,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
 
     model_type = "falcon"
     block_returns_tuple = True
+    dropouts = ("attention_dropout", "hidden_dropout")
     cfg_names = {
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",

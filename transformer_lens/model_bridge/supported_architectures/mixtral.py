@@ -29,6 +29,7 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
     """Describes Mixtral 8x7B, 8x22B and every other Mixtral that transformers can run."""
 
     model_type = "mixtral"
+    dropouts = ("attention_dropout", "router_jitter_noise")
     cfg_names = {
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",

@@ -190,7 +190,8 @@ def stream(e: Seen) -> Iterator[CheckResult]:
 def norm(e: Seen) -> Iterator[CheckResult]:
     """Scale and normalised stream on paper, and who reads what the norm returns."""
     cfg = e.bridge.cfg
-    readers = {"ln_final": [(name, 1.0) for name in ("unembed", "head") if name in e.components]}
+    readers: dict[str, list[tuple[str, float]]] = {}
+    readers["ln_final"] = [(name, 1.0) for name in ("unembed", "head") if name in e.components]
     for block in _blocks(e):
         for branch in (branch for branch in e.block(block).branches if branch.norm):
             readers.setdefault(f"{block}.{branch.norm}", []).append((f"{block}.{branch.mixer}", branch.scale_in))
