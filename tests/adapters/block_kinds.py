@@ -25,16 +25,12 @@ from transformer_lens.model_bridge.generalized_components import (
     RMSNormBridge,
     RotaryEmbeddingBridge,
     Stages,
+    linears,
 )
 
-
-def linear(**at: str) -> dict[str, Part]:
-    return {role.rstrip("_"): Part(LinearBridge, place) for role, place in at.items()}
-
-
-GATED = {"gate": "gate_proj", "in_": "up_proj", "out": "down_proj"}
-ATTENTION = Part(QKVAttentionBridge, "self_attn", linear(q="q_proj", k="k_proj", v="v_proj", o="o_proj"))
-MLP = Part(GatedMLPBridge, "mlp", linear(**GATED))
+GATED = linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"})
+ATTENTION = Part(QKVAttentionBridge, "self_attn", linears({role: f"{role}_proj" for role in "qkvo"}))
+MLP = Part(GatedMLPBridge, "mlp", GATED)
 
 
 class Family(ArchitectureAdapter):
@@ -113,7 +109,7 @@ class FalconH1(Family):
         return ((mixer, attn), (Branch("ln2", "mlp"),))
 
     def inside(self, layer: int) -> dict[str, Part]:
-        mlp = Part(GatedMLPBridge, "feed_forward", linear(**GATED))
+        mlp = Part(GatedMLPBridge, "feed_forward", GATED)
         return {"attn": ATTENTION, "mixer": Part(MixerBridge, "mamba"), "mlp": mlp}
 
 

@@ -24,8 +24,8 @@ from tests.support import FAMILIES, LAYOUTS, cache_of, falcon_config, falcon_swe
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import ModelInfo, model_info
 from transformer_lens.model_bridge.info import cache_memory
-from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED, published_config
 
 MB, GB = 2**20, 2**30
 

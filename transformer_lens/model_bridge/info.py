@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import Part
 from transformer_lens.model_bridge.hook_table import layers_in_words
 from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
-from transformer_lens.model_bridge.published import PUBLISHED, published_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED, published_config
 from transformer_lens.text_table import TextTable
 
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -54,9 +54,8 @@ class EdgeRuns:
         """Run the model on both. Raises `ValueError` for inputs that do not fit one another."""
         pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
         graph = EdgeGraph.of(bridge)
-        layers = range(bridge.cfg.n_layers)
-        entering = [f"blocks.{i}.hook_resid_pre" for i in layers]
-        names = [*entering, *(f"blocks.{i}.hook_mlp_in" for i in layers), graph.receivers[-1].hook]
+        entering = [f"blocks.{i}.hook_resid_pre" for i in range(bridge.cfg.n_layers)]
+        names = [*entering, *(one.hook for one in graph.receivers if one.index is None)]
         corrupted_logits, written, streams = read_senders(bridge, graph, pair.corrupted, pair.mask, names)
         clean_logits, clean_written, _ = read_senders(bridge, graph, pair.clean, pair.mask)
         inputs = (clean_logits, corrupted_logits, clean_written, written, streams)

@@ -33,7 +33,7 @@ from transformer_lens.model_bridge.generalized_components.embedding import (
     RotaryEmbeddingBridge,
     UnembeddingBridge,
 )
-from transformer_lens.model_bridge.generalized_components.linear import LinearBridge
+from transformer_lens.model_bridge.generalized_components.linear import LinearBridge, linears
 from transformer_lens.model_bridge.generalized_components.mixer import MixerBridge
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge, MLPBridge
 from transformer_lens.model_bridge.generalized_components.moe import ExpertsBridge, MoEBridge, RouterBridge
@@ -89,4 +89,5 @@ __all__ = [
     "Stages",
     "StreamMatrix",
     "UnembeddingBridge",
+    "linears",
 ]

@@ -1,7 +1,18 @@
 """A linear map inside another component: it has no hooks of its own, its owner names what matters."""
 
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
+from collections.abc import Mapping
+
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Part
 
 
 class LinearBridge(ComponentBridge):
     """A projection such as `query_key_value` or `o_proj`."""
+
+
+def linears(places: Mapping[str, str]) -> dict[str, Part]:
+    """Linear layers by role, from where each is.
+
+    >>> linears({"in": "up_proj", "out": "down_proj"})["in"].at
+    'up_proj'
+    """
+    return {role: Part(LinearBridge, at) for role, at in places.items()}

@@ -81,7 +81,7 @@ class ProcessingMethods:
         ('fold_value_biases',)
 
         A pattern row sums to one, so a constant in the values comes out as it went in. Changes nothing in
-        a model without such biases; Falcon's come out of `fold_ln`, so fold norms first.
+        a model without such biases; some come out of `fold_ln`, so fold norms first.
         """
         return self._process(("fold_value_biases",), asked_for=True)
 

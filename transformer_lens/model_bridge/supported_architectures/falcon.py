@@ -28,11 +28,11 @@ from transformer_lens.model_bridge.generalized_components import (
     FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LayerNormBridge,
-    LinearBridge,
     MLPBridge,
     Part,
     RotaryEmbeddingBridge,
     Stages,
+    linears,
 )
 
 BLOCKS: dict[str, tuple[Stages, dict[str, str]]] = {
@@ -186,10 +186,10 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
 
     def components(self) -> dict[str, Part]:
         stages, norms = BLOCKS[self.block_kind()]
-        linear = {"qkv": Part(LinearBridge, "query_key_value"), "o": Part(LinearBridge, "dense")}
-        layers = {"in": Part(LinearBridge, "dense_h_to_4h"), "out": Part(LinearBridge, "dense_4h_to_h")}
+        projections = linears({"qkv": "query_key_value", "o": "dense"})
+        layers = linears({"in": "dense_h_to_4h", "out": "dense_4h_to_h"})
         inside = {role: Part(LayerNormBridge, at) for role, at in norms.items()}
-        inside["attn"] = Part(ATTENTION[bool(self.config.alibi)], "self_attention", linear)
+        inside["attn"] = Part(ATTENTION[bool(self.config.alibi)], "self_attention", projections)
         inside["mlp"] = Part(MLPBridge, "mlp", layers)
         return {
             "embed": Part(EmbeddingBridge, "word_embeddings"),

@@ -15,13 +15,13 @@ from transformer_lens.model_bridge.generalized_components import (
     EmbeddingBridge,
     ExpertsBridge,
     FinalRMSNormBridge,
-    LinearBridge,
     MoEBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
     RMSNormBridge,
     RotaryEmbeddingBridge,
     RouterBridge,
+    linears,
 )
 
 
@@ -62,7 +62,7 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
         }
 
     def components(self) -> dict[str, Part]:
-        projections = {role: Part(LinearBridge, f"{role}_proj") for role in ("q", "k", "v", "o")}
+        projections = linears({role: f"{role}_proj" for role in "qkvo"})
         experts = {"gate": Part(RouterBridge, "gate"), "experts": Part(ExpertsBridge, "experts")}
         inside = {
             "ln1": Part(RMSNormBridge, "input_layernorm"),

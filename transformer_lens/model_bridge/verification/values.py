@@ -278,7 +278,7 @@ def experts(e: Seen) -> Iterator[CheckResult]:
 
 
 def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
-    """The matmuls of the chosen experts, from the weights themselves, where they are stacked as Mixtral's."""
+    """The matmuls of the chosen experts, from the weights themselves, where they are stacked."""
     component = e.components[f"{name}.experts"]
     module: Any = component.computing_module
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]

@@ -82,7 +82,7 @@ PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
 def published_config(name: str) -> Any:
     """The config of a published model.
 
-    >>> from transformer_lens.model_bridge.published import published_config
+    >>> from transformer_lens.model_bridge.supported_architectures.published import published_config
     >>> published_config("falcon-40b").num_kv_heads
     8
     """
