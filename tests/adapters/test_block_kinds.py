@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generalized_components.block import absent_of
 from transformer_lens.model_bridge.info import layout_in_words
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
+from transformer_lens.model_bridge.verification.evidence import Evidence
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 MIXER_ALONE: Stages = ((Branch("ln1", "mixer"),),)
@@ -174,6 +175,15 @@ def test_gradients_at_what_is_added_are_those_of_the_stream_behind_it(name: str)
 def test_verify_passes(name: str) -> None:
     report = TransformerBridge(build(name)).verify(tokens())
     assert report.passed, report
+
+
+def test_verify_knows_what_enters_a_mixer() -> None:
+    model, stream = build("falcon_h1"), torch.randn(2, 7, 32)
+    evidence, layer = Evidence(TransformerBridge(model), tokens()), model.model.layers[1]
+    assert torch.equal(evidence.entering("blocks.1", "attn")(stream), layer.input_layernorm(stream) * 0.9)
+    assert torch.equal(evidence.entering("blocks.1", "mixer")(stream), layer.input_layernorm(stream))
+    bare = Evidence(TransformerBridge(build("olmo2")), tokens())
+    assert torch.equal(bare.entering("blocks.1", "attn")(stream), stream)
 
 
 # -- what follows from the branches ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.views import (
     Groups,
     Heads,
     Moved,
+    Scaled,
     TokenRows,
     Transposed,
     View,
@@ -123,6 +124,27 @@ def test_gradients_go_through_get_and_put_once(case: Seen) -> None:
     )
     assert torch.equal(through_put, 1 - through_get)
     assert torch.equal(through_value, torch.ones_like(value))
+
+
+@quickly
+@given(st.sampled_from([0.22, 0.7, 1.3, 12.0]), dtypes, sizes)
+def test_a_scaled_tensor_keeps_the_laws_within_a_rounding(scale: float, dtype: torch.dtype, width: int) -> None:
+    view, x, value = Scaled(scale), torch.randn(3, width).to(dtype), torch.randn(3, width).to(dtype)
+    assert torch.equal(view.get(x), x * scale)
+    assert torch.equal(view.put(x, view.get(x)), x)  # bit for bit, though a division rounds
+    torch.testing.assert_close(view.get(view.put(x, value)), value, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(view.put(view.put(x, x * 0), value), view.put(x, value), rtol=0, atol=0)
+    wide, new = (one.double().clone().requires_grad_() for one in (x, x * scale))
+    put, written = torch.autograd.grad(
+        view.put(wide, new).sum(), [wide, new], allow_unused=True, materialize_grads=True
+    )
+    assert not put.any()
+    torch.testing.assert_close(written, torch.full_like(written, 1 / scale))
+
+
+def test_a_scaled_tensor_takes_what_is_not_finite() -> None:
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1.0])
+    assert torch.equal(Scaled(3.0).put(x, Scaled(3.0).get(x)).nan_to_num(7.0), x.nan_to_num(7.0))
 
 
 def fused_views(kind: type[Any], groups: int, per: int, d: int) -> dict[str, View]:

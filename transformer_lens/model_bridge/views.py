@@ -241,8 +241,8 @@ class Scaled:
 
     def put(self, x: Tensor, value: Tensor) -> Tensor:
         divided = value / self.scale
-        off = torch.where(value == self.get(x), x - divided, 0)
-        return divided + off.detach()
+        off = (x - divided).detach()
+        return divided + torch.where((value == self.get(x)) & off.isfinite(), off, 0)
 
 
 def in_groups(view: View, kv_groups: int) -> View:
