@@ -15,6 +15,7 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED, published_config
 
 
 class Published(NamedTuple):
@@ -171,3 +172,9 @@ def test_blocks_have_the_hooks_of_their_kind(name: str) -> None:
     assert ("blocks.{i}.mlp.hook_expert_indices" in present) == name.startswith("mixtral")
     assert {f"blocks.{{i}}.hook_{part}" for part in ("resid_pre", "mlp_in", "resid_post")} <= present
     assert ("blocks.{i}.ln2.hook_scale" in absent) == (name in ("falcon-7b", "falcon-11b"))
+
+
+def test_every_card_is_built_in() -> None:
+    assert set(PUBLISHED) == set(CARDS)
+    for name, card in CARDS.items():
+        assert published_config(name).to_dict() == {**card.config.to_dict(), "_name_or_path": name}

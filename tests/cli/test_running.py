@@ -21,7 +21,7 @@ from transformer_lens.cli.hooks import complete_hook
 from transformer_lens.cli.options import PUBLISHED, complete_model, quiet
 from transformer_lens.cli.running import Commands, Debug
 from transformer_lens.data import TINY_MODELS, tiny_model_path
-from transformer_lens.model_bridge import published
+from transformer_lens.model_bridge.supported_architectures import published
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-m", "transformer_lens_command"]
