@@ -184,21 +184,31 @@ def make_table(
 ) -> HookTable:
     """The table of a model's hooks: those that several layers declare alike are one row."""
 
+    known: dict[Any, HookRow] = {}
+    layers: dict[HookRow, list[int]] = {}
+
     def row_of(prefix: str, hook: Hook, sizes: Mapping[str, int]) -> HookRow:
-        aliases = tuple(_general(prefix + alias)[0] for alias in hook.aliases)
+        aliases = tuple(prefix + alias for alias in hook.aliases)
         shape = axis_sizes(hook.axes, cfg, sizes)
         kind = (hook.port.kind if isinstance(hook.port, Inside) else "port") + (
             ", on request" if hook.on_request else ""
         )
         return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 
-    declared = [row_of("", hook, {}) for hook in root_hooks]
-    declared += [row_of(f"{c.name}.", hook, c.sizes) for c in components for hook in c.declared]
-    declared += [HookRow(name, "", (), "absent", "", (), False, why) for name, why in absent.items()]
-    layers: dict[HookRow, list[int]] = {}
-    for row in declared:
-        name, layer = _general(row.name)
-        layers.setdefault(replace(row, name=name), []).append(layer)
+    def add(owner: str, hooks: Iterable[Hook], sizes: Mapping[str, int]) -> None:
+        prefix, layer = _general(owner)
+        for hook in hooks:
+            key = prefix, id(hook), *sizes.items()  # layers share the hooks of a class, and so the rows
+            if key not in known:
+                known[key] = row_of(prefix, hook, sizes)
+            layers.setdefault(known[key], []).append(layer)
+
+    add("", root_hooks, {})
+    for component in components:
+        add(f"{component.name}.", component.declared, component.sizes)
+    for name, why in absent.items():
+        general, layer = _general(name)
+        layers.setdefault(HookRow(general, "", (), "absent", "", (), False, why), []).append(layer)
     return HookTable(
         title,
         [
