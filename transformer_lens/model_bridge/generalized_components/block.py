@@ -92,7 +92,7 @@ def _writing(branch: Branch) -> Hook:
 def absent_of(stages: Stages) -> dict[str, str]:
     """Names that other blocks have, and why this one has not."""
     branches = tuple(branch for stage in stages for branch in stage)
-    found, fed = {}, feeds(stages)
+    of, found, fed = {branch.mixer: branch for branch in branches}, {}, feeds(stages)
     if len(branches) == 1:
         found["hook_resid_mid"] = f"{names(branches)} is all there is in this block, so the stream has no middle"
     elif len(stages) == 1:
@@ -100,21 +100,17 @@ def absent_of(stages: Stages) -> dict[str, str]:
             f"{names(branches)} read the same stream side by side, so there is no stream between them"
         )
     for norm, mixer in USUAL_NORMS.items():
-        if norm in fed:
-            continue
-        branch = next((branch for branch in branches if branch.mixer == mixer), None)
-        for hook in ("hook_scale", "hook_normalized"):
-            if branch is None:
-                why = f"this block has no {READERS[mixer].removeprefix('the ')}"
-            elif branch.norm:
-                readers = names(tuple(b for b in branches if b.norm == branch.norm))
-                why = f"one norm feeds {readers}: read {branch.norm}.{hook}"
-            else:
-                why = f"{READERS[mixer]} reads the stream as it is, with no norm in front"
-            found[f"{norm}.{hook}"] = why
-    for mixer in set(USUAL_NORMS.values()) - {branch.mixer for branch in branches}:
-        missing = [*PER_HEAD, "hook_attn_out"] if mixer == "attn" else ["hook_mlp_in", "hook_mlp_out"]
-        found |= dict.fromkeys(missing, f"this block has no {READERS[mixer].removeprefix('the ')}")
+        inside = [f"{norm}.hook_scale", f"{norm}.hook_normalized"]
+        if mixer not in of:
+            around = [*PER_HEAD, "hook_attn_out"] if mixer == "attn" else ["hook_mlp_in", "hook_mlp_out"]
+            found |= dict.fromkeys([*inside, *around], f"this block has no {READERS[mixer].removeprefix('the ')}")
+        elif not of[mixer].norm:
+            found |= dict.fromkeys(inside, f"{READERS[mixer]} reads the stream as it is, with no norm in front")
+        elif norm not in fed:
+            shared = of[mixer].norm
+            readers = names(tuple(branch for branch in branches if branch.norm == shared))
+            for name in inside:
+                found[name] = f"one norm feeds {readers}: read {shared}.{name.partition('.')[2]}"
     return found
 
 
