@@ -617,6 +617,7 @@ ROWS: dict[str, Row] = {
         {"name": "q", "layer": 0}, {"name": [THING, 5], "layer": [THING, 1.5], "layer_type": [THING, 5]}
     ),
     "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
+    "model_bridge.supported_architectures.adapter_for": Row({"config": lambda w: falcon_config()}),
     "model_bridge.skeleton.skeleton_bridge": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
     "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
     "row_hooks.on_each": Row({"fns": [neutral]}),
