@@ -96,7 +96,7 @@ class ResidualStacks(DirectLogits):
         >>> cache["result", 0].shape
         torch.Size([1, 5, 4, 128])
         """
-        for i in range(self._layers):
+        for i in [i for i, branch in self._added(self._layers) if branch.mixer == "attn"]:
             self.cache_dict.setdefault(f"blocks.{i}.attn.hook_result", self._head_results(i, Slice()))
 
     def stack_head_results(

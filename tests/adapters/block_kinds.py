@@ -34,7 +34,7 @@ MLP = Part(GatedMLPBridge, "mlp", GATED)
 
 
 class Family(ArchitectureAdapter):
-    """What the four have in common: Llama's names."""
+    """What they have in common: Llama's names."""
 
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     final_norm: ClassVar[str] = "norm"
@@ -55,7 +55,7 @@ class Family(ArchitectureAdapter):
         d_head = self.config.hidden_size // self.config.num_attention_heads
         return {**kinds, "d_head": d_head, "final_rms": True, "gated_mlp": True}
 
-    def stages(self) -> Stages:
+    def stages(self, layer: int) -> Stages:
         return SEQUENTIAL
 
     def inside(self, layer: int) -> dict[str, Part]:
@@ -63,7 +63,7 @@ class Family(ArchitectureAdapter):
 
     def layer(self, layer: int) -> Part:
         norms = {role: Part(RMSNormBridge, at) for role, at in self.norms.items()}
-        return Part(BlockBridge, "layers", {**norms, **self.inside(layer)}, self.stages())
+        return Part(BlockBridge, "layers", {**norms, **self.inside(layer)}, self.stages(layer))
 
     def components(self) -> Mapping[str, Any]:
         return {
@@ -79,7 +79,7 @@ class Granite(Family):
 
     model_type = "granite"
 
-    def stages(self) -> Stages:
+    def stages(self, layer: int) -> Stages:
         scale = self.config.residual_multiplier
         return ((Branch("ln1", "attn", scale=scale),), (Branch("ln2", "mlp", scale=scale),))
 
@@ -90,7 +90,7 @@ class Olmo2(Family):
     model_type = "olmo2"
     norms = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
 
-    def stages(self) -> Stages:
+    def stages(self, layer: int) -> Stages:
         return ((Branch("", "attn", post_norm="ln1_post"),), (Branch("", "mlp", post_norm="ln2_post"),))
 
 
@@ -102,7 +102,7 @@ class FalconH1(Family):
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     final_norm = "final_layernorm"
 
-    def stages(self) -> Stages:
+    def stages(self, layer: int) -> Stages:
         c = self.config
         mixer = Branch("ln1", "mixer", scale=c.ssm_out_multiplier)
         attn = Branch("ln1", "attn", scale=c.attention_out_multiplier, scale_in=c.attention_in_multiplier)
@@ -111,6 +111,30 @@ class FalconH1(Family):
     def inside(self, layer: int) -> dict[str, Part]:
         mlp = Part(GatedMLPBridge, "feed_forward", GATED)
         return {"attn": ATTENTION, "mixer": Part(MixerBridge, "mamba"), "mlp": mlp}
+
+
+class Lfm2(Family):
+    """Short convolutions in some layers, attention in others."""
+
+    model_type = "lfm2"
+    norms = {"ln1": "operator_norm", "ln2": "ffn_norm"}
+    final_norm = "embedding_norm"
+    cfg_names = {name: at for name, at in Family.cfg_names.items() if name != "act_fn"} | {"eps": "norm_eps"}
+
+    def variant(self) -> Mapping[str, Any]:
+        return {**super().variant(), "act_fn": "silu"}
+
+    def is_attention(self, layer: int) -> bool:
+        return bool(self.config.layer_types[layer] == "full_attention")
+
+    def stages(self, layer: int) -> Stages:
+        return ((Branch("ln1", "attn" if self.is_attention(layer) else "mixer"),), (Branch("ln2", "mlp"),))
+
+    def inside(self, layer: int) -> dict[str, Part]:
+        projections = linears({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"})
+        attention = {"attn": Part(QKVAttentionBridge, "self_attn", projections)}
+        mlp = {"mlp": Part(GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))}
+        return mlp | (attention if self.is_attention(layer) else {"mixer": Part(MixerBridge, "conv")})
 
 
 class Ernie(Family):
@@ -155,6 +179,7 @@ KINDS: dict[str, tuple[type[Family], str, dict[str, Any]]] = {
     "granite": (Granite, "Granite", {"residual_multiplier": 0.22, "attention_bias": True, "mlp_bias": True}),
     "olmo2": (Olmo2, "Olmo2", {}),
     "falcon_h1": (FalconH1, "FalconH1", H1),
+    "lfm2": (Lfm2, "Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "ernie": (Ernie, "Ernie4_5_Moe", {**MIXTURE, "num_hidden_layers": 3, "moe_layer_start_index": 1}),
 }
 

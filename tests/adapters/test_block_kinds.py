@@ -1,6 +1,6 @@
 """Blocks with multipliers, with norms behind alone, with three branches, and layers that differ: real small models.
 
-Granite, OLMo 2, Falcon-H1 and Ernie 4.5 are described in `block_kinds`; expected values come from the bare models.
+Granite, OLMo 2, Falcon-H1, LFM2 and Ernie 4.5 are described in `block_kinds`; values come from the bare models.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ def added(name: str, layer: Any) -> list[tuple[str, Any, float]]:
     if name == "falcon_h1":
         branches = [("mixer", layer.mamba, 1.3), ("attn", layer.self_attn, 0.7)]
         return [*branches, ("mlp", layer.feed_forward, 1.0)]
+    if name == "lfm2":
+        mixer = ("attn", layer.self_attn, 1.0) if layer.is_attention_layer else ("mixer", layer.conv, 1.0)
+        return [mixer, ("mlp", layer.feed_forward, 1.0)]
     scale = 0.22 if name == "granite" else 1.0
     return [("attn", layer.self_attn, scale), ("mlp", layer.mlp, scale)]
 
@@ -87,9 +90,16 @@ def test_looking_changes_nothing_and_every_hook_fires_with_its_shape(name: str) 
     assert torch.equal(model(ids).logits, bare)
 
 
+MIXERS = {"falcon_h1": (("mixer", "attn"), ("mixer", "attn")), "lfm2": (("mixer",), ("attn",))}
+"""What is before the MLP in the first two layers, where that is not attention alone."""
+
+
+def mixers(name: str, layer: int) -> tuple[str, ...]:
+    return MIXERS[name][layer] if name in MIXERS else ("attn",)
+
+
 def added_hooks(name: str) -> list[str]:
-    mixers = ("mixer", "attn", "mlp") if name == "falcon_h1" else ("attn", "mlp")
-    return [f"blocks.{layer}.hook_{mixer}_out" for layer in range(2) for mixer in mixers]
+    return [f"blocks.{layer}.hook_{mixer}_out" for layer in range(2) for mixer in (*mixers(name, layer), "mlp")]
 
 
 @every_kind
@@ -116,16 +126,14 @@ def test_captures_are_what_the_modules_return_times_the_multiplier(name: str) ->
 def test_a_block_adds_its_branches_stage_by_stage(name: str) -> None:
     bridge, ids = TransformerBridge(build(name)), tokens()
     _, cache = bridge.run_with_cache(ids)
-    for layer in range(bridge.cfg.n_layers):
-        beside = cache["attn_out", layer]
-        if name == "falcon_h1":
-            beside = cache["mixer_out", layer] + beside
+    for layer in range(2):
+        beside = sum(cache[f"{mixer}_out", layer] for mixer in mixers(name, layer))
         assert torch.equal(cache["resid_pre", layer] + beside, cache["resid_mid", layer])
         assert torch.equal(cache["resid_mid", layer] + cache["mlp_out", layer], cache["resid_post", layer])
         assert torch.equal(cache["mlp_in", layer], cache["resid_mid", layer])
     stack, labels = cache.decompose_resid(return_labels=True)
     torch.testing.assert_close(stack.sum(0), cache["resid_post", -1], rtol=1e-5, atol=1e-6)
-    assert ("1_mixer_out" in labels) == (name == "falcon_h1")
+    assert ("0_mixer_out" in labels) == (name in MIXERS)
 
 
 @every_kind
@@ -149,9 +157,10 @@ def test_a_written_middle_stream_goes_on_both_ways(name: str) -> None:
     with bridge.hooks([("blocks.1.hook_resid_mid", lambda x, hook: middle)]):
         _, cache = bridge.run_with_cache(ids)
     layer = model.model.layers[1]
-    norm = {"falcon_h1": "pre_ff_layernorm", "olmo2": ""}.get(name, "post_attention_layernorm")
+    norms = {"falcon_h1": "pre_ff_layernorm", "olmo2": "", "lfm2": "ffn_norm"}
+    norm = norms.get(name, "post_attention_layernorm")
     entering = layer.get_submodule(norm)(middle) if norm else middle
-    mlp = layer.feed_forward if name == "falcon_h1" else layer.mlp
+    mlp = layer.feed_forward if name in MIXERS else layer.mlp
     out = mlp(entering)
     (_, last, scale) = added(name, layer)[-1]
     out = last(out) if name == "olmo2" else out * scale
@@ -198,7 +207,7 @@ def test_the_whole_stream_as_heads_neurons_and_biases(name: str) -> None:
         after = "resid_post" if layer is None else "resid_mid" if mlp_input else "resid_pre"
         expected = cache[after, -1 if layer is None else layer]
         torch.testing.assert_close(stack.sum(0), expected, rtol=1e-4, atol=1e-5)
-        assert labels[:2] == ["L0H0", "L0H1"] and ("0_mixer_out" in labels) == (name == "falcon_h1")
+        assert ("L0H0" in labels) == (name != "lfm2") and ("0_mixer_out" in labels) == (name in MIXERS)
 
 
 def test_neurons_and_experts_of_layers_that_differ() -> None:
@@ -213,6 +222,23 @@ def test_neurons_and_experts_of_layers_that_differ() -> None:
     torch.testing.assert_close(experts[4:].sum(0), cache["mlp_out", 2], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"W_in: it is \[32, 24\] in layer 0 and \[4, 32, 12\] in layer 1"):
         bridge.W_in  # noqa: B018
+
+
+def test_layers_without_attention() -> None:
+    bridge, ids = TransformerBridge(build("lfm2")), tokens()
+    _, cache = bridge.run_with_cache(ids)
+    cache.compute_head_results()
+    assert [name for name in cache if name.endswith("hook_result")] == ["blocks.1.attn.hook_result"]
+    torch.testing.assert_close(
+        cache.cache_dict["blocks.1.attn.hook_result"].sum(2), cache["attn_out", 1], rtol=1e-4, atol=1e-6
+    )
+    assert cache.stack_head_results(2, return_labels=True)[1] == [f"L1H{h}" for h in range(8)]
+    with pytest.raises(ValueError, match=r"blocks\.0 has no 'attn'; its branches are mixer, mlp"):
+        bridge.W_Q  # noqa: B018
+    with pytest.raises(KeyError, match="this block has no attention"):
+        bridge.run_with_cache(ids, names_filter="blocks.0.hook_attn_out")
+    row = bridge.hook_table().row("blocks.1.hook_attn_out")
+    assert row.layers == (1,) and row.cells()[2] == "port, layer 1"
 
 
 def test_accumulated_biases_are_multiplied_as_the_branches_are() -> None:
@@ -320,6 +346,10 @@ def test_steering_knows_the_width_of_each_layer() -> None:
     [
         ("granite", "sequential: attention, then MLP each with a norm; RoPE"),
         ("olmo2", "sequential: attention, then MLP each with a norm after; RoPE"),
+        (
+            "lfm2",
+            "layer 0: sequential: mixer, then MLP each with a norm; layer 1: sequential: attention, then MLP each",
+        ),
         ("falcon_h1", "sequential: mixer and attention, then MLP each with a norm; RoPE"),
         (
             "ernie",
@@ -372,7 +402,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         hooks_of(((Branch("ln1", "attn"), Branch("ln1", "mixer", scale_in=2.0)),))
 
     class NoBranches(Granite):
-        def stages(self) -> Stages:
+        def stages(self, layer: int) -> Stages:
             return ()
 
     ADAPTERS["granite"] = NoBranches

@@ -288,7 +288,9 @@ class WeightMethods:
         return bridge.get_submodule(role)
 
     def _layer_part(self, layer: int, role: str) -> Any:
-        return self.blocks[layer].get_submodule(role)
+        block = cast("BlockBridge", self.blocks[layer])
+        block.branch(role)
+        return block.get_submodule(role)
 
     def _stacked(self, role: str, name: str) -> Tensor:
         weights: list[Tensor] = [getattr(self._layer_part(layer, role), name) for layer in range(self.cfg.n_layers)]
