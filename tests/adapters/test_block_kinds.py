@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens.analysis.edge_graph import EdgeGraph
 
 from tests.adapters.block_kinds import ATTENTION, KINDS, MLP, Granite, build
 from tests.support import falcon, tokens
+from transformer_lens.analysis.attribution.edge_graph import EdgeGraph
 from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
