@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import transformers
@@ -21,15 +22,22 @@ from transformer_lens.model_bridge.generalized_components import (
     MixerBridge,
     MoEBridge,
     Part,
-    QKVAttentionBridge,
+    PositionEmbeddingsAttentionBridge,
     RMSNormBridge,
     RotaryEmbeddingBridge,
     Stages,
     linears,
 )
 
+
+class AttentionWithNorms(PositionEmbeddingsAttentionBridge):
+    """Attention with norms of q and k that are not named here: what it rotates is not what its projections return."""
+
+    hooks = tuple(hook for hook in PositionEmbeddingsAttentionBridge.hooks if not hook.name.startswith("hook_rot"))
+
+
 GATED = linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"})
-ATTENTION = Part(QKVAttentionBridge, "self_attn", linears({role: f"{role}_proj" for role in "qkvo"}))
+ATTENTION = Part(PositionEmbeddingsAttentionBridge, "self_attn", linears({role: f"{role}_proj" for role in "qkvo"}))
 MLP = Part(GatedMLPBridge, "mlp", GATED)
 
 
@@ -93,6 +101,9 @@ class Olmo2(Family):
     def stages(self, layer: int) -> Stages:
         return ((Branch("", "attn", post_norm="ln1_post"),), (Branch("", "mlp", post_norm="ln2_post"),))
 
+    def inside(self, layer: int) -> dict[str, Part]:
+        return {"attn": replace(ATTENTION, kind=AttentionWithNorms), "mlp": MLP}
+
 
 class FalconH1(Family):
     """A state-space mixer and attention side by side behind one norm, each with a multiplier, then an MLP."""
@@ -132,7 +143,7 @@ class Lfm2(Family):
 
     def inside(self, layer: int) -> dict[str, Part]:
         projections = linears({"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"})
-        attention = {"attn": Part(QKVAttentionBridge, "self_attn", projections)}
+        attention = {"attn": Part(AttentionWithNorms, "self_attn", projections)}
         mlp = {"mlp": Part(GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))}
         return mlp | (attention if self.is_attention(layer) else {"mixer": Part(MixerBridge, "conv")})
 

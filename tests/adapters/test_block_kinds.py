@@ -325,7 +325,7 @@ def test_rows_of_layers_that_differ_say_which_they_hold_for() -> None:
         ((0,), ("batch", "pos", 24)),
         ((1, 2), ("batch", "pos", 2, 12)),
     ]
-    assert [row.cells()[2] for row in rows] == ["port, layer 0", "twin, layers 1-2"]
+    assert [row.cells()[2] for row in rows] == ["port, layer 0", "seam, layers 1-2"]
     assert table.row("blocks.0.mlp.hook_post") is rows[0] and table.row("blocks.2.mlp.hook_post") is rows[1]
     assert table.row("blocks.2.hook_attn_out").layers == () and table.row("hook_embed").where() == ""
     absent = {(row.name, row.layers): row.absent for row in table.absent()}

@@ -21,9 +21,10 @@ from transformer_lens.model_bridge.generalized_components.attention_masks import
     seeing_queries,
 )
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.generalized_components.normalization import at_least_float32
 from transformer_lens.model_bridge.generalized_components.weights import matrix
-from transformer_lens.model_bridge.inside_call import InsideCall, on_output, plain_forward
+from transformer_lens.model_bridge.inside_call import InsideCall, on_output
 from transformer_lens.model_bridge.seams import Enough, Handed, KeysAndValues, PassingBy, beside, cache_update
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
 from transformer_lens.model_bridge.views import View
@@ -96,7 +97,7 @@ class AttentionRun:
         plain = stream[:, :, None].expand(-1, -1, self.cfg.n_heads, -1)
         entering = call.fire("hook_attn_in", plain)
         read = {part: call.fire(f"hook_{part}_input", entering) for part in self.component.places}
-        norm = plain_forward(self.component.parent.module_of("ln1"))
+        norm = cast(BlockBridge, self.component.parent).entering("attn")
         return {part: self._change(part, norm(new), norm(plain)) for part, new in read.items() if new is not plain}
 
     def _change(self, part: str, after: Float[Tensor, "B Q H M"], before: Tensor) -> Float[Tensor, "B Q H D"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, Part
 from transformer_lens.model_bridge.generalized_components.branches import READERS, Branch, Stages
+from transformer_lens.model_bridge.inside_call import plain_forward
 from transformer_lens.model_bridge.ports import BranchPort, Inside, Port, SharedPort
 from transformer_lens.model_bridge.views import scaled, whole
 
@@ -158,6 +159,12 @@ class BlockBridge(ComponentBridge):
         wanted = self.branch(mixer)
         after = next(number for number, stage in enumerate(self.stages) if wanted in stage)
         return tuple(branch for stage in self.stages[:after] for branch in stage)
+
+    def entering(self, mixer: str) -> Callable[[Tensor], Tensor]:
+        """From a stream to what a branch's mixer is given of it: through its norm, times its number."""
+        branch = self.branch(mixer)
+        norm = plain_forward(self.module_of(branch.norm)) if branch.norm else nn.Identity()
+        return lambda stream: norm(stream) if branch.scale_in == 1.0 else norm(stream) * branch.scale_in
 
     def forward(self, stream: Float[Tensor, "batch pos d_model"], **options: Any) -> Float[Tensor, "batch pos d_model"]:
         """Run this block alone, with the mask and the positions that the model makes for it.
