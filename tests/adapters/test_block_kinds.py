@@ -186,6 +186,21 @@ def test_verify_passes(name: str) -> None:
     assert report.passed, report
 
 
+@every_kind
+def test_a_stream_written_for_every_head_enters_through_the_norm_and_its_number(name: str) -> None:
+    model, ids, stream = build(name), tokens(), torch.randn(2, 7, 32)
+    bridge, layer = TransformerBridge(model), model.model.layers[1]
+    norms = {"olmo2": "", "lfm2": "operator_norm"}
+    norm = norms.get(name, "input_layernorm")
+    entering = layer.get_submodule(norm)(stream) if norm else stream
+    entering = entering * 0.9 if name == "falcon_h1" else entering
+    outs = []
+    for hook, value in (("hook_attn_in", stream[:, :, None].expand(-1, -1, 8, -1)), ("attn.hook_in", entering)):
+        with bridge.hooks([(f"blocks.1.{hook}", lambda x, hook, value=value: value)]):
+            outs.append(bridge.run_with_cache(ids, names_filter="blocks.1.hook_attn_out")[1]["attn_out", 1])
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+
+
 def test_verify_knows_what_enters_a_mixer() -> None:
     model, stream = build("falcon_h1"), torch.randn(2, 7, 32)
     evidence, layer = Evidence(TransformerBridge(model), tokens()), model.model.layers[1]
