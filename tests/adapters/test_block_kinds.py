@@ -30,7 +30,6 @@ from transformer_lens.model_bridge.generalized_components.block import absent_of
 from transformer_lens.model_bridge.info import layout_in_words
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
-from transformer_lens.model_bridge.verification.evidence import Evidence
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 MIXER_ALONE: Stages = ((Branch("ln1", "mixer"),),)
@@ -201,13 +200,13 @@ def test_a_stream_written_for_every_head_enters_through_the_norm_and_its_number(
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-5)
 
 
-def test_verify_knows_what_enters_a_mixer() -> None:
+def test_a_block_knows_what_enters_a_mixer() -> None:
     model, stream = build("falcon_h1"), torch.randn(2, 7, 32)
-    evidence, layer = Evidence(TransformerBridge(model), tokens()), model.model.layers[1]
-    assert torch.equal(evidence.entering("blocks.1", "attn")(stream), layer.input_layernorm(stream) * 0.9)
-    assert torch.equal(evidence.entering("blocks.1", "mixer")(stream), layer.input_layernorm(stream))
-    bare = Evidence(TransformerBridge(build("olmo2")), tokens())
-    assert torch.equal(bare.entering("blocks.1", "attn")(stream), stream)
+    block, layer = [*TransformerBridge(model).blocks][1], model.model.layers[1]
+    assert torch.equal(block.entering("attn")(stream), layer.input_layernorm(stream) * 0.9)
+    assert torch.equal(block.entering("mixer")(stream), layer.input_layernorm(stream))
+    bare = [*TransformerBridge(build("olmo2")).blocks][1]
+    assert torch.equal(bare.entering("attn")(stream), stream)
 
 
 # -- what follows from the branches ----------------------------------------------------------------------

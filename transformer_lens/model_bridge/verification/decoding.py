@@ -332,7 +332,7 @@ def _oracle(
             keys = cache.get_mask_sizes(1, layer)
             v = _all_values(e, attention, calls, keys)
             project = partial(_put_z, here, v)
-            read = partial(_put_input, here, streams[block], e.entering(block, "attn"))
+            read = partial(_put_input, here, streams[block], e.block(block).entering("attn"))
             undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
             undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
         return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))

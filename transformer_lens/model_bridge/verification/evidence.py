@@ -298,12 +298,6 @@ class Evidence(Seen):
         """The module of every component that is here."""
         return {name: c.original_component for name, c in self.components.items() if not self.is_elsewhere(name)}
 
-    def entering(self, block: str, mixer: str) -> Callable[[Tensor], Tensor]:
-        """From a stream to what a branch's mixer is given of it."""
-        branch = self.block(block).branch(mixer)
-        norm = self.modules[f"{block}.{branch.norm}"] if branch.norm else nn.Identity()
-        return lambda stream: norm(stream) if branch.scale_in == 1.0 else norm(stream) * branch.scale_in
-
     @contextmanager
     def bare(self) -> Iterator[Any]:
         """The model as it was before the bridge came: what `prepare_model` did is undone meanwhile."""
