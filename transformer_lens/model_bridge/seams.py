@@ -7,6 +7,7 @@ place. The arithmetic stays the module's own, and nothing is left behind.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -296,3 +297,13 @@ def beside(module: nn.Module, parts: Mapping[str, nn.Module] | None = None, **at
     copied = type(module).__new__(type(module))
     copied.__dict__ = {**module.__dict__, **attributes, "_modules": {**module._modules, **(parts or {})}}
     return copied
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where torch keeps the hooks of a module."""
+
+
+def unhooked(module: nn.Module) -> Any:
+    """A copy of a module and its parts that shares their parameters, and on which there are no hooks."""
+    parts = {name: unhooked(part) for name, part in module._modules.items() if part is not None}
+    return beside(module, parts, **{name: OrderedDict() for name in HOOKS})

@@ -23,9 +23,9 @@ from transformer_lens.model_bridge.generalized_components.attention_masks import
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.generalized_components.normalization import at_least_float32
-from transformer_lens.model_bridge.generalized_components.weights import matrix
+from transformer_lens.model_bridge.generalized_components.weights import has_bias, matrix
 from transformer_lens.model_bridge.inside_call import InsideCall, on_output
-from transformer_lens.model_bridge.seams import Enough, Handed, KeysAndValues, PassingBy, beside, cache_update
+from transformer_lens.model_bridge.seams import Enough, Handed, KeysAndValues, PassingBy, beside, cache_update, unhooked
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
 from transformer_lens.model_bridge.views import View
 
@@ -44,8 +44,6 @@ class AttentionRun:
         """What the projections of q, k and v handed over, by role."""
         self.keys_and_values: KeysAndValues
         """All keys and values, as they came from the cache."""
-        self.turned: Tensor | None = None
-        """What hooks at the rotated keys changed of them."""
         self.at_keys: Callable[[], object] = nothing
         """What to do once they are there."""
         self.changes = self._changes()
@@ -110,23 +108,24 @@ class AttentionRun:
         return torch.einsum("bqhm,mhd->bqhd", wide, weight_MHD[:, group_of_head])
 
     def _edited(self) -> KeysAndValues:
-        """Every query head's new keys and values: the module's own code on what the projections handed over, changed
-        for one query head of every group at a time."""
+        """What the edits change of every query head's new keys and values: the difference that it makes for the
+        module's own code whether its projections handed over one query head of each group or the other."""
         heads = self.cfg.n_heads
         each = heads // self.cfg.n_key_value_heads
-        found: list[KeysAndValues] = []
+        before = self._keys_and_values(self.projected)
+        found: list[list[Tensor]] = []
         for nth in range(each):
             handed = dict(self.projected)
             for part in self.changes.keys() - {"q"}:
                 role, view = self.component.places[part]
                 handed[role] = _added(handed[role], view(self.cfg), self.changes[part][:, :, nth::each])
-            keys, values = self._keys_and_values(handed)
-            found.append((keys[:, nth::each], values[:, nth::each]) if keys.shape[1] == heads else (keys, values))
+            differences = [new - old for new, old in zip(self._keys_and_values(handed), before, strict=True)]
+            found.append([x[:, nth::each] if x.shape[1] == heads else x for x in differences])
         keys, values = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
-        return keys if self.turned is None else keys + repeat_groups(self.turned, heads), values
+        return keys, values
 
     def _keys_and_values(self, handed: Mapping[str, Tensor]) -> KeysAndValues:
-        """The new keys and values that the module makes of what its projections hand over."""
+        """The new keys and values that the module makes of what its projections hand over, with no hook on the way."""
         found: list[KeysAndValues] = []
 
         def stop(keys: Tensor, values: Tensor) -> KeysAndValues:
@@ -140,9 +139,10 @@ class AttentionRun:
         return found[0]
 
     def handing(self, handed: Mapping[str, Tensor]) -> Any:
-        """The module with projections that hand over what they are told."""
+        """The module with projections that hand over what they are told, and no hook on its other parts."""
         names = self.component.part_names()
-        return beside(self.call.module, {names[role]: Handed(value) for role, value in handed.items()})
+        parts = {name: unhooked(part) for name, part in self.call.module._modules.items() if part is not None}
+        return beside(self.call.module, parts | {names[role]: Handed(value) for role, value in handed.items()})
 
     # -- the cache ---------------------------------------------------------------------------------------
 
@@ -158,24 +158,21 @@ class AttentionRun:
         each = keys.shape[1] // self.cfg.n_key_value_heads  # Falcon gives query heads their keys before it caches them
         shown = keys[:, ::each].transpose(1, 2)
         new = self.call.fire("hook_rot_k", shown)
-        if new is shown:
-            return keys, values
-        self.turned = (new - shown).transpose(1, 2)
-        return new.transpose(1, 2).repeat_interleave(each, dim=1), values
+        return (keys if new is shown else new.transpose(1, 2).repeat_interleave(each, dim=1)), values
 
     def _after(self, keys: Float[Tensor, "B G K D"], values: Tensor) -> KeysAndValues:
         if self.widened:
             wide = (repeat_groups(old, self.cfg.n_heads) for old in (keys, values))
-            keys, values = map(self._with_new, wide, self._edited())
+            keys, values = map(self._changed, wide, self._edited())
         self.keys_and_values = (keys, values)
         self.at_keys()
         return keys, values
 
-    def _with_new(self, wide: Float[Tensor, "B H K D"], new: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H K D"]:
-        """All keys or values, those of the new positions exchanged."""
-        end = self.end(wide.shape[2])
-        before, _, after = wide.split([end - new.shape[2], new.shape[2], wide.shape[2] - end], dim=2)
-        return torch.cat([before, new, after], dim=2)
+    def _changed(self, wide: Float[Tensor, "B H K D"], change: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H K D"]:
+        """All keys or values, those of the new positions changed."""
+        end, queries = self.end(wide.shape[2]), change.shape[2]
+        before, new, after = wide.split([end - queries, queries, wide.shape[2] - end], dim=2)
+        return torch.cat([before, new + change, after], dim=2)
 
     def end(self, keys: int) -> int:
         """Where the new positions end among the keys: a cache of fixed size has empty places after them."""
@@ -232,7 +229,7 @@ class AttentionRun:
         if changed is result:
             return None
         total = call.shards.summed(changed.sum(2))
-        return total + call.weight("o", "bias") if self.component.has_bias("o") else total
+        return total + call.weight("o", "bias") if has_bias(module) else total
 
 
 def nothing() -> None:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
 
 
+def has_bias(module: nn.Module) -> bool:
+    """Whether a linear map adds anything."""
+    return getattr(module, "bias", None) is not None
+
+
 @dataclass(frozen=True)
 class Place:
     """A parameter of a Hugging Face module, and how a weight is seen in it. `shape` is that of a bias."""
@@ -35,7 +40,7 @@ class Place:
     @property
     def missing(self) -> bool:
         """Whether the module has no such parameter: a bias that this model does without."""
-        return self.parameter == "bias" and getattr(self.module, "bias", None) is None
+        return self.parameter == "bias" and not has_bias(self.module)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """The weight; for a missing bias zeros that take no memory and refuse to be written."""
