@@ -154,25 +154,20 @@ class Probabilities(TorchCalls):
             raise UpstreamError(type(self.module).__name__, missing + " with dropout after it" * self.waits, ())
 
 
-class FirstProduct(TorchCalls):
-    """The first product with a matrix that a module computes, such as the logits of a router."""
+class FirstCall(TorchCalls):
+    """The first call of one of some functions, which `act` makes, or another in its place."""
 
-    def __init__(self, module: nn.Module, step: Step) -> None:
+    def __init__(self, functions: tuple[Any, ...], act: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
-        self.module = module
-        self.step: Step | None = step
+        self.functions = functions
+        self.act = act
+        self.made = False
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = function(*args, **kwargs)
-        if self.step is None or function not in MATMUL:
-            return result
-        step, self.step = self.step, None
-        return step(result)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        if error is None and self.step is not None:
-            raise UpstreamError(type(self.module).__name__, "product with a matrix in its forward", ())
+        if self.made or function not in self.functions:
+            return function(*args, **kwargs)
+        self.made = True
+        return self.act(function, args, kwargs)
 
 
 # -- attention functions -----------------------------------------------------------------------------

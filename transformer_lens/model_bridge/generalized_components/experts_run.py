@@ -6,7 +6,7 @@ The hidden layer, the neurons and the output of every chosen (token, expert) pai
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.seams import ADD, MATMUL, Enough, TorchCalls, beside
+from transformer_lens.model_bridge.seams import ADD, MATMUL, Enough, FirstCall, TorchCalls, beside
 from transformer_lens.model_bridge.sharding import ALONE, Shards
 from transformer_lens.model_bridge.upstream import (
     CHOICE_WEIGHTS,
@@ -54,10 +54,14 @@ def show_hidden(
     return torch.cat(new, dim=-1) if together else torch.stack(new, dim=-1).flatten(-2)
 
 
-class KernelRun:
-    """A call of a kernel of transformers that computes the pairs of all experts at once.
+SORTS = {"grouped_mm": True, "batched_mm": False}
+"""The kernels of transformers for all experts at once, and whether they sort the pairs by expert."""
 
-    Their neurons are what the module's own gate makes of their hidden layer, in between the kernel's two products.
+
+class KernelRun:
+    """A call of a kernel that computes the pairs of all experts at once.
+
+    Their neurons are what the module's own gate makes of their hidden layer, between the kernel's two products.
     """
 
     def __init__(self, together: bool, call: InsideCall) -> None:
@@ -65,7 +69,12 @@ class KernelRun:
         self.call = call
         self.module: Any = call.module
         self.shape = call.argument(CHOSEN).shape
-        self.products = KernelCalls(self.module, self._outputs)
+        config: Any = self.module.config
+        self.sorts = SORTS[config._experts_implementation]
+        self.place: Tensor | None = None
+        """Where each pair of the tokens, in order, is among the kernel's."""
+        self.order: Tensor | None = None
+        self.step = "sort" if self.sorts else "gate"
 
     @staticmethod
     def fits(call: InsideCall) -> bool:
@@ -78,62 +87,48 @@ class KernelRun:
     def run(self) -> Any:
         """The module's output."""
         module = beside(self.module, _apply_gate=self._gate)
-        with self.products:
-            return type(module).forward(module, *self.call.args, **self.call.kwargs)
+        with ExitStack() as self.watched:
+            if self.sorts:
+                self.watched.enter_context(FirstCall((torch.sort,), self._sorted))
+            output = type(module).forward(module, *self.call.args, **self.call.kwargs)
+        if self.step != "done":
+            raise UpstreamError(type(self.module).__name__, f"{self.step} of its pairs where its kernel had one", ())
+        return output
+
+    def _sorted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kernel sorts the pairs."""
+        result = function(*args, **kwargs)
+        self.order, self.step = result[1], "gate"
+        return result
 
     def _gate(self, hidden: Float[Tensor, "pair hidden"]) -> Float[Tensor, "pair d_mlp"]:
-        new = show_hidden(hidden, self.together, self._fire)
-        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(new))
-        self.products.gated = True
+        """The kernel asks the module for its neurons."""
+        self.watched.close()
+        if self.step != "gate":
+            return self.module._apply_gate(hidden)  # type: ignore[no-any-return]
+        if self.order is not None:
+            self.place = torch.argsort(self.order)
+        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(hidden, self.together, self._fire)))
+        self.step = "weighting" if self.call.wants(OUTPUTS.hooks[0]) else "done"
+        if self.step != "done":
+            self.watched.enter_context(FirstCall((Tensor.mul,), self._weighted))
         return neurons
 
-    def _outputs(self, value: Float[Tensor, "pair d_model"]) -> Float[Tensor, "pair d_model"]:
-        return self._fire(OUTPUTS.hooks[0], value)
+    def _weighted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kernel multiplies the outputs by their weights."""
+        self.step = "done"
+        return function(self._fire(OUTPUTS.hooks[0], args[0]), *args[1:], **kwargs)
 
     def _fire(self, name: str, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
         """Show a value to its hook by token, where any hook wants it."""
         if not self.call.wants(name):
             return pairs
-        order = self.products.order
         with self.call.graph_of(name):
-            by_token = pairs if order is None else torch.empty_like(pairs).index_put((order,), pairs)
-            shown = by_token.unflatten(0, self.shape)
+            shown = (pairs if self.place is None else pairs[self.place]).unflatten(0, self.shape)
         new = self.call.fire(name, shown)
         if new is shown:
             return pairs
-        flat = new.flatten(0, 1)
-        return flat if order is None else flat[order]
-
-
-SORTS = {"grouped_mm": True, "batched_mm": False}
-"""The kernels for all experts at once, and whether they sort the pairs by expert."""
-
-
-class KernelCalls(TorchCalls):
-    """The order in which a kernel sorts the pairs, and their outputs, which it multiplies by their weights."""
-
-    def __init__(self, module: Any, outputs: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.module = module
-        self.outputs: Callable[[Tensor], Tensor] | None = outputs
-        self.order: Tensor | None = None
-        self.gated = False
-
-    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.gated and self.outputs is not None and function is Tensor.mul:
-            outputs, self.outputs = self.outputs, None
-            return function(outputs(args[0]), *args[1:], **kwargs)
-        result = function(*args, **kwargs)
-        if function is torch.sort and self.order is None:
-            self.order = result[1]
-        return result
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        sorts = SORTS[self.module.config._experts_implementation]
-        if error is None and (self.outputs is not None or sorts != (self.order is not None)):
-            made = "gate between the products of its kernel, and pairs that are sorted as they were before"
-            raise UpstreamError(type(self.module).__name__, made, ())
+        return new.flatten(0, 1) if self.order is None else new.flatten(0, 1)[self.order]
 
 
 class EagerRun:

@@ -9,9 +9,9 @@ from transformer_lens.model_bridge.generalized_components.experts_run import STA
 from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
-from transformer_lens.model_bridge.seams import FirstProduct
+from transformer_lens.model_bridge.seams import MATMUL, FirstCall
 from transformer_lens.model_bridge.sharding import Interior, Sharding
-from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, eager_forward
+from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, UpstreamError, eager_forward
 
 
 class RouterBridge(ComponentBridge):
@@ -21,8 +21,15 @@ class RouterBridge(ComponentBridge):
 
     def inside(self, call: InsideCall) -> Any:
         """The module's call; its first product are the logits, and by its own rule others choose other experts."""
-        with FirstProduct(call.module, lambda logits: call.fire("hook_router_logits", logits)):
-            return call.run()
+
+        def logits(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return call.fire("hook_router_logits", function(*args, **kwargs))
+
+        with FirstCall(MATMUL, logits) as first:
+            output = call.run()
+        if not first.made:
+            raise UpstreamError(type(call.module).__name__, "product with a matrix in its forward", ())
+        return output
 
 
 class ExpertsBridge(ComponentBridge):
