@@ -27,7 +27,7 @@ def action_of(request: HookRequest) -> Action:
         return Action(request.name, fn.operation, number, **fn.chosen)
     if request.direction == "bwd":
         return Action(request.name, "gradient")
-    # A hook that is not known to read only goes through the twin's own computation on a local bridge too.
+    # A hook that is not known to read only may write on a local bridge too.
     return Action(request.name, "look" if request.entry.reads_only else "keep")
 
 

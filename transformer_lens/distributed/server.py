@@ -1,4 +1,4 @@
-"""`SpanServer`: runs a span of unchanged blocks for whoever sends messages, with the bridge's ports and twins inside.
+"""`SpanServer`: runs a span of unchanged blocks for whoever sends messages, with the bridge's ports and seams inside.
 
 It keeps nothing between calls but the keys and values of sessions. A bad message gets an answer that says why.
 """

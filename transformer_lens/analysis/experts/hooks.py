@@ -52,9 +52,8 @@ def ablate_expert(
     or at some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
     scales those to sum to one (where the experts taken away had all the weight, nothing is left to scale).
 
-    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`. The experts'
-    twin computes the layers named, within rounding of the model's own kernel. Raises `ValueError` for a dense model,
-    for a layer, an expert or a position that is not there, and for one named twice.
+    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`.
+    Raises `ValueError` for a dense model, for a layer, an expert or a position that is not there or named twice.
     """
     need_experts(bridge.cfg, "ablate_expert")
     gone_of = experts_by_layer(bridge.cfg, layer, expert)
