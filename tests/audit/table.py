@@ -315,16 +315,6 @@ KEYWORDS = frozenset(["options", "kwargs", "model_kwargs", "from_pretrained_kwar
 OF_OTHERS = frozenset(["tokenizer", "device_map", "quantization_config", "attn_implementation", "args", "model_args"])
 """Handed on to transformers or torch, which check them."""
 
-SETTERS = (
-    "layer_expert",
-    "layer_head_dest_src_pos_pattern",
-    "layer_head_pattern",
-    "layer_head_pos_pattern",
-    "layer_head_vector",
-    "layer_pos",
-    "layer_pos_head_vector",
-)
-
 NOT_AUDITED: dict[str, str] = {
     **dict.fromkeys(
         ["Capture.__call__", "HookEntry.call", "HookPoint.attach", "HookPoint.check", "HookPoint.remove"],
@@ -350,11 +340,8 @@ NOT_AUDITED: dict[str, str] = {
     "BridgeConfig.follow": "called by the bridge, with its model",
     **dict.fromkeys(["TransformerBridge.names_of", "TransformerBridge.unknown_hook"], "like those they override"),
     "PrefixCache.__init__": "made by the engine of sweeps",
-    **{
-        f"analysis.patching.setters.{name}_patch_setter": "called by sweeps, which compared the shapes"
-        for name in SETTERS
-    },
-    "PatchSweep.__call__": "the sweeps that are made of it are called",
+    "PartSetter.__call__": "called by sweeps, which compared the shapes",
+    **dict.fromkeys(["PatchSweep.__call__", "PatchSweeps.__call__"], "the sweeps that are made of it are called"),
     "TransformerBridge.fires_in": "asked by the engine",
     "HookedRootModule.fires_in": "asked by the engine",
     "TransformerBridge.verify": "owned by `verifying`, which has its tests",

@@ -2,154 +2,32 @@
 
 from __future__ import annotations
 
-NAMES: tuple[str, ...] = (
-    "Mary",
-    "John",
-    "Tom",
-    "James",
-    "Dan",
-    "Sid",
-    "Martin",
-    "Amy",
-    "Lee",
-    "Kate",
-    "Anna",
-    "Ben",
-    "Sam",
-    "Max",
-    "Jack",
-    "Emma",
-    "Lucy",
-    "Paul",
-    "Peter",
-    "Simon",
-    "David",
-    "Sarah",
-    "Laura",
-    "Alice",
-    "Emily",
-    "Helen",
-    "Julia",
-    "Karen",
-    "Linda",
-    "Nancy",
-    "Susan",
-    "Carol",
-    "Diana",
-    "Henry",
-    "Kevin",
-    "Brian",
-    "Steve",
-    "Jason",
-    "Oscar",
-    "Felix",
-    "Victor",
-    "Robert",
-    "Daniel",
-    "Rachel",
-    "Ruth",
-    "Jane",
-    "Eric",
-    "Adam",
-    "Alan",
-    "Carl",
-    "Dean",
-    "Fred",
-    "Gary",
-    "Greg",
-    "Hugo",
-    "Ivan",
-    "Joel",
-    "Karl",
-    "Leon",
-    "Luke",
-    "Nick",
-    "Noah",
-    "Owen",
-    "Ryan",
-    "Sean",
-    "Nina",
-)
 
-PLACES: tuple[str, ...] = (
-    "store",
-    "school",
-    "park",
-    "garden",
-    "beach",
-    "market",
-    "house",
-    "farm",
-    "church",
-    "hotel",
-    "museum",
-    "station",
-    "library",
-    "bank",
-    "lake",
-    "forest",
-    "bakery",
-    "castle",
-    "cinema",
-    "river",
-)
+def _words(listed: str) -> tuple[str, ...]:
+    return tuple(listed.split())
+
+
+NAMES = _words("""
+    Mary John Tom James Dan Sid Martin Amy Lee Kate Anna Ben Sam Max Jack Emma Lucy Paul Peter Simon David Sarah
+    Laura Alice Emily Helen Julia Karen Linda Nancy Susan Carol Diana Henry Kevin Brian Steve Jason Oscar Felix
+    Victor Robert Daniel Rachel Ruth Jane Eric Adam Alan Carl Dean Fred Gary Greg Hugo Ivan Joel Karl Leon Luke Nick
+    Noah Owen Ryan Sean Nina
+    """)
+
+PLACES = _words("""
+    store school park garden beach market house farm church hotel museum station library bank lake forest bakery
+    castle cinema river
+    """)
 
 # Every object starts with a consonant sound, so "a" is always the right article.
-OBJECTS: tuple[str, ...] = (
-    "drink",
-    "book",
-    "ring",
-    "ball",
-    "kiss",
-    "letter",
-    "gift",
-    "key",
-    "cup",
-    "hat",
-    "coat",
-    "map",
-    "pen",
-    "bell",
-    "rose",
-    "cake",
-    "lamp",
-    "box",
-    "watch",
-    "coin",
-)
+OBJECTS = _words("drink book ring ball kiss letter gift key cup hat coat map pen bell rose cake lamp box watch coin")
 
-COLORS: tuple[str, ...] = ("red", "blue", "green", "black", "white", "brown", "pink", "gold")
+COLORS = _words("red blue green black white brown pink gold")
 
-DAYS: tuple[str, ...] = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS: tuple[str, ...] = (
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-)
-NUMBERS: tuple[str, ...] = (
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
-LETTERS: tuple[str, ...] = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = _words("January February March April May June July August September October November December")
+NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 # {A} and {B} are the two names in order of mention, {P} the place, {O} the object.
 OPENINGS: tuple[str, ...] = (

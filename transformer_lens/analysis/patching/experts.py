@@ -20,8 +20,8 @@ from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
 
-get_act_patch_router_logits = PatchSweep("router_logits", ("layer", "pos"), layer_pos_patch_setter)
-get_act_patch_router_logits_by_expert = PatchSweep("router_logits", ("layer", "expert"), layer_expert_patch_setter)
+get_act_patch_router_logits = PatchSweep("router_logits", layer_pos_patch_setter)
+get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert_patch_setter)
 
 
 def get_act_patch_expert_out(

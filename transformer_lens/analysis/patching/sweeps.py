@@ -20,6 +20,7 @@ from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
 from transformer_lens.analysis.patching.index import index_rows, make_df_from_ranges
 from transformer_lens.analysis.patching.setters import (
+    PartSetter,
     PatchSetter,
     layer_head_dest_src_pos_pattern_patch_setter,
     layer_head_pattern_patch_setter,
@@ -34,6 +35,8 @@ from transformer_lens.utilities import get_act_name
 Cache = Mapping[str, Tensor]
 KEY_VALUE = ("k", "v", "rot_k")
 """Activations with an axis of key-value heads, of which grouped models have fewer."""
+HEADS = ("head", "head_index")
+"""What an axis of heads is called: both names mean the same."""
 
 
 @checked
@@ -154,17 +157,18 @@ def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PatchSweep:
-    """
+    """A ready-made sweep: a tensor with the axes `index_axis_names`. Keywords as in `generic_activation_patch`.
+
     >>> get_act_patch_resid_pre.index_axis_names
     ('layer', 'pos')
-
-    A ready-made sweep: `sweep(model, corrupted_tokens, clean_cache, patching_metric)` is a tensor with the
-    axes `index_axis_names`. Keywords as in `generic_activation_patch`.
     """
 
     activation_name: str
-    index_axis_names: tuple[str, ...]
-    patch_setter: PatchSetter
+    patch_setter: PartSetter
+
+    @property
+    def index_axis_names(self) -> tuple[str, ...]:
+        return self.patch_setter.index_axis_names
 
     def __call__(
         self,
@@ -175,114 +179,80 @@ class PatchSweep:
         return_index_df: bool = False,
         **options: Any,
     ) -> Any:
+        fixed = (self.patch_setter, self.activation_name, self.index_axis_names)
         return generic_activation_patch(
-            model,
-            corrupted_tokens,
-            clean_cache,
-            patching_metric,
-            self.patch_setter,
-            self.activation_name,
-            self.index_axis_names,
-            return_index_df=return_index_df,
-            **options,
+            model, corrupted_tokens, clean_cache, patching_metric, *fixed, return_index_df=return_index_df, **options
         )
 
 
-_STREAM = ("layer", "pos"), layer_pos_patch_setter
-_BY_POS = ("layer", "pos", "head"), layer_pos_head_vector_patch_setter
-_ALL_POS = ("layer", "head"), layer_head_vector_patch_setter
+@dataclass(frozen=True)
+class PatchSweeps:
+    """Several sweeps, stacked: `[patch_type layer ...]`, heads last. Keywords as in `generic_activation_patch`.
 
-get_act_patch_resid_pre = PatchSweep("resid_pre", *_STREAM)
-get_act_patch_resid_mid = PatchSweep("resid_mid", *_STREAM)
-get_act_patch_attn_out = PatchSweep("attn_out", *_STREAM)
-get_act_patch_mlp_out = PatchSweep("mlp_out", *_STREAM)
-get_act_patch_attn_head_out_by_pos = PatchSweep("z", *_BY_POS)
-get_act_patch_attn_head_q_by_pos = PatchSweep("q", *_BY_POS)
-get_act_patch_attn_head_k_by_pos = PatchSweep("k", *_BY_POS)
-get_act_patch_attn_head_v_by_pos = PatchSweep("v", *_BY_POS)
-get_act_patch_attn_head_out_all_pos = PatchSweep("z", *_ALL_POS)
-get_act_patch_attn_head_q_all_pos = PatchSweep("q", *_ALL_POS)
-get_act_patch_attn_head_k_all_pos = PatchSweep("k", *_ALL_POS)
-get_act_patch_attn_head_v_all_pos = PatchSweep("v", *_ALL_POS)
-get_act_patch_attn_head_pattern_all_pos = PatchSweep(
-    "pattern", ("layer", "head_index"), layer_head_pattern_patch_setter
-)
-get_act_patch_attn_head_pattern_by_pos = PatchSweep(
-    "pattern", ("layer", "head_index", "dest_pos"), layer_head_pos_pattern_patch_setter
-)
-get_act_patch_attn_head_pattern_dest_src_pos = PatchSweep(
-    "pattern", ("layer", "head_index", "dest_pos", "src_pos"), layer_head_dest_src_pos_pattern_patch_setter
-)
-
-
-def get_act_patch_block_every(
-    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
-) -> Float[Tensor, "patch_type layer pos"]:
-    """
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> def metric(logits):
     ...     return logits[0, -1].max()
     >>> get_act_patch_block_every(bridge, bridge.to_tokens("Mary and Mary"), clean_cache, metric, verbose=False).shape
     torch.Size([3, 4, 5])
+    >>> get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
+    torch.Size([5, 4, 5, 4])
 
-    The sweeps over the stream that enters each block, over attention's output and over the MLP's, stacked.
+    Heads are query heads. Where several share a key and a value, each of them shows what patching that shared key or
+    value does. A pattern's position is that of the query.
     """
-    sweeps = (get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out)
-    return torch.stack([sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps])
+
+    sweeps: tuple[PatchSweep, ...]
+
+    def __call__(
+        self, model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
+    ) -> Float[Tensor, "patch_type layer ..."]:
+        found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in self.sweeps]
+        return torch.stack([_heads_last(one, sweep, model) for one, sweep in zip(found, self.sweeps, strict=True)])
 
 
-def get_act_patch_attn_head_all_pos_every(
-    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
-) -> Float[Tensor, "patch_type layer head"]:
-    """
-    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> def metric(logits):
-    ...     return logits[0, -1].max()
-    >>> found = get_act_patch_attn_head_all_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False)
-    >>> found.shape
-    torch.Size([5, 4, 4])
+def _heads_last(found: Tensor, sweep: PatchSweep, model: TransformerBridge) -> Tensor:
+    """A sweep with its heads as the last axis; shared keys or values as the query heads that read them."""
+    heads = [axis for axis, name in enumerate(sweep.index_axis_names) if name in HEADS]
+    for axis in heads:
+        found = found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis).movedim(axis, -1)
+    return found
 
-    The sweeps over each head's output, query, key, value and pattern, at every position, stacked.
 
-    Heads are query heads. Where several share a key and a value, each of them shows what patching that
-    shared key or value does.
-    """
-    sweeps = (
+get_act_patch_resid_pre = PatchSweep("resid_pre", layer_pos_patch_setter)
+get_act_patch_resid_mid = PatchSweep("resid_mid", layer_pos_patch_setter)
+get_act_patch_attn_out = PatchSweep("attn_out", layer_pos_patch_setter)
+get_act_patch_mlp_out = PatchSweep("mlp_out", layer_pos_patch_setter)
+get_act_patch_attn_head_out_by_pos = PatchSweep("z", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_q_by_pos = PatchSweep("q", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_k_by_pos = PatchSweep("k", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_v_by_pos = PatchSweep("v", layer_pos_head_vector_patch_setter)
+get_act_patch_attn_head_out_all_pos = PatchSweep("z", layer_head_vector_patch_setter)
+get_act_patch_attn_head_q_all_pos = PatchSweep("q", layer_head_vector_patch_setter)
+get_act_patch_attn_head_k_all_pos = PatchSweep("k", layer_head_vector_patch_setter)
+get_act_patch_attn_head_v_all_pos = PatchSweep("v", layer_head_vector_patch_setter)
+get_act_patch_attn_head_pattern_all_pos = PatchSweep("pattern", layer_head_pattern_patch_setter)
+get_act_patch_attn_head_pattern_by_pos = PatchSweep("pattern", layer_head_pos_pattern_patch_setter)
+get_act_patch_attn_head_pattern_dest_src_pos = PatchSweep("pattern", layer_head_dest_src_pos_pattern_patch_setter)
+
+get_act_patch_block_every = PatchSweeps((get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out))
+"""The stream that enters each block, attention's output and the MLP's: `[3 layer pos]`."""
+get_act_patch_attn_head_all_pos_every = PatchSweeps(
+    (
         get_act_patch_attn_head_out_all_pos,
         get_act_patch_attn_head_q_all_pos,
         get_act_patch_attn_head_k_all_pos,
         get_act_patch_attn_head_v_all_pos,
         get_act_patch_attn_head_pattern_all_pos,
     )
-    found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps]
-    return torch.stack([_per_query_head(one, model, axis=1) for one in found])
-
-
-def get_act_patch_attn_head_by_pos_every(
-    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
-) -> Float[Tensor, "patch_type layer pos head"]:
-    """
-    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> def metric(logits):
-    ...     return logits[0, -1].max()
-    >>> found = get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False)
-    >>> found.shape
-    torch.Size([5, 4, 5, 4])
-
-    The sweeps over each head's output, query, key, value and pattern, position by position, stacked; a
-    pattern's position is that of the query. Heads as in `get_act_patch_attn_head_all_pos_every`.
-    """
-    sweeps = (
+)
+"""Each head's output, query, key, value and pattern, at every position: `[5 layer head]`."""
+get_act_patch_attn_head_by_pos_every = PatchSweeps(
+    (
         get_act_patch_attn_head_out_by_pos,
         get_act_patch_attn_head_q_by_pos,
         get_act_patch_attn_head_k_by_pos,
         get_act_patch_attn_head_v_by_pos,
+        get_act_patch_attn_head_pattern_by_pos,
     )
-    found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in sweeps]
-    pattern = get_act_patch_attn_head_pattern_by_pos(model, corrupted_tokens, clean_cache, metric, **options)
-    return torch.stack([*(_per_query_head(one, model, axis=2) for one in found), pattern.transpose(1, 2)])
-
-
-def _per_query_head(found: Tensor, model: TransformerBridge, axis: int) -> Tensor:
-    """A sweep over shared keys or values as one over the query heads that read them."""
-    return found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis)
+)
+"""The same, position by position: `[5 layer pos head]`."""
