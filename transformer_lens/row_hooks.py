@@ -26,10 +26,9 @@ def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
     >>> [torch.equal(row, plain) for row, plain in zip(logits, bridge(twice))]
     [True, False]
 
-    `fn` gets `tensor[rows]`, with the batch axis kept, and may edit it in place or return a replacement of
-    its shape, as any hook may, forward and backward. Rows of a list come in the order of the list. Raises
-    `TypeError` and `ValueError` for rows that mean nothing or occur twice and, in the run, for rows that the
-    batch does not have.
+    `fn` gets `tensor[rows]`, with the batch axis kept, and may edit it in place or return a replacement of its shape,
+    as any hook may, forward and backward. Rows of a list come in the order of the list. Raises `TypeError` and
+    `ValueError` for rows that mean nothing or occur twice and, in the run, for rows that the batch does not have.
     """
     return _OnRows(_checked(rows), _checked_function("on_rows", fn))
 

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextTable:
-    """
+    """A small table of text, with a title that says what a cell means.
+
     >>> print(TextTable("two rows", ["layer", "value"], [["0", "a"], ["1", "b"]]))
     two rows
     layer  value
     0      a
     1      b
-
-    A small table of text, with a title that says what a cell means.
     """
 
     title: str

@@ -20,12 +20,11 @@ Position = int | Sequence[int] | Literal["mean"]
 
 
 def batches_of(bridge: TransformerBridge, texts: Texts) -> Callable[[Sequence[int]], InputAndMask]:
-    """
+    """Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
+
     >>> some = batches_of(bridge, ["Mary", "Mary and John", "John"])
     >>> some([0, 1]).mask.sum(-1)
     tensor([3, 5])
-
-    Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
     """
     if not isinstance(texts, Tensor):
         return lambda some: bridge.input_and_mask([texts[number] for number in some])
@@ -43,14 +42,13 @@ def activations_at(
     batch_size: int = 16,
     verbose: bool = False,
 ) -> dict[str, Float[Tensor, "text features"]]:
-    """
+    """What each text has at each place, at `position`, by hook name: on the CPU, in float32 (float64 stays), axes after
+    the position flattened into one. Only the wanted positions of `batch_size` texts are kept at a time, and no layer
+    above the places runs.
+
     >>> found = activations_at(bridge, ["Mary and John", "Mary"], [0, "blocks.1.attn.hook_z"])
     >>> {name: tuple(x.shape) for name, x in found.items()}
     {'blocks.0.hook_resid_post': (2, 128), 'blocks.1.attn.hook_z': (2, 128)}
-
-    What each text has at each place, at `position`, by hook name: on the CPU, in float32 (float64 stays), axes after
-    the position flattened into one. Only the wanted positions of `batch_size` texts are kept at a time, and no layer
-    above the places runs.
 
     Raises `ValueError` for no texts, for a text without that position and for hooks without a position axis.
     """
@@ -94,11 +92,10 @@ def activations_at(
 
 
 def tokens_at(bridge: TransformerBridge, texts: Texts, position: int | Sequence[int]) -> list[int]:
-    """
+    """The token of each text at a position.
+
     >>> tokens_at(bridge, [" Mary and John"], -1) == [bridge.to_single_token(" John")]
     True
-
-    The token of each text at a position.
     """
     tokens, mask, _ = bridge.input_and_mask(texts)
     return tokens.gather(1, columns(mask, position).to(tokens.device)[:, None])[:, 0].tolist()

@@ -24,38 +24,35 @@ Tokens = Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
 
 def get_previous_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """
+    """1 where a query (row) looks at the token before it.
+
     >>> get_previous_token_head_detection_pattern(torch.tensor([5, 6, 5]))
     tensor([[0., 0., 0.],
             [1., 0., 0.],
             [0., 1., 0.]])
-
-    1 where a query (row) looks at the token before it.
     """
     length = len(_one_text(tokens))
     return torch.ones(length, length).tril(-1).triu(-1)
 
 
 def get_duplicate_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """
+    """1 where a query looks at an earlier occurrence of its own token.
+
     >>> get_duplicate_token_head_detection_pattern(torch.tensor([5, 6, 5]))
     tensor([[0., 0., 0.],
             [0., 0., 0.],
             [1., 0., 0.]])
-
-    1 where a query looks at an earlier occurrence of its own token.
     """
     ids = _one_text(tokens).cpu()
     return (ids[:, None] == ids[None, :]).float().tril(-1)
 
 
 def get_induction_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """
+    """1 where a query looks at a token that followed an earlier occurrence of its own. A token that repeats at once
+    would point at itself, which counts too.
+
     >>> get_induction_head_detection_pattern(torch.tensor([5, 6, 7, 5]))[3]
     tensor([0., 1., 0., 0.])
-
-    1 where a query looks at a token that followed an earlier occurrence of its own. A token that repeats at once
-    would point at itself, which counts too.
     """
     duplicates = get_duplicate_token_head_detection_pattern(tokens)
     return torch.nn.functional.pad(duplicates[:, :-1], (1, 0))
@@ -88,21 +85,20 @@ def detect_head(
     error_measure: ErrorMeasure = "mul",
     batch_size: int = 8,
 ) -> Float[Tensor, "layer head"]:
-    """
+    """How well each head's attention fits a pattern: one that is named, or your own `[pos, pos]`, zero above its
+    diagonal, also one for each text. `heads` are some heads (`["L3H2", "0.1", (1, 0)]`) or the heads of each layer
+    (`{3: [0, 2]}`); all others score -1.
+
     >>> text = "The ball is for Mary. The cup is for John. The ball is for"
     >>> scores = detect_head(bridge, text, "previous_token_head")
     >>> scores.shape, (scores > 0.5).nonzero().tolist()
     (torch.Size([4, 4]), [[0, 2], [0, 3]])
 
-    How well each head's attention fits a pattern: one that is named, or your own `[pos, pos]`, zero above its
-    diagonal, also one for each text. `heads` are some heads (`["L3H2", "0.1", (1, 0)]`) or the heads of each layer
-    (`{3: [0, 2]}`); all others score -1.
-
-    "mul": the share of a head's attention that falls where the pattern is (0 to 1); attention that was excluded
-    counts nowhere, and a head that has none left scores 0. "abs": 1 less the absolute difference to the pattern,
-    mean over queries (-1 to 1). `exclude_bos` leaves out attention to the first token, `exclude_current_token`
-    that of each token to itself. For several texts every option holds, and the score is the mean over texts. Padding is
-    left out, `batch_size` texts run at a time, and a `cache` of `run_with_cache(seq)` saves the run; it is not changed.
+    "mul": the share of a head's attention that falls where the pattern is (0 to 1); attention that was excluded counts
+    nowhere, and a head that has none left scores 0. "abs": 1 less the absolute difference to the pattern, mean over
+    queries (-1 to 1). `exclude_bos` leaves out attention to the first token, `exclude_current_token` that of each token
+    to itself. For several texts every option holds, and the score is the mean over texts. Padding is left out,
+    `batch_size` texts run at a time, and a `cache` of `run_with_cache(seq)` saves the run; it is not changed.
 
     Raises `ValueError` for patterns, measures, heads and texts that do not fit.
     """

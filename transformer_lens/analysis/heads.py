@@ -25,13 +25,12 @@ MATRICES: tuple[Matrix, ...] = ("W_Q", "W_K", "W_V", "W_O")
 def random_repeats(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
-    """
+    """A first token (BOS where the model has one), `length` random tokens, and the same once more. Special tokens are
+    left out where the bridge has a tokenizer.
+
     >>> tokens = random_repeats(bridge, length=3, batch=2)
     >>> tokens.shape, torch.equal(tokens[:, 1:4], tokens[:, 4:])
     (torch.Size([2, 7]), True)
-
-    A first token (BOS where the model has one), `length` random tokens, and the same once more. Special tokens are
-    left out where the bridge has a tokenizer.
     """
     special = set(bridge.tokenizer.all_special_ids) if bridge.tokenizer is not None else set()
     known = len(bridge.tokenizer) if bridge.tokenizer is not None else bridge.cfg.d_vocab
@@ -45,13 +44,12 @@ def random_repeats(
 def induction_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """
+    """Each head's mean attention, over the second half of repeated random tokens, to the token that followed the same
+    token the first time: 0 to 1. Source: the prefix-matching score of Olsson et al. 2022, "In-context Learning and
+    Induction Heads".
+
     >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
     [[1, 0], [1, 1], [1, 2], [1, 3]]
-
-    Each head's mean attention, over the second half of repeated random tokens, to the token that followed the
-    same token the first time: 0 to 1. Source: the prefix-matching score of Olsson et al. 2022, "In-context Learning
-    and Induction Heads".
     """
     tokens = random_repeats(bridge, length, batch, seed)
     queries = torch.arange(length + 1, 2 * length + 1)
@@ -62,11 +60,10 @@ def induction_scores(
 def previous_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """
+    """Each head's mean attention to the token before, over all tokens but the first of repeated random tokens: 0 to 1.
+
     >>> (previous_token_scores(bridge) > 0.5).nonzero().tolist()
     [[0, 2], [0, 3]]
-
-    Each head's mean attention to the token before, over all tokens but the first of repeated random tokens: 0 to 1.
     """
     tokens = random_repeats(bridge, length, batch, seed)
     queries = torch.arange(1, tokens.shape[1])
@@ -77,11 +74,10 @@ def previous_token_scores(
 def duplicate_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """
+    """Each head's mean attention, over the second half of repeated random tokens, to the same token in the first.
+
     >>> duplicate_token_scores(bridge).shape
     torch.Size([4, 4])
-
-    Each head's mean attention, over the second half of repeated random tokens, to the same token in the first.
     """
     tokens = random_repeats(bridge, length, batch, seed)
     queries = torch.arange(length + 1, 2 * length + 1)
@@ -106,15 +102,14 @@ def _mean_attention(
 def ablate_heads(
     bridge: TransformerBridge, heads: Heads, positions: Positions = None, *, mean: bool = False
 ) -> list[tuple[str, Callable[..., Tensor]]]:
-    """
+    """Hooks that let some heads write nothing, or with `mean` what they write on average over the batch and the
+    positions of that forward: what they read (`attn.hook_z`) is replaced, everywhere or at some positions (those of
+    `bridge.steer`). Heads as in `detect_head`. Raises `ValueError` for a head that is not there.
+
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> hooks = ablate_heads(bridge, ["L3H0", "3.1", (3, 2), "L3H3"])
     >>> bridge.to_string(bridge.run_with_hooks(prompt, fwd_hooks=hooks)[0, -1].argmax())
     ' John'
-
-    Hooks that let some heads write nothing, or with `mean` what they write on average over the batch and the positions
-    of that forward: what they read (`attn.hook_z`) is replaced, everywhere or at some positions (those of
-    `bridge.steer`). Heads as in `detect_head`. Raises `ValueError` for a head that is not there.
     """
     where = checked_positions(positions)
     of_layer: dict[int, list[int]] = {}
@@ -136,13 +131,12 @@ def ablate_heads(
 def principal_angles(
     first: Float[Tensor, "d_model rank"], second: Float[Tensor, "d_model other_rank"]
 ) -> Float[Tensor, " k"]:
-    """
+    """The angles between the spaces that the columns of two matrices span, in radians from 0 to pi/2, the smallest
+    first; as many as the lower rank. Computed in float64 as Björck and Golub 1973 do, from sines where they are small.
+
     >>> x, y, z = torch.eye(3).unbind()
     >>> principal_angles(torch.stack([x, y], 1), torch.stack([y, z], 1)).rad2deg()
     tensor([ 0., 90.])
-
-    The angles between the spaces that the columns of two matrices span, in radians from 0 to pi/2, the smallest first;
-    as many as the lower rank. Computed in float64 as Björck and Golub 1973 do, from sines where they are small.
     """
     a_tensor("first", first)
     a_tensor("second", second)
@@ -163,20 +157,19 @@ def principal_angles(
 def head_similarity(
     bridge: TransformerBridge, matrix: Matrix = "W_O", other: Matrix | None = None
 ) -> Float[Tensor, "layer head other_layer other_head"]:
-    """
+    """How much of one head's subspace of the residual stream lies in another's: the mean squared cosine of their
+    principal angles, 1 for equal spaces, 0 for orthogonal ones, about `d_head / d_model` for random ones. It is 1 also
+    where the smaller space lies inside the larger.
+
     >>> same = head_similarity(bridge, "W_O")
     >>> same.shape, torch.allclose(same[0, 1, 0, 1], torch.tensor(1.0))
     (torch.Size([4, 4, 4, 4]), True)
     >>> head_similarity(bridge, "W_O", "W_K").shape  # what heads write, and what keys read: one key per group
     torch.Size([4, 4, 4, 2])
 
-    How much of one head's subspace of the residual stream lies in another's: the mean squared cosine of their
-    principal angles, 1 for equal spaces, 0 for orthogonal ones, about `d_head / d_model` for random ones. It is 1 also
-    where the smaller space lies inside the larger.
-
     "W_O" is the space a head writes; "W_Q", "W_K" and "W_V" those it reads, with the weight of the norm before it, as
-    the stream has them. W_K and W_V have one head for each group: query head `h` uses `h // (n_heads /
-    n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
+    the stream has them. W_K and W_V have one head for each group: query head `h` uses
+    `h // (n_heads / n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
     """
     for name in (matrix, matrix if other is None else other):
         if not is_one_of(name, MATRICES):
@@ -196,12 +189,11 @@ def head_similarity(
 @checked
 @torch.no_grad()
 def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[Tensor, "head d_model d_head"]:
-    """
+    """An orthonormal basis of the space that each head of a layer reads or writes, in float32 at least.
+
     >>> bases = head_bases(bridge, "W_V", 0)
     >>> bases.shape, torch.allclose(bases[0].mT @ bases[0], torch.eye(32), atol=1e-5)
     (torch.Size([2, 128, 32]), True)
-
-    An orthonormal basis of the space that each head of a layer reads or writes, in float32 at least.
     """
     if not is_one_of(matrix, MATRICES):
         raise ValueError(f"head_bases: got {matrix!r}, expected one of {', '.join(MATRICES)}")

@@ -70,14 +70,13 @@ def probe(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ProbeScore:
-    """
+    """Cross-validate a linear probe: logistic regression, or ridge regression where labels are floats (`task` says
+    which), on features scaled by the training folds alone.
+
     >>> x = torch.randn(200, 8)
     >>> found = probe(x, (x[:, 2] > 0).tolist())
     >>> found.score > 0.9, found.shuffled < 0.65, int(found.direction.argmax())
     (True, True, 2)
-
-    Cross-validate a linear probe: logistic regression, or ridge regression where labels are floats (`task` says
-    which), on features scaled by the training folds alone.
 
     `groups` keeps examples that belong together (of one text, one name) in one fold, so that a probe cannot score by
     recognising them. `types` are what the control task gives random labels to, drawn as often as the real ones: a
@@ -164,16 +163,15 @@ def probe_layers(
     verbose: bool = False,
     **options: Any,
 ) -> ProbeTable:
-    """
+    """Probe the activation that each text has at `position`, at each place `at`: hooks, or layers (the stream that
+    leaves them); every layer and `hook_embed` by default. One label for each text. `types` default to the token at
+    `position` (none for "mean"). `options` are those of `probe`; `position` and `batch_size` those of `activations_at`.
+
     >>> texts = [f"{a} and {b} went to the" for a in ("Mary", "Tom", "Alice") for b in ("John", "Paul", "Anna", "Emma")]
     >>> labels = [text.startswith("Mary") for text in texts]
     >>> found = probe_layers(bridge, texts, labels, at=[0, 3], position=-1, folds=2)
     >>> list(found.scores)
     ['blocks.0.hook_resid_post', 'blocks.3.hook_resid_post']
-
-    Probe the activation that each text has at `position`, at each place `at`: hooks, or layers (the stream that leaves
-    them); every layer and `hook_embed` by default. One label for each text. `types` default to the token at `position`
-    (none for "mean"). `options` are those of `probe`; `position` and `batch_size` those of `activations_at`.
 
     A direction found can be given to `bridge.steer` and `bridge.project_out`.
     """
@@ -191,11 +189,10 @@ def probe_layers(
 
 
 def sklearn_modules() -> tuple[Any, Any, Any, Any, Any]:
-    """
+    """The parts of scikit-learn that probes use. Raises `ImportError`, and says what to install, where it is not there.
+
     >>> [module.__name__.split(".")[1] for module in sklearn_modules()]
     ['linear_model', 'metrics', 'model_selection', 'pipeline', 'preprocessing']
-
-    The parts of scikit-learn that probes use. Raises `ImportError`, and says what to install, where it is not there.
     """
     try:
         from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing

@@ -28,19 +28,18 @@ def steering_vector(
     normalize: Literal["unit", "stream"] | None = None,
     batch_size: int = 16,
 ) -> Float[Tensor, "*heads width"]:
-    """
+    """The mean of an activation over the positive texts less its mean over the negative ones, at `position` of each
+    text: shaped as `bridge.steer(vector, at)` takes it, float32, on the bridge's device.
+
     >>> place = " went to the store,"
     >>> vector = steering_vector(bridge, [f"When Mary{place}"], [f"When John{place}"], at=1)
     >>> with bridge.steer(vector, 1, scale=2.0):
     ...     bridge("When Tom went to the store,").shape
     torch.Size([1, 8, 735])
 
-    The mean of an activation over the positive texts less its mean over the negative ones, at `position` of each text:
-    shaped as `bridge.steer(vector, at)` takes it, float32, on the bridge's device.
-
-    `at` is a hook or a layer (the stream that leaves it). `normalize` None keeps the difference as it is, "unit"
-    makes it one long, "stream" as long as the activations are on average at this place, so that a scale means the
-    same in every layer. Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation
+    `at` is a hook or a layer (the stream that leaves it). `normalize` None keeps the difference as it is, "unit" makes
+    it one long, "stream" as long as the activations are on average at this place, so that a scale means the same in
+    every layer. Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation
     Addition"; Marks and Tegmark 2023.
 
     Raises `ValueError` for no texts, a position that a text has not, and a difference of zero that was to be

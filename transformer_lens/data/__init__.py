@@ -8,11 +8,10 @@ TINY_MODELS: tuple[str, ...] = ("tiny-falcon", "tiny-mixtral")
 
 
 def tiny_model_path(name: str) -> Path:
-    """
+    """The folder of a shipped model, in Hugging Face format: pass it to `from_pretrained`.
+
     >>> tiny_model_path("tiny-falcon").name
     'tiny-falcon'
-
-    The folder of a shipped model, in Hugging Face format: pass it to `from_pretrained`.
     """
     if name not in TINY_MODELS:
         raise ValueError(f"tiny model: got {name!r}, expected one of {', '.join(TINY_MODELS)}")

@@ -14,22 +14,20 @@ from transformer_lens.model_bridge.text_pieces import ids_of, single_token
 
 
 def plain_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """
+    """Every token id but the special ones: what random sequences are drawn from.
+
     >>> plain_token_ids(tokenizer)  # doctest: +SKIP
     [3, 4, 5, ...]
-
-    Every token id but the special ones: what random sequences are drawn from.
     """
     special = set(tokenizer.all_special_ids)
     return [token for token in range(len(tokenizer)) if token not in special]
 
 
 def padded_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """
-    >>> tokens, last = padded_prompts(tokenizer, ["When Mary"])  # doctest: +SKIP
-
-    BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
+    """BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
     attention is causal, so right padding needs no mask, and any token will do.
+
+    >>> tokens, last = padded_prompts(tokenizer, ["When Mary"])  # doctest: +SKIP
     """
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [front + ids_of(tokenizer, text) for text in texts]
@@ -44,12 +42,11 @@ def ioi_accuracy(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[IOIExample] | None = None,
 ) -> float:
-    """
+    """The share of prompts (by default 400 with unseen name pairs) where the most likely token of the whole vocabulary
+    is the indirect object.
+
     >>> ioi_accuracy(model, tokenizer)  # doctest: +SKIP
     0.99
-
-    The share of prompts (by default 400 with unseen name pairs) where the most likely token of the
-    whole vocabulary is the indirect object.
     """
     examples = examples if examples is not None else ioi_examples(400, seed=1)
     tokens, last = padded_prompts(tokenizer, [example.prompt for example in examples])
@@ -66,12 +63,11 @@ def repeated_accuracy(
     batch: int = 40,
     seed: int = 1,
 ) -> float:
-    """
+    """The share of right predictions over the whole vocabulary in the second half of repeated random sequences, from
+    its second token on (its first token cannot be told from the past).
+
     >>> repeated_accuracy(model, tokenizer)  # doctest: +SKIP
     0.98
-
-    The share of right predictions over the whole vocabulary in the second half of repeated random
-    sequences, from its second token on (its first token cannot be told from the past).
     """
     rng, token_ids = Random(seed), plain_token_ids(tokenizer)
     right = total = 0
@@ -84,12 +80,11 @@ def repeated_accuracy(
 
 @torch.no_grad()
 def expert_shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """
+    """The share of held-out tokens that each expert of each layer is given: [layers, experts]. Half of the tokens are
+    indirect-object prompts, half repeated random sequences.
+
     >>> expert_shares(model, tokenizer)[0].sum()  # doctest: +SKIP
     tensor(1.)
-
-    The share of held-out tokens that each expert of each layer is given: [layers, experts]. Half of
-    the tokens are indirect-object prompts, half repeated random sequences.
     """
     text, last = padded_prompts(tokenizer, [example.prompt for example in ioi_examples(100, seed=2)])
     random = repeated_random_tokens(plain_token_ids(tokenizer), 12, 100, tokenizer.bos_token_id, Random(2))

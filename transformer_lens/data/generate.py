@@ -1,8 +1,7 @@
 """Generated English with known circuits: indirect objects, repeats, successors and copies.
 
-Everything is drawn from a `random.Random`, so a seed fixes the text on every machine. Name pairs are
-split once and for all into training and held-out pairs; `tiny-falcon` and `tiny-mixtral` never saw a
-sentence with a held-out pair.
+Everything is drawn from a `random.Random`, so a seed fixes the text on every machine. Name pairs are split once and for
+all into training and held-out pairs; `tiny-falcon` and `tiny-mixtral` never saw a sentence with a held-out pair.
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ _SPLIT_SALT = "tiny-name-pairs"
 
 @dataclass(frozen=True)
 class TextExample:
-    """
+    """A prompt and the completion that follows from it.
+
     >>> TextExample("Days: Monday Tuesday", " Wednesday Thursday.").text
     'Days: Monday Tuesday Wednesday Thursday.'
-
-    A prompt and the completion that follows from it.
     """
 
     prompt: str
@@ -57,13 +55,12 @@ class TextExample:
 
 @dataclass(frozen=True)
 class IOIExample:
-    """
+    """An indirect-object sentence without its last word. In order "ABB" the indirect object is named first and the
+    subject second and third; in "BAB" the subject comes first.
+
     >>> example = ioi_example(Random(0), order="ABB")
     >>> example.prompt.count(example.subject), example.prompt.count(example.indirect_object)
     (2, 1)
-
-    An indirect-object sentence without its last word. In order "ABB" the indirect object is named
-    first and the subject second and third; in "BAB" the subject comes first.
     """
 
     prompt: str
@@ -87,13 +84,12 @@ class IOIExample:
 
 @dataclass(frozen=True)
 class IOIPair:
-    """
+    """A clean prompt and the same prompt with the second subject swapped for the indirect object, so that `answer`
+    follows the clean prompt and `wrong_answer` the corrupted one.
+
     >>> pair = ioi_pair(seed=0)
     >>> len(pair.clean.split()) == len(pair.corrupted.split())
     True
-
-    A clean prompt and the same prompt with the second subject swapped for the indirect object, so
-    that `answer` follows the clean prompt and `wrong_answer` the corrupted one.
     """
 
     clean: str
@@ -103,12 +99,11 @@ class IOIPair:
 
 
 def is_held_out_pair(first: str, second: str) -> bool:
-    """
+    """Whether the unordered pair of names is kept out of training: decided by a salted hash, so the split does not
+    depend on the order or on the rest of the names.
+
     >>> is_held_out_pair("Mary", "John") == is_held_out_pair("John", "Mary")
     True
-
-    Whether the unordered pair of names is kept out of training: decided by a salted hash, so the
-    split does not depend on the order or on the rest of the names.
     """
     pair = "|".join((_SPLIT_SALT, *sorted((first, second))))
     digest = hashlib.sha256(pair.encode()).digest()
@@ -117,11 +112,10 @@ def is_held_out_pair(first: str, second: str) -> bool:
 
 @lru_cache(maxsize=2)
 def name_pairs(held_out: bool = False) -> tuple[tuple[str, str], ...]:
-    """
+    """Every unordered pair of names on one side of the split.
+
     >>> set(name_pairs(held_out=True)) & set(name_pairs(held_out=False))
     set()
-
-    Every unordered pair of names on one side of the split.
     """
     return tuple(pair for pair in combinations(NAMES, 2) if is_held_out_pair(*pair) == held_out)
 
@@ -138,11 +132,10 @@ def _fill(template: str, first: str, second: str, subject: str, place: str, thin
 
 
 def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None) -> IOIExample:
-    """
+    """One indirect-object prompt, with a name pair from the held-out or the training side.
+
     >>> ioi_example(Random(1), held_out=True).answer in {f" {name}" for name in NAMES}
     True
-
-    One indirect-object prompt, with a name pair from the held-out or the training side.
     """
     if order is not None and order not in ORDERS:
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
@@ -155,13 +148,12 @@ def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None)
 
 
 def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -> IOIPair:
-    """
+    """Clean and corrupted prompts of equal token length (every name is one token) for activation patching. Only the
+    second mention of the subject differs.
+
     >>> pair = ioi_pair(seed=3, order="BAB")
     >>> pair.clean != pair.corrupted and pair.answer != pair.wrong_answer
     True
-
-    Clean and corrupted prompts of equal token length (every name is one token) for activation
-    patching. Only the second mention of the subject differs.
     """
     example = ioi_example(Random(seed), held_out, order)
     first, second = example.indirect_object, example.subject
@@ -172,22 +164,20 @@ def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -
 
 
 def ioi_examples(count: int, seed: int = 0, held_out: bool = True) -> list[IOIExample]:
-    """
+    """A list of indirect-object prompts, by default with unseen name pairs, in alternating orders.
+
     >>> len(ioi_examples(4))
     4
-
-    A list of indirect-object prompts, by default with unseen name pairs, in alternating orders.
     """
     rng = Random(seed)
     return [ioi_example(rng, held_out, ORDERS[index % 2]) for index in range(count)]
 
 
 def held_out_text(count: int = 200, seed: int = 0) -> str:
-    """
+    """Indirect-object sentences with unseen name pairs as plain text, one a line, answers included.
+
     >>> held_out_text(2).count("\\n")
     2
-
-    Indirect-object sentences with unseen name pairs as plain text, one a line, answers included.
     """
     return "".join(f"{example.prompt}{example.answer}.\n" for example in ioi_examples(count, seed))
 
@@ -195,13 +185,11 @@ def held_out_text(count: int = 200, seed: int = 0) -> str:
 def repeated_random_tokens(
     token_ids: Sequence[int], length: int, batch: int, bos: int, rng: Random | None = None
 ) -> Tensor:
-    """
+    """BOS, `length` tokens drawn uniformly from `token_ids`, and the same tokens again: [batch, 1 + 2 * length].
+
     >>> tokens = repeated_random_tokens(range(10, 90), length=5, batch=2, bos=0)
     >>> tokens.shape, bool((tokens[:, 1:6] == tokens[:, 6:]).all())
     (torch.Size([2, 11]), True)
-
-    BOS, `length` tokens drawn uniformly from `token_ids`, and the same tokens again:
-    [batch, 1 + 2 * length].
     """
     if length < 1 or batch < 1:
         raise ValueError(f"length and batch: got {length} and {batch}, expected at least 1 each")
@@ -220,11 +208,10 @@ _SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def successor_example(rng: Random) -> TextExample:
-    """
+    """Days, months, numbers or letters counted up from anywhere; days and months wrap around.
+
     >>> successor_example(Random(0)).prompt.split()[0] in {"Days:", "Months:", "Numbers:", "Letters:"}
     True
-
-    Days, months, numbers or letters counted up from anywhere; days and months wrap around.
     """
     label, items = rng.choice(_SERIES)
     shown, follow = rng.randint(1, 3), rng.randint(2, 4)
@@ -235,11 +222,10 @@ def successor_example(rng: Random) -> TextExample:
 
 
 def copying_example(rng: Random) -> TextExample:
-    """
+    """A fact stated and asked for again: an owner's object, an object's color, or a list of words.
+
     >>> copying_example(Random(0)).completion.startswith(" ")
     True
-
-    A fact stated and asked for again: an owner's object, an object's color, or a list of words.
     """
     kind = rng.randrange(3)
     if kind == 0:
@@ -270,11 +256,10 @@ def _color_example(rng: Random) -> TextExample:
 
 
 def training_example(rng: Random, task: Task) -> TextExample:
-    """
+    """One training sentence of a task; indirect-object sentences use training pairs only.
+
     >>> training_example(Random(0), "ioi").completion.endswith(".")
     True
-
-    One training sentence of a task; indirect-object sentences use training pairs only.
     """
     if task == "ioi":
         example = ioi_example(rng, held_out=False)
@@ -283,11 +268,10 @@ def training_example(rng: Random, task: Task) -> TextExample:
 
 
 def training_text(count: int, seed: int = 0) -> Iterator[str]:
-    """
+    """Training sentences of all tasks, for the tokenizer.
+
     >>> len(list(training_text(8)))
     8
-
-    Training sentences of all tasks, for the tokenizer.
     """
     rng = Random(seed)
     tasks: tuple[Task, ...] = ("ioi", "ioi", "successor", "copying")

@@ -76,11 +76,10 @@ class StateMethods(WrappedModel):
         >>> bridge.load_state_dict(bridge.state_dict())
         <All keys matched successfully>
 
-        A tensor that two keys share may be given under one of them. `strict=False` allows missing and
-        unexpected keys and returns them; values are cast to the model's dtype, as torch does. Raises an
-        error that is both a `ValueError` and torch's `RuntimeError` for keys and shapes that do not fit,
-        for a tied tensor with two values, for tensors on the meta device and for a quantised or processed
-        model, and then nothing has changed.
+        A tensor that two keys share may be given under one of them. `strict=False` allows missing and unexpected keys
+        and returns them; values are cast to the model's dtype, as torch does. Raises an error that is both a
+        `ValueError` and torch's `RuntimeError` for keys and shapes that do not fit, for a tied tensor with two values,
+        for tensors on the meta device and for a quantised or processed model, and then nothing has changed.
         """
         model: Any = self.original_model
         self._refuse_state()

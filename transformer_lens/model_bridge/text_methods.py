@@ -81,16 +81,15 @@ class TokenMethods:
         >>> bridge.to_tokens([" Mary", " Mary and John"]).shape
         torch.Size([2, 4])
 
-        `prepend_bos=None` prepends the beginning-of-sequence token where the model has one
-        (`cfg.default_prepend_bos`), `padding_side=None` pads where the tokenizer does, and `truncate`
-        keeps the first `cfg.n_ctx` tokens of each, with a warning the first time that cuts a text. A text that begins
-        with BOS already, as chat templates write it, gets no second one. A list of messages,
-        `[{"role": "user", "content": "..."}]`, goes through the tokenizer's chat template, with the beginning of an
-        answer behind a user's message.
+        `prepend_bos=None` prepends the beginning-of-sequence token where the model has one (`cfg.default_prepend_bos`),
+        `padding_side=None` pads where the tokenizer does, and `truncate` keeps the first `cfg.n_ctx` tokens of each,
+        with a warning the first time that cuts a text. A text that begins with BOS already, as chat templates write it,
+        gets no second one. A list of messages, `[{"role": "user", "content": "..."}]`, goes through the tokenizer's
+        chat template, with the beginning of an answer behind a user's message.
 
         The ids keep their mask: as long as this tensor is passed on and not written to, its padding is known (else it
-        is judged by the pad token; `input_and_mask` gives the mask itself).
-        Raises `ValueError` without a tokenizer or a chat template, and for a token that the model does not have.
+        is judged by the pad token; `input_and_mask` gives the mask itself). Raises `ValueError` without a tokenizer or
+        a chat template, and for a token that the model does not have.
         """
         batch = self._tokens().encode(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=truncate)
         return keep_mask(batch.ids.to(self.input_device()) if move_to_device else batch.ids, batch.mask)

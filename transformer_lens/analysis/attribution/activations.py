@@ -41,28 +41,26 @@ class AttributionScores:
     """The metric in the run whose gradient was taken."""
 
     def by(self, axes: str) -> dict[str, Tensor]:
-        """
+        """The score of each hook by some of its axes, in their order in `axes`; the others are summed, the batch too.
+        Raises `ValueError` for an axis that a hook does not have.
+
         >>> def metric(logits):
         ...     return logits[0, -1, 5]
         >>> found = attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, "blocks.0.attn.hook_z")
         >>> found.by("pos head")["blocks.0.attn.hook_z"].shape, found.by("")["blocks.0.attn.hook_z"].shape
         (torch.Size([5, 4]), torch.Size([]))
-
-        The score of each hook by some of its axes, in their order in `axes`; the others are summed, the
-        batch too. Raises `ValueError` for an axis that a hook does not have.
         """
         a_text("axes", axes)
         return {name: self._by(name, axes.split()) for name in self.scores}
 
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
-        """
+        """`by`, with the hooks as the first axis.
+
         >>> def metric(logits):
         ...     return logits[0, -1, 5]
         >>> names = [f"blocks.{i}.attn.hook_z" for i in range(4)]
         >>> attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, names).stacked("head").shape
         torch.Size([4, 4])
-
-        `by`, with the hooks as the first axis.
         """
         return torch.stack(list(self.by(axes).values()))
 
@@ -91,7 +89,9 @@ def attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> AttributionScores:
-    """
+    """What the metric would change, to first order, if an activation of the clean run were put into the corrupted one:
+    `(clean - corrupted) * d metric / d activation`, for every number of every named hook.
+
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
@@ -102,17 +102,14 @@ def attribution_patching(
     >>> divmod(int(heads.argmax()), 4)  # the layer and head whose clean output helps most
     (3, 3)
 
-    What the metric would change, to first order, if an activation of the clean run were put into the
-    corrupted one: `(clean - corrupted) * d metric / d activation`, for every number of every named hook.
+    It costs two forwards and one backward, however many hooks. `at` says where the gradient is taken. In the corrupted
+    run (default) a score estimates `metric(corrupted with the clean value) - metric(corrupted)`, which the sweeps of
+    `transformer_lens.patching` measure; in the clean run, `metric(clean) - metric(clean with the corrupted value)`. It
+    is exact where the metric is linear in the activation.
 
-    It costs two forwards and one backward, however many hooks. `at` says where the gradient is taken. In the
-    corrupted run (default) a score estimates `metric(corrupted with the clean value) - metric(corrupted)`,
-    which the sweeps of `transformer_lens.patching` measure; in the clean run, `metric(clean) - metric(clean
-    with the corrupted value)`. It is exact where the metric is linear in the activation.
-
-    Inputs are a text, tokens or embeddings, of one shape and padded alike. The metric gets logits [batch pos
-    d_vocab] and makes one number of them, with torch. Raises `ValueError` for inputs that do not fit, for a
-    metric that autograd cannot follow or that is not finite, and for hooks of integers or of chosen experts.
+    Inputs are a text, tokens or embeddings, of one shape and padded alike. The metric gets logits [batch pos d_vocab]
+    and makes one number of them, with torch. Raises `ValueError` for inputs that do not fit, for a metric that autograd
+    cannot follow or that is not finite, and for hooks of integers or of chosen experts.
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     found = differentiable_names(bridge, names)
@@ -138,15 +135,14 @@ def expert_attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "layer batch pos expert"]:
-    """
+    """Attribution patching of what each expert adds to the stream: its output times its weight, nothing where it was
+    not chosen. An estimate of `get_act_patch_expert_out`; arguments and errors as in `attribution_patching`. Raises
+    `ValueError` for a dense model.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> expert_attribution_patching(moe, "Mary and John", "Mary and Mary", metric).shape
     torch.Size([3, 1, 5, 4])
-
-    Attribution patching of what each expert adds to the stream: its output times its weight, nothing where
-    it was not chosen. An estimate of `get_act_patch_expert_out`; arguments and errors as in
-    `attribution_patching`. Raises `ValueError` for a dense model.
     """
     n_experts = need_experts(bridge.cfg, "attribution to experts")
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)

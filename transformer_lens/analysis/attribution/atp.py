@@ -50,21 +50,20 @@ def atp_star(
     grad_drop: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Scores:
-    """
+    """Attribution patching of queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and neurons
+    (`mlp_post`), by layer, text and position; keys and values by key-value head.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5] - logits[0, -1, 6]
     >>> found = atp_star(bridge, "Mary and John", "Mary and Mary", metric)
     >>> found["q"].shape, found["k"].shape, found["mlp_out"].shape
     (torch.Size([4, 1, 5, 4]), torch.Size([4, 1, 5, 2]), torch.Size([4, 1, 5]))
 
-    Attribution patching of queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and neurons
-    (`mlp_post`), by layer, text and position; keys and values by key-value head.
-
-    `qk_fix`: a query or key is scored by `sum over the pattern of d metric / d pattern * change of the
-    pattern`, with the softmax recomputed. `grad_drop`: the mean size of the scores over backward passes each
-    of which stops the gradient at what one layer writes, `sum over l of |score without layer l| / (layers -
-    1)`. Sizes have no sign; without `grad_drop` the scores keep theirs, and those of v, z and MLPs are
-    plain attribution patching. Where one metric serves several texts, each has a score of its own.
+    `qk_fix`: a query or key is scored by `sum over the pattern of d metric / d pattern * change of the pattern`, with
+    the softmax recomputed. `grad_drop`: the mean size of the scores over backward passes each of which stops the
+    gradient at what one layer writes, `sum over l of |score without layer l| / (layers - 1)`. Sizes have no sign;
+    without `grad_drop` the scores keep theirs, and those of v, z and MLPs are plain attribution patching. Where one
+    metric serves several texts, each has a score of its own.
 
     It costs two forwards and one backward, or one backward for each layer with `grad_drop`. Errors as in
     `attribution_patching`; `KeyError` for `mlp_post` in a mixture of experts.
@@ -198,13 +197,12 @@ def query_effects(
     change: Float[Tensor, "batch head query_pos key_pos"],
     gradient: Float[Tensor, "batch head query_pos key_pos"],
 ) -> Float[Tensor, "batch head query_pos"]:
-    """
+    """`gradient . (softmax(scores + change) - softmax(scores))`: what one query at a time does, with the gradient at
+    the pattern (Kramár et al. 2024, the query part of their QK fix).
+
     >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
     >>> query_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))  # softmax(2, 0)[0] - softmax(0, 0)[0]
     tensor([[[0.3808]]])
-
-    `gradient . (softmax(scores + change) - softmax(scores))`: what one query at a time does, with the
-    gradient at the pattern (Kramár et al. 2024, the query part of their QK fix).
     """
     _check_shapes(scores, change, gradient)
     hidden = _hidden(scores)
@@ -219,15 +217,14 @@ def key_effects(
     change: Float[Tensor, "batch head query_pos key_pos"],
     gradient: Float[Tensor, "batch head query_pos key_pos"],
 ) -> Float[Tensor, "batch head key_pos"]:
-    """
+    """What one key at a time does: only its own column of the scores changes, for every query (the key part of the QK
+    fix). With `p` the pattern and `c` the change, a column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`: `G_n` is the
+    gradient averaged by the pattern over the other keys, and `p'_n = sigmoid(logit(p_n) + c_n)`, so no softmax is
+    computed anew for each key.
+
     >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
     >>> key_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))
     tensor([[[0.3808, 0.0000]]])
-
-    What one key at a time does: only its own column of the scores changes, for every query (the key part of
-    the QK fix). With `p` the pattern and `c` the change, a column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`: `G_n`
-    is the gradient averaged by the pattern over the other keys, and `p'_n = sigmoid(logit(p_n) + c_n)`, so no
-    softmax is computed anew for each key.
     """
     _check_shapes(scores, change, gradient)
     hidden = _hidden(scores)

@@ -87,21 +87,20 @@ def direct_logit_attribution(
     *,
     parts: str = "head",
 ) -> DirectLogitAttribution:
-    """
+    """Split the logit of `answer`, less that of `wrong_answer`, at one position of every text. `parts` says into what:
+    "component" (attention and MLP of each layer), "head" (heads and whole MLPs), "neuron" (heads and neurons), "expert"
+    (heads and experts). With the final norm's scale as it was, the parts sum to the logit; `final_bias` is what that
+    norm's bias and the unembedding's add.
+
     >>> prompt = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> _, cache = bridge.run_with_cache(prompt)
     >>> adds = direct_logit_attribution(bridge, cache, " Noah", " Adam")
     >>> adds.top(1)[0][0], torch.allclose(adds.values.sum(0), adds.logit, atol=1e-4)
     ('L3H3', True)
 
-    Split the logit of `answer`, less that of `wrong_answer`, at one position of every text. `parts` says into
-    what: "component" (attention and MLP of each layer), "head" (heads and whole MLPs), "neuron" (heads and
-    neurons), "expert" (heads and experts). With the final norm's scale as it was, the parts sum to the logit;
-    `final_bias` is what that norm's bias and the unembedding's add.
-
-    The cache is that of a whole run (the default filter). Pad on the left, so that -1 is each text's last
-    token. For experts `transformer_lens.analysis.experts.logit_attribution` also reads several positions.
-    Raises `ValueError` for parts that the model does not have, and for a cache without its batch axis.
+    The cache is that of a whole run (the default filter). Pad on the left, so that -1 is each text's last token. For
+    experts `transformer_lens.analysis.experts.logit_attribution` also reads several positions. Raises `ValueError` for
+    parts that the model does not have, and for a cache without its batch axis.
     """
     if not is_one_of(parts, PARTS):
         raise ValueError(f"parts: got {parts!r}, expected one of {', '.join(PARTS)}")

@@ -28,7 +28,10 @@ def edge_attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> EdgeScores:
-    """
+    """The score of an edge from a sender to a receiver:
+    `(what the sender writes in the clean run - in the corrupted run) . d metric / d what the receiver reads`, summed
+    over texts and positions. With `at` as in `attribution_patching`, it estimates what `edge_effects` measures.
+
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
@@ -39,14 +42,9 @@ def edge_attribution_patching(
     >>> sender, receiver
     ('embed', '0_mlp_in')
 
-    The score of an edge from a sender to a receiver: `(what the sender writes in the clean run - in the
-    corrupted run) . d metric / d what the receiver reads`, summed over texts and positions. With `at` as in
-    `attribution_patching`, it estimates what `edge_effects` measures.
-
-    Senders and receivers are those of `EdgeGraph`, queries, keys and values by query head also where heads
-    share keys. It costs two forwards and one backward, and one product for each layer's receivers. Memory: what
-    every head and expert writes, texts x positions x senders x d_model numbers. Errors as in
-    `attribution_patching`.
+    Senders and receivers are those of `EdgeGraph`, queries, keys and values by query head also where heads share keys.
+    It costs two forwards and one backward, and one product for each layer's receivers. Memory: what every head and
+    expert writes, texts x positions x senders x d_model numbers. Errors as in `attribution_patching`.
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     graph = EdgeGraph.of(bridge)
@@ -70,16 +68,15 @@ def edge_attribution_patching_ig(
     steps_per_batch: int = 5,
     attention_mask: Tensor | None = None,
 ) -> EdgeScores:
-    """
+    """As `edge_attribution_patching`, with the gradient at each receiver averaged over runs whose embeddings lie on the
+    line from the corrupted to the clean ones (EAP-IG), at the points of `line_steps`: Hanna et al. average over evenly
+    spaced points, which tends to the same integral. Scores of edges into the logits, of a model whose final norm were
+    linear, would sum to the difference of the metric.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> edge_attribution_patching_ig(bridge, "Mary and John", "Mary and Mary", metric, steps=2)
     EdgeScores of 463 edges
-
-    As `edge_attribution_patching`, with the gradient at each receiver averaged over runs whose embeddings lie
-    on the line from the corrupted to the clean ones (EAP-IG), at the points of `line_steps`: Hanna et al.
-    average over evenly spaced points, which tends to the same integral. Scores of edges into the logits, of
-    a model whose final norm were linear, would sum to the difference of the metric.
 
     It costs two forwards, and `steps` forwards and backwards, `steps_per_batch` at a time.
     """

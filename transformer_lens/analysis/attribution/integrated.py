@@ -38,12 +38,11 @@ class IntegratedGradients:
 
 
 def line_steps(steps: int) -> tuple[list[float], list[float]]:
-    """
+    """Points between 0 and 1, and weights that sum to one: Gauss-Legendre quadrature, exact for polynomials of degree
+    `2 * steps - 1`.
+
     >>> line_steps(1)
     ([0.5], [1.0])
-
-    Points between 0 and 1, and weights that sum to one: Gauss-Legendre quadrature, exact for polynomials of
-    degree `2 * steps - 1`.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, expected a whole number of at least 1")
@@ -73,23 +72,20 @@ def integrated_gradients(
     steps_per_batch: int = 8,
     attention_mask: Tensor | None = None,
 ) -> IntegratedGradients:
-    """
+    """`(activation - baseline) * mean gradient` on the straight line from the baseline to the activation, for every
+    number of one hook. The baseline is a number, or a tensor of the activation's shape (that of another run, or a mean
+    over many). The scores sum to what the metric loses by the baseline, and `completeness_error` says how nearly.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> found = integrated_gradients(bridge, "Mary and John", metric, "blocks.2.hook_mlp_out")
     >>> found.scores.sum(-1).shape, abs(found.completeness_error) < 1e-3
     (torch.Size([1, 5]), True)
 
-    `(activation - baseline) * mean gradient` on the straight line from the baseline to the activation, for
-    every number of one hook. The baseline is a number, or a tensor of the activation's shape (that of another
-    run, or a mean over many). The scores sum to what the metric loses by the baseline, and
-    `completeness_error` says how nearly.
-
-    It costs two forwards, and `steps` forwards and backwards of the layers from the hook on, `steps_per_batch`
-    at a time; the points are those of `line_steps`. Sharp bends on the line want more steps: a norm bends
-    near a stream of zeros, so a residual stream wants another baseline. Where a router changes its choice the
-    metric jumps, which no gradient sees, and the error stays. Other arguments and errors as in
-    `attribution_patching`.
+    It costs two forwards, and `steps` forwards and backwards of the layers from the hook on, `steps_per_batch` at a
+    time; the points are those of `line_steps`. Sharp bends on the line want more steps: a norm bends near a stream of
+    zeros, so a residual stream wants another baseline. Where a router changes its choice the metric jumps, which no
+    gradient sees, and the error stays. Other arguments and errors as in `attribution_patching`.
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected the name of one hook")

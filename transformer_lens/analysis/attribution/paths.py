@@ -38,7 +38,8 @@ def path_patching(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " path"]:
-    """
+    """The metric of the corrupted run when what the clean run changes travels along one path alone.
+
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
@@ -48,18 +49,15 @@ def path_patching(
     >>> path_patching(bridge, clean, corrupted, metric, paths).shape
     torch.Size([4])
 
-    The metric of the corrupted run when what the clean run changes travels along one path alone.
+    A path begins with a sender, which writes what it writes in the clean run, and goes on with receivers. On the way to
+    the last of them only the path is live; what comes after the last is computed anew (so a path that ends at
+    `"logits"` is that path and no other). Each step may be a list of senders or receivers; a head as receiver
+    (`"L3H2"`, `"3.2"`, `(3, 2)`) means its query, key and value inputs together. Labels as in `EdgeGraph`; an MLP's
+    input leads to all experts of its layer.
 
-    A path begins with a sender, which writes what it writes in the clean run, and goes on with receivers. On
-    the way to the last of them only the path is live; what comes after the last is computed anew (so a
-    path that ends at `"logits"` is that path and no other). Each step may be a list of senders or receivers; a
-    head as receiver (`"L3H2"`, `"3.2"`, `(3, 2)`) means its query, key and value inputs together. Labels as in
-    `EdgeGraph`; an MLP's input leads to all experts of its layer.
-
-    It is exact: each head's input is edited for itself, also where heads share keys, and the final norm, the
-    softmaxes and the routers are run. It costs two forwards, and one row of a batch for each path and text,
-    from the first layer on that reads the path. Raises `KeyError` for unknown labels, `ValueError` for a step
-    that has no edge.
+    It is exact: each head's input is edited for itself, also where heads share keys, and the final norm, the softmaxes
+    and the routers are run. It costs two forwards, and one row of a batch for each path and text, from the first layer
+    on that reads the path. Raises `KeyError` for unknown labels, `ValueError` for a step that has no edge.
     """
     runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     experiments = [along_path(runs.graph, path) for path in paths]
@@ -77,16 +75,15 @@ def edge_effects(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> EdgeScores:
-    """
+    """What each edge does by itself: the metric when its sender's clean value goes along it and what follows is
+    computed anew, less the metric of the corrupted run. `edges=None` means every edge; those left out have the score 0.
+    It is what `edge_attribution_patching` estimates, at a row of a batch for each edge.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> effects = edge_effects(bridge, "Mary and John", "Mary and Mary", metric, [("embed", "L3H2.k")])
     >>> len(effects.top(1)), effects["embed", "L3H2.v"]
     (1, 0.0)
-
-    What each edge does by itself: the metric when its sender's clean value goes along it and what follows is
-    computed anew, less the metric of the corrupted run. `edges=None` means every edge; those left out have
-    the score 0. It is what `edge_attribution_patching` estimates, at a row of a batch for each edge.
     """
     runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     chosen = runs.graph.edges() if edges is None else list(edges)
@@ -110,16 +107,15 @@ def circuit_metric(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """
+    """The metric of the clean run when only a circuit's edges carry what the model computes, and every other edge what
+    it carries in the corrupted run. All of them run as rows of one batch.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)
     >>> found = circuit_metric(bridge, "Mary and John", "Mary and Mary", metric, [whole])
     >>> torch.allclose(found[0], metric(bridge("Mary and John")), atol=1e-4)
     True
-
-    The metric of the clean run when only a circuit's edges carry what the model computes, and every other
-    edge what it carries in the corrupted run. All of them run as rows of one batch.
     """
     runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     return runs.measure(_of_circuits(runs.graph, circuits), metric, memory_budget)
@@ -136,7 +132,10 @@ def faithfulness(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """
+    """`(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 where the circuit does all that
+    the model does, 0 where it does nothing (Hanna et al. 2024). Raises `ValueError` where clean and corrupted runs have
+    the same metric.
+
     >>> def metric(logits):
     ...     return logits[0, -1, 5]
     >>> graph = EdgeGraph.of(bridge)
@@ -144,10 +143,6 @@ def faithfulness(
     >>> found = faithfulness(bridge, "Mary and John", "Mary and Mary", metric, [nothing, whole])
     >>> torch.allclose(found, torch.tensor([0.0, 1.0]), atol=1e-3)
     True
-
-    `(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 where the circuit does all
-    that the model does, 0 where it does nothing (Hanna et al. 2024). Raises `ValueError` where clean and
-    corrupted runs have the same metric.
     """
     runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     best, worst = (one_number(metric(logits)).detach() for logits in (runs.clean_logits, runs.corrupted_logits))

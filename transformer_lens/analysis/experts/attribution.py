@@ -57,24 +57,23 @@ def logit_attribution(
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
 ) -> LogitAttribution:
-    """
+    """Split the logit of `answer`, less that of `wrong_answer` where one is given, into what the embedding, each
+    attention and each chosen expert add to it, in logits. An answer is a token id, a text of one token, or one of these
+    for each text of a batch.
+
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> parts = logit_attribution(bridge, prompt, " Mary", " John")
     >>> torch.allclose(parts.total(), parts.logit, atol=1e-4)
     True
 
-    Split the logit of `answer`, less that of `wrong_answer` where one is given, into what the embedding,
-    each attention and each chosen expert add to it, in logits. An answer is a token id, a text of one
-    token, or one of these for each text of a batch.
+    `position` counts among the tokens of each text that are not padding, so -1 is its last one; `None` reads every such
+    token. The formula is direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
+    Circuits"): `part / scale * ln_final.weight @ (W_U[answer] - W_U[wrong])`, with `scale` that of the run. The parts
+    sum to the logit but for the model's own rounding: on tiny-mixtral, whose logits reach 15, within 1e-5 in float32
+    and 0.3 in bfloat16.
 
-    `position` counts among the tokens of each text that are not padding, so -1 is its last one; `None`
-    reads every such token. The formula is direct logit attribution (Elhage et al. 2021, "A Mathematical
-    Framework for Transformer Circuits"): `part / scale * ln_final.weight @ (W_U[answer] - W_U[wrong])`,
-    with `scale` that of the run. The parts sum to the logit but for the model's own rounding: on
-    tiny-mixtral, whose logits reach 15, within 1e-5 in float32 and 0.3 in bfloat16.
-
-    Raises `ValueError` for a dense model, for an answer of several tokens or outside the vocabulary, and
-    for a position that a text does not have.
+    Raises `ValueError` for a dense model, for an answer of several tokens or outside the vocabulary, and for a position
+    that a text does not have.
     """
     need_experts(bridge.cfg, "expert logit attribution")
     refuse_embeddings(input)
@@ -106,15 +105,14 @@ def expert_logit_attribution(
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
 ) -> Float[Tensor, "layer expert"]:
-    """
+    """What each expert's weighted output adds to the logit of `answer`, less that of `wrong_answer`, at one position,
+    in logits; zero where an expert was not chosen; over a batch, the mean. `logit_attribution` has the rest: attention
+    and embedding, each text, all positions; and says how it is computed.
+
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> adds = expert_logit_attribution(bridge, prompt, " Mary", " John")
     >>> adds.shape, divmod(int(adds.argmax()), 4)  # the layer and the expert that adds most
     (torch.Size([3, 4]), (2, 1))
-
-    What each expert's weighted output adds to the logit of `answer`, less that of `wrong_answer`, at one
-    position, in logits; zero where an expert was not chosen; over a batch, the mean. `logit_attribution`
-    has the rest: attention and embedding, each text, all positions; and says how it is computed.
     """
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side}
     return logit_attribution(bridge, input, answer, wrong_answer, position, **options).experts.mean(0)

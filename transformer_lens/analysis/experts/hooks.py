@@ -40,7 +40,10 @@ def ablate_expert(
     positions: Positions = None,
     renormalize: bool = False,
 ) -> Hooks:
-    """
+    """Take the weighted output of one expert, or of several, out of the stream where it was chosen, everywhere or at
+    some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize` scales those
+    to sum to one (where the experts taken away had all the weight, nothing is left to scale).
+
     >>> hooks = ablate_expert(bridge, layer=0, expert=2)
     >>> text = "When Mary and John went to the store"
     >>> bool(bridge.run_with_hooks(text, fwd_hooks=hooks, return_type="loss") > bridge(text, return_type="loss"))
@@ -48,12 +51,8 @@ def ablate_expert(
     >>> several = ablate_expert(bridge, ["L0E2", "0.3", (2, 1)])  # a layer and its expert, in three spellings
     >>> everywhere = ablate_expert(bridge, layer=None, expert=[2, 3])  # two experts of every layer
 
-    Take the weighted output of one expert, or of several, out of the stream where it was chosen, everywhere
-    or at some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize`
-    scales those to sum to one (where the experts taken away had all the weight, nothing is left to scale).
-
-    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`.
-    Raises `ValueError` for a dense model, for a layer, an expert or a position that is not there or named twice.
+    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`. Raises
+    `ValueError` for a dense model, for a layer, an expert or a position that is not there or named twice.
     """
     need_experts(bridge.cfg, "ablate_expert")
     gone_of = experts_by_layer(bridge.cfg, layer, expert)
@@ -94,7 +93,9 @@ def ablate_expert(
 def forbid_experts(
     bridge: TransformerBridge, layer: Layers, experts: int | Sequence[int], positions: Positions = None
 ) -> Hooks:
-    """
+    """Send tokens past some experts: their router logits become the lowest number there is, so the router chooses among
+    the others, whose weights sum to one.
+
     >>> hooks = forbid_experts(bridge, layer=0, experts=[2, 3])
     >>> from transformer_lens.analysis.experts import routing
     >>> with bridge.hooks(hooks):
@@ -102,12 +103,8 @@ def forbid_experts(
     >>> sorted(found.indices[0].unique().tolist())
     [0, 1]
 
-    Send tokens past some experts: their router logits become the lowest number there is, so the router
-    chooses among the others, whose weights sum to one.
-
-    `layer=None` stands for all layers. Positions are those of `bridge.steer`.
-    Raises `ValueError` for a dense model, if fewer experts are left than the model chooses, and for a
-    layer, an expert or a position that is not there.
+    `layer=None` stands for all layers. Positions are those of `bridge.steer`. Raises `ValueError` for a dense model, if
+    fewer experts are left than the model chooses, and for a layer, an expert or a position that is not there.
     """
     n_experts = need_experts(bridge.cfg, "forbid_experts")
     forbidden = expert_numbers(bridge.cfg, experts)
@@ -129,7 +126,10 @@ def force_experts(
     positions: Positions = None,
     weights: Sequence[float] | None = None,
 ) -> Hooks:
-    """
+    """Send tokens to these experts. Without `weights` each counts as the router weighs it against the others forced
+    (their weights sum to one); with `weights`, one for each expert, they count as given, whatever they sum to, and
+    stand in the order given.
+
     >>> hooks = force_experts(bridge, layer=0, experts=[0, 3], weights=[0.25, 0.75])
     >>> from transformer_lens.analysis.experts import routing
     >>> with bridge.hooks(hooks):
@@ -137,13 +137,9 @@ def force_experts(
     >>> found.indices[0, 0, -1].tolist(), found.weights[0, 0, -1].tolist()
     ([0, 3], [0.25, 0.75])
 
-    Send tokens to these experts. Without `weights` each counts as the router weighs it against the
-    others forced (their weights sum to one); with `weights`, one for each expert, they count as given,
-    whatever they sum to, and stand in the order given.
-
-    Fewer experts than the model chooses leave places over: those hold others, with weight zero. More
-    are refused. `layer=None` stands for all layers. Positions are those of `bridge.steer`.
-    Raises `ValueError` for a dense model, and for numbers that do not fit.
+    Fewer experts than the model chooses leave places over: those hold others, with weight zero. More are refused.
+    `layer=None` stands for all layers. Positions are those of `bridge.steer`. Raises `ValueError` for a dense model,
+    and for numbers that do not fit.
     """
     n_experts = need_experts(bridge.cfg, "force_experts")
     forced = expert_numbers(bridge.cfg, experts)

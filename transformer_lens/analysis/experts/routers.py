@@ -55,15 +55,14 @@ class Routing(Tabular):
         return [list(map(str, self.bridge.to_str_tokens(row))) for row in self.tokens]
 
     def tokens_of(self, layer: int | Pair, expert: int | None = None) -> list[RoutedToken]:
-        """
+        """The tokens sent to one expert, in reading order, padding left out. Raises `ValueError` for a layer or an
+        expert that is not there.
+
         >>> found = routing(bridge, "When Mary and John went to the store")
         >>> [(token.position, token.text, round(token.weight, 2)) for token in found.tokens_of(0, expert=2)]
         [(0, '<|bos|>', 0.72), (2, ' Mary', 0.6)]
         >>> found.tokens_of("L0E2") == found.tokens_of(0, 2)
         True
-
-        The tokens sent to one expert, in reading order, padding left out. Raises `ValueError` for a layer
-        or an expert that is not there.
         """
         layer, expert = one_expert((len(self.indices), self.probabilities.shape[-1]), layer, expert)
         sent = (self.indices[layer] == expert) & self.mask[..., None]
@@ -82,7 +81,8 @@ class Routing(Tabular):
         ]
 
     def table(self) -> TextTable:
-        """
+        """One row for each token, padding left out, and one column for each layer.
+
         >>> print(routing(bridge, "Mary and").table())
         Experts chosen for each token: expert (weight)
         token      layer 0            layer 1            layer 2
@@ -90,8 +90,6 @@ class Routing(Tabular):
         'M'        3 (0.76) 2 (0.24)  3 (0.79) 2 (0.21)  0 (0.64) 1 (0.36)
         'ary'      3 (0.67) 1 (0.33)  0 (0.62) 3 (0.38)  3 (0.66) 1 (0.34)
         ' and'     3 (0.70) 0 (0.30)  0 (0.61) 3 (0.39)  1 (0.62) 3 (0.38)
-
-        One row for each token, padding left out, and one column for each layer.
         """
         columns = ["token", *(f"layer {i}" for i in range(len(self.indices)))]
         texts = self.str_tokens
@@ -120,16 +118,15 @@ def routing(
     padding_side: str | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Routing:
-    """
+    """Run the model once and keep what its routers choose, in every layer. Hooks that are attached count: under
+    `bridge.hooks(...)` this is the routing they lead to.
+
     >>> found = routing(bridge, ["When Mary and John", "Mary"])
     >>> found.indices.shape, found.mask.sum(-1).tolist()
     (torch.Size([3, 2, 5, 2]), [5, 3])
 
-    Run the model once and keep what its routers choose, in every layer. Hooks that are attached count:
-    under `bridge.hooks(...)` this is the routing they lead to.
-
-    `prepend_bos`, `padding_side` and `attention_mask` as in `bridge.forward`. Raises `ValueError` for a
-    dense model and `TypeError` for embeddings.
+    `prepend_bos`, `padding_side` and `attention_mask` as in `bridge.forward`. Raises `ValueError` for a dense model and
+    `TypeError` for embeddings.
     """
     need_experts(bridge.cfg, "routing")
     refuse_embeddings(input)

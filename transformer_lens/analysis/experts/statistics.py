@@ -72,12 +72,11 @@ class RoutingStatistics(Tabular):
         return self.entropy_sum / self.n_tokens
 
     def cooccurrence(self, d_vocab: int) -> Int[Tensor, "layer d_vocab expert"]:
-        """
+        """How often each token of the vocabulary was sent to each expert, as one dense tensor.
+
         >>> found = routing_statistics(bridge, ["Mary and John"], progress=False)
         >>> found.cooccurrence(bridge.cfg.d_vocab).shape
         torch.Size([3, 735, 4])
-
-        How often each token of the vocabulary was sent to each expert, as one dense tensor.
         """
         layers, experts = self.load.shape
         d_vocab = whole("d_vocab", d_vocab, 1 + int(self.tokens.max()))
@@ -87,13 +86,12 @@ class RoutingStatistics(Tabular):
 
     @checked
     def top_tokens(self, layer: int | Pair, expert: int | None = None, n: int = 10) -> list[ExpertToken]:
-        """
+        """The tokens sent most often to an expert, the most frequent first. The expert is a layer and a number, or both
+        in one as "L0E2".
+
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
         >>> [(token.text, token.times, token.share) for token in found.top_tokens(0, expert=0, n=2)]
         [('<|bos|>', 1, 1.0), (' and', 1, 1.0)]
-
-        The tokens sent most often to an expert, the most frequent first. The expert is a layer and a number, or both
-        in one as "L0E2".
         """
         layer, expert = one_expert(self.load.shape, layer, expert)
         counts = self.token_load[:, layer, expert]
@@ -110,15 +108,13 @@ class RoutingStatistics(Tabular):
         ]
 
     def mutual_information(self) -> Float[Tensor, " layer"]:
-        """
+        """What a token alone tells about the expert it is sent to, in nats: 0 where experts do not care about the
+        token, ln(experts) where it decides. One of the chosen experts is drawn with equal chance (Cover and Thomas,
+        Elements of Information Theory, equation 2.28). Few occurrences of a token bias it upwards.
+
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
         >>> bool((found.mutual_information() <= torch.log(torch.tensor(4.0))).all())
         True
-
-        What a token alone tells about the expert it is sent to, in nats: 0 where experts do not care
-        about the token, ln(experts) where it decides. One of the chosen experts is drawn with equal
-        chance (Cover and Thomas, Elements of Information Theory, equation 2.28). Few occurrences of a
-        token bias it upwards.
         """
         joint = self.token_load.double() / (self.n_tokens * self.n_chosen)
         expected = joint.sum(0, keepdim=True) * joint.sum(-1, keepdim=True)
@@ -149,15 +145,14 @@ class RoutingStatistics(Tabular):
         )
 
     def table(self) -> TextTable:
-        """
+        """One row for each layer: the part of the tokens each expert sees, and the router's entropy.
+
         >>> print(routing_statistics(bridge, ["Mary and John went to the store"], progress=False).table())
         Share of 9 tokens at each expert, 2 chosen for each token (even: 50.0%; ln 4 = 1.386 nats)
         layer  expert 0  expert 1  expert 2  expert 3  entropy (nats)  told by token (nats)
         0      66.7%     44.4%     22.2%     66.7%     1.133           0.618
         1      55.6%     22.2%     55.6%     66.7%     1.059           0.629
         2      33.3%     66.7%     33.3%     66.7%     1.082           0.637
-
-        One row for each layer: the part of the tokens each expert sees, and the router's entropy.
         """
         layers, experts = self.load.shape
         shares, information = self.load_share, self.mutual_information()
@@ -209,18 +204,17 @@ def _counted(found: Routing) -> RoutingStatistics:
 
 @checked
 def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], progress: bool = True) -> RoutingStatistics:
-    """
+    """Run the model over a data set, one batch after the other, and count where its routers send tokens. A batch is a
+    text, a list of texts, or token ids `[batch, pos]`; padding is left out. Memory grows with the number of different
+    tokens alone. `progress` shows a bar.
+
     >>> texts = ["When Mary and John went to the store", "Days: Monday Tuesday Wednesday"]
     >>> found = routing_statistics(bridge, [texts], progress=False)
     >>> found.n_tokens, found.load.sum(-1).tolist()
     (15, [30, 30, 30])
 
-    Run the model over a data set, one batch after the other, and count where its routers send tokens.
-    A batch is a text, a list of texts, or token ids `[batch, pos]`; padding is left out. Memory grows
-    with the number of different tokens alone. `progress` shows a bar.
-
-    Raises `ValueError` for a dense model and for no batches, `TypeError` for embeddings, and for one text
-    where a list of batches belongs.
+    Raises `ValueError` for a dense model and for no batches, `TypeError` for embeddings, and for one text where a list
+    of batches belongs.
     """
     need_experts(bridge.cfg, "routing_statistics")
     if not is_several(batches):

@@ -47,12 +47,11 @@ class ExpertView:
         return f"ExpertView of {len(self)} tokens at expert {self.expert} of layer {self.layer}"
 
     def rows(self, hook: str) -> Float[Tensor, "row ..."]:
-        """
+        """This expert's rows of a hook under `blocks.{i}.mlp` that has the axes `batch pos chosen`.
+
         >>> _, cache = bridge.run_with_cache("When Mary and John")
         >>> expert_view(cache, layer=0, expert=2).rows("hook_pre").shape
         torch.Size([2, 64])
-
-        This expert's rows of a hook under `blocks.{i}.mlp` that has the axes `batch pos chosen`.
         """
         return _batched(self.cache, self.layer, hook)[self.batch, self.position, self.place]
 
@@ -89,15 +88,14 @@ def expert_view(
     expert: int | None = None,
     mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> ExpertView:
-    """
+    """The tokens of a run that chose an expert: a layer and a number, or both in one as `"L0E2"`. The cache has to hold
+    `mlp.hook_expert_indices` of that layer, and the hooks that are then read. `mask` leaves tokens out, such as
+    padding, of which a cache knows nothing. Positions are those the cache kept.
+
     >>> _, cache = bridge.run_with_cache("When Mary and John")
     >>> view = expert_view(cache, layer=0, expert=2)
     >>> view, view.position.tolist(), view.post.shape
     (ExpertView of 2 tokens at expert 2 of layer 0, [0, 2], torch.Size([2, 64]))
-
-    The tokens of a run that chose an expert: a layer and a number, or both in one as `"L0E2"`. The cache has to hold
-    `mlp.hook_expert_indices` of that layer, and the hooks that are then read. `mask` leaves tokens out, such as
-    padding, of which a cache knows nothing. Positions are those the cache kept.
 
     Raises `ValueError` for a dense model, and for a layer or an expert that is not there.
     """
@@ -116,14 +114,13 @@ def expert_view(
 
 @checked
 def expert_activation(cache: ActivationCache, name: str) -> Tensor:
-    """
+    """One expert's rows by a name of their own: `blocks.{i}.mlp.experts.{e}.` and `hook_weight`, `hook_pre`,
+    `hook_pre_linear`, `hook_post` or `hook_out`; with `_grad` after it, their gradient. Raises `KeyError` for any other
+    name, and for what the cache does not hold.
+
     >>> _, cache = bridge.run_with_cache("When Mary and John")
     >>> expert_activation(cache, "blocks.0.mlp.experts.2.hook_post").shape
     torch.Size([2, 64])
-
-    One expert's rows by a name of their own: `blocks.{i}.mlp.experts.{e}.` and `hook_weight`, `hook_pre`,
-    `hook_pre_linear`, `hook_post` or `hook_out`; with `_grad` after it, their gradient. Raises `KeyError`
-    for any other name, and for what the cache does not hold.
     """
     a_text("name", name)
     parts = _NAME.fullmatch(name)

@@ -27,12 +27,11 @@ Mapping = Callable[[Float[Tensor, " d_model"]], Float[Tensor, " d_model"]]
 def identity_prompt(
     words: Sequence[str], *, pair: str = "{word} -> {word}", separator: str = "; ", placeholder: str = "?"
 ) -> str:
-    """
+    """The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
+    goes on with the token that the injected stream stands for.
+
     >>> identity_prompt(["cat", "1135", "hello"])
     'cat -> cat; 1135 -> 1135; hello -> hello; ?'
-
-    The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
-    goes on with the token that the injected stream stands for.
     """
     if not len(words) or any(not isinstance(word, str) or not word for word in words):
         raise ValueError(f"identity_prompt: got {list(words)}, expected one word or more")
@@ -43,18 +42,17 @@ def identity_prompt(
 
 @dataclass(frozen=True, eq=False)
 class Patchscope:
-    """
+    """A target prompt with the place where streams of other prompts are put.
+
     >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", position=2)
     >>> logits = scope.sweep("When Alice and Tom went to the park, Tom gave a ball to", position=2)
     >>> logits.shape, bridge.to_str_tokens(logits.argmax(-1), prepend_bos=False)
     (torch.Size([5, 735]), ['...', '...', '...', '...', '...'])
 
-    A target prompt with the place where streams of other prompts are put.
-
-    Layers are streams: `layer` 0 to `n_layers - 1` is the stream that enters that layer, `n_layers` the one that
-    leaves the last; negative ones count from there (-1 enters the last layer). `layer=None` injects each stream
-    at the layer that it was taken from. `mapping` is applied to the stream first, such as an affine map learnt
-    between layers or models. Positions count the prompt's tokens, BOS included, negative ones from the end.
+    Layers are streams: `layer` 0 to `n_layers - 1` is the stream that enters that layer, `n_layers` the one that leaves
+    the last; negative ones count from there (-1 enters the last layer). `layer=None` injects each stream at the layer
+    that it was taken from. `mapping` is applied to the stream first, such as an affine map learnt between layers or
+    models. Positions count the prompt's tokens, BOS included, negative ones from the end.
 
     Raises `ValueError` for layers and positions that are not there, and for a mapping whose answer is no stream.
     """
@@ -81,14 +79,13 @@ class Patchscope:
     def logits(
         self, source: Prompt | Float[Tensor, " d_model"], layer: int, position: int = -1
     ) -> Float[Tensor, "1 pos d_vocab"]:
-        """
+        """The target's logits with the stream of `source` at `layer` and `position` in its place. `source` may be such
+        a stream itself, and `layer` then only says where it goes if the target has no layer of its own.
+
         >>> prompt = "When Mary and John went to the store"
         >>> same = Patchscope(bridge, prompt, position=4).logits(prompt, layer=2, position=4)
         >>> torch.equal(same, bridge(prompt))
         True
-
-        The target's logits with the stream of `source` at `layer` and `position` in its place. `source` may be such
-        a stream itself, and `layer` then only says where it goes if the target has no layer of its own.
         """
         number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         stream = self._mapped(self._stream(source, number, position))
@@ -106,13 +103,12 @@ class Patchscope:
         max_new_tokens: int = 10,
         **options: Any,
     ) -> Any:
-        """
+        """The target prompt continued with the stream injected: text for a prompt of text, else token ids. `options`
+        are those of `bridge.generate`.
+
         >>> prompt = "When Mary and John went to the store, John gave a drink to"
         >>> Patchscope(bridge, prompt).generate(prompt, layer=1, max_new_tokens=1)
         'When Mary and John went to the store, John gave a drink to Mary'
-
-        The target prompt continued with the stream injected: text for a prompt of text, else token ids. `options` are
-        those of `bridge.generate`.
         """
         number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         stream = self._mapped(self._stream(source, number, position))
@@ -126,13 +122,12 @@ class Patchscope:
     def sweep(
         self, source: Prompt, position: int = -1, layers: Sequence[int] | None = None, *, batch_size: int = 16
     ) -> Float[Tensor, "layer d_vocab"]:
-        """
+        """The next-token logits of the target for streams of many layers (all of them by default), `batch_size` of them
+        in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
+
         >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", layer=1)
         >>> scope.sweep("Mary and John", layers=[0, 4]).shape
         torch.Size([2, 735])
-
-        The next-token logits of the target for streams of many layers (all of them by default), `batch_size` of them
-        in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
         """
         every = list(range(self.bridge.cfg.n_layers + 1)) if layers is None else whole_numbers("layers", layers)
         numbers = [layer_number(self.bridge.cfg, layer, "layers", beyond=True) for layer in every]
@@ -180,11 +175,10 @@ class Patchscope:
 
 @checked
 def stream_name(bridge: TransformerBridge, layer: int) -> str:
-    """
+    """The hook at which the stream below `layer` is: `n_layers` means the stream after the last one.
+
     >>> stream_name(bridge, 0), stream_name(bridge, 4)
     ('blocks.0.hook_resid_pre', 'blocks.3.hook_resid_post')
-
-    The hook at which the stream below `layer` is: `n_layers` means the stream after the last one.
     """
     number, layers = layer_number(bridge.cfg, layer, "layer", beyond=True), bridge.cfg.n_layers
     return f"blocks.{number}.hook_resid_pre" if number < layers else f"blocks.{layers - 1}.hook_resid_post"

@@ -17,12 +17,11 @@ from transformer_lens.text_table import Tabular, TextTable
 def divergence(
     log_probs: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, " token"]:
-    """
+    """KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and q
+    by logits.
+
     >>> divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log())
     tensor([0.1438])
-
-    KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and
-    q by logits.
     """
     if logits.shape != log_probs.shape or not logits.is_floating_point() or not log_probs.is_floating_point():
         raise ValueError(f"logits: got {in_words(logits)}, expected those of log_probs, {in_words(log_probs)}")
@@ -33,11 +32,10 @@ def divergence(
 def next_token_loss(
     logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
-    """
+    """The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
+
     >>> next_token_loss(torch.zeros(2, 4), torch.tensor([3, -1]))
     tensor([1.3863, 0.0000])
-
-    The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
     """
     if following.is_floating_point() or following.shape != logits.shape[:-1]:
         raise ValueError(
@@ -48,15 +46,14 @@ def next_token_loss(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LensScores(Tabular):
-    """
+    """Each layer's prediction under a tuned lens and under the logit lens. The last row is the model itself.
+
     >>> zeros = torch.zeros(2)
     >>> print(LensScores(zeros, zeros + 1, zeros + 2, zeros + 3))
     Nats per token: divergence from the model's prediction, and loss on the next token
     stream  KL    KL, logit lens  loss  loss, logit lens
     0_pre   0.00  1.00            2.00  3.00
     final   0.00  1.00            2.00  3.00
-
-    Each layer's prediction under a tuned lens and under the logit lens. The last row is the model itself.
     """
 
     kl: Float[Tensor, " component"]

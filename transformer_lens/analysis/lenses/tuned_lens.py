@@ -29,15 +29,14 @@ Stream = Float[Tensor, "*batch_and_pos d_model"]
 
 
 class TunedLens:
-    """
+    """One affine map for the stream that enters each layer: `x + W x + b`, then the final norm and the unembedding. `W`
+    and `b` start at zero, and the lens as the logit lens; `fit` trains them until the lens predicts what the model
+    predicts. The model is not changed. Parameters are float32, `n_layers * d_model * (d_model + 1)` of them.
+
     >>> lens = TunedLens(bridge)
     >>> _, cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
     >>> torch.equal(lens.logits(cache), cache.logit_lens())
     True
-
-    One affine map for the stream that enters each layer: `x + W x + b`, then the final norm and the unembedding.
-    `W` and `b` start at zero, and the lens as the logit lens; `fit` trains them until the lens predicts what the model
-    predicts. The model is not changed. Parameters are float32, `n_layers * d_model * (d_model + 1)` of them.
 
     Raises `ValueError` for a model without an unembedding.
     """
@@ -51,13 +50,12 @@ class TunedLens:
             nn.init.zeros_(parameter)
 
     def translate(self, stream: Stream, layer: int) -> Stream:
-        """
+        """The stream that enters `layer` as the final stream that the lens takes it for; that of `n_layers` is the
+        final stream, and stays.
+
         >>> lens = TunedLens(bridge)
         >>> torch.equal(lens.translate(cache["resid_pre", 2], 2), cache["resid_pre", 2])
         True
-
-        The stream that enters `layer` as the final stream that the lens takes it for; that of `n_layers` is
-        the final stream, and stays.
         """
         layer = layer_number(self.bridge.cfg, layer, beyond=True)
         if not isinstance(stream, Tensor) or stream.shape[-1:] != (self.bridge.cfg.d_model,):
@@ -72,14 +70,13 @@ class TunedLens:
     def logits(
         self, source: ActivationCache | Stream, layer: int | None = None, *, pos_slice: Any = None
     ) -> Float[Tensor, "*component_batch_and_pos d_vocab"]:
-        """
+        """The logits that each layer's stream of a cache would give, [component, batch, pos, d_vocab], the rows of
+        `cache.accumulated_resid` (the last is the model's own); or those of one stream [..., d_model] that enters
+        `layer`. Gradients flow to streams and to the lens unless `torch.no_grad()` is on.
+
         >>> lens = TunedLens(bridge)
         >>> lens.logits(cache, pos_slice=-1).shape, lens.logits(cache["resid_pre", 1], layer=1).shape
         (torch.Size([5, 1, 735]), torch.Size([1, 5, 735]))
-
-        The logits that each layer's stream of a cache would give, [component, batch, pos, d_vocab], the rows of
-        `cache.accumulated_resid` (the last is the model's own); or those of one stream [..., d_model] that enters
-        `layer`. Gradients flow to streams and to the lens unless `torch.no_grad()` is on.
         """
         if isinstance(source, ActivationCache):
             if layer is not None:
@@ -116,20 +113,19 @@ class TunedLens:
         seed: int = 0,
         verbose: bool = False,
     ) -> Float[Tensor, "step layer"]:
-        """
+        """Train every layer's map to give the model's own distribution: the loss is the mean over tokens, padding left
+        out, of KL(model || lens), in nats. Returns it, one row for each step.
+
         >>> from transformer_lens.data.generate import training_text
         >>> texts = list(training_text(16, seed=3))
         >>> losses = TunedLens(bridge).fit(texts, epochs=4)
         >>> losses.shape, bool((losses[-1] < losses[0]).all())
         (torch.Size([8, 4]), True)
 
-        Train every layer's map to give the model's own distribution: the loss is the mean over tokens, padding left
-        out, of KL(model || lens), in nats. Returns it, one row for each step.
-
-        `texts` are texts or token ids, shuffled by `seed` in every epoch. "adamw" starts at `lr` 1e-3, "muon" (for
-        the matrices; AdamW for the biases) at 2e-2; both fall linearly to zero. `weight_decay` pulls towards the
-        logit lens. Logits of one layer and `tokens_at_once` tokens exist at a time, beside the model's own
-        for a batch. `verbose` shows a progress bar.
+        `texts` are texts or token ids, shuffled by `seed` in every epoch. "adamw" starts at `lr` 1e-3, "muon" (for the
+        matrices; AdamW for the biases) at 2e-2; both fall linearly to zero. `weight_decay` pulls towards the logit
+        lens. Logits of one layer and `tokens_at_once` tokens exist at a time, beside the model's own for a batch.
+        `verbose` shows a progress bar.
 
         After an exception, an interrupt or a loss that is not finite (`ValueError`) the lens is as it was before.
         """
@@ -214,13 +210,12 @@ class TunedLens:
     @checked
     @torch.no_grad()
     def evaluate(self, texts: Texts, *, batch_size: int = 8, tokens_at_once: int = 2048) -> LensScores:
-        """
+        """How far each layer's prediction is from the model's, under this lens and under the logit lens: KL(model ||
+        lens) and the cross-entropy with the next token, in nats, mean over tokens. The last row is the model itself.
+
         >>> scores = TunedLens(bridge).evaluate(["When Mary and John went to the store"])
         >>> torch.equal(scores.kl, scores.kl_logit_lens), scores.kl.shape
         (True, torch.Size([5]))
-
-        How far each layer's prediction is from the model's, under this lens and under the logit lens: KL(model || lens)
-        and the cross-entropy with the next token, in nats, mean over tokens. The last row is the model itself.
         """
         check_texts(texts)
         if not len(texts) or batch_size < 1 or tokens_at_once < 1:
@@ -249,21 +244,19 @@ class TunedLens:
 
     @checked
     def save(self, directory: str | Path) -> None:
-        """
-        >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
+        """Write `lens.safetensors` and `lens.json` (sizes, the model's name, a sample of its unembedding).
 
-        Write `lens.safetensors` and `lens.json` (sizes, the model's name, a sample of its unembedding).
+        >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
         """
         write_lens(Path(directory), self.bridge, self.translators.state_dict())
 
     @classmethod
     @checked
     def load(cls, directory: str | Path, bridge: TransformerBridge) -> TunedLens:
-        """
-        >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP
-
-        A lens that `save` wrote. Raises `FileNotFoundError` where there is none, and `ValueError` for a lens of
+        """A lens that `save` wrote. Raises `FileNotFoundError` where there is none, and `ValueError` for a lens of
         another model, told by its sizes, final norm and unembedding; the model's name may differ.
+
+        >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP
         """
         lens = cls(bridge)
         lens.translators.load_state_dict(read_lens(Path(directory), bridge, lens.translators.state_dict()))

@@ -27,19 +27,18 @@ def noised_embeddings(
     samples: int = 10,
     seed: int = 0,
 ) -> Float[Tensor, "sample pos d_model"]:
-    """
+    """The embeddings of one prompt, with Gaussian noise at some positions, several times over: the corrupted input of a
+    causal trace. Give it to a sweep as `corrupted_tokens`; the metric then takes the mean over the batch, which is the
+    mean over the noise.
+
     >>> tokens = bridge.to_tokens("When Mary and John went to the store")
     >>> noised = noised_embeddings(bridge, tokens, positions=[1, 2], samples=3)
     >>> clean = bridge.run_with_cache(tokens)[1]["hook_embed"]
     >>> noised.shape, (noised != clean).any(-1)[0].nonzero().flatten().tolist()
     (torch.Size([3, 9, 128]), [1, 2])
 
-    The embeddings of one prompt, with Gaussian noise at some positions, several times over: the corrupted
-    input of a causal trace. Give it to a sweep as `corrupted_tokens`; the metric then takes the mean over
-    the batch, which is the mean over the noise.
-
-    `noise` is in standard deviations of the model's token embeddings (Meng et al. take three). Raises
-    `ValueError` for a batch of several prompts and for positions that are not there.
+    `noise` is in standard deviations of the model's token embeddings (Meng et al. take three). Raises `ValueError` for
+    a batch of several prompts and for positions that are not there.
     """
     ids, _, _ = bridge.input_and_mask(tokens)
     if ids.is_floating_point():

@@ -45,7 +45,12 @@ def run_interventions(
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = False,
 ) -> Float[Tensor, " intervention"]:
-    """
+    """The metric of the model's logits under each of many interventions: what
+    `run_with_hooks(tokens, fwd_hooks=[intervention])` gives one after the other, to rounding. An intervention is the
+    name of a hook inside a block and a hook function, which is called once, on the whole activation of the run without
+    interventions. The metric is called once for each, in no particular order, under `torch.no_grad()`, with logits of
+    its own, [batch pos d_vocab]; those at positions it never looks at are not computed (`LazyLogits`).
+
     >>> tokens = bridge.to_tokens("When Mary and John went to the store")
     >>> def without(head):
     ...     return lambda z, hook: z.index_fill(2, torch.tensor(head), 0)
@@ -57,19 +62,12 @@ def run_interventions(
     >>> found.shape, torch.allclose(found[2], alone, atol=1e-5)
     (torch.Size([4]), True)
 
-    The metric of the model's logits under each of many interventions: what `run_with_hooks(tokens,
-    fwd_hooks=[intervention])` gives one after the other, to rounding. An intervention is the name of a
-    hook inside a block and a hook function, which is called once, on the whole activation of the run without
-    interventions. The metric is called once for each, in no particular order, under `torch.no_grad()`, with
-    logits of its own, [batch pos d_vocab]; those at positions it never looks at are not computed
-    (`LazyLogits`).
+    `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` is what a batch may take, in
+    bytes, by an estimate from the model's numbers (one intervention at a time is the least; the base run's own
+    activations come on top). `verbose` shows a progress bar.
 
-    `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` is what a batch may
-    take, in bytes, by an estimate from the model's numbers (one intervention at a time is the least; the
-    base run's own activations come on top). `verbose` shows a progress bar.
-
-    While user hooks are attached, and in a model that predicts no next token, each intervention is a
-    forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
+    While user hooks are attached, and in a model that predicts no next token, each intervention is a forward of its
+    own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
     """
     for one in interventions:
         if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):

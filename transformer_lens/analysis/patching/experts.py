@@ -27,20 +27,19 @@ get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert
 def get_act_patch_expert_out(
     model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
 ) -> Float[Tensor, "layer expert"]:
-    """
+    """What each expert adds to the stream, at every position, replaced by what it adds in the clean run.
+
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> def metric(logits):
     ...     return logits[0, -1].max()
     >>> get_act_patch_expert_out(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 4])
 
-    What each expert adds to the stream, at every position, replaced by what it adds in the clean run.
-
-    An expert adds its output times its weight, and nothing where it is not chosen: so a patch takes an
-    expert away where only the corrupted run chose it, and brings it in where only the clean run did. The
-    other experts, and the routing, stay those of the corrupted run. The clean cache has to hold
-    `mlp.hook_expert_out`, `hook_expert_weights` and `hook_expert_indices`, as a default cache does.
-    Keywords as in `run_interventions`. Raises `ValueError` for a dense model.
+    An expert adds its output times its weight, and nothing where it is not chosen: so a patch takes an expert away
+    where only the corrupted run chose it, and brings it in where only the clean run did. The other experts, and the
+    routing, stay those of the corrupted run. The clean cache has to hold `mlp.hook_expert_out`, `hook_expert_weights`
+    and `hook_expert_indices`, as a default cache does. Keywords as in `run_interventions`. Raises `ValueError` for a
+    dense model.
     """
     return _sweep(model, corrupted_tokens, clean_cache, metric, by_pos=False, **options)
 
@@ -48,28 +47,26 @@ def get_act_patch_expert_out(
 def get_act_patch_expert_out_by_pos(
     model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
 ) -> Float[Tensor, "layer pos expert"]:
-    """
+    """As `get_act_patch_expert_out`, one position at a time.
+
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> def metric(logits):
     ...     return logits[0, -1].max()
     >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 5, 4])
-
-    As `get_act_patch_expert_out`, one position at a time.
     """
     return _sweep(model, corrupted_tokens, clean_cache, metric, by_pos=True, **options)
 
 
 @checked
 def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tensor, "batch pos expert d_model"]:
-    """
+    """What each expert of a layer adds to the stream: its output times its weight, zero where it was not chosen. They
+    sum to `hook_mlp_out`.
+
     >>> _, cache = bridge.run_with_cache("Mary and John")
     >>> parts = expert_contributions(cache, layer=0, n_experts=4)
     >>> torch.allclose(parts.sum(2), cache["mlp_out", 0], atol=1e-5)
     True
-
-    What each expert of a layer adds to the stream: its output times its weight, zero where it was not
-    chosen. They sum to `hook_mlp_out`.
     """
     names = [f"blocks.{whole('layer', layer, 0)}.mlp.hook_{part}" for part in PARTS]
     for name in names:

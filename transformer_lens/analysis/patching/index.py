@@ -16,12 +16,11 @@ from transformer_lens.checks import a_list, a_text, whole_numbers
 
 @dataclass(frozen=True)
 class IndexTable:
-    """
+    """Rows of integers under names: what a sweep patches, one row for each intervention.
+
     >>> table = IndexTable(("layer", "pos"), ((0, 0), (0, 1)))
     >>> len(table), list(table), table.columns
     (2, [(0, 0), (0, 1)], ('layer', 'pos'))
-
-    Rows of integers under names: what a sweep patches, one row for each intervention.
     """
 
     columns: tuple[str, ...]
@@ -36,13 +35,12 @@ class IndexTable:
 
 @checked
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
-    """
+    """Every combination of the integers below each maximum, the last column running fastest: a pandas DataFrame if
+    pandas is installed, an `IndexTable` if not. Raises `ValueError` if the lengths differ.
+
     >>> table = make_df_from_ranges([2, 3], ["layer", "pos"])
     >>> len(table), list(table.columns)
     (6, ['layer', 'pos'])
-
-    Every combination of the integers below each maximum, the last column running fastest: a pandas
-    DataFrame if pandas is installed, an `IndexTable` if not. Raises `ValueError` if the lengths differ.
     """
     if len(column_max_ranges) != len(column_names):
         raise ValueError(f"make_df_from_ranges: got {len(column_max_ranges)} ranges and {len(column_names)} names")
@@ -56,12 +54,11 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
 
 @checked
 def index_rows(index_df: Any) -> list[list[int]]:
-    """
+    """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers; a head or an expert in the
+    words of its layer, such as `"L3H2"`, is a row of two.
+
     >>> index_rows([(0, 1), "L3H2"])
     [[0, 1], [3, 2]]
-
-    The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers; a head or an expert in the
-    words of its layer, such as `"L3H2"`, is a row of two.
     """
     rows: Iterable[Any] = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
     made = []

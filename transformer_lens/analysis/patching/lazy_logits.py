@@ -29,15 +29,14 @@ KNOWN_WITHOUT_VALUES = {
 
 
 class LazyLogits(Tensor):
-    """
+    """A tensor [batch pos d_vocab] some positions of which are computed when they are first read. What one makes of it
+    are plain tensors.
+
     >>> full = torch.arange(6.0).reshape(1, 3, 2)
     >>> nothing = full.new_full((1, 3, 2), torch.nan)
     >>> logits = LazyLogits.of(nothing, torch.zeros(3).bool(), lambda wanted: full[:, wanted])
     >>> logits[0, -1, 0], logits.sum()
     (tensor(4.), tensor(15.))
-
-    A tensor [batch pos d_vocab] some positions of which are computed when they are first read. What one
-    makes of it are plain tensors.
     """
 
     there: Bool[Tensor, " pos"]

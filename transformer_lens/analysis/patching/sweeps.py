@@ -55,7 +55,10 @@ def generic_activation_patch(
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = True,
 ) -> Any:
-    """
+    """The metric under each patch of a sweep: row by row of an index table,
+    `patch_setter(corrupted_activation, index, clean_activation)` says what the activation `activation_name` of layer
+    `index[0]` becomes.
+
     >>> _, clean_cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
     >>> corrupted = bridge.to_tokens("When Mary and John went to the store, Mary gave a drink to")
     >>> mary, john = bridge.to_single_token(" Mary"), bridge.to_single_token(" John")
@@ -67,17 +70,14 @@ def generic_activation_patch(
     >>> generic_activation_patch(*sweep, index_df=[(0, 9), (2, 14)], verbose=False).shape
     torch.Size([2])
 
-    The metric under each patch of a sweep: row by row of an index table, `patch_setter(corrupted_activation,
-    index, clean_activation)` says what the activation `activation_name` of layer `index[0]` becomes.
+    Give `index_axis_names` for every combination, in the result's shape; the axes are `layer`, `pos`, `src_pos`,
+    `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`. Or give `index_df`, a table whose
+    first column is the layer, for a flat result. `return_index_df` returns the table as well. `corrupted_tokens` may be
+    embeddings. The other keywords are those of `run_interventions`.
 
-    Give `index_axis_names` for every combination, in the result's shape; the axes are `layer`, `pos`,
-    `src_pos`, `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`. Or give
-    `index_df`, a table whose first column is the layer, for a flat result. `return_index_df` returns the
-    table as well. `corrupted_tokens` may be embeddings. The other keywords are those of `run_interventions`.
-
-    The metric gets logits [batch pos d_vocab] and makes one number of them, once for each row, in no
-    particular order. Raises `KeyError` for an activation that this model or the clean cache does not have,
-    with the reason, and `ValueError` for axes and shapes that do not fit.
+    The metric gets logits [batch pos d_vocab] and makes one number of them, once for each row, in no particular order.
+    Raises `KeyError` for an activation that this model or the clean cache does not have, with the reason, and
+    `ValueError` for axes and shapes that do not fit.
     """
     if (index_axis_names is None) == (index_df is None):
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
