@@ -8,15 +8,7 @@ from transformer_lens.checks import a_text, whole
 
 PLACES = {
     "attn": ("q", "k", "v", "z", "q_normed", "k_normed", "rot_q", "rot_k", "result", "pattern", "attn_scores"),
-    "mlp": (
-        "pre",
-        "pre_linear",
-        "post",
-        "router_logits",
-        "expert_weights",
-        "expert_indices",
-        "expert_out",
-    ),
+    "mlp": ("pre", "pre_linear", "post", "router_logits", "expert_weights", "expert_indices", "expert_out"),
 }
 """The component that owns a hook whose short name does not say so."""
 

@@ -57,10 +57,7 @@ class Run:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         state.run, state.depth = self._outer
         del self._outer
@@ -217,10 +214,7 @@ class HookPoint(nn.Module):
         self._changed()
 
     def remove_hooks(
-        self,
-        dir: Direction | Literal["both"] = "fwd",
-        including_permanent: bool = False,
-        level: int | None = None,
+        self, dir: Direction | Literal["both"] = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Take hooks off; permanent ones only when asked, and only those of `level` if one is given."""
         checked_level(level)
@@ -228,10 +222,7 @@ class HookPoint(nn.Module):
             self.remove(entry)
 
     def has_hooks(
-        self,
-        dir: Direction | Literal["both"] = "both",
-        including_permanent: bool = True,
-        level: int | None = None,
+        self, dir: Direction | Literal["both"] = "both", including_permanent: bool = True, level: int | None = None
     ) -> bool:
         """Whether any hook that fits is attached."""
         checked_level(level)

@@ -17,15 +17,7 @@ from transformer_lens.slicing import Slice, SliceInput
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
 
-__all__ = [
-    "Slice",
-    "SliceInput",
-    "get_act_name",
-    "get_device",
-    "lm_cross_entropy_loss",
-    "test_prompt",
-    "to_numpy",
-]
+__all__ = ["Slice", "SliceInput", "get_act_name", "get_device", "lm_cross_entropy_loss", "test_prompt", "to_numpy"]
 
 
 def lm_cross_entropy_loss(

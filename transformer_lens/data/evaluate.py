@@ -38,9 +38,7 @@ def padded_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 @torch.no_grad()
 def ioi_accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[IOIExample] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[IOIExample] | None = None
 ) -> float:
     """The share of prompts (by default 400 with unseen name pairs) where the most likely token of the whole vocabulary
     is the indirect object.

@@ -17,17 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from transformer_lens.data.words import (
-    COLORS,
-    DAYS,
-    LETTERS,
-    MONTHS,
-    NAMES,
-    NUMBERS,
-    OBJECTS,
-    PLACES,
-    TEMPLATES,
-)
+from transformer_lens.data.words import COLORS, DAYS, LETTERS, MONTHS, NAMES, NUMBERS, OBJECTS, PLACES, TEMPLATES
 
 Order = Literal["ABB", "BAB"]
 ORDERS: tuple[Order, Order] = ("ABB", "BAB")

@@ -22,15 +22,7 @@ from transformer_lens.model_bridge.padding import (
 )
 from transformer_lens.model_bridge.text_methods import TokenMethods
 from transformer_lens.model_bridge.tokens import Texts, TokenAdapter, check_text
-from transformer_lens.model_bridge.upstream import (
-    CACHE,
-    EMBEDDINGS,
-    MASK,
-    POSITIONS,
-    TOKENS,
-    Arguments,
-    Word,
-)
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 
 ModelInput = Texts | Tensor
 

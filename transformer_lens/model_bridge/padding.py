@@ -194,13 +194,7 @@ class Columns:
 
 
 def columns_of_call(
-    rows: int,
-    new: int,
-    *,
-    given: Any,
-    seen: Bool[Tensor, "batch new"] | None,
-    cache: Any,
-    device: torch.device,
+    rows: int, new: int, *, given: Any, seen: Bool[Tensor, "batch new"] | None, cache: Any, device: torch.device
 ) -> Columns | None:
     """What a call attends to: by the mask that was `given`, or by what is known of the new columns and of the cache.
 

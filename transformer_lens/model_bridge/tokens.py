@@ -14,14 +14,7 @@ from torch import Tensor
 
 from transformer_lens.checks import one_of
 from transformer_lens.model_bridge.padding import SIDES, PadToken
-from transformer_lens.model_bridge.text_pieces import (
-    chat_text,
-    decoded,
-    ids_after,
-    ids_of,
-    special_tokens,
-    token_texts,
-)
+from transformer_lens.model_bridge.text_pieces import chat_text, decoded, ids_after, ids_of, special_tokens, token_texts
 
 Token = TypeVar("Token", int, str)
 Messages = Sequence[Mapping[str, Any]]

@@ -233,11 +233,7 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
 
 @checked
 def logit_waterfall(
-    cache: ActivationCache,
-    token: str | int,
-    wrong: str | int | None = None,
-    position: int = -1,
-    most: int = 24,
+    cache: ActivationCache, token: str | int, wrong: str | int | None = None, position: int = -1, most: int = 24
 ) -> Waterfall:
     """What each head, MLP and the embedding add to a logit at one position, or to a difference of two.
 

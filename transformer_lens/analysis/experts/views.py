@@ -83,10 +83,7 @@ class ExpertView:
 
 @checked
 def expert_view(
-    cache: ActivationCache,
-    layer: int | Pair,
-    expert: int | None = None,
-    mask: Bool[Tensor, "batch pos"] | None = None,
+    cache: ActivationCache, layer: int | Pair, expert: int | None = None, mask: Bool[Tensor, "batch pos"] | None = None
 ) -> ExpertView:
     """The tokens of a run that chose an expert: a layer and a number, or both in one as `"L0E2"`. The cache has to hold
     `mlp.hook_expert_indices` of that layer, and the hooks that are then read. `mask` leaves tokens out, such as
