@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -56,9 +55,7 @@ class Run:
         state.run, state.depth = self, 0
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         state.run, state.depth = self._outer
         del self._outer
         if not state.executing:

@@ -27,6 +27,10 @@ from transformer_lens.slicing import Slice, SliceInput
 
 NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
 HookSpec = tuple[str | Callable[[str], bool] | Sequence[str], HookFunction]
+Prepared = tuple[HookPoint, HookEntry, Direction, bool]
+"""An entry, where it goes, and whether its hook was asked for by name."""
+SUFFIXES: dict[Direction, str] = {"fwd": "", "bwd": "_grad"}
+"""What a captured tensor's name has behind it."""
 
 
 class Capture:
@@ -238,11 +242,9 @@ class HookedRootModule(nn.Module):
 
     # -- hooks for a while -------------------------------------------------------------------------
 
-    def _entries(
-        self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None
-    ) -> list[tuple[HookPoint, HookEntry, Direction, bool]]:
+    def _entries(self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None) -> list[Prepared]:
         """Resolve names to points, before anything is attached."""
-        prepared: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
+        prepared: list[Prepared] = []
         hooks = listed(f"{dir}_hooks, (name, function) pairs", hooks)
         for spec in hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
@@ -272,15 +274,11 @@ class HookedRootModule(nn.Module):
         """
         entries = self._entries(fwd_hooks, "fwd", None) + self._entries(bwd_hooks, "bwd", None)
         try:
-            with changing_together():
-                for point, entry, direction, _ in entries:
-                    point.attach(entry, direction)
+            _attach(entries)
             yield self
         finally:
             if reset_hooks_end:
-                with changing_together():
-                    for point, entry, _, _ in entries:
-                        point.remove(entry)
+                _detach(entries)
             if clear_contexts:
                 self.clear_contexts()
 
@@ -303,37 +301,26 @@ class HookedRootModule(nn.Module):
                 return self(*model_args, **model_kwargs)
         run = Run()
         entries = self._entries(fwd_hooks, "fwd", run) + self._entries(bwd_hooks, "bwd", run)
-        try:
-            output = self._run(run, entries, model_args, model_kwargs)
-        finally:
-            if clear_contexts:
-                self.clear_contexts()
-        return output
+        return self._run(run, entries, clear_contexts, model_args, model_kwargs)
 
     def _run(
-        self,
-        run: Run,
-        entries: Sequence[tuple[HookPoint, HookEntry, Direction, bool]],
-        model_args: tuple[Any, ...],
-        model_kwargs: Mapping[str, Any],
+        self, run: Run, entries: Sequence[Prepared], clear_contexts: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """One forward with `entries` attached for its length."""
         completed = False
         try:
-            with changing_together():
-                for point, entry, direction, _ in entries:
-                    point.attach(entry, direction)
+            _attach(entries)
             with run:
-                output = self(*model_args, **model_kwargs)
+                output = self(*args, **kwargs)
             completed = True
         finally:
-            with changing_together():
-                for point, entry, _, _ in entries:
-                    point.remove(entry, silence=not completed)
+            _detach(entries, silence=not completed)
+            if clear_contexts:
+                self.clear_contexts()
         silent = [
             point.name
             for point, entry, dir, named in entries
-            if dir == "fwd" and not entry.fired and (named or self.fires_in(point, model_kwargs))
+            if dir == "fwd" and not entry.fired and (named or self.fires_in(point, kwargs))
         ]
         if silent:
             raise ValueError(
@@ -391,27 +378,30 @@ class HookedRootModule(nn.Module):
         store: dict[str, Tensor] = {}
         run = Run()
         named = names_filter is not None and not callable(names_filter)
-        options: dict[str, Any] = {
-            "device": device,
-            "remove_batch_dim": remove_batch_dim,
-            "pos_slice": pos_slice,
-            "clone": clone,
-        }
-        entries: list[tuple[HookPoint, HookEntry, Direction, bool]] = []
+        options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
+        directions: tuple[Direction, ...] = ("fwd", "bwd") if incl_bwd else ("fwd",)
+        entries: list[Prepared] = []
         for name in self.select_names(names_filter, may_be_none=True):
-            point = self.hook_dict[name]
-            entries.append((point, HookEntry(Capture(store, **options), run=run, reads_only=True), "fwd", named))
-            if incl_bwd:
-                gradient = Capture(store, suffix="_grad", **options)
-                entries.append((point, HookEntry(gradient, run=run, reads_only=True), "bwd", named))
-        try:
-            output = self._run(run, entries, model_args, model_kwargs)
-        finally:
-            if clear_contexts:
-                self.clear_contexts()
+            for dir in directions:
+                capture = Capture(store, suffix=SUFFIXES[dir], clone=clone, **options)
+                entry = HookEntry(capture, run=run, reads_only=True)
+                entries.append((self.hook_dict[name], entry, dir, named))
+        output = self._run(run, entries, clear_contexts, model_args, model_kwargs)
         if incl_bwd:
             _backward_from(output)
         return output, store
+
+
+def _attach(entries: Sequence[Prepared]) -> None:
+    with changing_together():
+        for point, entry, direction, _ in entries:
+            point.attach(entry, direction)
+
+
+def _detach(entries: Sequence[Prepared], silence: bool = True) -> None:
+    with changing_together():
+        for point, entry, _, _ in entries:
+            point.remove(entry, silence=silence)
 
 
 def _backward_from(output: Any) -> None:

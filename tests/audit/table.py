@@ -325,7 +325,7 @@ NOT_AUDITED: dict[str, str] = {
     ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
-        ["analysis.attribution.integrated.line_steps", "analysis.attribution.integrated.weighted_metric"],
+        ["analysis.attribution.integrated.line_steps", "analysis.attribution.integrated.summed_gradients"],
         "between parts of the package",
     ),
     **dict.fromkeys(

@@ -51,9 +51,7 @@ def induction_scores(
     >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
     [[1, 0], [1, 1], [1, 2], [1, 3]]
     """
-    tokens = random_repeats(bridge, length, batch, seed)
-    queries = torch.arange(length + 1, 2 * length + 1)
-    return _mean_attention(bridge, tokens, queries, queries - length + 1)
+    return _mean_attention(bridge, random_repeats(bridge, length, batch, seed), length + 1, back=length - 1)
 
 
 @checked
@@ -65,9 +63,7 @@ def previous_token_scores(
     >>> (previous_token_scores(bridge) > 0.5).nonzero().tolist()
     [[0, 2], [0, 3]]
     """
-    tokens = random_repeats(bridge, length, batch, seed)
-    queries = torch.arange(1, tokens.shape[1])
-    return _mean_attention(bridge, tokens, queries, queries - 1)
+    return _mean_attention(bridge, random_repeats(bridge, length, batch, seed), 1, back=1)
 
 
 @checked
@@ -79,20 +75,20 @@ def duplicate_token_scores(
     >>> duplicate_token_scores(bridge).shape
     torch.Size([4, 4])
     """
-    tokens = random_repeats(bridge, length, batch, seed)
-    queries = torch.arange(length + 1, 2 * length + 1)
-    return _mean_attention(bridge, tokens, queries, queries - length)
+    return _mean_attention(bridge, random_repeats(bridge, length, batch, seed), length + 1, back=length)
 
 
 @torch.no_grad()
 def _mean_attention(
-    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], queries: Tensor, keys: Tensor
+    bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], first: int, back: int
 ) -> Float[Tensor, "layer head"]:
+    """Of each query from `first` on to the key that is `back` positions before it."""
     rows = []
+    queries = torch.arange(first, tokens.shape[1])
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
 
     def keep(pattern: Float[Tensor, "batch head pos pos"], hook: Any) -> None:
-        rows.append(pattern[:, :, queries, keys].float().mean((0, 2)).cpu())
+        rows.append(pattern[:, :, queries, queries - back].float().mean((0, 2)).cpu())
 
     bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None)
     return torch.stack(rows)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from transformer_lens.checks import a_path, in_words
@@ -27,20 +28,48 @@ from transformer_lens.collect.options import Options
 from transformer_lens.collect.plan import Cursor, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
-from transformer_lens.collect.together import Together
 from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from transformer_lens import TransformerBridge
 
     NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 WAITING = 4
 """Batches that may wait for the writer, which is all that memory holds of a job."""
+
+
+class Together:
+    """The processes that share a model, and this one's place among them. One alone does everything itself."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process has the files."""
+        return self.rank == 0
+
+    def agreed(self, function: Callable[[], T]) -> T:
+        """What `function` returns, or raises, in the first process: in every process."""
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.writes:
+            try:
+                answer[0] = function()
+            except (ValueError, OSError) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, group_src=0, group=self.group)
+        if answer[1] is not None:
+            raise answer[1]
+        found: T = answer[0]
+        return found
 
 
 class Job:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -68,12 +67,10 @@ class GenerationRun:
             undo.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self._remove()
         self._remember()
-        if error is None:
+        if kind is None:
             self._refuse_silence()
 
     def _attach(self, *phases: Phase) -> None:

@@ -44,8 +44,7 @@ class AttributionScores:
         """The score of each hook by some of its axes, in their order in `axes`; the others are summed, the batch too.
         Raises `ValueError` for an axis that a hook does not have.
 
-        >>> def metric(logits):
-        ...     return logits[0, -1, 5]
+        >>> metric = lambda logits: logits[0, -1, 5]
         >>> found = attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, "blocks.0.attn.hook_z")
         >>> found.by("pos head")["blocks.0.attn.hook_z"].shape, found.by("")["blocks.0.attn.hook_z"].shape
         (torch.Size([5, 4]), torch.Size([]))
@@ -56,8 +55,7 @@ class AttributionScores:
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
         """`by`, with the hooks as the first axis.
 
-        >>> def metric(logits):
-        ...     return logits[0, -1, 5]
+        >>> metric = lambda logits: logits[0, -1, 5]
         >>> names = [f"blocks.{i}.attn.hook_z" for i in range(4)]
         >>> attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, names).stacked("head").shape
         torch.Size([4, 4])
@@ -95,8 +93,7 @@ def attribution_patching(
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
-    >>> def metric(logits):
-    ...     return (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> metric = lambda logits: (logits[:, -1, noah] - logits[:, -1, adam]).mean()
     >>> names = [f"blocks.{layer}.attn.hook_z" for layer in range(4)]
     >>> heads = attribution_patching(bridge, clean, corrupted, metric, names).stacked("head")
     >>> divmod(int(heads.argmax()), 4)  # the layer and head whose clean output helps most
@@ -139,8 +136,7 @@ def expert_attribution_patching(
     not chosen. An estimate of `get_act_patch_expert_out`; arguments and errors as in `attribution_patching`. Raises
     `ValueError` for a dense model.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> expert_attribution_patching(moe, "Mary and John", "Mary and Mary", metric).shape
     torch.Size([3, 1, 5, 4])
     """

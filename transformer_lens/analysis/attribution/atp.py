@@ -53,8 +53,7 @@ def atp_star(
     """Attribution patching of queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and neurons
     (`mlp_post`), by layer, text and position; keys and values by key-value head.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5] - logits[0, -1, 6]
+    >>> metric = lambda logits: logits[0, -1, 5] - logits[0, -1, 6]
     >>> found = atp_star(bridge, "Mary and John", "Mary and Mary", metric)
     >>> found["q"].shape, found["k"].shape, found["mlp_out"].shape
     (torch.Size([4, 1, 5, 4]), torch.Size([4, 1, 5, 2]), torch.Size([4, 1, 5]))

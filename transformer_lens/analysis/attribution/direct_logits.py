@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,29 +51,17 @@ class DirectLogitAttribution:
         return f"DirectLogitAttribution to {len(self.labels)} parts in {self.values.shape[1]} texts"
 
 
-def _components(cache: ActivationCache, position: int) -> Any:
-    return cache.decompose_resid(pos_slice=position, return_labels=True)
-
-
-def _heads(cache: ActivationCache, position: int) -> Any:
-    return cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=position, return_labels=True)
-
-
-def _neurons(cache: ActivationCache, position: int) -> Any:
-    return cache.get_full_resid_decomposition(expand_neurons=True, pos_slice=position, return_labels=True)
-
-
-def _experts(cache: ActivationCache, position: int) -> Any:
-    stack, labels = _heads(cache, position)
+def _experts(cache: ActivationCache, **options: Any) -> Any:
+    stack, labels = PARTS["head"](cache, **options)
     kept = [number for number, label in enumerate(labels) if not label.endswith("_mlp_out")]
-    experts: Any = cache.stack_expert_results(pos_slice=position, return_labels=True)
+    experts: Any = cache.stack_expert_results(**options)
     return torch.cat([stack[kept], experts[0]]), [labels[number] for number in kept] + experts[1]
 
 
-PARTS: dict[str, Callable[[ActivationCache, int], Any]] = {
-    "component": _components,
-    "head": _heads,
-    "neuron": _neurons,
+PARTS: dict[str, Callable[..., Any]] = {
+    "component": ActivationCache.decompose_resid,
+    "head": partial(ActivationCache.get_full_resid_decomposition, expand_neurons=False),
+    "neuron": partial(ActivationCache.get_full_resid_decomposition, expand_neurons=True),
     "expert": _experts,
 }
 
@@ -113,7 +102,7 @@ def direct_logit_attribution(
     logits = whole_run[:, position]
     right = answer_ids(bridge, "answer", answer, len(logits))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))
-    stack, labels = PARTS[parts](cache, position)
+    stack, labels = PARTS[parts](cache, pos_slice=position, return_labels=True)
     values = cache.logit_attrs(stack, right, wrong, pos_slice=position)
     norm: Any = bridge.get_submodule("ln_final")
     weight, offset = (one.detach().to(values.device, values.dtype) for one in (bridge.W_U, bridge.b_U))

@@ -12,7 +12,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScores
 from transformer_lens.analysis.attribution.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
-from transformer_lens.analysis.attribution.integrated import line_steps, weighted_metric
+from transformer_lens.analysis.attribution.integrated import line_steps, summed_gradients
 from transformer_lens.analysis.attribution.senders import SenderValues, read_senders, sender_hooks
 from transformer_lens.analysis.patching.base_run import SweepInput
 from transformer_lens.analysis.patching.engine import Metric
@@ -35,8 +35,7 @@ def edge_attribution_patching(
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
-    >>> def metric(logits):
-    ...     return (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> metric = lambda logits: (logits[:, -1, noah] - logits[:, -1, adam]).mean()
     >>> scores = edge_attribution_patching(bridge, clean, corrupted, metric)
     >>> sender, receiver, score = scores.top(1)[0]
     >>> sender, receiver
@@ -73,8 +72,7 @@ def edge_attribution_patching_ig(
     spaced points, which tends to the same integral. Scores of edges into the logits, of a model whose final norm were
     linear, would sum to the difference of the metric.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> edge_attribution_patching_ig(bridge, "Mary and John", "Mary and Mary", metric, steps=2)
     EdgeScores of 463 edges
 
@@ -82,28 +80,18 @@ def edge_attribution_patching_ig(
     """
     pair: PromptPair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
     points, weights = line_steps(steps)
-    if steps_per_batch < 1:
-        raise ValueError(f"steps_per_batch: got {steps_per_batch}, expected at least 1")
     graph = EdgeGraph.of(bridge)
     _, here, embeds = read_senders(bridge, graph, pair.corrupted, pair.mask, ["hook_embed"])
     _, there, others = read_senders(bridge, graph, pair.clean, pair.mask, ["hook_embed"])
     start, end = embeds["hook_embed"], others["hook_embed"]
-    batch = len(start)
     mean: dict[str, Tensor] = {}
     for first in range(0, steps, steps_per_batch):
-        some = points[first : first + steps_per_batch]
-        line = torch.cat([torch.lerp(start, end, point) for point in some])
-        run = gradient_run(
-            bridge,
-            pair.corrupted.repeat(len(some), *[1] * (pair.corrupted.ndim - 1)),
-            None if pair.mask is None else pair.mask.repeat(len(some), 1),
-            weighted_metric(metric, weights[first : first + steps_per_batch], batch),
-            _receiver_hooks(graph),
-            fwd_hooks=[("hook_embed", lambda embeds, hook, line=line: line.clone())],
+        some = slice(first, first + steps_per_batch)
+        line = torch.stack([torch.lerp(start, end, point) for point in points[some]])
+        summed = summed_gradients(
+            bridge, pair.corrupted, pair.mask, metric, weights[some], _receiver_hooks(graph), "hook_embed", line
         )
-        for name, gradient in run.gradients().items():
-            summed = wide(gradient).unflatten(0, (len(some), batch)).sum(0)
-            mean[name] = mean[name] + summed if name in mean else summed
+        mean = {name: mean.get(name, 0) + gradient for name, gradient in summed.items()}
     return _scores(graph, there - here, mean)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric
+from transformer_lens.analysis.patching.engine import Metric, metric_number
 from transformer_lens.checks import is_one_of
 
 At = Literal["corrupted", "clean"]
@@ -58,14 +58,11 @@ def prompt_pair(
 
 
 def one_number(value: Any) -> Float[Tensor, ""]:
-    """What a metric returned, as a tensor of no axes."""
-    number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
-    if number is None or number.numel() != 1 or number.is_complex():
-        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
+    """What a metric returned, as a finite tensor of no axes."""
+    number = metric_number(value)
     if not bool(number.isfinite()):
         raise ValueError(f"metric: it returned {number.item()}, and what is not finite has no attribution")
-    return number.reshape(())
+    return number
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class IntegratedGradients:
         return f"IntegratedGradients by {' '.join(self.axes)}, completeness error {self.completeness_error:.2g}"
 
 
+@checked
 def line_steps(steps: int) -> tuple[list[float], list[float]]:
     """Points between 0 and 1, and weights that sum to one: Gauss-Legendre quadrature, exact for polynomials of degree
     `2 * steps - 1`.
@@ -44,20 +46,8 @@ def line_steps(steps: int) -> tuple[list[float], list[float]]:
     >>> line_steps(1)
     ([0.5], [1.0])
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected a whole number of at least 1")
     points, weights = np.polynomial.legendre.leggauss(steps)
     return [float(x) for x in (points + 1) / 2], [float(x) for x in weights / 2]
-
-
-def weighted_metric(metric: Metric, weights: list[float], batch: int) -> Metric:
-    """The metric of each copy of the batch, weighted and summed."""
-
-    def total(logits: Tensor) -> Tensor:
-        values = [weight * one_number(metric(rows)) for weight, rows in zip(weights, logits.split(batch), strict=True)]
-        return torch.stack(values).sum()
-
-    return total
 
 
 @checked
@@ -76,8 +66,7 @@ def integrated_gradients(
     number of one hook. The baseline is a number, or a tensor of the activation's shape (that of another run, or a mean
     over many). The scores sum to what the metric loses by the baseline, and `completeness_error` says how nearly.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> found = integrated_gradients(bridge, "Mary and John", metric, "blocks.2.hook_mlp_out")
     >>> found.scores.sum(-1).shape, abs(found.completeness_error) < 1e-3
     (torch.Size([1, 5]), True)
@@ -91,8 +80,6 @@ def integrated_gradients(
         raise TypeError(f"name: got {type(name).__name__}, expected the name of one hook")
     (name,) = differentiable_names(bridge, name)
     points, weights = line_steps(steps)
-    if steps_per_batch < 1:
-        raise ValueError(f"steps_per_batch: got {steps_per_batch}, expected at least 1")
     x, _, mask = bridge.input_and_mask(input, attention_mask=attention_mask)
     layer = bridge.hook_dict[name].layer() if name.startswith("blocks.") else None
     stream_name = [] if layer is None else [f"blocks.{layer}.hook_resid_pre"]
@@ -108,34 +95,40 @@ def integrated_gradients(
     for first in range(0, steps, steps_per_batch):
         some = slice(first, first + steps_per_batch)
         line = torch.stack([torch.lerp(start, there, point) for point in points[some]])
-        total_metric = weighted_metric(metric, weights[some], len(x))
-        mean += _summed_gradient(bridge, below, mask, total_metric, name, line, layer)
+        mean += summed_gradients(bridge, below, mask, metric, weights[some], [name], name, line, layer)[name]
     scores = (wide(there) - wide(start)) * mean
     return IntegratedGradients(scores, tuple(bridge.hook_dict[name].axes.split()), total)
 
 
-def _summed_gradient(
+def summed_gradients(
     bridge: TransformerBridge,
     below: Tensor,
     mask: Tensor | None,
     metric: Metric,
-    name: str,
+    weights: list[float],
+    names: Sequence[str],
+    moved: str,
     line: Float[Tensor, "step batch pos ..."],
-    layer: int | None,
-) -> Float[Tensor, "batch pos ..."]:
-    """The gradient at one hook, summed over points on a line, which run as copies of the batch."""
-    copies = len(line)
+    layer: int | None = None,
+) -> dict[str, Float[Tensor, "batch pos ..."]]:
+    """The gradient at some hooks, by the weights of points on a line: values of the hook `moved`, which run as copies
+    of the batch."""
+    copies, batch = line.shape[:2]
+
+    def total(logits: Tensor) -> Tensor:
+        values = [weight * one_number(metric(rows)) for weight, rows in zip(weights, logits.split(batch), strict=True)]
+        return torch.stack(values).sum()
+
     run = gradient_run(
         bridge,
         below.repeat(copies, *[1] * (below.ndim - 1)),
         None if mask is None else mask.repeat(copies, 1),
-        metric,
-        [name],
-        fwd_hooks=[(name, _replacing(line.flatten(0, 1)))],
+        total,
+        names,
+        fwd_hooks=[(moved, _replacing(line.flatten(0, 1)))],
         start_at_layer=layer,
     )
-    gradients: Tensor = wide(run.gradients()[name]).unflatten(0, line.shape[:2])
-    return gradients.sum(0)
+    return {name: wide(found).unflatten(0, (copies, batch)).sum(0) for name, found in run.gradients().items()}
 
 
 def _replacing(value: Tensor) -> Any:

@@ -43,8 +43,7 @@ def path_patching(
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
     >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
-    >>> def metric(logits):
-    ...     return (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> metric = lambda logits: (logits[:, -1, noah] - logits[:, -1, adam]).mean()
     >>> paths = [("embed", "L3H2.k"), ("embed", "L3H2"), ("L0H1", ["L3H2.q", "L3H2.v"]), ("embed", "L3H2", "logits")]
     >>> path_patching(bridge, clean, corrupted, metric, paths).shape
     torch.Size([4])
@@ -79,8 +78,7 @@ def edge_effects(
     computed anew, less the metric of the corrupted run. `edges=None` means every edge; those left out have the score 0.
     It is what `edge_attribution_patching` estimates, at a row of a batch for each edge.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> effects = edge_effects(bridge, "Mary and John", "Mary and Mary", metric, [("embed", "L3H2.k")])
     >>> len(effects.top(1)), effects["embed", "L3H2.v"]
     (1, 0.0)
@@ -110,8 +108,7 @@ def circuit_metric(
     """The metric of the clean run when only a circuit's edges carry what the model computes, and every other edge what
     it carries in the corrupted run. All of them run as rows of one batch.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)
     >>> found = circuit_metric(bridge, "Mary and John", "Mary and Mary", metric, [whole])
     >>> torch.allclose(found[0], metric(bridge("Mary and John")), atol=1e-4)
@@ -136,8 +133,7 @@ def faithfulness(
     the model does, 0 where it does nothing (Hanna et al. 2024). Raises `ValueError` where clean and corrupted runs have
     the same metric.
 
-    >>> def metric(logits):
-    ...     return logits[0, -1, 5]
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> graph = EdgeGraph.of(bridge)
     >>> nothing, whole = Circuit.of(graph, []), Circuit(graph, graph.exists)
     >>> found = faithfulness(bridge, "Mary and John", "Mary and Mary", metric, [nothing, whole])

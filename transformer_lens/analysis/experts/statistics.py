@@ -23,6 +23,9 @@ from transformer_lens.asking import Input, Pair, need_experts, one_expert
 from transformer_lens.checks import is_several, whole
 from transformer_lens.text_table import Tabular, TextTable
 
+SUMMED = ("n_tokens", "load", "weight", "entropy_sum", "together", "onward")
+"""The counts of two data sets that simply add up."""
+
 
 class ExpertToken(NamedTuple):
     """How often one token was sent to one expert."""
@@ -131,13 +134,8 @@ class RoutingStatistics(Tabular):
         both = [torch.cat([self.token_counts, other.token_counts]), torch.cat([self.token_load, other.token_load])]
         counts, load = (part.new_zeros(len(tokens), *part.shape[1:]).index_add_(0, rows, part) for part in both)
         return RoutingStatistics(
-            n_tokens=self.n_tokens + other.n_tokens,
+            **{name: getattr(self, name) + getattr(other, name) for name in SUMMED},
             n_chosen=self.n_chosen,
-            load=self.load + other.load,
-            weight=self.weight + other.weight,
-            entropy_sum=self.entropy_sum + other.entropy_sum,
-            together=self.together + other.together,
-            onward=self.onward + other.onward,
             tokens=tokens,
             token_counts=counts,
             token_load=load,

@@ -5,27 +5,32 @@ Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers wit
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import batches_of
-from transformer_lens.analysis.lenses.files import read_lens, write_lens
 from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
 from transformer_lens.asking import Texts, check_texts, layer_number
 from transformer_lens.checks import is_one_of
 from transformer_lens.model_bridge import InputAndMask
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
+FORMAT = "tuned-lens-1"
+WEIGHTS, ABOUT = "lens.safetensors", "lens.json"
+SIZES = ("n_layers", "d_model", "d_vocab_out")
+SAMPLE = 64
 
 
 class TunedLens:
@@ -133,11 +138,8 @@ class TunedLens:
         if not is_one_of(optimizer, ("adamw", "muon")):
             raise ValueError(f"optimizer: got {optimizer!r}, expected 'adamw' or 'muon'")
         rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}[optimizer]
-        if epochs < 1 or batch_size < 1 or tokens_at_once < 1 or not 0 < rate < math.inf or not len(texts):
-            raise ValueError(
-                f"fit: got {len(texts)} texts, epochs {epochs}, batch_size {batch_size}, tokens_at_once "
-                f"{tokens_at_once}, lr {rate}, expected positive numbers"
-            )
+        if not len(texts):
+            raise ValueError("fit: got 0 texts, expected one or more")
         before = {name: value.clone() for name, value in self.translators.state_dict().items()}
         steps = epochs * math.ceil(len(texts) / batch_size)
         optimizers = self._optimizers(optimizer, rate, weight_decay)
@@ -218,8 +220,8 @@ class TunedLens:
         (True, torch.Size([5]))
         """
         check_texts(texts)
-        if not len(texts) or batch_size < 1 or tokens_at_once < 1:
-            raise ValueError(f"evaluate: got {len(texts)} texts and batch_size {batch_size}, expected one or more")
+        if not len(texts):
+            raise ValueError("evaluate: got 0 texts, expected one or more")
         plain = TunedLens(self.bridge)
         sums = torch.zeros(4, len(self.translators) + 1, dtype=torch.float64)
         tokens = predicted = 0
@@ -269,3 +271,60 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
         order = rng.sample(range(texts), texts)
         for start in range(0, texts, batch_size):
             yield order[start : start + batch_size]
+
+
+# -- files -------------------------------------------------------------------------------------------
+
+
+def write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[str, Tensor]) -> None:
+    """Write the two files of a lens."""
+    directory.mkdir(parents=True, exist_ok=True)
+    cfg: Any = bridge.cfg
+    about = {"format": FORMAT, "model_name": cfg.model_name, "architecture": cfg.architecture}
+    about |= {name: getattr(cfg, name) for name in SIZES}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in translators.items()}
+    save_file({**tensors, "sample": _sample(bridge)}, directory / WEIGHTS)
+    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a lens. Raises `ValueError` for one that was made for another model."""
+    for name in (WEIGHTS, ABOUT):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory}: no {name} there; a tuned lens is a directory that `save` wrote")
+    about = json.loads((directory / ABOUT).read_text())
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{directory / ABOUT}: not of the format {FORMAT!r}")
+    for name in SIZES:
+        wanted = getattr(bridge.cfg, name)
+        if about.get(name) != wanted:
+            raise ValueError(
+                f"{directory}: a lens of {about.get('model_name')!r} with {name}={about.get(name)}, and this model has "
+                f"{name}={wanted}"
+            )
+    tensors: dict[str, Tensor] = load_file(directory / WEIGHTS)
+    sample = tensors.pop("sample", None)
+    shapes = {name: list(value.shape) for name, value in tensors.items()}
+    if shapes != {name: list(value.shape) for name, value in expected.items()} or sample is None:
+        raise ValueError(f"{directory / WEIGHTS}: got the tensors {shapes}, which are not those of this model's lens")
+    here = _sample(bridge)
+    # A checkpoint in half precision is the same model.
+    if here.shape != sample.shape or not torch.allclose(here, sample, rtol=0.02, atol=0.02 * float(sample.abs().max())):
+        raise ValueError(
+            f"{directory}: a lens of {about.get('model_name')!r}, whose final norm and unembedding are not this "
+            "model's; a lens fits the weights it was trained on, processed or not"
+        )
+    return tensors
+
+
+@torch.no_grad()
+def _sample(bridge: TransformerBridge) -> Float[Tensor, " sampled"]:
+    """Some numbers of the unembedding and the final norm, always from the same places."""
+    norm: Any = bridge.get_submodule("ln_final")
+    pieces = []
+    for weight in (bridge.W_U, norm.w):
+        flat = weight.shape.numel()
+        places = torch.arange(SAMPLE) * (flat - 1) // (SAMPLE - 1)
+        rows = torch.unravel_index(places, weight.shape)
+        pieces.append(weight[tuple(index.to(weight.device) for index in rows)].float().cpu())
+    return torch.cat(pieces)

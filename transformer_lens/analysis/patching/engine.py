@@ -55,8 +55,7 @@ def run_interventions(
     >>> def without(head):
     ...     return lambda z, hook: z.index_fill(2, torch.tensor(head), 0)
     >>> heads = [("blocks.1.attn.hook_z", without(head)) for head in range(bridge.cfg.n_heads)]
-    >>> def metric(logits):
-    ...     return logits[0, -1].logsumexp(-1)
+    >>> metric = lambda logits: logits[0, -1].logsumexp(-1)
     >>> found = run_interventions(bridge, tokens, heads, metric)
     >>> alone = metric(bridge.run_with_hooks(tokens, fwd_hooks=[heads[2]]))
     >>> found.shape, torch.allclose(found[2], alone, atol=1e-5)
@@ -86,7 +85,7 @@ def run_interventions(
             numbers = dict(sweep.run(named))
     values = [numbers[i] for i in range(len(named))]
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
-    return torch.tensor([float(value) for value in values], dtype=dtype, device=model.cfg.device)
+    return torch.tensor([float(value.detach()) for value in values], dtype=dtype, device=model.cfg.device)
 
 
 def _one_by_one(
@@ -101,14 +100,16 @@ def _one_by_one(
     input, _, mask = model.input_and_mask(tokens, attention_mask=mask)
     found = {}
     for number, intervention in enumerate(interventions):
-        found[number] = _number(metric(model.run_with_hooks(input, fwd_hooks=[intervention], attention_mask=mask)))
+        found[number] = metric_number(
+            metric(model.run_with_hooks(input, fwd_hooks=[intervention], attention_mask=mask))
+        )
         bar.update()
     return found
 
 
-def _number(value: Any) -> Tensor:
-    """What a metric returned, as one number."""
-    number = torch.as_tensor(value).detach() if isinstance(value, (Tensor, float, int)) else None
+def metric_number(value: Any) -> Float[Tensor, ""]:
+    """What a metric returned, as a tensor of no axes."""
+    number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
     if number is None or number.numel() != 1 or number.is_complex():
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
@@ -251,7 +252,7 @@ class _Sweep:
         return value
 
     def measured(self, logits: Tensor, done: bool = True) -> Tensor:
-        value = _number(self.metric(logits))
+        value = metric_number(self.metric(logits))
         self.bar.update(int(done))
         return value
 

@@ -30,8 +30,7 @@ def get_act_patch_expert_out(
     """What each expert adds to the stream, at every position, replaced by what it adds in the clean run.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> def metric(logits):
-    ...     return logits[0, -1].max()
+    >>> metric = lambda logits: logits[0, -1].max()
     >>> get_act_patch_expert_out(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 4])
 
@@ -50,8 +49,7 @@ def get_act_patch_expert_out_by_pos(
     """As `get_act_patch_expert_out`, one position at a time.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> def metric(logits):
-    ...     return logits[0, -1].max()
+    >>> metric = lambda logits: logits[0, -1].max()
     >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 5, 4])
     """

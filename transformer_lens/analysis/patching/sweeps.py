@@ -62,8 +62,7 @@ def generic_activation_patch(
     >>> _, clean_cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
     >>> corrupted = bridge.to_tokens("When Mary and John went to the store, Mary gave a drink to")
     >>> mary, john = bridge.to_single_token(" Mary"), bridge.to_single_token(" John")
-    >>> def metric(logits):
-    ...     return logits[0, -1, mary] - logits[0, -1, john]
+    >>> metric = lambda logits: logits[0, -1, mary] - logits[0, -1, john]
     >>> sweep = (bridge, corrupted, clean_cache, metric, layer_pos_patch_setter, "mlp_out")
     >>> generic_activation_patch(*sweep, index_axis_names=("layer", "pos"), verbose=False).shape
     torch.Size([4, 15])
@@ -190,8 +189,7 @@ class PatchSweeps:
     """Several sweeps, stacked: `[patch_type layer ...]`, heads last. Keywords as in `generic_activation_patch`.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> def metric(logits):
-    ...     return logits[0, -1].max()
+    >>> metric = lambda logits: logits[0, -1].max()
     >>> get_act_patch_block_every(bridge, bridge.to_tokens("Mary and Mary"), clean_cache, metric, verbose=False).shape
     torch.Size([3, 4, 5])
     >>> get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape

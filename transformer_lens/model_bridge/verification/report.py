@@ -119,21 +119,8 @@ class VerificationReport(Tabular):
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON: model, `passed`, what each check means, and every comparison."""
-        fields = {
-            "model": self.model,
-            "architecture": self.architecture,
-            "dtype": self.dtype,
-            "device": self.device,
-            "attention": self.attention,
-            "tokens": list(self.tokens),
-            "seconds": round(self.seconds, 3),
-            "passed": self.passed,
-            "checks": dict(self.checks),
-            "not_applicable": dict(self.not_applicable),
-            "sampled": dict(self.sampled),
-            "results": self.to_dicts(),
-        }
-        return json.dumps(fields, indent=indent, allow_nan=False)
+        made = {"seconds": round(self.seconds, 3), "results": self.to_dicts(), "passed": self.passed}
+        return json.dumps(vars(self) | made, indent=indent, allow_nan=False)
 
     # -- showing -------------------------------------------------------------------------------------
 
