@@ -22,8 +22,7 @@ from transformer_lens.analysis.attribution.gradient_runs import (
     prompt_pair,
     wide,
 )
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric
+from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.asking import need_experts
 from transformer_lens.checks import a_text

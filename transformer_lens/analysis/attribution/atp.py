@@ -16,8 +16,7 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair, wide
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric
+from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
 
 HOOKS = {

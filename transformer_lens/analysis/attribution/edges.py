@@ -14,8 +14,7 @@ from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScor
 from transformer_lens.analysis.attribution.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
 from transformer_lens.analysis.attribution.integrated import line_steps, summed_gradients
 from transformer_lens.analysis.attribution.senders import SenderValues, read_senders, sender_hooks
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric
+from transformer_lens.analysis.patching.engine import Metric, SweepInput
 
 
 @checked

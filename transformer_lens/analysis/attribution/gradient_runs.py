@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric, metric_number
+from transformer_lens.analysis.patching.engine import Metric, SweepInput, metric_number
 from transformer_lens.checks import is_one_of
 
 At = Literal["corrupted", "clean"]

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.gradient_runs import differentiable_names, gradient_run, one_number, wide
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import Metric
+from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import a_number
 
 

@@ -16,8 +16,13 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.patching.base_run import SweepInput
-from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Intervention, Metric, run_interventions
+from transformer_lens.analysis.patching.engine import (
+    DEFAULT_BUDGET,
+    Intervention,
+    Metric,
+    SweepInput,
+    run_interventions,
+)
 from transformer_lens.analysis.patching.index import index_rows, make_df_from_ranges
 from transformer_lens.analysis.patching.setters import (
     PartSetter,
