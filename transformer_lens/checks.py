@@ -9,6 +9,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence, Sized
 from difflib import get_close_matches
+from importlib import import_module
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -208,6 +209,18 @@ def whole_numbers(
         expected = "whole numbers" if least is None else f"{least} to {most}"
         raise TypeError(f"{what}: got {in_words(value)}, expected {expected}{where}")
     return [whole(what, one, least, most, where) for one in value]
+
+
+def needed(module: str, why: str) -> Any:
+    """A module of an optional library. Raises `ImportError`, saying why it is needed, where it is not installed.
+
+    >>> needed("json", "settings need json").loads("1")
+    1
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(why, name=module.partition(".")[0]) from error
 
 
 def device_of(what: str, value: Any) -> torch.device:

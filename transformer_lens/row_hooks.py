@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,23 +54,23 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     return _OnEach([_checked_function("on_each", fn) for fn in fns], rows_each)
 
 
+@dataclass(frozen=True, eq=False)
 class _OnRows:
     """What `on_rows` makes: an object, so that it can be copied and shown."""
 
-    def __init__(self, rows: slice | Tensor, fn: HookFunction) -> None:
-        self.rows = rows
-        self.fn = fn
+    rows: slice | Tensor
+    fn: HookFunction
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
         return tensor if _run(self.fn, tensor, _within(self.rows, tensor, hook), hook) else None
 
 
+@dataclass(frozen=True, eq=False)
 class _OnEach:
     """What `on_each` makes."""
 
-    def __init__(self, fns: Sequence[HookFunction], rows_each: int) -> None:
-        self.fns = fns
-        self.rows_each = rows_each
+    fns: Sequence[HookFunction]
+    rows_each: int
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
         expected = len(self.fns) * self.rows_each

@@ -19,7 +19,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Position, activations_at, tokens_at
 from transformer_lens.asking import Texts, check_texts
-from transformer_lens.checks import a_text, one_of
+from transformer_lens.checks import a_text, needed, one_of
 from transformer_lens.text_table import Tabular, TextTable
 
 Task = Literal["classification", "regression"]
@@ -178,7 +178,7 @@ def probe_layers(
     check_texts(texts)
     if len(labels) != len(texts):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(texts)} texts")
-    sklearn_modules()
+    sklearn("metrics")
     if at is None:
         at = ["hook_embed", *range(bridge.cfg.n_layers)]
     places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
@@ -188,19 +188,10 @@ def probe_layers(
     return ProbeTable({n: probe(x, labels, types=types, groups=groups, **options) for n, x in features.items()})
 
 
-def sklearn_modules() -> tuple[Any, Any, Any, Any, Any]:
-    """The parts of scikit-learn that probes use. Raises `ImportError`, and says what to install, where it is not there.
-
-    >>> [module.__name__.split(".")[1] for module in sklearn_modules()]
-    ['linear_model', 'metrics', 'model_selection', 'pipeline', 'preprocessing']
-    """
-    try:
-        from sklearn import linear_model, metrics, model_selection, pipeline, preprocessing
-    except ImportError as error:
-        raise ImportError(
-            "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'", name="sklearn"
-        ) from error
-    return linear_model, metrics, model_selection, pipeline, preprocessing
+def sklearn(part: str) -> Any:
+    """A part of scikit-learn. Raises `ImportError`, and says what to install, where it is not there."""
+    why = "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'"
+    return needed(f"sklearn.{part}", why)
 
 
 # -- inside ------------------------------------------------------------------------------------------
@@ -215,20 +206,17 @@ class _Fitted:
 
 
 def _model(task: Task, strength: float) -> Any:
-    linear, _, _, pipeline, preprocessing = sklearn_modules()
-    last = (
-        linear.Ridge(alpha=1 / strength)
-        if task == "regression"
-        else linear.LogisticRegression(C=strength, max_iter=2000)
-    )
-    return pipeline.make_pipeline(preprocessing.StandardScaler(), last)
+    linear = sklearn("linear_model")
+    ridge = task == "regression"
+    last = linear.Ridge(alpha=1 / strength) if ridge else linear.LogisticRegression(C=strength, max_iter=2000)
+    return sklearn("pipeline").make_pipeline(sklearn("preprocessing").StandardScaler(), last)
 
 
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
     """Training and test rows of each fold."""
-    _, _, selection, _, _ = sklearn_modules()
+    selection = sklearn("model_selection")
     kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
         ("classification", False): selection.StratifiedKFold,
         ("classification", True): selection.StratifiedGroupKFold,
@@ -248,7 +236,7 @@ def _splits(
 
 
 def _predicted(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> _Fitted:
-    _, metrics, _, _, _ = sklearn_modules()
+    roc_auc_score = sklearn("metrics").roc_auc_score
     predictions = np.empty_like(y)
     areas = []
     for train, test in splits:
@@ -260,7 +248,7 @@ def _predicted(x: Values, y: Values, splits: list[tuple[Values, Values]], task: 
         if task == "classification" and len(np.unique(y[test])) == len(model.classes_) == len(np.unique(y)):
             scores = model.predict_proba(x[test])
             binary = scores.shape[1] == 2
-            areas.append(metrics.roc_auc_score(y[test], scores[:, 1] if binary else scores, multi_class="ovr"))
+            areas.append(roc_auc_score(y[test], scores[:, 1] if binary else scores, multi_class="ovr"))
     return _Fitted(predictions, float(np.mean(areas)) if areas else math.nan)
 
 

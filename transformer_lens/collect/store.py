@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transformer_lens.checks import a_path, in_words, nearest, whole
+from transformer_lens.checks import a_path, in_words, nearest, needed, whole
 from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.columns import Index, Shards, StoredTensor
 from transformer_lens.collect.files import ABOUT_TOKENS
@@ -162,17 +162,12 @@ class ActivationStore:
 
         Raises `ImportError` without the extra `[data]`.
         """
-        try:
-            from datasets import Dataset
-        except ImportError:
-            raise ImportError(
-                "to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'", name="datasets"
-            ) from None
+        made = needed("datasets", "to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'").Dataset
         chosen = list(self._tensors) if names is None else self._several(names)
         # The library caches by these arguments, so they say what is in the folder; a list it would divide into shards.
         version = f"{self.manifest.job_sha256} {len(self)}"
         arguments = {"out_dir": str(self.out_dir), "chosen": tuple(chosen), "version": version}
-        return Dataset.from_generator(_rows, gen_kwargs=arguments, **options)
+        return made.from_generator(_rows, gen_kwargs=arguments, **options)
 
     def check(self) -> list[str]:
         """Read every shard and compare its checksum: what is wrong, in words; nothing if all are whole.

@@ -52,9 +52,5 @@ ACTIONS: tuple[str, ...] = (
 )
 
 
-def _joined(opening: str, action: str) -> str:
-    """One sentence frame; an opening that ends in "and" needs no comma before the action."""
-    return f"{opening} {action}" if opening.endswith("and") else f"{opening}, {action}"
-
-
-TEMPLATES: tuple[str, ...] = tuple(_joined(opening, action) for opening in OPENINGS for action in ACTIONS)
+# An opening that ends in "and" needs no comma before the action.
+TEMPLATES = tuple(f"{one}{' ' if one.endswith('and') else ', '}{action}" for one in OPENINGS for action in ACTIONS)

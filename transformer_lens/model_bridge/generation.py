@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
-from transformer_lens.checks import is_one_of, listed, one_of, whole
+from transformer_lens.checks import is_one_of, listed, one_of
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
@@ -93,9 +93,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         where forwards have none (no KV cache, assisted generation) and for a cache of beams.
         """
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
-        if max_new_tokens is not None:
-            options["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
+        length = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+        how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
         call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
         run = self._generation_run(call, fwd_hooks, on)
         if names_filter is not None and not return_cache:
@@ -139,9 +138,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         `ValueError`.
         """
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        how = {"stop_at_eos": stop_at_eos, "use_past_kv_cache": use_past_kv_cache, **sampling}
-        if max_new_tokens is not None:
-            options["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
+        length = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+        how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
         call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
         return stream(call, self._generation_run(call, fwd_hooks, on), verbose)

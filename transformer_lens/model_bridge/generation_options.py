@@ -17,10 +17,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
-from transformer_lens.model_bridge.inputs import ModelInput, Reading
+from transformer_lens.model_bridge.inputs import ModelInput
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
 from transformer_lens.model_bridge.text_pieces import decoded, pieces, special_tokens
-from transformer_lens.model_bridge.tokens import TokenAdapter
+from transformer_lens.model_bridge.tokens import Reading, TokenAdapter
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
 RETURN_TYPES = ("input", "str", "tokens")
@@ -127,7 +127,12 @@ def prepare_prompt(
 
 
 def translate(
-    options: dict[str, Any], *, stop_at_eos: bool, use_past_kv_cache: bool | None, **sampling: Any
+    options: dict[str, Any],
+    *,
+    max_new_tokens: int | None = None,
+    stop_at_eos: bool,
+    use_past_kv_cache: bool | None,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """TransformerLens's keywords as Hugging Face's.
 
@@ -145,6 +150,8 @@ def translate(
     elif said and "do_sample" not in said:
         said["do_sample"] = True
     made = {**options, **said}
+    if max_new_tokens is not None:
+        made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
     if not stop_at_eos:
         if options.get("eos_token_id") is not None:
             raise ValueError("generate: stop_at_eos=False and eos_token_id say different things; pass one of them")

@@ -21,33 +21,10 @@ from transformer_lens.model_bridge.padding import (
     remember,
 )
 from transformer_lens.model_bridge.text_methods import TokenMethods
-from transformer_lens.model_bridge.tokens import Texts, TokenAdapter, check_text
+from transformer_lens.model_bridge.tokens import Reading, Texts, check_text
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 
 ModelInput = Texts | Tensor
-
-
-@dataclass(frozen=True)
-class Reading:
-    """An input as a tensor for the model."""
-
-    word: Word
-    """Which argument of the model it is."""
-    value: Tensor
-    """Token ids [batch, pos], or embeddings [batch, pos, d_model]."""
-    seen: Bool[Tensor, "batch pos"] | None
-    """Which positions are not padding; `None` where nothing is known to be."""
-    texts: list[str] | None = None
-    """The texts it came from, if it came as text: conversations as their template writes them."""
-    several: bool = False
-    """Whether they came as a list."""
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch pos"]:
-        """`seen`, written out."""
-        if self.seen is None:
-            return torch.ones(self.value.shape[:2], dtype=torch.bool, device=self.value.device)
-        return self.seen.to(self.value.device)
 
 
 @dataclass(frozen=True)
@@ -99,41 +76,6 @@ def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "bat
     return batched
 
 
-def read_input(
-    input: ModelInput,
-    *,
-    adapter: TokenAdapter | None,
-    d_model: int,
-    d_vocab: int,
-    prepend_bos: bool | None,
-    side: str | None,
-    sides: Sequence[str] = (),
-    truncate: bool = True,
-    after: bool = False,
-    what: str = "input",
-) -> Reading:
-    """Text, ids or embeddings, and which of their positions are padding.
-
-    Texts are padded at `side` (`None`: where the tokenizer does). In ids, a pad token that texts hold as well is
-    padding at `sides` (none named: at that one). `after`: they go on from texts that were read before.
-    """
-    if isinstance(input, Tensor) and input.is_floating_point():
-        return Reading(EMBEDDINGS, batched_embeddings(input, d_model, what), None)
-    if isinstance(input, Tensor):
-        ids, seen = batched_ids(input, d_vocab), kept_mask(input)
-        if seen is None and adapter is not None:
-            seen = adapter.mask_of(ids, sides or (adapter.side(side),))
-        return Reading(TOKENS, ids, seen)
-    check_text(input)
-    if adapter is None:
-        raise ValueError(
-            "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
-            "TransformerBridge(model, tokenizer)"
-        )
-    batch = adapter.encode(input, prepend_bos=prepend_bos, padding_side=side, truncate=truncate, after=after)
-    return Reading(TOKENS, batch.ids, batch.mask, batch.texts, batch.several)
-
-
 class InputAndMask(NamedTuple):
     """An input as a batch, and which of its positions are padding."""
 
@@ -178,9 +120,37 @@ class InputMethods(TokenMethods):
             value = value.cpu()
         return InputAndMask(value, mask, mask.long() if attention_mask is not None or needs_mask(mask) else None)
 
-    def _read(self, input: ModelInput, prepend_bos: bool | None, side: str | None, **options: Any) -> Reading:
-        how: dict[str, Any] = {"prepend_bos": prepend_bos, "side": side, **options}
-        return read_input(input, adapter=self.token_adapter, d_model=self.cfg.d_model, d_vocab=self.cfg.d_vocab, **how)
+    def _read(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None,
+        side: str | None,
+        *,
+        sides: Sequence[str] = (),
+        truncate: bool = True,
+        after: bool = False,
+        what: str = "input",
+    ) -> Reading:
+        """Text, ids or embeddings, and which of their positions are padding.
+
+        Texts are padded at `side` (`None`: where the tokenizer does). In ids, a pad token that texts hold as well is
+        padding at `sides` (none named: at that one). `after`: they go on from texts that were read before.
+        """
+        adapter = self.token_adapter
+        if isinstance(input, Tensor) and input.is_floating_point():
+            return Reading(EMBEDDINGS, batched_embeddings(input, self.cfg.d_model, what), None)
+        if isinstance(input, Tensor):
+            ids, seen = batched_ids(input, self.cfg.d_vocab), kept_mask(input)
+            if seen is None and adapter is not None:
+                seen = adapter.mask_of(ids, sides or (adapter.side(side),))
+            return Reading(TOKENS, ids, seen)
+        check_text(input)
+        if adapter is None:
+            raise ValueError(
+                "input: got text, and this bridge has no tokenizer; pass token ids, or one to "
+                "TransformerBridge(model, tokenizer)"
+            )
+        return adapter.encode(input, prepend_bos=prepend_bos, padding_side=side, truncate=truncate, after=after)
 
     def _call(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
 from transformer_lens.checks import is_one_of
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookedRootModule, HookSpec
+from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import axis_sizes
@@ -70,7 +70,7 @@ class SteeringMethods(HookedRootModule):
             expected = self._tail(name)
             if list(vector.shape) != expected:
                 raise ValueError(f"vector: got shape {list(vector.shape)}, expected {expected} to steer at {name!r}")
-        return self._while_open(names, _Added(vector, _checked_scale(scale), _where(positions, rows, on)))
+        return self.hooks([(names, _Added(vector, _checked_scale(scale), _where(positions, rows, on)))])
 
     def project_out(
         self,
@@ -104,15 +104,9 @@ class SteeringMethods(HookedRootModule):
                 )
         several = direction.ndim > len(self._tail(names[0]))
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
-        return self._while_open(names, _WithoutDirection(basis, _where(positions, rows, on)))
+        return self.hooks([(names, _WithoutDirection(basis, _where(positions, rows, on)))])
 
     # -- inside --------------------------------------------------------------------------------------
-
-    def _while_open(
-        self, names: list[str], edit: Callable[[Tensor, HookPoint], Tensor]
-    ) -> AbstractContextManager[Self]:
-        hooks: list[HookSpec] = [(names, edit)]
-        return self.hooks(hooks)
 
     def _steered(self, what: str, at: Places) -> list[str]:
         """The hooks meant, each once. Raises for those that hold no activation of every position."""

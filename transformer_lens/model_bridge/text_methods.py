@@ -85,8 +85,8 @@ class TokenMethods:
         is judged by the pad token; `input_and_mask` gives the mask itself). Raises `ValueError` without a tokenizer or
         a chat template, and for a token that the model does not have.
         """
-        batch = self._tokens().encode(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=truncate)
-        return keep_mask(batch.ids.to(self.input_device()) if move_to_device else batch.ids, batch.mask)
+        read = self._tokens().encode(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=truncate)
+        return keep_mask(read.value.to(self.input_device()) if move_to_device else read.value, read.mask)
 
     def to_string(self, tokens: int | Ids | Sequence[Ids]) -> str | list[str]:
         """Text of token ids: one string for a sequence, a list of strings for a batch or a list of sequences.

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens.checks import one_of
 from transformer_lens.model_bridge.padding import SIDES, PadToken
 from transformer_lens.model_bridge.text_pieces import chat_text, decoded, ids_after, ids_of, special_tokens, token_texts
+from transformer_lens.model_bridge.upstream import TOKENS, Word
 
 Token = TypeVar("Token", int, str)
 Messages = Sequence[Mapping[str, Any]]
@@ -35,13 +36,26 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Token ids of several texts, and which of them are not padding."""
+class Reading:
+    """An input as a tensor for the model."""
 
-    ids: Int[Tensor, "batch pos"]
-    mask: Bool[Tensor, "batch pos"]
-    texts: list[str]
-    several: bool
+    word: Word
+    """Which argument of the model it is."""
+    value: Tensor
+    """Token ids [batch, pos], or embeddings [batch, pos, d_model]."""
+    seen: Bool[Tensor, "batch pos"] | None
+    """Which positions are not padding; `None` where nothing is known to be."""
+    texts: list[str] | None = None
+    """The texts it came from, if it came as text: conversations as their template writes them."""
+    several: bool = False
+    """Whether they came as a list."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"]:
+        """`seen`, written out."""
+        if self.seen is None:
+            return torch.ones(self.value.shape[:2], dtype=torch.bool, device=self.value.device)
+        return self.seen.to(self.value.device)
 
 
 class TokenAdapter:
@@ -92,7 +106,7 @@ class TokenAdapter:
         padding_side: str | None = None,
         truncate: bool = True,
         after: bool = False,
-    ) -> TokenBatch:
+    ) -> Reading:
         """Tokens of several texts, padded to the longest; arguments as in `rows`."""
         side = self.side(padding_side)
         found = self.rows(input, prepend_bos=prepend_bos, truncate=truncate, after=after)
@@ -107,7 +121,7 @@ class TokenAdapter:
             where = slice(longest - len(row), None) if side == "left" else slice(len(row))
             ids[i, where] = torch.tensor(row, dtype=torch.long)
             mask[i, where] = True
-        return TokenBatch(ids, mask, found.texts, found.several)
+        return Reading(TOKENS, ids, mask, found.texts, found.several)
 
     def rows(
         self, input: Texts, *, prepend_bos: bool | None = None, truncate: bool = True, after: bool = False

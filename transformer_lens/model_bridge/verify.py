@@ -138,15 +138,11 @@ def verify(
     thorough: bool = False,
     progress: bool = True,
 ) -> VerificationReport:
-    """Compare every component of a bridge's model with Hugging Face's own, on every layer and hook.
+    """`bridge.verify(...)`, as a function.
 
     >>> from transformer_lens.model_bridge.verify import verify
     >>> verify(bridge).passed
     True
-
-    `tokens` are ids without padding, random ones if left out. `thorough` looks at every hook alone where otherwise
-    several share a run, which the report names. `progress` shows a bar where there is a terminal. Raises `ValueError`
-    if the bridge has hooks, or modules in hooks' places, which would be verified with it.
     """
     _refuse_hooks(bridge)
     started = time.perf_counter()
@@ -204,7 +200,8 @@ class VerifyMethods:
         left out, so no tokenizer is needed. Where hooks share a run, the report says so; `thorough=True` takes each
         alone. `progress` shows a bar where there is a terminal. The report prints as a table and has `failures()`,
         `to_dicts()` and `to_json()`. The model is left as it was.
-        Raises `ValueError` while hooks are attached, or if the bridge was detached.
+        Raises `ValueError` while hooks are attached or modules sit in hooks' places, which would be verified with it,
+        and if the bridge was detached.
         """
         return verify(cast("TransformerBridge", self), tokens, thorough=thorough, progress=progress)
 

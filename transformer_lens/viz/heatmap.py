@@ -72,29 +72,21 @@ class Heatmap(Picture):
     notes: Sequence[Sequence[str]] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", as_numbers(f"heat map {self.title!r}: values", self.values))
-        for name, cells in (
-            ("rows", self.rows),
-            ("columns", self.columns),
-            ("texts", self.texts),
-            ("notes", self.notes),
-        ):
-            if cells is not None:
-                object.__setattr__(self, name, listed(f"heat map {self.title!r}: {name}", cells))
-        expected = [len(self.rows), len(self.columns)]
-        if list(self.values.shape) != expected:
-            raise ValueError(
-                f"heat map {self.title!r}: got values of shape {list(self.values.shape)}, expected {expected} for the "
-                "labels given"
-            )
-        for name, cells in (("texts", self.texts), ("notes", self.notes)):
-            if (
-                cells is not None
-                and [len(cells), *{len(row) if isinstance(row, (list, tuple)) else -1 for row in cells}] != expected
-            ):
-                raise ValueError(f"heat map {self.title!r}: got {name} that do not fill {expected} cells")
+        where, given = f"heat map {self.title!r}", vars(self)
+        object.__setattr__(self, "values", as_numbers(f"{where}: values", self.values))
+        for name in ("rows", "columns", "texts", "notes"):
+            if given[name] is not None:
+                object.__setattr__(self, name, listed(f"{where}: {name}", given[name]))
+        got, expected = list(self.values.shape), [len(self.rows), len(self.columns)]
+        if got != expected:
+            raise ValueError(f"{where}: got values of shape {got}, expected {expected} for the labels given")
+        for name in ("texts", "notes"):
+            cells = given[name] or []
+            widths = {len(row) if isinstance(row, (list, tuple)) else -1 for row in cells}
+            if given[name] is not None and [len(cells), *widths] != expected:
+                raise ValueError(f"{where}: got {name} that do not fill {expected} cells")
         if self.limits is not None and not _are_ends(self.limits):
-            raise ValueError(f"heat map {self.title!r}: got limits={self.limits}, expected (low, high), low below high")
+            raise ValueError(f"{where}: got limits={self.limits}, expected (low, high), low below high")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.title!r} of {len(self.rows)} x {len(self.columns)}"

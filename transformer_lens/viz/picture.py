@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens.checks import a_path
+from transformer_lens.checks import a_path, needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -108,11 +108,8 @@ class Picture(ABC):
 
 def new_drawing(width: float, height: float) -> Drawing:
     """An empty matplotlib figure, in inches; no window and no global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(MISSING, name="matplotlib") from error
-    return Figure(figsize=(max(7.5, width), height), layout="constrained")
+    make: type[Drawing] = needed("matplotlib.figure", MISSING).Figure
+    return make(figsize=(max(7.5, width), height), layout="constrained")
 
 
 def entitle(figure: Drawing, title: str) -> None:
@@ -123,8 +120,4 @@ def entitle(figure: Drawing, title: str) -> None:
 
 def plotly() -> Any:
     """plotly's graph objects."""
-    try:
-        import plotly.graph_objects
-    except ImportError as error:
-        raise ImportError(MISSING, name="plotly") from error
-    return plotly.graph_objects
+    return needed("plotly.graph_objects", MISSING)

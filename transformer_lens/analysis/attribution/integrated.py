@@ -89,7 +89,9 @@ def integrated_gradients(
     there = cache[name]
     start = _baseline(baseline, there, name)
     below = x if layer is None else cache[stream_name[0]]
-    total = one_number(metric(logits)).detach() - _at_baseline(bridge, x, mask, metric, name, start)
+    with torch.no_grad():
+        without = bridge.run_with_hooks(x, fwd_hooks=[(name, _replacing(start))], attention_mask=mask)
+    total = one_number(metric(logits)).detach() - one_number(metric(without)).detach()
     mean = torch.zeros_like(wide(there))
     for first in range(0, steps, steps_per_batch):
         some = slice(first, first + steps_per_batch)
@@ -132,14 +134,6 @@ def summed_gradients(
 
 def _replacing(value: Tensor) -> Any:
     return lambda activation, hook: value.clone()
-
-
-@torch.no_grad()
-def _at_baseline(
-    bridge: TransformerBridge, x: Tensor, mask: Tensor | None, metric: Metric, name: str, start: Tensor
-) -> Tensor:
-    logits = bridge.run_with_hooks(x, fwd_hooks=[(name, _replacing(start))], attention_mask=mask)
-    return one_number(metric(logits)).detach()
 
 
 def _baseline(baseline: Tensor | float, there: Tensor, name: str) -> Tensor:

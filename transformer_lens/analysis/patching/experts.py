@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,38 +22,6 @@ PARTS = ("expert_out", "expert_weights", "expert_indices")
 
 get_act_patch_router_logits = PatchSweep("router_logits", layer_pos_patch_setter)
 get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert_patch_setter)
-
-
-def get_act_patch_expert_out(
-    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
-) -> Float[Tensor, "layer expert"]:
-    """What each expert adds to the stream, at every position, replaced by what it adds in the clean run.
-
-    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> metric = lambda logits: logits[0, -1].max()
-    >>> get_act_patch_expert_out(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
-    torch.Size([3, 4])
-
-    An expert adds its output times its weight, and nothing where it is not chosen: so a patch takes an expert away
-    where only the corrupted run chose it, and brings it in where only the clean run did. The other experts, and the
-    routing, stay those of the corrupted run. The clean cache has to hold `mlp.hook_expert_out`, `hook_expert_weights`
-    and `hook_expert_indices`, as a default cache does. Keywords as in `run_interventions`. Raises `ValueError` for a
-    dense model.
-    """
-    return _sweep(model, corrupted_tokens, clean_cache, metric, by_pos=False, **options)
-
-
-def get_act_patch_expert_out_by_pos(
-    model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
-) -> Float[Tensor, "layer pos expert"]:
-    """As `get_act_patch_expert_out`, one position at a time.
-
-    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
-    >>> metric = lambda logits: logits[0, -1].max()
-    >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
-    torch.Size([3, 5, 4])
-    """
-    return _sweep(model, corrupted_tokens, clean_cache, metric, by_pos=True, **options)
 
 
 @checked
@@ -76,41 +45,63 @@ def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tens
     return empty.scatter_add(2, indices[..., None].expand_as(weighted), weighted)
 
 
-@checked
-def _sweep(
-    model: TransformerBridge,
-    tokens: SweepInput,
-    clean_cache: Cache,
-    metric: Metric,
-    by_pos: bool,
-    attention_mask: Tensor | None = None,
-    verbose: bool = True,
-    **options: Any,
-) -> Tensor:
-    n_experts = need_experts(model.cfg, "patching an expert")
-    input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
-    layers = range(model.cfg.n_layers)
-    names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
-    with torch.no_grad():
-        _, corrupted = model.run_with_cache(input, names_filter=names, attention_mask=mask)
-    positions: Sequence[slice] = [slice(p, p + 1) for p in range(input.shape[1])] if by_pos else [slice(None)]
-    interventions = []
-    for layer in layers:
-        clean = expert_contributions(clean_cache, layer, n_experts)
-        dirty = expert_contributions(corrupted, layer, n_experts)
-        if clean.shape[1:] != dirty.shape[1:] or len(clean) not in (1, len(dirty)):
-            raise ValueError(
-                f"clean_cache: got experts' outputs of {list(clean.shape[:2])} rows and positions, expected "
-                f"{list(dirty.shape[:2])} as in the corrupted run (or a batch of one)"
-            )
-        change = clean - dirty
-        interventions += [
-            (f"blocks.{layer}.hook_mlp_out", _adding(change, expert, where))
-            for where in positions
-            for expert in range(n_experts)
-        ]
-    found = run_interventions(model, input, interventions, metric, attention_mask=mask, verbose=verbose, **options)
-    return found.reshape(len(layers), *([len(positions)] if by_pos else []), n_experts)
+@dataclass(frozen=True)
+class ExpertSweep:
+    """What each expert adds to the stream, at every position, replaced by what it adds in the clean run; `by_pos`: one
+    position at a time.
+
+    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
+    >>> metric = lambda logits: logits[0, -1].max()
+    >>> get_act_patch_expert_out(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
+    torch.Size([3, 4])
+    >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
+    torch.Size([3, 5, 4])
+
+    An expert adds its output times its weight, and nothing where it is not chosen: so a patch takes an expert away
+    where only the corrupted run chose it, and brings it in where only the clean run did. The other experts, and the
+    routing, stay those of the corrupted run. The clean cache has to hold `mlp.hook_expert_out`, `hook_expert_weights`
+    and `hook_expert_indices`, as a default cache does. Keywords as in `run_interventions`. Raises `ValueError` for a
+    dense model.
+    """
+
+    by_pos: bool
+
+    @checked
+    def __call__(
+        self,
+        model: TransformerBridge,
+        corrupted_tokens: SweepInput,
+        clean_cache: Cache,
+        metric: Metric,
+        *,
+        attention_mask: Tensor | None = None,
+        verbose: bool = True,
+        **options: Any,
+    ) -> Float[Tensor, "layer *pos expert"]:
+        n_experts = need_experts(model.cfg, "patching an expert")
+        input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
+        layers = range(model.cfg.n_layers)
+        names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
+        with torch.no_grad():
+            _, corrupted = model.run_with_cache(input, names_filter=names, attention_mask=mask)
+        positions: Sequence[slice] = [slice(p, p + 1) for p in range(input.shape[1])] if self.by_pos else [slice(None)]
+        interventions = []
+        for layer in layers:
+            clean = expert_contributions(clean_cache, layer, n_experts)
+            dirty = expert_contributions(corrupted, layer, n_experts)
+            if clean.shape[1:] != dirty.shape[1:] or len(clean) not in (1, len(dirty)):
+                raise ValueError(
+                    f"clean_cache: got experts' outputs of {list(clean.shape[:2])} rows and positions, expected "
+                    f"{list(dirty.shape[:2])} as in the corrupted run (or a batch of one)"
+                )
+            change = clean - dirty
+            interventions += [
+                (f"blocks.{layer}.hook_mlp_out", _adding(change, expert, where))
+                for where in positions
+                for expert in range(n_experts)
+            ]
+        found = run_interventions(model, input, interventions, metric, attention_mask=mask, verbose=verbose, **options)
+        return found.reshape(len(layers), *([len(positions)] if self.by_pos else []), n_experts)
 
 
 def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice) -> Callable[..., None]:
@@ -120,3 +111,7 @@ def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, wher
         mlp_out[:, where] += change[:, where, expert]
 
     return add
+
+
+get_act_patch_expert_out = ExpertSweep(by_pos=False)
+get_act_patch_expert_out_by_pos = ExpertSweep(by_pos=True)
