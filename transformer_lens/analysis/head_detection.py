@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
-from transformer_lens.checks import a_list, in_words, is_one_of
+from transformer_lens.checks import a_list, in_words, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,7 @@ def detect_head(
 
     Raises `ValueError` for patterns, measures, heads and texts that do not fit.
     """
-    if not is_one_of(error_measure, get_args(ErrorMeasure)):
-        raise ValueError(f"error_measure: got {error_measure!r}, expected 'abs' or 'mul'")
+    one_of("error_measure", error_measure, get_args(ErrorMeasure))
     wanted = head_pairs(model.cfg, heads)
     if not isinstance(seq, (str, Tensor)):
         a_list("seq", seq)
@@ -117,10 +116,14 @@ def detect_head(
     if error_measure == "mul" and any(bool(((p != 0) & (p != 1)).any()) for p in patterns):
         logger.warning("detect_head: the pattern has values other than 0 and 1, and 'mul' weighs attention by them")
     layers = sorted({layer for layer, _ in wanted})
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
     for start in range(0, len(texts), batch_size if cache is None else len(texts)):
         some = slice(start, start + batch_size if cache is None else None)
-        found = _attention(model, tokens[some], mask[some], layers) if cache is None else cache
+        found: Any = cache
+        if cache is None:
+            how: dict[str, Any] = {"names_filter": names, "return_type": None, "attention_mask": mask[some]}
+            _, found = model.run_with_cache(tokens[some], **how)
         for layer in layers:
             attention = _of_batch(found, layer, mask[some])
             for row, (real, pattern) in enumerate(zip(mask[some], patterns[some], strict=True)):
@@ -150,14 +153,7 @@ def _scores(
     return (counted * pattern).sum((-1, -2)) / counted.sum((-1, -2)).clamp(min=1e-30)
 
 
-def _attention(model: TransformerBridge, tokens: Tensor, mask: Tensor, layers: Sequence[int]) -> ActivationCache:
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-    _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None, attention_mask=mask)
-    assert isinstance(cache, ActivationCache)
-    return cache
-
-
-def _of_batch(cache: ActivationCache, layer: int, mask: Tensor) -> Float[Tensor, "batch head pos pos"]:
+def _of_batch(cache: Any, layer: int, mask: Tensor) -> Float[Tensor, "batch head pos pos"]:
     """A layer's patterns with a batch axis. Raises `ValueError` for a cache of other texts."""
     if not isinstance(cache, ActivationCache):
         raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.head_detection import detect_head
+from transformer_lens.analysis.head_detection import detect_head as detect_head  # a name of this module too
 from transformer_lens.asking import Heads, Positions, checked_positions, head_pairs, layer_number, position_mask
 from transformer_lens.checks import a_tensor, is_one_of
 from transformer_lens.data.generate import repeated_random_tokens
@@ -217,16 +217,3 @@ def _basis(
 def _rounding(x: Tensor) -> float:
     """The relative error of what was computed in this precision; below it a singular value is zero."""
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-
-
-__all__ = [
-    "ablate_heads",
-    "detect_head",
-    "duplicate_token_scores",
-    "head_bases",
-    "head_similarity",
-    "induction_scores",
-    "previous_token_scores",
-    "principal_angles",
-    "random_repeats",
-]

@@ -92,16 +92,16 @@ def probe(
     group_of = _numbered("groups", groups, len(x))
     rng = np.random.default_rng(seed)
     splits = _splits(x, targets, group_of, task, folds, seed)
-    fitted = _predicted(x, targets, splits, task, strength)
+    predictions, auc = _predicted(x, targets, splits, task, strength)
     type_of = _numbered("types", types, len(x))
     control = _control_labels(type_of, targets, rng)
     few = type_of is not None and len(np.unique(type_of)) < FEWEST_TYPES
     shuffled = rng.permutation(targets)
     return ProbeScore(
         task=task,
-        score=_score(targets, fitted.predictions, task),
-        interval=_interval(targets, fitted.predictions, group_of, task, confidence, rng),
-        auc=fitted.auc,
+        score=_score(targets, predictions, task),
+        interval=_interval(targets, predictions, group_of, task, confidence, rng),
+        auc=auc,
         control=math.nan if few else _control_score(x, control, splits, task, strength),
         shuffled=_control_score(x, shuffled, splits, task, strength),
         direction=_direction(x, targets, task, strength),
@@ -197,14 +197,6 @@ def sklearn(part: str) -> Any:
 # -- inside ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """What a cross-validation gave: each example's prediction by the probe that did not see it."""
-
-    predictions: Values
-    auc: float
-
-
 def _model(task: Task, strength: float) -> Any:
     linear = sklearn("linear_model")
     ridge = task == "regression"
@@ -235,7 +227,10 @@ def _splits(
     return splits
 
 
-def _predicted(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> _Fitted:
+def _predicted(
+    x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float
+) -> tuple[Values, float]:
+    """Each example's prediction by the probe that did not see it, and the area under the ROC curve."""
     roc_auc_score = sklearn("metrics").roc_auc_score
     predictions = np.empty_like(y)
     areas = []
@@ -249,11 +244,11 @@ def _predicted(x: Values, y: Values, splits: list[tuple[Values, Values]], task: 
             scores = model.predict_proba(x[test])
             binary = scores.shape[1] == 2
             areas.append(roc_auc_score(y[test], scores[:, 1] if binary else scores, multi_class="ovr"))
-    return _Fitted(predictions, float(np.mean(areas)) if areas else math.nan)
+    return predictions, float(np.mean(areas)) if areas else math.nan
 
 
 def _control_score(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> float:
-    return _score(y, _predicted(x, y, splits, task, strength).predictions, task)
+    return _score(y, _predicted(x, y, splits, task, strength)[0], task)
 
 
 def _score(y: Values, predictions: Values, task: Task) -> float:

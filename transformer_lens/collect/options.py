@@ -97,14 +97,8 @@ class Options:
             )
         # Whole batches, so that where a shard ends changes no batch.
         batches = max(1, round(self.shard_tokens / (context * self.batch_size)))
+        bos = bridge.token_adapter.bos if bridge.token_adapter is not None else None
+        kept = {name: getattr(self, name) for name in ("batch_size", "packing", "drop_bos", "drop_first", "max_tokens")}
         return Layout(
-            context_size=context,
-            batch_size=self.batch_size,
-            contexts_per_shard=batches * self.batch_size,
-            packing=self.packing,
-            pad=special.pad,
-            bos=bridge.token_adapter.bos if bridge.token_adapter is not None else None,
-            drop_bos=self.drop_bos,
-            drop_first=self.drop_first,
-            max_tokens=self.max_tokens,
+            context_size=context, contexts_per_shard=batches * self.batch_size, pad=special.pad, bos=bos, **kept
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
-from transformer_lens.checks import is_one_of, listed, one_of
+from transformer_lens.checks import listed, one_of
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
@@ -205,8 +205,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
                     raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
 
     def _check_return_type(self, return_type: str, as_output: bool) -> None:
-        if not is_one_of(return_type, RETURN_TYPES):
-            raise ValueError(f"return_type: got {return_type!r}, expected 'input', 'str' or 'tokens'")
+        one_of("return_type", return_type, RETURN_TYPES)
         if return_type == "str":
             self._tokens()
             if as_output:
@@ -221,10 +220,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
                 raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")
             where, fn, phase = (*spec, on)[:3]
-            if not is_one_of(phase, PHASES):
-                raise ValueError(
-                    f"phase of the hook at {where!r}: got {phase!r}, expected 'prompt', 'continuation' or 'all'"
-                )
+            one_of(f"phase of the hook at {where!r}", phase, PHASES)
             phased |= phase != "all"
             for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
                 run.add(point, entry, phase, named)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
-from transformer_lens.checks import is_one_of
+from transformer_lens.checks import one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -227,8 +227,7 @@ def _checked_scale(scale: float | Tensor) -> float | Tensor:
 
 def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
     """Positions, rows and part, checked before any model runs."""
-    if not is_one_of(on, PARTS):
-        raise ValueError(f"on: got {on!r}, expected 'prompt', 'continuation' or 'all'")
+    one_of("on", on, PARTS)
     if rows is not None:
         on_rows(rows, torch.zeros_like)
     return _Where(checked_positions(positions), rows, on)

@@ -141,16 +141,13 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
         raise ValueError(
             "attention_patterns: this cache holds no attn.hook_pattern; capture it, or leave names_filter out"
         )
-    found: dict[int, Tensor] = {}
-    for name in names:
-        pattern = cache[name]
-        if cache.has_batch_dim and len(pattern) != 1:
-            raise ValueError(
-                f"attention_patterns: got a batch of {len(pattern)}, expected one text; choose it by "
-                "cache.apply_slice_to_batch_dim(i)"
-            )
-        found[int(name.split(".")[1])] = pattern[0] if cache.has_batch_dim else pattern
-    return found
+    batch = len(cache[names[0]]) if cache.has_batch_dim else 1
+    if batch != 1:
+        raise ValueError(
+            f"attention_patterns: got a batch of {batch}, expected one text; choose it by "
+            "cache.apply_slice_to_batch_dim(i)"
+        )
+    return {int(name.split(".")[1]): cache[name][0] if cache.has_batch_dim else cache[name] for name in names}
 
 
 def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value", limits: Limits = None) -> Heatmap:

@@ -7,7 +7,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -73,24 +73,21 @@ class TokenText(Picture):
     unit: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.values, Mapping):
-            raise TypeError(
-                f"token text {self.title!r}: got {in_words(self.values)}, expected a row of numbers under each name: "
-                "{'loss': values}"
-            )
-        object.__setattr__(self, "tokens", listed(f"token text {self.title!r}: tokens", self.tokens))
-        if not self.tokens or not self.values:
-            raise ValueError(f"token text {self.title!r}: got no tokens or no values, expected both")
-        rows = {name: as_numbers(f"token text {self.title!r}: {name!r}", row) for name, row in self.values.items()}
+        where, values = f"token text {self.title!r}", cast(Any, self.values)
+        if not isinstance(values, Mapping):
+            what = "a row of numbers under each name: {'loss': values}"
+            raise TypeError(f"{where}: got {in_words(values)}, expected {what}")
+        object.__setattr__(self, "tokens", listed(f"{where}: tokens", self.tokens))
+        if not self.tokens or not values:
+            raise ValueError(f"{where}: got no tokens or no values, expected both")
+        rows = {name: as_numbers(f"{where}: {name!r}", row) for name, row in values.items()}
         object.__setattr__(self, "values", rows)
         for name, row in rows.items():
             if list(row.shape) != [len(self.tokens)]:
-                raise ValueError(
-                    f"token text {self.title!r}: got {name!r} of shape {list(row.shape)}, expected a value for each of "
-                    f"the {len(self.tokens)} tokens"
-                )
+                what = f"a value for each of the {len(self.tokens)} tokens"
+                raise ValueError(f"{where}: got {name!r} of shape {list(row.shape)}, expected {what}")
             if not bool(row.isfinite().all()):
-                raise ValueError(f"token text {self.title!r}: got values in {name!r} that are not finite")
+                raise ValueError(f"{where}: got values in {name!r} that are not finite")
 
     def __repr__(self) -> str:
         return f"TokenText {self.title!r}: {len(self.tokens)} tokens, coloured by {', '.join(self.values)}"

@@ -6,9 +6,9 @@ embedding, each layer's attention and each chosen expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
+from transformer_lens.analysis.attribution.gradient_runs import wide
 from transformer_lens.asking import Answer, Input, answer_ids, columns, need_experts, refuse_embeddings
 from transformer_lens.checks import whole
 
@@ -91,7 +92,7 @@ def logit_attribution(
             pos_slice=read.tolist(),
             attention_mask=attention_mask,
         )
-        return _Parts(bridge, cache, batch, positions, column, right, wrong).attribution()
+        return _attribution(bridge, cache, batch, positions, column, right, wrong)
 
 
 @checked
@@ -132,65 +133,48 @@ def _rows(mask: Tensor, position: int | None) -> tuple[Int[Tensor, " row"], Int[
     return torch.arange(len(mask)), columns(mask, whole("position", position))
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Captured tensors at the rows to read, and the direction in the stream that is the logit."""
+def _attribution(
+    bridge: TransformerBridge,
+    cache: ActivationCache,
+    batch: Int[Tensor, " row"],
+    position: Int[Tensor, " row"],
+    column: Int[Tensor, " row"],
+    right: Int[Tensor, " row"],
+    wrong: Int[Tensor, " row"] | None,
+) -> LogitAttribution:
+    """The parts at the rows to read; `column` is where their position is in what the cache kept."""
+    layers = range(bridge.cfg.n_layers)
+    norm, head = (cast(Any, bridge.get_submodule(name)).original_component for name in ("ln_final", "unembed"))
 
-    bridge: TransformerBridge
-    cache: ActivationCache
-    batch: Int[Tensor, " row"]
-    position: Int[Tensor, " row"]
-    column: Int[Tensor, " row"]
-    """Where the position is in what the cache kept."""
-    right: Int[Tensor, " row"]
-    wrong: Int[Tensor, " row"] | None
+    def at(name: str) -> Shaped[Tensor, "row ..."]:
+        found: Tensor = cache[name][batch, column]
+        return wide(found) if found.is_floating_point() else found
 
-    def attribution(self) -> LogitAttribution:
-        n_layers = self.bridge.cfg.n_layers
-        chosen = self.stacked("mlp.hook_expert_indices")
-        # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
-        outputs = [self.along(self.at(f"blocks.{i}.mlp.hook_expert_out")) for i in range(n_layers)]
-        by_choice = torch.stack(outputs, 1) * self.stacked("mlp.hook_expert_weights")
-        experts = by_choice.new_zeros(*by_choice.shape[:2], int(self.bridge.cfg.num_experts or 0))
-        return LogitAttribution(
-            batch=self.batch,
-            position=self.position,
-            logit=self.logit(),
-            embedding=self.along(self.at("hook_embed")),
-            attention=self.along(self.stacked("hook_attn_out")),
-            experts=experts.scatter_add_(-1, chosen, by_choice),
-            chosen=chosen,
-            by_choice=by_choice,
-        )
+    def stacked(name: str) -> Shaped[Tensor, "row layer ..."]:
+        return torch.stack([at(f"blocks.{i}.{name}") for i in layers], 1)
 
-    def at(self, name: str) -> Shaped[Tensor, "row ..."]:
-        found: Tensor = self.cache[name][self.batch, self.column]
-        return found if not found.is_floating_point() else found.to(torch.promote_types(found.dtype, torch.float32))
+    def of_answers(one: Callable[[Tensor], Tensor]) -> Float[Tensor, "row ..."]:
+        return one(right) if wrong is None else one(right) - one(wrong)
 
-    def stacked(self, name: str) -> Shaped[Tensor, "row layer ..."]:
-        return torch.stack([self.at(f"blocks.{i}.{name}") for i in range(self.bridge.cfg.n_layers)], 1)
-
-    def logit(self) -> Float[Tensor, " row"]:
-        logits = self.at("unembed.hook_out")
-        answer = logits.gather(-1, self.right[:, None])[:, 0]
-        return answer if self.wrong is None else answer - logits.gather(-1, self.wrong[:, None])[:, 0]
-
-    def along(self, part: Float[Tensor, "row ... d_model"]) -> Float[Tensor, "row ..."]:
+    def along(part: Float[Tensor, "row ... d_model"]) -> Float[Tensor, "row ..."]:
         """What a part of the stream adds to the logit."""
         between = [1] * (part.ndim - 2)
-        return (part * self.direction.reshape(len(part), *between, -1)).sum(-1)
+        return (part * direction.reshape(len(part), *between, -1)).sum(-1)
 
-    @cached_property
-    def direction(self) -> Float[Tensor, "row d_model"]:
-        norm: Any = self.bridge.get_submodule("ln_final")
-        wanted = self._unembedding(self.right)
-        if self.wrong is not None:
-            wanted = wanted - self._unembedding(self.wrong)
-        weight: Tensor = norm.original_component.weight
-        return wanted * weight.cpu() / self.at("ln_final.hook_scale")
-
-    def _unembedding(self, answers: Int[Tensor, " row"]) -> Float[Tensor, "row d_model"]:
-        head: Any = self.bridge.get_submodule("unembed")
-        weight: Tensor = head.original_component.weight
-        found = weight[answers.to(weight.device)].cpu()
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+    wanted = of_answers(lambda answers: wide(head.weight[answers.to(head.weight.device)].cpu()))
+    direction: Float[Tensor, "row d_model"] = wanted * norm.weight.cpu() / at("ln_final.hook_scale")
+    logits, chosen = at("unembed.hook_out"), stacked("mlp.hook_expert_indices")
+    # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
+    outputs = [along(at(f"blocks.{i}.mlp.hook_expert_out")) for i in layers]
+    by_choice = torch.stack(outputs, 1) * stacked("mlp.hook_expert_weights")
+    experts = by_choice.new_zeros(*by_choice.shape[:2], int(bridge.cfg.num_experts or 0))
+    return LogitAttribution(
+        batch=batch,
+        position=position,
+        logit=of_answers(lambda answers: logits.gather(-1, answers[:, None])[:, 0]),
+        embedding=along(at("hook_embed")),
+        attention=along(stacked("hook_attn_out")),
+        experts=experts.scatter_add_(-1, chosen, by_choice),
+        chosen=chosen,
+        by_choice=by_choice,
+    )

@@ -87,11 +87,7 @@ class Patchscope:
         >>> torch.equal(same, bridge(prompt))
         True
         """
-        number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
-        stream = self._mapped(self._stream(source, number, position))
-        hook = self._writer(stream)
-        name = stream_name(self.bridge, number if self.layer is None else self.layer)
-        logits: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=[(name, hook)])
+        logits: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=[self._hook(source, layer, position)])
         return logits
 
     def generate(
@@ -110,10 +106,7 @@ class Patchscope:
         >>> Patchscope(bridge, prompt).generate(prompt, layer=1, max_new_tokens=1)
         'When Mary and John went to the store, John gave a drink to Mary'
         """
-        number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
-        stream = self._mapped(self._stream(source, number, position))
-        name = stream_name(self.bridge, number if self.layer is None else self.layer)
-        hooks = [(name, self._writer(stream))]
+        hooks = [self._hook(source, layer, position)]
         target = self.prompt if isinstance(self.prompt, str) else self.tokens
         return self.bridge.generate(target, max_new_tokens=max_new_tokens, fwd_hooks=hooks, **options)
 
@@ -147,12 +140,15 @@ class Patchscope:
 
     # -- inside --------------------------------------------------------------------------------------
 
-    def _stream(self, source: Prompt | Tensor, number: int, position: int) -> Float[Tensor, " d_model"]:
-        if isinstance(source, Tensor) and source.is_floating_point():
-            if list(source.shape) != [self.bridge.cfg.d_model]:
-                raise ValueError(f"source: got a stream of {list(source.shape)}, expected [{self.bridge.cfg.d_model}]")
-            return source
-        return _streams(self.bridge, source, [number], position)[0]
+    def _hook(self, source: Prompt | Tensor, layer: int, position: int) -> tuple[str, Callable[..., None]]:
+        """Where the stream of one source goes, and the hook that puts it there."""
+        number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
+        if not isinstance(source, Tensor) or not source.is_floating_point():
+            source = _streams(self.bridge, source, [number], position)[0]
+        elif list(source.shape) != [self.bridge.cfg.d_model]:
+            raise ValueError(f"source: got a stream of {list(source.shape)}, expected [{self.bridge.cfg.d_model}]")
+        name = stream_name(self.bridge, number if self.layer is None else self.layer)
+        return name, self._writer(self._mapped(source))
 
     def _mapped(self, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         found = stream if self.mapping is None else self.mapping(stream)

@@ -23,7 +23,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import batches_of
 from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
 from transformer_lens.asking import Texts, check_texts, layer_number
-from transformer_lens.checks import is_one_of
+from transformer_lens.checks import one_of
 from transformer_lens.model_bridge import InputAndMask
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
@@ -135,8 +135,7 @@ class TunedLens:
         After an exception, an interrupt or a loss that is not finite (`ValueError`) the lens is as it was before.
         """
         check_texts(texts)
-        if not is_one_of(optimizer, ("adamw", "muon")):
-            raise ValueError(f"optimizer: got {optimizer!r}, expected 'adamw' or 'muon'")
+        one_of("optimizer", optimizer, ("adamw", "muon"))
         rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}[optimizer]
         if not len(texts):
             raise ValueError("fit: got 0 texts, expected one or more")

@@ -81,7 +81,12 @@ def run_interventions(
     with tqdm(total=len(named), disable=not verbose, desc="interventions", leave=False) as bar:
         hooked = any(point.has_hooks("fwd") for point in model.hook_points())
         if hooked or "unembed.hook_out" not in model.hook_dict:
-            numbers = _one_by_one(model, tokens, named, metric, attention_mask, bar)
+            input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
+            numbers = {}
+            for number, one in enumerate(named):
+                logits = model.run_with_hooks(input, fwd_hooks=[one], attention_mask=mask)
+                numbers[number] = metric_number(metric(logits))
+                bar.update()
         else:
             base = BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
             sweep = _Sweep(base, metric, memory_budget, bar)
@@ -89,25 +94,6 @@ def run_interventions(
     values = [numbers[i] for i in range(len(named))]
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
     return torch.tensor([float(value.detach()) for value in values], dtype=dtype, device=model.cfg.device)
-
-
-def _one_by_one(
-    model: TransformerBridge,
-    tokens: SweepInput,
-    interventions: Sequence[Intervention],
-    metric: Metric,
-    mask: Tensor | None,
-    bar: Any,
-) -> dict[int, Tensor]:
-    """Each intervention as a forward of the whole model."""
-    input, _, mask = model.input_and_mask(tokens, attention_mask=mask)
-    found = {}
-    for number, intervention in enumerate(interventions):
-        found[number] = metric_number(
-            metric(model.run_with_hooks(input, fwd_hooks=[intervention], attention_mask=mask))
-        )
-        bar.update()
-    return found
 
 
 def metric_number(value: Any) -> Float[Tensor, ""]:

@@ -240,22 +240,10 @@ get_act_patch_attn_head_pattern_dest_src_pos = PatchSweep("pattern", layer_head_
 get_act_patch_block_every = PatchSweeps((get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out))
 """The stream that enters each block, attention's output and the MLP's: `[3 layer pos]`."""
 get_act_patch_attn_head_all_pos_every = PatchSweeps(
-    (
-        get_act_patch_attn_head_out_all_pos,
-        get_act_patch_attn_head_q_all_pos,
-        get_act_patch_attn_head_k_all_pos,
-        get_act_patch_attn_head_v_all_pos,
-        get_act_patch_attn_head_pattern_all_pos,
-    )
+    (*(PatchSweep(part, layer_head_vector_patch_setter) for part in "zqkv"), get_act_patch_attn_head_pattern_all_pos)
 )
 """Each head's output, query, key, value and pattern, at every position: `[5 layer head]`."""
 get_act_patch_attn_head_by_pos_every = PatchSweeps(
-    (
-        get_act_patch_attn_head_out_by_pos,
-        get_act_patch_attn_head_q_by_pos,
-        get_act_patch_attn_head_k_by_pos,
-        get_act_patch_attn_head_v_by_pos,
-        get_act_patch_attn_head_pattern_by_pos,
-    )
+    (*(PatchSweep(part, layer_pos_head_vector_patch_setter) for part in "zqkv"), get_act_patch_attn_head_pattern_by_pos)
 )
 """The same, position by position: `[5 layer pos head]`."""
