@@ -217,10 +217,12 @@ def needed(module: str, why: str) -> Any:
     >>> needed("json", "settings need json").loads("1")
     1
     """
+    library = module.partition(".")[0]
     try:
+        import_module(library)
         return import_module(module)
     except ImportError as error:
-        raise ImportError(why, name=module.partition(".")[0]) from error
+        raise ImportError(why, name=library) from error
 
 
 def device_of(what: str, value: Any) -> torch.device:
