@@ -37,7 +37,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "model_bridge.generalized_components.base",
     ),
     "running": (
-        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "text_pieces", "inputs", "padding")),
+        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "inputs", "padding")),
         *(f"model_bridge.{name}" for name in ("outputs", "partial_run", "prefix_cache", "verify")),
         "model_bridge.verification",
         "utilities",
@@ -49,7 +49,6 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "model_bridge.generalized_components",
         "model_bridge.processing",
         "model_bridge.state",
-        "model_bridge.state_check",
     ),
     "special": (
         *(

@@ -140,7 +140,6 @@ OURS = {
     ("report.py", "dtype"),  # a row of the report
     ("texts.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
-    ("text_pieces.py", "input_ids"),
 }
 """The same words where they mean something else."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transformer_lens.data.generate import IOIExample, ioi_examples, repeated_random_tokens
-from transformer_lens.model_bridge.text_pieces import ids_of, single_token
+from transformer_lens.model_bridge.tokens import ids_of, single_token
 
 
 def plain_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

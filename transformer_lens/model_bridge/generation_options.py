@@ -19,8 +19,7 @@ from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.model_bridge.inputs import ModelInput
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
-from transformer_lens.model_bridge.text_pieces import decoded, pieces, special_tokens
-from transformer_lens.model_bridge.tokens import Reading, TokenAdapter
+from transformer_lens.model_bridge.tokens import Reading, TokenAdapter, decoded, pieces, special_tokens
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
 RETURN_TYPES = ("input", "str", "tokens")

@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from transformer_lens.model_bridge.generation_options import GenerationCall, progress
 from transformer_lens.model_bridge.generation_run import GenerationRun
-from transformer_lens.model_bridge.text_pieces import TextReader
+from transformer_lens.model_bridge.tokens import TextReader
 from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
 
 PARTS = (

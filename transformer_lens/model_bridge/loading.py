@@ -18,7 +18,7 @@ from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.quantised import complete_quantisation
 from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
-from transformer_lens.model_bridge.state_check import StateError, describe
+from transformer_lens.model_bridge.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, spelled
 

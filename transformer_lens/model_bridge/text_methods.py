@@ -13,8 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from transformer_lens.checks import in_words, one_of
 from transformer_lens.model_bridge.padding import keep_mask
-from transformer_lens.model_bridge.text_pieces import ids_after, ids_of, pieces_of, single_token, special_tokens
-from transformer_lens.model_bridge.tokens import Texts, TokenAdapter
+from transformer_lens.model_bridge.tokens import (
+    Texts,
+    TokenAdapter,
+    ids_after,
+    ids_of,
+    pieces_of,
+    single_token,
+    special_tokens,
+)
 
 Ids = Sequence[int] | np.ndarray | Int[Tensor, "..."]
 
