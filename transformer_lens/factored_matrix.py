@@ -354,10 +354,10 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
     return scores.reshape((*left.shape[:-2], *right.shape[:-2]))
 
 
-def _broadcast(left: Sequence[int], right: Sequence[int]) -> torch.Size | None:
-    """The leading axes of both; `None` where they do not fit."""
+def _broadcast(*shapes: Sequence[int]) -> torch.Size | None:
+    """The shape of all together; `None` where they do not fit."""
     try:
-        return torch.broadcast_shapes(left, right)  # type: ignore[no-any-return]
+        return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return]
     except RuntimeError:
         return None
 
@@ -397,10 +397,7 @@ def _check_together(leading: Sequence[Entry]) -> None:
     """Raise `IndexError` for lists along several leading axes, which are read in step, of lengths that do not fit."""
     lists = [entry for entry in leading if isinstance(entry, Tensor)]
     shapes = [[int(entry.sum())] if entry.dtype == torch.bool else list(entry.shape) for entry in lists]
-    together: Sequence[int] | None = []
-    for shape in shapes:
-        together = None if together is None else _broadcast(together, shape)
-    if together is None:
+    if _broadcast(*shapes) is None:
         raise IndexError(
             f"FactoredMatrix: got lists of shapes {', '.join(map(str, shapes))} for leading axes, which are read in "
             "step, expected shapes that fit"

@@ -116,11 +116,6 @@ def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
-def _fill(template: str, first: str, second: str, subject: str, place: str, thing: str) -> str:
-    """The template with its slots filled."""
-    return template.format(A=first, B=second, S=subject, P=place, O=thing)
-
-
 def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None) -> IOIExample:
     """One indirect-object prompt, with a name pair from the held-out or the training side.
 
@@ -133,7 +128,7 @@ def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None)
     first, second = _ordered_pair(rng, held_out)
     indirect_object, subject = (first, second) if drawn == "ABB" else (second, first)
     template, place, thing = rng.choice(TEMPLATES), rng.choice(PLACES), rng.choice(OBJECTS)
-    prompt = _fill(template, first, second, subject, place, thing)
+    prompt = template.format(A=first, B=second, S=subject, P=place, O=thing)
     return IOIExample(prompt, indirect_object, subject, drawn, template, place, thing)
 
 
@@ -149,7 +144,8 @@ def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -
     first, second = example.indirect_object, example.subject
     if example.order == "BAB":
         first, second = second, first
-    corrupted = _fill(example.template, first, second, example.indirect_object, example.place, example.thing)
+    filled = {"A": first, "B": second, "S": example.indirect_object, "P": example.place, "O": example.thing}
+    corrupted = example.template.format(**filled)
     return IOIPair(example.prompt, corrupted, example.answer, example.wrong_answer)
 
 
@@ -189,12 +185,7 @@ def repeated_random_tokens(
 
 
 # The label in front gives every item of the series its leading space, hence its own single token.
-_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Days:", DAYS),
-    ("Months:", MONTHS),
-    ("Numbers:", NUMBERS),
-    ("Letters:", LETTERS),
-)
+_SERIES = (("Days:", DAYS), ("Months:", MONTHS), ("Numbers:", NUMBERS), ("Letters:", LETTERS))
 
 
 def successor_example(rng: Random) -> TextExample:

@@ -199,9 +199,8 @@ class VerifyMethods:
         With and without a KV cache, generating, and behind padding. `tokens` are ids without padding, random ones if
         left out, so no tokenizer is needed. Where hooks share a run, the report says so; `thorough=True` takes each
         alone. `progress` shows a bar where there is a terminal. The report prints as a table and has `failures()`,
-        `to_dicts()` and `to_json()`. The model is left as it was.
-        Raises `ValueError` while hooks are attached or modules sit in hooks' places, which would be verified with it,
-        and if the bridge was detached.
+        `to_dicts()` and `to_json()`. The model is left as it was. Raises `ValueError` while hooks are attached or
+        modules sit in hooks' places, which would be verified with it, and if the bridge was detached.
         """
         return verify(cast("TransformerBridge", self), tokens, thorough=thorough, progress=progress)
 
