@@ -97,11 +97,10 @@ class DirectLogits(ABC):
         >>> cache.logit_attrs(parts, " Mary", " John", pos_slice=-1).shape
         torch.Size([22, 1])
 
-        `tokens` is one token for all, one for each text (`[batch]`), or one for each position
-        (`[batch, pos]`): of the texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over
-        parts is the logit, less what the final norm's bias and `b_U` add.
-        Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
-        Circuits").
+        `tokens` is one token for all, one for each text (`[batch]`), or one for each position (`[batch, pos]`): of the
+        texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over parts is the logit, less what
+        the final norm's bias and `b_U` add. Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical
+        Framework for Transformer Circuits").
         """
         self._need_stack(residual_stack)
         wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))

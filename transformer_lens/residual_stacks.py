@@ -28,10 +28,9 @@ Rows = list[tuple[str, Tensor]]
 class ResidualStacks(DirectLogits):
     """What `ActivationCache` knows about sums in the residual stream.
 
-    `layer=None` (or -1, or the number of layers) stands for the stream after the last block; another
-    `layer` for the stream that enters it. `mlp_input=True` means the stream as that layer's MLP reads
-    it: in a sequential block with its attention added, in a parallel block without. `pos_slice` as in
-    `Slice`; an int drops the position axis.
+    `layer=None` (or -1, or the number of layers) stands for the stream after the last block; another `layer` for the
+    stream that enters it. `mlp_input=True` means the stream as that layer's MLP reads it: in a sequential block with
+    its attention added, in a parallel block without. `pos_slice` as in `Slice`; an int drops the position axis.
     """
 
     # -- the stream itself -------------------------------------------------------------------------

@@ -32,12 +32,11 @@ class SingularVectors(NamedTuple):
 
 
 class SVDInterpreter:
-    """
+    """What the singular vectors of a weight matrix say about tokens: each direction's product with the unembedding.
+
     >>> svd = SVDInterpreter(bridge)
     >>> svd.get_singular_vectors("OV", layer_index=3, num_vectors=5, head_index=3).shape
     torch.Size([735, 1, 5])
-
-    What the singular vectors of a weight matrix say about tokens: each direction's product with the unembedding.
 
     | type | the matrix | its right vectors | its left vectors (`side="left"`) |
     |---|---|---|---|
@@ -46,9 +45,9 @@ class SVDInterpreter:
     | "w_in", "w_gate" | `W_in.T`, `W_gate.T` | what neurons read | none in the stream |
     | "w_out" | `W_out` | what neurons write | none in the stream |
 
-    With `fold_ln` (the default) each matrix that reads the stream has the weight of its norm in it, and the
-    unembedding that of the final norm, as after `bridge.fold_ln()`, where this changes nothing. A norm's bias and
-    centring are left out. Computed in float32 at least. Nothing of the model is changed or kept.
+    With `fold_ln` (the default) each matrix that reads the stream has the weight of its norm in it, and the unembedding
+    that of the final norm, as after `bridge.fold_ln()`, where this changes nothing. A norm's bias and centring are left
+    out. Computed in float32 at least. Nothing of the model is changed or kept.
     """
 
     @checked
@@ -68,12 +67,11 @@ class SVDInterpreter:
         expert_index: int | None = None,
         side: Side = "right",
     ) -> Float[Tensor, "d_vocab 1 num_vectors"]:
-        """
+        """What each of the first `num_vectors` singular directions adds to each token's logit, per unit of length:
+        column `i` belongs to the `i`-th largest singular value.
+
         >>> SVDInterpreter(moe).get_singular_vectors("w_out", 0, num_vectors=3, expert_index=1).shape
         torch.Size([735, 1, 3])
-
-        What each of the first `num_vectors` singular directions adds to each token's logit, per unit of length:
-        column `i` belongs to the `i`-th largest singular value.
 
         "OV" and "QK" need `head_index`, an MLP with experts needs `expert_index`. Raises `ValueError` for a type,
         layer, head, expert or number of vectors that is not there.
@@ -100,13 +98,12 @@ class SVDInterpreter:
         expert_index: int | None = None,
         side: Side = "right",
     ) -> SingularVectors:
-        """
+        """The singular values and their directions in the stream; arguments and errors as in `get_singular_vectors`. A
+        direction can be given to `bridge.steer` and `bridge.project_out`.
+
         >>> values, directions = SVDInterpreter(bridge).singular_vectors("w_in", layer_index=1, num_vectors=4)
         >>> values.shape, directions.shape
         (torch.Size([4]), torch.Size([4, 128]))
-
-        The singular values and their directions in the stream; arguments and errors as in `get_singular_vectors`.
-        A direction can be given to `bridge.steer` and `bridge.project_out`.
         """
         self._check(vector_type, layer_index, head_index, expert_index, side)
         if vector_type in ("OV", "QK"):
@@ -131,13 +128,12 @@ class SVDInterpreter:
         expert_index: int | None = None,
         side: Side = "right",
     ) -> TextTable:
-        """
+        """The tokens whose logits each direction raises and lowers most.
+
         >>> print(SVDInterpreter(bridge).top_tokens("OV", 3, num_vectors=1, head_index=3, k=3))
         OV of layer 3, head 3: tokens along each singular direction, and against it
         vector  value  along  against
         ...
-
-        The tokens whose logits each direction raises and lowers most.
         """
         at = {"expert_index": expert_index, "side": side}
         values, _ = self.singular_vectors(vector_type, layer_index, num_vectors, head_index, **at)  # type: ignore[arg-type]

@@ -42,15 +42,14 @@ class Place:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeGraph:
-    """
+    """Labels: senders `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out`, or `L0E2` for an expert; receivers
+    `L1H2.q`, `.k`, `.v`, `1_mlp_in` (which a layer's router and experts read together) and `logits`.
+
     >>> graph = EdgeGraph.of(bridge)
     >>> graph
     EdgeGraph of 21 senders, 53 receivers and 463 edges
     >>> graph.senders[1].label, graph.receivers[0].label, graph.has_edge("L0H1", "0_mlp_in")
     ('L0H0', 'L0H0.q', False)
-
-    Labels: senders `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out`, or `L0E2` for an expert; receivers
-    `L1H2.q`, `.k`, `.v`, `1_mlp_in` (which a layer's router and experts read together) and `logits`.
     """
 
     senders: tuple[Place, ...]
@@ -172,12 +171,11 @@ def _number(label: Any, numbers: dict[str, int], what: str) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """
+    """Some edges of a graph.
+
     >>> circuit = Circuit.of(EdgeGraph.of(bridge), [("embed", "L0H1.v"), ("L0H1", "logits"), ("embed", "L3H0.q")])
     >>> circuit, circuit.connected().edges()
     (Circuit of 3 of 463 edges, [('embed', 'L0H1.v'), ('L0H1', 'logits')])
-
-    Some edges of a graph.
     """
 
     graph: EdgeGraph
