@@ -11,6 +11,10 @@ from functools import partial, wraps
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from transformer_lens import TransformerBridge
 from transformer_lens.checks import a_list, a_number, a_path, a_tensor, a_text, function, in_words, whole
 
@@ -28,6 +32,15 @@ def a_mapping(what: str, value: Any) -> None:
     """Raise `TypeError` for what holds no activations by name."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{what}: got {in_words(value)}, expected an ActivationCache, or activations by name")
+
+
+def metric_number(value: Any) -> Float[Tensor, ""]:
+    """What a metric returned, as a tensor of no axes."""
+    number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
+    if number is None or number.numel() != 1 or number.is_complex():
+        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
+    return number.reshape(())
 
 
 COUNTS = (

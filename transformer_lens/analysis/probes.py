@@ -178,7 +178,7 @@ def probe_layers(
     check_texts(texts)
     if len(labels) != len(texts):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(texts)} texts")
-    sklearn("metrics")
+    _sklearn("metrics")
     if at is None:
         at = ["hook_embed", *range(bridge.cfg.n_layers)]
     places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
@@ -188,7 +188,7 @@ def probe_layers(
     return ProbeTable({n: probe(x, labels, types=types, groups=groups, **options) for n, x in features.items()})
 
 
-def sklearn(part: str) -> Any:
+def _sklearn(part: str) -> Any:
     """A part of scikit-learn. Raises `ImportError`, and says what to install, where it is not there."""
     why = "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'"
     return needed(f"sklearn.{part}", why)
@@ -198,17 +198,17 @@ def sklearn(part: str) -> Any:
 
 
 def _model(task: Task, strength: float) -> Any:
-    linear = sklearn("linear_model")
+    linear = _sklearn("linear_model")
     ridge = task == "regression"
     last = linear.Ridge(alpha=1 / strength) if ridge else linear.LogisticRegression(C=strength, max_iter=2000)
-    return sklearn("pipeline").make_pipeline(sklearn("preprocessing").StandardScaler(), last)
+    return _sklearn("pipeline").make_pipeline(_sklearn("preprocessing").StandardScaler(), last)
 
 
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
     """Training and test rows of each fold."""
-    selection = sklearn("model_selection")
+    selection = _sklearn("model_selection")
     kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
         ("classification", False): selection.StratifiedKFold,
         ("classification", True): selection.StratifiedGroupKFold,
@@ -231,7 +231,7 @@ def _predicted(
     x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float
 ) -> tuple[Values, float]:
     """Each example's prediction by the probe that did not see it, and the area under the ROC curve."""
-    roc_auc_score = sklearn("metrics").roc_auc_score
+    roc_auc_score = _sklearn("metrics").roc_auc_score
     predictions = np.empty_like(y)
     areas = []
     for train, test in splits:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.analysis.patching.engine import Metric, SweepInput, metric_number
+from transformer_lens.analysis.arguments import metric_number
+from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
 
 At = Literal["corrupted", "clean"]

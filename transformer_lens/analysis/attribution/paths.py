@@ -58,7 +58,7 @@ def path_patching(
     and the routers are run. It costs two forwards, and one row of a batch for each path and text, from the first layer
     on that reads the path. Raises `KeyError` for unknown labels, `ValueError` for a step that has no edge.
     """
-    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     experiments = [along_path(runs.graph, path) for path in paths]
     return runs.measure(experiments, metric, memory_budget)
 
@@ -83,7 +83,7 @@ def edge_effects(
     >>> len(effects.top(1)), effects["embed", "L3H2.v"]
     (1, 0.0)
     """
-    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     chosen = runs.graph.edges() if edges is None else list(edges)
     experiments = [along_path(runs.graph, edge) for edge in chosen]
     base = one_number(metric(runs.corrupted_logits)).detach()
@@ -114,7 +114,7 @@ def circuit_metric(
     >>> torch.allclose(found[0], metric(bridge("Mary and John")), atol=1e-4)
     True
     """
-    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     return runs.measure(_of_circuits(runs.graph, circuits), metric, memory_budget)
 
 
@@ -140,7 +140,7 @@ def faithfulness(
     >>> torch.allclose(found, torch.tensor([0.0, 1.0]), atol=1e-3)
     True
     """
-    runs = EdgeRuns.of(bridge, clean, corrupted, attention_mask)
+    runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     best, worst = (one_number(metric(logits)).detach() for logits in (runs.clean_logits, runs.corrupted_logits))
     if bool(best == worst):
         raise ValueError(f"faithfulness: the metric is {float(best)} in the clean and in the corrupted run")
@@ -148,18 +148,18 @@ def faithfulness(
     return (found - worst) / (best - worst)
 
 
-def _of_circuits(graph: EdgeGraph, circuits: Sequence[Circuit]) -> list[Experiment]:
+def _of_circuits(graph: EdgeGraph, circuits: Sequence[Circuit]) -> list[_Experiment]:
     embed = torch.tensor([one.label == "embed" for one in graph.senders])
     for one in circuits:
         if not isinstance(one, Circuit):
             raise TypeError(f"circuits: got {in_words(one)} among them, expected Circuits")
         if one.graph.senders != graph.senders or one.graph.receivers != graph.receivers:
             raise ValueError(f"circuits: got {one!r} of another model, expected edges of {graph!r}")
-    return [Experiment(one.kept, embed) for one in circuits]
+    return [_Experiment(one.kept, embed) for one in circuits]
 
 
 @checked
-def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
+def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
     """The experiment in which one path is live, and all that comes after it."""
     if not isinstance(graph, EdgeGraph):
         raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
@@ -183,7 +183,7 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> Experiment:
         live[writing] = readers
         nodes = {graph.receivers[int(number)].node for number in readers.nonzero()}
         writing = torch.tensor([one.node in nodes for one in graph.senders])
-    return Experiment(live & graph.exists, forced)
+    return _Experiment(live & graph.exists, forced)
 
 
 def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
@@ -201,7 +201,7 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Experiment:
+class _Experiment:
     """Which edges are live, and which senders write what they write in the clean run."""
 
     live: Bool[Tensor, "sender receiver"]
@@ -209,7 +209,7 @@ class Experiment:
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeRuns:
+class _EdgeRuns:
     """A clean and a corrupted run, and what it takes to patch edges between them."""
 
     bridge: TransformerBridge
@@ -228,7 +228,7 @@ class EdgeRuns:
     @classmethod
     def of(
         cls, bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None = None
-    ) -> EdgeRuns:
+    ) -> _EdgeRuns:
         """Run the model on both. Raises `ValueError` for inputs that do not fit one another."""
         pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
         graph = EdgeGraph.of(bridge)
@@ -241,7 +241,7 @@ class EdgeRuns:
 
     @torch.no_grad()
     def measure(
-        self, experiments: Sequence[Experiment], metric: Metric, memory_budget: int = DEFAULT_BUDGET
+        self, experiments: Sequence[_Experiment], metric: Metric, memory_budget: int = DEFAULT_BUDGET
     ) -> Float[Tensor, " experiment"]:
         """The metric of every experiment."""
         # Those that begin at the same layer go together, and none runs the layers below.
@@ -257,14 +257,14 @@ class EdgeRuns:
             return torch.zeros(0)
         return torch.stack([values[number] for number in range(len(experiments))])
 
-    def first_layer(self, experiment: Experiment) -> int:
+    def first_layer(self, experiment: _Experiment) -> int:
         """The first layer in which anything reads what changed."""
         readers = (experiment.live & experiment.forced[:, None] & self.graph.exists).any(0).nonzero()
         last = self.bridge.cfg.n_layers - 1
         hooks = [self.graph.receivers[int(number)].hook for number in readers]
         return min([last, *(self.bridge.hook_dict[hook].layer() for hook in hooks)])
 
-    def logits(self, experiments: Sequence[Experiment]) -> Float[Tensor, "experiment_batch pos d_vocab"]:
+    def logits(self, experiments: Sequence[_Experiment]) -> Float[Tensor, "experiment_batch pos d_vocab"]:
         """The logits of some experiments, one after the other along the batch axis."""
         layer, copies = min(map(self.first_layer, experiments)), len(experiments)
         stream = self.streams[f"blocks.{layer}.hook_resid_pre"]
@@ -280,7 +280,7 @@ class EdgeRuns:
 class _Together:
     """Experiments in one forward: what has changed so far of every sender, in each of them."""
 
-    def __init__(self, runs: EdgeRuns, experiments: Sequence[Experiment]) -> None:
+    def __init__(self, runs: _EdgeRuns, experiments: Sequence[_Experiment]) -> None:
         self.runs = runs
         device = runs.corrupted.device
         self.live = torch.stack([one.live & runs.graph.exists for one in experiments]).to(device, runs.corrupted.dtype)

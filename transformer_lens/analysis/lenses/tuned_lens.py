@@ -249,7 +249,7 @@ class TunedLens:
 
         >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
         """
-        write_lens(Path(directory), self.bridge, self.translators.state_dict())
+        _write_lens(Path(directory), self.bridge, self.translators.state_dict())
 
     @classmethod
     @checked
@@ -260,7 +260,7 @@ class TunedLens:
         >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP
         """
         lens = cls(bridge)
-        lens.translators.load_state_dict(read_lens(Path(directory), bridge, lens.translators.state_dict()))
+        lens.translators.load_state_dict(_read_lens(Path(directory), bridge, lens.translators.state_dict()))
         return lens
 
 
@@ -275,7 +275,7 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
 # -- files -------------------------------------------------------------------------------------------
 
 
-def write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[str, Tensor]) -> None:
+def _write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[str, Tensor]) -> None:
     """Write the two files of a lens."""
     directory.mkdir(parents=True, exist_ok=True)
     cfg: Any = bridge.cfg
@@ -286,7 +286,7 @@ def write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[
     (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
-def read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of a lens. Raises `ValueError` for one that was made for another model."""
     for name in (WEIGHTS, ABOUT):
         if not (directory / name).is_file():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from transformer_lens import TransformerBridge, on_each, on_rows
-from transformer_lens.analysis.arguments import checked
+from transformer_lens.analysis.arguments import checked, metric_number
 from transformer_lens.analysis.patching.lazy_logits import LazyLogits
 from transformer_lens.checks import in_words
 from transformer_lens.model_bridge import PrefixCache
@@ -88,7 +88,7 @@ def run_interventions(
                 numbers[number] = metric_number(metric(logits))
                 bar.update()
         else:
-            base = BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
+            base = _BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
             sweep = _Sweep(base, metric, memory_budget, bar)
             numbers = dict(sweep.run(named))
     values = [numbers[i] for i in range(len(named))]
@@ -96,19 +96,10 @@ def run_interventions(
     return torch.tensor([float(value.detach()) for value in values], dtype=dtype, device=model.cfg.device)
 
 
-def metric_number(value: Any) -> Float[Tensor, ""]:
-    """What a metric returned, as a tensor of no axes."""
-    number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
-    if number is None or number.numel() != 1 or number.is_complex():
-        got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
-    return number.reshape(())
-
-
 class _Sweep:
     """Interventions on one base run."""
 
-    def __init__(self, base: BaseRun, metric: Metric, budget: int, bar: Any) -> None:
+    def __init__(self, base: _BaseRun, metric: Metric, budget: int, bar: Any) -> None:
         self.base = base
         self.metric = metric
         self.budget = budget
@@ -120,9 +111,9 @@ class _Sweep:
 
     def run(self, interventions: Sequence[Intervention]) -> Iterator[tuple[int, Tensor]]:
         """The number of each intervention, and its metric."""
-        waiting: list[Change] = []
+        waiting: list[_Change] = []
         for number, (name, fn) in enumerate(interventions):
-            found = change(self.base, number, name, fn)
+            found = _change(self.base, number, name, fn)
             if found is None:
                 yield number, self.measured(self.base.logits.clone())
                 continue
@@ -132,7 +123,7 @@ class _Sweep:
                 waiting = []
         yield from self.run_changes(waiting)
 
-    def run_changes(self, changes: list[Change]) -> Iterator[tuple[int, Tensor]]:
+    def run_changes(self, changes: list[_Change]) -> Iterator[tuple[int, Tensor]]:
         """Changes as batches of rows that begin at about the same position."""
         left = sorted(changes, key=lambda one: (one.first, one.layer))
         while left:
@@ -148,7 +139,7 @@ class _Sweep:
         rows = self.base.pos - start
         return first == start or size * self.base.batch * rows < ENOUGH_TOKENS or self.base.pos - first > 0.9 * rows
 
-    def batch(self, changes: Sequence[Change], start: int) -> Iterator[tuple[int, Tensor]]:
+    def batch(self, changes: Sequence[_Change], start: int) -> Iterator[tuple[int, Tensor]]:
         """One pass through the layers; each change joins at its own."""
         ordered = sorted(changes, key=lambda one: (one.layer, one.name))
         layers = {layer: list(members) for layer, members in groupby(ordered, key=lambda one: one.layer)}
@@ -162,7 +153,7 @@ class _Sweep:
             stream = self.layer(stream, layer, start, joining)
         yield from self.metrics(ordered, stream, start)
 
-    def layer(self, stream: Any, layer: int, start: int, joining: Sequence[Change]) -> Tensor:
+    def layer(self, stream: Any, layer: int, start: int, joining: Sequence[_Change]) -> Tensor:
         """One layer of the model, with the changes that join there written in its last rows."""
         batch = self.base.batch
         copies = len(stream) // batch
@@ -183,7 +174,7 @@ class _Sweep:
         )
         return out
 
-    def metrics(self, changes: Sequence[Change], stream: Any, start: int) -> Iterator[tuple[int, Tensor]]:
+    def metrics(self, changes: Sequence[_Change], stream: Any, start: int) -> Iterator[tuple[int, Tensor]]:
         """The metric of each change, from the stream that leaves the last layer."""
         rows = stream.unflatten(0, (len(changes), self.base.batch))
         left = [(one, resid[:, one.first - start :]) for one, resid in zip(changes, rows, strict=True)]
@@ -194,7 +185,7 @@ class _Sweep:
             yield from self.group_metrics(left[:size])
             left = left[size:]
 
-    def group_metrics(self, group: Sequence[tuple[Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    def group_metrics(self, group: Sequence[tuple[_Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         """The metrics of some changes; the logits they are expected to need are computed together."""
         pos = self.base.pos
         expected = torch.zeros(pos, dtype=torch.bool) if self.read is None else self.read
@@ -211,7 +202,7 @@ class _Sweep:
                 self.looked_at(LazyLogits.of(values, wanted | (torch.arange(pos) < one.first), self.rest(one, resid))),
             )
 
-    def rest(self, one: Change, resid: Tensor) -> Callable[[Tensor], Tensor]:
+    def rest(self, one: _Change, resid: Tensor) -> Callable[[Tensor], Tensor]:
         """Computes the logits of one change at more positions."""
 
         def compute(wanted: Tensor) -> Tensor:
@@ -259,7 +250,7 @@ class _Sweep:
 
 
 @dataclass(frozen=True, eq=False)
-class BaseRun:
+class _BaseRun:
     """One run without interventions, and what it takes to run its upper layers and later positions again."""
 
     bridge: TransformerBridge
@@ -275,11 +266,11 @@ class BaseRun:
     past: DynamicCache
 
     @classmethod
-    def of(cls, bridge: TransformerBridge, input: SweepInput, mask: Tensor | None, names: Iterable[str]) -> BaseRun:
+    def of(cls, bridge: TransformerBridge, input: SweepInput, mask: Tensor | None, names: Iterable[str]) -> _BaseRun:
         """Run the model once; keeps the activations named and the streams below them."""
         input, seen, mask = bridge.input_and_mask(input, attention_mask=mask)
         wanted = list(dict.fromkeys(names))
-        streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers_of(bridge, wanted)}
+        streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in _layers_of(bridge, wanted)}
         past = DynamicCache()  # given no config, it keeps every position, also of a model with sliding windows
         logits, cache = bridge.run_with_cache(
             input,
@@ -309,19 +300,19 @@ class BaseRun:
         return self.logits.shape[1]
 
 
-def layers_of(bridge: TransformerBridge, names: Iterable[str]) -> dict[int, None]:
+def _layers_of(bridge: TransformerBridge, names: Iterable[str]) -> dict[int, None]:
     """The layers that hooks are in, each once. Raises `ValueError` for a hook outside the blocks."""
     return {bridge.hook_dict[name].layer(): None for name in names}
 
 
-def position_axis(axes: str) -> int:
+def _position_axis(axes: str) -> int:
     """The axis along which an activation's positions are: of its queries, where it has two."""
     names = axes.split()
     return names.index("pos" if "pos" in names else "query_pos")
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class _Change:
     """One intervention on one activation: what it makes of it, at the positions where that is anything else."""
 
     number: int
@@ -351,7 +342,7 @@ class Change:
         return write
 
 
-def change(base: BaseRun, number: int, name: str, fn: Any) -> Change | None:
+def _change(base: _BaseRun, number: int, name: str, fn: Any) -> _Change | None:
     """What an intervention changes in the base run; `None` if that is nothing.
 
     `fn` is a hook function: it gets its own copy of the activation, and edits it or returns another.
@@ -368,11 +359,11 @@ def change(base: BaseRun, number: int, name: str, fn: Any) -> Change | None:
             f"intervention at {name!r}: got shape {list(after.shape)} and {after.dtype}, "
             f"expected {list(before.shape)} and {before.dtype}"
         )
-    axis = position_axis(point.axes)
+    axis = _position_axis(point.axes)
     differs = (after != before).movedim(axis, 0).flatten(1).any(1)
     positions = differs.nonzero().flatten()
     if not len(positions):
         return None
     if point.read_only:
         raise ValueError(f"hook {name!r} cannot be written: {point.read_only}")
-    return Change(number, name, point.layer(), axis, positions, after.detach().index_select(axis, positions))
+    return _Change(number, name, point.layer(), axis, positions, after.detach().index_select(axis, positions))
