@@ -165,7 +165,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             )
         self._refuse_of_the_other(what, options)
         refuse_unknown_option(what, options, model, OWN_KEYWORDS[what], CACHE.names)
-        prompt = take_prompt(input, options)
+        given = take_prompt(input, options)
         assistant = options.get("assistant_model")
         if isinstance(assistant, WrappedModel):
             options = {**options, "assistant_model": assistant.original_model}
@@ -183,18 +183,11 @@ class GenerationMethods(InputMethods, HookedRootModule):
             one_of("padding_side", padding_side, ("left", "right"))
         side = "left" if padding_side is None else padding_side
         looked_at = SIDES if padding_side is None else (padding_side,)
-        reading = self._read(prompt, prepend_bos, side, sides=looked_at, truncate=False)
-        prepared = prepare_prompt(
-            reading,
-            attention_mask=options.pop("attention_mask", None),
-            past_key_values=options.get(self.arguments.name(CACHE)),
-            has_tokenizer=self.token_adapter is not None,
-            defaults=chosen,
-            arguments=self.arguments,
-            device=self.input_device(),
-        )
-        cache = own_cache(model.config, chosen, options, self.arguments.name(CACHE))
-        return GenerationCall(model, self.arguments, prepared, options, chosen, cache, return_type, self.token_adapter)
+        reading = self._read(given, prepend_bos, side, sides=looked_at, truncate=False)
+        adapter, arguments = self.token_adapter, self.arguments
+        prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
+        cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
+        return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
 
     @staticmethod
     def _refuse_of_the_other(what: str, options: Mapping[str, Any]) -> None:

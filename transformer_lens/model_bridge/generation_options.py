@@ -84,18 +84,18 @@ def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput
 
 def prepare_prompt(
     reading: Reading,
-    *,
-    attention_mask: Tensor | None,
-    past_key_values: Any,
-    has_tokenizer: bool,
-    defaults: GenerationConfig,
+    options: dict[str, Any],
+    chosen: GenerationConfig,
     arguments: Arguments,
     device: torch.device,
+    has_tokenizer: bool,
 ) -> Prompt:
-    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too.
+    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too. A mask
+    that was given is taken out of `options`.
 
     Raises `ValueError` for padding behind a prompt, and for masks of another width.
     """
+    attention_mask, past_key_values = options.pop("attention_mask", None), options.get(arguments.name(CACHE))
     given, past = reading.value.to(device), cached_length(past_key_values)
     rows, columns = given.shape[:2]
     if attention_mask is not None:
@@ -106,7 +106,7 @@ def prepare_prompt(
     elif has_tokenizer or reading.word is EMBEDDINGS:
         mask = reading.mask.to(device)
     else:
-        mask = as_generate_infers(given, defaults)
+        mask = as_generate_infers(given, chosen)
     if past >= columns:
         raise ValueError(
             f"generate: got {columns} tokens and a KV cache of {past}, expected the whole text, the cached part "
