@@ -24,6 +24,11 @@ from transformer_lens.analysis.attribution.edge_graph import Circuit, EdgeGraph
 from transformer_lens.analysis.attribution.edges import edge_attribution_patching
 from transformer_lens.analysis.experts import expert_view, routing, routing_statistics
 from transformer_lens.analysis.lenses import Patchscope, TunedLens
+from transformer_lens.analysis.patching import (
+    get_act_patch_block_every,
+    get_act_patch_expert_out,
+    get_act_patch_resid_pre,
+)
 from transformer_lens.analysis.patching.setters import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
@@ -82,7 +87,7 @@ class World:
 def about_experts(entry: str) -> bool:
     named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution.activations.expert")
     named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
-    return entry.startswith((*named, "Routing", "ExpertView"))
+    return entry.startswith((*named, "Routing", "ExpertView", "ExpertSweep"))
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -117,6 +122,9 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "HookedRootModule": lambda w: w.falcon,
     "Slice": lambda w: Slice((0, 1)),
     "HookPoint": lambda w: HookPoint("blocks.0.hook_x", axes="batch pos d_model"),
+    "ExpertSweep": lambda w: get_act_patch_expert_out,
+    "PatchSweep": lambda w: get_act_patch_resid_pre,
+    "PatchSweeps": lambda w: get_act_patch_block_every,
     "Patchscope": lambda w: Patchscope(w.falcon, TEXT),
     "ProbeTable": lambda w: probe_layers(
         w.falcon, [TEXT, OTHER] * 6, [True, False] * 6, at=["blocks.0.hook_resid_post"]
@@ -341,7 +349,6 @@ NOT_AUDITED: dict[str, str] = {
     **dict.fromkeys(["TransformerBridge.names_of", "TransformerBridge.unknown_hook"], "like those they override"),
     "PrefixCache.__init__": "made by the engine of sweeps",
     "PartSetter.__call__": "called by sweeps, which compared the shapes",
-    **dict.fromkeys(["PatchSweep.__call__", "PatchSweeps.__call__"], "the sweeps that are made of it are called"),
     "TransformerBridge.fires_in": "asked by the engine",
     "HookedRootModule.fires_in": "asked by the engine",
     "TransformerBridge.verify": "owned by `verifying`, which has its tests",

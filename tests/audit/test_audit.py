@@ -74,7 +74,7 @@ def callable_of(world: World, entry: str) -> Callable[..., Any]:
     """The function, bound to an object where it is a method."""
     function = SURFACE[entry]
     owner, _, method = entry.partition(".")
-    if entry.startswith("PatchSweep") or not entry[0].isupper() or inspect.ismethod(function):
+    if not entry[0].isupper() or inspect.ismethod(function):
         return function
     if method == "__init__":
         return function.__globals__[owner] if owner in function.__globals__ else _class_of(function, owner)
