@@ -477,6 +477,12 @@ def test_a_metric_that_is_no_number_is_refused(answer):
         patching.get_act_patch_resid_pre(bridge, corrupted, clean, answer, verbose=False)
 
 
+def test_an_index_of_another_length_is_refused():
+    x = torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"index: got \[0, 1, 2\], expected \(layer, pos\)"):
+        patching.layer_pos_patch_setter(x, [0, 1, 2], x)
+
+
 def test_nan_is_a_result():
     bridge, corrupted, clean = runs("7b")
     broken = {name: value * torch.nan for name, value in clean.items()}
