@@ -1,7 +1,7 @@
 """Probes: what is there is found, what is not is not, and nothing leaks from training to test."""
 
-import builtins
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -197,13 +197,6 @@ def test_labels_of_another_length(bridge):
 
 
 def test_without_scikit_learn(bridge, monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ImportError, match=r"transformer-lens-bridge\[probes\]"):
         probe_layers(bridge, ["Mary", "John"], [0, 1])
