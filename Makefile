@@ -102,7 +102,7 @@ demo-swarm: $(VENV)/.demo-swarm
 bench-swarm: $(VENV)/.swarm
 	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m benchmarks.swarm'
 
-# Breaks each line of the twins' formulas in a scratch copy and names what no test notices; about an hour.
+# Breaks each line of the seams and formulas in a scratch copy and names what no test notices; about an hour.
 mutants: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.mutants
 

@@ -202,7 +202,7 @@ def full_cache(subject: Subject) -> Row:
 
 
 def port_cache(subject: Subject) -> Row:
-    """Every port, so that what the twins add to `full_cache` can be told from what the hooks cost."""
+    """Every port, so that what is inside modules adds to `full_cache` can be told from what the hooks cost."""
     bare, bridge, tokens = subject.bare, subject.bridge, subject.tokens
     kinds = {row.name: row.kind for row in bridge.hook_table().present()}
     ports = [name for name in bridge.default_names() if kinds[re.sub(r"^blocks\.\d+", "blocks.{i}", name)] == "port"]

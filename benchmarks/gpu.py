@@ -56,7 +56,7 @@ def run_tests(device: torch.device) -> list[dict[str, Any]]:
     """The tests written for CUDA, and the core suite with every tensor made on the device."""
     suites = {
         "tests for CUDA": ["-m", "gpu", "tests/gpu"],
-        # Without the twins and the remote text, which have tests for CUDA of their own.
+        # Without the inside of modules and the remote text, which have tests for CUDA of their own.
         "core suite, made on the device": [
             *("-m", "core and not gpu", "-p", "benchmarks.on_device"),
             *("--ignore=tests/twins", "--ignore=tests/distributed"),

@@ -32,7 +32,7 @@ class Target(NamedTuple):
     rest: str = ""
 
 
-TWINS = "tests/twins"
+INSIDE = "tests/twins"
 WIRE = "transformer_lens/distributed"
 REMOTE = "tests/distributed"
 READ = (
@@ -41,15 +41,24 @@ READ = (
     *("-k", "not hostile and not damaged and not estimate and not nothing_of_a_call"),
 )
 TARGETS = {
-    "attention": Target(f"{BRIDGE}/generalized_components/attention.py", (f"{TWINS}/test_core.py",), TWINS),
-    "attention_math": Target(f"{BRIDGE}/generalized_components/attention_math.py", (f"{TWINS}/test_core.py",), TWINS),
+    "attention": Target(f"{BRIDGE}/generalized_components/attention.py", (f"{INSIDE}/test_core.py",), INSIDE),
+    "attention_run": Target(f"{BRIDGE}/generalized_components/attention_run.py", (f"{INSIDE}/test_core.py",), INSIDE),
+    "attention_masks": Target(
+        f"{BRIDGE}/generalized_components/attention_masks.py", (f"{INSIDE}/test_core.py",), INSIDE
+    ),
+    "seams": Target(f"{BRIDGE}/seams.py", ("tests/adapters/test_seams.py", f"{INSIDE}/test_core.py"), INSIDE),
     "normalization": Target(
-        f"{BRIDGE}/generalized_components/normalization.py", (f"{TWINS}/test_norms.py", f"{TWINS}/test_core.py"), TWINS
+        f"{BRIDGE}/generalized_components/normalization.py",
+        (f"{INSIDE}/test_norms.py", f"{INSIDE}/test_core.py"),
+        INSIDE,
     ),
-    "moe": Target(
-        f"{BRIDGE}/generalized_components/moe.py", (f"{TWINS}/test_experts.py", f"{TWINS}/test_core.py"), TWINS
+    "moe": Target(f"{BRIDGE}/generalized_components/moe.py", (f"{INSIDE}/test_experts.py",), INSIDE),
+    "experts_run": Target(
+        f"{BRIDGE}/generalized_components/experts_run.py",
+        ("tests/adapters/test_seams.py", f"{INSIDE}/test_experts.py", f"{INSIDE}/test_core.py"),
+        INSIDE,
     ),
-    "moe_sharded": Target(f"{BRIDGE}/generalized_components/moe.py", ("tests/sharded/test_sharded.py",)),
+    "experts_sharded": Target(f"{BRIDGE}/generalized_components/experts_run.py", ("tests/sharded/test_sharded.py",)),
     "weights": Target(f"{BRIDGE}/weights.py", ("tests/bridge/test_weights.py",), "tests/adapters/test_weights.py"),
     "component_weights": Target(
         f"{BRIDGE}/generalized_components/weights.py",
@@ -107,8 +116,8 @@ TARGETS = {
     "records": Target(f"{WIRE}/records.py", (f"{REMOTE}/test_records.py",)),
     "signing": Target(f"{WIRE}/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
 }
-FORMULAS = ("attention", "attention_math", "normalization", "moe")
-"""What runs without a name: the formulas of the twins."""
+FORMULAS = ("attention", "attention_run", "attention_masks", "seams", "normalization", "moe", "experts_run")
+"""What runs without a name: seams, and the formulas beside them."""
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
@@ -174,15 +183,8 @@ STABLE = "torch sorts so few numbers in their order anyway"
 GROUPED = "groups = _Groups(chosen, int(call.cfg.num_experts or 1), call.shards if by_expert else ALONE)"
 SLICED = "return self.shards.slice(new.transpose(0, 1).reshape(-1, new.shape[-1])[self.order], 0, self.sizes)"
 EQUIVALENT: dict[tuple[str, str], str] = {
-    ("return keys if layer is None else min(keys, int(layer.get_seq_length()))", "arguments swapped"): SYMMETRIC,
-    ('shifts = layer.is_sliding and hasattr(layer, "max_cache_len")', "And -> Or"): "one more copy of the same keys",
-    ("stream = call.shards.entering(call.stream.to(device))", "without .to"): ONE_DEVICE,
     ('return sharding.of_attention(self.path, inputs, self.role("o").path)', "arguments swapped"): (
         "a whole model is not divided; tests/sharded divides one"
-    ),
-    ("return layer.keys if layer.keys.shape[-2] > k.shape[-2] else k", "Gt -> GtE"): "as many keys are the same keys",
-    ("if size is not None and past.shape[-2] + k.shape[-2] <= size:", "LtE -> Lt"): (
-        "a window that is just full holds the past and the new keys, in that order"
     ),
     ("wide = torch.promote_types(residual_stack.dtype, torch.float32)", "arguments swapped"): SYMMETRIC,
     (
@@ -190,24 +192,11 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "arguments swapped",
     ): SYMMETRIC,
     ("if not bool(torch.eq(each, each[:, :, :1]).all()):", "arguments swapped"): SYMMETRIC,
-    ("best = probabilities.topk(int(call.cfg.experts_per_token or 1), dim=-1)", "1 -> 2"): SETTLED,
-    (GROUPED, "1 -> 2"): SETTLED,
-    (GROUPED, "condition negated"): SHARED,
     ('by_expert = "expert" in call.divided', "In -> NotIn"): SHARED,
-    (
-        'out = groups.fire(call, "hook_expert_out", out if by_expert else call.shards.summed(out))',
-        "condition negated",
-    ): SHARED,
     ("each = experts // shards.size", "FloorDiv -> Mult"): SHARED,
     ("self.sizes = [sum(counts[each * rank : each * (rank + 1)]) for rank in range(shards.size)]", "1 -> 2"): SHARED,
-    ("self.counts = counts[each * shards.rank : each * (shards.rank + 1)]", "1 -> 2"): SHARED,
     ("return self.shards.gather(pairs, 0, self.sizes)", "0 -> 1"): SHARED,
     (SLICED, "0 -> 1"): SHARED,
-    (
-        "ordered = weighted.gather(1, torch.argsort(chosen, dim=-1, stable=True)[..., None].expand_as(weighted))",
-        "True -> False",
-    ): STABLE,
-    ("self.order = torch.argsort(chosen.T.reshape(-1), stable=True)", "True -> False"): STABLE,
     ("return mine + more <= min(most, most_of_all - everyone)", "arguments swapped"): SYMMETRIC,
     (
         "if not has_room(more, held, self.limits.session_bytes, self.held(), self.limits.session_bytes_of_all):",
