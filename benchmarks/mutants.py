@@ -76,7 +76,7 @@ TARGETS = {
     "grouped_cache": Target(f"{BRIDGE}/grouped_cache.py", ("tests/bridge/test_grouped_cache.py",)),
     "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
-    "messages": Target(f"{WIRE}/messages.py", READ),
+    "messages": Target(f"{WIRE}/protocol/messages.py", READ),
     "checks": Target(f"{WIRE}/checks.py", READ),
     "sessions": Target(f"{WIRE}/sessions.py", READ),
     "turns": Target(f"{WIRE}/turns.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),

@@ -22,7 +22,7 @@ from demos.swarm import MODEL, Server, stopped_in_the_end
 from transformer_lens import TransformerBridge
 from transformer_lens.cli.options import quiet
 from transformer_lens.distributed import AutoDistributedModelForCausalLM
-from transformer_lens.distributed.messages import Request, pack_request
+from transformer_lens.distributed.protocol.messages import Request, pack_request
 
 PINGS = 200
 STEPS = 24

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Limits, LocalSpan
-from transformer_lens.distributed.messages import unpack_request
+from transformer_lens.distributed.protocol.messages import unpack_request
 
 CUTS = {"tiny-falcon": (2,), "tiny-mixtral": (1, 2)}
 """Where the spans begin, after the first."""

@@ -21,7 +21,7 @@ from transformer_lens.distributed import (
     SpanUnreachable,
     StaticSpans,
 )
-from transformer_lens.distributed.messages import Reply, Request, pack_reply, unpack_reply, unpack_request
+from transformer_lens.distributed.protocol.messages import Reply, Request, pack_reply, unpack_reply, unpack_request
 from transformer_lens.distributed.routing import Health
 
 Work = Callable[[TransformerBridge], Any]

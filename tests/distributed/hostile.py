@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from transformer_lens.distributed import Limits
-from transformer_lens.distributed.messages import Action, Request
+from transformer_lens.distributed.protocol.messages import Action, Request
 
 D_MODEL, BLOCKS = 128, range(1, 3)
 LIMITS = Limits(

@@ -15,7 +15,7 @@ from tests.distributed.conftest import Pair, make_pair
 from tests.support import FAMILIES, family, with_cache
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.distributed import Edit, Keep
-from transformer_lens.distributed.messages import Limits, unpack_request
+from transformer_lens.distributed.protocol.messages import Limits, unpack_request
 
 INSIDE = ["attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "hook_mlp_out"]
 

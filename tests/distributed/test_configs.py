@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 
 from tests.support import FALCON_SMALL, MIXTRAL_SMALL, falcon, mixtral
 from transformer_lens.distributed import AutoDistributedConfig, DistributedFalconConfig, DistributedMixtralConfig
-from transformer_lens.distributed.settings import CLIENT_SETTINGS
+from transformer_lens.distributed.protocol.settings import CLIENT_SETTINGS
 
 KINDS = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
 PLAIN = {"falcon": FalconConfig(**FALCON_SMALL), "mixtral": MixtralConfig(**MIXTRAL_SMALL)}
@@ -341,7 +341,7 @@ def test_neither_hivemind_nor_msgpack_is_needed_to_import() -> None:
         "sys.modules['hivemind'] = sys.modules['msgpack'] = None\n"
         "from transformer_lens.distributed import AutoDistributedConfig, LocalSpan\n"
         "assert AutoDistributedConfig.from_pretrained('tiny-falcon').num_key_value_groups == 2\n"
-        "from transformer_lens.distributed.messages import Request, pack_request\n"
+        "from transformer_lens.distributed.protocol.messages import Request, pack_request\n"
         "try:\n"
         "    pack_request(Request('info', 0, 0))\n"
         "except ImportError as error:\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from transformer_lens.distributed import Limits, SpanServer
-from transformer_lens.distributed.messages import Reply, Request, pack_request, unpack_reply
+from transformer_lens.distributed.protocol.messages import Reply, Request, pack_request, unpack_reply
 
 STREAM = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.distributed.hostile import BLOCKS, D_MODEL, LIMITS, hostile_messages, seeds
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Limits, LocalSpan, SpanServer
-from transformer_lens.distributed.messages import (
+from transformer_lens.distributed.protocol.messages import (
     Action,
     Reply,
     Request,

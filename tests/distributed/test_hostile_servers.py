@@ -17,7 +17,7 @@ from tests.distributed.hostile import PAYLOAD, message_of, parts_of_reply
 from tests.support import with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, Keep, Limits, LocalSpan, SpanError
-from transformer_lens.distributed.messages import MessageError, Reply, pack_reply, unpack_reply, unpack_request
+from transformer_lens.distributed.protocol.messages import MessageError, Reply, pack_reply, unpack_reply, unpack_request
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 Change = Callable[[bytes], bytes]

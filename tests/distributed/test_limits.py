@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from tests.distributed.hostile import message_of, parts_of
 from transformer_lens.distributed import Limits, MessageError, SpanServer
-from transformer_lens.distributed.messages import (
+from transformer_lens.distributed.protocol.messages import (
     Action,
     FullError,
     Reply,

@@ -23,7 +23,7 @@ from transformer_lens.distributed import (
     LocalSpan,
     SpanServer,
 )
-from transformer_lens.distributed.configs import AutoDistributedConfig
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig
 from transformer_lens.distributed.span_model import load_span
 
 LAYERS = {"tiny-falcon": 4, "tiny-mixtral": 3}
@@ -96,7 +96,7 @@ def test_nothing_else_is_opened_in_the_file(name: str, monkeypatch: pytest.Monke
             asked.append(tensor)
             return self.opened.get_tensor(tensor)
 
-    monkeypatch.setattr("transformer_lens.distributed.checkpoint.safe_open", Counting)
+    monkeypatch.setattr("transformer_lens.distributed.protocol.checkpoint.safe_open", Counting)
     _, _, part = load_span(name, range(1, 2))
     assert sorted(asked) == sorted(part.tensors)
     assert {layer_of(tensor) for tensor in asked} == {1}

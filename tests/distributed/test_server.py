@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import Limits, LocalSpan, MessageError, SpanError, SpanServer
-from transformer_lens.distributed.messages import (
+from transformer_lens.distributed.protocol.messages import (
     Action,
     Reply,
     Request,

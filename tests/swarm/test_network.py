@@ -40,9 +40,9 @@ from transformer_lens.distributed import (
     AutoDistributedModelForCausalLM,
     SpanError,
 )
-from transformer_lens.distributed.messages import Limits, Request, pack_request, unpack_reply
 from transformer_lens.distributed.node import Node, peer_of
-from transformer_lens.distributed.spans import SpanUnreachable, ask
+from transformer_lens.distributed.protocol.messages import Limits, Request, SpanUnreachable, pack_request, unpack_reply
+from transformer_lens.distributed.spans import ask
 from transformer_lens.distributed.swarm import Swarm
 
 PROMPT = torch.tensor([[1, 5, 7, 9, 30, 12]])

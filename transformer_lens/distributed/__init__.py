@@ -1,21 +1,21 @@
 """Blocks on other machines: configurations, spans of remote blocks, and models that run over them."""
 
-from transformer_lens.distributed.configs import (
-    AutoDistributedConfig,
-    DistributedFalconConfig,
-    DistributedMixtralConfig,
-)
-from transformer_lens.distributed.edits import Edit, Keep
-from transformer_lens.distributed.messages import Limits, MessageError
 from transformer_lens.distributed.models import (
     AutoDistributedModelForCausalLM,
     DistributedFalconForCausalLM,
     DistributedMixtralForCausalLM,
 )
 from transformer_lens.distributed.prompts import TrainedPrompts
+from transformer_lens.distributed.protocol.configs import (
+    AutoDistributedConfig,
+    DistributedFalconConfig,
+    DistributedMixtralConfig,
+)
+from transformer_lens.distributed.protocol.edits import Edit, Keep
+from transformer_lens.distributed.protocol.messages import Limits, MessageError, SpanError, SpanUnreachable
 from transformer_lens.distributed.routing import ServerFacts
 from transformer_lens.distributed.server import SpanServer
-from transformer_lens.distributed.spans import LocalSpan, Span, SpanError, SpanSource, SpanUnreachable, StaticSpans
+from transformer_lens.distributed.spans import LocalSpan, Span, SpanSource, StaticSpans
 
 __all__ = [
     "AutoDistributedConfig",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from transformer_lens.distributed.messages import EDITS, FLOATS, INTEGER, Action, Limits, MessageError, Request
+from transformer_lens.distributed.protocol.messages import EDITS, FLOATS, INTEGER, Action, Limits, MessageError, Request
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 

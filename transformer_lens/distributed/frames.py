@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformer_lens.distributed.messages import Limits
+from transformer_lens.distributed.protocol.messages import Limits
 
 PIECE = 3 * 2**20
 """Bytes of a piece. The engine's messages end at 4 MiB; from 1 MiB on, its throughput does not depend on the size."""

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
 
-from transformer_lens.distributed.checkpoint import block_of, misfits, read_part
-from transformer_lens.distributed.configs import (
+from transformer_lens.distributed.connecting import ConnectMethods
+from transformer_lens.distributed.lm_head import LMHead
+from transformer_lens.distributed.prompted_call import ModelCall, PromptedCall, with_prompts
+from transformer_lens.distributed.prompts import PromptFacts, PromptMethods, TrainedPrompts
+from transformer_lens.distributed.protocol.checkpoint import block_of, misfits, read_part
+from transformer_lens.distributed.protocol.configs import (
     FILE_OPTIONS,
     AutoDistributedConfig,
     DistributedConfig,
@@ -27,12 +31,8 @@ from transformer_lens.distributed.configs import (
     one_dtype,
     refuse_unknown,
 )
-from transformer_lens.distributed.connecting import ConnectMethods
-from transformer_lens.distributed.edits import Edit
-from transformer_lens.distributed.lm_head import LMHead
-from transformer_lens.distributed.messages import Request
-from transformer_lens.distributed.prompted_call import ModelCall, PromptedCall, with_prompts
-from transformer_lens.distributed.prompts import PromptFacts, PromptMethods, TrainedPrompts
+from transformer_lens.distributed.protocol.edits import Edit
+from transformer_lens.distributed.protocol.messages import Request
 from transformer_lens.distributed.remote_cache import RemoteText, remote_text
 from transformer_lens.distributed.remote_call import StretchCall, action_of, refusal
 from transformer_lens.distributed.route import Route

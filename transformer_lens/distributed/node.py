@@ -21,10 +21,9 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from transformer_lens.distributed.frames import FrameError, FrameRefused, conversation, ping, pong
-from transformer_lens.distributed.messages import Limits
+from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
 from transformer_lens.distributed.records import PEER
 from transformer_lens.distributed.signing import validator
-from transformer_lens.distributed.spans import SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
 

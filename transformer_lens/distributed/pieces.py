@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from transformer_lens.distributed.messages import Reply, Request, printable
-from transformer_lens.distributed.spans import SpanUnreachable
+from transformer_lens.distributed.protocol.messages import Reply, Request, SpanUnreachable, printable
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Piece:
 def piece(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> Piece:
     """The part of a call on blocks `first` to `end`, where `changed` stands for tensors of the whole.
 
-    >>> from transformer_lens.distributed.messages import Action
+    >>> from transformer_lens.distributed.protocol.messages import Action
     >>> look = [Action(f"blocks.{layer}.hook_resid_pre", "look") for layer in range(3)]
     >>> part = piece(Request("forward", 0, 3, actions=look), 1, 3, {"stream": torch.zeros(1, 2, 8)})
     >>> [action.name for action in part.request.actions], part.numbers

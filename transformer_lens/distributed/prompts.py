@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from transformer_lens.distributed.edits import Edit
+from transformer_lens.distributed.protocol.edits import Edit
 
 FORMAT = "transformer_lens.trained_prompts.1"
 

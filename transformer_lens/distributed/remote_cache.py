@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from transformer_lens.distributed.messages import Reply, Request
 from transformer_lens.distributed.pieces import check_forward, piece
+from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError
 from transformer_lens.distributed.route import Leg, Route, Tries
-from transformer_lens.distributed.spans import Span, SpanError, SpanSource
+from transformer_lens.distributed.spans import Span, SpanSource
 
 
 @dataclass

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transformer_lens.distributed.edits import Edit, Keep
-from transformer_lens.distributed.messages import EDITS, Action, Reply, Request
 from transformer_lens.distributed.pieces import check_backward, check_forward, piece
+from transformer_lens.distributed.protocol.edits import Edit, Keep
+from transformer_lens.distributed.protocol.messages import EDITS, Action, Reply, Request, SpanError
 from transformer_lens.distributed.remote_cache import RemoteText, refuse_gradients
 from transformer_lens.distributed.route import Route, Tries
-from transformer_lens.distributed.spans import SpanError
 from transformer_lens.hook_points import Capture, HookEntry
 from transformer_lens.model_bridge import HookRequest
 

@@ -14,11 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformer_lens.distributed.frames import Call, Exchange, Room, refused
-from transformer_lens.distributed.messages import Reply, pack_reply
 from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.protocol.messages import Reply, SpanUnreachable, pack_reply
 from transformer_lens.distributed.records import LIVES, PEER, Announcement
 from transformer_lens.distributed.server import SpanServer
-from transformer_lens.distributed.spans import SpanUnreachable
 
 logger = logging.getLogger(__name__)
 

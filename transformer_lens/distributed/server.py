@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from transformer_lens import GroupedCache
 from transformer_lens.distributed.checks import Checks
-from transformer_lens.distributed.edits import Edit
-from transformer_lens.distributed.messages import (
+from transformer_lens.distributed.protocol.edits import Edit
+from transformer_lens.distributed.protocol.messages import (
     EDITS,
     Action,
     FullError,
@@ -80,7 +80,7 @@ class Seen:
 class SpanServer:
     """Serves the blocks of a span; `handle` is all that a transport needs.
 
-    >>> from transformer_lens.distributed.messages import Request, pack_request, unpack_reply
+    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
     >>> server = SpanServer("tiny-falcon", range(1, 3))
     >>> unpack_reply(server.handle(pack_request(Request("info", 0, 0))), Limits()).info["blocks"]
     [1, 3]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens.distributed.messages import FullError, Limits
+from transformer_lens.distributed.protocol.messages import FullError, Limits
 
 
 def has_room(more: int, mine: int, most: int, everyone: int, most_of_all: int) -> bool:

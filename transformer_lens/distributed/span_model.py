@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformer_lens.distributed.checkpoint import PartOfCheckpoint, block_of, misfits, read_part
-from transformer_lens.distributed.configs import AutoDistributedConfig, config_with, one_dtype
+from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, misfits, read_part
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
 
 
 def span_config(config: Any, blocks: range) -> Any:

@@ -9,11 +9,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from transformer_lens.distributed.messages import (
+from transformer_lens.distributed.protocol.messages import (
     Limits,
     MessageError,
     Reply,
     Request,
+    SpanError,
+    SpanUnreachable,
     pack_request,
     printable,
     too_much,
@@ -21,18 +23,6 @@ from transformer_lens.distributed.messages import (
 )
 from transformer_lens.distributed.routing import ServerFacts
 from transformer_lens.distributed.server import SpanServer
-
-
-class SpanError(RuntimeError):
-    """A server answered that it cannot do what was asked, or answered something else; `info` is what it added."""
-
-    def __init__(self, text: str, info: dict[str, Any] | None = None) -> None:
-        super().__init__(text)
-        self.info = info or {}
-
-
-class SpanUnreachable(SpanError):
-    """No answer came that can be used: the peer is gone, too slow, or broke off. Another server may do it."""
 
 
 class Span(Protocol):
@@ -129,7 +119,7 @@ def ask(span: Span, request: Request, limits: Limits | None = None, timeout: flo
     >>> ask(LocalSpan("tiny-falcon", range(0, 2)), Request("forward", 0, 4))
     Traceback (most recent call last):
     ...
-    transformer_lens.distributed.spans.SpanError: blocks 0 to 2 on local-...: MessageError: blocks 0 to 4 were asked ...
+    transformer_lens.distributed.protocol.messages.SpanError: blocks 0 to 2 on local-...: MessageError: blocks ...
     """
     limits = limits or Limits()
     where = f"blocks {span.blocks.start} to {span.blocks.stop} on {span.peer}"

@@ -15,11 +15,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformer_lens.distributed.messages import Limits, MessageError, unpack_reply
 from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.protocol.messages import (
+    Limits,
+    MessageError,
+    SpanError,
+    SpanUnreachable,
+    unpack_reply,
+)
 from transformer_lens.distributed.records import STATES, Announcement, announced
 from transformer_lens.distributed.routing import ServerFacts
-from transformer_lens.distributed.spans import SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from transformer_lens.distributed.messages import FullError, Limits
+from transformer_lens.distributed.protocol.messages import FullError, Limits
 from transformer_lens.distributed.sessions import has_room
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import MODEL_MAPPING, FalconConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
 from transformer_lens.data import TINY_MODELS, tiny_model_path
-from transformer_lens.distributed.settings import (
+from transformer_lens.distributed.protocol.settings import (
     CLIENT_SETTINGS,
     ClientSettings,
     HeadSettings,

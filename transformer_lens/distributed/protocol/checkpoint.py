@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from transformer_lens.distributed.configs import FILE_OPTIONS, source_of
+from transformer_lens.distributed.protocol.configs import FILE_OPTIONS, source_of
 
 WHOLE, LISTED = "model.safetensors", "model.safetensors.index.json"
 

@@ -38,6 +38,18 @@ class FullError(ValueError):
     """There is no room for a call that is fine in itself; another server may have it, or this one later."""
 
 
+class SpanError(RuntimeError):
+    """A server answered that it cannot do what was asked, or answered something else; `info` is what it added."""
+
+    def __init__(self, text: str, info: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.info = info or {}
+
+
+class SpanUnreachable(SpanError):
+    """No answer came that can be used: the peer is gone, too slow, or broke off. Another server may do it."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """The largest message that is read, and the largest answer that is computed. Sizes are in bytes."""
