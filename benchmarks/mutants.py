@@ -80,7 +80,7 @@ TARGETS = {
     "checks": Target(f"{WIRE}/checks.py", READ),
     "sessions": Target(f"{WIRE}/sessions.py", READ),
     "turns": Target(f"{WIRE}/turns.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
-    "frames": Target(f"{WIRE}/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
+    "frames": Target(f"{WIRE}/network/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
     "pieces": Target(
         f"{WIRE}/pieces.py",
         (
@@ -113,8 +113,8 @@ TARGETS = {
         f"{WIRE}/prompted_call.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")
     ),
     "lm_head": Target(f"{WIRE}/lm_head.py", (f"{REMOTE}/test_head.py",)),
-    "records": Target(f"{WIRE}/records.py", (f"{REMOTE}/test_records.py",)),
-    "signing": Target(f"{WIRE}/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
+    "records": Target(f"{WIRE}/network/records.py", (f"{REMOTE}/test_records.py",)),
+    "signing": Target(f"{WIRE}/network/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
 }
 FORMULAS = ("attention", "attention_run", "attention_masks", "seams", "normalization", "moe", "experts_run")
 """What runs without a name: seams, and the formulas beside them."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer_lens.distributed.frames import (
+from transformer_lens.distributed.network.frames import (
     ANSWER,
     FETCH,
     MAGIC,

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from transformer_lens.distributed.frames import (
+from transformer_lens.distributed.network.frames import (
     FETCH,
     MAGIC,
     PING,

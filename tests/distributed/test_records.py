@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer_lens.distributed.records import Announcement, announced, may_be_kept, read_record
+from transformer_lens.distributed.network.records import Announcement, announced, may_be_kept, read_record
 
 PEER = "12D3KooWSDoCAofrZc2bysLM1WbuvujxsPhdtRtyU1vTJvwpagEQ"
 OTHER = "QmTvBbd4gJ2BZYLumDChjCoDuwRyjhvaaDRAWiWuLqu7kZ"

@@ -14,9 +14,21 @@ import torch
 from tests.distributed.hostile import seeds
 from tests.swarm.processes import Servers
 from transformer_lens import TransformerBridge
-from transformer_lens.distributed import AutoDistributedConfig, AutoDistributedModelForCausalLM, frames
-from transformer_lens.distributed.frames import ANSWER, FETCH, MAGIC, MORE, NOT_NOW, REFUSED, REPLY, REQUEST, SEND, Room
-from transformer_lens.distributed.node import Node, peer_of
+from transformer_lens.distributed import AutoDistributedConfig, AutoDistributedModelForCausalLM
+from transformer_lens.distributed.network import frames
+from transformer_lens.distributed.network.frames import (
+    ANSWER,
+    FETCH,
+    MAGIC,
+    MORE,
+    NOT_NOW,
+    REFUSED,
+    REPLY,
+    REQUEST,
+    SEND,
+    Room,
+)
+from transformer_lens.distributed.network.node import Node, peer_of
 from transformer_lens.distributed.protocol.messages import Limits, Request, pack_request, unpack_reply
 
 PROMPT = torch.tensor([[1, 5, 7, 9, 30, 12]])

@@ -40,7 +40,7 @@ from transformer_lens.distributed import (
     AutoDistributedModelForCausalLM,
     SpanError,
 )
-from transformer_lens.distributed.node import Node, peer_of
+from transformer_lens.distributed.network.node import Node, peer_of
 from transformer_lens.distributed.protocol.messages import Limits, Request, SpanUnreachable, pack_request, unpack_reply
 from transformer_lens.distributed.spans import ask
 from transformer_lens.distributed.swarm import Swarm
@@ -221,7 +221,7 @@ def test_processes_end_and_leave_no_daemon(servers: Servers) -> None:
 CLIENT = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from the start
-from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.network.node import Node
 node = Node([sys.argv[1]])
 sys.stdout.write("ready\\n")
 sys.stdout.flush()

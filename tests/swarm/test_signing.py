@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer_lens.distributed.node import peer_of
-from transformer_lens.distributed.records import Announcement
-from transformer_lens.distributed.signing import MAX_BYTES, peer_of_key, sign, signed, validator
+from transformer_lens.distributed.network.node import peer_of
+from transformer_lens.distributed.network.records import Announcement
+from transformer_lens.distributed.network.signing import MAX_BYTES, peer_of_key, sign, signed, validator
 
 
 class Record(NamedTuple):

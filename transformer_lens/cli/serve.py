@@ -196,7 +196,7 @@ def run_serve(
     >>> run_serve("tiny-falcon", range(0, 2), ready=list.append)  # doctest: +SKIP
     """
     from transformer_lens.distributed import Limits, SpanServer
-    from transformer_lens.distributed.node import Node, address_of, need_engine
+    from transformer_lens.distributed.network.node import Node, address_of, need_engine
     from transformer_lens.distributed.serve import ServedSpan, check_options
 
     address = address_of(host, port)

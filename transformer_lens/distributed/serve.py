@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from transformer_lens.distributed.frames import Call, Exchange, Room, refused
-from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.network.frames import Call, Exchange, Room, refused
+from transformer_lens.distributed.network.node import Node
+from transformer_lens.distributed.network.records import LIVES, PEER, Announcement
 from transformer_lens.distributed.protocol.messages import Reply, SpanUnreachable, pack_reply
-from transformer_lens.distributed.records import LIVES, PEER, Announcement
 from transformer_lens.distributed.server import SpanServer
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformer_lens.distributed.node import Node
+from transformer_lens.distributed.network.node import Node
+from transformer_lens.distributed.network.records import STATES, Announcement, announced
 from transformer_lens.distributed.protocol.messages import (
     Limits,
     MessageError,
@@ -23,7 +24,6 @@ from transformer_lens.distributed.protocol.messages import (
     SpanUnreachable,
     unpack_reply,
 )
-from transformer_lens.distributed.records import STATES, Announcement, announced
 from transformer_lens.distributed.routing import ServerFacts
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, S
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
-from transformer_lens.distributed.frames import FrameError, FrameRefused, conversation, ping, pong
+from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
+from transformer_lens.distributed.network.records import PEER
+from transformer_lens.distributed.network.signing import validator
 from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
-from transformer_lens.distributed.records import PEER
-from transformer_lens.distributed.signing import validator
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from transformer_lens.distributed.records import may_be_kept
+from transformer_lens.distributed.network.records import may_be_kept
 
 MAX_BYTES = 2048
 """Of a record with its key and signature; a key of 2048 bits and its signature have 550."""
