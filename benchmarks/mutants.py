@@ -77,9 +77,9 @@ TARGETS = {
     "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
     "messages": Target(f"{WIRE}/protocol/messages.py", READ),
-    "checks": Target(f"{WIRE}/checks.py", READ),
-    "sessions": Target(f"{WIRE}/sessions.py", READ),
-    "turns": Target(f"{WIRE}/turns.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
+    "checks": Target(f"{WIRE}/server/checks.py", READ),
+    "sessions": Target(f"{WIRE}/server/sessions.py", READ),
+    "call_queue": Target(f"{WIRE}/server/call_queue.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
     "frames": Target(f"{WIRE}/network/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
     "pieces": Target(
         f"{WIRE}/pieces.py",

@@ -122,7 +122,7 @@ def check_bounds(server: SpanServer) -> None:
         total, kept = total + sum(held), kept + sum(answers)
     assert total <= limits.session_bytes_of_all and kept <= limits.kept_of_all
     assert total == server.sessions.held() and kept == server.sessions.kept()
-    assert server.turns.load() == 0
+    assert server.queue.load() == 0
 
 
 def kind_of(reply: Reply) -> str:

@@ -31,8 +31,8 @@ from transformer_lens.distributed.protocol.messages import (
     unpack_reply,
     unpack_request,
 )
-from transformer_lens.distributed.server import ANSWERABLE
-from transformer_lens.distributed.sessions import Session, Sessions
+from transformer_lens.distributed.server.server import ANSWERABLE
+from transformer_lens.distributed.server.sessions import Session, Sessions
 
 D_MODEL = 128
 STREAM = torch.randn(2, 5, D_MODEL)
@@ -460,7 +460,7 @@ def test_errors_in_the_blocks_are_answered_without_their_text(kind: Any, monkeyp
         assert ("secret" in error) == told and error.isprintable()
         assert told or "secret" in caplog.text
     monkeypatch.undo()
-    assert not server.sessions.of_peer and server._given == {} and server.turns.load() == 0
+    assert not server.sessions.of_peer and server._given == {} and server.queue.load() == 0
     assert server.handle(pack_request(FORWARD)) == before
     server.close()
 
@@ -665,19 +665,19 @@ class Queue:
 
     def send(self, peer: str, request: Request = FORWARD) -> None:
         """In a thread; returns when it waits or was answered."""
-        load, found = self.server.turns.load(), self.answers.setdefault(peer, [])
+        load, found = self.server.queue.load(), self.answers.setdefault(peer, [])
         number = len(found)
         self.threads.append(threading.Thread(target=lambda: found.append(answer(self.server, request, peer))))
         self.threads[-1].start()
         end = time.monotonic() + 10
-        while self.server.turns.load() == load and len(found) == number and time.monotonic() < end:
+        while self.server.queue.load() == load and len(found) == number and time.monotonic() < end:
             time.sleep(0.001)
 
     def finish(self) -> None:
         self.gate.set()
         for thread in self.threads:
             thread.join(20)
-        assert self.server.turns.load() == 0
+        assert self.server.queue.load() == 0
         self.server.close()
 
     def errors(self, peer: str) -> list[str]:
@@ -734,4 +734,4 @@ def test_closing_waits_for_what_was_asked() -> None:
     assert [bool(reply.error) for reply in queue.answers["one"]] == [False, False]
     with pytest.raises(RuntimeError, match="shutdown"):
         queue.server.handle(pack_request(FORWARD))
-    assert queue.server.turns.load() == 0
+    assert queue.server.queue.load() == 0

@@ -29,7 +29,7 @@ from transformer_lens.distributed.protocol.messages import (
     unpack_reply,
     unpack_request,
 )
-from transformer_lens.distributed.sessions import Session, Sessions
+from transformer_lens.distributed.server.sessions import Session, Sessions
 from transformer_lens.distributed.spans import ask
 
 D_MODEL = 128

@@ -21,7 +21,7 @@ CONTEXT.set_forkserver_preload(
     [
         "transformer_lens.cli.app",
         "transformer_lens.cli.serve",
-        "transformer_lens.distributed.serve",
+        "transformer_lens.distributed.server.serve",
         "transformer_lens.distributed.swarm",
         "hivemind.dht.node",
         "hivemind.p2p.p2p_daemon",

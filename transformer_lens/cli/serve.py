@@ -197,7 +197,7 @@ def run_serve(
     """
     from transformer_lens.distributed import Limits, SpanServer
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
-    from transformer_lens.distributed.serve import ServedSpan, check_options
+    from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
     address = address_of(host, port)
     check_options(limits or {}, update_period, drain_seconds, allow)

@@ -14,8 +14,9 @@ from transformer_lens.distributed.protocol.configs import (
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import Limits, MessageError, SpanError, SpanUnreachable
 from transformer_lens.distributed.routing import ServerFacts
-from transformer_lens.distributed.server import SpanServer
-from transformer_lens.distributed.spans import LocalSpan, Span, SpanSource, StaticSpans
+from transformer_lens.distributed.server.local_span import LocalSpan
+from transformer_lens.distributed.server.server import SpanServer
+from transformer_lens.distributed.spans import Span, SpanSource, StaticSpans
 
 __all__ = [
     "AutoDistributedConfig",

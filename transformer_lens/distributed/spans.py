@@ -1,13 +1,9 @@
-"""Spans as a client sees them: some blocks, and a way to send messages to whoever runs them.
-
-`LocalSpan` is a server in this process, reached by the same messages as one on another machine.
-"""
+"""Spans as a client sees them: some blocks, and a way to send messages to whoever runs them."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformer_lens.distributed.protocol.messages import (
     Limits,
@@ -22,7 +18,6 @@ from transformer_lens.distributed.protocol.messages import (
     unpack_reply,
 )
 from transformer_lens.distributed.routing import ServerFacts
-from transformer_lens.distributed.server import SpanServer
 
 
 class Span(Protocol):
@@ -55,6 +50,7 @@ class SpanSource(Protocol):
 class StaticSpans:
     """Spans that somebody listed; where two have a block, the earlier one is asked first.
 
+    >>> from transformer_lens.distributed import LocalSpan
     >>> source = StaticSpans([LocalSpan("tiny-falcon", range(0, 4))])
     >>> source.given.append(LocalSpan("tiny-falcon", range(0, 4)))
     >>> [source.facts(span).latency for span in source.spans()]
@@ -66,7 +62,6 @@ class StaticSpans:
         """Spans may be added and removed at any time."""
 
     def spans(self) -> Sequence[Span]:
-        """The spans that were given."""
         return tuple(self.given)
 
     def refresh(self) -> None:
@@ -80,42 +75,12 @@ class StaticSpans:
         """The spans belong to whoever made them."""
 
 
-class LocalSpan:
-    """A span whose server is in this process.
-
-    >>> span = LocalSpan("tiny-falcon", range(0, 2))
-    >>> ask(span, Request("info", 0, 0)).info["n_layers"]
-    4
-    >>> span.close()
-
-    Arguments as for `SpanServer`.
-    """
-
-    _numbers = itertools.count(1)
-
-    def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
-        self.server = SpanServer(name, blocks, limits=limits, **options)
-        self.blocks = blocks
-        self.peer = f"local-{next(self._numbers)}"
-        self.closed = False
-
-    def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """The answer to one message; a server in this process is waited for without a limit."""
-        if self.closed:
-            raise SpanUnreachable(f"{self.peer} was closed")
-        return self.server.handle(message)
-
-    def close(self) -> None:
-        """Stop the server."""
-        self.closed = True
-        self.server.close()
-
-
 def ask(span: Span, request: Request, limits: Limits | None = None, timeout: float | None = None) -> Reply:
     """One call: a request and its reply. Raises `SpanError` with the server's words if it refused.
 
     `timeout` is in seconds. Raises `SpanUnreachable` if no answer came, or one that cannot be read.
 
+    >>> from transformer_lens.distributed import LocalSpan
     >>> ask(LocalSpan("tiny-falcon", range(0, 2)), Request("forward", 0, 4))
     Traceback (most recent call last):
     ...

@@ -1,4 +1,4 @@
-"""Turns: who leaves, whenever that is, takes nobody else's turn along."""
+"""The queue of calls: who leaves, whenever that is, takes nobody else's turn along."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from transformer_lens.distributed import Limits
-from transformer_lens.distributed.turns import Turns
+from transformer_lens.distributed.server.call_queue import CallQueue
 
 
 class Interrupted(Exception):
@@ -28,38 +28,38 @@ def interrupting() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def wait_for_load(turns: Turns, load: int) -> None:
+def wait_for_load(queue: CallQueue, load: int) -> None:
     until = time.monotonic() + 20
-    while turns.load() != load:
+    while queue.load() != load:
         assert time.monotonic() < until
         time.sleep(0.005)
 
 
 def test_a_call_that_breaks_off_gives_its_turn_on() -> None:
-    turns = Turns(Limits(calls=1))
+    queue = CallQueue(Limits(calls=1))
     for _ in range(3):
-        with pytest.raises(KeyboardInterrupt), turns.turn("one", 5):
+        with pytest.raises(KeyboardInterrupt), queue.turn("one", 5):
             raise KeyboardInterrupt
-    assert turns.load() == 0
+    assert queue.load() == 0
 
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_call_that_breaks_off_while_it_waits_leaves_the_others_of_its_peer(interrupting: None, before: bool) -> None:
     """Another call of the same peer waits too, before or after the one that is interrupted, and still gets its turn."""
-    turns, gate = Turns(Limits()), threading.Event()
+    queue, gate = CallQueue(Limits()), threading.Event()
     ran: list[str] = []
 
     def call(peer: str, held: bool) -> None:
-        with turns.turn(peer, 1):
+        with queue.turn(peer, 1):
             ran.append(peer)
             if held:
                 assert gate.wait(20)
 
     def later(waiting: int) -> None:
-        wait_for_load(turns, waiting)
+        wait_for_load(queue, waiting)
         if not before:
             start(call, "two", False)
-            wait_for_load(turns, waiting + 1)
+            wait_for_load(queue, waiting + 1)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     threads: list[threading.Thread] = []
@@ -69,15 +69,15 @@ def test_a_call_that_breaks_off_while_it_waits_leaves_the_others_of_its_peer(int
         threads[-1].start()
 
     start(call, "one", True)
-    wait_for_load(turns, 1)
+    wait_for_load(queue, 1)
     if before:
         start(call, "two", False)
-        wait_for_load(turns, 2)
-    start(later, turns.load() + 1)
-    with pytest.raises(Interrupted), turns.turn("two", 1):
+        wait_for_load(queue, 2)
+    start(later, queue.load() + 1)
+    with pytest.raises(Interrupted), queue.turn("two", 1):
         pytest.fail("it was not its turn")
     gate.set()
     for thread in threads:
         thread.join(20)
     assert ran == ["one", "two"]
-    assert turns.load() == 0
+    assert queue.load() == 0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transformer_lens.distributed.protocol.messages import FullError, Limits
-from transformer_lens.distributed.sessions import has_room
+from transformer_lens.distributed.server.sessions import has_room
 
 
 @dataclass(eq=False)
@@ -20,12 +20,12 @@ class Call:
     size: int
 
 
-class Turns:
+class CallQueue:
     """Calls of every peer. Raises `FullError` at the end of a budget.
 
-    >>> turns = Turns(Limits(calls=1))
-    >>> with turns.turn("one", 100):
-    ...     turns.load()
+    >>> queue = CallQueue(Limits(calls=1))
+    >>> with queue.turn("one", 100):
+    ...     queue.load()
     1
     """
 

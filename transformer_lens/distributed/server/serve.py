@@ -17,7 +17,7 @@ from transformer_lens.distributed.network.frames import Call, Exchange, Room, re
 from transformer_lens.distributed.network.node import Node
 from transformer_lens.distributed.network.records import LIVES, PEER, Announcement
 from transformer_lens.distributed.protocol.messages import Reply, SpanUnreachable, pack_reply
-from transformer_lens.distributed.server import SpanServer
+from transformer_lens.distributed.server.server import SpanServer
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class ServedSpan:
         latest = self.server.sessions.clock() - QUIET
         texts = [text for sessions in list(self.server.sessions.of_peer.values()) for text in list(sessions.values())]
         return (
-            self.server.turns.load() > 0 or self.exchange.unfetched() > 0 or any(text.used > latest for text in texts)
+            self.server.queue.load() > 0 or self.exchange.unfetched() > 0 or any(text.used > latest for text in texts)
         )
 
     def close(self) -> None:

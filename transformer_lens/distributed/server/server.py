@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens import GroupedCache
-from transformer_lens.distributed.checks import Checks
 from transformer_lens.distributed.protocol.edits import Edit
 from transformer_lens.distributed.protocol.messages import (
     EDITS,
@@ -33,9 +32,10 @@ from transformer_lens.distributed.protocol.messages import (
     printable,
     unpack_request,
 )
-from transformer_lens.distributed.sessions import Session, Sessions
-from transformer_lens.distributed.span_model import load_span
-from transformer_lens.distributed.turns import Turns
+from transformer_lens.distributed.server.call_queue import CallQueue
+from transformer_lens.distributed.server.checks import Checks
+from transformer_lens.distributed.server.sessions import Session, Sessions
+from transformer_lens.distributed.server.span_model import load_span
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
@@ -97,7 +97,7 @@ class SpanServer:
         self.bridge = TransformerBridge(self.model)
         self.checks = Checks(self.bridge, self.config, blocks, self.limits)
         self.sessions = Sessions(self.limits)
-        self.turns = Turns(self.limits)
+        self.queue = CallQueue(self.limits)
         self.draining = False
         """Whether it takes nothing new; texts whose keys and values it holds go on."""
         self.seconds_per_block = 0.0
@@ -110,7 +110,7 @@ class SpanServer:
 
     def close(self) -> None:
         """Answer what was asked, and stop."""
-        self.turns.finish()
+        self.queue.finish()
         self._worker.shutdown()
 
     def tidy(self) -> None:
@@ -127,7 +127,7 @@ class SpanServer:
         Nothing is computed after `deadline`, by `time.monotonic()`: nobody waits for it any more.
         """
         try:
-            with self.turns.turn(peer, len(message)):
+            with self.queue.turn(peer, len(message)):
                 if deadline is not None and time.monotonic() > deadline:
                     raise FullError("this call waited longer for its turn than its time limit")
                 return self._worker.submit(self._answer, message, peer).result()
@@ -175,7 +175,7 @@ class SpanServer:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "attn_implementation": str(self.model.config._attn_implementation),
             "state": "draining" if self.draining else "serving",
-            "load": self.turns.load(),
+            "load": self.queue.load(),
             "seconds_per_block": self.seconds_per_block,
             "version": VERSION,
             **self._told,
