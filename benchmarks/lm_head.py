@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.distributed import DistributedFalconConfig
-from transformer_lens.distributed.lm_head import LMHead, has_instructions
+from transformer_lens.distributed.client.lm_head import LMHead, has_instructions
 
 D_VOCAB, D_MODEL = 65024, 4544
 

@@ -81,8 +81,8 @@ TARGETS = {
     "sessions": Target(f"{WIRE}/server/sessions.py", READ),
     "call_queue": Target(f"{WIRE}/server/call_queue.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
     "frames": Target(f"{WIRE}/network/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
-    "pieces": Target(
-        f"{WIRE}/pieces.py",
+    "request_parts": Target(
+        f"{WIRE}/client/request_parts.py",
         (
             f"{REMOTE}/test_server.py",
             f"{REMOTE}/test_recovery.py",
@@ -90,10 +90,10 @@ TARGETS = {
             *("-k", "answers_that_are or (backward and other and falcon) or test_lies"),
         ),
     ),
-    "routing": Target(f"{WIRE}/routing.py", (f"{REMOTE}/test_routing.py",)),
-    "route": Target(f"{WIRE}/route.py", (f"{REMOTE}/test_giving_up.py", "-k", "not many and not interrupt")),
+    "routing": Target(f"{WIRE}/client/routing.py", (f"{REMOTE}/test_routing.py",)),
+    "route": Target(f"{WIRE}/client/route.py", (f"{REMOTE}/test_giving_up.py", "-k", "not many and not interrupt")),
     "remote_call": Target(
-        f"{WIRE}/remote_call.py",
+        f"{WIRE}/client/remote_call.py",
         (
             f"{REMOTE}/test_bridge.py",
             f"{REMOTE}/test_recovery.py",
@@ -102,7 +102,7 @@ TARGETS = {
         ),
     ),
     "remote_cache": Target(
-        f"{WIRE}/remote_cache.py",
+        f"{WIRE}/client/remote_cache.py",
         (
             f"{REMOTE}/test_giving_up.py",
             f"{REMOTE}/test_generation.py",
@@ -110,9 +110,9 @@ TARGETS = {
         ),
     ),
     "prompted_call": Target(
-        f"{WIRE}/prompted_call.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")
+        f"{WIRE}/client/prompted_call.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")
     ),
-    "lm_head": Target(f"{WIRE}/lm_head.py", (f"{REMOTE}/test_head.py",)),
+    "lm_head": Target(f"{WIRE}/client/lm_head.py", (f"{REMOTE}/test_head.py",)),
     "records": Target(f"{WIRE}/network/records.py", (f"{REMOTE}/test_records.py",)),
     "signing": Target(f"{WIRE}/network/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
 }

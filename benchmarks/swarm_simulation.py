@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from transformer_lens.distributed import ServerFacts
+from transformer_lens.distributed.client.routing import Health, Hop, NoPath, best_path
 from transformer_lens.distributed.costs import FALCON_180B, hop_seconds
-from transformer_lens.distributed.routing import Health, Hop, NoPath, best_path
 
 Process = Generator[float, None, None]
 """Yields the seconds until it wants to go on."""

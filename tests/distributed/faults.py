@@ -21,8 +21,8 @@ from transformer_lens.distributed import (
     SpanUnreachable,
     StaticSpans,
 )
+from transformer_lens.distributed.client.routing import Health
 from transformer_lens.distributed.protocol.messages import Reply, Request, pack_reply, unpack_reply, unpack_request
-from transformer_lens.distributed.routing import Health
 
 Work = Callable[[TransformerBridge], Any]
 CALLS = ("forward", "backward", "step")

@@ -29,8 +29,8 @@ from transformer_lens.distributed import (
     SpanUnreachable,
     StaticSpans,
 )
+from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.protocol.messages import Request, pack_reply, unpack_reply
-from transformer_lens.distributed.remote_cache import RemoteText
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [31, 30, 29, 28, 27, 26]])
 STEPS: list[tuple[Tensor, list[int] | None]] = [

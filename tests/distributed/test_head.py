@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.conftest import spans_of
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, DistributedFalconConfig
-from transformer_lens.distributed.lm_head import FEWEST_POSITIONS, LMHead, has_instructions, parts_are_faster
+from transformer_lens.distributed.client.lm_head import FEWEST_POSITIONS, LMHead, has_instructions, parts_are_faster
 
 D_MODEL, D_VOCAB = 96, 735
 BITS = {torch.bfloat16: 8, torch.float16: 11}

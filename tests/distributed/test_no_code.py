@@ -27,7 +27,7 @@ CALLS = (
 
 WIRE = ("messages", "checks", "edits", "server", "sessions", "call_queue", "remote_call", "remote_cache", "spans")
 """The modules of `distributed` that touch what another process sent."""
-WIRE += ("pieces", "route", "frames", "records", "signing")
+WIRE += ("request_parts", "route", "frames", "records", "signing")
 
 
 def file_of(module: str) -> Path | None:

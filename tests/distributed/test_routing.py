@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_lens.distributed import DistributedFalconConfig, ServerFacts
-from transformer_lens.distributed.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
+from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
 
 LAYERS = 6
 

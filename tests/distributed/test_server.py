@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import Limits, LocalSpan, MessageError, SpanError, SpanServer
+from transformer_lens.distributed.client.spans import ask
 from transformer_lens.distributed.protocol.messages import (
     Action,
     Reply,
@@ -30,7 +31,6 @@ from transformer_lens.distributed.protocol.messages import (
     unpack_request,
 )
 from transformer_lens.distributed.server.sessions import Session, Sessions
-from transformer_lens.distributed.spans import ask
 
 D_MODEL = 128
 STREAM = torch.randn(2, 5, D_MODEL)

@@ -52,7 +52,10 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
     ("collect/identity.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
     ("collect/identity.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
-    ("distributed/remote_call.py", "getattr(entry.fn, '__name__', type(entry.fn).__name__)"): "a user's callable",
+    (
+        "distributed/client/remote_call.py",
+        "getattr(entry.fn, '__name__', type(entry.fn).__name__)",
+    ): "a user's callable",
     ("utilities.py", "getattr(model, 'to_answer_tokens', None)"): "anything may be passed, and is then refused",
     ("model_bridge/generalized_components/weights.py", "getattr(module, 'bias', None)"): NO_BIAS,
     ("model_bridge/loading.py", "hasattr(config, name)"): "a keyword the user passed",

@@ -16,10 +16,10 @@ from tests.swarm.forked import ForkedServers
 from tests.swarm.processes import Server, daemons, wait_until
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM
+from transformer_lens.distributed.client.routing import ServerFacts
+from transformer_lens.distributed.client.spans import Span, ask
+from transformer_lens.distributed.client.swarm import Swarm
 from transformer_lens.distributed.protocol.messages import Limits, Request, unpack_reply, unpack_request
-from transformer_lens.distributed.routing import ServerFacts
-from transformer_lens.distributed.spans import Span, ask
-from transformer_lens.distributed.swarm import Swarm
 
 SETTINGS = {
     "ban_timeout": 0.5,

@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
         "transformer_lens.cli.app",
         "transformer_lens.cli.serve",
         "transformer_lens.distributed.server.serve",
-        "transformer_lens.distributed.swarm",
+        "transformer_lens.distributed.client.swarm",
         "hivemind.dht.node",
         "hivemind.p2p.p2p_daemon",
         "google.protobuf.wrappers_pb2",

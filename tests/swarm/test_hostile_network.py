@@ -74,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def generate_between(config: Any, key: Path, attack: Any) -> None:
     """An honest client's text, with an attack before each of its tokens, is what one process makes."""
-    from transformer_lens.distributed.swarm import Swarm
+    from transformer_lens.distributed.client.swarm import Swarm
 
     local = TransformerBridge.boot_transformers("tiny-falcon").original_model
     swarm = Swarm(config, identity=key)

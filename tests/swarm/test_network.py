@@ -40,10 +40,10 @@ from transformer_lens.distributed import (
     AutoDistributedModelForCausalLM,
     SpanError,
 )
+from transformer_lens.distributed.client.spans import ask
+from transformer_lens.distributed.client.swarm import Swarm
 from transformer_lens.distributed.network.node import Node, peer_of
 from transformer_lens.distributed.protocol.messages import Limits, Request, SpanUnreachable, pack_request, unpack_reply
-from transformer_lens.distributed.spans import ask
-from transformer_lens.distributed.swarm import Swarm
 
 PROMPT = torch.tensor([[1, 5, 7, 9, 30, 12]])
 PROGRAM = [sys.executable, "-m", "transformer_lens"]

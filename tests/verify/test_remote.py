@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from transformer_lens import TransformerBridge
-from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan, models
+from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+from transformer_lens.distributed.client import models
 
 ABSENT = ["z @ W_O", "experts", "inside", "static cache"]
 

@@ -49,7 +49,7 @@ def look(
     Raises `SpanUnreachable` if none of the peers answers.
     """
     from transformer_lens.distributed import AutoDistributedConfig
-    from transformer_lens.distributed.swarm import Swarm
+    from transformer_lens.distributed.client.swarm import Swarm
 
     with quiet(), named(model):
         config = AutoDistributedConfig.from_pretrained(

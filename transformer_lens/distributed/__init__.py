@@ -1,11 +1,13 @@
 """Blocks on other machines: configurations, spans of remote blocks, and models that run over them."""
 
-from transformer_lens.distributed.models import (
+from transformer_lens.distributed.client.models import (
     AutoDistributedModelForCausalLM,
     DistributedFalconForCausalLM,
     DistributedMixtralForCausalLM,
 )
-from transformer_lens.distributed.prompts import TrainedPrompts
+from transformer_lens.distributed.client.prompts import TrainedPrompts
+from transformer_lens.distributed.client.routing import ServerFacts
+from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans
 from transformer_lens.distributed.protocol.configs import (
     AutoDistributedConfig,
     DistributedFalconConfig,
@@ -13,10 +15,8 @@ from transformer_lens.distributed.protocol.configs import (
 )
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import Limits, MessageError, SpanError, SpanUnreachable
-from transformer_lens.distributed.routing import ServerFacts
 from transformer_lens.distributed.server.local_span import LocalSpan
 from transformer_lens.distributed.server.server import SpanServer
-from transformer_lens.distributed.spans import Span, SpanSource, StaticSpans
 
 __all__ = [
     "AutoDistributedConfig",

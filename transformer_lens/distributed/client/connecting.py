@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformer_lens.distributed.route import Route
-from transformer_lens.distributed.spans import Span, SpanSource
+from transformer_lens.distributed.client.route import Route
+from transformer_lens.distributed.client.spans import Span, SpanSource
 
 
 class ConnectMethods:
@@ -64,7 +64,7 @@ class ConnectMethods:
         if not isinstance(spans, Sequence) or spans:
             self.connect(spans)
         elif self.config.initial_peers:
-            from transformer_lens.distributed.swarm import Swarm
+            from transformer_lens.distributed.client.swarm import Swarm
 
             swarm = Swarm(self.config)
             try:

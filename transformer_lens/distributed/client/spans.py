@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from transformer_lens.distributed.client.routing import ServerFacts
 from transformer_lens.distributed.protocol.messages import (
     Limits,
     MessageError,
@@ -17,7 +18,6 @@ from transformer_lens.distributed.protocol.messages import (
     too_much,
     unpack_reply,
 )
-from transformer_lens.distributed.routing import ServerFacts
 
 
 class Span(Protocol):

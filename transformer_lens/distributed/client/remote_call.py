@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transformer_lens.distributed.pieces import check_backward, check_forward, piece
+from transformer_lens.distributed.client.remote_cache import RemoteText, refuse_gradients
+from transformer_lens.distributed.client.request_parts import check_backward, check_forward, part_of
+from transformer_lens.distributed.client.route import Route, Tries
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import EDITS, Action, Reply, Request, SpanError
-from transformer_lens.distributed.remote_cache import RemoteText, refuse_gradients
-from transformer_lens.distributed.route import Route, Tries
 from transformer_lens.hook_points import Capture, HookEntry
 from transformer_lens.model_bridge import HookRequest
 
@@ -145,7 +145,7 @@ def forward(route: Route, request: Request) -> Reply:
     stream = request.tensors["stream"]
     while at < request.end:
         leg = tries.legs(at, request.end)[0]
-        part = piece(request, leg.first, leg.end, {"stream": stream})
+        part = part_of(request, leg.first, leg.end, {"stream": stream})
         reply = tries.ask(leg.span, part.request, check_forward)
         if reply is not None:
             part.add_to(whole, reply)
@@ -167,14 +167,14 @@ def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Re
         legs = tries.legs(request.first, end)
         unknown = next((leg for leg in legs[:-1] if leg.end not in streams), None)
         if unknown is not None:
-            part = piece(request, unknown.first, unknown.end, {"stream": streams[unknown.first]})
+            part = part_of(request, unknown.first, unknown.end, {"stream": streams[unknown.first]})
             reply = tries.ask(unknown.span, part.request, check_forward)
             if reply is not None:
                 streams[unknown.end] = reply.tensors["stream"]
             continue
         leg = legs[-1]
         back = replace(request, kind="backward", tensors={**request.tensors, **gradients})
-        part = piece(back, leg.first, end, {"stream": streams[leg.first]})
+        part = part_of(back, leg.first, end, {"stream": streams[leg.first]})
         if part.has_gradients():
             reply = tries.ask(leg.span, part.request, check_backward)
             if reply is None:

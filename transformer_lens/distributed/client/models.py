@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
 
-from transformer_lens.distributed.connecting import ConnectMethods
-from transformer_lens.distributed.lm_head import LMHead
-from transformer_lens.distributed.prompted_call import ModelCall, PromptedCall, with_prompts
-from transformer_lens.distributed.prompts import PromptFacts, PromptMethods, TrainedPrompts
+from transformer_lens.distributed.client.connecting import ConnectMethods
+from transformer_lens.distributed.client.lm_head import LMHead
+from transformer_lens.distributed.client.prompted_call import ModelCall, PromptedCall, with_prompts
+from transformer_lens.distributed.client.prompts import PromptFacts, PromptMethods, TrainedPrompts
+from transformer_lens.distributed.client.remote_cache import RemoteText, remote_text
+from transformer_lens.distributed.client.remote_call import StretchCall, action_of, refusal
+from transformer_lens.distributed.client.route import Route
+from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.protocol.checkpoint import block_of, misfits, read_part
 from transformer_lens.distributed.protocol.configs import (
     FILE_OPTIONS,
@@ -33,10 +37,6 @@ from transformer_lens.distributed.protocol.configs import (
 )
 from transformer_lens.distributed.protocol.edits import Edit
 from transformer_lens.distributed.protocol.messages import Request
-from transformer_lens.distributed.remote_cache import RemoteText, remote_text
-from transformer_lens.distributed.remote_call import StretchCall, action_of, refusal
-from transformer_lens.distributed.route import Route
-from transformer_lens.distributed.spans import Span, SpanSource
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import BlockElsewhere, HookRequest
 from transformer_lens.model_bridge.upstream import (

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
+from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
-from transformer_lens.distributed.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
-from transformer_lens.distributed.spans import Span, SpanSource, StaticSpans, ask
 
 logger = logging.getLogger(__name__)
 

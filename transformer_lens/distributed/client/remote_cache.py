@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from transformer_lens.distributed.pieces import check_forward, piece
+from transformer_lens.distributed.client.request_parts import check_forward, part_of
+from transformer_lens.distributed.client.route import Leg, Route, Tries
+from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError
-from transformer_lens.distributed.route import Leg, Route, Tries
-from transformer_lens.distributed.spans import Span, SpanSource
 
 
 @dataclass
@@ -161,7 +161,7 @@ class RemoteText:
         following = stretch.segments[nth + 1] if nth + 1 < len(stretch.segments) else None
         while segment.done <= last:
             step = replace(stretch.step(segment.done), session=segment.session)
-            part = piece(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
+            part = part_of(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
             try:
                 reply = tries.ask(segment.leg.span, part.request, check_forward)
             except SpanError as error:

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformer_lens.distributed.client.routing import ServerFacts
 from transformer_lens.distributed.network.node import Node
 from transformer_lens.distributed.network.records import STATES, Announcement, announced
 from transformer_lens.distributed.protocol.messages import (
@@ -24,7 +25,6 @@ from transformer_lens.distributed.protocol.messages import (
     SpanUnreachable,
     unpack_reply,
 )
-from transformer_lens.distributed.routing import ServerFacts
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from transformer_lens.distributed.protocol.messages import Reply, Request, SpanU
 
 
 @dataclass(frozen=True)
-class Piece:
+class RequestPart:
     """Some blocks of a call: what is asked of them, and which numbers its actions have in the whole call."""
 
     request: Request
@@ -32,12 +32,12 @@ class Piece:
         return not names.isdisjoint(self.request.tensors)
 
 
-def piece(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> Piece:
+def part_of(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> RequestPart:
     """The part of a call on blocks `first` to `end`, where `changed` stands for tensors of the whole.
 
     >>> from transformer_lens.distributed.protocol.messages import Action
     >>> look = [Action(f"blocks.{layer}.hook_resid_pre", "look") for layer in range(3)]
-    >>> part = piece(Request("forward", 0, 3, actions=look), 1, 3, {"stream": torch.zeros(1, 2, 8)})
+    >>> part = part_of(Request("forward", 0, 3, actions=look), 1, 3, {"stream": torch.zeros(1, 2, 8)})
     >>> [action.name for action in part.request.actions], part.numbers
     (['blocks.1.hook_resid_pre', 'blocks.2.hook_resid_pre'], [1, 2])
 
@@ -48,7 +48,7 @@ def piece(request: Request, first: int, end: int, changed: Mapping[str, Tensor])
     tensors = _renumbered(request.tensors, {old: new for new, old in enumerate(numbers)})
     actions = [request.actions[n] for n in numbers]
     request = replace(request, first=first, end=end, actions=actions, tensors={**tensors, **changed})
-    return Piece(request, numbers)
+    return RequestPart(request, numbers)
 
 
 def layer_of(name: str) -> int:

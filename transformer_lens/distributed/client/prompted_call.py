@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformer_lens.distributed.prompts import TrainedPrompts
+from transformer_lens.distributed.client.prompts import TrainedPrompts
+from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.protocol.edits import Edit
-from transformer_lens.distributed.remote_cache import RemoteText
 from transformer_lens.model_bridge import BlockElsewhere
 from transformer_lens.model_bridge.upstream import EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 
