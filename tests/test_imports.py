@@ -137,6 +137,20 @@ def test_guests_use_the_public_api(file):
         assert guests == [] or allowed, f"{module_name(file)} depends on {guests}"
 
 
+ROOMS = {"protocol": (), "network": ("protocol",), "server": ("network", "protocol"), "client": ("network", "protocol")}
+"""The rooms of `distributed`, and whom each may use beside itself."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_distributed_use_those_below(room):
+    files = sorted((PACKAGE / "distributed" / room).glob("*.py"))
+    assert len(files) > 3
+    for file in files:
+        used = {name.split(".")[2] for name in imports(file) if name.startswith("transformer_lens.distributed.")}
+        assert used <= {room, *ROOMS[room]}, f"{module_name(file)} uses {used}"
+        assert "transformer_lens.distributed" not in imports(file), f"{module_name(file)} uses the face of all rooms"
+
+
 def name_of_entry(file: Path) -> bool:
     """`python -m transformer_lens`, and modules that only pass names on, such as `transformer_lens.patching`."""
     if file.name == "__main__.py" or module_name(file) in METHODS_OF_GUESTS:
@@ -248,6 +262,8 @@ PATHS = {
     "analysis.patching": ("generic_activation_patch", "get_act_patch_resid_pre", "run_interventions"),
     "analysis.patchscope": ("Patchscope", "identity_prompt"),
     "analysis.tuned_lens": ("TunedLens",),
+    "distributed.node": ("Node", "peer_of"),
+    "distributed.swarm": ("Swarm",),
     "head_detector": ("detect_head",),
     "patching": ("get_act_patch_expert_out", "get_act_patch_resid_pre", "make_df_from_ranges", "noised_embeddings"),
 }
