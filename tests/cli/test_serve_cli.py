@@ -53,9 +53,7 @@ def test_what_is_no_such_option(options: list[str]) -> None:
     ],
 )
 def test_options_that_do_not_fit(options: list[str], error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "transformer_lens.distributed.network.node.need_engine", lambda: None
-    )  # also where it is missing
+    monkeypatch.setattr("transformer_lens.distributed.network.node.need_engine", lambda: None)  # maybe missing
     found = run("serve", "tiny-falcon", *options)
     assert found.exit_code == 1
     assert error in found.stderr

@@ -15,14 +15,10 @@ from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks
 from transformer_lens.cli.options import (
-    AllowPickle,
     AsJson,
-    AttnImplementation,
     Device,
-    Dtype,
+    Loading,
     Model,
-    Revision,
-    TrustRemoteCode,
     complete_model,
     complete_shape,
     load_bridge,
@@ -79,7 +75,6 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("out/demo"),
     device: Device = None,
-    debug: Debug = False,
 ) -> None:
     """Find induction heads, patch an indirect-object circuit, and watch experts being chosen.
 
@@ -108,7 +103,6 @@ def info(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
 
@@ -129,18 +123,12 @@ app.command()(hooks)
 @app.command()
 def verify(
     model: Model,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn_implementation: AttnImplementation = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    loading: Loading,
     thorough: Annotated[
         bool,
         typer.Option("--thorough", help="Every hook alone where otherwise several share a run; minutes, not seconds."),
     ] = False,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Compare every component, layer and hook of a model with Hugging Face's own; exit code 1 if one differs.
 
@@ -150,16 +138,7 @@ def verify(
     """
     from transformer_lens.cli.verify import run_verify
 
-    bridge = load_bridge(
-        model,
-        device=device,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    if not run_verify(bridge, Output(), thorough=thorough, as_json=json):
+    if not run_verify(load_bridge(model, **vars(loading)), Output(), thorough=thorough, as_json=json):
         raise typer.Exit(FAILED)
 
 

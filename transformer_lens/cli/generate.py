@@ -12,144 +12,106 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from transformer_lens.cli.edits import edited, heads_of
 from transformer_lens.cli.hooks import complete_hook
-from transformer_lens.cli.options import (
-    AllowPickle,
-    AsJson,
-    AttnImplementation,
-    Device,
-    Dtype,
-    Model,
-    Revision,
-    TrustRemoteCode,
-    load_bridge,
-    write_json,
-)
-from transformer_lens.cli.running import Debug
+from transformer_lens.cli.options import AsJson, Loading, Model, load_bridge, write_json
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
-CHOICE, EDITS = "How tokens are chosen", "Changes to the model"
 
-Prompts = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False),
-]
-File = Annotated[
-    Path | None,
-    typer.Option("--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input."),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens.")
-]
-Stream = Annotated[bool, typer.Option("--stream", help="Show the text token by token.")]
-BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="How many prompts run at once, padded on the left.")]
-PrependBos = Annotated[
-    bool | None,
-    typer.Option("--prepend-bos/--no-prepend-bos", help="Begin with BOS. Default: as the tokenizer is set up."),
-]
-Sample = Annotated[
-    bool | None,
-    typer.Option(
-        "--sample/--greedy",
-        help="Draw tokens, or take the likeliest. Default: the model's own; a setting below asks for drawing.",
-        rich_help_panel=CHOICE,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.", rich_help_panel=CHOICE),
-]
-TopK = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Draw from so many likeliest.", rich_help_panel=CHOICE)
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability.", rich_help_panel=CHOICE
-    ),
-]
-Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="The same seed draws the same tokens.", rich_help_panel=CHOICE)
-]
-NumBeams = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Beam search of this width.", rich_help_panel=CHOICE)
-]
-StopAtEos = Annotated[
-    bool, typer.Option("--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.", rich_help_panel=CHOICE)
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option",
-        metavar="NAME=VALUE",
-        help="Another keyword of Hugging Face's generate; repeatable. A value is JSON or text.",
-        rich_help_panel=CHOICE,
-    ),
-]
-AblateHead = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="HEAD",
-        help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable.",
-        rich_help_panel=EDITS,
-    ),
-]
-Steer = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        exists=True,
-        dir_okay=False,
-        help="Add the one vector in this .safetensors file at --steer-at, at every position.",
-        rich_help_panel=EDITS,
-    ),
-]
-SteerAt = Annotated[
-    str | None,
-    typer.Option(
-        metavar="LAYER|HOOK",
-        help="A layer (the stream that leaves it; -1 is the last) or a hook's name.",
-        autocompletion=complete_hook,
-        rich_help_panel=EDITS,
-    ),
-]
-SteerScale = Annotated[
-    float, typer.Option(metavar="X", help="What the vector is multiplied by.", rich_help_panel=EDITS)
-]
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen"""
+
+    sample: Annotated[
+        bool | None,
+        Option(
+            "--sample/--greedy",
+            help="Draw tokens, or take the likeliest. Default: the model's own; a setting below asks for drawing.",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None, Option(metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.")
+    ] = None
+    top_k: Annotated[int | None, Option(metavar="N", min=1, help="Draw from so many likeliest.")] = None
+    top_p: Annotated[
+        float | None, Option(metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability.")
+    ] = None
+    seed: Annotated[int | None, Option(metavar="N", help="The same seed draws the same tokens.")] = None
+    num_beams: Annotated[int | None, Option(metavar="N", min=1, help="Beam search of this width.")] = None
+    stop_at_eos: Annotated[bool, Option("--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.")] = True
+    options: Annotated[
+        list[str] | None,
+        Option(
+            "--option",
+            metavar="NAME=VALUE",
+            help="Another keyword of Hugging Face's generate; repeatable. A value is JSON or text.",
+        ),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The keywords of `generate` that were given a value."""
+        own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "num_beams", "stop_at_eos")}
+        found = {"do_sample": self.sample, **own}
+        return {name: value for name, value in found.items() if value is not None} | more_of(self.options or [])
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Changes to the model"""
+
+    ablate_head: Annotated[
+        list[str] | None,
+        Option(metavar="HEAD", help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable."),
+    ] = None
+    steer: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Add the one vector in this .safetensors file at --steer-at, at every position.",
+        ),
+    ] = None
+    steer_at: Annotated[
+        str | None,
+        Option(
+            metavar="LAYER|HOOK",
+            help="A layer (the stream that leaves it; -1 is the last) or a hook's name.",
+            autocompletion=complete_hook,
+        ),
+    ] = None
+    steer_scale: Annotated[float, Option(metavar="X", help="What the vector is multiplied by.")] = 1.0
 
 
 def generate(
     model: Model,
-    prompts: Prompts = None,
-    file: File = None,
-    max_new_tokens: MaxNewTokens = 50,
-    stream: Stream = False,
-    batch_size: BatchSize = 8,
-    prepend_bos: PrependBos = None,
-    sample: Sample = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    num_beams: NumBeams = None,
-    stop_at_eos: StopAtEos = True,
-    options: Options = None,
-    ablate_head: AblateHead = None,
-    steer: Steer = None,
-    steer_at: SteerAt = None,
-    steer_scale: SteerScale = 1.0,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn_implementation: AttnImplementation = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False),
+    ] = None,
+    file: Annotated[
+        Path | None, Option("--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, Option("--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens.")
+    ] = 50,
+    stream: Annotated[bool, Option("--stream", help="Show the text token by token.")] = False,
+    batch_size: Annotated[
+        int, Option(metavar="N", min=1, help="How many prompts run at once, padded on the left.")
+    ] = 8,
+    prepend_bos: Annotated[
+        bool | None,
+        Option("--prepend-bos/--no-prepend-bos", help="Begin with BOS. Default: as the tokenizer is set up."),
+    ] = None,
+    *,
+    choice: Choice,
+    changes: Changes,
+    loading: Loading,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Let a model continue prompts, as it is or changed.
 
@@ -166,19 +128,19 @@ def generate(
     """
     if stream and json:
         raise typer.BadParameter("--stream and --json exclude each other", param_hint="--stream")
-    if (steer is None) != (steer_at is None):
+    if (changes.steer is None) != (changes.steer_at is None):
         raise typer.BadParameter("--steer and --steer-at belong together", param_hint="--steer")
-    sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "num_beams": num_beams}
-    how = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos, "prepend_bos": prepend_bos, **sampling}
-    how = {name: value for name, value in how.items() if value is not None} | more_of(options or [])
-    heads, texts = heads_of(ablate_head or []), prompts_of(prompts or [], file)
-    where = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
-    bridge = load_bridge(model, **where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    with seeded(seed), edited(bridge, heads, steer, steer_at or "", steer_scale):
+    how = {"max_new_tokens": max_new_tokens, **choice.given()}
+    how |= {} if prepend_bos is None else {"prepend_bos": prepend_bos}
+    heads, texts = heads_of(changes.ablate_head or []), prompts_of(prompts or [], file)
+    bridge = load_bridge(model, **vars(loading))
+    steering = (changes.steer, changes.steer_at or "", changes.steer_scale)
+    with seeded(choice.seed), edited(bridge, heads, *steering):
         if stream:
             show_stream(bridge, texts, how)
         else:
-            show(continued(bridge, texts, batch_size, how), {"model": model, "seed": seed, **how} if json else None)
+            about = {"model": model, "seed": choice.seed, **how} if json else None
+            show(continued(bridge, texts, batch_size, how), about)
 
 
 def more_of(options: Sequence[str]) -> dict[str, Any]:

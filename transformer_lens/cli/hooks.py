@@ -21,7 +21,7 @@ from transformer_lens.cli.options import (
     quiet,
     write_json,
 )
-from transformer_lens.cli.running import Debug, load_package
+from transformer_lens.cli.running import load_package
 
 
 def complete_hook(context: typer.Context, incomplete: str) -> list[str]:
@@ -56,7 +56,6 @@ def hooks(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Every hook of a model: its shape in numbers, its meaning, and why other names are absent.
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +54,6 @@ def _one_of(names: tuple[str, ...]) -> Any:
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
-LOADING = "Loading the model"
-
 Model = Annotated[
     str,
     typer.Argument(
@@ -96,27 +95,18 @@ def dtype_of(text: str | None) -> str | None:
     return text
 
 
+def torch_dtype(name: str | None) -> Any:
+    """The dtype of a name that `dtype_of` let pass; `None` for the model's own."""
+    import torch
+
+    return None if name in (None, "auto") else getattr(torch, str(name))
+
+
+LOADING = "Loading the model"
 Device = Annotated[
     str | None,
     typer.Option(
         help="Where it runs, such as cuda or cuda:1. Default: the CPU.", callback=device_of, rich_help_panel=LOADING
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as float32 or bfloat16. Default: the checkpoint's own.",
-        autocompletion=_one_of(DTYPES),
-        callback=dtype_of,
-        rich_help_panel=LOADING,
-    ),
-]
-AttnImplementation = Annotated[
-    str | None,
-    typer.Option(
-        help="sdpa, eager or flash_attention_2. Default: transformers' own choice.",
-        autocompletion=_one_of(ATTENTION),
-        rich_help_panel=LOADING,
     ),
 ]
 Revision = Annotated[
@@ -125,13 +115,40 @@ Revision = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=LOADING)
 ]
-AllowPickle = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle", help="Read weights that are pickled. A pickle can run any code.", rich_help_panel=LOADING
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+
+
+@dataclass(frozen=True)
+class LoadingPart:
+    """Loading the model"""
+
+    device: Device = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Such as float32 or bfloat16. Default: the checkpoint's own.",
+            autocompletion=_one_of(DTYPES),
+            callback=dtype_of,
+        ),
+    ] = None
+    attn_implementation: Annotated[
+        str | None,
+        typer.Option(
+            help="sdpa, eager or flash_attention_2. Default: transformers' own choice.",
+            autocompletion=_one_of(ATTENTION),
+        ),
+    ] = None
+    revision: Revision = None
+
+
+@dataclass(frozen=True)
+class Loading(LoadingPart):
+    """Loading the model"""
+
+    trust_remote_code: TrustRemoteCode = False
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read weights that are pickled. A pickle can run any code.")
+    ] = False
 
 
 def load_bridge(model: str, **loading: Any) -> TransformerBridge:

@@ -11,21 +11,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
+from typer import Option
 
-from transformer_lens.cli.options import (
-    AllowPickle,
-    AsJson,
-    AttnImplementation,
-    Device,
-    Dtype,
-    Model,
-    Revision,
-    TrustRemoteCode,
-    load_bridge,
-    output,
-    write_json,
-)
-from transformer_lens.cli.running import Debug
+from transformer_lens.cli.options import AsJson, Loading, Model, load_bridge, output, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,46 +46,31 @@ def complete_what(incomplete: str) -> list[tuple[str, str]]:
     return [(name, meaning) for name, (_, meaning) in SWEEPS.items() if name.startswith(incomplete)]
 
 
-Clean = Annotated[str, typer.Option(metavar="TEXT", help="The prompt that --answer follows.", show_default=False)]
-Corrupted = Annotated[
-    str,
-    typer.Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False),
-]
-Answer = Annotated[str, typer.Option(metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False)]
-Wrong = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TOKEN",
-        help="The answer of the corrupted prompt. The measure is then the difference of the two logits; without it, "
-        "the answer's log-probability.",
-    ),
-]
-What = Annotated[
-    str,
-    typer.Option(metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what),
-]
-Out = Annotated[
-    list[Path] | None,
-    typer.Option(metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."),
-]
-
-
 def patch(
     model: Model,
-    clean: Clean,
-    corrupted: Corrupted,
-    answer: Answer,
-    wrong: Wrong = None,
-    what: What = "resid_pre",
-    out: Out = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn_implementation: AttnImplementation = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
+    clean: Annotated[str, Option(metavar="TEXT", help="The prompt that --answer follows.", show_default=False)],
+    corrupted: Annotated[
+        str,
+        Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False),
+    ],
+    answer: Annotated[str, Option(metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False)],
+    loading: Loading,
+    wrong: Annotated[
+        str | None,
+        Option(
+            metavar="TOKEN",
+            help="The answer of the corrupted prompt. The measure is then the difference of the two logits; without "
+            "it, the answer's log-probability.",
+        ),
+    ] = None,
+    what: Annotated[
+        str, Option(metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what)
+    ] = "resid_pre",
+    out: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."),
+    ] = None,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Put each activation of a clean run into a corrupted one: how much of the clean answer does it bring back?
 
@@ -121,8 +94,7 @@ one position at a time; heads and experts at all positions.
     for path in out or []:
         if path.suffix.lower() not in SUFFIXES:
             raise typer.BadParameter(f"got {path}, expected a name that ends in .html or .png", param_hint="--out")
-    where = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation, "revision": revision}
-    bridge = load_bridge(model, **where, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    bridge = load_bridge(model, **vars(loading))
     found = sweep(bridge, clean, corrupted, answer, wrong, what)
     for path in out or []:
         save(found, path, model)

@@ -6,14 +6,16 @@ read the output stopped reading. With `--debug` an error keeps its traceback.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from types import TracebackType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -62,10 +64,49 @@ class Command(TyperCommand):
 
 
 class Commands(typer.Typer):
-    """An application whose commands are all `Command`s."""
+    """An application whose commands are all `Command`s, with `--debug`, and with options in groups."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
-        return super().command(name, **{"cls": Command, **options})
+        register = super().command(name, **{"cls": Command, **options})
+
+        def add(function: Function) -> Function:
+            register(with_single_options(function))
+            return function
+
+        return add
+
+
+def with_single_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer wants it: a parameter that is a dataclass becomes one option for each of its fields.
+
+    They stand under a heading in the help, which is the docstring of the dataclass. `--debug` comes last.
+    """
+    given = inspect.signature(function, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in given.items() if is_dataclass(p.annotation)}
+    options: dict[str, inspect.Parameter] = {}
+
+    def add(name: str, kind: Any, default: Any) -> None:
+        options[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+
+    for name, parameter in given.items():
+        if name not in groups:
+            add(name, parameter.annotation, parameter.default)
+            continue
+        for field_name, kind in get_type_hints(groups[name], include_extras=True).items():
+            get_args(kind)[1].rich_help_panel = groups[name].__doc__
+            add(field_name, kind, getattr(groups[name], field_name))
+    if "debug" not in given:
+        add("debug", Debug, False)
+
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values[field.name] for field in fields(group)})
+        function(**{name: values[name] for name in given})
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__annotations__ = {name: option.annotation for name, option in options.items()}
+    command.__signature__ = inspect.Signature(list(options.values()))  # type: ignore[attr-defined]
+    return command
 
 
 class Output(Console):

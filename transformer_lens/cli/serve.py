@@ -9,48 +9,38 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
-from transformer_lens.cli.options import (
-    LOADING,
-    AttnImplementation,
-    Device,
-    Dtype,
-    Model,
-    Revision,
-    named,
-    need_device,
-    quiet,
-)
-from transformer_lens.cli.running import FAILED, Debug, say
+from transformer_lens.cli.options import DTYPES, LoadingPart, Model, named, need_device, quiet, torch_dtype
+from transformer_lens.cli.running import FAILED, say
 
-NETWORK, LIMITS = "Network", "Limits"
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
-InitialPeers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--initial-peers",
-        help="Address of a server to join, as it prints it; repeatable. Default: none.",
-        rich_help_panel=NETWORK,
-    ),
-]
-Identity = Annotated[
-    Path | None,
-    typer.Option(help="File with this peer's key, made when missing. Default: a new key.", rich_help_panel=NETWORK),
-]
-Prefix = Annotated[
-    str | None,
-    typer.Option(
-        help="Name under which the blocks are announced; a local directory needs one. Default: from the model's name.",
-        rich_help_panel=NETWORK,
-    ),
-]
+
+@dataclass(frozen=True)
+class Connection:
+    """Network"""
+
+    initial_peers: Annotated[
+        list[str] | None, Option(help="Address of a server to join, as it prints it; repeatable. Default: none.")
+    ] = None
+    identity: Annotated[
+        Path | None, Option(help="File with this peer's key, made when missing. Default: a new key.")
+    ] = None
+    prefix: Annotated[
+        str | None,
+        Option(
+            help="Name under which the blocks are announced; a local directory needs one. Default: from the model's "
+            "name."
+        ),
+    ] = None
 
 
 def span_of(text: str) -> range:
@@ -68,61 +58,55 @@ def span_of(text: str) -> range:
 
 LEAST = 0.001
 """Seconds, where zero would be no time at all."""
-Blocks = Annotated[
-    range,
-    typer.Option(parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."),
-]
-Host = Annotated[
-    str, typer.Option(help="IP address to listen on. Others than loopback can be called.", rich_help_panel=NETWORK)
-]
-Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.", rich_help_panel=NETWORK)
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(help="Peer id that is served; repeatable. Default: everybody.", rich_help_panel=NETWORK),
-]
-AddressFile = Annotated[
-    Path | None,
-    typer.Option(help="File that gets the addresses, too, once calls are answered.", rich_help_panel=NETWORK),
-]
-UpdatePeriod = Annotated[
-    float, typer.Option(min=LEAST, help="Seconds between two announcements.", rich_help_panel=NETWORK)
-]
-DrainSeconds = Annotated[
-    float, typer.Option(min=0, help="Seconds that running texts have when a signal comes.", rich_help_panel=NETWORK)
-]
-SessionSeconds = Annotated[
-    float | None, typer.Option(min=LEAST, help="A text that nobody goes on with is forgotten.", rich_help_panel=LIMITS)
-]
-SessionBytes = Annotated[int | None, typer.Option(min=1, help="Keys and values of one peer.", rich_help_panel=LIMITS)]
-MessageBytes = Annotated[int | None, typer.Option(min=1, help="The largest message.", rich_help_panel=LIMITS)]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of torch. Default: its own choice.", rich_help_panel=LOADING)
-]
+
+
+@dataclass(frozen=True)
+class Network(Connection):
+    """Network"""
+
+    host: Annotated[str, Option(help="IP address to listen on. Others than loopback can be called.")] = "127.0.0.1"
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 0
+    allow: Annotated[list[str] | None, Option(help="Peer id that is served; repeatable. Default: everybody.")] = None
+    address_file: Annotated[Path | None, Option(help="File that gets the addresses, too, once calls are answered.")] = (
+        None
+    )
+    update_period: Annotated[float, Option(min=LEAST, help="Seconds between two announcements.")] = 60
+    drain_seconds: Annotated[float, Option(min=0, help="Seconds that running texts have when a signal comes.")] = 30
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Limits"""
+
+    session_seconds: Annotated[
+        float | None, Option(min=LEAST, help="A text that nobody goes on with is forgotten.")
+    ] = None
+    session_bytes: Annotated[int | None, Option(min=1, help="Keys and values of one peer.")] = None
+    message_bytes: Annotated[int | None, Option(min=1, help="The largest message.")] = None
+
+    def given(self) -> dict[str, float]:
+        """Those that were given, by their names in `Limits`."""
+        limits = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
+        limits["message"] = self.message_bytes
+        return {name: value for name, value in limits.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LoadingServed(LoadingPart):
+    """Loading the model"""
+
+    threads: Annotated[int | None, Option(min=1, help="CPU threads of torch. Default: its own choice.")] = None
 
 
 def serve(
     model: Model,
-    blocks: Blocks,
-    host: Host = "127.0.0.1",
-    port: Port = 0,
-    initial_peers: InitialPeers = None,
-    identity: Identity = None,
-    prefix: Prefix = None,
-    allow: Allow = None,
-    address_file: AddressFile = None,
-    update_period: UpdatePeriod = 60,
-    drain_seconds: DrainSeconds = 30,
-    session_seconds: SessionSeconds = None,
-    session_bytes: SessionBytes = None,
-    message_bytes: MessageBytes = None,
-    threads: Threads = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn_implementation: AttnImplementation = None,
-    revision: Revision = None,
-    debug: Debug = False,
+    blocks: Annotated[
+        range,
+        Option(parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."),
+    ],
+    network: Network,
+    limits: ServerLimits,
+    loading: LoadingServed,
 ) -> None:
     """Serve some blocks of a model to other machines, until Ctrl-C.
 
@@ -135,31 +119,8 @@ def serve(
 
     transformer-lens serve tiiuae/falcon-180B --blocks 0:16 --host 10.0.0.5 --identity server.key --allow 12D3KooW...
     """
-    need_device(device)
-    limits = {"session_seconds": session_seconds, "session_bytes": session_bytes, "message": message_bytes}
-    options = {
-        "device": device,
-        "attn_implementation": attn_implementation,
-        "revision": revision,
-        "dht_prefix": prefix,
-    }
-    ended_well = run_serve(
-        model,
-        blocks,
-        host=host,
-        port=port,
-        initial_peers=initial_peers or (),
-        identity=identity,
-        allow=allow,
-        ready=lambda addresses: show_addresses(addresses, address_file),
-        update_period=update_period,
-        drain_seconds=drain_seconds,
-        limits={name: value for name, value in limits.items() if value is not None},
-        threads=threads,
-        dtype=dtype,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    if not ended_well:
+    need_device(loading.device)
+    if not run_serve(model, blocks, network, limits.given(), loading):
         raise typer.Exit(FAILED)
 
 
@@ -174,77 +135,45 @@ def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
     sys.stdout.flush()
 
 
-def run_serve(
-    model: str,
-    blocks: range,
-    *,
-    ready: Callable[[Sequence[str]], None],
-    host: str = "127.0.0.1",
-    port: int = 0,
-    initial_peers: Sequence[str] = (),
-    identity: Path | None = None,
-    allow: Sequence[str] | None = None,
-    update_period: float = 60,
-    drain_seconds: float = 30,
-    limits: dict[str, Any] | None = None,
-    threads: int | None = None,
-    dtype: str | None = None,
-    **options: Any,
-) -> bool:
+def run_serve(model: str, blocks: range, network: Network, given: dict[str, Any], loading: LoadingServed) -> bool:
     """Load a span, serve it until a signal, and leave. Returns `False` where it could not go on.
 
-    >>> run_serve("tiny-falcon", range(0, 2), ready=list.append)  # doctest: +SKIP
+    >>> run_serve("tiny-falcon", range(0, 2), Network(), {}, LoadingServed())  # doctest: +SKIP
     """
+    import torch
+
     from transformer_lens.distributed import Limits, SpanServer
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
     from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
-    address = address_of(host, port)
-    check_options(limits or {}, update_period, drain_seconds, allow)
+    address = address_of(network.host, network.port)
+    if loading.dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_options(given, network.update_period, network.drain_seconds, network.allow)
     need_engine()  # before minutes of reading weights
-    warn_if_open(host, allow)
-    set_threads(threads)
+    warn_if_open(network.host, network.allow)
+    if loading.threads is not None:
+        torch.set_num_threads(loading.threads)
+    options = {"device": loading.device, "attn_implementation": loading.attn_implementation}
+    options |= {"revision": loading.revision, "dht_prefix": network.prefix, "dtype": torch_dtype(loading.dtype)}
     with log_to_stderr() as log, signals() as (stop, now):
         with quiet(), named(model):
-            kind = None if dtype is None else torch_dtype(dtype)
-            server = SpanServer(model, blocks, limits=Limits(**(limits or {})), dtype=kind, **options)
+            told = {name: value for name, value in options.items() if value is not None}
+            server = SpanServer(model, blocks, limits=Limits(**given), **told)
         read = server.read
         log.info("%s, %s: %d tensors, %d bytes", model, blocks, len(read.tensors), read.bytes)
-        node = Node(initial_peers, listen=address, identity=identity)
-        served = ServedSpan(server, node, allow=allow, update_period=update_period)
+        node = Node(network.initial_peers or (), listen=address, identity=network.identity)
+        served = ServedSpan(server, node, allow=network.allow, update_period=network.update_period)
         try:
-            ended_well = served.run(stop, now, drain_seconds, lambda: ready(node.addresses))
+            ended_well = served.run(
+                stop, now, network.drain_seconds, lambda: show_addresses(node.addresses, network.address_file)
+            )
             if now.is_set():
                 node.close()
                 os._exit(FAILED)  # a call may still be computed, and Python would wait for it
             return ended_well
         finally:
             served.close()
-
-
-def set_threads(number: int | None) -> None:
-    """How many CPU threads torch uses, if it was said."""
-    import torch
-
-    if number is not None:
-        torch.set_num_threads(number)
-
-
-def torch_dtype(name: str) -> Any:
-    """
-    >>> from transformer_lens.cli.serve import torch_dtype
-    >>> torch_dtype("bfloat16")
-    torch.bfloat16
-
-    A dtype by its name. Raises `ValueError` for one that models are not run in.
-    """
-    import torch
-
-    from transformer_lens.cli.options import DTYPES
-
-    if name not in DTYPES:
-        raise ValueError(f"--dtype: got {name!r}, expected one of {', '.join(DTYPES)}")
-    return vars(torch)[name]
 
 
 @contextmanager

@@ -11,17 +11,14 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from transformer_lens.cli.options import AsJson, Model, named, output, quiet, write_json
-from transformer_lens.cli.running import FAILED, Debug
-from transformer_lens.cli.serve import Identity, InitialPeers, Prefix
+from transformer_lens.cli.running import FAILED
+from transformer_lens.cli.serve import Connection
 
 
 def status(
     model: Model,
-    initial_peers: InitialPeers = None,
-    identity: Identity = None,
-    prefix: Prefix = None,
+    network: Connection,
     json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Show the servers of a model: blocks, state, load, latency; exit code 1 if nobody serves one of its blocks.
 
@@ -29,7 +26,7 @@ def status(
 
     transformer-lens status tiny-falcon --initial-peers /ip4/127.0.0.1/tcp/31337/p2p/12D3KooW...
     """
-    found = look(model, initial_peers or (), identity=identity, prefix=prefix)
+    found = look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix)
     if json:
         write_json(found)
     else:
