@@ -14,13 +14,13 @@ import typer
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks
+from transformer_lens.cli.info import info
 from transformer_lens.cli.options import (
     AsJson,
     Device,
     Loading,
     Model,
     complete_model,
-    complete_shape,
     load_bridge,
     need_device,
 )
@@ -88,35 +88,7 @@ def demo(
     run_demo(model or ["tiny-falcon", "tiny-mixtral"], out, Output(), device=device)
 
 
-@app.command()
-def info(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
-            autocompletion=complete_shape,
-        ),
-    ],
-    context: Annotated[
-        str | None, typer.Option(help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
-) -> None:
-    """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
-
-    [bold]Examples[/]
-
-    transformer-lens info falcon-40b --context 2048,8192
-
-    transformer-lens info tiny-mixtral --json
-    """
-    from transformer_lens.cli.info import run_info
-
-    run_info(model, Output(), context=context, dtype=dtype, as_json=json)
-
-
+app.command()(info)
 app.command()(hooks)
 
 
@@ -136,9 +108,12 @@ def verify(
 
     transformer-lens verify tiny-falcon --dtype bfloat16
     """
-    from transformer_lens.cli.verify import run_verify
-
-    if not run_verify(load_bridge(model, **vars(loading)), Output(), thorough=thorough, as_json=json):
+    report = load_bridge(model, **vars(loading)).verify(thorough=thorough, progress=not json)
+    if json:
+        typer.echo(report.to_json())
+    else:
+        Output().print(report)
+    if not report.passed:
         raise typer.Exit(FAILED)
 
 

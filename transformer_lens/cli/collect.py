@@ -113,18 +113,9 @@ def collect(
     going_on = {"check": files.check, "same_environment": files.same_environment, "progress": sys.stderr.isatty()}
     texts = {"text_key": data.text_key, "max_tokens": data.max_tokens}
     bridge = load_bridge(model, **vars(loading))
-    run_collect(bridge, documents, hooks, out, as_json=json, **vars(layout), **texts, **stored, **going_on)
-
-
-def run_collect(
-    bridge: TransformerBridge, documents: Any, hooks: Sequence[str], out: Path, *, as_json: bool = False, **options: Any
-) -> None:
-    """Collect, and say what there is now.
-
-    >>> run_collect(bridge, ["Mary and John"], ["hook_embed"], Path("out"))  # doctest: +SKIP
-    """
+    options = {**vars(layout), **texts, **stored, **going_on}
     store = bridge.collect(documents, chosen_hooks(bridge, hooks), out, **options)
-    if as_json:
+    if json:
         write_json({"out": str(out), "complete": store.complete, "tokens": len(store), "hooks": store.hooks})
     else:
         output().print(repr(store), markup=False)

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis import experts
@@ -25,6 +24,7 @@ from transformer_lens.cli.circuits import (
     heads_that_repeat,
     patch_residual_stream,
 )
+from transformer_lens.cli.patch import shaded
 from transformer_lens.data.generate import ioi_examples
 from transformer_lens.text_table import TextTable
 from transformer_lens.viz import Heatmap
@@ -156,7 +156,7 @@ def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
     for place in places:
         table.add_column(f" layer {place}" if place != "out" else " out", justify="right")
     for position, token in enumerate(patched.tokens):
-        cells = [_shaded(float(value)) for value in patched.restored[:, position]]
+        cells = [shaded(float(value)) for value in patched.restored[:, position]]
         table.add_row(str(position), repr(token), *cells)
     console.print(table)
     picture = Heatmap(
@@ -171,11 +171,6 @@ def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
     png = picture.save_png(stem.with_name(f"{stem.name}-resid-pre.png"))
     page = picture.save_html(stem.with_name(f"{stem.name}-resid-pre.html"))
     console.print(f"written: {png} and {page}")
-
-
-def _shaded(value: float) -> Text:
-    style = "bold white on blue" if value > 0.5 else "white on blue" if value > 0.1 else "dim"
-    return Text(f"{value:+.2f}", style="white on red" if value < -0.1 else style)
 
 
 def show_routing(bridge: TransformerBridge, console: Console, prompts: int = 100) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,7 +29,10 @@ def complete_hook(context: typer.Context, incomplete: str) -> list[str]:
     model = context.params.get("model") or next(iter(context.args), "")
     if model not in (*PUBLISHED, *complete_model(model)):
         return []
-    names = (row.name.replace("{i}", "0") for row in _table(model).present())
+    load_package()
+    from transformer_lens.model_bridge import skeleton_bridge
+
+    names = (row.name.replace("{i}", "0") for row in skeleton_bridge(model).hook_table().present())
     return [name for name in names if name.startswith(incomplete)]
 
 
@@ -67,31 +69,28 @@ def hooks(
 
     transformer-lens hooks tiny-mixtral blocks.1.mlp.hook_expert_out --json
     """
-    run_hooks(model, patterns or [], as_json=json, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def run_hooks(model: str, patterns: Sequence[str] = (), *, as_json: bool = False, **loading: Any) -> None:
-    """Show the hook table of a model.
-
-    >>> run_hooks("tiny-falcon", ["hook_z"])  # doctest: +SKIP
-
-    Raises `KeyError` for a pattern that matches no hook, with the nearest names.
-    """
+    from transformer_lens.checks import nearest
     from transformer_lens.model_bridge import skeleton_bridge
 
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet(), named(model):
         bridge = skeleton_bridge(model, **{name: value for name, value in loading.items() if value})
+    wanted = patterns or []
     table, layers = bridge.hook_table(), bridge.cfg.n_layers
     spelled = [(row, (row.name, *row.aliases)) for row in table]
-    for pattern in patterns:
-        if not any(matches(pattern, name, layers) for _, names in spelled for name in names):
-            raise _nothing_matches(pattern, [name for _, names in spelled for name in names], layers)
+    known = [name for _, names in spelled for name in names]
+    for pattern in wanted:
+        if not any(matches(pattern, name, layers) for name in known):
+            raise KeyError(
+                f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are "
+                f"{nearest(pattern, known)}"
+            )
     table.rows = [
         row
         for row, names in spelled
-        if not patterns or any(matches(pattern, name, layers) for pattern in patterns for name in names)
+        if not wanted or any(matches(pattern, name, layers) for pattern in wanted for name in names)
     ]
-    if as_json:
+    if json:
         rows = [{**row, "shape": list(row["shape"]), "aliases": list(row["aliases"])} for row in table.to_dicts()]
         write_json({"model": model, "architecture": bridge.cfg.architecture, "n_layers": layers, "hooks": rows})
     else:
@@ -111,19 +110,3 @@ def matches(pattern: str, name: str, layers: int) -> bool:
         r"^blocks\.(\d+)(?=\.|$)", lambda found: "blocks.{i}" if int(found[1]) < layers else found[0], pattern
     )
     return fnmatchcase(name, f"*{general}*")
-
-
-def _nothing_matches(pattern: str, names: Sequence[str], layers: int) -> KeyError:
-    from transformer_lens.checks import nearest  # which loads torch, and help has to be quick
-
-    near = nearest(pattern, names)
-    return KeyError(
-        f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are {near}"
-    )
-
-
-def _table(model: str) -> Any:
-    load_package()
-    from transformer_lens.model_bridge import skeleton_bridge
-
-    return skeleton_bridge(model).hook_table()

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from transformer_lens.cli.options import dtype_of
-from transformer_lens.model_bridge import model_info
+from transformer_lens.cli.options import complete_shape, dtype_of, write_json
+from transformer_lens.cli.running import Output
 
 SHORT_DTYPES = ("bf16", "fp16", "fp32")
 
 
-def run_info(
-    model: str, console: Console, *, context: str | None = None, dtype: str = "bf16", as_json: bool = False
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
+            autocompletion=complete_shape,
+        ),
+    ],
+    context: Annotated[
+        str | None, typer.Option(help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
 ) -> None:
-    """Show what a model is and what memory it takes.
+    """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
 
-    >>> run_info("falcon-7b", Console(), context="2048,8192")  # doctest: +SKIP
+    [bold]Examples[/]
 
-    Raises typer's `BadParameter` for a context that is no list of numbers, or a dtype that is none; `ValueError` for
-    a configuration that cannot run.
+    transformer-lens info falcon-40b --context 2048,8192
+
+    transformer-lens info tiny-mixtral --json
     """
-    info = model_info(model, context=None if context is None else lengths(context), dtype=cache_dtype(dtype))
-    if as_json:
-        typer.echo(json.dumps(info.to_dict(), indent=2))
+    from transformer_lens.model_bridge import model_info
+
+    found = model_info(model, context=None if context is None else lengths(context), dtype=cache_dtype(dtype))
+    if json:
+        write_json(found.to_dict())
     else:
-        console.print(*info.tables())
+        Output().print(*found.tables())
 
 
 def lengths(text: str) -> list[int]:

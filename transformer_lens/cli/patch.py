@@ -214,7 +214,7 @@ def _part(found: Sweep, places: Sequence[tuple[str, str]], layers: range) -> Tab
         table.add_column(f"L{layer}", justify="right")
     for row, (number, label) in enumerate(places):
         about = [number, Text(label)] if found.axis == "pos" else [number]
-        table.add_row(*about, *(_shaded(float(found.restored[layer, row])) for layer in layers))
+        table.add_row(*about, *(shaded(float(found.restored[layer, row])) for layer in layers))
     return table
 
 
@@ -226,6 +226,7 @@ def signed(value: float) -> str:
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
-def _shaded(value: float) -> Text:
+def shaded(value: float) -> Text:
+    """A restored share, the more of a colour the more it is."""
     style = "bold white on blue" if value > 0.5 else "white on blue" if value > 0.1 else "dim"
     return Text(signed(value), style="white on red" if value < -0.1 else style)

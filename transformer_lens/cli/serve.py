@@ -84,9 +84,9 @@ class ServerLimits:
     session_bytes: Annotated[int | None, Option(min=1, help="Keys and values of one peer.")] = None
     message_bytes: Annotated[int | None, Option(min=1, help="The largest message.")] = None
 
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, Any]:
         """Those that were given, by their names in `Limits`."""
-        limits = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
+        limits: dict[str, Any] = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
         limits["message"] = self.message_bytes
         return {name: value for name, value in limits.items() if value is not None}
 
@@ -119,33 +119,14 @@ def serve(
 
     transformer-lens serve tiiuae/falcon-180B --blocks 0:16 --host 10.0.0.5 --identity server.key --allow 12D3KooW...
     """
-    need_device(loading.device)
-    if not run_serve(model, blocks, network, limits.given(), loading):
-        raise typer.Exit(FAILED)
-
-
-def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
-    """Addresses on standard output, and in a file that is there only when it is whole."""
-    text = "".join(f"{address}\n" for address in addresses)
-    if file is not None:
-        begun = file.with_name(f"{file.name}.part")
-        begun.write_text(text)
-        begun.replace(file)
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def run_serve(model: str, blocks: range, network: Network, given: dict[str, Any], loading: LoadingServed) -> bool:
-    """Load a span, serve it until a signal, and leave. Returns `False` where it could not go on.
-
-    >>> run_serve("tiny-falcon", range(0, 2), Network(), {}, LoadingServed())  # doctest: +SKIP
-    """
     import torch
 
     from transformer_lens.distributed import Limits, SpanServer
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
     from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
+    need_device(loading.device)
+    given = limits.given()
     address = address_of(network.host, network.port)
     if loading.dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -171,9 +152,21 @@ def run_serve(model: str, blocks: range, network: Network, given: dict[str, Any]
             if now.is_set():
                 node.close()
                 os._exit(FAILED)  # a call may still be computed, and Python would wait for it
-            return ended_well
         finally:
             served.close()
+    if not ended_well:
+        raise typer.Exit(FAILED)
+
+
+def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
+    """Addresses on standard output, and in a file that is there only when it is whole."""
+    text = "".join(f"{address}\n" for address in addresses)
+    if file is not None:
+        begun = file.with_name(f"{file.name}.part")
+        begun.write_text(text)
+        begun.replace(file)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 @contextmanager
