@@ -18,13 +18,8 @@ from rich.table import Table
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis import experts
-from transformer_lens.cli.circuits import (
-    HeadEffect,
-    PatchedPair,
-    heads_that_repeat,
-    patch_residual_stream,
-)
-from transformer_lens.cli.patch import shaded
+from transformer_lens.cli.circuits import HeadEffect, PatchedPair, heads_that_repeat, patch_residual_stream
+from transformer_lens.cli.patch import share_table
 from transformer_lens.data.generate import ioi_examples
 from transformer_lens.text_table import TextTable
 from transformer_lens.viz import Heatmap
@@ -149,19 +144,12 @@ def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
     console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {patched.clean:+.2f}")
     console.print(f"corrupted: {pair.corrupted!r}: logit difference {patched.corrupted:+.2f}")
     title = "The share of the clean answer that one clean stream restores in the corrupted run"
-    places = [f"{layer}" for layer in range(len(patched.restored) - 1)] + ["out"]
-    table = Table(title=title, title_justify="left", show_lines=False, padding=(0, 0), pad_edge=False)
-    table.add_column("position")
-    table.add_column("token")
-    for place in places:
-        table.add_column(f" layer {place}" if place != "out" else " out", justify="right")
-    for position, token in enumerate(patched.tokens):
-        cells = [shaded(float(value)) for value in patched.restored[:, position]]
-        table.add_row(str(position), repr(token), *cells)
-    console.print(table)
+    names = [f"L{layer}" for layer in range(len(patched.restored) - 1)] + ["out"]
+    console.print(title + ":")
+    console.print(share_table(patched.restored, names, "pos", list(map(repr, patched.tokens))))
     picture = Heatmap(
         patched.restored,
-        rows=places,
+        rows=[name.removeprefix("L") for name in names],
         columns=patched.tokens,
         title=f"{stem.name}: share of the answer {pair.answer!r} that patching the residual stream restores",
         row_title="stream entering layer",

@@ -195,26 +195,28 @@ def show(found: Sweep) -> None:
     """The table: positions (or heads) down, layers across, in as many parts as the width asks for."""
     console = output()
     console.print(f"{found.measure}: {signed(found.clean)} clean, {signed(found.corrupted)} corrupted", markup=False)
-    labels = [repr(token) for token in found.tokens] if found.axis == "pos" else [""] * found.restored.shape[1]
-    places = [(str(number), label) for number, label in enumerate(labels)]
-    taken = len(found.axis) + max(map(len, labels)) + 6
+    labels = list(map(repr, found.tokens)) if found.axis == "pos" else None
+    taken = len(found.axis) + max(map(len, labels or [""])) + 6
     fit = max(1, (console.width - taken) // 7)
     layers = range(len(found.restored))
     console.print(f"Share of that difference which patching {SWEEPS[found.what][1]} restores, by layer:")
     for part in (layers[start : start + fit] for start in range(0, len(layers), fit)):
-        console.print(_part(found, places, part))
+        console.print(
+            share_table(found.restored[part.start : part.stop], [f"L{layer}" for layer in part], found.axis, labels)
+        )
 
 
-def _part(found: Sweep, places: Sequence[tuple[str, str]], layers: range) -> Table:
+def share_table(restored: Tensor, names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
+    """Restored shares [layer place]: places down, with their labels, and layers, of these names, across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(found.axis, justify="right")
-    if found.axis == "pos":
+    table.add_column(axis, justify="right")
+    if labels is not None:
         table.add_column("token", no_wrap=True)
-    for layer in layers:
-        table.add_column(f"L{layer}", justify="right")
-    for row, (number, label) in enumerate(places):
-        about = [number, Text(label)] if found.axis == "pos" else [number]
-        table.add_row(*about, *(shaded(float(found.restored[layer, row])) for layer in layers))
+    for name in names:
+        table.add_column(name, justify="right")
+    for place in range(restored.shape[1]):
+        about = [] if labels is None else [Text(labels[place])]
+        table.add_row(str(place), *about, *map(shaded, restored[:, place].tolist()))
     return table
 
 

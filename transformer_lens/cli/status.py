@@ -15,11 +15,7 @@ from transformer_lens.cli.running import FAILED
 from transformer_lens.cli.serve import Connection
 
 
-def status(
-    model: Model,
-    network: Connection,
-    json: AsJson = False,
-) -> None:
+def status(model: Model, network: Connection, json: AsJson = False) -> None:
     """Show the servers of a model: blocks, state, load, latency; exit code 1 if nobody serves one of its blocks.
 
     [bold]Example[/]

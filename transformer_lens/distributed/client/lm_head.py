@@ -87,7 +87,6 @@ class LMHead(nn.Linear):
         return self.chunked is True and converts(self.weight)
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        """The logits."""
         if not self.in_parts(x):
             return F.linear(x, self.weight, self.bias)
         logits: Tensor = _InParts.apply(x, self.weight, self.bias, self.step)  # type: ignore[no-untyped-call]

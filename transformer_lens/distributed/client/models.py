@@ -1,44 +1,35 @@
-"""Falcon and Mixtral whose blocks run elsewhere; embeddings, final norm and head are here, under the family's own code.
-
-`RemoteBlock` stands where a block is. A forward sends one call for each stretch of blocks between two places where
-something has to happen here.
-"""
+"""Falcon and Mixtral whose blocks run elsewhere: embeddings, final norm and head are here, in the family's own code."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
 
-from transformer_lens.distributed.client.connecting import ConnectMethods
 from transformer_lens.distributed.client.lm_head import LMHead
 from transformer_lens.distributed.client.prompted_call import ModelCall, PromptedCall, with_prompts
-from transformer_lens.distributed.client.prompts import PromptFacts, PromptMethods, TrainedPrompts
+from transformer_lens.distributed.client.prompts import PromptFacts, TrainedPrompts
+from transformer_lens.distributed.client.remote_block import Pass, RemoteBlock, passing
 from transformer_lens.distributed.client.remote_cache import RemoteText, remote_text
-from transformer_lens.distributed.client.remote_call import StretchCall, action_of, refusal
 from transformer_lens.distributed.client.route import Route
 from transformer_lens.distributed.client.spans import Span, SpanSource
-from transformer_lens.distributed.protocol.checkpoint import block_of, misfits, read_part
+from transformer_lens.distributed.client.swarm import Swarm
+from transformer_lens.distributed.protocol.checkpoint import block_of, filled, read_part
 from transformer_lens.distributed.protocol.configs import (
-    FILE_OPTIONS,
     AutoDistributedConfig,
     DistributedConfig,
     DistributedFalconConfig,
     DistributedMixtralConfig,
     config_with,
+    of_files,
     one_dtype,
     refuse_unknown,
 )
-from transformer_lens.distributed.protocol.edits import Edit
-from transformer_lens.distributed.protocol.messages import Request
-from transformer_lens.hook_points import HookEntry, HookPoint
-from transformer_lens.model_bridge import BlockElsewhere, HookRequest
 from transformer_lens.model_bridge.upstream import (
     CACHE,
     MASK,
@@ -48,101 +39,6 @@ from transformer_lens.model_bridge.upstream import (
     attribute,
     output_name,
 )
-
-
-@dataclass
-class Pass:
-    """One forward of a model: what the servers have to know of it, and how many blocks are done."""
-
-    route: Route
-    tensors: dict[str, Tensor]
-    use_cache: bool
-    text: RemoteText | None
-    edits: Sequence[Edit] = ()
-    """What trained prompts add to the input of each block."""
-    done: int = 0
-
-    def prompts_at(self, layer: int) -> list[HookRequest]:
-        """The same as hooks that wait at a block's input."""
-        name = f"blocks.{layer}.hook_resid_pre"
-        return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
-
-
-class _Passes(threading.local):
-    def __init__(self) -> None:
-        self.stack: list[Pass] = []
-
-
-_passes = _Passes()
-
-
-class RemoteBlock(BlockElsewhere):
-    """Stands where a block is that a server runs. The first of a stretch sends the call, the others hand on."""
-
-    def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
-        super().__init__()
-        self.layer = layer
-        self.route = route
-        self.__dict__["blocks"] = blocks  # not a submodule: it holds this one
-        self.returns_tuple = returns_tuple
-
-    def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
-        """Why a hook cannot work inside this block; `None` if it can."""
-        return refusal(name, entry, direction)
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block on the stream with its prompts: they are there before any torch hook of this module sees it."""
-        current = self._current()
-        if current is not None and self.layer >= current.done:
-            for prompt in current.prompts_at(self.layer):
-                hidden_states = prompt.entry.fn(hidden_states, hook=prompt.point)
-        return super().__call__(hidden_states, *args, **kwargs)
-
-    def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
-        """A hook that multiplies by a value, or sets it, in servers too."""
-        return Edit(operation, value)
-
-    def _current(self) -> Pass | None:
-        """The forward that this thread is in, if it is one of this model."""
-        current = _passes.stack[-1] if _passes.stack else None
-        return current if current is not None and current.route is self.route else None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The stream after this block, or as it is where an earlier call went through this block."""
-        current = self._current()
-        if current is None:
-            raise ValueError(f"block {self.layer} runs on another machine; call the model, not its block")
-        if self.layer >= current.done:
-            legs = self.route if current.text is None else current.text
-            end = self._end_of_stretch(legs.end_of_leg(self.layer))
-            hooks = self.requests()  # what its prompts add is in the stream
-            for block in self._between(self.layer + 1, end):
-                hooks += [*current.prompts_at(block.layer), *block.requests()]
-            request = Request(
-                "forward" if current.text is None else "step",
-                self.layer,
-                end,
-                actions=[action_of(hook) for hook in hooks],
-                use_cache=current.use_cache,
-                tensors=current.tensors,
-            )
-            hidden_states = StretchCall(self.route, request, hooks, text=current.text).run(hidden_states)
-            current.done = end
-        return (hidden_states, None) if self.returns_tuple else hidden_states
-
-    def _between(self, first: int, end: int) -> list[RemoteBlock]:
-        blocks: Any = self.blocks
-        return list(blocks)[first:end]
-
-    def _end_of_stretch(self, end: int) -> int:
-        """Where this call ends: with a server's blocks, or where torch hooks, of whoever, wait at a block's edge."""
-        for block in self._between(self.layer, end):
-            if block.layer > self.layer and (block._forward_pre_hooks or block._backward_hooks):
-                return block.layer
-            if block._forward_hooks or block._backward_hooks or block._backward_pre_hooks:
-                return block.layer + 1
-        return end
-
 
 INSTEAD = {
     "output_hidden_states": "run_with_cache(names_filter=lambda name: name.endswith('hook_resid_pre'))",
@@ -184,7 +80,7 @@ class RemoteBlocks:
         cache = given[CACHE]
         text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
         call = with_prompts(self, given, text)
-        with self._passing(call, text):
+        with passing(self._pass(call, text)):
             output = super().forward(*call.args, **call.kwargs)  # type: ignore[misc]
         if text is not None:
             text.advance(output[0].shape[1], call.ahead)
@@ -213,17 +109,12 @@ class RemoteBlocks:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
 
-    @contextmanager
-    def _passing(self, call: PromptedCall, text: RemoteText | None) -> Iterator[None]:
+    def _pass(self, call: PromptedCall, text: RemoteText | None) -> Pass:
         tensors = {"mask": call.mask, "position_ids": call.position_ids}
         use_cache = text is not None or self.arguments.value(USE_CACHE, call.args, call.kwargs)
         sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
         use_cache = self.config.use_cache if use_cache is None else bool(use_cache)
-        _passes.stack.append(Pass(self.route, sent, use_cache, text, call.edits))
-        try:
-            yield
-        finally:
-            _passes.stack.pop()
+        return Pass(self.route, sent, use_cache, text, call.edits)
 
 
 class DistributedFalconModel(RemoteBlocks, FalconModel):
@@ -234,10 +125,22 @@ class DistributedMixtralModel(RemoteBlocks, MixtralModel):
     """Mixtral without its head, over remote blocks."""
 
 
-class DistributedCausalLM(ConnectMethods, PromptMethods):
-    """What the two causal models share: blocks that are placed, loading in part, connecting."""
+class DistributedCausalLM:
+    """What the two causal models share: blocks that are placed, loading in part, servers, trained prompts.
+
+    It is a context manager that closes itself.
+
+    >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+    >>> spans = [LocalSpan("tiny-falcon", range(0, 4))]
+    >>> with AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans) as model:
+    ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
+    torch.Size([1, 3, 735])
+    """
 
     config: Any
+    base_model: Any
+    _swarm: Swarm | None = None
+    """What `from_pretrained` made of `initial_peers`, to be closed with the model."""
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
@@ -295,23 +198,13 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
             config = config_with(cls.config_class, name, options)
         else:
             refuse_unknown(name, options)
-        part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) is None, **_of_files(options))
-        if dtype == "auto":
-            dtype = config.dtype or next(iter(part.tensors.values())).dtype
-        model, report = super().from_pretrained(  # type: ignore[misc]
-            None,
-            config=config,
-            state_dict=part.tensors,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-        )
-        wrong = misfits(report)
-        if wrong:
-            raise ValueError(f"{name}: its weights outside the blocks do not fit: {wrong}")
+        part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) is None, **of_files(options))
+        how = {"dtype": dtype, "attn_implementation": attn_implementation}
+        load = super().from_pretrained  # type: ignore[misc]
+        model = filled(load, config, part.tensors, f"{name}: its weights outside the blocks", **how)
         model.read = part
         model._freeze()
-        model.connect_as_given(spans)
+        model._connect_as_given(spans)
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -320,6 +213,113 @@ class DistributedCausalLM(ConnectMethods, PromptMethods):
             "save_pretrained: the weights of the blocks are on other machines, and what is here is not the model; "
             "its config is saved by model.config.save_pretrained, its trained prompts by model.save_prompts"
         )
+
+    # -- servers -------------------------------------------------------------------------------------
+
+    @property
+    def route(self) -> Route:
+        """Where the blocks run; `route.recoveries` lists the failures that were repaired.
+
+        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
+        >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
+        >>> list(model.route.recoveries)
+        []
+        """
+        found: Route = self.base_model.route
+        return found
+
+    def connect(self, spans: Sequence[Span] | SpanSource) -> None:
+        """Run the blocks on these spans, or on those that a source finds.
+
+        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
+        >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
+
+        Raises `ValueError` if a block is missing, or if a server of a list has another model (its prefix, number of
+        blocks, width, dtype or attention); then what was connected stays. A source's servers that do not fit are
+        logged and never used. Spans and sources belong to the caller, who closes them.
+        """
+        config = self.config
+        expected = {
+            "dht_prefix": config.dht_prefix,
+            "model_type": config.model_type,
+            "n_layers": config.num_hidden_layers,
+            "d_model": config.hidden_size,
+            "dtype": str(self.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
+            "attn_implementation": str(config._attn_implementation),
+        }
+        self.route.connect(spans, expected)
+
+    def _connect_as_given(self, spans: Sequence[Span] | SpanSource) -> None:
+        """Use these spans, else the swarm that `initial_peers` lead to, if any."""
+        if not isinstance(spans, Sequence) or spans:
+            self.connect(spans)
+        elif self.config.initial_peers:
+            with ExitStack() as stack:
+                swarm = Swarm(self.config)
+                stack.callback(swarm.close)
+                self.connect(swarm)
+                self._swarm = swarm
+                stack.pop_all()
+
+    def close(self) -> None:
+        """Close the sessions of texts that are gone and leave the swarm of `initial_peers`; `connect` begins anew.
+
+        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
+        >>> model.close()
+        """
+        self.route.close()
+        if self._swarm is not None:
+            self._swarm.close()
+            self._swarm = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- trained prompts -----------------------------------------------------------------------------
+
+    @property
+    def prompts(self) -> TrainedPrompts | None:
+        """The trained prompts; `None` in a model without a `tuning_mode`."""
+        found: TrainedPrompts | None = self.base_model.prompts
+        return found
+
+    def _tuned(self, what: str) -> TrainedPrompts:
+        if self.prompts is None:
+            raise ValueError(
+                f"{what}: this model has no trained prompts; load it with tuning_mode='ptune' or 'deep_ptune', and "
+                "pre_seq_len"
+            )
+        return self.prompts
+
+    def save_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
+
+        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
+        >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
+        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "prompts.safetensors"
+        >>> model.save_prompts(file)
+        >>> model.load_prompts(file)
+
+        Raises `ValueError` for a model without prompts.
+        """
+        self._tuned("save_prompts").save(path)
+
+    def load_prompts(self, path: str | os.PathLike[str]) -> None:
+        """Take the values of such a file, in place.
+
+        Raises `ValueError` for a file that is no such file, for values that are not finite, and for prompts of another
+        model, mode or length; then nothing has changed. Raises `FileNotFoundError` where there is none.
+        """
+        prompts = self._tuned("load_prompts")
+        prompts.take(TrainedPrompts.load(path), path)
 
 
 class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):
@@ -357,11 +357,7 @@ class AutoDistributedModelForCausalLM:
         model = {key: options.pop(key) for key in ("spans", "attn_implementation") if key in options}
         if config is None:
             config = config_with(AutoDistributedConfig, pretrained_model_name_or_path, options)
-            options = _of_files(options)
+            options = of_files(options)
         return MODELS[config.model_type].from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
         )
-
-
-def _of_files(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in FILE_OPTIONS if key in options}

@@ -73,7 +73,6 @@ class TrainedPrompts(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin again."""
         self.embeddings.normal_(0, self.std)
         if self.deep is not None:
             self.deep.zero_()
@@ -122,14 +121,21 @@ class TrainedPrompts(nn.Module):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Prompts from a file, without their model. Raises `ValueError` for a file that holds something else."""
-        values, found = _read(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file; expected one that save_prompts wrote")
+        try:
+            with safe_open(path, framework="pt") as opened:
+                values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dictionary
+                found = opened.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is not a safetensors file, and prompts are read from nothing else") from error
         if found.get("format") != FORMAT or set(found) - {"format"} != set(PromptFacts.__dataclass_fields__):
             raise ValueError(f"{path}: holds no trained prompts; expected a file that save_prompts wrote")
-        wrong = [name for name in ("pre_seq_len", "d_model", "n_layers") if not found[name].isascii()]
-        wrong += [name for name in ("pre_seq_len", "d_model", "n_layers") if not found[name].isdigit()]
-        if wrong or found["tuning_mode"] not in ("ptune", "deep_ptune"):
+        sizes = [found[name] for name in ("pre_seq_len", "d_model", "n_layers")]
+        whole = all(size.isascii() and size.isdigit() for size in sizes)
+        if not whole or found["tuning_mode"] not in ("ptune", "deep_ptune"):
             raise ValueError(f"{path}: says of its prompts {found}, which are no sizes and no tuning_mode")
-        pre_seq_len, d_model, n_layers = (int(found[name]) for name in ("pre_seq_len", "d_model", "n_layers"))
+        pre_seq_len, d_model, n_layers = map(int, sizes)
         shapes = {"embeddings": [pre_seq_len, d_model], "deep": [n_layers, pre_seq_len, d_model]}
         if found["tuning_mode"] == "ptune":
             del shapes["deep"]
@@ -160,58 +166,3 @@ class TrainedPrompts(nn.Module):
                 "they belong to, with their tuning_mode, pre_seq_len and dht_prefix"
             )
         self.copy_from(dict(other.named_parameters()))
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected one that save_prompts wrote")
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is not a safetensors file, and prompts are read from nothing else") from error
-
-
-class PromptMethods:
-    """Saving and loading of what a tuned model trains."""
-
-    base_model: Any
-
-    @property
-    def prompts(self) -> TrainedPrompts | None:
-        """The trained prompts; `None` in a model without a `tuning_mode`."""
-        found: TrainedPrompts | None = self.base_model.prompts
-        return found
-
-    def _tuned(self, what: str) -> TrainedPrompts:
-        if self.prompts is None:
-            raise ValueError(
-                f"{what}: this model has no trained prompts; load it with tuning_mode='ptune' or 'deep_ptune', and "
-                "pre_seq_len"
-            )
-        return self.prompts
-
-    def save_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
-
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
-        >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
-        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
-        >>> model.save_prompts(file)
-        >>> model.load_prompts(file)
-
-        Raises `ValueError` for a model without prompts.
-        """
-        self._tuned("save_prompts").save(path)
-
-    def load_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Take the values of such a file, in place.
-
-        Raises `ValueError` for a file that is no such file, for values that are not finite, and for prompts of another
-        model, mode or length; then nothing has changed. Raises `FileNotFoundError` where there is none.
-        """
-        prompts = self._tuned("load_prompts")
-        prompts.take(TrainedPrompts.load(path), path)

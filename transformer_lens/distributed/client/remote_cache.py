@@ -59,7 +59,6 @@ class _Stretch:
     segments: list[_Segment] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
-        """One more step."""
         self.segments[0].streams.append(request.tensors["stream"])
         new, last = request.tensors.get("mask"), self.masks[-1] if self.masks else None
         if new is None or new.shape[1:] != (_end(request),):  # none, or one that is refused
@@ -74,7 +73,6 @@ class _Stretch:
         self.steps.append(replace(request, tensors={k: v for k, v in request.tensors.items() if k != "mask"}))
 
     def step(self, nth: int) -> Request:
-        """A step as it came."""
         step, mask = self.steps[nth], self.masks[nth]
         if mask is None:
             return step

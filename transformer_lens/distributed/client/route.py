@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
+from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path
 from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
 
@@ -179,7 +179,7 @@ class Route:
         source = self.connected(first)
         spans = self.usable()
         hops = best_path([source.facts(span) for span in spans], first, end, banned)
-        return [Leg(_span_of(spans, hop), hop.first, hop.end) for hop in hops]
+        return [Leg(next(s for s in spans if hop.fits(s.peer, s.blocks)), hop.first, hop.end) for hop in hops]
 
     def end_of_leg(self, layer: int) -> int:
         """Where a call that begins with this block goes on to another server, if all goes well."""
@@ -202,10 +202,6 @@ class _Look:
     span: Span
     misfit: str
     when: float
-
-
-def _span_of(spans: list[Span], hop: Hop) -> Span:
-    return next(s for s in spans if s.peer == hop.peer and s.blocks.start <= hop.first and hop.end <= s.blocks.stop)
 
 
 class Tries:

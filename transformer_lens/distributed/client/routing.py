@@ -55,6 +55,10 @@ class Hop:
     first: int
     end: int
 
+    def fits(self, peer: str, blocks: range) -> bool:
+        """Whether this is the server, and its span has these blocks."""
+        return peer == self.peer and blocks.start <= self.first and self.end <= blocks.stop
+
 
 class NoPath(LookupError):
     """Some blocks are on no server that may be asked."""

@@ -157,9 +157,7 @@ class Swarm:
         server = self._servers.get(span.peer)
         if server is None:
             return ServerFacts(span.peer, span.blocks, latency=self.config.ping_timeout)
-        latency = server.latency
-        if server.failed:
-            latency = float(self.config.ping_timeout)
+        latency = float(self.config.ping_timeout) if server.failed else server.latency
         if latency is None:
             measured = [other.latency for other in list(self._servers.values()) if other.latency is not None]
             latency = sum(measured) / len(measured) if measured else 0.0

@@ -219,7 +219,6 @@ class Exchange:
         return REPLY.pack(MAGIC, ANSWER, len(call.answer), offset) + data
 
     def drop(self, call: Call) -> None:
-        """Forget a call."""
         calls = self.of_peer.get(call.peer, {})
         if calls.get(call.call) is call:
             del calls[call.call]

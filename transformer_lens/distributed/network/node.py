@@ -16,8 +16,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
@@ -263,40 +264,27 @@ class Node:
     async def pinged(self, peer: str, seconds: float) -> tuple[float, bytes]:
         """`ping`, in the node's own thread."""
         begin = time.perf_counter()
-        try:
+        with _errors_of(peer):
             reply = await self._once(peer, ping(), seconds, seconds)
-            took = time.perf_counter() - begin
-            return took, pong(reply)
-        except (ConnectionError, FrameError) as error:
-            raise SpanUnreachable(f"peer {peer}: {error}") from error
-        except FrameRefused as error:
-            raise SpanError(f"peer {peer}: {error}", {"retry": error.retry}) from error
+            return time.perf_counter() - begin, pong(reply)
 
     async def _converse(self, peer: str, message: bytes, until: float, seconds: float, most: int) -> bytes:
         talk = conversation(message, seconds, most)
         frame = next(talk)
-        while True:
-            try:
-                reply = await self._twice(peer, frame, until, seconds)
-                frame = talk.send(reply)
-            except StopIteration as done:
-                return bytes(done.value)
-            except FrameError as error:
-                raise SpanUnreachable(f"peer {peer}: {error}") from error
-            except FrameRefused as error:
-                raise SpanError(f"peer {peer}: {error}", {"retry": error.retry}) from error
+        with _errors_of(peer):
+            while True:
+                try:
+                    frame = talk.send(await self._twice(peer, frame, until, seconds))
+                except StopIteration as done:
+                    return bytes(done.value)
 
     async def _twice(self, peer: str, frame: bytes, until: float, seconds: float) -> bytes:
         """A piece, once more if the connection broke: the server does not compute a repeated call again."""
-        begin = time.monotonic()
-        try:
-            return await self._once(peer, frame, until - begin, seconds)
-        except ConnectionError as error:
-            logger.info("peer %s: %s; trying once more", peer, error)
         try:
             return await self._once(peer, frame, until - time.monotonic(), seconds)
         except ConnectionError as error:
-            raise SpanUnreachable(f"peer {peer}: {error}") from error
+            logger.info("peer %s: %s; trying once more", peer, error)
+        return await self._once(peer, frame, until - time.monotonic(), seconds)
 
     async def _once(self, peer: str, frame: bytes, left: float, seconds: float) -> bytes:
         """One unary call. Raises `ConnectionError` where it broke, `SpanUnreachable` where there is no more time."""
@@ -344,6 +332,17 @@ class Node:
         got = await self._dht.get_many(list(uids), sufficient_expiration_time=float("inf"))
         rows = {uid: entry.value for uid, entry in got.items() if entry is not None}
         return {uid: dict(row.items()) for uid, row in rows.items() if isinstance(row, Mapping)}
+
+
+@contextmanager
+def _errors_of(peer: str) -> Iterator[None]:
+    """What a failed call means for the caller of a peer."""
+    try:
+        yield
+    except (ConnectionError, FrameError) as error:
+        raise SpanUnreachable(f"peer {peer}: {error}") from error
+    except FrameRefused as error:
+        raise SpanError(f"peer {peer}: {error}", {"retry": error.retry}) from error
 
 
 def make_identity(path: str | os.PathLike[str]) -> None:

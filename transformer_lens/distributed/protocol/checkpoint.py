@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from transformer_lens.distributed.protocol.configs import FILE_OPTIONS, source_of
+from transformer_lens.distributed.protocol.configs import of_files, source_of
 
 WHOLE, LISTED = "model.safetensors", "model.safetensors.index.json"
 
@@ -56,7 +56,7 @@ def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartO
     that is not safetensors, `OSError` for one that is not there.
     """
     source = source_of(name)
-    hub = {key: value for key, value in options.items() if key in FILE_OPTIONS and key != "trust_remote_code"}
+    hub = {key: value for key, value in of_files(options).items() if key != "trust_remote_code"}
     missing: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     part = PartOfCheckpoint()
     listed = cached_file(source, LISTED, **hub, **missing)
@@ -80,11 +80,15 @@ def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartO
     return part
 
 
-def misfits(report: Mapping[str, Any]) -> str:
-    """What transformers says of weights that a model lacks, has no place for, or has in another shape; empty if none.
+def filled(load: Callable[..., Any], config: Any, tensors: Mapping[str, Tensor], whose: str, **options: Any) -> Any:
+    """A model of these tensors, by its class's `from_pretrained`; its dtype is given, the config's, or the first one's.
 
-    >>> misfits({"missing_keys": ["b"], "unexpected_keys": [], "mismatched_keys": [("a", (1,), (2,))]})
-    'a, b'
+    Raises `ValueError` for tensors that it lacks, has no place for, or has in another shape; `whose` says of what.
     """
-    names = [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    return ", ".join(sorted(names))
+    if options["dtype"] in (None, "auto"):
+        options["dtype"] = config.dtype or next(iter(tensors.values())).dtype
+    model, report = load(None, config=config, state_dict=tensors, output_loading_info=True, **options)
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"{whose} do not fit {type(model).__name__}: {', '.join(sorted(wrong))}")
+    return model

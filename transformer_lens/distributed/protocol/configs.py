@@ -91,7 +91,7 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
         name = plain_name(pretrained_model_name_or_path)
         source = source_of(name)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
-        written, _ = PreTrainedConfig.get_config_dict(source, **_of_files(kwargs))
+        written, _ = PreTrainedConfig.get_config_dict(source, **of_files(kwargs))
         _refuse_other_family(cls, name, written)
         if dht_prefix is None:
             dht_prefix = written.get("dht_prefix") if _is_local(source) else None
@@ -220,7 +220,7 @@ class AutoDistributedConfig:
         """
         name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
-        written, _ = PreTrainedConfig.get_config_dict(source_of(name), **_of_files(kwargs))
+        written, _ = PreTrainedConfig.get_config_dict(source_of(name), **of_files(kwargs))
         kind = written.get("model_type")
         if kind not in CONFIGS:
             raise ValueError(
@@ -258,7 +258,7 @@ FILE_OPTIONS = (
 )
 
 
-def _of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
+def of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords that say where a file comes from."""
     return {key: kwargs[key] for key in FILE_OPTIONS if key in kwargs}
 

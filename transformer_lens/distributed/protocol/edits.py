@@ -79,7 +79,6 @@ class Edit:
         return f"Edit({self.operation!r}{where})"
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        """The edited activation."""
         value = self._value(tensor, hook)
         places = [self._places(tensor, hook, axis, size) for axis, size in zip(*self._axes(tensor, hook), strict=True)]
         change = OPERATIONS[self.operation]
@@ -146,7 +145,6 @@ class Keep:
         self.value: Tensor | None = None
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
-        """Keep it."""
         self.value = tensor
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 MAGIC = b"TLB1"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 """What a tensor in a message may be, in the words of safetensors."""
-SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}
 FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 INTEGER = DTYPES["I64"]
 
@@ -287,7 +286,7 @@ def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
     fits = isinstance(shape, list) and len(shape) <= limits.rank
     if not fits or not all(_is_int(n) and 0 < n < 2**63 for n in shape):
         raise MessageError(f"tensor {name[:64]!r} has no shape of at most {limits.rank} lengths above 0")
-    return SIZES[dtype] * math.prod(shape)
+    return DTYPES[dtype].itemsize * math.prod(shape)
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from transformer_lens.checks import is_one_of
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class ClientSettings:
@@ -53,16 +55,7 @@ class HeadSettings:
 
 CLIENT_SETTINGS: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings))
 
-TIMES = (
-    "daemon_startup_timeout",
-    "connect_timeout",
-    "request_timeout",
-    "update_period",
-    "min_backoff",
-    "max_backoff",
-    "ban_timeout",
-    "ping_timeout",
-)
+TIMES: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings) if field.type == "float")
 COUNTS = {"max_retries": 0, "max_pinged": 1, "pre_seq_len": 0, "chunked_forward_step": 1}
 """Whole numbers, and the least each may be."""
 LISTS = {"initial_peers": False, "allowed_servers": True, "blocked_servers": True}
@@ -101,28 +94,22 @@ def check_settings(config: Any) -> None:
     check_prefix(config.dht_prefix)
     here = vars(config)
     for name in TIMES:
-        if not _is_number(here[name]) or not 0 < here[name] < float("inf"):
+        number = isinstance(here[name], (int, float)) and not isinstance(here[name], bool)
+        if not number or not 0 < here[name] < float("inf"):
             raise ValueError(f"{name}: got {here[name]!r}, expected a time in seconds, above 0 and finite")
     for name, least in COUNTS.items():
-        if name in here and (not isinstance(here[name], int) or isinstance(here[name], bool) or here[name] < least):
+        if name in here and (type(here[name]) is not int or here[name] < least):
             raise ValueError(f"{name}: got {here[name]!r}, expected a whole number, at least {least}")
     for name, may_miss in LISTS.items():
         if here[name] is None and may_miss:
             continue
-        if isinstance(here[name], str) or not isinstance(here[name], Sequence) or not all(map(_is_name, here[name])):
+        several = isinstance(here[name], Sequence) and not isinstance(here[name], str)
+        if not several or not all(isinstance(one, str) and one for one in here[name]):
             raise TypeError(f"{name}: got {here[name]!r}, expected a list of strings{' or None' if may_miss else ''}")
     for name, allowed in CHOICES.items():
-        if name in here and not any(type(here[name]) is type(one) and here[name] == one for one in allowed):
+        if name in here and not is_one_of(here[name], allowed):
             raise ValueError(f"{name}: got {here[name]!r}, expected one of {', '.join(map(repr, allowed))}")
     if config.min_backoff > config.max_backoff:
         raise ValueError(f"min_backoff: got {config.min_backoff}, expected at most max_backoff, {config.max_backoff}")
     if here.get("tuning_mode") is not None and not here["pre_seq_len"]:
         raise ValueError(f"tuning_mode={here['tuning_mode']!r} trains pre_seq_len prompts, and pre_seq_len is 0")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)

@@ -22,7 +22,6 @@ from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol.edits import Edit
 from transformer_lens.distributed.protocol.messages import (
     EDITS,
-    Action,
     FullError,
     Limits,
     MessageError,
@@ -217,7 +216,9 @@ class SpanServer:
                 if action.do == "look" and not looking:
                     continue
                 if action.do in EDITS:
-                    entry = HookEntry(_edit(action, values.get(nth, action.number)))
+                    places = {"positions": action.positions, "heads": action.heads, "experts": action.experts}
+                    value = values.get(nth, action.number)
+                    entry = HookEntry(Edit(action.do, value, **places))  # type: ignore[arg-type]
                 else:
                     reading.append(Seen(nth, turns, in_graph=action.do == "keep"))
                     entry = HookEntry(reading[-1], reads_only=action.do != "keep")
@@ -311,11 +312,6 @@ class SpanServer:
         # The model asks its first layer how long the text is, and blocks below the first of these do not run.
         cache.layers[:first] = [cache.layers[first]] * first
         return Session(cache, bytes_per_position=each, rows=request.tensors["stream"].shape[0])
-
-
-def _edit(action: Action, value: Any) -> Edit:
-    places = {"positions": action.positions, "heads": action.heads, "experts": action.experts}
-    return Edit(action.do, value, **places)  # type: ignore[arg-type]
 
 
 def _reply(tensors: dict[str, Tensor], hooks: list[Seen]) -> Reply:

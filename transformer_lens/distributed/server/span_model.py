@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, misfits, read_part
+from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
 
 
@@ -53,19 +53,10 @@ def load_span(
     check_blocks(blocks, config.num_hidden_layers)
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
     weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
-    dtype = dtype or config.dtype or next(iter(weights.values())).dtype
     ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in config.ends.items()}
-    model, report = config.base_class.from_pretrained(
-        None,
-        config=span_config(config, blocks),
-        state_dict={**weights, **ends},
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        output_loading_info=True,
-    )
-    wrong = misfits(report)
-    if wrong:
-        raise ValueError(f"{name}: its blocks {blocks} do not fit {type(model).__name__}: {wrong}")
+    how = {"dtype": dtype, "attn_implementation": attn_implementation}
+    here = span_config(config, blocks)
+    model = filled(config.base_class.from_pretrained, here, {**weights, **ends}, f"{name}: its blocks {blocks}", **how)
     return model.to(device).eval().requires_grad_(False), config, part
 
 
