@@ -5,11 +5,10 @@ Pure Python without a clock of its own, so that a simulation runs the same code 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LONGEST_BAN = 16
@@ -121,6 +120,13 @@ def _no_path(servers: list[ServerFacts], first: int, end: int, banned: Mapping[s
     return NoPath(missing, helpful, {server.peer for server in servers})
 
 
+def permitted(settings: Any, peer: str) -> bool:
+    """Whether `allowed_servers` and `blocked_servers` let this peer be asked at all."""
+    allowed, blocked = settings.allowed_servers, settings.blocked_servers or ()
+    return peer not in blocked and (allowed is None or peer in allowed)
+
+
+@dataclass(kw_only=True, eq=False)
 class Health:
     """Who failed lately, and how long to wait.
 
@@ -137,27 +143,16 @@ class Health:
     success forgets them. Times are in seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        ban_timeout: float = 15,
-        min_backoff: float = 1,
-        max_backoff: float = 60,
-        max_retries: int = 5,
-        allowed_servers: Collection[str] | None = None,
-        blocked_servers: Collection[str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.ban_timeout = ban_timeout
-        self.min_backoff = min_backoff
-        self.max_backoff = max_backoff
-        self.max_retries = max_retries
-        self.allowed = None if allowed_servers is None else frozenset(allowed_servers)
-        self.blocked = frozenset(blocked_servers or ())
-        self.clock = clock
-        self.failures: dict[str, int] = {}
-        """Failures in a row of each peer."""
-        self._until: dict[str, float] = {}
+    ban_timeout: float = 15
+    min_backoff: float = 1
+    max_backoff: float = 60
+    max_retries: int = 5
+    allowed_servers: Collection[str] | None = None
+    blocked_servers: Collection[str] | None = None
+    clock: Callable[[], float] = time.monotonic
+    failures: dict[str, int] = field(default_factory=dict, init=False)
+    """Failures in a row of each peer."""
+    _until: dict[str, float] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, settings: Any, clock: Callable[[], float] = time.monotonic) -> Health:
@@ -173,13 +168,11 @@ class Health:
         >>> health.anew().banned()
         {}
         """
-        other = copy.copy(self)
-        other.failures, other._until = {}, {}
-        return other
+        return replace(self)
 
     def permits(self, peer: str) -> bool:
         """Whether the settings let this peer be asked at all."""
-        return peer not in self.blocked and (self.allowed is None or peer in self.allowed)
+        return permitted(self, peer)
 
     def failed(self, peer: str) -> None:
         """A call failed: leave the peer out for a while."""

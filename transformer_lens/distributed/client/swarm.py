@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformer_lens.distributed.client.routing import ServerFacts
+from transformer_lens.distributed.client.routing import ServerFacts, permitted
 from transformer_lens.distributed.network.node import Node
 from transformer_lens.distributed.network.records import STATES, Announcement, announced
 from transformer_lens.distributed.protocol.messages import (
@@ -145,12 +145,7 @@ class Swarm:
 
     def known(self) -> list[Server]:
         """The servers that may be used, also those that are leaving."""
-        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers or ()
-        return [
-            server
-            for peer, server in list(self._servers.items())
-            if peer not in blocked and (allowed is None or peer in allowed)
-        ]
+        return [server for peer, server in list(self._servers.items()) if permitted(self.config, peer)]
 
     def facts(self, span: Any) -> ServerFacts:
         """How fast a span's server is: of one that was never pinged, as fast as the others are on average."""

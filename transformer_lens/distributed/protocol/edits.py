@@ -68,11 +68,8 @@ class Edit:
             raise TypeError(f"Edit: got a value of {type(value).__name__}, expected a Tensor or a number")
         self.operation = operation
         self.value = value if value is None or isinstance(value, Tensor) else float(value)
-        self.chosen: dict[str, list[int] | None] = {
-            "positions": _numbers("positions", positions),
-            "heads": _numbers("heads", heads),
-            "experts": _numbers("experts", experts),
-        }
+        given = {"positions": positions, "heads": heads, "experts": experts}
+        self.chosen = {what: _numbers(what, places) for what, places in given.items()}
 
     def __repr__(self) -> str:
         where = "".join(f", {what}={places}" for what, places in self.chosen.items() if places is not None)
@@ -141,8 +138,7 @@ class Keep:
     `run_with_cache` keeps activations without it. `value` is the last run's.
     """
 
-    def __init__(self) -> None:
-        self.value: Tensor | None = None
+    value: Tensor | None = None
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         self.value = tensor

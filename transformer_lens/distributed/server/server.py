@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -62,14 +63,14 @@ WEIGHT = 0.2
 """Of the latest call, in moving averages."""
 
 
+@dataclass(eq=False)
 class Seen:
     """A hook that keeps a tensor, in the graph or apart from it, and notes that it was its turn."""
 
-    def __init__(self, number: int, turns: list[int], in_graph: bool) -> None:
-        self.number = number
-        self.turns = turns
-        self.in_graph = in_graph
-        self.value: Tensor | None = None
+    number: int
+    turns: list[int]
+    in_graph: bool
+    value: Tensor | None = None
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         self.turns.append(self.number)
