@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.support import mixtral, tokens
+from tests.support import family, mixtral, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, LayerNormBridge
 from transformer_lens.model_bridge.generalized_components.attention import OpenAttentionBridge
@@ -167,6 +167,20 @@ def test_a_module_beside_itself_shares_what_is_not_exchanged() -> None:
     assert unhooked(module)[0].weight is module[0].weight
 
 
+@pytest.mark.parametrize("name", ["40b", "mixtral"])
+def test_what_runs_beside_a_kernel_ends_with_what_is_wanted(name: str) -> None:
+    """Scores alone are those that come with the pattern; so are rotated queries alone."""
+    model, ids = family(name), tokens()
+    bridge = TransformerBridge(model)
+    names = [f"blocks.0.attn.hook_{short}" for short in ("rot_q", "attn_scores", "pattern")]
+    with torch.no_grad():
+        _, together = bridge.run_with_cache(ids, names_filter=names)
+        for hook in names:
+            _, alone = bridge.run_with_cache(ids, names_filter=hook)
+            assert torch.equal(alone[hook], together[hook]), hook
+    torch.testing.assert_close(together[names[1]].softmax(-1), together[names[2]])
+
+
 class AnotherProduct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x @ torch.eye(x.shape[-1])
@@ -205,6 +219,39 @@ def test_a_router_and_experts_that_pass_something_else_are_errors(monkeypatch: p
         patch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "grouped_mm", unsorted)
         with pytest.raises(UpstreamError, match="MixtralExperts .* has no sort of its pairs where its kernel had one"):
             look("hook_post")
+
+
+def double(value: Tensor, hook: Any) -> Tensor:
+    return value * 2
+
+
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["hook_pre", "hook_pre_linear", "hook_post", "hook_expert_out"])
+def test_each_kernel_of_experts_is_opened_where_it_is(how: str, name: str) -> None:
+    """Alone and with the others, looked at and written: every pair's value is its expert's, by hand."""
+    model, ids = mixtral(experts=how), tokens()
+    bridge, hook = TransformerBridge(model), f"blocks.0.mlp.{name}"
+    mlp = model.model.layers[0].mlp
+    inside = ["hook_in", "hook_expert_indices", "hook_expert_weights", "hook_pre", "hook_pre_linear", "hook_post"]
+    with torch.no_grad():
+        bare = model(ids).logits
+        logits, alone = bridge.run_with_cache(ids, names_filter=hook)
+        _, cache = bridge.run_with_cache(ids, names_filter=[f"blocks.0.mlp.{n}" for n in (*inside, "hook_expert_out")])
+        same = bridge.run_with_hooks(ids, fwd_hooks=[(hook, lambda value, hook: value.clone())])
+        with bridge.hooks([(hook, double)]):
+            _, written = bridge.run_with_cache(ids, names_filter=["blocks.0.hook_mlp_out"])
+        found = [cache[f"blocks.0.mlp.{n}"] for n in inside]
+        x, chosen, weights = found[:3]
+        hidden = torch.einsum("bpd,bpchd->bpch", x, mlp.experts.gate_up_proj[chosen])
+        gate, up = hidden.chunk(2, -1)
+        gate, up = (2 * gate if name == "hook_pre" else gate), (2 * up if name == "hook_pre_linear" else up)
+        neurons = F.silu(gate) * up * (2 if name == "hook_post" else 1)
+        out = torch.einsum("bpch,bpcdh->bpcd", neurons, mlp.experts.down_proj[chosen])
+        total = ((2 * out if name == "hook_expert_out" else out) * weights[..., None]).sum(2)
+    assert torch.equal(logits, bare) and torch.equal(same, bare)
+    assert torch.equal(alone[hook], cache[hook])
+    torch.testing.assert_close(torch.cat(found[3:5], -1), hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(written["blocks.0.hook_mlp_out"], total, rtol=1e-5, atol=1e-5)
 
 
 def test_a_component_says_what_it_does_not_know() -> None:

@@ -167,7 +167,7 @@ DRILLS = [
     free("FalconDecoderLayer", "40b", "hidden_states"),
     free("FalconMLP", "rw", "x"),
     *missing("MixtralAttention", "mixtral", "config", "layer_idx"),
-    *missing("MixtralExperts", "mixtral", "gate_up_proj", "down_proj", "has_bias", "is_transposed"),
+    *missing("MixtralExperts", "mixtral", "gate_up_proj", "down_proj"),
     *missing("MixtralTopKRouter", "mixtral", "weight"),
     *missing("MixtralRMSNorm", "mixtral", "weight"),
     *missing("FalconAttention", "40b", "config", "layer_idx"),

@@ -23,7 +23,6 @@ from transformer_lens.model_bridge.upstream import UpstreamError, attention_func
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 DROPOUT = (F.dropout, torch.dropout)
 MATMUL = (F.linear, torch.matmul, Tensor.matmul)
-ADD = (torch.add, Tensor.add)
 
 Step = Callable[[Tensor], Tensor]
 """What happens to a value at a seam: it is looked at, or another one takes its place."""

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.seams import ADD, MATMUL, Enough, FirstCall, TorchCalls, beside
+from transformer_lens.model_bridge.seams import MATMUL, Enough, FirstCall, TorchCalls, beside
 from transformer_lens.model_bridge.sharding import ALONE, Shards
 from transformer_lens.model_bridge.upstream import (
     CHOICE_WEIGHTS,
@@ -42,16 +42,12 @@ OUTPUTS = Stage("outputs", ("hook_expert_out",))
 STAGES = (HIDDEN, NEURONS, OUTPUTS)
 
 
-def show_hidden(
-    value: Float[Tensor, "pair hidden"], together: bool, fire: Callable[[str, Tensor], Tensor]
-) -> Float[Tensor, "pair hidden"]:
-    """Show both halves of the hidden layer, which lie side by side or in turns."""
-    halves = value.chunk(2, dim=-1) if together else (value[..., ::2], value[..., 1::2])
+def show_hidden(value: Float[Tensor, "pair hidden"], fire: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Show both halves of the hidden layer, which lie side by side."""
+    halves = value.chunk(2, dim=-1)
     new = [fire(name, half) for name, half in zip(HIDDEN.hooks, halves, strict=True)]
-    if all(one is other for one, other in zip(new, halves, strict=True)):
-        return value
     # Laid out as the module's own hidden layer, or the activation rounds differently.
-    return torch.cat(new, dim=-1) if together else torch.stack(new, dim=-1).flatten(-2)
+    return value if all(one is other for one, other in zip(new, halves, strict=True)) else torch.cat(new, dim=-1)
 
 
 SORTS = {"grouped_mm": True, "batched_mm": False}
@@ -64,8 +60,7 @@ class KernelRun:
     Their neurons are what the module's own gate makes of their hidden layer, between the kernel's two products.
     """
 
-    def __init__(self, together: bool, call: InsideCall) -> None:
-        self.together = together
+    def __init__(self, call: InsideCall) -> None:
         self.call = call
         self.module: Any = call.module
         self.shape = call.argument(CHOSEN).shape
@@ -108,7 +103,7 @@ class KernelRun:
             return self.module._apply_gate(hidden)  # type: ignore[no-any-return]
         if self.order is not None:
             self.place = torch.argsort(self.order)
-        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(hidden, self.together, self._fire)))
+        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(hidden, self._fire)))
         self.step = "weighting" if self.call.wants(OUTPUTS.hooks[0]) else "done"
         if self.step != "done":
             self.watched.enter_context(FirstCall((Tensor.mul,), self._weighted))
@@ -138,8 +133,7 @@ class EagerRun:
     once, so the forward runs again from what a hook was shown, and takes what is known for granted.
     """
 
-    def __init__(self, together: bool, call: InsideCall) -> None:
-        self.together = together
+    def __init__(self, call: InsideCall) -> None:
         self.own = call
         self.by_expert = "expert" in call.divided
         self.module: Any = call.module
@@ -194,7 +188,7 @@ class EagerRun:
         found = self.known[stage.name]
         value = torch.cat(found) if found else self.x.new_empty(0, self._width(stage))
         if stage is HIDDEN:
-            new = show_hidden(value, self.together, partial(self.pairs.fire, self.call))
+            new = show_hidden(value, partial(self.pairs.fire, self.call))
         else:
             # Where processes share the neurons, each has a part of every output.
             shown = value if stage is NEURONS or self.by_expert else self.call.shards.summed(value)
@@ -204,17 +198,15 @@ class EagerRun:
 
     def _width(self, stage: Stage) -> int:
         """Of a value where no expert has a token."""
-        weight = self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj
-        into, out = weight.shape[1:] if self.module.is_transposed else reversed(weight.shape[1:])
+        out, into = (self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj).shape[1:]
         return int(into if stage is NEURONS else out)
 
 
 class ExpertProducts(TorchCalls):
     """The two products with a matrix that eager experts compute for each expert chosen, in the experts' order.
 
-    The first returns the hidden layer, the second receives the neurons and returns the output; where experts have
-    biases, those are added to the products. What is `known` takes their place. `until` keeps the values up to a stage,
-    and ends after it.
+    The first returns the hidden layer, the second receives the neurons and returns the output. What is `known` takes
+    their place. `until` keeps the values up to a stage, and ends after it.
     """
 
     def __init__(
@@ -227,25 +219,17 @@ class ExpertProducts(TorchCalls):
         self.experts = experts
         self.until = until if stops else None
         self.products = 0
-        self.adds_to: str | None = None
         for stage in STAGES[: STAGES.index(until) + 1] if until else ():
             known.setdefault(stage.name, [])
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.adds_to is not None and function in ADD:
-            name, self.adds_to = self.adds_to, None
-            return self._value(name, lambda: function(*args, **kwargs))
         if function not in MATMUL:
             return function(*args, **kwargs)
         second = self.products % 2
         self.products += 1
         if second:
             args = (self._value(NEURONS.name, lambda: args[0]), *args[1:])
-        name = (OUTPUTS if second else HIDDEN).name
-        if self.module.has_bias:
-            self.adds_to = name
-            return function(*args, **kwargs)
-        return self._value(name, lambda: function(*args, **kwargs))
+        return self._value((OUTPUTS if second else HIDDEN).name, lambda: function(*args, **kwargs))
 
     def _value(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A value of the expert whose turn it is: the known one, or a new one, kept if its stage is to be known."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
@@ -36,9 +36,7 @@ class ExpertsBridge(ComponentBridge):
     """The experts: gated MLPs side by side, their weights stacked along the first axis."""
 
     takes = (STREAM, CHOSEN, CHOICE_WEIGHTS)
-    attributes = ("gate_up_proj", "down_proj", "has_bias", "is_transposed")
-    together: ClassVar[bool] = True
-    """Whether gates and ungated neurons lie side by side in the hidden layer, or in turns."""
+    attributes = ("gate_up_proj", "down_proj", "config")
 
     def check_module(self) -> None:
         super().check_module()
@@ -51,8 +49,8 @@ class ExpertsBridge(ComponentBridge):
     def inside(self, call: InsideCall) -> Any:
         """The module's call, opened where its kernel computes all experts at once; else its family's eager forward."""
         if KernelRun.fits(call):
-            return KernelRun(self.together, call).run()
-        run = EagerRun(self.together, call)
+            return KernelRun(call).run()
+        run = EagerRun(call)
         if any(call.writes(name) for stage in STAGES for name in stage.hooks):
             return run.written()
         return run.looked()
