@@ -24,6 +24,7 @@ from tests.twins.test_attention_writes import test_a_write_changes_what_follows_
 from tests.twins.test_branches import test_an_edit_has_the_predicted_effect as branch_edits
 from tests.twins.test_branches import test_an_edit_with_a_cache_is_of_the_new_positions as branch_edits_cached
 from tests.twins.test_experts import test_a_write_has_the_predicted_effect as expert_writes
+from tests.twins.test_experts import test_no_token_at_all as no_token
 from tests.twins.test_laws import test_a_forward_that_was_exchanged_before_comes_back as exchanged_forward
 from tests.twins.test_laws import test_a_forward_within_a_hook_is_another_run as nested_run
 from tests.twins.test_laws import test_a_module_in_an_inside_slot as module_in_slot
@@ -118,6 +119,8 @@ def test_caches(family: str, kind: str) -> None:
 
 def test_experts() -> None:
     expert_writes(4, 2, "eager")
+    for short in ("pre", "post", "expert_out"):
+        no_token(short, 4)
 
 
 def test_laws() -> None:
