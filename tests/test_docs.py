@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md") if "decisions" not in p.parts)
-ELSEWHERE = {"docs/adding_an_architecture.md": "tests/test_sketches.py", "docs/index.md": "tests/test_readme.py"}
+ELSEWHERE = {"docs/adding_an_architecture.md": "tests/families/test_guide.py", "docs/index.md": "tests/test_readme.py"}
 """Pages that a test of their own runs."""
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.M | re.S)
 

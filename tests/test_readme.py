@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from transformer_lens import TransformerBridge
+from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_class
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -25,6 +26,13 @@ in numbers, and why the rest is absent.
 
 """
 MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hooks -->")
+FAMILY_MARKS = ("<!-- families: written by tests/test_readme.py --write -->\n", "<!-- /families -->")
+
+
+def families_as_markdown() -> str:
+    """Every family of the registry, by the `model_type` of its config, and what its adapter says of it."""
+    rows = [f"| `{name}` | {adapter_class(name).__doc__.splitlines()[0]} |" for name in sorted(ADAPTERS)]
+    return "\n".join(["| `model_type` | |", "|---|---|", *rows]) + "\n"
 
 
 SPEED_MARKS = ("<!-- speed: written by tests/test_readme.py --write -->\n", "<!-- /speed -->")
@@ -94,6 +102,12 @@ def test_the_table_of_hooks_is_that_of_the_models():
     assert HOOKS.read_text() == HOOKS_TEXT + hooks_as_markdown()
 
 
+def test_the_families_are_those_of_the_registry():
+    text = README.read_text()
+    start, end = text.index(FAMILY_MARKS[0]) + len(FAMILY_MARKS[0]), text.index(FAMILY_MARKS[1])
+    assert text[start:end] == families_as_markdown()
+
+
 def test_the_figures_are_the_stored_ones():
     text = README.read_text()
     start, end = text.index(SPEED_MARKS[0]) + len(SPEED_MARKS[0]), text.index(SPEED_MARKS[1])
@@ -111,7 +125,8 @@ def test_the_commands_the_readme_names_exist():
 
 if __name__ == "__main__" and "--write" in sys.argv:
     text = README.read_text()
-    for (first, last), table in ((MARKS, hooks_as_markdown()), (SPEED_MARKS, speed_as_markdown())):
+    written = {MARKS: hooks_as_markdown(), FAMILY_MARKS: families_as_markdown(), SPEED_MARKS: speed_as_markdown()}
+    for (first, last), table in written.items():
         start, end = text.index(first) + len(first), text.index(last)
         text = text[:start] + table + text[end:]
     README.write_text(text)

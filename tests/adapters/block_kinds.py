@@ -29,6 +29,17 @@ from transformer_lens.model_bridge.generalized_components import (
     linears,
 )
 
+H1 = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "attention_out_multiplier": 0.7,
+    "attention_in_multiplier": 0.9,
+    "ssm_out_multiplier": 1.3,
+}
+
 
 class AttentionWithNorms(PositionEmbeddingsAttentionBridge):
     """Attention with norms of q and k that are not named here: what it rotates is not what its projections return."""
@@ -46,6 +57,7 @@ class Family(ArchitectureAdapter):
 
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     final_norm: ClassVar[str] = "norm"
+    harmless = ("attention_bias", "mlp_bias", "embedding_multiplier", "residual_multiplier")
     cfg_names = {
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
@@ -110,6 +122,7 @@ class FalconH1(Family):
 
     model_type = "falcon_h1"
     block_returns_tuple = True
+    harmless = tuple(H1)
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     final_norm = "final_layernorm"
 
@@ -128,6 +141,8 @@ class Lfm2(Family):
     """Short convolutions in some layers, attention in others."""
 
     model_type = "lfm2"
+    config_keys = ("layer_types",)
+    harmless = ("block_auto_adjust_ff_dim",)
     norms = {"ln1": "operator_norm", "ln2": "ffn_norm"}
     final_norm = "embedding_norm"
     cfg_names = {name: at for name, at in Family.cfg_names.items() if name != "act_fn"} | {"eps": "norm_eps"}
@@ -152,6 +167,8 @@ class Ernie(Family):
     """Dense first layers, then mixtures of experts of another width."""
 
     model_type = "ernie4_5_moe"
+    config_keys = ("moe_layer_start_index", "moe_intermediate_size", "moe_num_shared_experts")
+    harmless = ("moe_layer_end_index",)
     cfg_names = {**Family.cfg_names, "num_experts": "moe_num_experts", "experts_per_token": "moe_k"}
 
     def inside(self, layer: int) -> dict[str, Part]:
@@ -174,16 +191,6 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
     "pad_token_id": 0,
-}
-H1 = {
-    "mamba_d_ssm": 32,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_chunk_size": 8,
-    "attention_out_multiplier": 0.7,
-    "attention_in_multiplier": 0.9,
-    "ssm_out_multiplier": 1.3,
 }
 MIXTURE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12, "moe_num_shared_experts": 0}
 KINDS: dict[str, tuple[type[Family], str, dict[str, Any]]] = {

@@ -185,7 +185,8 @@ def test_an_unknown_family_is_refused(config: Any, shown: str) -> None:
     with pytest.raises(ValueError) as refusal:
         adapter_for(config)
     assert str(refusal.value) == (
-        f"model_type {shown} is not supported; supported are falcon, mixtral. "
+        f"model_type {shown} is not supported; supported are falcon, gemma, gemma2, gpt2, gpt_neox, llama, mistral, "
+        "mixtral, qwen2, qwen3, qwen3_moe. "
         "docs/adding_an_architecture.md shows how to describe another family"
     )
 
@@ -207,7 +208,7 @@ def test_an_adapter_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_adapter_has_to_say_where_its_components_live(monkeypatch: pytest.MonkeyPatch) -> None:
     class Bare(ArchitectureAdapter):
         model_type = "bare"
-        cfg_names = FalconArchitectureAdapter.cfg_names
+        cfg_names, config_keys = FalconArchitectureAdapter.cfg_names, FalconArchitectureAdapter.config_keys
 
         def variant(self) -> dict[str, Any]:
             return {"n_key_value_heads": 1, "positional_embedding_type": "rotary", "normalization_type": "LN",
@@ -219,6 +220,19 @@ def test_an_adapter_has_to_say_where_its_components_live(monkeypatch: pytest.Mon
     preparation = Bare.prepare_model(family("mixtral"))
     assert type(preparation) is Preparation
     preparation.undo()
+
+
+def test_a_field_that_no_adapter_knows_is_named() -> None:
+    class Forgetful(FalconArchitectureAdapter):
+        config_keys = ()
+
+    Forgetful(falcon_config(num_attention_heads=71, hidden_size=4544))
+    with pytest.raises(ValueError) as refusal:
+        Forgetful(falcon_config(num_attention_heads=71, hidden_size=4544, multi_query=False))
+    assert str(refusal.value) == (
+        "FalconConfig: multi_query=False, expected True: the adapter of 'falcon' does not know what it changes; "
+        "describe it in an adapter of your own, whose config_keys name it (docs/adding_an_architecture.md)"
+    )
 
 
 def test_every_row_is_complete() -> None:

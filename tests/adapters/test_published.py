@@ -12,7 +12,21 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED, published_config
@@ -21,7 +35,7 @@ from transformer_lens.model_bridge.supported_architectures.published import PUBL
 class Published(NamedTuple):
     """A model card: its config, and what follows from it."""
 
-    config: FalconConfig | MixtralConfig
+    config: PreTrainedConfig
     cfg: dict[str, Any]
     billions: float
 
@@ -86,6 +100,82 @@ CARDS = {
          "num_experts": 8, "experts_per_token": 2},
         140.63,
     ),
+    "gemma-7b": Published(
+        GemmaConfig(),
+        {"n_layers": 28, "n_heads": 16, "n_key_value_heads": 16, "d_model": 3072, "d_head": 256, "d_mlp": 24576,
+         "d_vocab": 256000, "positional_embedding_type": "rotary", "parallel_attn_mlp": False, "n_ctx": 8192},
+        8.54,
+    ),
+    "gemma-2-9b": Published(
+        Gemma2Config(
+            hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=256,
+        ),
+        {"n_layers": 42, "n_heads": 16, "n_key_value_heads": 8, "d_model": 3584, "d_head": 256, "d_mlp": 14336,
+         "d_vocab": 256000, "positional_embedding_type": "rotary", "parallel_attn_mlp": False,
+         "sliding_window": 4096},
+        9.24,
+    ),
+    "gpt2": Published(
+        GPT2Config(),
+        {"n_layers": 12, "n_heads": 12, "n_key_value_heads": 12, "d_model": 768, "d_head": 64, "d_mlp": 3072,
+         "d_vocab": 50257, "positional_embedding_type": "standard", "parallel_attn_mlp": False, "n_ctx": 1024},
+        0.12,
+    ),
+    "llama-2-7b": Published(
+        LlamaConfig(max_position_embeddings=4096),
+        {"n_layers": 32, "n_heads": 32, "n_key_value_heads": 32, "d_model": 4096, "d_head": 128, "d_mlp": 11008,
+         "d_vocab": 32000, "positional_embedding_type": "rotary", "parallel_attn_mlp": False},
+        6.74,
+    ),
+    "llama-3-8b": Published(
+        LlamaConfig(
+            vocab_size=128256, intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=8192,
+        ),
+        {"n_layers": 32, "n_heads": 32, "n_key_value_heads": 8, "d_model": 4096, "d_head": 128, "d_mlp": 14336,
+         "d_vocab": 128256, "positional_embedding_type": "rotary", "parallel_attn_mlp": False},
+        8.03,
+    ),
+    "mistral-7b": Published(
+        MistralConfig(max_position_embeddings=32768),
+        {"n_layers": 32, "n_heads": 32, "n_key_value_heads": 8, "d_model": 4096, "d_head": 128, "d_mlp": 14336,
+         "d_vocab": 32000, "positional_embedding_type": "rotary", "parallel_attn_mlp": False,
+         "sliding_window": 4096},
+        7.24,
+    ),
+    "pythia-6.9b": Published(
+        GPTNeoXConfig(hidden_size=4096, num_attention_heads=32, num_hidden_layers=32, intermediate_size=16384),
+        {"n_layers": 32, "n_heads": 32, "n_key_value_heads": 32, "d_model": 4096, "d_head": 128, "d_mlp": 16384,
+         "d_vocab": 50432, "positional_embedding_type": "rotary", "parallel_attn_mlp": True},
+        6.86,
+    ),
+    "qwen2-7b": Published(
+        Qwen2Config(
+            hidden_size=3584, num_attention_heads=28, num_hidden_layers=28, vocab_size=152064, intermediate_size=18944,
+            num_key_value_heads=4, max_position_embeddings=131072,
+        ),
+        {"n_layers": 28, "n_heads": 28, "n_key_value_heads": 4, "d_model": 3584, "d_head": 128, "d_mlp": 18944,
+         "d_vocab": 152064, "positional_embedding_type": "rotary", "parallel_attn_mlp": False,
+         "sliding_window": None},
+        7.62,
+    ),
+    "qwen3-8b": Published(
+        Qwen3Config(
+            num_hidden_layers=36, intermediate_size=12288, num_key_value_heads=8, max_position_embeddings=40960,
+        ),
+        {"n_layers": 36, "n_heads": 32, "n_key_value_heads": 8, "d_model": 4096, "d_head": 128, "d_mlp": 12288,
+         "d_vocab": 151936, "positional_embedding_type": "rotary", "parallel_attn_mlp": False},
+        8.19,
+    ),
+    "qwen3-30b-a3b": Published(
+        Qwen3MoeConfig(
+            num_hidden_layers=48, head_dim=128, norm_topk_prob=True, max_position_embeddings=40960,
+        ),
+        {"n_layers": 48, "n_heads": 32, "n_key_value_heads": 4, "d_model": 2048, "d_head": 128, "d_mlp": 768,
+         "d_vocab": 151936, "positional_embedding_type": "rotary", "parallel_attn_mlp": False,
+         "num_experts": 128, "experts_per_token": 8},
+        30.53,
+    ),
 }  # fmt: skip
 
 every_card = pytest.mark.parametrize("name", CARDS)
@@ -96,9 +186,8 @@ BATCH, POS = 2, 5
 def bridge_of(name: str) -> TransformerBridge:
     """The whole model without its numbers. In bfloat16, as published (and as grouped_mm asks for)."""
     config = copy.deepcopy(CARDS[name].config)  # Falcon's model writes its number of norms into it
-    kind = FalconForCausalLM if config.model_type == "falcon" else MixtralForCausalLM
     with torch.device("meta"):
-        return TransformerBridge(kind(config).to(torch.bfloat16).eval())
+        return TransformerBridge(AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval())
 
 
 @cache
@@ -135,7 +224,7 @@ def test_it_is_the_model_of_that_size(name: str) -> None:
 
 @every_card
 def test_every_capture_has_the_shape_of_the_table(name: str) -> None:
-    shapes, cache, known = shapes_of(name), captures_of(name), {"batch": BATCH, "pos": POS}
+    shapes, cache, known = shapes_of(name), captures_of(name), {"batch": BATCH, "pos": POS, "rows": 1}
     assert set(cache) == set(shapes)
     for hook, shape in shapes.items():
         assert list(cache[hook].shape) == [known.get(size, size) for size in shape], hook
@@ -169,7 +258,7 @@ def test_blocks_have_the_hooks_of_their_kind(name: str) -> None:
     absent = {row.name for row in bridge.hook_table().absent()}
     assert ("blocks.{i}.hook_resid_mid" in present) != cfg["parallel_attn_mlp"]
     assert ("blocks.{i}.hook_resid_mid" in absent) == cfg["parallel_attn_mlp"]
-    assert ("blocks.{i}.mlp.hook_expert_indices" in present) == name.startswith("mixtral")
+    assert ("blocks.{i}.mlp.hook_expert_indices" in present) == ("num_experts" in cfg)
     assert {f"blocks.{{i}}.hook_{part}" for part in ("resid_pre", "mlp_in", "resid_post")} <= present
     assert ("blocks.{i}.ln2.hook_scale" in absent) == (name in ("falcon-7b", "falcon-11b"))
 

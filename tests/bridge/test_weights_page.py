@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.families.test_guide import execute
 from tests.support import LAYOUTS, family
-from tests.test_sketches import execute
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.weights import Weight, weights_of
 

@@ -15,8 +15,8 @@ from transformers import (
     FalconConfig,
     FalconForSequenceClassification,
     FalconModel,
-    GPT2Config,
     MixtralConfig,
+    Olmo2Config,
 )
 
 from tests.adapters.test_published import CARDS
@@ -340,5 +340,5 @@ def test_dtypes_that_are_none(dtype: Any) -> None:
 def test_configs_that_cannot_run() -> None:
     with pytest.raises(ValueError, match="cannot be run by its own model class: new_decoder_architecture"):
         model_info(falcon_config(new_decoder_architecture=True, parallel_attn=False))
-    with pytest.raises(ValueError, match="model_type 'gpt2' is not supported"):
-        model_info(GPT2Config())
+    with pytest.raises(ValueError, match="model_type 'olmo2' is not supported"):
+        model_info(Olmo2Config())

@@ -7,9 +7,9 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from tests.families.models import MODELS, build
 from tests.processing.test_undo import same, snapshot
 from tests.support import falcon, family, mixtral, tokens
-from tests.test_sketches import MODELS, build, registry, sketches  # noqa: F401
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import (
     JointQKVPositionEmbeddingsAttentionBridge,
@@ -234,20 +234,18 @@ def test_rms_norms_read_the_mean_that_centring_would_take():
 # -- other families --------------------------------------------------------------------------------------
 
 OTHERS = {
-    "gemma": ("center_unembed", "fold_value_biases"),  # its norms' formula is unknown to their component
-    "gemma2": ("fold_value_biases",),  # and its logits are capped
-    "gpt2": ("center_unembed",),  # its weights lie the other way round
-    "gpt2, inner": ("center_unembed",),
-    "gpt_neox, parallel": STEPS,
+    "gemma2": ("fold_ln", "fold_value_biases"),  # its logits are capped
+    "gpt2": STEPS,
+    "gpt2, scaled": STEPS,
+    "gpt_neox": STEPS,
     "gpt_neox, sequential": STEPS,
 }
 
 
-@pytest.mark.usefixtures("sketches")
 @pytest.mark.parametrize("name", MODELS)
-def test_sketched_families_keep_their_predictions_or_refuse(name):
-    # Grouped experts run in no float64.
-    dtype, tolerance = (torch.float32, 1e-5) if "moe" in name else (torch.float64, 1e-10)
+def test_other_families_keep_their_predictions_or_refuse(name):
+    # Grouped experts run in no float64, and Gemma's norms multiply in float32.
+    dtype, tolerance = (torch.float32, 1e-5) if "moe" in name or "gemma" in name else (torch.float64, 1e-10)
     model, x = build(name).to(dtype), tokens()
     with torch.no_grad():
         before = model(x).logits.log_softmax(-1)

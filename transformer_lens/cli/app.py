@@ -38,7 +38,7 @@ def _commands(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Read, edit and understand the activations of Falcon and Mixtral models, by name.
+    """Read, edit and understand the activations of language models, by name.
 
     Results go to standard output, everything else to standard error.
 

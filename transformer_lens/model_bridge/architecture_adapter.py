@@ -7,9 +7,11 @@ configurations the model class cannot run, and what has to be made safe for hook
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import (
@@ -35,6 +37,12 @@ Blocks = Callable[[int], Part]
 
 KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
 """What is read from every config."""
+
+EVERYWHERE = frozenset(
+    {"rope_parameters", "initializer_range", "use_cache", "tie_word_embeddings"}
+    | {f"{which}_token_id" for which in ("bos", "eos", "pad")}
+)
+"""Fields of configs whose values the model's own code sees to, or that name tokens."""
 
 
 def head_of(model: nn.Module) -> str | None:
@@ -71,6 +79,8 @@ class ArchitectureAdapter:
     """Whether a block of the model returns its stream as the first item of a tuple."""
     dropouts: ClassVar[tuple[str, ...]] = ()
     """The numbers in the config that make its blocks random in training."""
+    harmless: ClassVar[tuple[str, ...]] = ()
+    """Further fields of the config: whatever is there, every hook shows what its row in the table says."""
     root_hooks: ClassVar[tuple[Hook, ...]] = ROOT_HOOKS
     """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
@@ -81,12 +91,28 @@ class ArchitectureAdapter:
         self.config = config
         for name in (*KEYS, *self.cfg_names.values(), *self.config_keys):
             attribute(config, name)
+        self.refuse_unknown_fields()
         for sentence in self.refusals():
             raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
         self.cfg = self.read_config()
         self.component_mapping: Mapping[str, Part | Blocks] = self.components()
         side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
         self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
+
+    def refuse_unknown_fields(self) -> None:
+        """Raise `ValueError` for a field of the family's config that is not at its default and not known here."""
+        family: Any = next(kind for kind in type(self.config).__mro__ if kind.__module__.startswith("transformers."))
+        known = {*self.cfg_names.values(), *self.config_keys, *self.dropouts, *self.harmless, *EVERYWHERE}
+        known |= {field.name for field in fields(PreTrainedConfig)}
+        default: Any = family()  # where a default is `None`, it holds the number that the config puts there itself
+        for field in [field for field in fields(family) if field.name not in known]:
+            value = attribute(self.config, field.name)
+            if value not in (field.default, attribute(default, field.name)):
+                raise ValueError(
+                    f"{type(self.config).__name__}: {field.name}={value!r}, expected {field.default!r}: the adapter of "
+                    f"{self.model_type!r} does not know what it changes; describe it in an adapter of your own, whose "
+                    "config_keys name it (docs/adding_an_architecture.md)"
+                )
 
     def refusals(self) -> list[str]:
         """A sentence for everything in the config that the model class cannot run."""
@@ -107,6 +133,14 @@ class ArchitectureAdapter:
     def cached_heads(self) -> int:
         """How many keys (and values) of each position transformers' own KV cache holds in a layer."""
         return self.cfg.n_key_value_heads
+
+    def window(self, layer: int) -> int | None:
+        """How many of the latest positions a layer's attention sees, itself included; `None` for all of them."""
+        return self.cfg.sliding_window
+
+    def logit_cap(self) -> float | None:
+        """What the model caps its logits at softly, after the head; `None` where the head's output is its logits."""
+        return None
 
     def layout_name(self) -> str:
         """What the family calls its layout."""

@@ -65,7 +65,7 @@ class TransformerBridge(
     HookOwner,
     HookedRootModule,
 ):
-    """Read, edit and differentiate the activations of a Falcon or Mixtral by name.
+    """Read, edit and differentiate the activations of a language model by name.
 
     >>> bridge = TransformerBridge.boot_transformers("tiny-falcon")
     >>> logits, cache = bridge.run_with_cache("Mary and John went to the store")

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import a_path, in_words, is_whole, refuse_unknown
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import Part
+from transformer_lens.model_bridge.generalized_components.weights import matrix
 from transformer_lens.model_bridge.hook_table import layers_in_words
 from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config, model_class, named_dtype
 from transformer_lens.model_bridge.supported_architectures import adapter_for
@@ -254,8 +256,10 @@ def layout_in_words(adapter: ArchitectureAdapter) -> str:
         kinds.setdefault(_block_in_words(cfg, adapter.block(layer)), []).append(layer)
     blocks = [f"{layers_in_words(layers)}: {kind}" if len(kinds) > 1 else kind for kind, layers in kinds.items()]
     words = [f"{adapter.layout_name()}: {_heads_in_words(cfg)}", *blocks, _POSITIONS[cfg.positional_embedding_type]]
-    if cfg.sliding_window:
-        words.append(f"each token attends to the last {cfg.sliding_window:,}")
+    sliding = [layer for layer in range(cfg.n_layers) if adapter.window(layer)]
+    if sliding:
+        where = "" if len(sliding) == cfg.n_layers else f" in {layers_in_words(sliding)}"
+        words.append(f"each token attends to the last {cfg.sliding_window:,}{where}")
     return "; ".join(words)
 
 
@@ -296,14 +300,13 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
     >>> cache_memory(adapter_for(FalconConfig()), 2048, torch.bfloat16).needed == 2 * 32 * 1 * 64 * 2048 * 2
     True
 
-    2 (key and value) * layers * heads * d_head * positions * bytes. With a sliding window attention looks back to
-    `sliding_window - 1` positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
+    2 (key and value) * layers * heads * d_head * positions * bytes. In a layer with a sliding window attention looks
+    back to `window - 1` positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
     """
     cfg = adapter.cfg
-    each = 2 * cfg.n_layers * cfg.d_head * dtype.itemsize
-    needed, held = (context, context)
-    if cfg.sliding_window:
-        needed, held = min(context, cfg.sliding_window - 1), min(context, cfg.sliding_window)
+    each = 2 * cfg.d_head * dtype.itemsize
+    windows = [adapter.window(layer) or context + 1 for layer in range(cfg.n_layers)]
+    needed, held = (sum(min(context, window - less) for window in windows) for less in (1, 0))
     return CacheMemory(context, each * cfg.n_key_value_heads * needed, each * adapter.cached_heads() * held)
 
 
@@ -339,9 +342,9 @@ def _count(config: Any, adapter: ArchitectureAdapter) -> _Count:
     expert: list[torch.Size] = []
     for module in model.base_model.get_submodule(adapter.block(0).at).modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, nn.Linear):
-            linear.append(module.weight.shape)
-        expert += [matrix for p in own if p.ndim == 3 for matrix in [p.shape[1:]] * p.shape[0]]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            linear.append(matrix(module).get(module.weight).mT.shape)
+        expert += [shape for p in own if p.ndim == 3 for shape in [p.shape[1:]] * p.shape[0]]
     sizes = [
         (sum(shape.numel() for shape in s), sum(shape[0] for shape in s), sum(ceil(x.numel() / BLOCK) for x in s))
         for s in (linear, expert)

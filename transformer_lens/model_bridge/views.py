@@ -245,6 +245,25 @@ class Scaled:
         return divided + torch.where((value == self.get(x)) & off.isfinite(), off, 0)
 
 
+@dataclass(frozen=True)
+class Shifted:
+    """A tensor to which its reader adds a number, as the reader has it.
+
+    >>> Shifted(1.0).get(torch.tensor([0.5])), Shifted(1.0).put(torch.tensor([0.5]), torch.tensor([3.0]))
+    (tensor([1.5000]), tensor([2.]))
+
+    What is put is what one gets within one rounding; what was not changed is put back bit for bit.
+    """
+
+    by: float
+
+    def get(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return torch.where(value == self.get(x), x, value - self.by)
+
+
 def in_groups(view: View, kv_groups: int) -> View:
     """The query heads that a view reads as `(kv_group, heads_per_group)`, without copying them."""
     return replace(view, grouped=True) if isinstance(view, FusedQKV) else Groups(view, kv_groups)

@@ -33,7 +33,11 @@ class UnembeddingBridge(ComponentBridge):
     reads = (StreamMatrix(),)
     W_U = Weight("d_model d_vocab", "what each token's logit reads of the final stream", linear(""))
     b_U = Weight("d_vocab", "added to the logits", linear("", "bias"))
-    hooks = (Hook("hook_out", "batch pos d_vocab", "the logits", Port(side="out")),)
+    hooks = (
+        Hook(
+            "hook_out", "batch pos d_vocab", "the logits, before a cap that some families put on them", Port(side="out")
+        ),
+    )
 
 
 class HeadBridge(ComponentBridge):

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.generalized_components.weights import NormWeights
+from transformer_lens.model_bridge.generalized_components.weights import NormWeights, Weight, own
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import Inside, Port
+from transformer_lens.model_bridge.views import Shifted
 
 SCALE = Hook(
     "hook_scale",
@@ -121,6 +122,7 @@ class OffsetRMSNormBridge(RMSNormBridge):
     """RMSNorm as `GemmaRMSNorm` computes it: times one plus the weight, and rounded after that."""
 
     neutral = 0.0
+    w = Weight("d_model", "multiplies the normalised stream: one plus the weight", own("weight", Shifted(1.0)))
 
     def weighted(self, call: InsideCall, divided: Tensor, dtype: torch.dtype) -> Float[Tensor, "*batch d_model"]:
         shown = divided.to(dtype)

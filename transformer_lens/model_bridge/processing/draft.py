@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, StreamMatrix
 from transformer_lens.model_bridge.processing.changes import (
@@ -58,13 +59,15 @@ class Draft:
     # -- reading and writing -------------------------------------------------------------------------
 
     def weight(self, owner: ComponentBridge, matrix: StreamMatrix, axis: int) -> Tensor:
-        """A weight that has d_model on this axis."""
+        """A weight as `[out, in]`, that has d_model on this axis."""
         component = owner.role(matrix.role)
         found = self.optional(component, matrix.weight)
         module = component.original_component
         if found is None:
             raise self.refusal(component, matrix.weight, f"its {type(module).__name__} holds no parameter there")
-        if matrix.bias and not isinstance(module, nn.Linear):
+        if isinstance(module, Conv1D):
+            found = found.mT
+        elif matrix.bias and not isinstance(module, nn.Linear):
             kind = type(module).__name__
             raise self.refusal(component, matrix.weight, f"it belongs to a {kind}, whose weight is laid out otherwise")
         if found.shape[axis] != self.d_model:
@@ -106,6 +109,8 @@ class Draft:
         like = module._parameters[name]
         like = module._parameters["weight"] if like is None else like
         assert like is not None
+        if name == "weight" and isinstance(module, Conv1D):
+            value = value.mT.contiguous()
         self.values[f"{component.path}.{name}"] = module, name, value.to(like.dtype)
 
     # -- refusing ------------------------------------------------------------------------------------

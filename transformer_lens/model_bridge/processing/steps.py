@@ -45,11 +45,12 @@ def fold_ln(bridge: TransformerBridge, draft: Draft) -> None:
         if not norm.affine:
             raise draft.refusal(norm, "weight", f"{type(norm).__name__} does not know the formula of this norm")
         found = {name: draft.optional(norm, name) for name in norm.affine}
-        scale, shift = found["weight"], found.get("bias")
+        weight, shift = found["weight"], found.get("bias")
+        scale = None if weight is None else weight + (1.0 - norm.neutral)
         for reader in readers:
             _fold_into(reader, draft, scale, shift)
         if scale is not None:
-            draft.write(norm, "", "weight", torch.ones_like(scale))
+            draft.write(norm, "", "weight", torch.full_like(scale, norm.neutral))
         if shift is not None:
             draft.write(norm, "", "bias", torch.zeros_like(shift))
 
@@ -148,7 +149,7 @@ def _needs_layer_norm(bridge: TransformerBridge) -> str | None:
 def _needs_plain_logits(bridge: TransformerBridge) -> str | None:
     if "unembed" not in bridge._modules:
         return f"{bridge.cfg.architecture} has no unembedding"
-    cap = getattr(bridge.original_model.config, "final_logit_softcapping", None)
+    cap = bridge.adapter.logit_cap()
     return None if cap is None else f"the model caps its logits softly at {cap}, so a constant added to them counts"
 
 

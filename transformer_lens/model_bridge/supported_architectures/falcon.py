@@ -117,6 +117,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         "num_ln_in_parallel_attn",
         "parallel_attn",
     )
+    harmless = ("bias",)
 
     def refusals(self) -> list[str]:
         c = self.config

@@ -45,6 +45,7 @@ class MixtralArchitectureAdapter(ArchitectureAdapter):
         "sliding_window": "sliding_window",
     }
     config_keys = ("head_dim",)
+    harmless = ("output_router_logits", "router_aux_loss_coef")
 
     def refusals(self) -> list[str]:
         c = self.config

@@ -8,73 +8,57 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import FalconConfig, MixtralConfig
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+
+def _sizes(d_model: int, heads: int, layers: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    return dict(zip(names, (d_model, heads, layers, vocabulary), strict=True)) | more
+
 
 # As in the published configs, `multi_query` stays True beside the new architecture, which wins over it.
-_NEW = {"new_decoder_architecture": True, "vocab_size": 65024}
+_NEW = {"new_decoder_architecture": True}
+_RW = {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}
+_11B = {**_NEW, "num_kv_heads": 8, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192}
+
+
+def _gated(d_mlp: int, key_value_heads: int, context: int, **more: Any) -> dict[str, Any]:
+    names = ("intermediate_size", "num_key_value_heads", "max_position_embeddings")
+    return dict(zip(names, (d_mlp, key_value_heads, context), strict=True)) | more
+
+
+_A3B = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "norm_topk_prob": True}
 
 PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
-    "falcon-rw-1b": (
-        FalconConfig,
-        {
-            "hidden_size": 2048,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 24,
-            "vocab_size": 50304,
-            "alibi": True,
-            "parallel_attn": False,
-            "multi_query": False,
-            "bias": True,
-        },
-    ),
-    "falcon-7b": (
-        FalconConfig,
-        {"hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32, "vocab_size": 65024},
-    ),
-    "falcon-11b": (
-        FalconConfig,
-        {
-            **_NEW,
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_kv_heads": 8,
-            "num_hidden_layers": 60,
-            "num_ln_in_parallel_attn": 1,
-            "max_position_embeddings": 8192,
-        },
-    ),
-    "falcon-40b": (
-        FalconConfig,
-        {**_NEW, "hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8, "num_hidden_layers": 60},
-    ),
-    "falcon-180b": (
-        FalconConfig,
-        {**_NEW, "hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8, "num_hidden_layers": 80},
-    ),
-    "mixtral-8x7b": (
-        MixtralConfig,
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 32,
-            "intermediate_size": 14336,
-            "vocab_size": 32000,
-            "max_position_embeddings": 32768,
-        },
-    ),
-    "mixtral-8x22b": (
-        MixtralConfig,
-        {
-            "hidden_size": 6144,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 56,
-            "intermediate_size": 16384,
-            "vocab_size": 32768,
-            "max_position_embeddings": 65536,
-        },
-    ),
+    "falcon-rw-1b": (FalconConfig, _sizes(2048, 32, 24, 50304, **_RW)),
+    "falcon-7b": (FalconConfig, _sizes(4544, 71, 32, 65024)),
+    "falcon-11b": (FalconConfig, _sizes(4096, 32, 60, 65024, **_11B)),
+    "falcon-40b": (FalconConfig, _sizes(8192, 128, 60, 65024, **_NEW, num_kv_heads=8)),
+    "falcon-180b": (FalconConfig, _sizes(14848, 232, 80, 65024, **_NEW, num_kv_heads=8)),
+    "gemma-7b": (GemmaConfig, _sizes(3072, 16, 28, 256000, **_gated(24576, 16, 8192))),
+    "gemma-2-9b": (Gemma2Config, _sizes(3584, 16, 42, 256000, **_gated(14336, 8, 8192))),
+    "gpt2": (GPT2Config, _sizes(768, 12, 12, 50257)),
+    "llama-2-7b": (LlamaConfig, _sizes(4096, 32, 32, 32000, **_gated(11008, 32, 4096))),
+    "llama-3-8b": (LlamaConfig, _sizes(4096, 32, 32, 128256, **_gated(14336, 8, 8192))),
+    "mistral-7b": (MistralConfig, _sizes(4096, 32, 32, 32000, **_gated(14336, 8, 32768))),
+    "mixtral-8x7b": (MixtralConfig, _sizes(4096, 32, 32, 32000, **_gated(14336, 8, 32768))),
+    "mixtral-8x22b": (MixtralConfig, _sizes(6144, 48, 56, 32768, **_gated(16384, 8, 65536))),
+    "pythia-6.9b": (GPTNeoXConfig, _sizes(4096, 32, 32, 50432, intermediate_size=16384)),
+    "qwen2-7b": (Qwen2Config, _sizes(3584, 28, 28, 152064, **_gated(18944, 4, 131072))),
+    "qwen3-8b": (Qwen3Config, _sizes(4096, 32, 36, 151936, **_gated(12288, 8, 40960))),
+    "qwen3-30b-a3b": (Qwen3MoeConfig, _sizes(2048, 32, 48, 151936, **_gated(6144, 4, 40960, **_A3B))),
 }
 """Name -> config class, and the fields that differ from its defaults or decide a size."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
@@ -32,7 +33,8 @@ def compared(
 
 
 def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
+    """The last axis as heads, where they have no axis of their own yet."""
+    return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
 
 
 def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
@@ -68,26 +70,37 @@ def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
     return out if out is None or branch.scale == 1.0 else out * branch.scale
 
 
-def projected(e: Seen, attention: str, part: str) -> Tensor | None:
+def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's `_split_heads` reads the fused one."""
     own = e.returned(f"{attention}.{part}")
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
-    if fused is None:
-        return None
     split = getattr(e.components[attention].original_component, "_split_heads", None)
-    if split is None:
+    if fused is None or split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
     heads = e.bridge.cfg.n_heads if part == "q" else e.bridge.cfg.n_key_value_heads
     return found[:, :, :: found.shape[2] // heads]  # it repeats a key for each query head of its group
 
 
+def projected(e: Seen, attention: str, part: str) -> Tensor | None:
+    """A query, key or value as above; or as our own view reads the fused one, where the model has no function for it.
+
+    That view is judged by what the model makes of it: rotated queries and keys, and `pattern @ v`.
+    """
+    fused, own = e.returned(f"{attention}.qkv"), _own_projection(e, attention, part)
+    if own is not None or fused is None:
+        return own
+    _, view = cast("AttentionPlace", e.components[attention]).places[part]
+    return view(e.bridge.cfg).get(fused)
+
+
 def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
-    """A rotated query or key, by the function of the model's own source file."""
+    """A rotated query or key, of what its norm returns if it has one, by the function of the model's own file."""
     call = e.own.calls.get(attention)
-    q, k = (projected(e, attention, p) for p in "qk")
+    normed = {p: _heads(e, e.returned(f"{attention}.{p}_norm")) for p in "qk"}
+    q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
     if call is None or q is None or k is None:
         return None
     module = e.components[attention].original_component
@@ -126,9 +139,11 @@ REFERENCES: Mapping[str, Reference] = {
     "block.hook_mixer_in": lambda e, c, i: _stream_of(e, c, "mixer"),
     **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
     "attn.hook_in": lambda e, c, i: e.received(c),
-    "attn.hook_q": lambda e, c, i: projected(e, c, "q"),
-    "attn.hook_k": lambda e, c, i: projected(e, c, "k"),
-    "attn.hook_v": lambda e, c, i: projected(e, c, "v"),
+    "attn.hook_q": lambda e, c, i: _own_projection(e, c, "q"),
+    "attn.hook_k": lambda e, c, i: _own_projection(e, c, "k"),
+    "attn.hook_v": lambda e, c, i: _own_projection(e, c, "v"),
+    "attn.hook_q_normed": lambda e, c, i: _heads(e, e.returned(f"{c}.q_norm")),
+    "attn.hook_k_normed": lambda e, c, i: _heads(e, e.returned(f"{c}.k_norm")),
     "attn.hook_rot_q": lambda e, c, i: _rotated(e, c, "q"),
     "attn.hook_rot_k": lambda e, c, i: _rotated(e, c, "k"),
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
