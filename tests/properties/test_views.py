@@ -27,6 +27,7 @@ from transformer_lens.model_bridge.views import (
     Heads,
     Moved,
     Scaled,
+    Shifted,
     TokenRows,
     Transposed,
     View,
@@ -274,3 +275,13 @@ def test_a_value_of_another_shape_is_refused_and_nothing_is_broadcast() -> None:
         FusedQKV(2, 3, 4, "q").put(whole, torch.zeros(1, 2, 5, 4))
     with pytest.raises(RuntimeError):
         FusedQKV(2, 3, 4, "k").get(torch.zeros(1, 2, 41))
+
+
+@quickly
+@given(by=st.sampled_from([1.0, -0.5, 3.0]), width=st.integers(1, 5))
+def test_a_number_that_is_added_is_taken_off_again(by: float, width: int) -> None:
+    view, x, value = Shifted(by), 1e-4 * torch.randn(3, width), torch.randn(3, width)
+    kept = x.clone()
+    assert torch.equal(view.put(x, view.get(x)), kept) and torch.equal(x, kept)
+    torch.testing.assert_close(view.get(view.put(x, value)), value, rtol=1e-6, atol=1e-6)
+    assert torch.equal(view.put(view.put(x, -value), value), view.put(x, value))
