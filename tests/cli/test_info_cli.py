@@ -55,7 +55,7 @@ def test_json_is_all_of_it(tmp_path: Path) -> None:
         (("falcon-7b", "--context", "0"), 1, "error: context: got [0], expected numbers of tokens"),
         (("falcon-7b", "--dtype", "int8"), 1, "error: dtype: got 'int8', expected a floating-point one"),
         (("/nowhere/at/all",), 1, "error: /nowhere/at/all: there is no such directory or file"),
-        (("gpt2",), 1, "error: gpt2 is on this machine neither as a directory nor in Hugging Face's cache, and"),
+        (("gpt2-xl",), 1, "error: gpt2-xl is on this machine neither as a directory nor in Hugging Face's cache, and"),
     ],
 )
 def test_an_error_is_a_sentence(arguments: tuple[str, ...], code: int, sentence: str) -> None:

@@ -89,7 +89,7 @@ def places(model: Any) -> dict[str, Place]:
     found = {
         "hook_embed": Place(base.get_input_embeddings(), "out"),
         "ln_final.hook_out": Place(norm, "out"),
-        "unembed.hook_out": Place(model.lm_head, "out"),
+        "unembed.hook_out": Place(model.get_output_embeddings(), "out"),
     }
     for layer in range(model.config.num_hidden_layers):
         found |= {f"blocks.{layer}.{name}": place for name, place in block_places(model, layer).items()}

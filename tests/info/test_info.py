@@ -18,6 +18,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.adapters.test_published import CARDS
 from tests.support import FAMILIES, LAYOUTS, cache_of, falcon_config, falcon_sweep, family, mixtral, tokens, with_cache
@@ -105,7 +106,7 @@ def test_published_shapes(name: str) -> None:
     assert round(info.parameters / 1e9, 2) == card.billions
     shown = info.to_dict()
     assert {key: shown[key] for key in card.cfg if key in shown} == {k: v for k, v in card.cfg.items() if k in shown}
-    assert info.architecture in ("FalconForCausalLM", "MixtralForCausalLM")
+    assert info.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[card.config.model_type]
 
 
 def test_active_parameters_of_published_mixtures() -> None:

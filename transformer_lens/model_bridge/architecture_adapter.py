@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.upstream import attribute
 
 HEADS: Mapping[str, tuple[str, Part]] = {
     "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
+    "embed_out": ("unembed", Part(UnembeddingBridge, "embed_out")),  # GPT-NeoX's in older releases
     "score": ("head", Part(HeadBridge, "score")),
     "classifier": ("head", Part(HeadBridge, "classifier")),
     "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
@@ -99,9 +100,13 @@ class ArchitectureAdapter:
         side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
         self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
 
+    def family(self) -> Any:
+        """The class of transformers that the config has, or inherits from."""
+        return next(kind for kind in type(self.config).__mro__ if kind.__module__.startswith("transformers."))
+
     def refuse_unknown_fields(self) -> None:
         """Raise `ValueError` for a field of the family's config that is not at its default and not known here."""
-        family: Any = next(kind for kind in type(self.config).__mro__ if kind.__module__.startswith("transformers."))
+        family = self.family()
         known = {*self.cfg_names.values(), *self.config_keys, *self.dropouts, *self.harmless, *EVERYWHERE}
         known |= {field.name for field in fields(PreTrainedConfig)}
         default: Any = family()  # where a default is `None`, it holds the number that the config puts there itself
@@ -144,7 +149,7 @@ class ArchitectureAdapter:
 
     def layout_name(self) -> str:
         """What the family calls its layout."""
-        return self.model_type.capitalize()
+        return str(self.family().__name__.removesuffix("Config"))
 
     def components(self) -> Mapping[str, Part | Blocks]:
         """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`.
