@@ -21,6 +21,7 @@ def test_gemma_embeddings_are_scaled_where_the_first_block_reads_them() -> None:
     scale = torch.tensor(model.config.hidden_size**0.5)
     assert torch.equal(cache["embed"], nn.functional.embedding(ids, model.model.embed_tokens.weight) * scale)
     assert torch.equal(cache["embed"], cache["resid_pre", 0])
+    assert adapter_for(model.config).logit_cap() is None
 
 
 def test_gemma_norms_multiply_by_one_plus_their_weight() -> None:

@@ -15,6 +15,16 @@ EXPECTED = {
     "falcon-180b": ("Falcon 40B and 180B layout (new decoder architecture)", 232),
     "mixtral-8x7b": ("Mixtral", 8),
     "mixtral-8x22b": ("Mixtral", 8),
+    "gemma-7b": ("Gemma", 16),
+    "gemma-2-9b": ("Gemma2", 8),
+    "gpt2": ("GPT2", 12),
+    "llama-2-7b": ("Llama", 32),
+    "llama-3-8b": ("Llama", 8),
+    "mistral-7b": ("Mistral", 8),
+    "pythia-6.9b": ("GPTNeoX", 32),
+    "qwen2-7b": ("Qwen2", 4),
+    "qwen3-8b": ("Qwen3", 8),
+    "qwen3-30b-a3b": ("Qwen3Moe", 4),
 }
 
 

@@ -122,7 +122,6 @@ class Qwen3MoeArchitectureAdapter(Qwen3ArchitectureAdapter):
     """Qwen 3 with a mixture of experts in most layers; the others have a dense MLP of another width."""
 
     model_type = "qwen3_moe"
-    dropouts = ("attention_dropout",)
     cfg_names = {
         **MistralArchitectureAdapter.cfg_names,
         "d_mlp": "moe_intermediate_size",
