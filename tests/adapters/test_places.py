@@ -313,7 +313,7 @@ def test_what_is_the_models_own_is_set_on_the_model() -> None:
     assert not hasattr(bridge, "mine")
 
 
-@pytest.mark.parametrize("place", ["generate", "blocks.0.attn.role", "blocks.1.mlp.twin"])
+@pytest.mark.parametrize("place", ["generate", "blocks.0.attn.role", "blocks.1.mlp.inside"])
 def test_no_module_takes_the_place_of_a_method(place: str) -> None:
     """torch would list it, and calls would go to the method."""
     bridge = TransformerBridge(family("40b"))

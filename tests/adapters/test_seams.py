@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.support import family, mixtral, tokens
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, LayerNormBridge
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, ExpertsBridge, LayerNormBridge
 from transformer_lens.model_bridge.generalized_components.attention import OpenAttentionBridge
 from transformer_lens.model_bridge.generalized_components.normalization import OpenNormalizationBridge
 from transformer_lens.model_bridge.seams import (
@@ -28,6 +28,7 @@ from transformer_lens.model_bridge.seams import (
     cache_update,
     unhooked,
 )
+from transformer_lens.model_bridge.sharding import ALONE, Interior
 from transformer_lens.model_bridge.upstream import UpstreamError, attention_functions, eager_forward
 
 MODULE = nn.Identity()
@@ -252,6 +253,33 @@ def test_each_kernel_of_experts_is_opened_where_it_is(how: str, name: str) -> No
     assert torch.equal(alone[hook], cache[hook])
     torch.testing.assert_close(torch.cat(found[3:5], -1), hidden, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(written["blocks.0.hook_mlp_out"], total, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_whose_forward_was_exchanged_are_looked_into_beside_it() -> None:
+    """It may do anything, so its kernel is not opened, and its output stands."""
+    model, ids = mixtral(experts="grouped_mm"), tokens()
+    experts, name = model.model.layers[0].mlp.experts, "blocks.0.mlp.hook_expert_out"
+    bridge = TransformerBridge(model)
+    with torch.no_grad():
+        _, expected = bridge.run_with_cache(ids, names_filter=name)
+        experts.forward = lambda *args: 2 * type(experts).forward(experts, *args)
+        bare = model(ids).logits
+        logits, cache = bridge.run_with_cache(ids, names_filter=name)
+    assert torch.equal(logits, bare)
+    torch.testing.assert_close(cache[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_one_process_that_has_all_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What processes that share experts do, where there is one: the pairs of its experts are all pairs."""
+    model, ids = mixtral(experts="eager"), tokens()
+    name = "blocks.0.mlp.hook_post"
+    with torch.no_grad():
+        expected = TransformerBridge(model).run_with_hooks(ids, fwd_hooks=[(name, double)])
+        monkeypatch.setattr(ExpertsBridge, "interior", lambda self, sharding: Interior(self.cfg, ALONE, ("expert",)))
+        bridge = TransformerBridge(model)
+        got = bridge.run_with_hooks(ids, fwd_hooks=[(name, double)])
+        assert bridge.attachment.opened["model.layers.0.mlp.experts"].interior.axes == ("expert",)
+    assert torch.equal(got, expected)
 
 
 def test_a_component_says_what_it_does_not_know() -> None:
