@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Packages that must reach 100% branch coverage.
-GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/views.py,transformer_lens/model_bridge/ports.py,transformer_lens/model_bridge/architecture_adapter.py
+GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/views.py,transformer_lens/model_bridge/ports.py,transformer_lens/model_bridge/seams.py,transformer_lens/model_bridge/architecture_adapter.py
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 # The exact version of everything; pip before 25.3 builds packages under the first of these, later ones under the second.

@@ -50,8 +50,7 @@ def patch(
     model: Model,
     clean: Annotated[str, Option(metavar="TEXT", help="The prompt that --answer follows.", show_default=False)],
     corrupted: Annotated[
-        str,
-        Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False),
+        str, Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False)
     ],
     answer: Annotated[str, Option(metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False)],
     loading: Loading,

@@ -229,11 +229,7 @@ class Attachment:
             place.follow()
 
     def bind(
-        self,
-        owner: HookOwner,
-        hooks: tuple[Hook, ...],
-        component: Callable[[str], ComponentBridge | Root],
-        layer: int,
+        self, owner: HookOwner, hooks: tuple[Hook, ...], component: Callable[[str], ComponentBridge | Root], layer: int
     ) -> None:
         """Bind the hooks of one component; `component` finds its parts by role."""
         for hook in hooks:

@@ -278,11 +278,9 @@ def _block_in_words(cfg: BridgeConfig, block: Part) -> str:
         norms = {norm for branch in block.stages[0] for norm in (branch.norm, branch.post_norm) if norm}
         return f"{'parallel ' if len(block.stages[0]) > 1 else ''}{stages[0]} with {_COUNTS[len(norms)]}"
     branches = [branch for stage in block.stages for branch in stage]
-    where = {
-        (True, False): "",
-        (True, True): " before and after",
-        (False, True): " after",
-    }[all(branch.norm for branch in branches), all(branch.post_norm for branch in branches)]
+    where = {(True, False): "", (True, True): " before and after", (False, True): " after"}[
+        all(branch.norm for branch in branches), all(branch.post_norm for branch in branches)
+    ]
     return f"sequential: {', then '.join(stages)} each with a norm{where}"
 
 

@@ -71,11 +71,7 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Name,
-        *args: Any,
-        dht_prefix: str | None = None,
-        **kwargs: Any,
+        cls, pretrained_model_name_or_path: Name, *args: Any, dht_prefix: str | None = None, **kwargs: Any
     ) -> Any:
         """The config of a hub name or a directory, with any setting as a keyword.
 
@@ -199,10 +195,7 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
         return 1
 
 
-CONFIGS: dict[str, type[DistributedConfig]] = {
-    "falcon": DistributedFalconConfig,
-    "mixtral": DistributedMixtralConfig,
-}
+CONFIGS: dict[str, type[DistributedConfig]] = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
 """`model_type` -> its distributed config."""
 
 

@@ -19,13 +19,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.seams import MATMUL, Enough, FirstCall, TorchCalls, beside
 from transformer_lens.model_bridge.sharding import ALONE, Shards
-from transformer_lens.model_bridge.upstream import (
-    CHOICE_WEIGHTS,
-    CHOSEN,
-    STREAM,
-    UpstreamError,
-    eager_forward,
-)
+from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, UpstreamError, eager_forward
 
 
 @dataclass(frozen=True)

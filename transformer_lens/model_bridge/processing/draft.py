@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, StreamMatrix
-from transformer_lens.model_bridge.processing.changes import (
-    ConfigExchange,
-    Exchange,
-    ParameterExchange,
-    ValueExchange,
-)
+from transformer_lens.model_bridge.processing.changes import ConfigExchange, Exchange, ParameterExchange, ValueExchange
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge

@@ -12,11 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconMLP
 
-from transformer_lens.model_bridge.architecture_adapter import (
-    ArchitectureAdapter,
-    Preparation,
-    refuse_unless_divisible,
-)
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, Preparation, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
     PARALLEL,
     PARALLEL_ONE_NORM,
