@@ -53,7 +53,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/twins/test_core.py tests/test_imports.py --cov=transformer_lens --cov-report=
+	$(BIN)/python -m pytest -q -n 0 tests/adapters tests/properties tests/inside/test_core.py tests/test_imports.py --cov=transformer_lens --cov-report=
 	$(BIN)/python -m coverage report --include="$(GATED)" --show-missing --fail-under=100
 
 # The core of the suite on the oldest supported transformers, and on the newest that pip finds, everything else as pinned.
@@ -78,7 +78,7 @@ fmt: $(VENV)/.dev
 # Every signature of the package that names axes is held to them while these tests run.
 shapes: $(VENV)/.dev
 	PYTHONPATH=tests/shape_checker $(BIN)/python -m pytest -q -n 0 --jaxtyping-packages=transformer_lens,shape_checker.checked \
-		tests/twins/test_core.py tests/twins/test_experts.py tests/equivalence/test_gradients.py tests/equivalence/test_mathematics.py
+		tests/inside/test_core.py tests/inside/test_experts.py tests/equivalence/test_gradients.py tests/equivalence/test_mathematics.py
 
 # Kills a job hundreds of times at random moments, and compares the bytes it ends with; some minutes.
 test-collect: $(VENV)/.dev

@@ -59,7 +59,7 @@ def run_tests(device: torch.device) -> list[dict[str, Any]]:
         # Without the inside of modules and the remote text, which have tests for CUDA of their own.
         "core suite, made on the device": [
             *("-m", "core and not gpu", "-p", "benchmarks.on_device"),
-            *("--ignore=tests/twins", "--ignore=tests/distributed"),
+            *("--ignore=tests/inside", "--ignore=tests/distributed"),
         ],
     }
     where = {"TRANSFORMER_LENS_TEST_DEVICE": str(device)}

@@ -32,7 +32,7 @@ class Target(NamedTuple):
     rest: str = ""
 
 
-INSIDE = "tests/twins"
+INSIDE = "tests/inside"
 WIRE = "transformer_lens/distributed"
 REMOTE = "tests/distributed"
 READ = (

@@ -186,7 +186,7 @@ def test_attention_and_the_hooks_of_the_block_that_look_into_it(name: str) -> No
 
 @every_family
 def test_what_looks_through_a_place_sees_the_module_there(name: str) -> None:
-    """The norm in front of attention and the output projection: twins and weights read those that run."""
+    """The norm in front of attention and the output projection: formulas and weights read those that run."""
     bridge, x = TransformerBridge(family(name)), tokens()
     block, attn = bridge.blocks[1], bridge.blocks[1].attn
     attn.o = mine = nn.Linear(32, 32, bias=attn.b_O is not None)

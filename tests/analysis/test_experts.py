@@ -81,7 +81,7 @@ def test_ablating_everywhere_is_an_expert_without_output_weights(layer, layers, 
         without.model.layers[i].mlp.experts.down_proj[expert] = 0
     ids = tokens()
     ablated = whole.run_with_hooks(ids, fwd_hooks=ablate_expert(whole, layer, expert))
-    assert torch.equal(ablated, without(ids).logits)  # bitwise: the twin is that of eager experts
+    assert torch.equal(ablated, without(ids).logits)  # bitwise: these are eager experts
     assert (ablated - whole(ids)).abs().max() > 0.1  # a thousand times what rounding could do
 
 

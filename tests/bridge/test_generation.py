@@ -67,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_those_of_the_bare_model(name: str, way: str) -> None:
     if (name, way) == ("rw", "static cache"):
-        return  # transformers itself fails: pinned in tests/twins/test_attention_cache.py
+        return  # transformers itself fails: pinned in tests/inside/test_attention_cache.py
     bare, bridge = both(name)
     ids, mask = padded()
     if way in ("static cache", "chunks"):

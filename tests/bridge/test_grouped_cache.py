@@ -233,8 +233,8 @@ def test_an_edit_of_one_head_is_not_lost(layout: str, attn: str) -> None:
 @pytest.mark.parametrize("layout", GROUPED)
 @pytest.mark.parametrize("hooked", [(0, 2), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.filterwarnings("ignore:Falcon with ALiBi under eager")
-def test_twins_work_on_it(layout: str, hooked: tuple[int, ...]) -> None:
-    """Chunks that a twin computes and chunks that it does not, on one cache; bitwise under eager attention."""
+def test_hooks_inside_work_on_it(layout: str, hooked: tuple[int, ...]) -> None:
+    """Chunks with hooks inside attention and chunks without, on one cache; bitwise under eager attention."""
     model, ids = falcon("eager", **GROUPED[layout]), tokens(2, 8)
     bridge, name = TransformerBridge(model), "blocks.{}.attn.hook_pattern"
     neutral = [(name.format(i), lambda pattern, hook: None) for i in range(2)]

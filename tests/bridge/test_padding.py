@@ -253,7 +253,7 @@ def go_on(bridge: TransformerBridge, cache: Any, order: list[int], firsts: list[
 @pytest.mark.parametrize("model", MODELS)
 def test_going_on_from_padded_prompts(model: str, kind: str, side: str) -> None:
     if (model, kind) == ("falcon alibi", "static"):
-        return  # transformers itself fails: pinned in tests/twins/test_attention_cache.py
+        return  # transformers itself fails: pinned in tests/inside/test_attention_cache.py
     bridge = made(model, "as Mixtral's")
     go_on(bridge, filled(bridge, kind, side), [0, 1, 2])
 

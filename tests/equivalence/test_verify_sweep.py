@@ -1,4 +1,4 @@
-"""`bridge.verify()` on every layout: twins against modules, equations, every hook, under both attention kinds."""
+"""`bridge.verify()` on every layout: hooks inside modules, equations, every hook, under both attention kinds."""
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARALLEL = tuple(name for name in LAYOUTS if LAYOUTS[name].get("parallel_attn", True))
 IMPLEMENTATIONS = ("sdpa", "eager")
-# A user's hook inside a module makes the twin compute; at a port it changes nothing (law 2).
+# A user's hook inside a module may change its rounding; at a port it changes nothing (law 2).
 PORTS = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_q", "hook_k", "hook_v", "hook_z")
 ALIBI_TWICE = pytest.mark.filterwarnings("ignore:Falcon with ALiBi under eager attention:UserWarning")
 

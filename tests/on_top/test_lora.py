@@ -185,7 +185,7 @@ def test_adapters_are_switched_and_disabled_under_hooks(name):
 
 @every_family
 def test_the_adapter_learns_the_same_under_hooks(name):
-    """Gradients of A and B, with a twin computing its module, are those of the model alone."""
+    """Gradients of A and B, with hooks inside its modules, are those of the model alone."""
     base = model(name)
     peft_model = adapted(base, name)
     bridge, x = TransformerBridge(peft_model), tokens()
@@ -264,7 +264,7 @@ def test_surgery_that_leaves_no_module_is_an_error():
         bridge(tokens())
 
 
-def test_twins_follow_an_exchanged_module():
+def test_hooks_inside_follow_an_exchanged_module():
     """A norm exchanged under a hook: the hook shows the new one, and the old one is left as it was."""
     bridge, x, seen = TransformerBridge(family("7b")), tokens(), []
     block = bridge.original_model.transformer.h[1]

@@ -1,4 +1,4 @@
-"""Models in 8 and 4 bits: hooks, captures, twins and weight reads, on bitsandbytes and torchao, on a CPU."""
+"""Models in 8 and 4 bits: hooks, captures, seams and weight reads, on bitsandbytes and torchao, on a CPU."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_looking_and_detaching_leave_the_model_as_it_was(name, kind):
 
 
 @pytest.mark.parametrize("name, kind", [("tiny-falcon", "8-bit"), ("tiny-mixtral", "nf4")])
-def test_twins_compute_in_the_dtype_of_the_model(name, kind):
+def test_what_is_inside_has_the_dtype_of_the_model(name, kind):
     """bitsandbytes' 8-bit weights dequantise to float32 whatever the model's dtype."""
     bridge = TransformerBridge.boot_transformers(name, dtype=torch.bfloat16, quantization_config=CONFIGS[kind]())
     x, hooks = ids(), ["blocks.0.attn.hook_result", "blocks.0.hook_q_input"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tests.equivalence.grid import RUNNABLE, mixtral_id, mixtral_points, point_id, wrap
+from tests.inside.cases import ATTENTIONS, inside
+from tests.inside.model_oracle import LOGITS, forward
+from tests.inside.oracles import Edit
 from tests.support import FAMILIES, falcon, family, mixtral, tokens
-from tests.twins.cases import ATTENTIONS, inside
-from tests.twins.model_oracle import LOGITS, forward
-from tests.twins.oracles import Edit
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -26,7 +26,7 @@ POS = 5
 LOGITS_MOVE = 1e-3
 """An edit that moves the logits by less would be no test of where it goes."""
 
-TWINS = {
+INSIDE = {
     *(f"blocks.{{i}}.hook_{branch}" for branch in ("attn_in", "q_input", "k_input", "v_input")),
     *(f"blocks.{{i}}.{norm}.hook_{value}" for norm in ("ln1", "ln2") for value in ("scale", "normalized")),
     *(f"blocks.{{i}}.attn.hook_{value}" for value in ("rot_q", "rot_k", "attn_scores", "pattern", "result")),
@@ -139,7 +139,7 @@ def written(bridge: TransformerBridge, ids: Tensor, mask: Tensor, edits: dict[st
 
 
 def axes_of(bridge: TransformerBridge) -> dict[str, str]:
-    """The axes of every twin hook, by full name."""
+    """The axes of every hook inside a module, by full name."""
     return {name: bridge.hook_dict[name].axes for name in inside(bridge)}
 
 
@@ -211,7 +211,7 @@ def test_gradients(made: Made) -> None:
 
 
 def assert_one_alone(made: Made, name: str) -> None:
-    """Written alone, and watched alone: only that module goes through its twin."""
+    """Written alone, and watched alone: only that module is opened."""
     case, model, bridge = made
     ids, mask = text(2, padded=False)
     edits = {name: replaced_in_part(name, axes_of(bridge)[name], mask, slice(1, 2))}
@@ -243,4 +243,4 @@ def test_every_hook_alone(made: Made) -> None:
 def test_every_hook_inside_a_module_has_a_case() -> None:
     """By the tables of the published layouts; one that is added there has to be added here."""
     rows = [row for name in FAMILIES for row in wrap(family(name)).hook_table().present()]
-    assert {row.name for row in rows if row.kind.startswith(("seam", "formula"))} == TWINS
+    assert {row.name for row in rows if row.kind.startswith(("seam", "formula"))} == INSIDE

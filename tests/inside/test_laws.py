@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.inside.cases import ATTENTIONS, FAMILIES, inside, make, wrap
 from tests.support import mixtral, tokens, torch_hooks
-from tests.twins.cases import ATTENTIONS, FAMILIES, inside, make, wrap
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -198,7 +198,7 @@ class Splice(nn.Module):
 
 @pytest.mark.parametrize("slot", ["hook_pattern", "hook_rot_q", "hook_result"])
 def test_a_module_in_an_inside_slot(slot: str) -> None:
-    # Eager, where what a twin computes is bitwise what the module does.
+    # Eager, where what goes on from a seam is bitwise what the module does.
     model, ids = make("40b", "eager"), tokens()
     bridge: Any = wrap(model)
     name = f"blocks.1.attn.{slot}"

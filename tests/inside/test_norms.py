@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.inside.cases import DTYPES, FAMILIES, assert_close, make, ramp, run_edited, wrap
+from tests.inside.oracles import base, layer_of, norm
 from tests.support import tokens
-from tests.twins.cases import DTYPES, FAMILIES, assert_close, make, ramp, run_edited, wrap
-from tests.twins.oracles import base, layer_of, norm
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.core
@@ -66,7 +66,7 @@ def test_captured_values_are_the_formulas(family: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("family, dtype", cases())
-def test_a_twin_computes_the_modules_output(family: str, dtype: str) -> None:
+def test_the_formula_computes_the_modules_output(family: str, dtype: str) -> None:
     """RMSNorm bitwise; LayerNorm, whose kernel sums in another order, within rounding, on that norm alone."""
     model, ids = make(family, dtype=DTYPES[dtype]), tokens()
     bridge = wrap(model)

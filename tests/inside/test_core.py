@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import StaticCache
 
-from tests.support import mixtral, tokens
-from tests.twins.cases import FAMILIES, assert_close, inside, make, wrap
-from tests.twins.oracles import allowed_keys
-from tests.twins.test_attention import (
+from tests.inside.cases import FAMILIES, assert_close, inside, make, wrap
+from tests.inside.oracles import allowed_keys
+from tests.inside.test_attention import (
     test_captured_values_are_the_oracles as captured_values,
 )
-from tests.twins.test_attention_cache import test_chunks_see_what_the_whole_run_sees as chunks
-from tests.twins.test_attention_writes import test_a_write_changes_what_follows_as_predicted as attention_writes
-from tests.twins.test_branches import test_an_edit_has_the_predicted_effect as branch_edits
-from tests.twins.test_branches import test_an_edit_with_a_cache_is_of_the_new_positions as branch_edits_cached
-from tests.twins.test_experts import test_a_write_has_the_predicted_effect as expert_writes
-from tests.twins.test_experts import test_no_token_at_all as no_token
-from tests.twins.test_laws import test_a_forward_that_was_exchanged_before_comes_back as exchanged_forward
-from tests.twins.test_laws import test_a_forward_within_a_hook_is_another_run as nested_run
-from tests.twins.test_laws import test_a_module_in_an_inside_slot as module_in_slot
-from tests.twins.test_laws import test_some_of_the_layers as some_layers
-from tests.twins.test_laws import test_two_bridges_on_one_model as two_bridges
-from tests.twins.test_norms import test_captured_values_are_the_formulas as captured_norms
-from tests.twins.test_norms import test_writes_have_the_predicted_effect as norm_writes
+from tests.inside.test_attention_cache import test_chunks_see_what_the_whole_run_sees as chunks
+from tests.inside.test_attention_writes import test_a_write_changes_what_follows_as_predicted as attention_writes
+from tests.inside.test_branches import test_an_edit_has_the_predicted_effect as branch_edits
+from tests.inside.test_branches import test_an_edit_with_a_cache_is_of_the_new_positions as branch_edits_cached
+from tests.inside.test_experts import test_a_write_has_the_predicted_effect as expert_writes
+from tests.inside.test_experts import test_no_token_at_all as no_token
+from tests.inside.test_laws import test_a_forward_that_was_exchanged_before_comes_back as exchanged_forward
+from tests.inside.test_laws import test_a_forward_within_a_hook_is_another_run as nested_run
+from tests.inside.test_laws import test_a_module_in_an_inside_slot as module_in_slot
+from tests.inside.test_laws import test_some_of_the_layers as some_layers
+from tests.inside.test_laws import test_two_bridges_on_one_model as two_bridges
+from tests.inside.test_norms import test_captured_values_are_the_formulas as captured_norms
+from tests.inside.test_norms import test_writes_have_the_predicted_effect as norm_writes
+from tests.support import mixtral, tokens
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.attention_masks import (
     additive_mask,
@@ -132,7 +132,7 @@ def test_laws() -> None:
 
 
 @pytest.mark.parametrize("family", ["rw", "mixtral", "7b"])
-def test_every_hook_sends_its_module_through_the_twin(family: str) -> None:
+def test_a_hook_inside_that_edits_nothing_changes_nothing(family: str) -> None:
     """Eager, bf16, padded, in evaluation and with dropout in training: an edit of nothing is nothing."""
     model, ids = make(family, "eager", torch.bfloat16, attention_dropout=0.3, hidden_size=48), tokens()
     mask = torch.ones_like(ids)
@@ -257,7 +257,7 @@ def test_offloaded_weights_are_refused(name: str) -> None:
         for parameter in kept:
             setattr(module, parameter, torch.nn.Parameter(kept[parameter].detach().to("meta")))
 
-    # Gone when the twin looks for it, there when the model works: as offloading does.
+    # Gone when a hook inside looks for it, there when the model works: as offloading does.
     hook = module.register_forward_hook(lambda *_: offload(ids, None))
     with pytest.raises(ValueError, match=r"is on the meta device: it has a shape and no numbers"):
         bridge.run_with_hooks(ids, fwd_hooks=[("blocks.0.hook_resid_pre", offload), (name, lambda value, hook: None)])

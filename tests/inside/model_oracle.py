@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.twins.oracles import (
+from tests.inside.oracles import (
     Edit,
     Steps,
     allowed_keys,

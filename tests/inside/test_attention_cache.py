@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from tests.inside import cases
+from tests.inside.cases import ATTENTIONS, FAMILIES, assert_close, make, run_edited, wrap
+from tests.inside.test_attention_writes import edited_at
 from tests.support import tokens, with_cache
-from tests.twins import cases
-from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, make, run_edited, wrap
-from tests.twins.test_attention_writes import edited_at
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.core
@@ -84,7 +84,7 @@ def test_chunks_see_what_the_whole_run_sees(family: str, kind: str, attn: str) -
             bridge.run_with_hooks(ids[:, start:end], past_key_values=written, fwd_hooks=keep)
             for short, name in names.items():
                 got = cache[name]
-                # As many keys as the cache hands back, empty places of a fixed one too; also where the twin works.
+                # As many keys as the cache hands back, empty places of a fixed one too; also where a hook writes.
                 assert got.shape == shapes[name]
                 if short in ("attn_scores", "pattern"):
                     wanted = keys_of(full[name], start, end, got.shape[-1], kind)
@@ -117,7 +117,9 @@ def test_a_cache_made_ready_beforehand(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family, kind", CACHED)
-def test_an_eager_twin_is_the_module_bitwise_with_a_cache(family: str, kind: str, dtype: torch.dtype) -> None:
+def test_a_hook_inside_eager_attention_leaves_it_bitwise_with_a_cache(
+    family: str, kind: str, dtype: torch.dtype
+) -> None:
     model, ids = make(family, "eager", dtype), tokens(2, LONG)
     bridge = wrap(model)
     with torch.no_grad():

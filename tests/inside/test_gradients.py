@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.inside.cases import ATTENTIONS, FAMILIES, assert_close, inside, make, window_of, wrap
+from tests.inside.oracles import allowed_keys, attention, attention_weights, positions_of
 from tests.support import tokens
-from tests.twins.cases import ATTENTIONS, FAMILIES, assert_close, inside, make, window_of, wrap
-from tests.twins.oracles import allowed_keys, attention, attention_weights, positions_of
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.core

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import tokens
-from tests.twins.cases import (
+from tests.inside.cases import (
     ATTENTIONS,
     DTYPES,
     FAMILIES,
@@ -24,8 +23,9 @@ from tests.twins.cases import (
     window_of,
     wrap,
 )
-from tests.twins.oracles import Edit, Steps, allowed_keys, attention, attention_weights, groups_of, layer_of, norm
-from tests.twins.test_attention_cache import CACHED, CACHES, CHUNKS, LONG
+from tests.inside.oracles import Edit, Steps, allowed_keys, attention, attention_weights, groups_of, layer_of, norm
+from tests.inside.test_attention_cache import CACHED, CACHES, CHUNKS, LONG
+from tests.support import tokens
 from transformer_lens.model_bridge import TransformerBridge
 
 LAYER = 1

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support import tokens
-from tests.twins.cases import (
+from tests.inside.cases import (
     ATTENTIONS,
     DTYPES,
     FAMILIES,
@@ -21,7 +20,8 @@ from tests.twins.cases import (
     window_of,
     wrap,
 )
-from tests.twins.oracles import Edit, Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
+from tests.inside.oracles import Edit, Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
+from tests.support import tokens
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.core

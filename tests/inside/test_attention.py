@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.inside.cases import ATTENTIONS, DTYPES, FAMILIES, ROTATED, assert_close, make, window_of, wrap
+from tests.inside.oracles import Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
 from tests.support import tokens
-from tests.twins.cases import ATTENTIONS, DTYPES, FAMILIES, ROTATED, assert_close, make, window_of, wrap
-from tests.twins.oracles import Steps, allowed_keys, attention, attention_weights, layer_of, positions_of
 from transformer_lens.model_bridge import TransformerBridge
 
 pytestmark = pytest.mark.core
@@ -118,8 +118,8 @@ def test_eager_alibi_adds_its_bias_twice_in_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_eager_twin_computes_the_modules_output_bitwise(family: str, dtype: str) -> None:
-    """A hook that edits nothing sends the layer through its twin, and nothing moves.
+def test_a_hook_inside_eager_attention_leaves_the_output_bitwise(family: str, dtype: str) -> None:
+    """A hook that edits nothing opens the layer, and nothing moves.
 
     With six dimensions in a head, whose root is not a power of two: how the scores are scaled shows.
     """
@@ -155,7 +155,7 @@ def test_an_alibi_attention_called_by_itself_takes_the_bias_of_all_rows_in_one_a
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_sdpa_twin_computes_the_modules_output_within_rounding(family: str, dtype: str) -> None:
+def test_a_hook_inside_sdpa_leaves_the_output_within_rounding(family: str, dtype: str) -> None:
     """On the layer that was asked for alone: what enters it, and the other layer's own code, stay."""
     model, ids = make(family, "sdpa", DTYPES[dtype]), tokens()
     bridge = wrap(model)

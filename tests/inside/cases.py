@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.inside.oracles import Edit, groups_of
 from tests.support import LAYOUTS, falcon, mixtral
-from tests.twins.oracles import Edit, groups_of
 from transformer_lens.model_bridge import TransformerBridge
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -64,7 +64,7 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str = 
 
 
 def inside(bridge: TransformerBridge, layer: int | None = None) -> list[str]:
-    """The names of all twin hooks, those on request too, of one layer if given."""
+    """The names of all hooks inside modules, those on request too, of one layer if given."""
     rows = [row.name for row in bridge.hook_table() if row.kind.startswith(("seam", "formula"))]
     names = [name.replace("{i}", str(i)) for name in rows for i in range(bridge.cfg.n_layers) if "{i}" in name]
     names += [name for name in rows if "{i}" not in name]
