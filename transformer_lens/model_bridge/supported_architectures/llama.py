@@ -33,6 +33,7 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
+"""What most families call the projections of attention, by role."""
 DENSE = linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"})
 MIXTURE = {"gate": Part(RouterBridge, "gate"), "experts": Part(ExpertsBridge, "experts")}
 
