@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     FalconForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     MixtralForSequenceClassification,
 )
 
@@ -144,8 +144,8 @@ def test_an_empty_directory(tmp_path):
 
 
 def test_another_family_is_refused_by_name(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    sentence = "model_type 'gpt2' is not supported; supported are falcon, mixtral"
+    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=16))
+    sentence = "model_type 'bloom' is not supported; supported are falcon, gemma, gemma2"
     with pytest.raises(ValueError, match=sentence):
         TransformerBridge(model)
     model.config.save_pretrained(tmp_path)

@@ -58,15 +58,16 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ): "a user's callable",
     ("utilities.py", "getattr(model, 'to_answer_tokens', None)"): "anything may be passed, and is then refused",
     ("model_bridge/generalized_components/weights.py", "getattr(module, 'bias', None)"): NO_BIAS,
+    (
+        "model_bridge/supported_architectures/llama.py",
+        "getattr(self.config, 'head_dim', None)",
+    ): "the families' own attention asks for it so",
     ("model_bridge/loading.py", "hasattr(config, name)"): "a keyword the user passed",
     ("model_bridge/loading.py", "getattr(torch, dtype, None)"): "a name the user passed",
     ("model_bridge/loading.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
     ("model_bridge/loading.py", "getattr(found, 'config_class', None)"): "what a checkpoint names may be no model",
     ("model_bridge/peft_layers.py", "getattr(layer, 'parameter_name', 'weight')"): "of peft, one kind of layer",
     ("model_bridge/peft_layers.py", "getattr(layer, 'lora_A', ())"): "of peft, one kind of layer",
-    ("model_bridge/processing/steps.py", "getattr(bridge.original_model.config, 'final_logit_softcapping', None)"): (
-        "only of families that cap their logits"
-    ),
     ("model_bridge/quantised.py", "getattr(weight.quant_state, 'packing_format_for_cpu', False)"): OTHER_LIBRARY,
     ("model_bridge/quantised.py", "getattr(config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",

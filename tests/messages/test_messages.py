@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import FalconConfig, GPT2Config, MixtralConfig
+from transformers import BloomConfig, FalconConfig, MixtralConfig
 
 from tests.bridge.texts import tokenizer
 from tests.support import FALCON_SMALL, falcon, family, tokens
@@ -427,9 +427,10 @@ CALLS = {
 
 BOOTING = {
     "family": (
-        lambda: adapter_for(GPT2Config()),
+        lambda: adapter_for(BloomConfig()),
         ValueError,
-        "model_type 'gpt2' is not supported; supported are falcon, mixtral. docs/adding_an_architecture.md shows how "
+        "model_type 'bloom' is not supported; supported are falcon, gemma, gemma2, gpt2, gpt_neox, llama, mistral, "
+        "mixtral, qwen2, qwen3, qwen3_moe. docs/adding_an_architecture.md shows how "
         "to describe another family",
     ),
     "nothing": (

@@ -76,8 +76,10 @@ def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
+    if fused is None:
+        return None
     split = getattr(e.components[attention].original_component, "_split_heads", None)
-    if fused is None or split is None:
+    if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
     heads = e.bridge.cfg.n_heads if part == "q" else e.bridge.cfg.n_key_value_heads
@@ -99,9 +101,11 @@ def projected(e: Seen, attention: str, part: str) -> Tensor | None:
 def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     """A rotated query or key, of what its norm returns if it has one, by the function of the model's own file."""
     call = e.own.calls.get(attention)
+    if call is None:  # in another process
+        return None
     normed = {p: _heads(e, e.returned(f"{attention}.{p}_norm")) for p in "qk"}
     q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
-    if call is None or q is None or k is None:
+    if q is None or k is None:
         return None
     module = e.components[attention].original_component
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
