@@ -7,7 +7,7 @@ already kept. Hooks of a `Run` fire in that run alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,8 @@ class _ThreadState(threading.local):
         self.recalled: dict[tuple[int, int, str], Any] = {}
         self.pending: dict[Listener, None] | None = None
         self.generation: GenerationStep | None = None
+        self.memo: dict[Any, Any] | None = None
+        """What a forward with hooks made once and its layers share; gone with it."""
 
 
 state = _ThreadState()
@@ -78,12 +80,14 @@ def changing_together() -> Iterator[None]:
             listener.refresh()
 
 
-def tell(listener: Listener) -> None:
-    """Let a listener know, now or when the hooks that change together have changed."""
-    if state.pending is None:
-        listener.refresh()
-    else:
-        state.pending[listener] = None
+def tell(listeners: Iterable[Listener]) -> None:
+    """Let listeners know, now or when the hooks that change together have changed."""
+    pending = state.pending
+    for listener in listeners:
+        if pending is None:
+            listener.refresh()
+        else:
+            pending[listener] = None
 
 
 @contextmanager
@@ -100,9 +104,9 @@ def nested_forward() -> Iterator[None]:
         state.run, state.depth = outer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class HookEntry:
-    """One function attached to one hook point."""
+    """One function attached to one hook point; `with entry:` is the time in which the user's function runs."""
 
     fn: HookFunction
     is_permanent: bool = False
@@ -116,16 +120,14 @@ class HookEntry:
         """Whether it fires in what this thread is doing now."""
         return (self.run is None or self.run is state.run) and self not in state.executing
 
-    def call(self, tensor: Tensor, point: HookPoint) -> Any:
-        """Run the user's function, known to the thread as such."""
+    def __enter__(self) -> None:
         self.fired = True
         state.depth += 1
         state.executing.append(self)
-        try:
-            return self.fn(tensor, hook=point)
-        finally:
-            state.executing.pop()
-            state.depth -= 1
+
+    def __exit__(self, *error: object) -> None:
+        state.executing.pop()
+        state.depth -= 1
 
 
 def checked_level(level: int | None) -> int | None:
@@ -179,11 +181,16 @@ class HookPoint(nn.Module):
         return self.attach(HookEntry(hook, is_permanent, checked_level(level)), dir, prepend)
 
     def attach(self, entry: HookEntry, dir: Direction = "fwd", prepend: bool = False) -> HookEntry:
-        """Attach a prepared entry."""
+        """Attach an entry."""
         self.check(entry, dir)
-        hooks = self._entries(dir)
+        return self.put(entry, dir, prepend)
+
+    def put(self, entry: HookEntry, dir: Direction, prepend: bool = False) -> HookEntry:
+        """Attach an entry that was checked."""
+        hooks = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         hooks.insert(0 if prepend else len(hooks), entry)
-        self._changed()
+        if self.on_change is not None:
+            self.on_change()
         return entry
 
     def check(self, entry: HookEntry, dir: Direction) -> None:
@@ -208,7 +215,8 @@ class HookPoint(nn.Module):
         for hooks in (self.fwd_hooks, self.bwd_hooks):
             if entry in hooks:
                 hooks.remove(entry)
-        self._changed()
+        if self.on_change is not None:
+            self.on_change()
 
     def remove_hooks(
         self, dir: Direction | Literal["both"] = "fwd", including_permanent: bool = False, level: int | None = None
@@ -258,10 +266,6 @@ class HookPoint(nn.Module):
             raise ValueError(f"hook at {self.name!r}: got direction {dir!r}, expected 'fwd' or 'bwd'")
         return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
 
-    def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
-
     # -- firing ------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
@@ -285,7 +289,8 @@ class HookPoint(nn.Module):
             raise TypeError(f"hook point {self.name!r}: got {type(value).__name__}, expected a Tensor")
         own = value.clone()
         before = None if own.is_inference() else (own._version, own.requires_grad)
-        result = entry.call(own, self)
+        with entry:
+            result = entry.fn(own, hook=self)
         if before is not None:
             edited = (own._version, own.requires_grad) != before
         else:  # inference tensors count no versions
@@ -323,7 +328,8 @@ def _backward(entry: HookEntry, point: HookPoint, grad: Tensor) -> Tensor | None
         return None
     own = grad.clone()
     version = own._version
-    result = entry.call(own, point)
+    with entry:
+        result = entry.fn(own, hook=point)
     if isinstance(result, tuple) and len(result) == 1:
         result = result[0]
     if result is None:

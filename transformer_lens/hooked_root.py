@@ -207,7 +207,7 @@ class HookedRootModule(nn.Module):
         for point, entry in zip(points, entries, strict=True):
             point.check(entry, dir)
         for point, entry in zip(points, entries, strict=True):
-            point.attach(entry, dir, prepend)
+            point.put(entry, dir, prepend)
 
     def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Direction = "fwd") -> None:
         """Attach a hook that `reset_hooks` leaves alone."""
@@ -380,12 +380,16 @@ class HookedRootModule(nn.Module):
         named = names_filter is not None and not callable(names_filter)
         options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
         directions: tuple[Direction, ...] = ("fwd", "bwd") if incl_bwd else ("fwd",)
+        captures = [(dir, Capture(store, suffix=SUFFIXES[dir], clone=clone, **options)) for dir in directions]
+        points = self.hook_dict
         entries: list[Prepared] = []
         for name in self.select_names(names_filter, may_be_none=True):
-            for dir in directions:
-                capture = Capture(store, suffix=SUFFIXES[dir], clone=clone, **options)
+            point = points[name]
+            for dir, capture in captures:
                 entry = HookEntry(capture, run=run, reads_only=True)
-                entries.append((self.hook_dict[name], entry, dir, named))
+                if point.admit is not None:
+                    point.admit(entry, dir)
+                entries.append((point, entry, dir, named))
         output = self._run(run, entries, clear_contexts, model_args, model_kwargs)
         if incl_bwd:
             _backward_from(output)
@@ -395,7 +399,7 @@ class HookedRootModule(nn.Module):
 def _attach(entries: Sequence[Prepared]) -> None:
     with changing_together():
         for point, entry, direction, _ in entries:
-            point.attach(entry, direction)
+            point.put(entry, direction)
 
 
 def _detach(entries: Sequence[Prepared], silence: bool = True) -> None:

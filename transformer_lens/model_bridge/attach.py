@@ -5,39 +5,35 @@ A torch hook is put on when the first user hook arrives at one of its ports, and
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from transformer_lens.hook_point import nested_forward, state
-from transformer_lens.model_bridge.checkpointing import recalled
+from transformer_lens.model_bridge.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
-from transformer_lens.model_bridge.inside_hooks import BoundInside, BoundModule
+from transformer_lens.model_bridge.inside_hooks import BoundInside, BoundModule, attaching
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside, Port, Side
 from transformer_lens.model_bridge.sharding import Sharding, Shards
-from transformer_lens.model_bridge.slots import Slot
+from transformer_lens.model_bridge.slots import Slot, check_replacement
 from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item
 from transformer_lens.model_bridge.watch import unwatch, watch
 
-_exchange = threading.Lock()
-"""Held while a torch hook is put on or taken off: runs of several threads share them."""
-_counting = threading.Lock()
-"""Held while what is attached is counted."""
 
 
 class Tap:
     """One torch hook on one module, shared by the ports at that place."""
 
     def __init__(
-        self, find: Callable[[], nn.Module], port: Port, layer: int, tell: Callable[[Any, bool], None]
+        self, component: ComponentBridge | Root, port: Port, layer: int, tell: Callable[[Any, bool], None]
     ) -> None:
-        self.find = find
+        self.component = component
         self.tell = tell
         self.module: nn.Module | None = None
         self.arguments: Arguments
@@ -53,9 +49,9 @@ class Tap:
 
     def refresh(self) -> None:
         """Put the torch hook on, or take it off, as the ports need it."""
-        with _exchange:
-            self.live = tuple(port for port in self.ports if port.wanted)
-            self.live_recalls = tuple(port for port in self.recall_for if port.wanted)
+        with attaching:
+            self.live = tuple([port for port in self.ports if port.wanted()])
+            self.live_recalls = tuple([port for port in self.recall_for if port.wanted()])
             needed = bool(self.live or self.live_recalls)
             if needed and self.handle is None:
                 self._put_on()
@@ -66,13 +62,13 @@ class Tap:
 
     def follow(self) -> None:
         """Move to the module that is at this place now, if another one was put there."""
-        if self.module is not self.find():
-            with _exchange:
+        if self.module is not self.component.in_place:
+            with attaching:
                 self._take_off()
                 self._put_on()
 
     def _put_on(self) -> None:
-        self.module = module = self.find()
+        self.module = module = self.component.in_place
         self.arguments = arguments_of(type(module))
         if self.side == "in":
             self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
@@ -84,6 +80,9 @@ class Tap:
         self.handle.remove()
         self.handle, self.module = None, None
 
+    # What follows runs for every tensor, so it reads state where a helper would read better; a hook is four frames of
+    # ours from the module: here, the port's `fire`, and two of the hook point's.
+
     def on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -92,6 +91,9 @@ class Tap:
             return None
         if not covered(self.layer):
             return None
+        if state.depth:
+            with nested_forward():
+                return self.on_input(module, args, kwargs)
         arguments = self.arguments
         if self.arg is None:
             x = arguments.first_value(args, kwargs)
@@ -101,9 +103,11 @@ class Tap:
             x = arguments.value(self.arg, args, kwargs)
             if x is None:
                 return None
-        new = self.fire(x)
-        for port in self.live_recalls:
-            port.remember(new)
+        new = x
+        for port in self.live:
+            new = port.fire(new)
+        for recall in self.live_recalls:
+            recall.remember(new)
         if new is x:
             return None
         if self.arg is None:
@@ -114,28 +118,21 @@ class Tap:
         """The forward hook: may exchange the module's output, or one item of it."""
         if not covered(self.layer):
             return None
-        if isinstance(output, Tensor):
-            new = self.fire(output)
-            return None if new is output else new
+        if state.depth:
+            with nested_forward():
+                return self.on_output(module, args, output)
         changed = output
-        for port in self.live:
-            value = item(changed, port.port.item, module)
-            new = self.fire(value, (port,))
-            if new is not value:
+        if isinstance(output, Tensor):
+            for port in self.live:
+                changed = port.fire(changed)
+        else:
+            for port in self.live:
                 at = port.port.item
-                changed = (*changed[:at], new, *changed[at + 1 :])
+                value = item(changed, at, module)
+                new = port.fire(value)
+                if new is not value:
+                    changed = (*changed[:at], new, *changed[at + 1 :])
         return None if changed is output else changed
-
-    def fire(self, x: Tensor, ports: tuple[BoundPort, ...] | None = None) -> Tensor:
-        """Show a tensor to the ports here, one after the other; returns what the model goes on with."""
-        if not state.depth:
-            for port in ports or self.live:
-                x = port.fire(x)
-            return x
-        with nested_forward():
-            for port in ports or self.live:
-                x = port.fire(x)
-        return x
 
 
 class BoundPort(Slot):
@@ -149,46 +146,94 @@ class BoundPort(Slot):
         cfg: BridgeConfig,
         modules: Callable[[str], nn.Module],
         on_replaced: Callable[[], None],
-        shards: Shards,
     ) -> None:
         super().__init__(hook, owner, on_replaced)
         self.port = port
         self.view = port.view(cfg)
         self.modules = modules
-        self.shards = shards
-        self.elsewhere: HookElsewhere | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything needs the tensor here: hooks that another process runs do not."""
-        return super().wanted and not (self.elsewhere is not None and self.elsewhere.takes_all())
+        self.recalls = port.recalls is not None
 
     def remember(self, x: Tensor) -> None:
         """Keep what a later place has to know."""
         state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
 
     def fire(self, x: Tensor) -> Tensor:
-        """Hand the tensor over, whole; returns it as it is unless a hook changed it."""
-        if self.shards.size == 1:
-            return self.exchange(x)
-        module: Any = self.modules(self.port.at)
-        sizes = self.shards.even(module.in_features if self.port.side == "in" else module.out_features)
-        whole = self.shards.gather(x, -1, sizes)
-        new = self.exchange(whole)
-        return x if new is whole else self.shards.slice(new, -1, sizes)
-
-    def exchange(self, x: Tensor) -> Tensor:
-        """Show the view of the whole tensor, and put back what became of it."""
+        """Show the view of a tensor, and put back what became of it; returns it as it is unless a hook changed it."""
         known = None
-        if self.port.recalls is not None:
+        if self.recalls:
             known = recalled(self, len(state.executing), "input")
             if known is None:  # attached by a hook of this very layer: it fires from the next forward on
                 return x
         value = self.port.read(x, self.view, known)
-        new = self.show(value)
+        place: Any = self.owner._modules[self.slot]
+        record = current_record()
+        new = place(value) if record is None else record.show(self, place, value)
         if new is value:
             return x
-        return self.port.write(x, new, self.view, known, self.modules)
+        return self.port.write(x, check_replacement(self.name, new, value), self.view, known, self.modules)
+
+
+class EdgePort(BoundPort):
+    """The input or output of a block that another process computes."""
+
+    elsewhere: HookElsewhere
+
+    def wanted(self) -> bool:
+        """Whether anything needs the tensor here: hooks that the other process runs do not."""
+        return super().wanted() and not self.elsewhere.takes_all()
+
+
+class DividedPort(BoundPort):
+    """A port whose tensor several processes have a part of each: hooks are shown the whole."""
+
+    shards: Shards
+
+    def fire(self, x: Tensor) -> Tensor:
+        module: Any = self.modules(self.port.at)
+        sizes = self.shards.even(module.in_features if self.port.side == "in" else module.out_features)
+        whole = self.shards.gather(x, -1, sizes)
+        new = super().fire(whole)
+        return x if new is whole else self.shards.slice(new, -1, sizes)
+
+
+class KnownModules:
+    """Which module is at each place of a model, as last seen: one look at each tells whether any was exchanged."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, int] = {}
+        self.links: list[tuple[weakref.ref[nn.Module], str, int]] = []
+        """Module, name of a child, and the child by its id: what was exchanged is not kept."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KnownModules, ()  # a copy of a bridge has modules of its own
+
+    def check(self, path: str, module: nn.Module | None) -> None:
+        """Forget everything if another module is at a place than the one known."""
+        if self.at.get(path) != id(module):
+            self.links.clear()
+
+    def all_in_place(self) -> bool:
+        """Whether every module known hangs where it did."""
+        for parent, name, child in self.links:
+            module = parent()
+            if module is None or id(module._modules.get(name)) != child:
+                return False
+        return bool(self.links)
+
+    def note(self, components: Iterable[ComponentBridge | Root]) -> None:
+        """Look where everything hangs now."""
+        self.at, links = {}, {}
+        for component in components:
+            found: nn.Module = component.model
+            for part in component.path.split(".") if component.path else ():
+                child = found._modules.get(part)
+                links[id(found), part] = (weakref.ref(found), part, id(child))
+                if child is None:  # cut down, or computed elsewhere: what is attached there says so itself
+                    break
+                found = child
+            else:
+                self.at[component.path] = id(found)
+        self.links = list(links.values())
 
 
 class Attachment:
@@ -211,22 +256,25 @@ class Attachment:
         self.blocks_elsewhere = blocks_elsewhere
         self.elsewhere: list[HookElsewhere] = []
         self.attached: dict[Tap | BoundModule, None] = {}
+        self.known = KnownModules()
 
     def tell(self, place: Tap | BoundModule, attached: bool) -> None:
         """Something was put on the model or taken off; the model is watched as long as anything is there."""
-        with _counting:
-            before = bool(self.attached)
-            if attached:
-                self.attached[place] = None
-            else:
-                del self.attached[place]
-            if bool(self.attached) != before:
-                (watch if attached else unwatch)(self.model, self)
+        before = bool(self.attached)
+        if attached:
+            self.attached[place] = None
+            self.known.check(place.component.path, place.module)
+        else:
+            del self.attached[place]
+        if bool(self.attached) != before:
+            (watch if attached else unwatch)(self.model, self)
 
     def follow(self) -> None:
         """Move everything that is attached to the modules that are in the model now."""
-        for place in tuple(self.attached):
-            place.follow()
+        if not self.known.all_in_place():
+            for place in tuple(self.attached):
+                place.follow()
+            self.known.note([place.component for place in (*self.taps.values(), *self.opened.values())])
 
     def bind(
         self, owner: HookOwner, hooks: tuple[Hook, ...], component: Callable[[str], ComponentBridge | Root], layer: int
@@ -241,18 +289,27 @@ class Attachment:
             elif isinstance(hook.port, Inside):
                 slot = self._bind_inside(hook, hook.port, owner, component, layer)
             else:
-                slot = port = self._bind_port(hook, hook.port, owner, component, layer)
-                if block is not None:
-                    port.elsewhere = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
-                    self.elsewhere.append(port.elsewhere)
+                slot = self._bind_port(hook, hook.port, owner, component, layer, block)
             owner.watchers[hook.name] = slot
             slot.begin()
 
     def _bind_port(
-        self, hook: Hook, port: Port, owner: HookOwner, component: Callable[[str], ComponentBridge | Root], layer: int
+        self,
+        hook: Hook,
+        port: Port,
+        owner: HookOwner,
+        component: Callable[[str], ComponentBridge | Root],
+        layer: int,
+        block: BlockElsewhere | None,
     ) -> BoundPort:
         shards = self.sharding.of_port(component(port.at).path, port.side)
-        bound = BoundPort(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced, shards)
+        kind = BoundPort if block is None and shards.size == 1 else DividedPort if block is None else EdgePort
+        bound = kind(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        if isinstance(bound, DividedPort):
+            bound.shards = shards
+        if block is not None and isinstance(bound, EdgePort):
+            bound.elsewhere = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
+            self.elsewhere.append(bound.elsewhere)
         for place in [port, *([port.instead] if port.instead else [])]:
             tap = self.tap(component(place.at), place, layer)
             tap.ports.append(bound)
@@ -279,6 +336,7 @@ class Attachment:
         bound.listeners.append(module)
         for role in (place.rows_of, place.stream_of):
             if role is not None:
+                module.recalls = True
                 self._recall(bound, component(role), layer)
         return bound
 
@@ -292,7 +350,7 @@ class Attachment:
         """The tap at a port's place, made when first needed; other arguments and shared ports have their own."""
         key = (component.path, port.side, port.arg, port.shared)
         if key not in self.taps:
-            self.taps[key] = Tap(_Find(component), port, layer, self.tell)
+            self.taps[key] = Tap(component, port, layer, self.tell)
         return self.taps[key]
 
     def remove(self) -> None:
@@ -320,16 +378,6 @@ class Root:
     def in_place(self) -> nn.Module:
         """The base model."""
         return self.model.get_submodule(self.path)
-
-
-class _Find:
-    """Looks a component's module up when a hook is put on; an object, so that it can be copied."""
-
-    def __init__(self, component: ComponentBridge | Root) -> None:
-        self.component = component
-
-    def __call__(self) -> nn.Module:
-        return self.component.in_place
 
 
 class _ModuleOf:

@@ -78,6 +78,8 @@ class TransformerBridge(
     configuration that cannot run.
     """
 
+    _default: tuple[dict[str, HookPoint], frozenset[str], list[str]] | None = None
+    """The hook points and switches for which the default names were listed last, and these names."""
     absent_names: Mapping[str, str]
     arguments: Arguments
     """What the model's forward calls its arguments."""
@@ -250,9 +252,12 @@ class TransformerBridge(
         return super().unknown_hook(name)
 
     def default_names(self) -> list[str]:
-        rows, wanted = ((c.name, hook) for c in self.components() for hook in c.declared), self.switched_on()
-        left_out = {f"{name}.{hook.name}" for name, hook in rows if hook.on_request and hook.name not in wanted}
-        return [name for name in self.hook_dict if name not in left_out]
+        points, wanted, known = self.hook_dict, self.switched_on(), self._default
+        if known is None or known[0] is not points or known[1] != wanted:
+            rows = ((c.name, hook) for c in self.components() for hook in c.declared)
+            left_out = {f"{name}.{hook.name}" for name, hook in rows if hook.on_request and hook.name not in wanted}
+            known = self._default = (points, wanted, [name for name in points if name not in left_out])
+        return list(known[2])
 
     def hook_table(self) -> HookTable:
         """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.

@@ -106,7 +106,11 @@ class Record:
                 slot.replays -= 1
                 slot.refresh()
 
-    def fire(self, slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    def show(self, slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        """Run the hooks of a place on a tensor; in a recomputation, what they made of it before."""
+        return self._replay(slot, value) if self.replaying else self._fire(slot, place, value)
+
+    def _fire(self, slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
         """Run the hooks of a place and record what they made of the tensor."""
         outcome = Outcome()
         self.outcomes.setdefault(slot, []).append(outcome)
@@ -134,7 +138,7 @@ class Record:
         outcome.leaf = leaf
         return value if new is leaf else new
 
-    def replay(self, slot: Replayed, value: Tensor) -> Tensor:
+    def _replay(self, slot: Replayed, value: Tensor) -> Tensor:
         """What the hooks of a place made of the tensor the first time."""
         done = self.outcomes.get(slot, [])
         nth = self.at.get(slot, 0)
@@ -209,14 +213,6 @@ def recalled(owner: object, depth: int, what: str) -> Any:
     found = state.recalled.pop((id(owner), depth, what), None)
     record = _current.record
     return found if record is None else record.recall(id(owner), what, found)
-
-
-def show(slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """Run the hooks of a place on a tensor; in a recomputation, what they made of it before."""
-    record = _current.record
-    if record is None:
-        return place(value)
-    return record.replay(slot, value) if record.replaying else record.fire(slot, place, value)
 
 
 class _Checkpoint:

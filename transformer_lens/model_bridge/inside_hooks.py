@@ -19,11 +19,11 @@ from transformer_lens.model_bridge.inside_call import ForwardInPlace, InsideCall
 from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.sharding import Interior
-from transformer_lens.model_bridge.slots import Slot
+from transformer_lens.model_bridge.slots import Slot, check_replacement
 from transformer_lens.model_bridge.views import TokenRows
 
-_exchange = threading.Lock()
-"""Held while a `forward` is exchanged: bridges and runs of several threads share what is in its place."""
+attaching = threading.Lock()
+"""Held while something is put on a model or taken off: bridges and runs of several threads share what is there."""
 
 
 class InsideForward(ForwardInPlace):
@@ -36,12 +36,14 @@ class InsideForward(ForwardInPlace):
         self.users: list[BoundModule] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with nested_forward():
-            users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
-            if not users:
-                return self.original(*args, **kwargs)
-            component = next(iter(users)).component
-            return component.inside(self.call(component, args, kwargs, users))
+        if state.depth:
+            with nested_forward():
+                return self(*args, **kwargs)
+        users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
+        if not users:
+            return self.original(*args, **kwargs)
+        component = next(iter(users)).component
+        return component.inside(self.call(component, args, kwargs, users))
 
     def call(
         self,
@@ -51,14 +53,16 @@ class InsideForward(ForwardInPlace):
         users: dict[BoundModule, dict[str, BoundInside]],
     ) -> InsideCall:
         """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
-        inside = next(iter(users)).interior
-        rows: TokenRows | None = _first_recalled(users, "rows")
-        stream: Tensor | None = _first_recalled(users, "stream")
+        user = next(iter(users))
+        inside = user.interior
+        rows: TokenRows | None = _first_recalled(users, "rows") if user.recalls else None
+        stream: Tensor | None = _first_recalled(users, "stream") if user.recalls else None
         wanted = {name for hooks in users.values() for name in hooks}
         written = {name for user, hooks in users.items() for name in user.written(hooks)}
+        each = tuple(users.values())
 
         def fire(name: str, value: Tensor) -> Tensor:
-            for hooks in users.values():
+            for hooks in each:
                 if name in hooks:
                     value = hooks[name].fire(value, rows)
             return value
@@ -93,12 +97,14 @@ class BoundModule:
         self.interior = interior
         self.layer = layer
         self.hooks: dict[str, BoundInside] = {}
+        self.recalls = False
+        """Whether any of them has to know the input of another place."""
         self.in_place: InsideForward | None = None
 
     def refresh(self) -> None:
         """Take the place of the module's forward, or leave it, as the hooks inside need it."""
-        with _exchange:
-            needed = any(hook.wanted for hook in self.hooks.values())
+        with attaching:
+            needed = any([hook.wanted() for hook in self.hooks.values()])
             if needed and self.in_place is None:
                 self._put_on()
                 self.tell(self, True)
@@ -109,9 +115,14 @@ class BoundModule:
     def follow(self) -> None:
         """Move to the module that is at this place now, if another one was put there."""
         if self.in_place is not None and self.in_place.module is not self.component.computing_module:
-            with _exchange:
+            with attaching:
                 self._take_off()
                 self._put_on()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module it is in."""
+        return None if self.in_place is None else self.in_place.module
 
     def _put_on(self) -> None:
         self.component.check_module()
@@ -170,33 +181,32 @@ class BoundInside(Slot):
         self.module = module
         self.divided = module.interior.dim(hook.axes)
 
-    def entries(self) -> list[HookEntry] | None:
-        """The hooks that fire now; `None` where another module sits in the place."""
-        place = self.place
+    def entries(self) -> tuple[list[HookEntry], list[HookEntry]] | None:
+        """The hooks that fire now, forward and backward; `None` where another module sits in the place."""
+        place = self.owner._modules.get(self.slot)
         if not isinstance(place, HookPoint):
             return None
+        forward = [entry for entry in place.fwd_hooks if entry.applies()]
+        if not place.bwd_hooks:
+            return forward, []
         record = current_record()
         graph = torch.is_grad_enabled() or (record is not None and record.reentrant)
-        backward = place.bwd_hooks if graph else []
-        return [entry for entry in (*place.fwd_hooks, *backward) if entry.applies()]
+        return forward, [entry for entry in place.bwd_hooks if graph and entry.applies()]
 
     def fires(self) -> bool:
         """Whether anything here sees the value in what this thread is running."""
-        place = self.place
-        if isinstance(place, HookPoint) and not (place.fwd_hooks or place.bwd_hooks or self.replays):
+        if not self.wanted():
             return False
         record = current_record()
         if record is not None and record.replaying:
             return self in record.outcomes
         entries = self.entries()
-        return entries is None or bool(entries)
+        return entries is None or any(entries)
 
     def writes(self) -> bool:
         """Whether it may change the value, or needs a gradient through it."""
-        place, entries = self.place, self.entries()
-        if entries is None or not isinstance(place, HookPoint):
-            return True
-        return any(not entry.reads_only or entry in place.bwd_hooks for entry in entries)
+        entries = self.entries()
+        return entries is None or bool(entries[1]) or not all([entry.reads_only for entry in entries[0]])
 
     def remember(self, x: Tensor) -> None:
         """Keep what the module itself does not see: batch and position, or the block's stream."""
@@ -209,8 +219,11 @@ class BoundInside(Slot):
         shards, dim = self.module.interior.shards, self.divided
         whole = value if dim is None else shards.gather(value, dim)
         shown = whole if rows is None else rows.get(whole)
-        new = self.show(shown)
+        place: Any = self.owner._modules[self.slot]
+        record = current_record()
+        new = place(shown) if record is None else record.show(self, place, shown)
         if new is shown:
             return value
+        new = check_replacement(self.name, new, shown)
         put = new if rows is None else rows.put(whole, new)
         return put if dim is None else shards.slice(put, dim)

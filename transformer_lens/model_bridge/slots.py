@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from transformer_lens.hook_point import HookPoint, Listener, tell
-from transformer_lens.model_bridge.checkpointing import show
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
 
 
@@ -29,10 +28,9 @@ class Slot:
         """The hook point, or the module in its place; `None` while what it looks into is not there."""
         return self.owner._modules.get(self.slot)
 
-    @property
     def wanted(self) -> bool:
         """Whether anything sits here that has to see the tensor."""
-        place = self.place
+        place = self.owner._modules.get(self.slot)
         if isinstance(place, HookPoint):
             return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
         return place is not None
@@ -43,20 +41,12 @@ class Slot:
 
     def refresh(self) -> None:
         """Called when a hook came or went: tells what puts the torch hooks on and off."""
-        for listener in self.listeners:
-            tell(listener)
+        tell(self.listeners)
 
     def replaced(self) -> None:
         """Called when another module was put in the hook's place."""
         self.on_replaced()
         self.refresh()
-
-    def show(self, value: Tensor) -> Tensor:
-        """Show a tensor to what sits here; returns it as it is unless that changed it."""
-        place = self.place
-        assert place is not None
-        new = show(self, place, value)
-        return value if new is value else check_replacement(self.name, new, value)
 
 
 def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:

@@ -12,11 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from transformer_lens.hook_point import state
 from transformer_lens.model_bridge.checkpointing import recording
 from transformer_lens.model_bridge.inside_call import ForwardInPlace
 
 _exchange = threading.Lock()
 """Held while a model's `forward` is exchanged: the bridges on a model share its watch."""
+
+
+COMPILED = "_compiled_call_impl"
+"""Where torch keeps what `module.compile()` made."""
 
 
 class Follower(Protocol):
@@ -36,19 +41,28 @@ class Watch(ForwardInPlace):
         self.__wrapped__ = self.original  # generate() and PEFT read the signature
         self.followers: list[Follower] = []
         # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
-        parts = [module for module in model.modules() if module.__dict__.get("_compiled_call_impl") is not None]
-        self.compiled = [(module, module.__dict__.pop("_compiled_call_impl")) for module in parts]
+        self.compiled: list[tuple[nn.Module, Any]] = []
+        every = [model]
+        for module in every:  # those in two places come twice; `modules()` looks for them, and takes several times as long
+            if module.__dict__.get(COMPILED) is not None:
+                self.compiled.append((module, module.__dict__.pop(COMPILED)))
+            if module._modules:
+                every += [child for child in module._modules.values() if child is not None]
 
     @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for follower in tuple(self.followers):
             follower.follow()
-        with recording(self.model):
-            return self.original(*args, **kwargs)
+        outer, state.memo = state.memo, {}
+        try:
+            with recording(self.model):
+                return self.original(*args, **kwargs)
+        finally:
+            state.memo = outer
 
     def remove(self) -> None:
         for module, compiled in self.compiled:
-            module.__dict__.setdefault("_compiled_call_impl", compiled)
+            module.__dict__.setdefault(COMPILED, compiled)
         self.leave(self.model, self.had)
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.hook_point import state
 from transformer_lens.model_bridge.generalized_components.attention_masks import (
     additive_mask,
     entries,
@@ -210,9 +211,16 @@ class AttentionRun:
 
     def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What eager attention adds to its scores for any implementation's mask, and which queries see anything."""
-        given = entries(mask, queries, keys, like.device)
-        added = additive_mask(given, queries, keys, self.end(keys) - queries, like.dtype, like.device)
-        return added, seeing_queries(given, queries)
+        first, memo = self.end(keys) - queries, state.memo
+        key = (id(mask), queries, keys, first, like.dtype, like.device)
+        found = None if memo is None else memo.get(key)
+        if found is None:
+            given = entries(mask, queries, keys, like.device)
+            added = additive_mask(given, queries, keys, first, like.dtype, like.device)
+            found = (added, seeing_queries(given, queries), mask)  # held, so that no other mask has its id
+            if memo is not None:
+                memo[key] = found
+        return found[:2]
 
     def show_results(self) -> None:
         """Each head's part of what the output projection makes of z; a write goes on as their sum."""

@@ -64,7 +64,7 @@ class OpenNormalizationBridge(NormWeights, NormalizationBridge):
 
     def look(self, call: InsideCall) -> None:
         """Show scale and normalised stream."""
-        self.formula(call)
+        raise NotImplementedError(f"{type(self).__name__} has to say what its module computes")
 
     def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
         """What the module computes, from its scale and its normalised stream."""
@@ -104,14 +104,22 @@ class RMSNormBridge(OpenNormalizationBridge):
 
     attributes = affine = ("weight",)
 
+    def look(self, call: InsideCall) -> None:
+        divided = self.divided(call)
+        call.fire(NORMALIZED.name, divided.to(call.first.dtype))
+
     def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
-        x: Tensor = call.first
-        wide = x.to(torch.float32)
+        return self.weighted(call, self.divided(call), call.first.dtype)
+
+    def divided(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
+        """The stream divided by its scale."""
+        wide = call.first.to(torch.float32)
         mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
+        if not call.wants(SCALE.name):
+            return wide * torch.rsqrt(mean_square)
         scale = call.fire(SCALE.name, found := mean_square.sqrt())
         # The model multiplies by the reciprocal root; only a scale that a hook changed is divided by.
-        divided = wide * torch.rsqrt(mean_square) if scale is found else wide / scale
-        return self.weighted(call, divided, x.dtype)
+        return wide * torch.rsqrt(mean_square) if scale is found else wide / scale
 
     def weighted(self, call: InsideCall, divided: Tensor, dtype: torch.dtype) -> Float[Tensor, "*batch d_model"]:
         """The normalised stream times the weight."""
