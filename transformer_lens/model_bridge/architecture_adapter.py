@@ -147,6 +147,10 @@ class ArchitectureAdapter:
         """What the model caps its logits at softly, after the head; `None` where the head's output is its logits."""
         return None
 
+    def changes_logits(self) -> bool:
+        """Whether the model's logits are something else than its head's output."""
+        return self.logit_cap() is not None
+
     def layout_name(self) -> str:
         """What the family calls its layout."""
         return str(self.family().__name__.removesuffix("Config"))

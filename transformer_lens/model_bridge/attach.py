@@ -22,9 +22,8 @@ from transformer_lens.model_bridge.partial_run import covered
 from transformer_lens.model_bridge.ports import Inside, Port, Side
 from transformer_lens.model_bridge.sharding import Sharding, Shards
 from transformer_lens.model_bridge.slots import Slot, check_replacement
-from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item
+from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item, with_item
 from transformer_lens.model_bridge.watch import unwatch, watch
-
 
 
 class Tap:
@@ -73,7 +72,7 @@ class Tap:
         if self.side == "in":
             self.handle = module.register_forward_pre_hook(self.on_input, with_kwargs=True, prepend=self.shared)
         else:
-            self.handle = module.register_forward_hook(self.on_output)
+            self.handle = module.register_forward_hook(self.on_output, prepend=self.shared)
 
     def _take_off(self) -> None:
         assert self.handle is not None
@@ -131,7 +130,7 @@ class Tap:
                 value = item(changed, at, module)
                 new = port.fire(value)
                 if new is not value:
-                    changed = (*changed[:at], new, *changed[at + 1 :])
+                    changed = with_item(changed, at, new)
         return None if changed is output else changed
 
 

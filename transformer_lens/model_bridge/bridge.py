@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, HookOwner
+from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
 from transformer_lens.model_bridge.inputs import Call, ModelInput
@@ -102,7 +102,9 @@ class TransformerBridge(
             warnings.warn(sentence, stacklevel=2)
         self.root = Root(hf_model, make_components(self, self.adapter, hf_model, place, inner))
         self.absent_names = absent_names(self, self.adapter, inner)
-        self.declare("", self.adapter.root_hooks)
+        changed = "unembed" in self._modules and self.adapter.changes_logits()
+        self.root_hooks = (*self.adapter.root_hooks, *((LOGITS_HOOK,) if changed else ()))
+        self.declare("", self.root_hooks)
         self.exchanged = Exchanged([self, *self.components()], self.adapter.prepare_module, self._tree_changed)
         self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
@@ -158,8 +160,10 @@ class TransformerBridge(
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:
         """Connect every hook point to its place in the model."""
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
-        self.attachment.bind(self, self.adapter.root_hooks, self._root_role, layer=-1)
-        aliases = {alias: hook.name for hook in self.adapter.root_hooks for alias in hook.aliases}
+        for hook in self.root_hooks:
+            layer = self.cfg.n_layers if hook.port.at == WHOLE_MODEL else -1
+            self.attachment.bind(self, (hook,), self._root_role, layer)
+        aliases = {alias: hook.name for hook in self.root_hooks for alias in hook.aliases}
         causal = "unembed" in self._modules
         for word in (TOKENS, EMBEDDINGS, MASK, *((POSITIONS, CACHE) if causal else ())):
             self.arguments.name(word)
@@ -184,6 +188,8 @@ class TransformerBridge(
         return {layer: (path, module) for layer, path, module in found if isinstance(module, BlockElsewhere)}
 
     def _root_role(self, role: str) -> ComponentBridge | Root:
+        if role == WHOLE_MODEL:
+            return Root(self.original_model, inner_model(self.original_model)[0])
         return self.exchanges[role].component if role in self.exchanges else self.root
 
     def _tree_changed(self) -> None:
@@ -266,7 +272,7 @@ class TransformerBridge(
         ('batch', 'pos', 2, 32)
         """
         title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
-        return make_table(title, self.cfg, self.adapter.root_hooks, self.components(), self.absent_names)
+        return make_table(title, self.cfg, self.root_hooks, self.components(), self.absent_names)
 
     # -- running -----------------------------------------------------------------------------------
 

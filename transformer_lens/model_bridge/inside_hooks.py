@@ -104,7 +104,7 @@ class BoundModule:
     def refresh(self) -> None:
         """Take the place of the module's forward, or leave it, as the hooks inside need it."""
         with attaching:
-            needed = any([hook.wanted() for hook in self.hooks.values()])
+            needed = any(hook.wanted() for hook in self.hooks.values())
             if needed and self.in_place is None:
                 self._put_on()
                 self.tell(self, True)
@@ -206,7 +206,7 @@ class BoundInside(Slot):
     def writes(self) -> bool:
         """Whether it may change the value, or needs a gradient through it."""
         entries = self.entries()
-        return entries is None or bool(entries[1]) or not all([entry.reads_only for entry in entries[0]])
+        return entries is None or bool(entries[1]) or not all(entry.reads_only for entry in entries[0])
 
     def remember(self, x: Tensor) -> None:
         """Keep what the module itself does not see: batch and position, or the block's stream."""

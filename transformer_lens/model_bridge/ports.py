@@ -25,13 +25,14 @@ class Port:
     """A tensor that a module receives or returns, seen through a view.
 
     `at` is the role of the module inside the component that declares the hook ("" is its own module),
-    `item` which one of a returned tuple, `arg` which argument where it is not the first.
+    `item` which one of a returned tuple (or field of the model's output), `arg` which argument where it is not the
+    first.
     """
 
     at: str = ""
     side: Side = "out"
     view: Callable[[BridgeConfig], View] = whole
-    item: int = 0
+    item: int | Word = 0
     arg: Word | None = None
     aliased: bool = False
     """The model writes into this tensor afterwards, so what is captured has to be a copy."""
@@ -40,8 +41,8 @@ class Port:
 
     @property
     def shared(self) -> bool:
-        """Whether a write goes into the model's very tensor, so that this port has to come before all others."""
-        return False
+        """Whether a write goes into what the model itself holds, so that this port has to come before all others."""
+        return isinstance(self.item, Word)
 
     @property
     def recalls(self) -> str | None:

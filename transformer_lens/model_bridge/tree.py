@@ -54,6 +54,10 @@ def absent_names(bridge: HookOwner, adapter: ArchitectureAdapter, inner: Any) ->
     for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):
         if role not in bridge._modules:
             absent[f"{role}.hook_out"] = NO_HEAD.format(missing=missing, present=present)
+    if "unembed" not in bridge._modules:
+        absent["hook_logits"] = absent["unembed.hook_out"]
+    elif not adapter.changes_logits():
+        absent["hook_logits"] = "the logits are what the head returns, at unembed.hook_out"
     for component in components_in(bridge):
         absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
     return absent

@@ -55,6 +55,7 @@ ALIBI = Word("ALiBi bias", ("alibi",))
 OUTPUT_ATTENTIONS = Word("switch that returns the pattern", ("output_attentions",))
 NEW_TOKENS = Word("number of tokens that a step of generation reads", ("next_sequence_length",))
 DTYPE = Word("dtype of the weights", ("dtype", "torch_dtype"))
+LOGITS = Word("logits", ("logits",))
 CHOSEN = Word("chosen experts", ("top_k_index",))
 CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights",))
 
@@ -199,8 +200,15 @@ def layer_of_cache(cache: Any, number: int) -> Any:
     return layers[number]
 
 
-def item(output: Any, number: int, module: nn.Module) -> Tensor:
-    """One tensor of the tuple that a module returned."""
+def item(output: Any, number: int | Word, module: nn.Module) -> Tensor:
+    """One tensor of the tuple that a module returned, or one field of the output of a whole model."""
+    if isinstance(number, Word):
+        if isinstance(output, tuple):
+            raise ValueError(
+                f"{type(module).__name__} was called with return_dict=False, and a hook reads its {number.meaning} by "
+                "name: leave that out"
+            )
+        return attribute(output, output_name(output, number))  # type: ignore[no-any-return]
     if not isinstance(output, tuple):
         got = type(output).__name__
         raise UpstreamError(type(module).__name__, f"tensor or tuple as its output, got {got}", ())
@@ -209,6 +217,19 @@ def item(output: Any, number: int, module: nn.Module) -> Tensor:
         kinds = [type(value).__name__ for value in output]
         raise UpstreamError(type(module).__name__, f"tensor as item {number} of its output", kinds)
     return found
+
+
+def with_item(output: Any, number: int | Word, value: Tensor) -> Any:
+    """The output with another tensor in that place; a whole model's output is changed itself."""
+    if not isinstance(number, Word):
+        return (*output[:number], value, *output[number + 1 :])
+    if output.get("loss") is not None:
+        raise ValueError(
+            f"a hook wrote the {number.meaning} of a call with labels, whose loss was computed before: leave labels "
+            'out, and let the bridge compute the loss (return_type="loss")'
+        )
+    output[output_name(output, number)] = value
+    return output
 
 
 def output_name(output: Any, word: Word) -> str:

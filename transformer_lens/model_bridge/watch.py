@@ -43,7 +43,9 @@ class Watch(ForwardInPlace):
         # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
         self.compiled: list[tuple[nn.Module, Any]] = []
         every = [model]
-        for module in every:  # those in two places come twice; `modules()` looks for them, and takes several times as long
+        for (
+            module
+        ) in every:  # those in two places come twice; `modules()` looks for them, and takes several times as long
             if module.__dict__.get(COMPILED) is not None:
                 self.compiled.append((module, module.__dict__.pop(COMPILED)))
             if module._modules:

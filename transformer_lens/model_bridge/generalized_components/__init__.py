@@ -25,8 +25,10 @@ from transformer_lens.model_bridge.generalized_components.branches import (
     Stages,
 )
 from transformer_lens.model_bridge.generalized_components.embedding import (
+    LOGITS_HOOK,
     POSITION_HOOK,
     ROOT_HOOKS,
+    WHOLE_MODEL,
     EmbeddingBridge,
     HeadBridge,
     PositionEmbeddingBridge,
@@ -49,11 +51,13 @@ from transformer_lens.model_bridge.generalized_components.normalization import (
 )
 
 __all__ = [
+    "LOGITS_HOOK",
     "PARALLEL",
     "PARALLEL_ONE_NORM",
     "POSITION_HOOK",
     "ROOT_HOOKS",
     "SEQUENTIAL",
+    "WHOLE_MODEL",
     "ALiBiJointQKVAttentionBridge",
     "BlockBridge",
     "Branch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import Weight, linear, own
 from transformer_lens.model_bridge.ports import Port
-from transformer_lens.model_bridge.upstream import EMBEDDINGS
+from transformer_lens.model_bridge.upstream import EMBEDDINGS, LOGITS
 
 
 class EmbeddingBridge(ComponentBridge):
@@ -56,6 +56,17 @@ ROOT_HOOKS = (
         aliases=("embed.hook_out",),
     ),
 )
+
+WHOLE_MODEL = "model"
+"""The role of the model with its head, in ports of hooks outside every component."""
+
+LOGITS_HOOK = Hook(
+    "hook_logits",
+    "batch pos d_vocab",
+    "the logits, after what the model makes of its head's output (a cap, a scale)",
+    Port(at=WHOLE_MODEL, item=LOGITS),
+)
+"""Beside `ROOT_HOOKS` in a model whose logits are not its head's output."""
 
 POSITION_HOOK = Hook(
     "hook_pos_embed",

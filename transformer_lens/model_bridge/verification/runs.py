@@ -166,9 +166,10 @@ def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[
 
 def _leaves(e: Evidence, name: str) -> str:
     """Where what a hook changes is judged: the stage that reads it, or "", the output."""
-    if e.thorough or (not name.startswith("blocks.") and "." in name):
-        return ""
-    return e.stages[int(name.split(".")[1]) + 1] if "." in name else e.stages[0]
+    if not e.thorough and name.startswith("blocks."):
+        return e.stages[int(name.split(".")[1]) + 1]
+    before = not e.thorough and name in {hook.name for hook in e.bridge.adapter.root_hooks}
+    return e.stages[0] if before else ""
 
 
 def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, Tensor]:
