@@ -273,7 +273,8 @@ class Attachment:
         if not self.known.all_in_place():
             for place in tuple(self.attached):
                 place.follow()
-            self.known.note([place.component for place in (*self.taps.values(), *self.opened.values())])
+            places: list[Tap | BoundModule] = [*self.taps.values(), *self.opened.values()]
+            self.known.note([place.component for place in places])
 
     def bind(
         self, owner: HookOwner, hooks: tuple[Hook, ...], component: Callable[[str], ComponentBridge | Root], layer: int

@@ -113,7 +113,7 @@ class RMSNormBridge(OpenNormalizationBridge):
 
     def divided(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
         """The stream divided by its scale."""
-        wide = call.first.to(torch.float32)
+        wide: Tensor = call.first.to(torch.float32)
         mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
         if not call.wants(SCALE.name):
             return wide * torch.rsqrt(mean_square)
