@@ -1,8 +1,11 @@
 """Read, edit and differentiate every activation of an unchanged Hugging Face model by name."""
 
-from transformer_lens.activation_cache import ActivationCache
-from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.hook_points import HookedRootModule, HookPoint
+from transformer_lens.ActivationCache import ActivationCache
+from transformer_lens.FactoredMatrix import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
+from transformer_lens.HookedTransformer import HookedTransformer
+from transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.row_hooks import on_each, on_rows
@@ -13,6 +16,8 @@ __all__ = [
     "GroupedCache",
     "HookPoint",
     "HookedRootModule",
+    "HookedTransformer",
+    "HookedTransformerConfig",
     "TransformerBridge",
     "on_each",
     "on_rows",

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_tensor, a_text, in_words, whole
+from transformer_lens.checks import a_tensor, a_text, in_words, one_of, whole
 from transformer_lens.hook_names import get_act_name
-from transformer_lens.model_bridge.padding import checked_mask
+from transformer_lens.model_bridge.padding import checked_mask, kept_mask
 from transformer_lens.slicing import Slice, SliceInput
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
 
-__all__ = ["Slice", "SliceInput", "get_act_name", "get_device", "lm_cross_entropy_loss", "test_prompt", "to_numpy"]
+__all__ = [
+    "USE_DEFAULT_VALUE",
+    "Slice",
+    "SliceInput",
+    "batch_addmm",
+    "get_act_name",
+    "get_attention_mask",
+    "get_device",
+    "get_tokens_with_bos_removed",
+    "lm_cross_entropy_loss",
+    "test_prompt",
+    "to_numpy",
+    "tokenize_and_concatenate",
+    "vanilla_addmm",
+]
+
+USE_DEFAULT_VALUE = None
+"""What a keyword is given to mean "as the model does"."""
 
 
 def lm_cross_entropy_loss(
@@ -79,10 +96,135 @@ def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
     return array
 
 
-def get_device() -> torch.device:
-    """The accelerator PyTorch has, else the CPU."""
+def get_device() -> str:
+    """The accelerator PyTorch has, else the CPU, by name: "cuda", "mps", "cpu"."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def vanilla_addmm(
+    input: Float[
+        Tensor,
+        (
+            ...  # out
+        ),
+    ],
+    mat1: Float[Tensor, "m n"],
+    mat2: Float[Tensor, "n out"],
+) -> Float[Tensor, "m out"]:
+    """`input + mat1 @ mat2`.
+
+    >>> vanilla_addmm(torch.ones(2), torch.eye(2), torch.eye(2))
+    tensor([[2., 1.],
+            [1., 2.]])
+    """
+    return torch.addmm(input, mat1, mat2)
+
+
+def batch_addmm(
+    bias: Float[
+        Tensor,
+        (
+            ...  # d_out
+        ),
+    ],
+    weight: Float[Tensor, "d_in d_out"],
+    x: Float[Tensor, "... d_in"],
+) -> Float[Tensor, "... d_out"]:
+    """`x @ weight + bias` in one kernel, over any leading axes of `x`.
+
+    >>> batch_addmm(torch.ones(3), torch.zeros(2, 3), torch.zeros(5, 4, 2)).shape
+    torch.Size([5, 4, 3])
+    """
+    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+def get_attention_mask(
+    tokenizer: Any, tokens: Int[Tensor, "batch pos"], prepend_bos: bool, padding_side: str | None = None
+) -> Int[Tensor, "batch pos"]:
+    """1 where a row has a token, 0 where it is padded: as `to_tokens` knows it, else told by the pad token at one end.
+
+    >>> get_attention_mask(bridge.tokenizer, bridge.to_tokens(["Mary", "Mary and John"]), prepend_bos=True).sum(-1)
+    tensor([3, 5])
+
+    Where padding and beginning are one token, and `prepend_bos`, the last one of the padding on the left is the
+    beginning.
+    """
+    a_tensor("tokens", tokens)
+    known = kept_mask(tokens)
+    if known is not None:
+        return known.to(tokens)
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        return torch.ones_like(tokens)
+    side = _side(tokenizer, padding_side)
+    real = tokens.ne(tokenizer.pad_token_id).long()
+    if side == "right":
+        return real.flip(-1).cummax(-1).values.flip(-1)
+    mask = real.cummax(-1).values
+    if prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:
+        first = (mask == 0).sum(-1) - 1
+        rows = first >= 0
+        mask[rows, first[rows]] = 1
+    return mask
+
+
+def _side(tokenizer: Any, padding_side: str | None) -> str:
+    side: str = tokenizer.padding_side if padding_side is None else padding_side
+    one_of("padding_side", side, ("left", "right"))
+    return side
+
+
+def get_tokens_with_bos_removed(
+    tokenizer: Any, tokens: Int[Tensor, "batch pos"], padding_side: str | None = None
+) -> Int[Tensor, "batch pos_minus_1"]:
+    """The rows without their first token, wherever padding puts it.
+
+    >>> get_tokens_with_bos_removed(bridge.tokenizer, torch.tensor([[1, 5, 6]]))
+    tensor([[5, 6]])
+    """
+    a_tensor("tokens", tokens)
+    side = _side(tokenizer, padding_side)
+    if side == "right":
+        return tokens[..., 1:]
+    mask = get_attention_mask(tokenizer, tokens, prepend_bos=True, padding_side=side)
+    kept = torch.ones_like(tokens, dtype=torch.bool).scatter(-1, mask.argmax(-1, keepdim=True), False)
+    return tokens[kept].view(*tokens.shape[:-1], -1)
+
+
+def tokenize_and_concatenate(
+    dataset: Any,
+    tokenizer: Any,
+    streaming: bool = False,
+    max_length: int = 1024,
+    column_name: str = "text",
+    add_bos_token: bool = True,
+    num_proc: int | None = None,
+    set_format: bool = True,
+) -> Any:
+    """A `datasets` data set of texts as one of rows of tokens, `max_length` long: the texts joined by EOS, and cut.
+
+    >>> texts = datasets.Dataset.from_dict({"text": ["Mary and John"] * 9})  # doctest: +SKIP
+    >>> tokenize_and_concatenate(texts, bridge.tokenizer, max_length=8)[0]["tokens"].shape  # doctest: +SKIP
+    torch.Size([8])
+
+    With `add_bos_token` each row begins with it. What is left over at the end of a batch of texts is dropped.
+    `num_proc` does not go with `streaming`. `set_format` gives tensors. Raises `ValueError` for a tokenizer without
+    the tokens it needs.
+    """
+    width = whole("max_length", max_length, 2) - bool(add_bos_token)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None or (add_bos_token and bos is None):
+        raise ValueError("tokenize_and_concatenate: the tokenizer needs an EOS token, and a BOS token if that is added")
+
+    def rows(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        texts = tokenizer(batch[column_name], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = np.concatenate([[*text, eos] for text in texts])
+        cut = ids[: len(ids) // width * width].reshape(-1, width)
+        return {"tokens": np.insert(cut, 0, bos, axis=1) if add_bos_token else cut}
+
+    options: dict[str, Any] = {} if streaming else {"num_proc": num_proc}
+    made = dataset.map(rows, batched=True, remove_columns=list(dataset.column_names), **options)
+    return made.with_format("torch") if set_format else made
 
 
 def test_prompt(

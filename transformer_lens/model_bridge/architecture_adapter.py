@@ -99,6 +99,8 @@ class ArchitectureAdapter:
         self.component_mapping: Mapping[str, Part | Blocks] = self.components()
         side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
         self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
+        branches = [branch for stage in self.block(0).stages for branch in stage]
+        self.cfg.use_normalization_before_and_after = any(branch.norm and branch.post_norm for branch in branches)
 
     def family(self) -> Any:
         """The class of transformers that the config has, or inherits from."""
@@ -184,7 +186,14 @@ class ArchitectureAdapter:
         known = {"architecture": architectures[0], "model_name": self.config.name_or_path or self.model_type}
         fields = {**known, **read, **self.variant()}
         fields.setdefault("d_vocab_out", fields["d_vocab"])
-        return BridgeConfig(**fields)
+        fields["tie_word_embeddings"] = bool(self.config.tie_word_embeddings)
+        fields["output_logits_soft_cap"] = self.logit_cap() or -1.0
+        cfg = BridgeConfig(**fields)
+        rotation = self.config.to_dict().get("rope_parameters") or {}
+        if cfg.positional_embedding_type == "rotary" and "rope_theta" in rotation:
+            cfg.rotary_base = float(rotation["rope_theta"])
+            cfg.rotary_dim = int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))
+        return cfg
 
     @staticmethod
     def prepare_model(hf_model: nn.Module) -> Preparation:  # noqa: ARG004

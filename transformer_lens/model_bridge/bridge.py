@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.asking import layer_number
-from transformer_lens.checks import in_words, is_one_of
+from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.attach import Attachment, Root
@@ -31,7 +31,8 @@ from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
 from transformer_lens.model_bridge.inputs import Call, ModelInput
 from transformer_lens.model_bridge.loading import model_and_tokenizer
-from transformer_lens.model_bridge.old_names import OldSwitches
+from transformer_lens.model_bridge.native import native_model
+from transformer_lens.model_bridge.old_names import OldNames
 from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
@@ -58,10 +59,10 @@ class TransformerBridge(
     VerifyMethods,
     CollectMethods,
     GenerationMethods,
+    OldNames,
     SteeringMethods,
     TokenMethods,
     WeightMethods,
-    OldSwitches,
     HookOwner,
     HookedRootModule,
 ):
@@ -95,6 +96,7 @@ class TransformerBridge(
         self.tokenizer = tokenizer
         self.cfg: BridgeConfig = self.adapter.cfg
         self.cfg.architecture = type(inner).__name__
+        self._name_tokenizer()
         self.arguments = arguments_of(type(inner))
         self._follow_model()
         sharding = sharding_of(hf_model, self.cfg)
@@ -124,37 +126,81 @@ class TransformerBridge(
     def boot_transformers(
         cls,
         name_or_path: str | Path | None = None,
-        *,
-        hf_model: nn.Module | None = None,
-        tokenizer: Any = None,
+        hf_config_overrides: Mapping[str, Any] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        tokenizer: Any = None,
+        load_weights: bool = True,
+        *,
+        hf_model: nn.Module | None = None,
+        model_name: str | Path | None = None,
         attn_implementation: str | None = None,
         device_map: Any = None,
         quantization_config: Any = None,
         revision: str | None = None,
+        n_ctx: int | None = None,
         **from_pretrained_kwargs: Any,
     ) -> Self:
         """Load a model by hub name or directory, or wrap `hf_model`.
 
         >>> bridge = TransformerBridge.boot_transformers("tiny-mixtral", dtype=torch.bfloat16)
 
-        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name). Further keywords go to Hugging
-        Face's `from_pretrained`. Raises `TypeError` for one that nothing takes, with the nearest, and `ValueError`
-        for options that a model already loaded cannot take.
+        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name), `n_ctx` cuts texts earlier than the
+        model would, `hf_config_overrides` sets fields of its config, and `load_weights=False` gives random weights.
+        Further keywords go to Hugging Face's `from_pretrained`. Raises `TypeError` for one that nothing takes, with
+        the nearest, and `ValueError` for options that a model already loaded cannot take. `model_name` is another name
+        of the first argument.
         """
+        if model_name is not None and name_or_path is not None:
+            raise TypeError("boot_transformers: got a name twice, also as model_name; pass it once")
+        name_or_path = model_name if name_or_path is None else name_or_path
         named = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
             "device_map": device_map,
             "quantization_config": quantization_config,
             "revision": revision,
+            **(hf_config_overrides or {}),
         }
         options = {key: value for key, value in named.items() if value is not None} | from_pretrained_kwargs
-        hf_model, tokenizer = model_and_tokenizer(name_or_path, hf_model, tokenizer, device=device, options=options)
+        hf_model, tokenizer = model_and_tokenizer(
+            name_or_path, hf_model, tokenizer, device=device, options=options, load_weights=load_weights
+        )
         bridge = cls(hf_model, tokenizer)
         if name_or_path is not None:
             bridge.cfg.model_name = str(name_or_path)
+        if n_ctx is not None:
+            bridge.cfg.n_ctx = whole("n_ctx", n_ctx, 1, bridge.cfg.n_ctx, ", the positions that the model has")
+        return bridge
+
+    @classmethod
+    def boot_native(
+        cls,
+        config: BridgeConfig | Mapping[str, Any],
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        model_name: str = "native",
+    ) -> Self:
+        """A small random model of numbers alone, in the family of transformers that has them.
+
+        >>> cfg = BridgeConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, d_vocab=50, act_fn="gelu", seed=0)
+        >>> toy = TransformerBridge.boot_native(cfg)
+        >>> toy.cfg.architecture, toy(torch.tensor([[1, 2]])).shape
+        ('GPT2LMHeadModel', torch.Size([1, 2, 50]))
+
+        Learned positions and LayerNorm give a GPT-2, rotary ones a GPT-NeoX, with RMSNorm and a gated MLP a Llama or,
+        with `num_experts`, a Mixtral. Raises `ValueError` for what none of them has.
+        """
+        model, _ = model_and_tokenizer(
+            None,
+            native_model(config, tokenizer),
+            tokenizer,
+            device=device,
+            options={} if dtype is None else {"dtype": dtype},
+        )
+        bridge = cls(model, tokenizer)
+        bridge.cfg.model_name = model_name
         return bridge
 
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:

@@ -6,10 +6,14 @@ What can change in a model that is there (vocabulary, dtype, device) is read fro
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, Protocol, Self, TypeVar, overload
 
 import torch
+
+from transformer_lens.checks import refuse_unknown
 
 T = TypeVar("T")
 
@@ -63,7 +67,7 @@ class FromModel(Generic[T]):
 
 @dataclass
 class BridgeConfig:
-    """What a model is, in the names that analysis code reads.
+    """What a model is, in the names that analysis code reads; also `HookedTransformerConfig`.
 
     >>> bridge.cfg.n_heads, bridge.cfg.n_key_value_heads
     (4, 2)
@@ -72,23 +76,26 @@ class BridgeConfig:
     its checkpoint's config calls it. `d_vocab_out` is the size of the model's last axis. In a bridge's config,
     `d_vocab`, `d_vocab_out`, `dtype` and `device` are those of the model now, and setting them to anything else
     raises `ValueError`.
+
+    By itself it describes a model to make (`TransformerBridge.boot_native`). What is left out then follows from the
+    rest: a key and a value for every head, `d_mlp = 4 * d_model`. A cap of -1 stands for none.
     """
 
     n_layers: int
-    n_heads: int
-    n_key_value_heads: int
     d_model: int
-    d_head: int
-    d_mlp: int
     n_ctx: int
-    act_fn: str
-    normalization_type: str
-    positional_embedding_type: str
-    model_name: str
-    architecture: str
-    eps: float
-    d_vocab: FromModel[int] = FromModel()
-    d_vocab_out: FromModel[int] = FromModel()
+    d_head: int = -1
+    n_heads: int = -1
+    n_key_value_heads: int = -1
+    d_mlp: int = -1
+    act_fn: str = "relu"
+    normalization_type: str = "LN"
+    positional_embedding_type: str = "standard"
+    model_name: str = "custom"
+    architecture: str = ""
+    eps: float = 1e-5
+    d_vocab: FromModel[int] = FromModel(-1)
+    d_vocab_out: FromModel[int] = FromModel(-1)
     dtype: FromModel[torch.dtype] = FromModel(torch.float32)
     device: FromModel[torch.device] = FromModel(torch.device("cpu"))
     num_experts: int | None = None
@@ -100,11 +107,41 @@ class BridgeConfig:
     final_rms: bool = False
     default_prepend_bos: bool = True
     seed: int | None = None
+    attn_scale: float = -1.0
+    """What scores are divided by."""
+    attn_scores_soft_cap: float = -1.0
+    output_logits_soft_cap: float = -1.0
+    use_normalization_before_and_after: bool = False
+    rotary_dim: int | None = None
+    rotary_base: float | None = None
+    """The base of the rotation's angles; `None` where there is none, or layers have their own."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = -1.0
+    tokenizer_name: str | None = None
     # Names old scripts set: what they turn on is in a cache for which nothing is asked by name.
     use_attn_result: bool = False
     use_attn_in: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_heads == self.d_head == -1:
+            raise ValueError("config: got neither n_heads nor d_head, expected one of them")
+        self.n_heads = self.d_model // self.d_head if self.n_heads == -1 else self.n_heads
+        self.d_head = self.d_model // self.n_heads if self.d_head == -1 else self.d_head
+        self.n_key_value_heads = self.n_heads if self.n_key_value_heads == -1 else self.n_key_value_heads
+        self.d_mlp = 4 * self.d_model if self.d_mlp == -1 else self.d_mlp
+        self.attn_scale = self.d_head**0.5 if self.attn_scale == -1 else self.attn_scale
+
+    @property
+    def original_architecture(self) -> str | None:
+        """The class of the model, under TransformerLens's name."""
+        return self.architecture or None
+
+    @property
+    def ungroup_grouped_query_attention(self) -> bool:
+        """Whether keys and values are shown once for each query head: they are shown once for each group."""
+        return False
 
     @property
     def facts(self) -> Facts | None:
@@ -118,6 +155,18 @@ class BridgeConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields by name."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """A config of fields by name.
+
+        >>> BridgeConfig.from_dict({"n_layers": 2, "d_model": 32, "n_heads": 4, "n_ctx": 64}).d_head
+        8
+
+        Raises `TypeError` for a field that is not there, with the nearest.
+        """
+        refuse_unknown("config", fields, [field.name for field in dataclasses.fields(cls)])
+        return cls(**fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.to_dict()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
-from transformer_lens.checks import listed, one_of
+from transformer_lens.checks import listed, one_of, whole
 from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
@@ -30,7 +31,7 @@ from transformer_lens.model_bridge.generation_options import (
     with_tokenizer,
 )
 from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
-from transformer_lens.model_bridge.generation_stream import refuse_unless_streamable, stream
+from transformer_lens.model_bridge.generation_stream import in_portions, refuse_unless_streamable, stream
 from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.padding import SIDES, Columns
 from transformer_lens.model_bridge.peft_layers import inner_model
@@ -57,19 +58,22 @@ class GenerationMethods(InputMethods, HookedRootModule):
         self,
         input: ModelInput | None = None,
         max_new_tokens: int | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        freq_penalty: float = 0.0,
         *,
         fwd_hooks: Sequence[GenerationHook] = (),
         on: Phase = "all",
         return_cache: bool = False,
+        return_input_tokens: bool = False,
         names_filter: NamesFilter = None,
         return_type: str = "input",
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_at_eos: bool = True,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
         **options: Any,
@@ -82,18 +86,26 @@ class GenerationMethods(InputMethods, HookedRootModule):
         `options` are those of Hugging Face's `generate`: beams, stopping criteria, streamers, `generation_config`...
         A temperature, `top_k` or `top_p` asks for sampling; `temperature=0` for the likeliest token.
         `return_type` "input" gives text for text and ids for ids (embeddings: the new ids), "str" and "tokens" one of
-        them; with `return_dict_in_generate=True` Hugging Face's own output. Texts are padded on the left.
+        them; with `return_dict_in_generate=True` Hugging Face's own output. Texts are padded on the left. Generation
+        ends at `eos_token_id`: the model's own if left out, `None` for none.
 
         A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation", "all"; `on` where it is left
         out) says in which forwards it fires. Inside, `hook.generation` is a `GenerationStep`.
         `return_cache=True` gives `(output, ActivationCache)`: the hooks of `names_filter` at every token of the
         output. One more forward reads the last token for it. Scores and patterns have a key axis as long as the text.
+        `return_input_tokens=True` adds the token ids that the model was given, as the last item. `freq_penalty` takes
+        that much off a token's logit for each time it is in the text, where tokens are drawn.
 
         Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases
         where forwards have none (no KV cache, assisted generation) and for a cache of beams.
         """
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        length = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+        length = {
+            "max_new_tokens": max_new_tokens,
+            "stop_at_eos": stop_at_eos,
+            "eos_token_id": eos_token_id,
+            "freq_penalty": freq_penalty,
+        }
         how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
         call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
         run = self._generation_run(call, fwd_hooks, on)
@@ -105,24 +117,29 @@ class GenerationMethods(InputMethods, HookedRootModule):
                 output = call(**more, **watching)
             tokens = run.written = output if isinstance(output, Tensor) else output.sequences
             activations = self._activations(call, run, tokens) if return_cache else None
-        answer = call.answer(output, tokens)
-        return answer if activations is None else (answer, activations)
+        answer = (call.answer(output, tokens), *(() if activations is None else (activations,)))
+        if return_input_tokens:
+            answer = (*answer, call.prompt.ids)
+        return answer if len(answer) > 1 else answer[0]
 
     def generate_stream(
         self,
         input: ModelInput | None = None,
         max_new_tokens: int | None = None,
+        max_tokens_per_yield: int = 1,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        freq_penalty: float = 0.0,
         *,
         fwd_hooks: Sequence[GenerationHook] = (),
         on: Phase = "all",
         return_type: str = "input",
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_at_eos: bool = True,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
         **options: Any,
@@ -133,16 +150,30 @@ class GenerationMethods(InputMethods, HookedRootModule):
         [' Mary']
 
         Gives strings for one text, lists of strings for several, and ids `[batch]` for ids. A text's pieces together
-        are what `generate` adds to it. A loop that is left early, or fails, leaves no hook behind. Keywords as in
-        `generate`, but for `return_cache`; only the likeliest token or sampling, so beams and assistants raise
-        `ValueError`.
+        are what `generate` adds to it; `max_tokens_per_yield` joins those of as many steps. A loop that is left early,
+        or fails, leaves no hook behind. Keywords as in `generate`, but for `return_cache` and `return_input_tokens`;
+        only the likeliest token or sampling, so beams and assistants raise `ValueError`.
         """
         sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        length = {"max_new_tokens": max_new_tokens, "stop_at_eos": stop_at_eos}
+        length = {
+            "max_new_tokens": max_new_tokens,
+            "stop_at_eos": stop_at_eos,
+            "eos_token_id": eos_token_id,
+            "freq_penalty": freq_penalty,
+        }
         how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
         call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
-        return stream(call, self._generation_run(call, fwd_hooks, on), verbose)
+        each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
+        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on), verbose), each)
+
+    def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
+        """`generate` under the name that TransformerLens gives it where Hugging Face's options are wanted.
+
+        >>> bridge.hf_generate("Mary and", 1, output_scores=True, return_dict_in_generate=True).scores[0].shape
+        torch.Size([1, 735])
+        """
+        return self.generate(input, max_new_tokens, **options)
 
     # -- its parts ---------------------------------------------------------------------------------
 

@@ -131,6 +131,8 @@ def translate(
     max_new_tokens: int | None = None,
     stop_at_eos: bool,
     use_past_kv_cache: bool | None,
+    eos_token_id: Any = ...,
+    freq_penalty: float = 0.0,
     **sampling: Any,
 ) -> dict[str, Any]:
     """TransformerLens's keywords as Hugging Face's.
@@ -149,10 +151,20 @@ def translate(
     elif said and "do_sample" not in said:
         said["do_sample"] = True
     made = {**options, **said}
+    if a_number("freq_penalty", freq_penalty, least=0.0):
+        if said.get("do_sample") is False:
+            raise ValueError("generate: freq_penalty counts where tokens are drawn; pass do_sample=True")
+        given = made.get("logits_processor")
+        listed = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        made |= {"do_sample": True, "logits_processor": [*listed, FrequencyPenalty(float(freq_penalty))]}
+    if made.get("output_logits") or made.get("output_scores"):
+        made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
+    if eos_token_id is not ...:
+        made["eos_token_id"] = eos_token_id
     if max_new_tokens is not None:
         made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
     if not stop_at_eos:
-        if options.get("eos_token_id") is not None:
+        if eos_token_id not in (..., None):
             raise ValueError("generate: stop_at_eos=False and eos_token_id say different things; pass one of them")
         made["eos_token_id"] = None
     if use_past_kv_cache is not None:
@@ -312,6 +324,17 @@ def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
         return
     with tqdm(total=total, unit="token") as bar:
         yield {"stopping_criteria": [_Progress(bar)]}
+
+
+class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
+    """Takes `penalty` off a token's logit for each time that it is in the text."""
+
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+
+    def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Tensor) -> Tensor:
+        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
+        return scores - self.penalty * counts
 
 
 class _Progress(StoppingCriteria):  # type: ignore[misc]

@@ -7,6 +7,7 @@ loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -56,6 +57,20 @@ def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[
             yield from steps
         else:
             yield from _pieces(call, steps)
+
+
+def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
+    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
+    if each == 1:
+        yield from pieces
+        return
+    while portion := list(islice(pieces, each)):
+        if isinstance(portion[0], Tensor):
+            yield torch.stack(portion, dim=-1)
+        elif isinstance(portion[0], str):
+            yield "".join(portion)
+        else:
+            yield ["".join(texts) for texts in zip(*portion, strict=True)]
 
 
 def _with_stop_strings(call: GenerationCall, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.quantised import complete_quantisation
 from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
 from transformer_lens.model_bridge.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
-from transformer_lens.model_bridge.upstream import DTYPE, spelled
+from transformer_lens.model_bridge.upstream import DTYPE, attribute, spelled
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def model_and_tokenizer(
     *,
     device: torch.device | str | None,
     options: Mapping[str, Any],
+    load_weights: bool = True,
 ) -> tuple[Any, Any]:
     """The model of a name, or the one that is there, on this device and in this dtype, and a tokenizer."""
     given = spelled(dict(options), DTYPE, "dtype")
@@ -96,6 +97,7 @@ def model_and_tokenizer(
     if hf_model is not None:
         refuse_unknown_options(hf_model.config, given)
         late = [name for name, value in given.items() if value not in (None, False)]
+        late += ["load_weights=False"] * (not load_weights)
         if late:
             raise ValueError(
                 f"boot_transformers: {', '.join(late)} cannot be applied to an hf_model that is already loaded"
@@ -105,7 +107,10 @@ def model_and_tokenizer(
         raise ValueError("boot_transformers: got neither a name nor hf_model, expected one of them")
     else:
         a_path("name_or_path", name_or_path)
-        hf_model = load_model(name_or_path, dtype="auto" if dtype is None else dtype, **given)
+        if load_weights:
+            hf_model = load_model(name_or_path, dtype="auto" if dtype is None else dtype, **given)
+        else:
+            hf_model = random_model(name_or_path, dtype, **given)
         if tokenizer is None:
             tokenizer = load_tokenizer(name_or_path, **given)
     return (hf_model if device is None else hf_model.to(device_of("device", device))), tokenizer
@@ -160,6 +165,19 @@ def load_model(
         )
     loaded: nn.Module = model
     return loaded
+
+
+def random_model(name_or_path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> nn.Module:
+    """The model that a checkpoint's config describes, with weights drawn at random; none are read."""
+    files = {key: value for key, value in kwargs.items() if key in FILE_OPTIONS}
+    config = load_config(name_or_path, **files)
+    attention = kwargs.get("attn_implementation")
+    fields = {key: value for key, value in kwargs.items() if key not in (*files, "attn_implementation")}
+    refuse_unknown("boot_transformers(load_weights=False)", fields, config.to_dict())
+    config.update(fields)
+    kept = attribute(config, "dtype") if dtype is None else dtype
+    model: nn.Module = model_class(config)._from_config(config, dtype=kept, attn_implementation=attention)
+    return model.eval()
 
 
 def refuse_misfits(

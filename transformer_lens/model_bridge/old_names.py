@@ -1,10 +1,20 @@
-"""Switches that older scripts flip: a cache of everything then holds what they turn on."""
+"""What older scripts call: names of TransformerLens that stand for something a bridge has under another one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from transformer_lens.hook_point import HookPoint
+from transformer_lens.hooked_root import HookedRootModule, NamesFilter
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components import ComponentBridge
+from transformer_lens.model_bridge.generalized_components.weights import weights_of
+from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
+from transformer_lens.utilities import lm_cross_entropy_loss
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
     "use_attn_result": ("hook_result",),
@@ -15,7 +25,7 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
 """Each switch in `cfg`, and the hooks that it puts into a cache for which nothing is asked by name."""
 
 
-class OldSwitches:
+class OldNames(InputMethods, HookedRootModule):
     """Naming a hook is enough to have it; a switch is for scripts that name none and expect it in their cache.
 
     >>> bridge.set_use_attn_result(True)
@@ -25,6 +35,11 @@ class OldSwitches:
     """
 
     cfg: BridgeConfig
+    aliases: dict[str, str]
+
+    def components(self) -> Iterator[ComponentBridge]:
+        """Every component."""
+        raise NotImplementedError
 
     def switched_on(self) -> frozenset[str]:
         """The hooks that are cached where nothing is asked for by name, though they are many times the stream."""
@@ -45,3 +60,107 @@ class OldSwitches:
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """`hook_mlp_in` is always there."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    # -- weights ---------------------------------------------------------------------------------------
+
+    def get_params(self) -> dict[str, Tensor]:
+        """Every weight under TransformerLens's name, `blocks.0.attn.W_Q` and so on, one key and value for each group.
+
+        >>> bridge.get_params()["blocks.0.attn.W_K"].shape
+        torch.Size([2, 128, 32])
+
+        Views of the model's own weights where its layout has them; a bias that the model has not reads as zeros.
+        """
+        return {
+            f"{part.name}.{row.name}": getattr(part, row.name)
+            for part in self.components()
+            for row in weights_of(type(part))
+            if not row.name.endswith("_grouped")
+        }
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """`get_params`, as TransformerLens's bridge calls it."""
+        return self.get_params()
+
+    def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Pairs of `get_params`."""
+        return iter(self.get_params().items())
+
+    # -- running ---------------------------------------------------------------------------------------
+
+    def input_to_embed(
+        self,
+        input: ModelInput,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos"], None, Tensor | None]:
+        """The stream that enters the first block, the tokens, `None`, and the mask where anything is padded.
+
+        >>> stream, tokens, _, mask = bridge.input_to_embed("Mary and John")
+        >>> torch.equal(bridge(stream, start_at_layer=0), bridge(tokens))
+        True
+
+        The third is TransformerLens's separate stream of positions, which no model here has.
+        """
+        ids, _, mask = self.input_and_mask(input, prepend_bos, padding_side, attention_mask)
+        tokens = ids.to(self.input_device())
+        stream: Tensor = self(tokens, stop_at_layer=0, attention_mask=mask)
+        return stream, tokens, None, mask
+
+    def loss_fn(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+        per_token: bool = False,
+    ) -> Tensor:
+        """`lm_cross_entropy_loss`: of the next tokens, in nats.
+
+        >>> tokens = bridge.to_tokens("Mary and John")
+        >>> torch.equal(bridge.loss_fn(bridge(tokens), tokens), bridge(tokens, return_type="loss"))
+        True
+        """
+        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+
+    def add_caching_hooks(
+        self,
+        names_filter: NamesFilter = None,
+        incl_bwd: bool = False,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Hooks that fill a dictionary in every run until `reset_hooks()`; returns the dictionary.
+
+        >>> kept = bridge.add_caching_hooks("blocks.0.hook_resid_post")
+        >>> _ = bridge("Mary and John")
+        >>> bridge.reset_hooks()
+        >>> list(kept)
+        ['blocks.0.hook_resid_post']
+        """
+        store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for name, hook in forward:
+            self.add_hook(name, hook)
+        for name, hook in backward:
+            if not callable(name) and not self.hook_dict[str(name)].integer:
+                self.add_hook(name, hook, dir="bwd")
+        return store
+
+    def list_hooks(self) -> list[str]:
+        """The name of every hook."""
+        return list(self.hook_dict)
+
+    # -- what SAELens asks a model for -------------------------------------------------------------------
+
+    @property
+    def hook_aliases(self) -> dict[str, str]:
+        """Other spellings of hooks, and the names they stand for."""
+        return dict(self.aliases)
+
+    @property
+    def _hook_registry(self) -> dict[str, HookPoint]:
+        return self.hook_dict
+
+    def _collect_hook_aliases_from_registry(self) -> dict[str, str]:
+        return dict(self.aliases)

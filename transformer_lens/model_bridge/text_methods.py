@@ -50,6 +50,11 @@ class TokenMethods:
                 "(AutoTokenizer.from_pretrained(...), PreTrainedTokenizerFast(tokenizer_object=...)) or None"
             )
         self._token_adapter = None if tokenizer is None else TokenAdapter(tokenizer, self)
+        self._name_tokenizer()
+
+    def _name_tokenizer(self) -> None:
+        if "cfg" in self.__dict__:
+            self.cfg.tokenizer_name = None if self.tokenizer is None else str(self.tokenizer.name_or_path) or None
 
     @property
     def token_adapter(self) -> TokenAdapter | None:

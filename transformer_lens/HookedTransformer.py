@@ -1,0 +1,159 @@
+"""`HookedTransformer` under its known import path: a `TransformerBridge` whose loading processes weights by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.hook_points import HookedRootModule
+from transformer_lens.model_bridge.bridge import TransformerBridge
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.native import native_model
+from transformer_lens.model_bridge.outputs import Output
+from transformer_lens.utilities import USE_DEFAULT_VALUE
+
+__all__ = ["USE_DEFAULT_VALUE", "HookedRootModule", "HookedTransformer", "HookedTransformerConfig", "Loss", "Output"]
+
+HookedTransformerConfig = BridgeConfig
+Loss = Tensor
+
+
+class _AnyBridge(type):
+    """Scripts ask whether a model is a `HookedTransformer` to know what they can call: every bridge is one."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or (
+            cls is HookedTransformer and isinstance(instance, TransformerBridge)
+        )
+
+
+class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
+    """The bridge, made in the words of TransformerLens 2 and 3.
+
+    >>> model = HookedTransformer.from_pretrained("tiny-mixtral")
+    >>> model.processed
+    ('fold_ln', 'center_unembed', 'fold_value_biases')
+    >>> isinstance(bridge, HookedTransformer)
+    True
+
+    `HookedTransformer(cfg)` makes a random model of a `HookedTransformerConfig`, as `boot_native` does;
+    `HookedTransformer(hf_model)` wraps one. The model underneath is Hugging Face's, and `undo_processing()` gives its
+    own weights back.
+    """
+
+    def __init__(
+        self,
+        cfg: BridgeConfig | Mapping[str, Any] | nn.Module,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        default_padding_side: str | None = None,
+    ) -> None:
+        made = not isinstance(cfg, nn.Module)
+        super().__init__(native_model(cfg, tokenizer) if made else cfg, tokenizer)  # type: ignore[arg-type]
+        if default_padding_side is not None and tokenizer is not None:
+            self.tokenizer.padding_side = default_padding_side
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model_name: str | Path,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+        checkpoint_index: int | None = None,
+        checkpoint_value: int | None = None,
+        hf_model: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        n_devices: int = 1,
+        tokenizer: Any = None,
+        move_to_device: bool = True,
+        fold_value_biases: bool = True,
+        default_prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        default_padding_side: str | None = None,
+        dtype: torch.dtype | str = "float32",
+        first_n_layers: int | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> Self:
+        """Load a model by name or directory, and process its weights as TransformerLens does.
+
+        >>> HookedTransformer.from_pretrained("tiny-falcon", fold_ln=False, center_unembed=False).processed
+        ('center_writing_weights', 'fold_value_biases')
+
+        Log-probabilities are those of the model. A step that a family has no use for is left out. Further keywords are
+        those of `boot_transformers`. Raises `ValueError` for what is not there: checkpoints of a training run by
+        number (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (`attn.QK`
+        and `attn.OV` have the circuits).
+        """
+        refused = {
+            "checkpoint_index": (checkpoint_index is not None, "revision= names a checkpoint of a training run"),
+            "checkpoint_value": (checkpoint_value is not None, "revision= names a checkpoint of a training run"),
+            "n_devices": (n_devices != 1, "device_map= puts layers on several devices"),
+            "refactor_factored_attn_matrices": (
+                refactor_factored_attn_matrices,
+                "attn.QK and attn.OV have the circuits of every head, and svd() their singular vectors",
+            ),
+        }
+        for name, (asked, instead) in refused.items():
+            if asked:
+                raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
+        if first_n_layers is not None:
+            from_pretrained_kwargs["num_hidden_layers"] = first_n_layers
+        place = None if device is None and not move_to_device else device
+        model = cls.boot_transformers(
+            None if hf_model is not None else model_name,
+            device=place,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            hf_model=hf_model,
+            **from_pretrained_kwargs,
+        )
+        model.cfg.model_name = str(model_name)
+        if default_prepend_bos is not None:
+            model.cfg.default_prepend_bos = default_prepend_bos
+        if default_padding_side is not None and model.tokenizer is not None:
+            model.tokenizer.padding_side = default_padding_side
+        model.enable_compatibility_mode(
+            disable_warnings=True,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+        )
+        return model
+
+    @classmethod
+    def from_pretrained_no_processing(
+        cls,
+        model_name: str | Path,
+        fold_ln: bool = False,
+        center_writing_weights: bool = False,
+        center_unembed: bool = False,
+        refactor_factored_attn_matrices: bool = False,
+        fold_value_biases: bool = False,
+        dtype: torch.dtype | str = "float32",
+        default_prepend_bos: bool | None = USE_DEFAULT_VALUE,
+        default_padding_side: str | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> Self:
+        """`from_pretrained` with the weights as they are.
+
+        >>> HookedTransformer.from_pretrained_no_processing("tiny-falcon").processed
+        ()
+        """
+        return cls.from_pretrained(
+            model_name,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
+            fold_value_biases=fold_value_biases,
+            dtype=dtype,
+            default_prepend_bos=default_prepend_bos,
+            default_padding_side=default_padding_side,
+            **from_pretrained_kwargs,
+        )

@@ -1,0 +1,28 @@
+"""The names of TransformerLens's components, for scripts that ask what a module is; here they are classes of parts."""
+
+from transformer_lens.model_bridge import generalized_components as _parts
+from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+
+AbstractAttention = Attention = GroupedQueryAttention = AttentionPlace
+Embed, PosEmbed, Unembed = _parts.EmbeddingBridge, _parts.PositionEmbeddingBridge, _parts.UnembeddingBridge
+LayerNorm = LayerNormPre = _parts.LayerNormBridge
+RMSNorm = RMSNormPre = _parts.RMSNormBridge
+MLP, GatedMLP, MoE = _parts.MLPBridge, _parts.GatedMLPBridge, _parts.MoEBridge
+TransformerBlock = _parts.BlockBridge
+
+__all__ = [
+    "MLP",
+    "AbstractAttention",
+    "Attention",
+    "Embed",
+    "GatedMLP",
+    "GroupedQueryAttention",
+    "LayerNorm",
+    "LayerNormPre",
+    "MoE",
+    "PosEmbed",
+    "RMSNorm",
+    "RMSNormPre",
+    "TransformerBlock",
+    "Unembed",
+]

@@ -1,0 +1,41 @@
+"""Names of models under TransformerLens's import path: here any name or directory that transformers can load is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformer_lens.checks import a_text
+from transformer_lens.data import TINY_MODELS
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.loading import load_config
+from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
+
+__all__ = ["MODEL_ALIASES", "OFFICIAL_MODEL_NAMES", "get_official_model_name", "get_pretrained_model_config"]
+
+OFFICIAL_MODEL_NAMES: tuple[str, ...] = (*TINY_MODELS, *PUBLISHED)
+"""The models that are shipped, and those whose sizes are known without a network."""
+MODEL_ALIASES: dict[str, tuple[str, ...]] = {}
+"""TransformerLens's short names for hub names: there are none."""
+
+
+def get_official_model_name(model_name: str) -> str:
+    """The name itself: every hub name of a supported family is one.
+
+    >>> get_official_model_name("mistralai/Mixtral-8x7B-v0.1")
+    'mistralai/Mixtral-8x7B-v0.1'
+    """
+    a_text("model_name", model_name)
+    return model_name
+
+
+def get_pretrained_model_config(model_name: str, **options: Any) -> BridgeConfig:
+    """A model's numbers; of the model itself its config alone is read.
+
+    >>> get_pretrained_model_config("tiny-mixtral").num_experts
+    4
+    """
+    if model_name in PUBLISHED:
+        kind, sizes = PUBLISHED[model_name]
+        return adapter_for(kind(**sizes)).cfg
+    return adapter_for(load_config(model_name, **options)).cfg

@@ -1,0 +1,153 @@
+"""A small random model of numbers alone (`boot_native`): which family of transformers has what a config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
+from transformers.activations import ACT2FN
+
+from transformer_lens.checks import in_words, one_of, whole
+from transformer_lens.model_bridge.config import BridgeConfig
+
+COMMON = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn", "eps", "model_name")
+READ_ALWAYS = (
+    *("architecture", "positional_embedding_type", "normalization_type", "gated_mlp"),
+    *("seed", "dtype", "device", "attn_scale", "n_key_value_heads", "d_vocab_out", "tokenizer_name"),
+    *("default_prepend_bos", "initializer_range", "tie_word_embeddings"),
+    *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
+)
+"""Fields that every model heeds, or that follow from the others."""
+
+
+def _gpt2(cfg: BridgeConfig) -> PreTrainedConfig:
+    return GPT2Config(
+        n_layer=cfg.n_layers,
+        n_head=cfg.n_heads,
+        n_embd=cfg.d_model,
+        n_inner=cfg.d_mlp,
+        n_positions=cfg.n_ctx,
+        activation_function=cfg.act_fn,
+        layer_norm_epsilon=cfg.eps,
+        **{f"{where}_pdrop": 0.0 for where in ("attn", "embd", "resid")},
+    )
+
+
+def _gpt_neox(cfg: BridgeConfig) -> PreTrainedConfig:
+    return GPTNeoXConfig(
+        num_hidden_layers=cfg.n_layers,
+        num_attention_heads=cfg.n_heads,
+        hidden_size=cfg.d_model,
+        intermediate_size=cfg.d_mlp,
+        max_position_embeddings=cfg.n_ctx,
+        hidden_act=cfg.act_fn,
+        layer_norm_eps=cfg.eps,
+        use_parallel_residual=cfg.parallel_attn_mlp,
+        rope_parameters=_rotation(cfg),
+    )
+
+
+def _llama(cfg: BridgeConfig) -> PreTrainedConfig:
+    sizes = {
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_key_value_heads,
+        "head_dim": cfg.d_head,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_mlp,
+        "max_position_embeddings": cfg.n_ctx,
+        "hidden_act": cfg.act_fn,
+        "rms_norm_eps": cfg.eps,
+        "rope_parameters": _rotation(cfg),
+    }
+    if not cfg.num_experts:
+        return LlamaConfig(**sizes)
+    experts = {"num_local_experts": cfg.num_experts, "num_experts_per_tok": cfg.experts_per_token or 2}
+    return MixtralConfig(**sizes, **experts, sliding_window=cfg.sliding_window)
+
+
+def _rotation(cfg: BridgeConfig) -> dict[str, Any]:
+    part = (cfg.rotary_dim or cfg.d_head) / cfg.d_head
+    return {"rope_type": "default", "rope_theta": cfg.rotary_base or 10000.0, "partial_rotary_factor": part}
+
+
+Made = tuple[Callable[[BridgeConfig], PreTrainedConfig], tuple[str, ...]]
+FAMILIES: Mapping[tuple[str, str, bool], Made] = {
+    ("standard", "LN", False): (_gpt2, ()),
+    ("rotary", "LN", False): (_gpt_neox, ("parallel_attn_mlp", "rotary_dim", "rotary_base")),
+    ("rotary", "RMS", True): (
+        _llama,
+        ("rotary_base", "num_experts", "experts_per_token", "sliding_window", "final_rms"),
+    ),
+}
+"""What makes a model with these positions, this norm, and a gated MLP or not, and the further fields it heeds."""
+
+
+def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
+    """The Hugging Face config of the model that a config of ours describes.
+
+    >>> native_config(BridgeConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, d_vocab=50)).model_type
+    'gpt2'
+
+    Raises `ValueError` for what no family of transformers has together, naming the fields.
+    """
+    kind = (cfg.positional_embedding_type, cfg.normalization_type, cfg.gated_mlp)
+    if kind not in FAMILIES:
+        have = "; ".join(f"{p!r}, {n!r}, gated_mlp={g}" for p, n, g in FAMILIES)
+        raise ValueError(
+            f"boot_native: got positional_embedding_type={kind[0]!r}, normalization_type={kind[1]!r}, "
+            f"gated_mlp={kind[2]}, expected one of the combinations that models of transformers have: {have}"
+        )
+    make, more = FAMILIES[kind]
+    for name in ("n_layers", "d_model", "n_heads", "n_ctx", "d_vocab"):
+        whole(f"boot_native: {name}", getattr(cfg, name), 1)
+    one_of("boot_native: act_fn", cfg.act_fn, tuple(ACT2FN))
+    default = BridgeConfig(n_layers=1, d_model=1, n_ctx=1, n_heads=1)
+    unheeded = [field.name for field in fields(cfg) if field.name not in {*COMMON, *READ_ALWAYS, *more}]
+    asked = [name for name in unheeded if getattr(cfg, name) != getattr(default, name)]
+    if make is not _llama and cfg.n_key_value_heads != cfg.n_heads:
+        asked.append("n_key_value_heads")
+    if make is not _llama and cfg.d_head * cfg.n_heads != cfg.d_model:
+        asked.append("d_head")
+    if cfg.attn_scale != cfg.d_head**0.5:
+        asked.append("attn_scale")
+    if cfg.d_vocab_out not in (-1, cfg.d_vocab):
+        asked.append("d_vocab_out")
+    if asked:
+        raise ValueError(
+            f"boot_native: {', '.join(f'{name}={getattr(cfg, name)!r}' for name in asked)}: the "
+            f"{make(cfg).model_type} model that the rest of this config describes has no such thing; leave it out, "
+            "or wrap a Hugging Face model of your own: TransformerBridge(model)"
+        )
+    made = make(cfg)
+    made.vocab_size, made.tie_word_embeddings = cfg.d_vocab, cfg.tie_word_embeddings
+    made.bos_token_id = made.eos_token_id = made.pad_token_id = None
+    # What TransformerLens draws from where a config names no range.
+    made.initializer_range = 0.8 / cfg.d_model**0.5 if cfg.initializer_range < 0 else cfg.initializer_range
+    return made
+
+
+def native_model(config: BridgeConfig | Mapping[str, Any], tokenizer: Any = None) -> nn.Module:
+    """A random model in evaluation mode; the same one for the same `seed`, and then nobody's generator is moved."""
+    if not isinstance(config, (BridgeConfig, Mapping)):
+        raise TypeError(f"boot_native: got {in_words(config)}, expected a HookedTransformerConfig or a dict")
+    cfg = BridgeConfig.from_dict(config if isinstance(config, Mapping) else config.to_dict())
+    if cfg.d_vocab == -1 and tokenizer is not None:
+        cfg.d_vocab = len(tokenizer)
+    made = native_config(cfg)
+    with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None):
+        if cfg.seed is not None:
+            torch.manual_seed(cfg.seed)
+        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=cfg.dtype).eval()
+    return model.to(cfg.device)
