@@ -102,16 +102,7 @@ def get_device() -> str:
     return "cpu" if accelerator is None else accelerator.type
 
 
-def vanilla_addmm(
-    input: Float[
-        Tensor,
-        (
-            ...  # out
-        ),
-    ],
-    mat1: Float[Tensor, "m n"],
-    mat2: Float[Tensor, "n out"],
-) -> Float[Tensor, "m out"]:
+def vanilla_addmm(input: Tensor, mat1: Float[Tensor, "m n"], mat2: Float[Tensor, "n out"]) -> Float[Tensor, "m out"]:
     """`input + mat1 @ mat2`.
 
     >>> vanilla_addmm(torch.ones(2), torch.eye(2), torch.eye(2))
@@ -122,21 +113,15 @@ def vanilla_addmm(
 
 
 def batch_addmm(
-    bias: Float[
-        Tensor,
-        (
-            ...  # d_out
-        ),
-    ],
-    weight: Float[Tensor, "d_in d_out"],
-    x: Float[Tensor, "... d_in"],
-) -> Float[Tensor, "... d_out"]:
+    bias: Tensor, weight: Float[Tensor, "d_in d_out"], x: Float[Tensor, "*leading d_in"]
+) -> Float[Tensor, "*leading d_out"]:
     """`x @ weight + bias` in one kernel, over any leading axes of `x`.
 
     >>> batch_addmm(torch.ones(3), torch.zeros(2, 3), torch.zeros(5, 4, 2)).shape
     torch.Size([5, 4, 3])
     """
-    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    product: Tensor = torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return product
 
 
 def get_attention_mask(

@@ -32,6 +32,8 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 COMMON: dict[str, Any] = {
     "n_layers": 2, "n_heads": 8, "d_model": 32, "d_head": 4, "d_vocab": 61, "d_vocab_out": 61, "n_ctx": 64,
     "attn_only": False, "default_prepend_bos": True, "dtype": torch.float32, "device": torch.device("cpu"),
+    "attn_scale": 2.0, "attn_scores_soft_cap": -1.0, "output_logits_soft_cap": -1.0, "rotary_dim": 4,
+    "rotary_base": 10000.0, "use_normalization_before_and_after": False, "tokenizer_name": None,
 }  # fmt: skip
 FALCON: dict[str, Any] = {
     **COMMON, "d_mlp": 48, "act_fn": "gelu", "eps": 1e-5, "normalization_type": "LN", "final_rms": False,
@@ -45,13 +47,13 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "40b": {**FALCON, "n_key_value_heads": 2},
     "rw": {
         **FALCON, "n_key_value_heads": 8, "parallel_attn_mlp": False,
-        "positional_embedding_type": "alibi",
+        "positional_embedding_type": "alibi", "rotary_dim": None, "rotary_base": None,
     },
     "rw-rope": {**FALCON, "n_key_value_heads": 8, "parallel_attn_mlp": False},
     "mixtral": {
         **COMMON, "n_key_value_heads": 2, "d_mlp": 24, "act_fn": "silu", "eps": 1e-5, "normalization_type": "RMS",
         "final_rms": True, "gated_mlp": True, "num_experts": 4, "experts_per_token": 2, "sliding_window": None,
-        "model_name": "mixtral", "architecture": "MixtralForCausalLM", "positional_embedding_type": "rotary",
+        "rotary_base": 1e6, "model_name": "mixtral", "architecture": "MixtralForCausalLM", "positional_embedding_type": "rotary",
         "parallel_attn_mlp": False,
     },
 }  # fmt: skip
@@ -92,7 +94,8 @@ def test_cfg_of_each_layout(name: str) -> None:
     assert {field: getattr(cfg, field) for field in EXPECTED[name]} == EXPECTED[name]
     assert EXPECTED[name].items() <= cfg.to_dict().items()
     assert set(cfg.to_dict()) - set(EXPECTED[name]) <= {
-        "seed", "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in",
+        "seed", "use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "tie_word_embeddings",
+        "initializer_range",
     }  # fmt: skip
 
 

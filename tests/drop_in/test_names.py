@@ -294,6 +294,20 @@ def test_what_saelens_reads(bridge):
     )
 
 
+def test_newer_spellings_of_places(bridge):
+    same = {
+        "blocks.1.attn.hook_q_input": "blocks.1.hook_q_input",
+        "blocks.1.attn.hook_attn_in": "blocks.1.hook_attn_in",
+        "blocks.1.ln1.hook_in": "blocks.1.hook_resid_pre",
+        "blocks.1.ln2.hook_in": "blocks.1.hook_mlp_in",
+    }
+    assert {alias: bridge.canonical_name(alias) for alias in same} == same
+    block = bridge.blocks[1]
+    assert block.hook_out is block.hook_resid_post and block.hook_in is block.hook_resid_pre
+    _, cache = bridge.run_with_cache(TEXT, names_filter=["blocks.0.attn.hook_q_input", "blocks.0.ln1.hook_in"])
+    assert list(cache) == ["blocks.0.hook_resid_pre", "blocks.0.hook_q_input"]
+
+
 # -- generation ------------------------------------------------------------------------------------------
 
 

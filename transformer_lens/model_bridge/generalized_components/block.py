@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,6 +20,7 @@ STREAM = "batch pos d_model"
 RESID_PRE = Hook(
     "hook_resid_pre", STREAM, "the residual stream that enters the block", Port(side="in"), aliases=("hook_in",)
 )
+"""A norm in front of attention in the first stage reads it too, so that is its `hook_in`."""
 RESID_POST = Hook("hook_resid_post", STREAM, "the residual stream that leaves the block", Port(), aliases=("hook_out",))
 PER_HEAD = {
     "hook_attn_in": "attention",
@@ -51,7 +53,8 @@ def feeds(stages: Stages) -> dict[str, tuple[str, ...]]:
 @lru_cache(maxsize=64)
 def hooks_of(stages: Stages) -> tuple[Hook, ...]:
     """The hooks of a block, in the order of its branches."""
-    rows = [RESID_PRE]
+    norms = [branch.norm for branch in stages[0] if branch.mixer == "attn" and branch.norm]
+    rows = [replace(RESID_PRE, aliases=(*RESID_PRE.aliases, *(f"{norm}.hook_in" for norm in norms)))]
     for number, stage in enumerate(stages):
         stream = stage[0].receives if number else ""
         if number:
@@ -68,7 +71,10 @@ def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) ->
         before = ", before the norm" if branch.norm else ""
         port, axes = Inside("attn", stream_of=stream), "batch pos head d_model"
         meanings = {name: f"the residual stream as {who} of each query head reads it" for name, who in PER_HEAD.items()}
-        return [Hook(name, axes, meaning + before, port, on_request=True) for name, meaning in meanings.items()]
+        return [
+            Hook(name, axes, meaning + before, port, aliases=(f"attn.{name}",), on_request=True)
+            for name, meaning in meanings.items()
+        ]
     name = f"hook_{branch.mixer}_in"
     meaning = f"the residual stream as {READERS[branch.mixer]} reads it" + (", before its norm" if branch.norm else "")
     if len(fed.get(branch.norm, ())) > 1:
@@ -135,6 +141,16 @@ class BlockBridge(ComponentBridge):
 
     def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
         return hooks_of(part.stages), absent_of(part.stages)
+
+    @property
+    def hook_in(self) -> nn.Module:
+        """The hook at the stream that enters, under its newer name."""
+        return self.get_submodule("hook_resid_pre")
+
+    @property
+    def hook_out(self) -> nn.Module:
+        """The hook at the stream that leaves, under its newer name."""
+        return self.get_submodule("hook_resid_post")
 
     @property
     def branches(self) -> tuple[Branch, ...]:
