@@ -26,6 +26,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.attention import PROBABILITIES
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
 from transformer_lens.model_bridge.seams import Probabilities
+from transformer_lens.model_bridge.supported_architectures import by_type
 
 
 class GPT2AttentionBridge(QKVBlocksAttentionBridge):
@@ -84,3 +85,6 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
             "blocks": Part(BlockBridge, "h", BLOCK, SEQUENTIAL),
             "ln_final": Part(FinalLayerNormBridge, "ln_f"),
         }
+
+
+FAMILIES = by_type(GPT2ArchitectureAdapter)
