@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from tests.support import VOCAB, perturbed
+from transformer_lens.model_bridge.supported_versions import minor
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -78,12 +79,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {**HALVED, **WINDOWS, "logit_scale": 0.3}),
     "gpt_neox": ("GPTNeoX", NEOX),
     "gpt_neox, sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False}),
+    "gptj": ("GPTJ", {**SMALL, "hidden_size": 64, "rotary_dim": 4, "n_inner": 20}),
+    "gpt_neo": ("GPTNeo", {**SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "gpt2": ("GPT2", SMALL),
     "gpt2, scaled": ("GPT2", {**SMALL, "n_inner": 20, "scale_attn_by_inverse_layer_idx": True,
                               "reorder_and_upcast_attn": True}),
     "qwen3_moe": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe, dense first": ("Qwen3Moe", {**MIXTURE, "mlp_only_layers": [0]}),
     "qwen3_moe, every other": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "lfm2": ("Lfm2", {**HALVED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2, adjusted": ("Lfm2", {**HALVED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 10,
+                                "block_ffn_dim_multiplier": 1.7}),
+    "lfm2_moe": ("Lfm2Moe", {**ROUTES, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "jamba": ("Jamba", {**ROUTES, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 6,
+                        "mamba_dt_rank": 3, "use_mamba_kernels": False}),
     "qwen2_moe": ("Qwen2Moe", {**ROUTES, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
     "olmoe": ("Olmoe", ROUTES),
     "flex_olmo": ("FlexOlmo", ROUTES),
@@ -99,13 +108,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
+SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj"), (5, 24))
+"""Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
+for older in [name for name, release in SINCE.items() if minor(transformers.__version__) < release]:
+    del MODELS[older]
 ESSENCE = ("llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "qwen3_moe")
 """One of each kind of attention, norm, block and MLP."""
 
 
 HEADS = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
-EAGER = ("Gemma2", "VaultGemma")
-"""transformers has no other attention for a cap on scores."""
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo")
+"""transformers has no other attention for a cap on scores, nor for GPT-Neo."""
 
 
 def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

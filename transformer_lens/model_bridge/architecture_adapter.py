@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -24,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.supported_versions import OLDEST, minor
 from transformer_lens.model_bridge.upstream import attribute
 from transformer_lens.model_bridge.views import scaled
 
@@ -75,6 +77,8 @@ class ArchitectureAdapter:
     """
 
     model_type: ClassVar[str]
+    since: ClassVar[str] = OLDEST
+    """The oldest release of transformers whose modules it describes."""
     cfg_names: ClassVar[Mapping[str, str]] = {}
     """Fields of `BridgeConfig` and the config attribute each is read from."""
     config_keys: ClassVar[tuple[str, ...]] = ()
@@ -93,6 +97,11 @@ class ArchitectureAdapter:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        if minor(transformers.__version__) < minor(self.since):
+            raise ValueError(
+                f"{self.model_type!r} has other modules in the installed transformers {transformers.__version__}; "
+                f"its adapter describes those of {self.since} and newer: install one of these"
+            )
         for name in (*KEYS, *self.cfg_names.values(), *self.config_keys):
             attribute(config, name)
         self.refuse_unknown_fields()

@@ -98,6 +98,8 @@ class AttentionPlace(ComponentBridge):
     """Any attention: called by itself, it takes all that the model hands to its module."""
 
     places: ClassVar[Places]
+    number: ClassVar[str] = "layer_idx"
+    """The module's name for the number of its layer, by which it asks the KV cache."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) <= 1:

@@ -11,11 +11,12 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
     "falcon": "falcon",
-    "gpt2": "gpt2",
+    "gpt2": "gpt2 gpt_neo gptj",
     "gpt_neox": "gpt_neox",
     "llama": """apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium llama
         ministral mistral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2
         vaultgemma""",
+    "mixers": "jamba lfm2 lfm2_moe",
     "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe minimax_m2 mixtral olmoe phimoe qwen2_moe
         qwen3_moe solar_open""",
 }

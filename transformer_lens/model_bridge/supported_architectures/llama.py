@@ -99,6 +99,8 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     """Where the norm after the last block is."""
     constants: ClassVar[Mapping[str, Any]] = {}
     """Fields of `BridgeConfig` that are the same in all models of the family."""
+    rotary_emb: ClassVar[str] = "rotary_emb"
+    """Where the table of rotations is; "" where there is none."""
     multiplier: ClassVar[str] = ""
     """The config's name of the number that each branch is multiplied by."""
     embed_multiplier: ClassVar[str] = ""
@@ -148,9 +150,10 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
         return Part(BlockBridge, "layers", {**inside, **self.mixers(layer)}, stages)
 
     def components(self) -> Mapping[str, Any]:
+        rotations = {"rotary_emb": Part(RotaryEmbeddingBridge, self.rotary_emb)} if self.rotary_emb else {}
         return {
             "embed": Part(EmbeddingBridge, "embed_tokens"),
-            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
+            **rotations,
             "blocks": self.layer,
             "ln_final": Part(self.final_norm, self.ln_final),
         }

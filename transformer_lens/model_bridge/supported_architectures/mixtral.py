@@ -172,6 +172,7 @@ FAMILIES = by_type(
         Mixtral,
         "granitemoe",
         "Granite with a mixture in every layer.",
+        since="5.24",
         **GRANITE,
         **ATTENTION,
         harmless=(*HARMLESS, "attention_multiplier", "logits_scaling"),

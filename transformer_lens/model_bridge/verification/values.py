@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -122,7 +123,7 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     module = e.components[attention].original_component
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
-    if rotate is None or angles is None:
+    if rotate is None or angles is None or "q" not in inspect.signature(rotate).parameters:
         return None
     width = angles[0].shape[-1]  # some families rotate a part of each head and hand over that alone
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
