@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adap
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 HOOKS = ROOT / "docs" / "hooks.md"
+FAMILIES = ROOT / "docs" / "families.md"
 HOOKS_TEXT = """# Hooks
 
 Written by `python tests/test_readme.py --write` from the hook tables of the two shipped models.
@@ -29,10 +30,21 @@ MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hoo
 FAMILY_MARKS = ("<!-- families: written by tests/test_readme.py --write -->\n", "<!-- /families -->")
 
 
+def families_in_words() -> str:
+    """Every family of the registry, by the `model_type` of its config."""
+    return f"{len(ADAPTERS)} families, by the `model_type` of a config: {', '.join(sorted(ADAPTERS))}.\n"
+
+
 def families_as_markdown() -> str:
-    """Every family of the registry, by the `model_type` of its config, and what its adapter says of it."""
+    """The same as a table, with what each adapter says of it."""
     rows = [f"| `{name}` | {adapter_class(name).__doc__.splitlines()[0]} |" for name in sorted(ADAPTERS)]
     return "\n".join(["| `model_type` | |", "|---|---|", *rows]) + "\n"
+
+
+def between(text: str, marks: tuple[str, str], new: str) -> str:
+    """A text with something else between two marks."""
+    start, end = text.index(marks[0]) + len(marks[0]), text.index(marks[1])
+    return text[:start] + new + text[end:]
 
 
 SPEED_MARKS = ("<!-- speed: written by tests/test_readme.py --write -->\n", "<!-- /speed -->")
@@ -103,9 +115,8 @@ def test_the_table_of_hooks_is_that_of_the_models():
 
 
 def test_the_families_are_those_of_the_registry():
-    text = README.read_text()
-    start, end = text.index(FAMILY_MARKS[0]) + len(FAMILY_MARKS[0]), text.index(FAMILY_MARKS[1])
-    assert text[start:end] == families_as_markdown()
+    for page, expected in ((README, families_in_words()), (FAMILIES, families_as_markdown())):
+        assert between(page.read_text(), FAMILY_MARKS, expected) == page.read_text()
 
 
 def test_the_figures_are_the_stored_ones():
@@ -125,9 +136,9 @@ def test_the_commands_the_readme_names_exist():
 
 if __name__ == "__main__" and "--write" in sys.argv:
     text = README.read_text()
-    written = {MARKS: hooks_as_markdown(), FAMILY_MARKS: families_as_markdown(), SPEED_MARKS: speed_as_markdown()}
-    for (first, last), table in written.items():
-        start, end = text.index(first) + len(first), text.index(last)
-        text = text[:start] + table + text[end:]
+    written = {MARKS: hooks_as_markdown(), FAMILY_MARKS: families_in_words(), SPEED_MARKS: speed_as_markdown()}
+    for marks, new in written.items():
+        text = between(text, marks, new)
     README.write_text(text)
+    FAMILIES.write_text(between(FAMILIES.read_text(), FAMILY_MARKS, families_as_markdown()))
     HOOKS.write_text(HOOKS_TEXT + hooks_as_markdown())

@@ -149,7 +149,7 @@ class ResidualStacks(DirectLogits):
         incl_remainder: bool = False,
         apply_ln: bool = False,
     ) -> Stack | Labelled:
-        """`get_neuron_results` of every layer below `layer`: `L0N3`, or `L0E1N3` with experts.
+        """`get_neuron_results` of every layer below `layer`: `L0N3`, or `L0E1N3` with experts, `L0SN3` of a shared one.
 
         >>> cache.stack_neuron_results(2, pos_slice=-1, neuron_slice=(0, 2), return_labels=True)[1]
         ['L0N0', 'L0N1', 'L1N0', 'L1N1']
@@ -268,7 +268,19 @@ class ResidualStacks(DirectLogits):
             kept = neurons.apply(torch.arange(width)).reshape(-1).tolist()
             names = [f"L{i}{e}N{n}" for e in ([f"E{e}" for e in range(*experts)] if experts else [""]) for n in kept]
             rows += list(zip(names, self.get_neuron_results(i, neurons, keep).unbind(-2), strict=True))
+            if f"blocks.{i}.mlp.shared.hook_post" in self.model.hook_dict:
+                rows += self._shared_rows(i, neurons, keep)
         return rows
+
+    def _shared_rows(self, layer: int, neurons: Slice, keep: Slice) -> Rows:
+        """The neurons of the expert that every token passes: `L0SN3`."""
+        weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.mlp.shared").W_out).detach()
+        post = self._at("mlp.shared.hook_post", layer, keep)
+        if f"blocks.{layer}.mlp.shared.hook_gate" in self.model.hook_dict:
+            post = post * self._at("mlp.shared.hook_gate", layer, keep).sigmoid()
+        kept = neurons.apply(torch.arange(len(weight))).reshape(-1).to(post.device)
+        parts = self._as_added(post[..., kept, None] * weight[kept].to(post.device), layer, "mlp", keep)
+        return list(zip([f"L{layer}SN{n}" for n in kept.tolist()], parts.unbind(-2), strict=True))
 
     def _as_added(
         self, parts: Tensor, layer: int, mixer: str, keep: Slice

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from tests.support import VOCAB, perturbed
+from transformer_lens.model_bridge.supported_versions import minor
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -22,8 +23,18 @@ SMALL: dict[str, Any] = {
 }
 # A head size other than d_model / n_heads, so that one is not taken for the other.
 GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 4, "intermediate_size": 24, "head_dim": 6}
+HALVED = {name: value for name, value in GROUPED.items() if name != "head_dim"}
+WINDOWS: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 SLIDES: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 MIXTURE: dict[str, Any] = {**GROUPED, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+ROUTES: dict[str, Any] = {name: value for name, value in MIXTURE.items() if name != "head_dim"}
+LOCAL: dict[str, Any] = {**HALVED, "num_local_experts": 5, "num_experts_per_tok": 3}
+SIGMOIDS: dict[str, Any] = {
+    **HALVED, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.3,
+}  # fmt: skip
+ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 16, "moe_num_shared_experts": 2,
+         "moe_layer_start_index": 1}  # fmt: skip
 NEOX: dict[str, Any] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 48}
 UNCAPPED: dict[str, Any] = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 
@@ -37,24 +48,88 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 7, "final_logit_softcapping": 3.0,
                           "attn_logit_softcapping": 2.0}),
     "gemma2, uncapped": ("Gemma2", {**GROUPED, **UNCAPPED}),
+    "gemma3_text": ("Gemma3Text", {**GROUPED, **WINDOWS, "query_pre_attn_scalar": 7}),
+    "vaultgemma": ("VaultGemma", {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 7,
+                                  "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "falcon 3": ("Llama", {**GROUPED, "head_dim": 10}),
+    "ministral": ("Ministral", {**GROUPED, **WINDOWS}),
+    "smollm3": ("SmolLM3", {**HALVED, "no_rope_layers": [1, 0]}),
+    "seed_oss": ("SeedOss", {**GROUPED, "attention_out_bias": True}),
+    "ernie4_5": ("Ernie4_5", {**GROUPED, "use_bias": True}),
+    "helium": ("Helium", {**GROUPED, "head_dim": 4}),
+    "arcee": ("Arcee", {**GROUPED, "mlp_bias": True}),
+    "apertus": ("Apertus", HALVED),
+    "granite": ("Granite", {**HALVED, "attention_bias": True, "embedding_multiplier": 3.0, "logits_scaling": 1.7,
+                            "residual_multiplier": 0.7, "attention_multiplier": 0.4}),
+    "olmo": ("Olmo", HALVED),
+    "olmo2": ("Olmo2", HALVED),
+    "olmo3": ("Olmo3", {**HALVED, **WINDOWS}),
+    "exaone4": ("Exaone4", {**HALVED, **WINDOWS}),
+    "exaone4, without a window": ("Exaone4", {**HALVED, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "glm": ("Glm", {**GROUPED, "head_dim": 8}),
+    "glm4": ("Glm4", {**GROUPED, "head_dim": 8}),
+    "phi3": ("Phi3", {**HALVED, "sliding_window": 4}),
+    "phi": ("Phi", {**HALVED, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "starcoder2": ("Starcoder2", {**HALVED, "sliding_window": 4}),
+    "nemotron": ("Nemotron", {**GROUPED, "head_dim": 8, "attention_bias": True}),
+    "stablelm": ("StableLm", {**HALVED, "use_qkv_bias": True, "hidden_size": 64}),
+    "stablelm, parallel": ("StableLm", {**HALVED, "use_parallel_residual": True, "hidden_size": 64}),
+    "cohere": ("Cohere", {**HALVED, "logit_scale": 0.3}),
+    "cohere, normed": ("Cohere", {**HALVED, "use_qk_norm": True}),
+    "cohere2": ("Cohere2", {**HALVED, **WINDOWS, "logit_scale": 0.3}),
     "gpt_neox": ("GPTNeoX", NEOX),
     "gpt_neox, sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False}),
+    "gptj": ("GPTJ", {**SMALL, "hidden_size": 64, "rotary_dim": 4, "n_inner": 20}),
+    "gpt_neo": ("GPTNeo", {**SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "gpt2": ("GPT2", SMALL),
     "gpt2, scaled": ("GPT2", {**SMALL, "n_inner": 20, "scale_attn_by_inverse_layer_idx": True,
                               "reorder_and_upcast_attn": True}),
     "qwen3_moe": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4}),
     "qwen3_moe, dense first": ("Qwen3Moe", {**MIXTURE, "mlp_only_layers": [0]}),
     "qwen3_moe, every other": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "lfm2": ("Lfm2", {**HALVED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2, adjusted": ("Lfm2", {**HALVED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 10,
+                                "block_ffn_dim_multiplier": 1.7}),
+    "lfm2_moe": ("Lfm2Moe", {**ROUTES, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "jamba": ("Jamba", {**ROUTES, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 6,
+                        "mamba_dt_rank": 3, "use_mamba_kernels": False}),
+    "qwen2_moe": ("Qwen2Moe", {**ROUTES, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "olmoe": ("Olmoe", ROUTES),
+    "flex_olmo": ("FlexOlmo", ROUTES),
+    "phimoe": ("Phimoe", {**LOCAL, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}),
+    "granitemoe": ("GraniteMoe", {**LOCAL, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}),
+    "dots1": ("Dots1", {**SIGMOIDS, **WINDOWS}),
+    "glm4_moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True}),
+    "glm4_moe, without norms": ("Glm4Moe", {**SIGMOIDS, "n_group": 1, "topk_group": 1}),
+    "solar_open": ("SolarOpen", {**SIGMOIDS, "head_dim": 6}),
+    "exaone_moe": ("ExaoneMoe", {**ROUTES, **WINDOWS, "num_shared_experts": 2, "first_k_dense_replace": 1,
+                                 "num_experts": 6, "n_group": 2, "topk_group": 1, "sliding_window_pattern": 2}),
+    "minimax_m2": ("MiniMaxM2", {**LOCAL, "head_dim": 6}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
+    "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
+SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj"), (5, 24))
+"""Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
+for older in [name for name, release in SINCE.items() if minor(transformers.__version__) < release]:
+    del MODELS[older]
 ESSENCE = ("llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "qwen3_moe")
 """One of each kind of attention, norm, block and MLP."""
+
+
+HEADS = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo")
+"""transformers has no other attention for a cap on scores, nor for GPT-Neo."""
 
 
 def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A small random model in evaluation mode."""
     family, options = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**{**options, **changes})
-    config._attn_implementation = "eager" if family == "Gemma2" else attn  # transformers has no other for its softcap
+    config._attn_implementation = "eager" if family in EAGER else attn
     torch.manual_seed(len(name))
-    head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    return perturbed(getattr(transformers, family + head)(config), dtype)
+    model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config)
+    with torch.no_grad():
+        for path, moved in (*model.named_parameters(), *model.named_buffers()):
+            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path:
+                moved.add_(0.2 * torch.randn_like(moved))
+    return perturbed(model, dtype)

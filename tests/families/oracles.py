@@ -22,6 +22,10 @@ def heads(count: int) -> Split:
     return lambda x: x.unflatten(-1, (count, -1))
 
 
+def half(which: int) -> Split:
+    return lambda x: x.chunk(2, -1)[which]
+
+
 class Place(NamedTuple):
     """A module, the side on which it hands a tensor over, and how that is split."""
 
@@ -30,10 +34,40 @@ class Place(NamedTuple):
     split: Split = whole
 
 
+ATTENTION = ("self_attn", "attention", "attn")
+FINAL = ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")
+MIXERS = ("conv", "mamba")
+OUTPUT = ("o_proj", "dense", "c_proj", "out_proj")
+IN_FRONT_OF_MLP = (
+    *("pre_feedforward_layernorm", "feedforward_layernorm", "post_attention_layernorm", "ln_2"),
+    *("ffn_norm", "pre_ff_layernorm"),
+)
+BEHIND = {
+    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    **dict.fromkeys(
+        ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "flex_olmo"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""The norms through which what attention and MLP return goes before it is added."""
+NONE_IN_FRONT = ("olmo2", "olmo3", "exaone4", "flex_olmo")
+HEADS_FIRST = ("gemma3_text", "apertus", "exaone4", "exaone_moe")
+"""Families whose norms of queries and keys are given heads before positions."""
+
+
+def named(module: Any, names: tuple[str, ...]) -> Any:
+    """The part that a family calls by one of these names."""
+    return next(getattr(module, name) for name in names if getattr(module, name, None) is not None)
+
+
 def layers_of(model: Any) -> Any:
     """The Hugging Face blocks."""
-    base = model.base_model
-    return base.h if hasattr(base, "h") else base.layers
+    return named(model.base_model, ("h", "layers"))
+
+
+def attending(model: Any) -> list[int]:
+    """The layers with attention."""
+    return [i for i, block in enumerate(layers_of(model)) if any(hasattr(block, name) for name in ATTENTION)]
 
 
 def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]]:
@@ -47,48 +81,86 @@ def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]
     if hasattr(attention, "query_key_value"):
         fused, d = attention.query_key_value, attention.head_size
         return {p: (fused, lambda x, i=i: heads(n)(x)[..., i * d : (i + 1) * d]) for i, p in enumerate("qkv")}
-    kv = model.config.num_key_value_heads
+    kv = getattr(model.config, "num_key_value_heads", n)
+    if hasattr(attention, "qkv_proj"):
+        d, counts = attention.head_dim, (n, kv, kv)
+        return {
+            p: (attention.qkv_proj, lambda x, i=i: heads(counts[i])(x.split([c * d for c in counts], -1)[i]))
+            for i, p in enumerate("qkv")
+        }
     return {p: (getattr(attention, f"{p}_proj"), heads(n if p == "q" else kv)) for p in "qkv"}
+
+
+def normed(model: Any, attention: Any) -> dict[str, Place]:
+    """Queries and keys behind their norms."""
+    found = {}
+    for part in "qk" if hasattr(attention, "q_norm") or hasattr(attention, "q_layernorm") else "":
+        norm: Any = named(attention, (f"{part}_norm", f"{part}_layernorm"))
+        count = model.config.num_attention_heads if part == "q" else model.config.num_key_value_heads
+        wide = norm.weight.ndim == 1 and len(norm.weight) == count * attention.head_dim
+        first = model.config.model_type in HEADS_FIRST
+        split: Split = heads(count) if wide else (lambda x: x.transpose(1, 2)) if first else whole
+        found[f"attn.hook_{part}_normed"] = Place(norm, "out", split)
+    return found
+
+
+def neurons(mlp: Any) -> dict[str, Place]:
+    """The hidden layers of a dense MLP."""
+    into, out = (
+        ("up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in"),
+        ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out"),
+    )
+    post = {"hook_post": Place(named(mlp, out), "in")}
+    if hasattr(mlp, "gate_up_proj"):
+        fused = mlp.gate_up_proj
+        return {"hook_pre": Place(fused, "out", half(0)), "hook_pre_linear": Place(fused, "out", half(1)), **post}
+    if hasattr(mlp, "gate_proj") or hasattr(mlp, "w1"):
+        gate, up = named(mlp, ("gate_proj", "w1")), named(mlp, ("up_proj", "w3"))
+        return {"hook_pre": Place(gate, "out"), "hook_pre_linear": Place(up, "out"), **post}
+    return {"hook_pre": Place(named(mlp, into), "out"), **post}
 
 
 def block_places(model: Any, layer: int) -> dict[str, Place]:
     """Hook -> where a block hands its tensor over."""
-    block, n = layers_of(model)[layer], model.config.num_attention_heads
-    parts = dict(block.named_children())
-    attention = next(parts[name] for name in ("self_attn", "attention", "attn") if name in parts)
-    output = next(getattr(attention, name) for name in ("o_proj", "dense", "c_proj") if hasattr(attention, name))
-    four = "pre_feedforward_layernorm" in parts
-    ln2 = next(parts[n] for n in ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2") if n in parts)
+    block, config = layers_of(model)[layer], model.config
+    mlp = named(block, ("mlp", "block_sparse_moe", "feed_forward"))
+    behind = [getattr(block, name) for name in BEHIND.get(config.model_type, ())]
+    scale = getattr(config, "residual_multiplier", 1.0)
+    added: Split = whole if scale == 1.0 else lambda x: x * scale
     found = {
         "hook_resid_pre": Place(block, "in"),
         "hook_resid_post": Place(block, "out"),
-        "hook_attn_out": Place(parts["post_attention_layernorm"] if four else attention, "out"),
-        "hook_mlp_in": Place(ln2, "in"),
-        "hook_mlp_out": Place(parts["post_feedforward_layernorm"] if four else block.mlp, "out"),
-        "attn.hook_in": Place(attention, "in"),
-        "attn.hook_z": Place(output, "in", heads(n)),
-        "mlp.hook_in": Place(block.mlp, "in"),
-        **{f"attn.hook_{p}": Place(at, "out", split) for p, (at, split) in projections(model, attention).items()},
-        **{f"attn.hook_{p}_normed": Place(attention.get_submodule(f"{p}_norm"), "out") for p in "qk"
-           if hasattr(attention, f"{p}_norm")},
-    }  # fmt: skip
-    mlp = block.mlp
-    if hasattr(mlp, "gate_proj"):
-        found |= {"mlp.hook_pre": Place(mlp.gate_proj, "out"), "mlp.hook_pre_linear": Place(mlp.up_proj, "out")}
-        found["mlp.hook_post"] = Place(mlp.down_proj, "in")
-    elif not hasattr(mlp, "experts"):
-        into, out = (getattr(mlp, a, None) or getattr(mlp, b) for a, b in (("c_fc", "dense_h_to_4h"), ("c_proj", "dense_4h_to_h")))  # fmt: skip  # noqa: E501
-        found |= {"mlp.hook_pre": Place(into, "out"), "mlp.hook_post": Place(out, "in")}
+        "hook_mlp_out": Place(behind[1] if behind else mlp, "out", added),
+        "mlp.hook_in": Place(mlp, "in"),
+    }
+    for mixer in (getattr(block, name) for name in MIXERS if hasattr(block, name)):
+        found |= {"hook_mixer_out": Place(mixer, "out"), "mixer.hook_in": Place(mixer, "in")}
+    for attention in (getattr(block, name) for name in ATTENTION if hasattr(block, name)):
+        attention = getattr(attention, "attention", attention)  # GPT-Neo has it one deeper
+        found |= {
+            "hook_attn_out": Place(behind[0] if behind else attention, "out", added),
+            "attn.hook_in": Place(attention, "in"),
+            "attn.hook_z": Place(named(attention, OUTPUT), "in", heads(config.num_attention_heads)),
+            **{f"attn.hook_{p}": Place(at, "out", split) for p, (at, split) in projections(model, attention).items()},
+            **normed(model, attention),
+        }
+    if any(getattr(block, name, None) is not None for name in IN_FRONT_OF_MLP):  # else one norm is for both branches
+        read = mlp if config.model_type in NONE_IN_FRONT else named(block, IN_FRONT_OF_MLP)
+        found["hook_mlp_in"] = Place(read, "in")
+    if not hasattr(mlp, "experts"):
+        found |= {f"mlp.{name}": place for name, place in neurons(mlp).items()}
     return found
 
 
 def places(model: Any) -> dict[str, Place]:
     """Hook -> where the model hands its tensor over."""
     base = model.base_model
-    norm = next(getattr(base, name) for name in ("norm", "final_layer_norm", "ln_f") if hasattr(base, name))
+    scale = getattr(model.config, "embedding_multiplier", 1.0)
     found = {
-        "hook_embed": Place(base.get_input_embeddings(), "out"),
-        "ln_final.hook_out": Place(norm, "out"),
+        "hook_embed": Place(base.get_input_embeddings(), "out", whole if scale == 1.0 else lambda x: x * scale),
+        "ln_final.hook_out": Place(
+            named(base, ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")), "out"
+        ),
         "unembed.hook_out": Place(model.get_output_embeddings(), "out"),
     }
     for layer in range(model.config.num_hidden_layers):
@@ -158,15 +230,17 @@ def written(model: Any, hook: str, change: Callable[[Tensor], Tensor], *args: An
 
 def into_attention(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **call: Any) -> list[dict[str, Tensor]]:
     """Queries and keys that each layer of an eager model hands to its family's own attention function."""
-    attention = next(part for part in layers_of(model)[0].modules() if type(part).__name__.endswith("Attention"))
+    attention = named(layers_of(model)[-1], ATTENTION)
     family: Any = sys.modules[type(attention).__module__]
-    eager, seen = family.eager_attention_forward, []
+    written_out = getattr(attention, "attention", None)  # GPT-Neo's, which has a method for it
+    place, name = (type(written_out), "_attn") if written_out is not None else (family, "eager_attention_forward")
+    eager, seen = getattr(place, name), []
 
     def spy(module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
         seen.append({"q": query.transpose(1, 2).clone(), "k": key.transpose(1, 2).clone()})
         return eager(module, query, key, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(family, "eager_attention_forward", spy)
+        patch.setattr(place, name, spy)
         model(*args, **call)
     return seen

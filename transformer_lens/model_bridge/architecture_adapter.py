@@ -7,9 +7,11 @@ configurations the model class cannot run, and what has to be made safe for hook
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -22,7 +24,10 @@ from transformer_lens.model_bridge.generalized_components import (
     Part,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.supported_versions import OLDEST, minor
 from transformer_lens.model_bridge.upstream import attribute
+from transformer_lens.model_bridge.views import scaled
 
 HEADS: Mapping[str, tuple[str, Part]] = {
     "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
@@ -72,6 +77,8 @@ class ArchitectureAdapter:
     """
 
     model_type: ClassVar[str]
+    since: ClassVar[str] = OLDEST
+    """The oldest release of transformers whose modules it describes."""
     cfg_names: ClassVar[Mapping[str, str]] = {}
     """Fields of `BridgeConfig` and the config attribute each is read from."""
     config_keys: ClassVar[tuple[str, ...]] = ()
@@ -82,7 +89,7 @@ class ArchitectureAdapter:
     """The numbers in the config that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Further fields of the config: whatever is there, every hook shows what its row in the table says."""
-    root_hooks: ClassVar[tuple[Hook, ...]] = ROOT_HOOKS
+    root_hooks: tuple[Hook, ...] = ROOT_HOOKS
     """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
         "hook_pos_embed": "positions enter inside attention here, nothing is added to the embeddings"
@@ -90,12 +97,19 @@ class ArchitectureAdapter:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+        if minor(transformers.__version__) < minor(self.since):
+            raise ValueError(
+                f"{self.model_type!r} has other modules in the installed transformers {transformers.__version__}; "
+                f"its adapter describes those of {self.since} and newer: install one of these"
+            )
         for name in (*KEYS, *self.cfg_names.values(), *self.config_keys):
             attribute(config, name)
         self.refuse_unknown_fields()
         for sentence in self.refusals():
             raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
         self.cfg = self.read_config()
+        if self.embed_scale() != 1.0:
+            self.root_hooks = tuple(_times(hook, self.embed_scale()) for hook in self.root_hooks)
         self.component_mapping: Mapping[str, Part | Blocks] = self.components()
         side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
         self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
@@ -143,7 +157,12 @@ class ArchitectureAdapter:
 
     def window(self, layer: int) -> int | None:
         """How many of the latest positions a layer's attention sees, itself included; `None` for all of them."""
-        return self.cfg.sliding_window
+        types = self.config.layer_types if "layer_types" in self.config_keys else None
+        return self.cfg.sliding_window if types is None or types[layer] == "sliding_attention" else None
+
+    def embed_scale(self) -> float:
+        """What the model multiplies embeddings by, after their module: `hook_embed` is what the first block reads."""
+        return 1.0
 
     def logit_cap(self) -> float | None:
         """What the model caps its logits at softly, after the head; `None` where the head's output is its logits."""
@@ -203,6 +222,13 @@ class ArchitectureAdapter:
     def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
         """The same for a module that is put in a component's place."""
         return Preparation()
+
+
+def _times(hook: Hook, scale: float) -> Hook:
+    """A row whose value the model multiplies by a number before anything reads it."""
+    port = hook.port
+    assert isinstance(port, Port)
+    return replace(hook, port=replace(port, view=partial(scaled, scale)), aliases=())
 
 
 def refuse_unless_divisible(heads: int, key_value_heads: int) -> list[str]:

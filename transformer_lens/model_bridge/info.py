@@ -263,7 +263,7 @@ def layout_in_words(adapter: ArchitectureAdapter) -> str:
     return "; ".join(words)
 
 
-_POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi", "standard": "learned positions"}
+_POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi", "standard": "learned positions", "none": "no positions"}
 _COUNTS = ("no norm", "one norm", "two norms", "three norms")
 
 

@@ -188,6 +188,25 @@ class Columns:
 
 
 @dataclass(frozen=True)
+class Half:
+    """One of the two halves of the last axis.
+
+    >>> Half(1).get(torch.arange(6))
+    tensor([3, 4, 5])
+    """
+
+    which: Literal[0, 1]
+
+    def get(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
+        return x.chunk(2, dim=-1)[self.which]
+
+    def put(self, x: Shaped[Tensor, "*rows both"], value: Shaped[Tensor, "*rows half"]) -> Shaped[Tensor, "*rows both"]:
+        halves = [*x.chunk(2, dim=-1)]
+        halves[self.which] = value
+        return torch.cat(halves, dim=-1)
+
+
+@dataclass(frozen=True)
 class Transposed:
     """What another view reads of the tensor with its last two axes exchanged: a weight kept as `[out, in]`.
 
@@ -277,6 +296,21 @@ def whole(cfg: BridgeConfig) -> View:
 def scaled(scale: float, cfg: BridgeConfig) -> View:
     """The tensor times a number."""
     return Scaled(scale)
+
+
+def first_half(cfg: BridgeConfig) -> View:
+    """The first half of the last axis."""
+    return Half(0)
+
+
+def second_half(cfg: BridgeConfig) -> View:
+    """The second half of the last axis."""
+    return Half(1)
+
+
+def heads_first(cfg: BridgeConfig) -> View:
+    """Heads that lie before positions, after them."""
+    return Moved(Whole(), 1, 2)
 
 
 def query_heads(cfg: BridgeConfig) -> View:

@@ -2,11 +2,16 @@
 
 from transformer_lens.model_bridge.generalized_components.attention import (
     ALiBiJointQKVAttentionBridge,
+    HeadsFirstNormedQKAttentionBridge,
     JointQKVAttentionBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     NormedQKAttentionBridge,
     PositionEmbeddingsAttentionBridge,
     QKVBlocksAttentionBridge,
+    RotatedQKVBlocksAttentionBridge,
+    UnrotatedAttentionBridge,
+    UnrotatedNormedQKAttentionBridge,
+    WholeNormedQKAttentionBridge,
 )
 from transformer_lens.model_bridge.generalized_components.base import (
     ComponentBridge,
@@ -37,15 +42,30 @@ from transformer_lens.model_bridge.generalized_components.embedding import (
 )
 from transformer_lens.model_bridge.generalized_components.linear import LinearBridge, linears
 from transformer_lens.model_bridge.generalized_components.mixer import MixerBridge
-from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge, MLPBridge
-from transformer_lens.model_bridge.generalized_components.moe import ExpertsBridge, MoEBridge, RouterBridge
+from transformer_lens.model_bridge.generalized_components.mlp import FusedGatedMLPBridge, GatedMLPBridge, MLPBridge
+from transformer_lens.model_bridge.generalized_components.moe import (
+    ExpertsBridge,
+    FlatSharedExpertBridge,
+    MoEBridge,
+    RouterBridge,
+    SharedExpertBridge,
+    SharedMoEBridge,
+    WeighedSharedExpertBridge,
+    WeighedSharedMoEBridge,
+)
 from transformer_lens.model_bridge.generalized_components.normalization import (
+    BareLayerNormBridge,
+    BiaslessLayerNormBridge,
+    FinalBareLayerNormBridge,
+    FinalBiaslessLayerNormBridge,
     FinalLayerNormBridge,
     FinalNormalizationBridge,
+    FinalOffsetLayerNormBridge,
     FinalOffsetRMSNormBridge,
     FinalRMSNormBridge,
     LayerNormBridge,
     NormalizationBridge,
+    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     RMSNormBridge,
 )
@@ -59,17 +79,25 @@ __all__ = [
     "SEQUENTIAL",
     "WHOLE_MODEL",
     "ALiBiJointQKVAttentionBridge",
+    "BareLayerNormBridge",
+    "BiaslessLayerNormBridge",
     "BlockBridge",
     "Branch",
     "ComponentBridge",
     "EmbeddingBridge",
     "ExpertsBridge",
+    "FinalBareLayerNormBridge",
+    "FinalBiaslessLayerNormBridge",
     "FinalLayerNormBridge",
     "FinalNormalizationBridge",
+    "FinalOffsetLayerNormBridge",
     "FinalOffsetRMSNormBridge",
     "FinalRMSNormBridge",
+    "FlatSharedExpertBridge",
+    "FusedGatedMLPBridge",
     "GatedMLPBridge",
     "HeadBridge",
+    "HeadsFirstNormedQKAttentionBridge",
     "Hook",
     "HookOwner",
     "JointQKVAttentionBridge",
@@ -81,6 +109,7 @@ __all__ = [
     "MoEBridge",
     "NormalizationBridge",
     "NormedQKAttentionBridge",
+    "OffsetLayerNormBridge",
     "OffsetRMSNormBridge",
     "Part",
     "PartsElsewhere",
@@ -89,9 +118,17 @@ __all__ = [
     "QKVBlocksAttentionBridge",
     "RMSNormBridge",
     "RotaryEmbeddingBridge",
+    "RotatedQKVBlocksAttentionBridge",
     "RouterBridge",
+    "SharedExpertBridge",
+    "SharedMoEBridge",
     "Stages",
     "StreamMatrix",
     "UnembeddingBridge",
+    "UnrotatedAttentionBridge",
+    "UnrotatedNormedQKAttentionBridge",
+    "WeighedSharedExpertBridge",
+    "WeighedSharedMoEBridge",
+    "WholeNormedQKAttentionBridge",
     "linears",
 ]

@@ -19,6 +19,8 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     BLOCKS,
     FUSED,
     NORMED,
+    NORMED_HEADS_FIRST,
+    NORMED_WHOLE,
     OF_ONE_MATMUL,
     OF_PROJECTIONS,
     OUTPUT,
@@ -54,6 +56,7 @@ from transformer_lens.model_bridge.upstream import (
 )
 
 NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
+NO_POSITIONS = "attention in this layer is told no positions: it compares queries and keys as they are"
 PROBABILITIES = ("hook_attn_scores", "hook_pattern")
 LEARNED = "positions are added to the embeddings, and nothing is rotated"
 
@@ -145,6 +148,33 @@ class NormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED)
 
 
+class HeadsFirstNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same where the norms are given heads before positions (Gemma 3, Apertus)."""
+
+    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+
+
+class WholeNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same where one norm goes over all queries, and one over all keys (OLMo 2)."""
+
+    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_WHOLE)
+
+
+class UnrotatedAttentionBridge(FunctionAttentionBridge):
+    """Attention with separate projections that knows no positions: roles `q`, `k`, `v`, `o`."""
+
+    places = SEPARATE
+    reads = OF_PROJECTIONS
+    hooks = (*qkv_hooks(SEPARATE), *SCORES)
+    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
+
+
+class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
+    """The same with norms of queries and keys, which are given heads before positions (Exaone 4)."""
+
+    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+
+
 class JointQKVAttentionBridge(FunctionAttentionBridge):
     """RoPE attention with one fused, grouped matmul: roles `qkv`, `o` (GPT-NeoX: one head in each group)."""
 
@@ -160,6 +190,14 @@ class QKVBlocksAttentionBridge(FunctionAttentionBridge):
     reads = OF_ONE_MATMUL
     hooks = (*qkv_hooks(BLOCKS), *SCORES)
     absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
+
+
+class RotatedQKVBlocksAttentionBridge(FunctionAttentionBridge):
+    """RoPE attention with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
+
+    places = BLOCKS
+    reads = OF_ONE_MATMUL
+    hooks = (*qkv_hooks(BLOCKS), *ROTATED, *SCORES)
 
 
 class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):

@@ -16,8 +16,10 @@ from transformer_lens.model_bridge.views import (
     fused_k,
     fused_q,
     fused_v,
+    heads_first,
     key_value_heads,
     query_heads,
+    whole,
 )
 
 Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
@@ -59,22 +61,26 @@ ROTATED = (
     Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
     Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
 )
-NORMED = (
-    Hook(
-        "hook_q_normed",
-        "batch pos head d_head",
-        "the queries after their norm, before position encoding",
-        Port("q_norm"),
-        aliases=("q_norm.hook_out",),
-    ),
-    Hook(
-        "hook_k_normed",
-        "batch pos kv_head d_head",
-        "the keys after their norm, before position encoding",
-        Port("k_norm"),
-        aliases=("k_norm.hook_out",),
-    ),
-)
+
+
+def normed(**views: Callable[[BridgeConfig], View]) -> tuple[Hook, ...]:
+    """Queries and keys as they are rotated, by how to see heads in what their norms return."""
+    words = {"q": ("head", "the queries"), "k": ("kv_head", "the keys")}
+    return tuple(
+        Hook(
+            f"hook_{part}_normed",
+            f"batch pos {words[part][0]} d_head",
+            f"{words[part][1]} after their norm, before position encoding",
+            Port(f"{part}_norm", view=view),
+            aliases=(f"{part}_norm.hook_out",),
+        )
+        for part, view in views.items()
+    )
+
+
+NORMED = normed(q=whole, k=whole)
+NORMED_HEADS_FIRST = normed(q=heads_first, k=heads_first)
+NORMED_WHOLE = normed(q=query_heads, k=key_value_heads)
 SCORES = (
     Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
     Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
@@ -92,6 +98,8 @@ class AttentionPlace(ComponentBridge):
     """Any attention: called by itself, it takes all that the model hands to its module."""
 
     places: ClassVar[Places]
+    number: ClassVar[str] = "layer_idx"
+    """The module's name for the number of its layer, by which it asks the KV cache."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) <= 1:

@@ -179,7 +179,7 @@ class AttentionRun:
         """Where the new positions end among the keys: a cache of fixed size has empty places after them."""
         if self.cache is None:
             return keys
-        layer = layer_of_cache(self.cache, cast("Any", self.call.module).layer_idx)
+        layer = layer_of_cache(self.cache, getattr(self.call.module, self.component.number))
         return min(keys, int(layer.get_seq_length()))
 
     # -- scores, pattern, results --------------------------------------------------------------------------

@@ -309,9 +309,12 @@ class ComponentBridge(HookOwner):
         raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and does not open it")
 
     def role(self, role: str) -> ComponentBridge:
-        """This component ("") or one of its parts."""
+        """This component (""), one of its parts, or what it is a part of ("parent")."""
         found: Any = self
         for name in role.split(".") if role else ():
+            if name == "parent":
+                found = found.parent
+                continue
             found = found.exchanges[name].component if name in found.exchanges else found.get_submodule(name)
         assert isinstance(found, ComponentBridge)
         return found

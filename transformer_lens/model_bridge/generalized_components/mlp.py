@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
-from transformer_lens.model_bridge.generalized_components.weights import DenseWeights, GatedWeights
+from transformer_lens.model_bridge.generalized_components.weights import DenseWeights, FusedGatedWeights, GatedWeights
 from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.views import first_half, second_half
 
 DENSE = "this MLP is dense: it has no router and no experts"
+NO_EXPERTS = dict.fromkeys(
+    ("hook_router_logits", "hook_expert_weights", "hook_expert_indices", "hook_expert_out"), DENSE
+)
 MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in"))
 
 
@@ -34,10 +38,7 @@ class MLPBridge(DenseWeights, ComponentBridge):
     )
     absent = {
         "hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two",
-        "hook_router_logits": DENSE,
-        "hook_expert_weights": DENSE,
-        "hook_expert_indices": DENSE,
-        "hook_expert_out": DENSE,
+        **NO_EXPERTS,
     }
 
 
@@ -52,9 +53,20 @@ class GatedMLPBridge(GatedWeights, ComponentBridge):
         Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("in", "out")),
         Hook("hook_post", "batch pos d_mlp", "the gated hidden layer", Port("out", "in")),
     )
-    absent = {
-        "hook_router_logits": DENSE,
-        "hook_expert_weights": DENSE,
-        "hook_expert_indices": DENSE,
-        "hook_expert_out": DENSE,
-    }
+    absent = NO_EXPERTS
+
+
+class FusedGatedMLPBridge(FusedGatedWeights, ComponentBridge):
+    """A dense gated MLP with the roles `gate_up`, which computes gate and hidden layer side by side, and `out`."""
+
+    reads = (StreamMatrix("gate_up"),)
+    writes = (StreamMatrix("out"),)
+    hooks = (
+        MLP_IN,
+        Hook(
+            "hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate_up", view=first_half)
+        ),
+        Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("gate_up", view=second_half)),
+        Hook("hook_post", "batch pos d_mlp", "the gated hidden layer", Port("out", "in")),
+    )
+    absent = NO_EXPERTS

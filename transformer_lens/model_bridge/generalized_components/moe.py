@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
+from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge
 from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
@@ -87,14 +89,14 @@ class MoEBridge(ExpertWeights, ComponentBridge):
         Hook(
             "hook_expert_indices",
             "batch pos chosen",
-            "which experts were chosen, the best first; a write re-routes",
+            "which experts were chosen; a write re-routes",
             FlatTokensPort("gate", "out", item=2, rows_of=""),
             integer=True,
         ),
         Hook(
             "hook_expert_weights",
             "batch pos chosen",
-            "how much each chosen expert counts; they sum to one",
+            "how much each chosen expert counts",
             FlatTokensPort("gate", "out", item=1, rows_of=""),
         ),
         _inside_experts("hook_pre", "batch pos chosen d_mlp", "each chosen expert's gate before its activation"),
@@ -106,3 +108,46 @@ class MoEBridge(ExpertWeights, ComponentBridge):
             "hook_expert_out", "batch pos chosen d_model", "each chosen expert's output, before its weight"
         ),
     )
+
+
+class SharedExpertBridge(GatedMLPBridge):
+    """An expert that every token passes, beside the chosen ones: roles `gate`, `in`, `out`."""
+
+    hooks = (*GatedMLPBridge.hooks, Hook("hook_out", "batch pos d_model", "what the shared expert computes", Port()))
+
+
+class FlatSharedExpertBridge(GatedMLPBridge):
+    """The same where it is given tokens one after the other."""
+
+    hooks = tuple(
+        replace(hook, port=FlatTokensPort(hook.port.at, hook.port.side, rows_of="parent"))
+        for hook in SharedExpertBridge.hooks
+        if isinstance(hook.port, Port)
+    )
+
+
+class WeighedSharedExpertBridge(FlatSharedExpertBridge):
+    """The same where a number for each token says how much it counts (Qwen 2's mixture)."""
+
+    hooks = (
+        *FlatSharedExpertBridge.hooks,
+        Hook(
+            "hook_gate",
+            "batch pos 1",
+            "how much the shared expert counts, before a sigmoid",
+            FlatTokensPort("parent.shared_gate", rows_of="parent"),
+        ),
+    )
+
+
+class SharedMoEBridge(MoEBridge):
+    """A mixture with the role `shared` too: what that computes is added to the weighted sum of the chosen experts."""
+
+    reads = (*MoEBridge.reads, StreamMatrix("shared.gate"), StreamMatrix("shared.in"))
+    writes = (*MoEBridge.writes, StreamMatrix("shared.out"))
+
+
+class WeighedSharedMoEBridge(SharedMoEBridge):
+    """The same with the role `shared_gate`, which says how much the shared expert counts."""
+
+    reads = (*SharedMoEBridge.reads, StreamMatrix("shared_gate"))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.generalized_components.weights import NormWeights, Weight, own
+from transformer_lens.model_bridge.generalized_components.weights import NormWeights, Weight, constant, own
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.views import Shifted
@@ -36,8 +36,8 @@ class NormalizationBridge(ComponentBridge):
     """
 
     hooks: ClassVar[tuple[Hook, ...]] = (SCALE, NORMALIZED)
-    affine: ClassVar[tuple[str, ...]] = ()
-    """The parameters that multiply, and are added to, the normalised stream; none where the formula is unknown."""
+    affine: ClassVar[tuple[str, ...] | None] = None
+    """The parameters that multiply, and are added to, the normalised stream; `None` where the formula is unknown."""
     neutral: ClassVar[float] = 1.0
     """The weight that multiplies by one."""
     centres: ClassVar[bool] = False
@@ -92,8 +92,41 @@ class LayerNormBridge(OpenNormalizationBridge):
         centred = wide - wide.mean(-1, keepdim=True)
         scale = call.fire(SCALE.name, (centred.square().mean(-1, keepdim=True) + call.cfg.eps).sqrt())
         normalized = call.fire(NORMALIZED.name, (centred / scale).to(x.dtype))
-        bias = call.weight("", "bias")
-        return torch.addcmul(bias, normalized, call.weight(""))
+        return self.weighted(call, normalized)
+
+    def weighted(self, call: InsideCall, normalized: Tensor) -> Float[Tensor, "*batch d_model"]:
+        """The normalised stream times the weight, plus the bias."""
+        return torch.addcmul(call.weight("", "bias"), normalized, call.weight(""))
+
+
+class OffsetLayerNormBridge(LayerNormBridge):
+    """LayerNorm as `NemotronLayerNorm1P` computes it: times one plus the weight."""
+
+    neutral = 0.0
+    w = Weight("d_model", "multiplies the normalised stream: one plus the weight", own("weight", Shifted(1.0)))
+
+    def weighted(self, call: InsideCall, normalized: Tensor) -> Float[Tensor, "*batch d_model"]:
+        return torch.addcmul(call.weight("", "bias"), normalized, call.weight("") + 1.0)
+
+
+class BiaslessLayerNormBridge(LayerNormBridge):
+    """LayerNorm as `CohereLayerNorm` computes it: without a bias, and rounded after the weight."""
+
+    attributes = affine = ("weight",)
+
+    def weighted(self, call: InsideCall, normalized: Tensor) -> Float[Tensor, "*batch d_model"]:
+        return (call.weight("").float() * normalized.float()).to(normalized.dtype)
+
+
+class BareLayerNormBridge(LayerNormBridge):
+    """LayerNorm as `OlmoLayerNorm` computes it: centred and divided, and no more."""
+
+    attributes = affine = ()
+    w = Weight("d_model", "multiplies the normalised stream: ones", constant(1.0))
+    b = Weight("d_model", "added after that: zeros", constant(0.0))
+
+    def weighted(self, call: InsideCall, normalized: Tensor) -> Float[Tensor, "*batch d_model"]:
+        return normalized
 
 
 class RMSNormBridge(OpenNormalizationBridge):
@@ -141,6 +174,24 @@ class OffsetRMSNormBridge(RMSNormBridge):
 
 class FinalLayerNormBridge(LayerNormBridge):
     """The LayerNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class FinalOffsetLayerNormBridge(OffsetLayerNormBridge):
+    """Nemotron's LayerNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class FinalBiaslessLayerNormBridge(BiaslessLayerNormBridge):
+    """Cohere's LayerNorm after the last block."""
+
+    hooks = (SCALE, NORMALIZED, FINAL_OUT)
+
+
+class FinalBareLayerNormBridge(BareLayerNormBridge):
+    """OLMo's LayerNorm after the last block."""
 
     hooks = (SCALE, NORMALIZED, FINAL_OUT)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.model_bridge.views import Columns, Heads, Moved, Transposed, View, Whole, in_groups
+from transformer_lens.model_bridge.views import Columns, Half, Heads, Moved, Transposed, View, Whole, in_groups
 from transformer_lens.model_bridge.weight_access import execution_device, read_weight
 
 if TYPE_CHECKING:
@@ -30,23 +30,27 @@ def has_bias(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter of a Hugging Face module, and how a weight is seen in it. `shape` is that of a bias."""
+    """A parameter of a Hugging Face module, and how a weight is seen in it.
+
+    `shape` and `fill` are those of what is read where the module has no such parameter.
+    """
 
     module: nn.Module
     parameter: str
     view: View
     shape: tuple[int, ...] = ()
+    fill: float = 0.0
 
     @property
     def missing(self) -> bool:
-        """Whether the module has no such parameter: a bias that this model does without."""
-        return self.parameter == "bias" and not has_bias(self.module)
+        """Whether the module has no such parameter: a bias, or a norm's weight, that this model does without."""
+        return not self.parameter or (self.parameter == "bias" and not has_bias(self.module))
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The weight; for a missing bias zeros that take no memory and refuse to be written."""
+        """The weight; for a missing one zeros, or ones, that take no memory and refuse to be written."""
         if self.missing:
-            zero = torch.zeros((), dtype=dtype, device=execution_device(self.module))
-            return self.view.get(zero.expand(self.shape))
+            number = torch.full((), self.fill, dtype=dtype, device=execution_device(self.module))
+            return self.view.get(number.expand(self.shape))
         return self.view.get(read_weight(self.module, self.parameter))
 
     def write(self, value: Tensor, name: str) -> None:
@@ -54,7 +58,8 @@ class Place:
         stored = self.module._parameters.get(self.parameter)
         kind = type(self.module).__name__
         if self.missing:
-            raise ValueError(f"{name} cannot be written: {kind} has no bias in this model, and is read as zeros")
+            what, number = self.parameter or "such parameter", "ones" if self.fill else "zeros"
+            raise ValueError(f"{name} cannot be written: {kind} has no {what} in this model, and is read as {number}")
         if type(stored) is not nn.Parameter or stored.is_meta or not stored.is_floating_point():
             raise ValueError(
                 f"{name} cannot be written: the {self.parameter} of {kind} is no ordinary parameter in memory (it is "
@@ -114,16 +119,21 @@ def matrix(module: nn.Module, view: View = WHOLE) -> View:
     return view if isinstance(module, Conv1D) else Transposed(view)
 
 
-def linear(role: str, parameter: str = "weight") -> Callable[[ComponentBridge], Place]:
-    """The weight or bias of the linear map in a role, the weight as `[in, out]`."""
+def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+    """The weight or bias of the linear map in a role, the weight as `[in, out]`; `view` of what it computes."""
 
     def place(component: ComponentBridge) -> Place:
         module: Any = component.module_of(role)
         if parameter == "bias":
-            return Place(module, parameter, WHOLE, (_out_features(module),))
-        return Place(module, parameter, matrix(module))
+            return Place(module, parameter, view, (_out_features(module),))
+        return Place(module, parameter, matrix(module, view))
 
     return place
+
+
+def constant(value: float) -> Callable[[ComponentBridge], Place]:
+    """What stands for a parameter that the component's module has no place for, as long as d_model."""
+    return lambda component: Place(component.model, "", WHOLE, (component.cfg.d_model,), value)
 
 
 def own(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
@@ -287,6 +297,19 @@ class GatedWeights(DenseWeights):
 
     W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate"))
     b_gate = Weight("d_mlp", "added to the gate", linear("gate", "bias"))
+
+
+class FusedGatedWeights(DenseWeights):
+    """The weights of a gated MLP whose gate and hidden layer come from one matmul, side by side.
+
+    >>> FusedGatedWeights.W_gate.axes
+    'd_model d_mlp'
+    """
+
+    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate_up", view=Half(0)))
+    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("gate_up", view=Half(1)))
+    b_gate = Weight("d_mlp", "added to the gate", linear("gate_up", "bias", Half(0)))
+    b_in = Weight("d_mlp", "added before the activation function", linear("gate_up", "bias", Half(1)))
 
 
 class ExpertWeights:

@@ -42,10 +42,10 @@ def fold_ln(bridge: TransformerBridge, draft: Draft) -> None:
     for norm, readers in norms(bridge):
         if not readers:
             continue
-        if not norm.affine:
+        if norm.affine is None:
             raise draft.refusal(norm, "weight", f"{type(norm).__name__} does not know the formula of this norm")
         found = {name: draft.optional(norm, name) for name in norm.affine}
-        weight, shift = found["weight"], found.get("bias")
+        weight, shift = found.get("weight"), found.get("bias")
         scale = None if weight is None else weight + (1.0 - norm.neutral)
         for reader in readers:
             _fold_into(reader, draft, scale, shift)

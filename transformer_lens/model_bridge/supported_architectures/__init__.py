@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 HERE = "transformer_lens.model_bridge.supported_architectures"
-ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {
-    "falcon": f"{HERE}.falcon:FalconArchitectureAdapter",
-    "gemma": f"{HERE}.llama:GemmaArchitectureAdapter",
-    "gemma2": f"{HERE}.llama:Gemma2ArchitectureAdapter",
-    "gpt2": f"{HERE}.gpt2:GPT2ArchitectureAdapter",
-    "gpt_neox": f"{HERE}.gpt_neox:GPTNeoXArchitectureAdapter",
-    "llama": f"{HERE}.llama:LlamaArchitectureAdapter",
-    "mistral": f"{HERE}.llama:MistralArchitectureAdapter",
-    "mixtral": f"{HERE}.mixtral:MixtralArchitectureAdapter",
-    "qwen2": f"{HERE}.llama:Qwen2ArchitectureAdapter",
-    "qwen3": f"{HERE}.llama:Qwen3ArchitectureAdapter",
-    "qwen3_moe": f"{HERE}.llama:Qwen3MoeArchitectureAdapter",
+FILES = {
+    "falcon": "falcon",
+    "gpt2": "gpt2 gpt_neo gptj",
+    "gpt_neox": "gpt_neox",
+    "llama": """apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium llama
+        ministral mistral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2
+        vaultgemma""",
+    "mixers": "jamba lfm2 lfm2_moe",
+    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe minimax_m2 mixtral olmoe phimoe qwen2_moe
+        qwen3_moe solar_open""",
 }
-"""`model_type` -> the adapter, or where it is."""
+"""File -> the families whose adapters its `FAMILIES` has."""
+ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {
+    model_type: f"{HERE}.{file}" for file, families in FILES.items() for model_type in families.split()
+}
+"""`model_type` -> the adapter, or the file that has it."""
 
 
 def register_adapter(adapter: type[ArchitectureAdapter]) -> type[ArchitectureAdapter]:
     """Make an adapter known under its `model_type`; usable as a class decorator."""
     ADAPTERS[adapter.model_type] = adapter
     return adapter
+
+
+def by_type(*families: type[ArchitectureAdapter]) -> Mapping[str, type[ArchitectureAdapter]]:
+    """The adapters of a file by `model_type`."""
+    return {adapter.model_type: adapter for adapter in families}
+
+
+def row(base: type[ArchitectureAdapter], model_type: str, sentence: str, **data: Any) -> type[ArchitectureAdapter]:
+    """A family in one row: another family's adapter with other data.
+
+    >>> row(LlamaArchitectureAdapter, "arcee", "Llama whose MLP has no gate.", dense=PLAIN).model_type
+    'arcee'
+    """
+    fixed = {"__doc__": sentence, "__module__": base.__module__, "__reduce__": _remade}
+    return type(f"{base.__name__} of {model_type}", (base,), {**fixed, "model_type": model_type, **data})
+
+
+def _remade(adapter: ArchitectureAdapter) -> tuple[Any, ...]:
+    """How an adapter whose class is a row is pickled."""
+    return adapter_for, (adapter.config,)
 
 
 def adapter_class(model_type: Any) -> type[ArchitectureAdapter]:
@@ -38,10 +61,7 @@ def adapter_class(model_type: Any) -> type[ArchitectureAdapter]:
             "docs/adding_an_architecture.md shows how to describe another family"
         )
     found = ADAPTERS[model_type]
-    if isinstance(found, str):
-        module, _, name = found.partition(":")
-        found = register_adapter(getattr(import_module(module), name))
-    return found
+    return register_adapter(import_module(found).FAMILIES[model_type]) if isinstance(found, str) else found
 
 
 def adapter_for(config: Any) -> ArchitectureAdapter:

@@ -30,6 +30,7 @@ from transformer_lens.model_bridge.generalized_components import (
     Stages,
     linears,
 )
+from transformer_lens.model_bridge.supported_architectures import by_type
 
 BLOCKS: dict[str, tuple[Stages, dict[str, str]]] = {
     "sequential": (SEQUENTIAL, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
@@ -212,3 +213,6 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         """The block adds into whatever its MLP returns."""
         added_to = self.config.parallel_attn and isinstance(component, MLPBridge)
         return FreshOutputs([module]) if added_to else Preparation()
+
+
+FAMILIES = by_type(FalconArchitectureAdapter)

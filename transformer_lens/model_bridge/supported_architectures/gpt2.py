@@ -1,15 +1,17 @@
-"""GPT-2: learned positions are added to the embeddings; q, k and v come from one matmul, `[Q | K | V]`.
+"""GPT-2, whose q, k and v come from one matmul, `[Q | K | V]`, and its relatives GPT-Neo and GPT-J.
 
-Source: `modeling_gpt2.py` in transformers >= 5.13. Its linear layers are `Conv1D`, with their weight transposed.
+Source: the modeling files of these families in transformers >= 5.13. GPT-2's linear layers are `Conv1D`, with their
+weight transposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL_ONE_NORM,
     POSITION_HOOK,
     ROOT_HOOKS,
     SEQUENTIAL,
@@ -20,12 +22,23 @@ from transformer_lens.model_bridge.generalized_components import (
     MLPBridge,
     Part,
     PositionEmbeddingBridge,
+    PositionEmbeddingsAttentionBridge,
     QKVBlocksAttentionBridge,
+    RotaryEmbeddingBridge,
+    Stages,
     linears,
 )
-from transformer_lens.model_bridge.generalized_components.attention import PROBABILITIES
+from transformer_lens.model_bridge.generalized_components.attention import PROBABILITIES, OpenAttentionBridge
+from transformer_lens.model_bridge.generalized_components.attention_ports import (
+    OF_PROJECTIONS,
+    SCORES,
+    SEPARATE,
+    qkv_hooks,
+)
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
 from transformer_lens.model_bridge.seams import Probabilities
+from transformer_lens.model_bridge.supported_architectures import by_type
+from transformer_lens.model_bridge.upstream import attribute
 
 
 class GPT2AttentionBridge(QKVBlocksAttentionBridge):
@@ -42,6 +55,7 @@ class GPT2AttentionBridge(QKVBlocksAttentionBridge):
             return run.call.run()
 
 
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
 BLOCK = {
     "ln1": Part(LayerNormBridge, "ln_1"),
     "attn": Part(GPT2AttentionBridge, "attn", linears({"qkv": "c_attn", "o": "c_proj"})),
@@ -55,7 +69,11 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
 
     model_type = "gpt2"
     root_hooks = (*ROOT_HOOKS, POSITION_HOOK)
-    absent = {}
+    absent: ClassVar[Mapping[str, str]] = {}
+    stages: ClassVar[Stages] = SEQUENTIAL
+    block_parts: ClassVar[Mapping[str, Part]] = BLOCK
+    positions: ClassVar[Mapping[str, Part]] = {"pos_embed": Part(PositionEmbeddingBridge, "wpe")}
+    constants: ClassVar[Mapping[str, Any]] = {"positional_embedding_type": "standard"}
     dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
     cfg_names = {
         "n_layers": "n_layer",
@@ -74,13 +92,84 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
 
     def variant(self) -> Mapping[str, Any]:
         c = self.config
-        sizes = {"d_head": c.n_embd // c.n_head, "d_mlp": c.n_inner or 4 * c.n_embd}
-        return {**sizes, "positional_embedding_type": "standard", "normalization_type": "LN"}
+        d_mlp = attribute(c, next(key for key in ("n_inner", "intermediate_size") if key in self.config_keys))
+        sizes = {"d_head": c.hidden_size // c.num_attention_heads, "d_mlp": d_mlp or 4 * c.hidden_size}
+        return {**sizes, "normalization_type": "LN", **self.constants}
 
     def components(self) -> dict[str, Part]:
         return {
             "embed": Part(EmbeddingBridge, "wte"),
-            "pos_embed": Part(PositionEmbeddingBridge, "wpe"),
-            "blocks": Part(BlockBridge, "h", BLOCK, SEQUENTIAL),
+            **self.positions,
+            "blocks": Part(BlockBridge, "h", self.block_parts, self.stages),
             "ln_final": Part(FinalLayerNormBridge, "ln_f"),
         }
+
+
+class GPTNeoAttentionBridge(OpenAttentionBridge):
+    """GPT-Neo's attention, which writes its softmax out, in float32: roles `q`, `k`, `v`, `o`."""
+
+    places = SEPARATE
+    reads = OF_PROJECTIONS
+    hooks = (*qkv_hooks(SEPARATE), *SCORES)
+    absent = QKVBlocksAttentionBridge.absent
+    number = "layer_id"
+    attributes = ("config", "layer_id")
+
+    def attend(self, run: AttentionRun) -> Any:
+        if not run.wants_any(*PROBABILITIES):
+            return run.call.run()
+        with Probabilities(run.call.module, run.scores, run.pattern, drops=True):
+            return run.call.run()
+
+
+class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
+    """GPT-2 with separate projections, and a window in every other layer."""
+
+    model_type = "gpt_neo"
+    block_returns_tuple = True
+    block_parts = {
+        **BLOCK,
+        "attn": Part(GPTNeoAttentionBridge, "attn.attention", linears(PROJECTIONS)),
+    }
+    dropouts = ("attention_dropout", "embed_dropout", "resid_dropout")
+    cfg_names = {
+        **GPT2ArchitectureAdapter.cfg_names,
+        "n_layers": "num_layers",
+        "n_heads": "num_heads",
+        "n_key_value_heads": "num_heads",
+        "d_model": "hidden_size",
+        "n_ctx": "max_position_embeddings",
+        "sliding_window": "window_size",
+    }
+    config_keys = ("intermediate_size", "attention_types", "attention_layers")
+    harmless = ("classifier_dropout",)
+
+    def window(self, layer: int) -> int | None:
+        return self.cfg.sliding_window if self.config.attention_layers[layer] == "local" else None
+
+
+class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
+    """Attention and MLP side by side behind one LayerNorm; neighbouring dimensions of a part of each head turn."""
+
+    model_type = "gptj"
+    since = "5.24"
+    root_hooks = ROOT_HOOKS
+    absent = ArchitectureAdapter.absent
+    stages = PARALLEL_ONE_NORM
+    block_parts = {
+        "ln1": Part(LayerNormBridge, "ln_1"),
+        "attn": Part(PositionEmbeddingsAttentionBridge, "attn", linears(PROJECTIONS)),
+        "mlp": Part(MLPBridge, "mlp", linears({"in": "fc_in", "out": "fc_out"})),
+    }
+    positions = {"rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb")}
+    constants = {"positional_embedding_type": "rotary"}
+    config_keys = ("n_inner", "rotary_dim")
+    harmless = ()
+
+    def refusals(self) -> list[str]:
+        if self.config.rotary_dim is None:
+            return ["rotary_dim=None makes angles for all of hidden_size, and a head has fewer dimensions"]
+        return []
+
+
+FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.generalized_components import (
     RotaryEmbeddingBridge,
     linears,
 )
+from transformer_lens.model_bridge.supported_architectures import by_type
 
 ATTENTION = Part(JointQKVAttentionBridge, "attention", linears({"qkv": "query_key_value", "o": "dense"}))
 BLOCK = {
@@ -62,3 +63,6 @@ class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
             "blocks": Part(BlockBridge, "layers", BLOCK, PARALLEL if self.config.use_parallel_residual else SEQUENTIAL),
             "ln_final": Part(FinalLayerNormBridge, "final_layer_norm"),
         }
+
+
+FAMILIES = by_type(GPTNeoXArchitectureAdapter)

@@ -1,41 +1,87 @@
-"""Llama and its relatives: Mistral, Qwen 2 and 3, Qwen 3's mixture of experts, Gemma and Gemma 2.
+"""Llama and its relatives without experts: each row says what a family has otherwise.
 
-RMSNorm before each branch, RoPE attention with separate projections, a gated MLP; each family says what it has
-otherwise. Source: the modeling files of these families in transformers >= 5.13.
+RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
+families in transformers >= 5.13.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL_ONE_NORM,
     SEQUENTIAL,
+    BareLayerNormBridge,
+    BiaslessLayerNormBridge,
     BlockBridge,
     Branch,
-    ComponentBridge,
     EmbeddingBridge,
-    ExpertsBridge,
+    FinalBareLayerNormBridge,
+    FinalBiaslessLayerNormBridge,
+    FinalLayerNormBridge,
+    FinalOffsetLayerNormBridge,
     FinalOffsetRMSNormBridge,
     FinalRMSNormBridge,
+    FusedGatedMLPBridge,
     GatedMLPBridge,
-    MoEBridge,
+    HeadsFirstNormedQKAttentionBridge,
+    LayerNormBridge,
+    MLPBridge,
+    NormalizationBridge,
     NormedQKAttentionBridge,
+    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
     RMSNormBridge,
     RotaryEmbeddingBridge,
-    RouterBridge,
+    RotatedQKVBlocksAttentionBridge,
     Stages,
+    UnrotatedAttentionBridge,
+    UnrotatedNormedQKAttentionBridge,
+    WholeNormedQKAttentionBridge,
     linears,
 )
+from transformer_lens.model_bridge.supported_architectures import by_type, row
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
 """What most families call the projections of attention, by role."""
-DENSE = linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"})
-MIXTURE = {"gate": Part(RouterBridge, "gate"), "experts": Part(ExpertsBridge, "experts")}
+NORMED = {**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"}
+NAMES = {
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_key_value_heads": "num_key_value_heads",
+    "d_model": "hidden_size",
+    "d_mlp": "intermediate_size",
+    "d_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "act_fn": "hidden_act",
+    "eps": "rms_norm_eps",
+}
+WINDOWED = {**NAMES, "sliding_window": "sliding_window"}
+CENTRED = {**NAMES, "eps": "layer_norm_eps"}
+"""The names of a family with LayerNorms."""
+
+
+def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
+    """Attention of a kind, at its usual place."""
+    return Part(kind, "self_attn", linears(places))
+
+
+ROTATED, UNROTATED = attends(PositionEmbeddingsAttentionBridge), attends(UnrotatedAttentionBridge)
+WHOLE_NORMED = attends(WholeNormedQKAttentionBridge, NORMED)
+HEADS_FIRST = attends(HeadsFirstNormedQKAttentionBridge, NORMED)
+GATED = Part(GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}))
+FUSED = Part(FusedGatedMLPBridge, "mlp", linears({"gate_up": "gate_up_proj", "out": "down_proj"}))
+PLAIN = Part(MLPBridge, "mlp", linears({"in": "up_proj", "out": "down_proj"}))
+BEHIND: Stages = ((Branch("", "attn", post_norm="ln1_post"),), (Branch("", "mlp", post_norm="ln2_post"),))
+"""A norm behind each branch, and none in front."""
+BEHIND_NORMS = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
+AROUND: Stages = ((Branch("ln1", "attn", post_norm="ln1_post"),), (Branch("ln2", "mlp", post_norm="ln2_post"),))
+"""A norm in front of each branch and one behind it."""
 
 
 class LlamaArchitectureAdapter(ArchitectureAdapter):
@@ -43,22 +89,24 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
 
     model_type = "llama"
     stages: ClassVar[Stages] = SEQUENTIAL
-    norm: ClassVar[type[ComponentBridge]] = RMSNormBridge
-    final_norm: ClassVar[type[ComponentBridge]] = FinalRMSNormBridge
+    norm: ClassVar[type[NormalizationBridge]] = RMSNormBridge
+    final_norm: ClassVar[type[NormalizationBridge]] = FinalRMSNormBridge
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-    attention: ClassVar[Part] = Part(PositionEmbeddingsAttentionBridge, "self_attn", linears(PROJECTIONS))
+    attention: ClassVar[Part] = ROTATED
+    unrotated: ClassVar[Part] = UNROTATED
+    dense: ClassVar[Part] = GATED
+    ln_final: ClassVar[str] = "norm"
+    """Where the norm after the last block is."""
+    constants: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `BridgeConfig` that are the same in all models of the family."""
+    rotary_emb: ClassVar[str] = "rotary_emb"
+    """Where the table of rotations is; "" where there is none."""
+    multiplier: ClassVar[str] = ""
+    """The config's name of the number that each branch is multiplied by."""
+    embed_multiplier: ClassVar[str] = ""
+    """The config's name of the number that embeddings are multiplied by."""
     dropouts = ("attention_dropout",)
-    cfg_names = {
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_key_value_heads": "num_key_value_heads",
-        "d_model": "hidden_size",
-        "d_mlp": "intermediate_size",
-        "d_vocab": "vocab_size",
-        "n_ctx": "max_position_embeddings",
-        "act_fn": "hidden_act",
-        "eps": "rms_norm_eps",
-    }
+    cfg_names = NAMES
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
 
     def refusals(self) -> list[str]:
@@ -67,24 +115,47 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     def variant(self) -> Mapping[str, Any]:
         # Attention of these families asks for it in this way: the configs of some have no such field of their own.
         d_head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        kinds = {"positional_embedding_type": "rotary", "normalization_type": "RMS"}
-        return {**kinds, "d_head": d_head, "final_rms": True, "gated_mlp": True}
+        kinds = {"positional_embedding_type": "rotary", "normalization_type": "LN" if self.norm.centres else "RMS"}
+        gated = self.dense.kind is not MLPBridge
+        ends = {"final_rms": not self.final_norm.centres, "gated_mlp": gated}
+        return {**kinds, **ends, "d_head": d_head, **self.constants}
+
+    def embed_scale(self) -> float:
+        return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
+
+    def branches(self, layer: int) -> Stages:
+        """The branches of one layer."""
+        if not self.multiplier:
+            return self.stages
+        scale = float(getattr(self.config, self.multiplier))
+        return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether attention of one layer is told positions."""
+        return True
 
     def mlp(self, layer: int) -> Part:
         """The MLP of one layer."""
-        return Part(GatedMLPBridge, "mlp", DENSE)
+        return self.dense
+
+    def mixers(self, layer: int) -> Mapping[str, Part]:
+        """What computes in one layer, by role."""
+        return {"attn": self.attention if self.rotates(layer) else self.unrotated, "mlp": self.mlp(layer)}
 
     def layer(self, layer: int) -> Part:
         """The block of one layer."""
-        inside = {role: Part(self.norm, at) for role, at in self.norms.items()}
-        return Part(BlockBridge, "layers", {**inside, "attn": self.attention, "mlp": self.mlp(layer)}, self.stages)
+        stages = self.branches(layer)
+        roles = {role for stage in stages for branch in stage for role in branch.roles}
+        inside = {role: Part(self.norm, at) for role, at in self.norms.items() if role in roles}
+        return Part(BlockBridge, "layers", {**inside, **self.mixers(layer)}, stages)
 
     def components(self) -> Mapping[str, Any]:
+        rotations = {"rotary_emb": Part(RotaryEmbeddingBridge, self.rotary_emb)} if self.rotary_emb else {}
         return {
             "embed": Part(EmbeddingBridge, "embed_tokens"),
-            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
+            **rotations,
             "blocks": self.layer,
-            "ln_final": Part(self.final_norm, "norm"),
+            "ln_final": Part(self.final_norm, self.ln_final),
         }
 
 
@@ -92,7 +163,7 @@ class MistralArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama whose layers all look back over a window."""
 
     model_type = "mistral"
-    cfg_names = {**LlamaArchitectureAdapter.cfg_names, "sliding_window": "sliding_window"}
+    cfg_names = WINDOWED
 
 
 class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
@@ -106,40 +177,12 @@ class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
         "use_sliding_window",
     )
 
-    def window(self, layer: int) -> int | None:
-        return self.cfg.sliding_window if self.config.layer_types[layer] == "sliding_attention" else None
-
 
 class Qwen3ArchitectureAdapter(Qwen2ArchitectureAdapter):
     """Each head's query and key pass a norm before they are rotated."""
 
     model_type = "qwen3"
-    attention = Part(
-        NormedQKAttentionBridge, "self_attn", linears({**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"})
-    )
-
-
-class Qwen3MoeArchitectureAdapter(Qwen3ArchitectureAdapter):
-    """Qwen 3 with a mixture of experts in most layers; the others have a dense MLP of another width."""
-
-    model_type = "qwen3_moe"
-    cfg_names = {
-        **MistralArchitectureAdapter.cfg_names,
-        "d_mlp": "moe_intermediate_size",
-        "num_experts": "num_experts",
-        "experts_per_token": "num_experts_per_tok",
-    }
-    config_keys = ("mlp_only_layers", "decoder_sparse_step", "intermediate_size", "norm_topk_prob")
-    harmless = (*Qwen2ArchitectureAdapter.harmless, "output_router_logits", "router_aux_loss_coef")
-
-    def window(self, layer: int) -> int | None:
-        return self.cfg.sliding_window
-
-    def mlp(self, layer: int) -> Part:
-        c = self.config
-        if layer in c.mlp_only_layers or not c.num_experts or (layer + 1) % c.decoder_sparse_step:
-            return Part(GatedMLPBridge, "mlp", DENSE, sizes={"d_mlp": c.intermediate_size})
-        return Part(MoEBridge, "mlp", MIXTURE)
+    attention = attends(NormedQKAttentionBridge, NORMED)
 
 
 class GemmaArchitectureAdapter(LlamaArchitectureAdapter):
@@ -153,16 +196,215 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
     """Gemma with norms behind attention and MLP too, capped scores and logits, and a window in every other layer."""
 
     model_type = "gemma2"
-    stages = ((Branch("ln1", "attn", post_norm="ln1_post"),), (Branch("ln2", "mlp", post_norm="ln2_post"),))
+    stages = AROUND
     norms = {
         "ln1": "input_layernorm",
         "ln1_post": "post_attention_layernorm",
         "ln2": "pre_feedforward_layernorm",
         "ln2_post": "post_feedforward_layernorm",
     }
-    cfg_names = {**MistralArchitectureAdapter.cfg_names, "act_fn": "hidden_activation"}
+    cfg_names = {**WINDOWED, "act_fn": "hidden_activation"}
     config_keys = ("layer_types", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar")
-    window = Qwen2ArchitectureAdapter.window
 
     def logit_cap(self) -> float | None:
         return self.config.final_logit_softcapping  # type: ignore[no-any-return]
+
+
+Llama, Mistral = LlamaArchitectureAdapter, MistralArchitectureAdapter
+LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
+"""Some layers look back over a window."""
+LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}
+OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
+GRANITE: Mapping[str, Any] = {
+    "multiplier": "residual_multiplier",
+    "embed_multiplier": "embedding_multiplier",
+    "config_keys": ("residual_multiplier", "embedding_multiplier"),
+}
+EXAONE: Mapping[str, Any] = {
+    "attention": HEADS_FIRST,
+    "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED),
+}
+COHERE: Mapping[str, Any] = {
+    "stages": PARALLEL_ONE_NORM,
+    "norm": BiaslessLayerNormBridge,
+    "final_norm": FinalBiaslessLayerNormBridge,
+    "harmless": (*Llama.harmless, "logit_scale"),
+}
+BIASES = (*Llama.harmless, "use_bias")
+
+
+class StableLmArchitectureAdapter(Llama):
+    """Llama with LayerNorms, side by side behind one of them or one after the other; some dimensions turn."""
+
+    model_type = "stablelm"
+    norm, final_norm = LayerNormBridge, FinalLayerNormBridge
+    cfg_names = CENTRED
+    config_keys = ("use_parallel_residual",)
+    dropouts = ("attention_dropout", "hidden_dropout")
+    harmless = (*Llama.harmless, "use_qkv_bias")
+
+    def branches(self, layer: int) -> Stages:
+        return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
+
+
+def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
+    """Where a switch in the config says whether queries and keys have norms."""
+    attention = Qwen3ArchitectureAdapter.attention if adapter.config.use_qk_norm else ROTATED
+    return {"attn": attention, "mlp": adapter.mlp(layer)}
+
+
+def no_rope_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
+    """Where a list in the config says it, layer by layer."""
+    return bool(adapter.config.no_rope_layers[layer])
+
+
+def in_windows(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
+    """Where layers that see everything are told no positions; without a window all of them are told."""
+    return adapter.cfg.sliding_window is None or adapter.window(layer) is not None
+
+
+FAMILIES = by_type(
+    Llama,
+    Mistral,
+    Qwen2ArchitectureAdapter,
+    Qwen3ArchitectureAdapter,
+    GemmaArchitectureAdapter,
+    Gemma2ArchitectureAdapter,
+    row(Mistral, "ministral", "Mistral where some layers look back over a window.", config_keys=("layer_types",)),
+    row(
+        Gemma2ArchitectureAdapter,
+        "gemma3_text",
+        "Gemma 2 with a norm of each head's query and key, and other angles in layers with a window.",
+        attention=HEADS_FIRST,
+    ),
+    row(
+        Gemma2ArchitectureAdapter,
+        "vaultgemma",
+        "Gemma 2 without the norms behind.",
+        stages=SEQUENTIAL,
+        norms={"ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm"},
+    ),
+    row(
+        Qwen2ArchitectureAdapter,
+        "smollm3",
+        "Llama where every fourth layer is told no positions.",
+        config_keys=("layer_types", "no_rope_layers"),
+        harmless=(*Qwen2ArchitectureAdapter.harmless, "no_rope_layer_interval"),
+        rotates=no_rope_layers,
+    ),
+    row(
+        Llama,
+        "seed_oss",
+        "Llama with biases in q, k and v, and dropout behind attention and MLP.",
+        harmless=(*Llama.harmless, "attention_out_bias"),
+        dropouts=("attention_dropout", "residual_dropout"),
+    ),
+    row(Llama, "ernie4_5", "Llama whose rotation turns neighbouring dimensions.", dropouts=(), harmless=BIASES),
+    row(Llama, "helium", "Llama whose rotation turns neighbouring dimensions."),
+    row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
+    row(
+        Llama,
+        "apertus",
+        "Llama with a norm of each head's query and key, and an MLP without a gate.",
+        norms={"ln1": "attention_layernorm", "ln2": "feedforward_layernorm"},
+        attention=HEADS_FIRST,
+        dense=PLAIN,
+    ),
+    row(
+        Llama,
+        "granite",
+        "Llama whose embeddings, scores, branches and logits are multiplied by numbers of the config.",
+        **GRANITE,
+        harmless=(*Llama.harmless, "attention_multiplier", "logits_scaling"),
+    ),
+    row(
+        Llama,
+        "olmo",
+        "Llama with LayerNorms that have no weights.",
+        norm=BareLayerNormBridge,
+        final_norm=FinalBareLayerNormBridge,
+        cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
+        constants={"eps": 1e-5},
+    ),
+    row(Llama, "olmo2", "Norms behind the branches, none in front; one over all queries, one over all keys.", **OLMO2),
+    row(Llama, "olmo3", "OLMo 2 where most layers look back over a window.", **OLMO2, **LAYER_TYPES),
+    row(
+        Llama,
+        "exaone4",
+        "Norms behind the branches and of each head's query and key; only layers with a window are told positions.",
+        **LAYER_TYPES,
+        **EXAONE,
+        stages=BEHIND,
+        norms=BEHIND_NORMS,
+        rotates=in_windows,
+        harmless=(*Llama.harmless, "sliding_window_pattern"),
+    ),
+    row(Llama, "glm", "Llama with one matmul for gate and hidden layer; half of each head turns.", dense=FUSED),
+    row(
+        Llama,
+        "glm4",
+        "GLM with norms behind attention and MLP too.",
+        dense=FUSED,
+        stages=AROUND,
+        norms={**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"},
+    ),
+    row(
+        Mistral,
+        "phi3",
+        "Llama with one matmul for q, k and v, and one for gate and hidden layer.",
+        attention=attends(RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
+        dense=FUSED,
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+        harmless=(*Llama.harmless, "original_max_position_embeddings"),
+    ),
+    row(
+        Llama,
+        "phi",
+        "Attention and a plain MLP side by side behind one LayerNorm; biases everywhere, some dimensions turn.",
+        **LAYER_NORM,
+        stages=PARALLEL_ONE_NORM,
+        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
+        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
+        ln_final="final_layernorm",
+        cfg_names=CENTRED,
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+    row(
+        Llama,
+        "starcoder2",
+        "Llama with LayerNorms, biases and a plain MLP.",
+        **LAYER_NORM,
+        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
+        cfg_names={**WINDOWED, "eps": "norm_epsilon"},
+        dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
+        harmless=BIASES,
+    ),
+    row(
+        Llama,
+        "nemotron",
+        "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
+        norm=OffsetLayerNormBridge,
+        final_norm=FinalOffsetLayerNormBridge,
+        dense=PLAIN,
+        cfg_names={**NAMES, "eps": "norm_eps"},
+    ),
+    StableLmArchitectureAdapter,
+    row(
+        Llama,
+        "cohere",
+        "Attention and MLP side by side behind one LayerNorm without a bias; logits are multiplied by a number.",
+        **COHERE,
+        cfg_names=CENTRED,
+        config_keys=("use_qk_norm",),
+        mixers=normed_if_asked,
+    ),
+    row(
+        Llama,
+        "cohere2",
+        "Cohere where most layers look back over a window, and the others are told no positions.",
+        **COHERE,
+        cfg_names={**CENTRED, "sliding_window": "sliding_window"},
+        config_keys=("layer_types",),
+        rotates=in_windows,
+    ),
+)

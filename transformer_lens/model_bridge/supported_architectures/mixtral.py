@@ -1,79 +1,243 @@
-"""Mixtral: RoPE attention with grouped keys and values, and a mixture of experts in every block.
+"""Mixtures of experts whose attention is a Llama's: each row says what a family has otherwise.
 
-Source: `modeling_mixtral.py` in transformers >= 5.13.
+Source: the modeling files of these families in transformers >= 5.13. Mixtral 8x7B and 8x22B differ in sizes alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from math import prod
+from typing import Any, ClassVar
 
-from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
-    SEQUENTIAL,
-    BlockBridge,
-    EmbeddingBridge,
     ExpertsBridge,
-    FinalRMSNormBridge,
+    FlatSharedExpertBridge,
     MoEBridge,
     Part,
-    PositionEmbeddingsAttentionBridge,
-    RMSNormBridge,
-    RotaryEmbeddingBridge,
     RouterBridge,
+    SharedExpertBridge,
+    SharedMoEBridge,
+    WeighedSharedExpertBridge,
+    WeighedSharedMoEBridge,
     linears,
+)
+from transformer_lens.model_bridge.supported_architectures import by_type, row
+from transformer_lens.model_bridge.supported_architectures.llama import (
+    EXAONE,
+    GATED,
+    GRANITE,
+    LAYER_NORM,
+    NAMES,
+    OLMO2,
+    WHOLE_NORMED,
+    WINDOWED,
+    LlamaArchitectureAdapter,
+    Qwen3ArchitectureAdapter,
+    in_windows,
+    normed_if_asked,
 )
 
 
-class MixtralArchitectureAdapter(ArchitectureAdapter):
+def mixes(kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", **more: Part) -> Part:
+    """A mixture: where it is, where its router is inside it, and its further parts."""
+    return Part(kind, at, {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts"), **more})
+
+
+LOSSES = ("output_router_logits", "router_aux_loss_coef")
+HARMLESS = (*LlamaArchitectureAdapter.harmless, *LOSSES)
+NARROW = {**NAMES, "d_mlp": "moe_intermediate_size"}
+"""The names of a family whose experts are narrower than its dense MLPs."""
+CHOSEN = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
+LOCAL = {**CHOSEN, "num_experts": "num_local_experts"}
+ROUTED = {**CHOSEN, "num_experts": "n_routed_experts"}
+
+
+class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
     """Describes Mixtral 8x7B, 8x22B and every other Mixtral that transformers can run."""
 
     model_type = "mixtral"
+    mixture: ClassVar[Part] = mixes()
+    shared: ClassVar[Part] = Part(SharedExpertBridge, "shared_experts", GATED.parts)
+    """The expert that every token passes, in a mixture that has one."""
+    shared_width: ClassVar[tuple[str, ...]] = ()
+    """The config's names of the numbers whose product is the width of that; none where there is none."""
     dropouts = ("attention_dropout", "router_jitter_noise")
-    cfg_names = {
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_key_value_heads": "num_key_value_heads",
-        "d_model": "hidden_size",
-        "d_mlp": "intermediate_size",
-        "d_vocab": "vocab_size",
-        "n_ctx": "max_position_embeddings",
-        "act_fn": "hidden_act",
-        "eps": "rms_norm_eps",
-        "num_experts": "num_local_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "sliding_window": "sliding_window",
-    }
-    config_keys = ("head_dim",)
-    harmless = ("output_router_logits", "router_aux_loss_coef")
+    cfg_names = {**WINDOWED, **LOCAL}
+    harmless = HARMLESS
 
     def refusals(self) -> list[str]:
+        experts, chosen = (getattr(self.config, self.cfg_names[name]) for name in CHOSEN)
+        if chosen > experts:
+            return [f"it chooses {chosen} experts for each token and has {experts}"]
+        return super().refusals()
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether the MLP of one layer is dense."""
+        return False
+
+    def mlp(self, layer: int) -> Part:
+        if self.is_dense(layer):
+            return replace(self.dense, sizes={"d_mlp": self.config.intermediate_size})
+        width = prod(getattr(self.config, name) for name in self.shared_width)
+        if not self.shared_width or not width:
+            return self.mixture
+        shared = replace(self.shared, sizes={"d_mlp": width})
+        kind = SharedMoEBridge if self.mixture.kind is MoEBridge else self.mixture.kind
+        return replace(self.mixture, kind=kind, parts={**self.mixture.parts, "shared": shared})
+
+
+class Qwen3MoeArchitectureAdapter(MixtralArchitectureAdapter):
+    """Qwen 3 with a mixture of experts in most layers; the others have a dense MLP of another width."""
+
+    model_type = "qwen3_moe"
+    attention = Qwen3ArchitectureAdapter.attention
+    dropouts = Qwen3ArchitectureAdapter.dropouts
+    cfg_names = {**NARROW, **CHOSEN, "sliding_window": "sliding_window"}
+    config_keys = ("mlp_only_layers", "decoder_sparse_step", "intermediate_size", "norm_topk_prob")
+    harmless = (*Qwen3ArchitectureAdapter.harmless, *LOSSES)
+
+    def is_dense(self, layer: int) -> bool:
         c = self.config
-        if c.num_experts_per_tok > c.num_local_experts:
-            return [f"it chooses {c.num_experts_per_tok} experts for each token and has {c.num_local_experts}"]
-        return refuse_unless_divisible(c.num_attention_heads, c.num_key_value_heads)
+        return layer in c.mlp_only_layers or not c.num_experts or bool((layer + 1) % c.decoder_sparse_step)
 
-    def variant(self) -> Mapping[str, Any]:
-        return {
-            "d_head": self.config.head_dim or self.config.hidden_size // self.config.num_attention_heads,
-            "positional_embedding_type": "rotary",
-            "normalization_type": "RMS",
-            "final_rms": True,
-            "gated_mlp": True,
-        }
 
-    def components(self) -> dict[str, Part]:
-        projections = linears({role: f"{role}_proj" for role in "qkvo"})
-        experts = {"gate": Part(RouterBridge, "gate"), "experts": Part(ExpertsBridge, "experts")}
-        inside = {
-            "ln1": Part(RMSNormBridge, "input_layernorm"),
-            "attn": Part(PositionEmbeddingsAttentionBridge, "self_attn", projections),
-            "ln2": Part(RMSNormBridge, "post_attention_layernorm"),
-            "mlp": Part(MoEBridge, "mlp", experts),
-        }
-        return {
-            "embed": Part(EmbeddingBridge, "embed_tokens"),
-            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
-            "blocks": Part(BlockBridge, "layers", inside, SEQUENTIAL),
-            "ln_final": Part(FinalRMSNormBridge, "norm"),
-        }
+def first_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
+    """Where the first layers are dense."""
+    return bool(layer < adapter.config.first_k_dense_replace)
+
+
+def named_dense(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
+    """Where a list in the config says it, layer by layer."""
+    return bool(adapter.config.mlp_layer_types[layer] == "dense")
+
+
+def ernies_dense_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
+    """Where a first and a last layer, and a period, say which have a mixture."""
+    c = adapter.config
+    return bool((layer + 1) % c.moe_layer_interval) or not c.moe_layer_start_index <= layer <= c.moe_layer_end_index
+
+
+Mixtral = MixtralArchitectureAdapter
+ATTENTION: Mapping[str, Any] = {"dropouts": ("attention_dropout",)}
+SIGMOIDS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+"""How a router that scores with sigmoids chooses among groups of experts."""
+SHARED: Mapping[str, Any] = {
+    **ATTENTION,
+    "cfg_names": {**NARROW, **ROUTED},
+    "shared_width": ("moe_intermediate_size", "n_shared_experts"),
+}
+FAMILIES = by_type(
+    Mixtral,
+    Qwen3MoeArchitectureAdapter,
+    row(
+        Qwen3MoeArchitectureAdapter,
+        "qwen2_moe",
+        "Qwen 2 with a mixture of experts, and one expert for every token that counts as much as a gate says.",
+        attention=Mixtral.attention,
+        mixture=mixes(WeighedSharedMoEBridge, **linears({"shared_gate": "shared_expert_gate"})),
+        shared=Part(WeighedSharedExpertBridge, "shared_expert", GATED.parts),
+        shared_width=("shared_expert_intermediate_size",),
+        config_keys=(*Qwen3MoeArchitectureAdapter.config_keys, "shared_expert_intermediate_size", "layer_types"),
+        harmless=(*Qwen3MoeArchitectureAdapter.harmless, "qkv_bias"),
+    ),
+    row(
+        Mixtral,
+        "olmoe",
+        "A mixture in every layer; one norm over all queries and one over all keys.",
+        **ATTENTION,
+        attention=WHOLE_NORMED,
+        cfg_names={**NAMES, **CHOSEN},
+        config_keys=("norm_topk_prob",),
+    ),
+    row(
+        Mixtral,
+        "flex_olmo",
+        "OLMo 2 with a mixture in every layer.",
+        **OLMO2,
+        **ATTENTION,
+        cfg_names={**NAMES, **CHOSEN},
+        config_keys=("norm_topk_prob",),
+    ),
+    row(
+        Mixtral,
+        "phimoe",
+        "Mixtral with LayerNorms and biases; its router is a sparse mixer.",
+        **LAYER_NORM,
+        mixture=mixes(router="router"),
+        dropouts=("attention_dropout", "router_jitter_noise", "input_jitter_noise"),
+        harmless=(*HARMLESS, "lm_head_bias"),
+    ),
+    row(
+        Mixtral,
+        "granitemoe",
+        "Granite with a mixture in every layer.",
+        since="5.24",
+        **GRANITE,
+        **ATTENTION,
+        harmless=(*HARMLESS, "attention_multiplier", "logits_scaling"),
+        mixture=mixes(at="block_sparse_moe", router="router"),
+        cfg_names={**NAMES, **LOCAL},
+    ),
+    row(
+        Mixtral,
+        "dots1",
+        "Dense first layers, then mixtures with an expert for every token; norms of each head's query and key.",
+        **{**SHARED, "cfg_names": {**NARROW, **ROUTED, "sliding_window": "sliding_window"}},
+        attention=Qwen3ArchitectureAdapter.attention,
+        is_dense=first_layers,
+        config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "layer_types"),
+        harmless=(*HARMLESS, "max_window_layers"),
+    ),
+    row(
+        Mixtral,
+        "glm4_moe",
+        "Dense first layers, then mixtures with an expert for every token; some dimensions of a head turn.",
+        **SHARED,
+        mixers=normed_if_asked,
+        is_dense=first_layers,
+        config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
+        harmless=(*HARMLESS, "num_mtp_layers"),
+    ),
+    row(
+        Mixtral,
+        "solar_open",
+        "A mixture in every layer, with an expert for every token.",
+        **SHARED,
+        config_keys=(*SIGMOIDS, "n_shared_experts"),
+    ),
+    row(
+        Mixtral,
+        "exaone_moe",
+        "A mixture of Exaone: norms of each head's query and key; only layers with a window are told positions.",
+        **ATTENTION,
+        cfg_names={**NARROW, **CHOSEN, "sliding_window": "sliding_window"},
+        shared_width=("moe_intermediate_size", "num_shared_experts"),
+        **EXAONE,
+        rotates=in_windows,
+        is_dense=named_dense,
+        config_keys=(*SIGMOIDS, "mlp_layer_types", "num_shared_experts", "intermediate_size", "layer_types"),
+        harmless=(*HARMLESS, "sliding_window_pattern", "first_k_dense_replace"),
+    ),
+    row(
+        Mixtral,
+        "minimax_m2",
+        "Mixtral whose router scores with sigmoids; one norm over all queries and one over all keys.",
+        attention=WHOLE_NORMED,
+        cfg_names={**NAMES, **LOCAL},
+    ),
+    row(
+        Mixtral,
+        "ernie4_5_moe",
+        "Ernie 4.5 with mixtures from some layer on, and an expert for every token.",
+        cfg_names={**NARROW, "num_experts": "moe_num_experts", "experts_per_token": "moe_k"},
+        shared=Part(FlatSharedExpertBridge, "shared_experts", GATED.parts),
+        shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
+        is_dense=ernies_dense_layers,
+        dropouts=(),
+        config_keys=(
+            *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "moe_num_shared_experts"),
+            *("moe_norm_min", "intermediate_size"),
+        ),
+    ),
+)

@@ -263,7 +263,8 @@ WRITES = (
 
 def writes(e: Evidence) -> Iterator[CheckResult]:
     """Real writes in the last step, in every layer at once: each layer starts from the bare model's stream."""
-    here = [write for write in WRITES if f"blocks.0.{write.hook}" in e.bridge.hook_dict]
+    attending = [block for block in e.stages[:-1] if f"{block}.attn" in e.components]
+    here = [write for write in WRITES if any(_has(e, block, write) for block in attending)]
     if e.elsewhere:
         yield from _patterns_elsewhere(e)
         return
@@ -271,18 +272,26 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
         return
     rows = e.tokens[:1].repeat(len(here), 1)
     prompt, last = rows[:, :-1], rows[:, -1:]
-    attentions = [f"{block}.attn" for block in e.stages[:-1]]
     with e.bare() as model:
         calls = _bare_steps(e, model, [prompt, last])
         streams = {stage: calls[1][stage].input for stage in e.stages}
         oracle = _oracle(e, model, here, calls, [prompt, last], streams)
     got = _written(e, here, [prompt, last], streams)
-    for attention in attentions:
-        for row, write in enumerate(here):
-            name = f"{attention.removesuffix('.attn')}.{write.hook}"
-            a, b = got[attention][row], oracle[attention][row]
+    for block in attending:
+        for row, write in _of(e, block, here):
+            name = f"{block}.{write.hook}"
+            a, b = got[f"{block}.attn"][row], oracle[f"{block}.attn"][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
             yield values.compared("writing", name, a, b, e.projecting, what)
+
+
+def _has(e: Evidence, block: str, write: Write) -> bool:
+    return f"{block}.{write.hook}" in e.bridge.hook_dict
+
+
+def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write]]:
+    """The writes that one layer has a hook for, and their rows."""
+    return [(row, write) for row, write in enumerate(here) if _has(e, block, write)]
 
 
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
@@ -329,10 +338,12 @@ def _oracle(
     with ExitStack() as undo:
         for layer, block in enumerate(e.stages[:-1]):
             attention = f"{block}.attn"
+            if attention not in e.components:
+                continue
             keys = cache.get_mask_sizes(1, layer)
             v = _all_values(e, attention, calls, keys)
-            project = partial(_put_z, here, v)
-            read = partial(_put_input, here, streams[block], e.block(block).entering("attn"))
+            project = partial(_put_z, _of(e, block, here), v)
+            read = partial(_put_input, _of(e, block, here), streams[block], e.block(block).entering("attn"))
             undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
             undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
         return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))
@@ -347,7 +358,7 @@ def _written(
     hooks: list[tuple[str, HookFunction]] = [
         (f"{block}.{write.hook}", partial(_on_row, row, write.new))
         for block in e.stages[:-1]
-        for row, write in enumerate(here)
+        for row, write in _of(e, block, here)
     ]
     return _last_step(
         e, streams, lambda: e.bridge.run_with_hooks(texts[1], past_key_values=cache, return_type=None, fwd_hooks=hooks)
@@ -356,7 +367,8 @@ def _written(
 
 def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Tensor]:
     calls: dict[str, ModuleCall] = {}
-    attentions = {name: e.modules[name] for name in (f"{block}.attn" for block in e.stages[:-1])}
+    names = [f"{block}.attn" for block in e.stages[:-1]]
+    attentions = {name: e.modules[name] for name in names if name in e.components}
     with e.forced(streams, {}), watching(attentions, calls):
         run()
     found = {name: tensors(call.output)[0] for name, call in calls.items()}
@@ -385,10 +397,10 @@ class _Calls(Seen):
         self.own = OwnRun(torch.empty(0), calls=dict(calls))
 
 
-def _put_z(here: Sequence[Write], v: Values, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _put_z(here: Sequence[tuple[int, Write]], v: Values, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A plain torch pre-hook on the output projection: each row's z is what its write comes to."""
     z = args[0].unflatten(-1, v.shape[-2:]).clone()
-    for row, write in enumerate(here):
+    for row, write in here:
         if write.z is not None:
             one = slice(row, row + 1)
             z[one] = write.z(v[one], z[one]).to(z.dtype)
@@ -396,7 +408,7 @@ def _put_z(here: Sequence[Write], v: Values, module: nn.Module, args: tuple[Any,
 
 
 def _put_input(
-    here: Sequence[Write],
+    here: Sequence[tuple[int, Write]],
     stream: Tensor,
     entering: Callable[[Tensor], Tensor],
     module: nn.Module,
@@ -406,7 +418,7 @@ def _put_input(
     """A plain torch pre-hook on attention: the rows whose write is the stream read that one, after the norm."""
     by_name = not args
     x = (next(iter(kwargs.values())) if by_name else args[0]).clone()
-    for row, write in enumerate(here):
+    for row, write in here:
         if write.z is None:
             x[row : row + 1] = entering(write.new(stream[row : row + 1]))
     return (args, {**kwargs, next(iter(kwargs)): x}) if by_name else ((x, *args[1:]), kwargs)

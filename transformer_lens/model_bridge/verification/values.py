@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.quantised import is_quantised
 from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
@@ -40,6 +42,11 @@ def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
 def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
     """Tokens one after the other as batch and positions again."""
     return None if x is None else x.unflatten(0, e.tokens.shape)
+
+
+def _embedded(e: Seen) -> Tensor | None:
+    out, scale = e.returned("embed"), e.bridge.adapter.embed_scale()
+    return out if out is None or scale == 1.0 else out * scale
 
 
 def _entering(e: Seen, layer: int, block: str) -> Tensor | None:
@@ -98,22 +105,29 @@ def projected(e: Seen, attention: str, part: str) -> Tensor | None:
     return view(e.bridge.cfg).get(fused)
 
 
+def _normed(e: Seen, attention: str, part: str) -> Tensor | None:
+    """What the norm of queries or keys returns, where there is one, as our own view reads it."""
+    out, row = e.returned(f"{attention}.{part}_norm"), e.components[attention].rows.get(f"hook_{part}_normed")
+    return None if out is None or row is None else cast("Port", row.port).view(e.bridge.cfg).get(out)
+
+
 def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     """A rotated query or key, of what its norm returns if it has one, by the function of the model's own file."""
     call = e.own.calls.get(attention)
     if call is None:  # in another process
         return None
-    normed = {p: _heads(e, e.returned(f"{attention}.{p}_norm")) for p in "qk"}
+    normed = {p: _normed(e, attention, p) for p in "qk"}
     q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
     if q is None or k is None:
         return None
     module = e.components[attention].original_component
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
-    if rotate is None or angles is None:
+    if rotate is None or angles is None or "q" not in inspect.signature(rotate).parameters:
         return None
-    found: Tensor = rotate(q.transpose(1, 2), k.transpose(1, 2), *angles)["qk".index(part)]
-    return found.transpose(1, 2)
+    width = angles[0].shape[-1]  # some families rotate a part of each head and hand over that alone
+    found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
+    return torch.cat([found.transpose(1, 2), (q if part == "q" else k)[..., width:]], dim=-1)
 
 
 def _pattern(e: Seen, attention: str) -> Tensor | None:
@@ -131,7 +145,7 @@ Reference = Callable[[Seen, str, int], Tensor | None]
 """From the evidence, a component's name and its layer: the value, or `None` where no module hands it over."""
 
 REFERENCES: Mapping[str, Reference] = {
-    "hook_embed": lambda e, c, i: e.returned("embed"),
+    "hook_embed": lambda e, c, i: _embedded(e),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
     "block.hook_resid_pre": lambda e, c, i: _entering(e, i, c),
     "block.hook_resid_mid": lambda e, c, i: _middle(e, c),
@@ -146,8 +160,8 @@ REFERENCES: Mapping[str, Reference] = {
     "attn.hook_q": lambda e, c, i: _own_projection(e, c, "q"),
     "attn.hook_k": lambda e, c, i: _own_projection(e, c, "k"),
     "attn.hook_v": lambda e, c, i: _own_projection(e, c, "v"),
-    "attn.hook_q_normed": lambda e, c, i: _heads(e, e.returned(f"{c}.q_norm")),
-    "attn.hook_k_normed": lambda e, c, i: _heads(e, e.returned(f"{c}.k_norm")),
+    "attn.hook_q_normed": lambda e, c, i: _normed(e, c, "q"),
+    "attn.hook_k_normed": lambda e, c, i: _normed(e, c, "k"),
     "attn.hook_rot_q": lambda e, c, i: _rotated(e, c, "q"),
     "attn.hook_rot_k": lambda e, c, i: _rotated(e, c, "k"),
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
