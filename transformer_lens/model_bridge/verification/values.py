@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.quantised import is_quantised
-from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
+from transformer_lens.model_bridge.upstream import ROTATION, arguments_of, rotation_of, splitting_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.weight_access import read_weight
@@ -71,14 +70,14 @@ def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
 
 
 def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
-    """A query, key or value: of its own projection, or as the model's `_split_heads` reads the fused one."""
+    """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
     own = e.returned(f"{attention}.{part}")
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
     if fused is None:
         return None
-    split = getattr(e.components[attention].original_component, "_split_heads", None)
+    split = splitting_of(e.components[attention].original_component)
     if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
@@ -108,11 +107,8 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     if q is None or k is None:
         return None
     module = e.components[attention].original_component
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
-    if rotate is None or angles is None:
-        return None
-    found: Tensor = rotate(q.transpose(1, 2), k.transpose(1, 2), *angles)["qk".index(part)]
+    found: Tensor = rotation_of(module)(q.transpose(1, 2), k.transpose(1, 2), *angles)["qk".index(part)]
     return found.transpose(1, 2)
 
 
