@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from transformer_lens.distributed.client.request_parts import check_forward, part_of
 from transformer_lens.distributed.client.route import Leg, Route, Tries
-from transformer_lens.distributed.client.spans import Span, SpanSource
+from transformer_lens.distributed.client.spans import Span, SpanSource, part_of
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError
 
 
@@ -161,7 +160,7 @@ class RemoteText:
             step = replace(stretch.step(segment.done), session=segment.session)
             part = part_of(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
             try:
-                reply = tries.ask(segment.leg.span, part.request, check_forward)
+                reply = tries.ask(segment.leg.span, part.request)
             except SpanError as error:
                 if "held" not in error.info:
                     raise
@@ -275,12 +274,3 @@ def remote_text(cache: Any, route: Route, n_layers: int) -> RemoteText:
     text = RemoteText(route)
     cache.layers = [RemoteLayer(text, first=not layer) for layer in range(n_layers)]
     return text
-
-
-def refuse_gradients(tensors: list[Tensor]) -> None:
-    """Raise `ValueError` where a gradient would be lost in silence."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            "past_key_values: no gradient comes back through keys and values on servers; call inside torch.no_grad(), "
-            "or on the whole text without past_key_values"
-        )

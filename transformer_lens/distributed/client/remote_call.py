@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from transformer_lens.distributed.client.remote_cache import RemoteText, refuse_gradients
-from transformer_lens.distributed.client.request_parts import check_backward, check_forward, part_of
+from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.client.route import Route, Tries
+from transformer_lens.distributed.client.spans import part_of
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import EDITS, Action, Reply, Request, SpanError
 from transformer_lens.hook_points import Capture, HookEntry
@@ -71,14 +71,14 @@ class StretchCall:
         values = self.values()
         self.kept = [n for n, action in enumerate(self.request.actions) if action.do == "keep"]
         backward = any(action.do == "gradient" for action in self.request.actions)
-        needed = torch.is_grad_enabled() and (
-            backward or any(tensor.requires_grad for tensor in (stream, *values.values()))
-        )
+        flows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (stream, *values.values()))
         outputs: tuple[Tensor, ...]
-        if self.text is not None:
-            refuse_gradients([stream, *values.values()])
-            outputs = self.forward(stream, list(values.values()), grad=False)
-        elif needed:
+        if self.text is not None and flows:
+            raise ValueError(
+                "past_key_values: no gradient comes back through keys and values on servers; call inside "
+                "torch.no_grad(), or on the whole text without past_key_values"
+            )
+        if self.text is None and (flows or (backward and torch.is_grad_enabled())):
             # As through local blocks, whose parameters require one, a gradient can be asked for at any hook.
             begin = stream if stream.requires_grad else stream.detach().requires_grad_(backward)
             outputs = _Through.apply(self, begin, *values.values())  # type: ignore[no-untyped-call]
@@ -146,7 +146,7 @@ def forward(route: Route, request: Request) -> Reply:
     while at < request.end:
         leg = tries.legs(at, request.end)[0]
         part = part_of(request, leg.first, leg.end, {"stream": stream})
-        reply = tries.ask(leg.span, part.request, check_forward)
+        reply = tries.ask(leg.span, part.request)
         if reply is not None:
             part.add_to(whole, reply)
             stream, at = reply.tensors["stream"], leg.end
@@ -168,15 +168,15 @@ def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Re
         unknown = next((leg for leg in legs[:-1] if leg.end not in streams), None)
         if unknown is not None:
             part = part_of(request, unknown.first, unknown.end, {"stream": streams[unknown.first]})
-            reply = tries.ask(unknown.span, part.request, check_forward)
+            reply = tries.ask(unknown.span, part.request)
             if reply is not None:
                 streams[unknown.end] = reply.tensors["stream"]
             continue
         leg = legs[-1]
         back = replace(request, kind="backward", tensors={**request.tensors, **gradients})
         part = part_of(back, leg.first, end, {"stream": streams[leg.first]})
-        if part.has_gradients():
-            reply = tries.ask(leg.span, part.request, check_backward)
+        if any(name.startswith("grad.") for name in part.request.tensors):
+            reply = tries.ask(leg.span, part.request)
             if reply is None:
                 continue
             part.add_to(whole, reply)

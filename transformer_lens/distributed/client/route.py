@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path
-from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask
+from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask, check_answer
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,18 @@ class Route:
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
         trial.source, trial.expected, trial.health = source, expected, self.health.anew()
         if isinstance(spans, Sequence):
-            trial.check_all(spans)
+            missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
+            if missing:
+                raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
+            for span in spans:
+                misfit = trial.misfit(span, self.settings.request_timeout)
+                if misfit:
+                    raise ValueError(misfit)
         else:
-            trial.check_path()
+            try:
+                Tries(trial, "search for servers", 0, self.n_layers, waits=False).legs(0, self.n_layers)
+            except SpanError as error:
+                raise ValueError(f"these spans cannot be used: {error}") from error
         self.source, self.expected, self.health = source, expected, trial.health
         self._looked_at = trial._looked_at
 
@@ -113,24 +122,6 @@ class Route:
                     self.health.failed(span.peer)
 
     # -- who is there ----------------------------------------------------------------------------------
-
-    def check_all(self, spans: Sequence[Span]) -> None:
-        """Raise `ValueError` unless these are spans of the model for all blocks."""
-        missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
-        if missing:
-            raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
-        for span in spans:
-            misfit = self.misfit(span, self.settings.request_timeout)
-            if misfit:
-                raise ValueError(misfit)
-
-    def check_path(self) -> None:
-        """Raise `ValueError` unless there is a way through all blocks."""
-        tries = Tries(self, "search for servers", 0, self.n_layers, waits=False)
-        try:
-            tries.legs(0, self.n_layers)
-        except SpanError as error:
-            raise ValueError(f"these spans cannot be used: {error}") from error
 
     def misfit(self, span: Span, timeout: float) -> str:
         """Why a span's server cannot be used, empty if it can. It is asked once, and again after a failure."""
@@ -231,7 +222,7 @@ class Tries:
         self._excused: set[str] = set()
         """Who is asked in spite of a ban, since nobody else is there."""
 
-    def ask(self, span: Span, request: Request, check: Callable[[Request, Reply], None]) -> Reply | None:
+    def ask(self, span: Span, request: Request) -> Reply | None:
         """A server's answer, or `None` if there was none and another one has to be found.
 
         Raises `SpanError` where a server refuses for a reason that others would have too, and when all was tried.
@@ -239,7 +230,7 @@ class Tries:
         timeout = self._timeout()
         try:
             reply = ask(span, request, timeout=timeout)
-            check(request, reply)
+            check_answer(request, reply)
         except SpanError as error:
             if not isinstance(error, SpanUnreachable) and not error.info.get("retry"):
                 raise
