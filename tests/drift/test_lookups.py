@@ -134,7 +134,7 @@ OURS = {
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword
     ("report.py", "dtype"),  # a row of the report
-    ("texts.py", "attention_mask"),  # our own keyword
+    ("runs.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
 }
 """The same words where they mean something else."""
