@@ -13,8 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, FalconForCausalLM, Mixtral
 
 from transformer_lens.distributed.client.lm_head import LMHead
 from transformer_lens.distributed.client.prompts import ModelCall, PromptFacts, TrainedPrompts, with_prompts
-from transformer_lens.distributed.client.remote_block import Pass, RemoteBlock, passing
 from transformer_lens.distributed.client.remote_cache import remote_text
+from transformer_lens.distributed.client.remote_call import Pass, RemoteBlock, passing
 from transformer_lens.distributed.client.route import Route
 from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.client.swarm import Swarm
@@ -61,7 +61,6 @@ class RemoteBlocks:
     prompts: TrainedPrompts | None
 
     def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
-        """Put a `RemoteBlock` in each block's place."""
         self.route = Route(self.config.num_hidden_layers, self.config)
         self.arguments = arguments_of(self.config.base_class)
         blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
@@ -121,7 +120,7 @@ class DistributedCausalLM:
 
     It is a context manager that closes itself.
 
-    >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+    >>> from transformer_lens.distributed import LocalSpan
     >>> spans = [LocalSpan("tiny-falcon", range(0, 4))]
     >>> with AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans) as model:
     ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
@@ -227,7 +226,7 @@ class DistributedCausalLM:
     def route(self) -> Route:
         """Where the blocks run; `route.recoveries` lists the failures that were repaired.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> from transformer_lens.distributed import LocalSpan
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
         >>> list(model.route.recoveries)
@@ -239,7 +238,7 @@ class DistributedCausalLM:
     def connect(self, spans: Sequence[Span] | SpanSource) -> None:
         """Run the blocks on these spans, or on those that a source finds.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> from transformer_lens.distributed import LocalSpan
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
 
@@ -252,7 +251,6 @@ class DistributedCausalLM:
     def close(self) -> None:
         """Close the sessions of texts that are gone and leave the swarm of `initial_peers`; `connect` begins anew.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.close()
         """
@@ -286,7 +284,6 @@ class DistributedCausalLM:
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
         """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
         >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
         >>> import pathlib, tempfile

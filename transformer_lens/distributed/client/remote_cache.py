@@ -235,11 +235,9 @@ class RemoteLayer(CacheLayerMixin):
         return self.text.length - self.text.ahead
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

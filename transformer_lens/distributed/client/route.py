@@ -204,8 +204,8 @@ class Tries:
 
     def __init__(self, route: Route, kind: str, first: int, end: int, waits: bool = True) -> None:
         self.route = route
-        self.kind = kind
-        self.blocks = range(first, end)
+        self.kind, self.blocks = kind, range(first, end)
+        self.name = f"{kind} of blocks {first} to {end}"
         self.waits = waits
         self.failures: list[tuple[str, str]] = []
         """Who failed, and what was said."""
@@ -259,7 +259,7 @@ class Tries:
         if not self.failures:
             self._first_failure = self.route.clock()
         self.failures.append((who, str(error)))
-        logger.info("%s of blocks %d to %d: %s failed: %s", self.kind, *self._ends(), who, error)
+        logger.info("%s: %s failed: %s", self.name, who, error)
 
     def _check_number(self, failures: int) -> None:
         most = self.route.health.max_retries
@@ -329,10 +329,9 @@ class Tries:
         return left
 
     def _given_up(self, why: str) -> SpanError:
-        first, end = self._ends()
         told = "; ".join(f"{peer} said: {text}" for peer, text in self.failures) or "nobody was asked"
         return SpanError(
-            f"{self.kind} of blocks {first} to {end}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
+            f"{self.name}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
             f"{told}. Nothing was changed: start a server for these blocks and make the same call again, or raise "
             "max_retries or request_timeout",
             {"tried": [peer for peer, _ in self.failures]},
@@ -346,9 +345,6 @@ class Tries:
         peers = tuple(peer for peer, _ in self.failures)
         self.route.recoveries.append(Recovery(self.kind, self.blocks, peers, seconds, self.replayed))
         logger.info(
-            "%s of blocks %d to %d: recovered in %.3f s from %s; %d steps were replayed",
-            *(self.kind, *self._ends(), seconds, ", ".join(peers), self.replayed),
+            "%s: recovered in %.3f s from %s; %d steps were replayed",
+            *(self.name, seconds, ", ".join(peers), self.replayed),
         )
-
-    def _ends(self) -> tuple[int, int]:
-        return self.blocks.start, self.blocks.stop

@@ -190,7 +190,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
     ) -> Any:
         """The config of a hub name or a directory, with any setting as a keyword.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig
         >>> config = DistributedFalconConfig.from_pretrained("tiny-falcon", request_timeout=30)
         >>> config.dht_prefix, config.request_timeout
         ('tiny-falcon', 30)
@@ -236,7 +235,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
     def prefix_of(cls, name: Name) -> str:
         """The prefix of a hub name. Raises `ValueError` for a local directory, whose name says nothing of the model.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig, DistributedMixtralConfig
         >>> DistributedFalconConfig.prefix_of("tiiuae/falcon-180B")
         'falcon-180B'
         >>> DistributedMixtralConfig.prefix_of("mistralai/Mixtral-8x7B-v0.1")
@@ -254,7 +252,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
     def block_uid(self, layer: int) -> str:
         """The name under which a block is announced.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig
         >>> DistributedFalconConfig.from_pretrained("tiny-falcon").block_uid(2)
         'tiny-falcon.2'
         """
@@ -285,7 +282,7 @@ def made_from_adapter(kind: type[Any]) -> type[Any]:
     Raises `ValueError` for a family without an adapter, and for one that adds positions to the stream itself: a model
     that has some of its blocks alone would add them once more.
     """
-    plain = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
+    plain: Any = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
     config = plain(num_hidden_layers=1)
     adapter = adapter_for(config)
     if "pos_embed" in adapter.outside():
