@@ -78,11 +78,10 @@ TARGETS = {
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
     "messages": Target(f"{WIRE}/protocol/messages.py", READ),
     "checks": Target(f"{WIRE}/server/checks.py", READ),
-    "sessions": Target(f"{WIRE}/server/sessions.py", READ),
-    "call_queue": Target(f"{WIRE}/server/call_queue.py", (f"{REMOTE}/test_limits.py", "-k", "calls or turn or wait")),
+    "sessions": Target(f"{WIRE}/server/sessions.py", (*READ, f"{REMOTE}/test_call_queue.py")),
     "frames": Target(f"{WIRE}/network/frames.py", (f"{REMOTE}/test_frames.py", f"{REMOTE}/test_hostile_frames.py")),
-    "request_parts": Target(
-        f"{WIRE}/client/request_parts.py",
+    "spans": Target(
+        f"{WIRE}/client/spans.py",
         (
             f"{REMOTE}/test_server.py",
             f"{REMOTE}/test_recovery.py",
@@ -109,12 +108,11 @@ TARGETS = {
             *("-k", "mixtral and not many and not sessions_are_closed"),
         ),
     ),
-    "prompted_call": Target(
-        f"{WIRE}/client/prompted_call.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")
-    ),
+    "prompts": Target(f"{WIRE}/client/prompts.py", (f"{REMOTE}/test_prompts.py", "-k", "not metric and not saved")),
     "lm_head": Target(f"{WIRE}/client/lm_head.py", (f"{REMOTE}/test_head.py",)),
-    "records": Target(f"{WIRE}/network/records.py", (f"{REMOTE}/test_records.py",)),
-    "signing": Target(f"{WIRE}/network/signing.py", ("tests/swarm/test_signing.py",)),  # in a private network alone
+    "records": Target(  # its signatures in a private network alone
+        f"{WIRE}/network/records.py", (f"{REMOTE}/test_records.py", "tests/swarm/test_signing.py")
+    ),
 }
 FORMULAS = ("attention", "attention_run", "attention_masks", "seams", "normalization", "moe", "experts_run")
 """What runs without a name: seams, and the formulas beside them."""

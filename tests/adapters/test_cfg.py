@@ -53,7 +53,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "mixtral": {
         **COMMON, "n_key_value_heads": 2, "d_mlp": 24, "act_fn": "silu", "eps": 1e-5, "normalization_type": "RMS",
         "final_rms": True, "gated_mlp": True, "num_experts": 4, "experts_per_token": 2, "sliding_window": None,
-        "rotary_base": 1e6, "model_name": "mixtral", "architecture": "MixtralForCausalLM", "positional_embedding_type": "rotary",
+        "rotary_base": 1e6, "model_name": "mixtral",
+        "architecture": "MixtralForCausalLM", "positional_embedding_type": "rotary",
         "parallel_attn_mlp": False,
     },
 }  # fmt: skip

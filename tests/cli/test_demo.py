@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.heads import ablate_heads, induction_scores, previous_token_scores, random_repeats
 from transformer_lens.cli.app import app
-from transformer_lens.cli.circuits import (
+from transformer_lens.cli.demo import (
     heads_that_repeat,
     patch_residual_stream,
+    run_demo,
     second_half_loss,
     suitable_pair,
 )
-from transformer_lens.cli.demo import run_demo
 
 
 def plain(items, description):
@@ -93,9 +93,10 @@ def test_the_heads_it_finds_are_induction_and_previous_token_heads(falcon):
 
 
 def test_patching_agrees_with_one_naive_run_per_place(falcon):
-    patched = patch_residual_stream(falcon, plain)
-    _, clean, corrupted = suitable_pair(falcon)
-    right, wrong = (falcon.to_single_token(a) for a in (patched.pair.answer, patched.pair.wrong_answer))
+    pair, patched = patch_residual_stream(falcon)
+    assert pair == suitable_pair(falcon)
+    clean, corrupted = falcon.to_tokens(pair.clean), falcon.to_tokens(pair.corrupted)
+    right, wrong = (falcon.to_single_token(a) for a in (pair.answer, pair.wrong_answer))
     with torch.no_grad():
         _, cache = falcon.run_with_cache(clean)
         for layer, position in ((0, 13), (2, 13), (3, 5), (3, clean.shape[1] - 1)):
@@ -107,10 +108,7 @@ def test_patching_agrees_with_one_naive_run_per_place(falcon):
             restored = (float(logits[right] - logits[wrong]) - patched.corrupted) / (patched.clean - patched.corrupted)
             # A batch of all positions against one row: float32 rounding of logits near 20.
             assert abs(restored - float(patched.restored[layer, position])) < 1e-4
-    assert patched.restored.shape == (5, clean.shape[1])
-    # The last row is the stream that leaves the model: only its last position counts.
-    assert patched.restored[-1, -1] == 1
-    assert patched.restored[-1, :-1].abs().max() == 0
+    assert patched.restored.shape == (4, clean.shape[1])
 
 
 def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from transformer_lens import TransformerBridge
 from transformer_lens.cli.app import app
-from transformer_lens.cli.edits import edited
+from transformer_lens.cli.generate import edited
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 HEADS = [(3, 0), (3, 1), (3, 2), (3, 3), (1, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,7 @@ def test_the_manifest_says_what_was_done(tmp_path: Path) -> None:
     assert job["data"] == {"kind": "list", "documents": 1}
     assert manifest["environment"]["versions"]["torch"] == torch.__version__
     assert manifest["tokens"] == shard["tokens"] == 5
-    assert shard["begin"] == Cursor().to_dict() and shard["end"] == {"document": 0, "offset": 5, "tokens": 5}
+    assert shard["begin"] == asdict(Cursor()) and shard["end"] == {"document": 0, "offset": 5, "tokens": 5}
     assert shard["bytes"] == (tmp_path / shard["file"]).stat().st_size
 
 

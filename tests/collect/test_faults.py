@@ -19,7 +19,7 @@ import torch
 from tests.support import VOCAB, falcon
 from transformer_lens import TransformerBridge
 from transformer_lens.collect import ActivationStore
-from transformer_lens.collect.background import Background
+from transformer_lens.collect.run import Background
 
 OPTIONS: dict[str, Any] = {"context_size": 8, "batch_size": 2, "shard_tokens": 16, "progress": False}
 HOOK = "blocks.0.attn.hook_z"

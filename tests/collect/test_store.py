@@ -119,7 +119,7 @@ def test_editing_what_was_read_does_not_change_the_file(store: ActivationStore, 
 
 
 def test_few_files_are_open(store: ActivationStore, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformer_lens.collect.columns.OPEN", 2)
+    monkeypatch.setattr("transformer_lens.collect.store.OPEN", 2)
     for _ in range(2):
         assert torch.equal(store[Q][::7], whole[Q][::7])
         assert len(store._shards._open) == 2

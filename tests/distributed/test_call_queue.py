@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from transformer_lens.distributed import Limits
-from transformer_lens.distributed.server.call_queue import CallQueue
+from transformer_lens.distributed.server.sessions import CallQueue
 
 
 class Interrupted(Exception):

@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 
 from tests.support import FALCON_SMALL, MIXTRAL_SMALL, falcon, mixtral
 from transformer_lens.distributed import AutoDistributedConfig, DistributedFalconConfig, DistributedMixtralConfig
-from transformer_lens.distributed.protocol.settings import CLIENT_SETTINGS
+from transformer_lens.distributed.protocol.configs import CLIENT_SETTINGS
 
 KINDS = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
 PLAIN = {"falcon": FalconConfig(**FALCON_SMALL), "mixtral": MixtralConfig(**MIXTRAL_SMALL)}
@@ -232,8 +232,8 @@ def test_another_family_is_refused(folder, hub) -> None:
         ValueError, match=r'its model_type is "falcon", and DistributedMixtralConfig is for \'mixtral\''
     ):
         DistributedMixtralConfig.from_pretrained("tiiuae/falcon-180B", **hub)
-    change(folder, model_type="llama")
-    with pytest.raises(ValueError, match="model_type 'llama' has no distributed config; supported are falcon, mixtral"):
+    change(folder, model_type="opt")
+    with pytest.raises(ValueError, match="model_type 'opt' is not supported; supported are falcon, gemma"):
         AutoDistributedConfig.from_pretrained(folder, dht_prefix="mine")
 
 

@@ -25,9 +25,9 @@ CALLS = (
     *("importlib.import_module", "os.system", "os.popen"),
 )
 
-WIRE = ("messages", "checks", "edits", "server", "sessions", "call_queue", "remote_call", "remote_cache", "spans")
+WIRE = ("messages", "checks", "edits", "server", "sessions", "remote_call", "remote_cache", "spans")
 """The modules of `distributed` that touch what another process sent."""
-WIRE += ("request_parts", "route", "frames", "records", "signing")
+WIRE += ("route", "frames", "records")
 
 
 def file_of(module: str) -> Path | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from tests.drift.later import Change, renamed, returning, without, without_key
+from tests.drift.later import Change, instances, renamed, returning, without, without_key
 from tests.support import CACHE_ARGUMENT, family, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge.generation_stream import PARTS
@@ -317,6 +318,41 @@ def test_a_block_that_keeps_its_checkpointing_function_elsewhere() -> None:
     bridge = TransformerBridge(model)
     with pytest.raises(UpstreamError, match="has no attribute '_gradient_checkpointing_func'"):
         bridge.run_with_hooks(tokens(1, 3), fwd_hooks=[("blocks.0.attn.hook_z", changed)])
+
+
+# -- what `verify` compares with ----------------------------------------------------------------------------
+
+
+def test_a_method_that_verify_compares_with_has_another_name() -> None:
+    """A comparison that falls away would pass; the report says instead what is missing, and where."""
+    model = family("40b")
+    bridge = TransformerBridge(model)
+    assert bridge.verify(tokens(2, 6), progress=False).passed
+    for module in instances(model, "FalconAttention"):
+        original: Any = type(module)
+
+        def gone(self: Any, name: str, original: Any = original) -> Any:
+            if name == "_split_heads" and CALLED_BY_US in sys._getframe(1).f_code.co_filename:
+                raise AttributeError(name)
+            return original.__getattribute__(self, name)
+
+        later = {"__getattribute__": gone, "__module__": original.__module__}
+        module.__class__ = type("FalconAttention", (original,), later)
+    failures = bridge.verify(tokens(2, 6), progress=False).failures()
+    assert "no attribute '_split_heads'" in next(f.note for f in failures if f.check == "hugging face")
+
+
+@pytest.mark.parametrize("name", ["40b", "mixtral"])
+def test_a_function_that_verify_compares_with_has_another_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = TransformerBridge(family(name))
+    assert bridge.verify(tokens(2, 6), progress=False).passed
+    attention = type(bridge.blocks[0].attn.original_component)
+    theirs = vars(sys.modules[attention.__module__])
+    later = {key: value for key, value in theirs.items() if key != "apply_rotary_pos_emb"}
+    monkeypatch.setitem(sys.modules, attention.__module__, SimpleNamespace(**later))
+    (failure,) = [f for f in bridge.verify(tokens(2, 6), progress=False).failures() if f.check == "hugging face"]
+    assert "UpstreamError" in failure.note and transformers.__version__ in failure.note
+    assert f"the file of {attention.__name__}" in failure.note and "function apply_rotary_pos_emb" in failure.note
 
 
 # -- blocks on other machines ------------------------------------------------------------------------------

@@ -83,14 +83,6 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "getattr(self.owner.original_model.config, name, None)",
     ): "not every config names every special token",
     ("model_bridge/verification/values.py", "getattr(module, weight, None)"): "experts that are stacked otherwise",
-    (
-        "model_bridge/verification/values.py",
-        "getattr(e.components[attention].original_component, '_split_heads', None)",
-    ): "a reference that only Falcon has",
-    (
-        "model_bridge/verification/values.py",
-        "getattr(sys.modules[type(module).__module__], 'apply_rotary_pos_emb', None)",
-    ): "a reference that only rotating families have",
     ("model_bridge/verify.py", "getattr(config, f'{name}_token_id', None)"): "not every config has every special token",
     ("model_bridge/wrapped_model.py", "getattr(inner._modules[head], 'out_features', None)"): (
         "a head of somebody's own need not say how wide it is"
@@ -142,7 +134,7 @@ OURS = {
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword
     ("report.py", "dtype"),  # a row of the report
-    ("texts.py", "attention_mask"),  # our own keyword
+    ("runs.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
 }
 """The same words where they mean something else."""

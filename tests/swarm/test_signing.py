@@ -11,8 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from transformer_lens.distributed.network.node import peer_of
-from transformer_lens.distributed.network.records import Announcement
-from transformer_lens.distributed.network.signing import MAX_BYTES, peer_of_key, sign, signed, validator
+from transformer_lens.distributed.network.records import (
+    SIGNED_BYTES,
+    Announcement,
+    peer_of_key,
+    sign,
+    signed,
+    validator,
+)
 
 
 class Record(NamedTuple):
@@ -53,7 +59,7 @@ def believed(record: Record) -> bool:
 def test_what_the_owner_signed_is_believed(owners: list[Owner]) -> None:
     record = owners[0].put()
     assert believed(record) and validator(object, None).strip_value(record) == owners[0].record
-    assert len(record.value) < MAX_BYTES / 2
+    assert len(record.value) < SIGNED_BYTES / 2
 
 
 def test_nothing_else_is_believed(owners: list[Owner]) -> None:
@@ -72,7 +78,7 @@ def test_nothing_else_is_believed(owners: list[Owner]) -> None:
         changed[nth] = changed[nth][:-1] + bytes([changed[nth][-1] ^ 1])
         assert not believed(good._replace(value=msgpack.packb(changed)))
         assert not believed(good._replace(value=msgpack.packb([*parts[:nth], "text", *parts[nth + 1 :]])))
-    assert not believed(good._replace(value=good.value + bytes(MAX_BYTES)))
+    assert not believed(good._replace(value=good.value + bytes(SIGNED_BYTES)))
 
 
 def test_keys_of_another_kind(owners: list[Owner]) -> None:

@@ -35,10 +35,9 @@ from tests.support import (
     torch_hooks,
 )
 from transformer_lens import HookPoint, TransformerBridge
-from transformer_lens.model_bridge.verification.decoding import WRITES
+from transformer_lens.model_bridge.verification.decoding import WRITES, chunks
 from transformer_lens.model_bridge.verification.evidence import largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
-from transformer_lens.model_bridge.verification.steps import chunks
 from transformer_lens.model_bridge.verify import CHECKS, verify
 
 SECONDS = 5

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
 
 import typer
+from typer import Option
 
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
@@ -25,7 +25,6 @@ app = Commands(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version, and leave."""
     if wanted:
         typer.echo(f"transformer-lens-bridge {version('transformer-lens-bridge')}")
         raise typer.Exit
@@ -33,9 +32,7 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def _commands(
-    version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
-    ] = False,
+    version: bool = Option(False, "--version", help="Show the version.", callback=show_version, is_eager=True),
     debug: Debug = False,
 ) -> None:
     """Read, edit and understand the activations of language models, by name.
@@ -57,15 +54,13 @@ def _commands(
 
 @app.command()
 def demo(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            help="A hub name or directory; repeatable. Default: both shipped models.",
-            autocompletion=complete_model,
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("out/demo"),
+    model: list[str] | None = Option(
+        None,
+        "--model",
+        help="A hub name or directory; repeatable. Default: both shipped models.",
+        autocompletion=complete_model,
+    ),
+    out: Path = Option(Path("out/demo"), help="Where the pictures go."),
     device: Device = None,
 ) -> None:
     """Find induction heads, patch an indirect-object circuit, and watch experts being chosen.
@@ -88,10 +83,9 @@ app.command()(hooks)
 def verify(
     model: Model,
     loading: Loading,
-    thorough: Annotated[
-        bool,
-        typer.Option("--thorough", help="Every hook alone where otherwise several share a run; minutes, not seconds."),
-    ] = False,
+    thorough: bool = Option(
+        False, "--thorough", help="Every hook alone where otherwise several share a run; minutes, not seconds."
+    ),
     json: AsJson = False,
 ) -> None:
     """Compare every component, layer and hook of a model with Hugging Face's own; exit code 1 if one differs.

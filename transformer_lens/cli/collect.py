@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer import Option
@@ -18,80 +18,74 @@ from transformer_lens.cli.options import AsJson, Loading, Model, dtype_of, load_
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
+NEEDS = "data sets of Hugging Face need the extra: pip install 'transformer-lens-bridge[data]'"
+
 
 @dataclass(frozen=True)
 class Data:
     """The data"""
 
-    data: Annotated[
-        list[Path] | None,
-        Option(
-            metavar="PATH",
-            help="A .txt file (each line a document), a .jsonl file, a folder of them, a data set that was saved to "
-            "disk, or a .npy array of token ids [document, pos]. Repeatable for files.",
-        ),
-    ] = None
-    dataset: Annotated[str | None, Option(metavar="NAME", help="A data set of the hub, instead of --data.")] = None
-    subset: Annotated[str | None, Option(help="Its configuration.")] = None
-    split: Annotated[str, Option(help="Its split.")] = "train"
-    streaming: Annotated[bool, Option("--streaming", help="Read it as it is downloaded.")] = False
-    text_key: Annotated[str, Option(help="What the text of a row is called.")] = "text"
-    max_tokens: Annotated[int | None, Option(metavar="N", min=1, help="End after so many tokens.")] = None
+    data: list[Path] | None = Option(
+        None,
+        metavar="PATH",
+        help="A .txt file (each line a document), a .jsonl file, a folder of them, a data set that was saved to "
+        "disk, or a .npy array of token ids [document, pos]. Repeatable for files.",
+    )
+    dataset: str | None = Option(None, metavar="NAME", help="A data set of the hub, instead of --data.")
+    subset: str | None = Option(None, help="Its configuration.")
+    split: str = Option("train", help="Its split.")
+    streaming: bool = Option(False, "--streaming", help="Read it as it is downloaded.")
+    text_key: str = Option("text", help="What the text of a row is called.")
+    max_tokens: int | None = Option(None, metavar="N", min=1, help="End after so many tokens.")
 
 
 @dataclass(frozen=True)
 class Layout:
     """Contexts and filters"""
 
-    context_size: Annotated[
-        int | None, Option(metavar="N", min=1, help="Tokens of a context. Default: the model's, at most 1024.")
-    ] = None
-    batch_size: Annotated[int, Option(metavar="N", min=1, help="Contexts in a batch.")] = 8
-    packing: Annotated[
-        bool,
-        Option(
-            "--packing/--padding",
-            help="Fill contexts with one document after another, or begin each in a context of its own.",
-        ),
-    ] = True
-    prepend_bos: Annotated[
-        bool | None,
-        Option("--prepend-bos/--no-prepend-bos", help="Begin each text with BOS. Default: if the model has one."),
-    ] = None
-    append_eos: Annotated[bool, Option("--append-eos", help="End each text with EOS.")] = False
-    drop_bos: Annotated[bool, Option("--drop-bos", help="Do not store BOS tokens.")] = False
-    drop_first: Annotated[int, Option(metavar="N", min=0, help="Do not store the first N positions of a context.")] = 0
+    context_size: int | None = Option(
+        None, metavar="N", min=1, help="Tokens of a context. Default: the model's, at most 1024."
+    )
+    batch_size: int = Option(8, metavar="N", min=1, help="Contexts in a batch.")
+    packing: bool = Option(
+        True,
+        "--packing/--padding",
+        help="Fill contexts with one document after another, or begin each in a context of its own.",
+    )
+    prepend_bos: bool | None = Option(
+        None, "--prepend-bos/--no-prepend-bos", help="Begin each text with BOS. Default: if the model has one."
+    )
+    append_eos: bool = Option(False, "--append-eos", help="End each text with EOS.")
+    drop_bos: bool = Option(False, "--drop-bos", help="Do not store BOS tokens.")
+    drop_first: int = Option(0, metavar="N", min=0, help="Do not store the first N positions of a context.")
 
 
 @dataclass(frozen=True)
 class Files:
     """Files and processes"""
 
-    store_dtype: Annotated[
-        str | None, Option(help="Such as bfloat16, on disk. Default: as the model computes.", callback=dtype_of)
-    ] = None
-    shard_tokens: Annotated[int, Option(metavar="N", min=1, help="About so many tokens in a file.")] = 65536
-    shard: Annotated[str, Option(metavar="RANK/WORLD", help="This process's part of a job that several share.")] = "0/1"
-    check: Annotated[
-        bool,
-        Option("--check", help="Compare finished shards with their checksums first; damaged ones are computed again."),
-    ] = False
-    same_environment: Annotated[
-        bool,
-        Option(
-            "--same-environment/--any-environment",
-            help="Whether to refuse to go on under other versions, device or threads.",
-        ),
-    ] = True
+    store_dtype: str | None = Option(
+        None, help="Such as bfloat16, on disk. Default: as the model computes.", callback=dtype_of
+    )
+    shard_tokens: int = Option(65536, metavar="N", min=1, help="About so many tokens in a file.")
+    shard: str = Option("0/1", metavar="RANK/WORLD", help="This process's part of a job that several share.")
+    check: bool = Option(
+        False, "--check", help="Compare finished shards with their checksums first; damaged ones are computed again."
+    )
+    same_environment: bool = Option(
+        True,
+        "--same-environment/--any-environment",
+        help="Whether to refuse to go on under other versions, device or threads.",
+    )
 
 
 def collect(
     model: Model,
-    hooks: Annotated[
-        list[str],
-        Option(metavar="NAME", help="A hook, or several by * and ?; repeatable.", autocompletion=complete_hook),
-    ],
-    out: Annotated[Path, Option(metavar="FOLDER", help="Where shards and manifest go.")],
+    *,
+    hooks: list[str] = Option(
+        ..., metavar="NAME", help="A hook, or several by * and ?; repeatable.", autocompletion=complete_hook
+    ),
+    out: Path = Option(..., metavar="FOLDER", help="Where shards and manifest go."),
     data: Data,
     layout: Layout,
     files: Files,
@@ -137,28 +131,20 @@ def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str
 
 def read_data(data: Data) -> Any:
     """What the data options name. Raises typer's `BadParameter`, exit code 2, unless it is one thing."""
+    from transformer_lens.checks import needed
+
     paths, name = data.data or [], data.dataset
     if bool(paths) == (name is not None):
         raise typer.BadParameter("expected either --data PATH or --dataset NAME", param_hint="--data")
     if name is not None:
-        return _datasets().load_dataset(name, data.subset, split=data.split, streaming=data.streaming)
+        return needed("datasets", NEEDS).load_dataset(name, data.subset, split=data.split, streaming=data.streaming)
     if len(paths) == 1 and paths[0].suffix == ".npy":
         import numpy as np
 
         return np.load(paths[0], mmap_mode="r", allow_pickle=False)
     if len(paths) == 1 and (paths[0] / "state.json").is_file():
-        return _datasets().load_from_disk(str(paths[0]))
+        return needed("datasets", NEEDS).load_from_disk(str(paths[0]))
     return list(paths)
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            "data sets of Hugging Face need the extra: pip install 'transformer-lens-bridge[data]'", name="datasets"
-        ) from None
-    return datasets
 
 
 def rank_of(text: str) -> tuple[int, int]:

@@ -7,30 +7,40 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis import experts
-from transformer_lens.cli.circuits import HeadEffect, PatchedPair, heads_that_repeat, patch_residual_stream
-from transformer_lens.cli.patch import share_table
-from transformer_lens.data.generate import ioi_examples
+from transformer_lens.analysis.heads import ablate_heads, induction_scores, previous_token_scores, random_repeats
+from transformer_lens.cli.patch import Sweep, save, share_table, sweep
+from transformer_lens.data.generate import IOIPair, ioi_examples, ioi_pair
 from transformer_lens.text_table import TextTable
-from transformer_lens.viz import Heatmap
 
+COLUMNS = (
+    *("head", "attends to the\ninduction target", "attends to the\nprevious token", "kind"),
+    "loss rise when\nmean-ablated\n(nats/token)",
+)
 FIRST_HOOKS = 5
 """So many rows of the hook table, before the demo goes on."""
-SENTENCES = ("When Mary and John went to the store, John gave a drink to Mary.",)
+SENTENCE = "When Mary and John went to the store, John gave a drink to Mary."
 
 
 def run_demo(models: Sequence[str], out: Path, console: Console, device: str | None = None) -> None:
     """Run every part that each model allows, and write the pictures to `out`."""
+
+    def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+        return track(list(items), description, console=console, transient=True)
+
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     silenced: list[tuple[int, int]] = []
@@ -47,10 +57,73 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
         if bridge.cfg.num_experts:
             show_routing(bridge, console)
         if not bridge.cfg.num_experts or len(models) == 1:
-            show_heads(heads_that_repeat(bridge, _progress(console)), console)
-            show_patching(patch_residual_stream(bridge, _progress(console)), out / Path(name).name, console)
+            show_heads(heads_that_repeat(bridge, progress), console)
+            show_patching(*patch_residual_stream(bridge), out / Path(name).name, console)
     console.print(f"[dim]done in {time.perf_counter() - started:.0f} s")
     show_next(models[0], silenced, sorted(out.glob("*.html")), console)
+
+
+# -- what is measured ----------------------------------------------------------------------------------
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Wraps an iterable in a progress bar with a description."""
+
+
+@dataclass(frozen=True)
+class HeadEffect:
+    """What a head does when a random sequence repeats."""
+
+    layer: int
+    head: int
+    induction: float
+    """Mean attention, over the repeat, to the token that followed the same token before."""
+    previous: float
+    """Mean attention to the token before."""
+    loss_rise: float
+    """How much the loss on the repeat rises when the head's output is replaced by its mean, in nats per token."""
+
+
+def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], **hooks: Any) -> Tensor:
+    """Mean next-token loss over the repeat, from its second token on, in nats."""
+    per_token: Tensor = bridge.run_with_hooks(tokens, return_type="loss", loss_per_token=True, **hooks)
+    return per_token[:, tokens.shape[1] // 2 + 1 :].mean()
+
+
+def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 6) -> list[HeadEffect]:
+    """The heads that attend most to induction targets and previous tokens, each ablated to see what it is worth."""
+    tokens = random_repeats(bridge)
+    induction, previous = induction_scores(bridge), previous_token_scores(bridge)
+    tops = [scores.flatten().topk(min(candidates, scores.numel())).indices for scores in (induction, previous)]
+    best = dict.fromkeys(torch.cat(tops).tolist())
+    found: list[HeadEffect] = []
+    with torch.no_grad():
+        baseline = second_half_loss(bridge, tokens)
+        for index in progress(best, "ablating heads"):
+            layer, head = divmod(index, bridge.cfg.n_heads)
+            ablated = second_half_loss(bridge, tokens, fwd_hooks=ablate_heads(bridge, (layer, head), mean=True))
+            scores = float(induction[layer, head]), float(previous[layer, head])
+            found.append(HeadEffect(layer, head, *scores, float(ablated - baseline)))
+    return sorted(found, key=lambda effect: -max(effect.induction, effect.previous))[: 2 * candidates]
+
+
+def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> IOIPair:
+    """An indirect-object pair whose two prompts have as many of this model's tokens, and whose answers are one."""
+    for seed in range(tries):
+        pair = ioi_pair(seed)
+        right, wrong = (bridge.to_answer_tokens(answer) for answer in (pair.answer, pair.wrong_answer))
+        same = bridge.to_tokens(pair.clean).shape == bridge.to_tokens(pair.corrupted).shape
+        if same and len(right) == len(wrong) == 1 and right != wrong:
+            return pair
+    raise ValueError(f"none of {tries} indirect-object pairs has prompts of equal length and answers of one token here")
+
+
+def patch_residual_stream(bridge: TransformerBridge) -> tuple[IOIPair, Sweep]:
+    """Put the clean residual stream into the corrupted run, one layer and position at a time."""
+    pair = suitable_pair(bridge)
+    return pair, sweep(bridge, pair.clean, pair.corrupted, pair.answer, pair.wrong_answer)
+
+
+# -- what is shown -------------------------------------------------------------------------------------
 
 
 def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:
@@ -86,15 +159,7 @@ def _program() -> str:
     return f"{sys.executable if near.startswith('..') else near} -m transformer_lens"
 
 
-def _progress(console: Console) -> Any:
-    def wrap(items: Iterable[Any], description: str) -> Iterable[Any]:
-        return track(list(items), description, console=console, transient=True)
-
-    return wrap
-
-
 def describe(bridge: TransformerBridge) -> str:
-    """One line about the model."""
     cfg = bridge.cfg
     parameters = sum(parameter.numel() for parameter in bridge.parameters())
     experts = f", {cfg.num_experts} experts of which {cfg.experts_per_token} work on a token" if cfg.num_experts else ""
@@ -107,12 +172,12 @@ def describe(bridge: TransformerBridge) -> str:
 def show_cache(bridge: TransformerBridge, console: Console) -> None:
     """Cache everything on one sentence, and show that looking changed nothing."""
     with torch.no_grad():
-        plain = bridge(SENTENCES[0])
-        logits, cache = bridge.run_with_cache(SENTENCES[0])
+        plain = bridge(SENTENCE)
+        logits, cache = bridge.run_with_cache(SENTENCE)
     megabytes = sum(tensor.nbytes for tensor in cache.values()) / 1e6
     same = "bitwise equal" if torch.equal(plain, logits) else "DIFFERENT"
     console.print(
-        f"cached {len(cache)} activations of {SENTENCES[0]!r}: {megabytes:.1f} MB; "
+        f"cached {len(cache)} activations of {SENTENCE!r}: {megabytes:.1f} MB; "
         f"logits with and without the cache: [bold]{same}[/]; cache\\['z', 0] is {list(cache['z', 0].shape)}"
     )
 
@@ -120,50 +185,31 @@ def show_cache(bridge: TransformerBridge, console: Console) -> None:
 def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
     """The heads that make up induction: those that look at previous tokens, and those that use it."""
     table = Table(title="Heads on a random sequence that repeats", title_justify="left")
-    table.add_column("head")
-    table.add_column("attends to the\ninduction target", justify="right")
-    table.add_column("attends to the\nprevious token", justify="right")
-    table.add_column("kind")
-    table.add_column("loss rise when\nmean-ablated\n(nats/token)", justify="right")
-    for effect in effects:
-        kind = "induction" if effect.induction > 0.4 else "previous token" if effect.previous > 0.4 else ""
-        table.add_row(
-            f"L{effect.layer}H{effect.head}",
-            f"{effect.induction:.2f}",
-            f"{effect.previous:.2f}",
-            kind,
-            f"{effect.loss_rise:+.3f}",
-            style="bold" if kind else "dim",
-        )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("head", "kind") else "right")
+    for e in effects:
+        kind = "induction" if e.induction > 0.4 else "previous token" if e.previous > 0.4 else ""
+        scores = f"{e.induction:.2f}", f"{e.previous:.2f}", kind, f"{e.loss_rise:+.3f}"
+        table.add_row(f"L{e.layer}H{e.head}", *scores, style="bold" if kind else "dim")
     console.print(table)
 
 
-def show_patching(patched: PatchedPair, stem: Path, console: Console) -> None:
+def show_patching(pair: IOIPair, found: Sweep, stem: Path, console: Console) -> None:
     """The table of restored answers, and its picture."""
-    pair = patched.pair
-    console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {patched.clean:+.2f}")
-    console.print(f"corrupted: {pair.corrupted!r}: logit difference {patched.corrupted:+.2f}")
-    title = "The share of the clean answer that one clean stream restores in the corrupted run"
-    names = [f"L{layer}" for layer in range(len(patched.restored) - 1)] + ["out"]
-    console.print(title + ":")
-    console.print(share_table(patched.restored, names, "pos", list(map(repr, patched.tokens))))
-    picture = Heatmap(
-        patched.restored,
-        rows=[name.removeprefix("L") for name in names],
-        columns=patched.tokens,
-        title=f"{stem.name}: share of the answer {pair.answer!r} that patching the residual stream restores",
-        row_title="stream entering layer",
-        column_title="position patched",
-        value="restored (0: corrupted, 1: clean)",
-    )
-    png = picture.save_png(stem.with_name(f"{stem.name}-resid-pre.png"))
-    page = picture.save_html(stem.with_name(f"{stem.name}-resid-pre.html"))
-    console.print(f"written: {png} and {page}")
+    console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {found.clean:+.2f}")
+    console.print(f"corrupted: {pair.corrupted!r}: logit difference {found.corrupted:+.2f}")
+    console.print("The share of the clean answer that one clean stream restores in the corrupted run:")
+    names = [f"L{layer}" for layer in range(len(found.restored))]
+    console.print(share_table(found.restored, names, "pos", list(map(repr, found.tokens))))
+    pictures = [stem.with_name(f"{stem.name}-resid-pre.{end}") for end in ("png", "html")]
+    for picture in pictures:
+        save(found, picture, stem.name)
+    console.print(f"written: {pictures[0]} and {pictures[1]}")
 
 
 def show_routing(bridge: TransformerBridge, console: Console, prompts: int = 100) -> None:
     """Which experts one sentence goes to, and which tokens each expert gets most over many."""
-    console.print(experts.routing(bridge, SENTENCES[0]))
+    console.print(experts.routing(bridge, SENTENCE))
     texts = [example.prompt + example.answer for example in ioi_examples(prompts)]
     statistics = experts.routing_statistics(bridge, [texts], progress=False)
     console.print(statistics)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json as json_text
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from transformer_lens.cli.edits import edited, heads_of
 from transformer_lens.cli.hooks import complete_hook
 from transformer_lens.cli.options import AsJson, Loading, Model, load_bridge, write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from transformer_lens import TransformerBridge
 
 
@@ -26,31 +28,25 @@ if TYPE_CHECKING:
 class Choice:
     """How tokens are chosen"""
 
-    sample: Annotated[
-        bool | None,
-        Option(
-            "--sample/--greedy",
-            help="Draw tokens, or take the likeliest. Default: the model's own; a setting below asks for drawing.",
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None, Option(metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.")
-    ] = None
-    top_k: Annotated[int | None, Option(metavar="N", min=1, help="Draw from so many likeliest.")] = None
-    top_p: Annotated[
-        float | None, Option(metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability.")
-    ] = None
-    seed: Annotated[int | None, Option(metavar="N", help="The same seed draws the same tokens.")] = None
-    num_beams: Annotated[int | None, Option(metavar="N", min=1, help="Beam search of this width.")] = None
-    stop_at_eos: Annotated[bool, Option("--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.")] = True
-    options: Annotated[
-        list[str] | None,
-        Option(
-            "--option",
-            metavar="NAME=VALUE",
-            help="Another keyword of Hugging Face's generate; repeatable. A value is JSON or text.",
-        ),
-    ] = None
+    sample: bool | None = Option(
+        None,
+        "--sample/--greedy",
+        help="Draw tokens, or take the likeliest. Default: the model's own; a setting below asks for drawing.",
+    )
+    temperature: float | None = Option(None, metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.")
+    top_k: int | None = Option(None, metavar="N", min=1, help="Draw from so many likeliest.")
+    top_p: float | None = Option(
+        None, metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability."
+    )
+    seed: int | None = Option(None, metavar="N", help="The same seed draws the same tokens.")
+    num_beams: int | None = Option(None, metavar="N", min=1, help="Beam search of this width.")
+    stop_at_eos: bool = Option(True, "--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.")
+    options: list[str] | None = Option(
+        None,
+        "--option",
+        metavar="NAME=VALUE",
+        help="Another keyword of Hugging Face's generate; repeatable. A value is JSON or text.",
+    )
 
     def given(self) -> dict[str, Any]:
         """The keywords of `generate` that were given a value."""
@@ -63,50 +59,39 @@ class Choice:
 class Changes:
     """Changes to the model"""
 
-    ablate_head: Annotated[
-        list[str] | None,
-        Option(metavar="HEAD", help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable."),
-    ] = None
-    steer: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            help="Add the one vector in this .safetensors file at --steer-at, at every position.",
-        ),
-    ] = None
-    steer_at: Annotated[
-        str | None,
-        Option(
-            metavar="LAYER|HOOK",
-            help="A layer (the stream that leaves it; -1 is the last) or a hook's name.",
-            autocompletion=complete_hook,
-        ),
-    ] = None
-    steer_scale: Annotated[float, Option(metavar="X", help="What the vector is multiplied by.")] = 1.0
+    ablate_head: list[str] | None = Option(
+        None, metavar="HEAD", help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable."
+    )
+    steer: Path | None = Option(
+        None,
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        help="Add the one vector in this .safetensors file at --steer-at, at every position.",
+    )
+    steer_at: str | None = Option(
+        None,
+        metavar="LAYER|HOOK",
+        help="A layer (the stream that leaves it; -1 is the last) or a hook's name.",
+        autocompletion=complete_hook,
+    )
+    steer_scale: float = Option(1.0, metavar="X", help="What the vector is multiplied by.")
 
 
 def generate(
     model: Model,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False),
-    ] = None,
-    file: Annotated[
-        Path | None, Option("--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, Option("--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens.")
-    ] = 50,
-    stream: Annotated[bool, Option("--stream", help="Show the text token by token.")] = False,
-    batch_size: Annotated[
-        int, Option(metavar="N", min=1, help="How many prompts run at once, padded on the left.")
-    ] = 8,
-    prepend_bos: Annotated[
-        bool | None,
-        Option("--prepend-bos/--no-prepend-bos", help="Begin with BOS. Default: as the tokenizer is set up."),
-    ] = None,
+    prompts: list[str] | None = Argument(
+        None, metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False
+    ),
+    file: Path | None = Option(
+        None, "--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input."
+    ),
+    max_new_tokens: int = Option(50, "--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens."),
+    stream: bool = Option(False, "--stream", help="Show the text token by token."),
+    batch_size: int = Option(8, metavar="N", min=1, help="How many prompts run at once, padded on the left."),
+    prepend_bos: bool | None = Option(
+        None, "--prepend-bos/--no-prepend-bos", help="Begin with BOS. Default: as the tokenizer is set up."
+    ),
     *,
     choice: Choice,
     changes: Changes,
@@ -136,11 +121,13 @@ def generate(
     bridge = load_bridge(model, **vars(loading))
     steering = (changes.steer, changes.steer_at or "", changes.steer_scale)
     with seeded(choice.seed), edited(bridge, heads, *steering):
-        if stream:
-            show_stream(bridge, texts, how)
+        found = continued(bridge, texts, batch_size, how)
+        if json:
+            write_json({"model": model, "seed": choice.seed, **how, "results": list(found)})
+        elif stream:
+            show((text, bridge.generate_stream(text, **how)) for text in texts)
         else:
-            about = {"model": model, "seed": choice.seed, **how} if json else None
-            show(continued(bridge, texts, batch_size, how), about)
+            show((one["prompt"], [one["continuation"]]) for one in found)
 
 
 def more_of(options: Sequence[str]) -> dict[str, Any]:
@@ -193,50 +180,82 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """A prompt and what follows it."""
-
-    prompt: str
-    continuation: str
-    text: str
-    """Both."""
-
-
 def continued(
     bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
-) -> Iterator[Continuation]:
+) -> Iterator[dict[str, str]]:
     """What the model makes of each prompt.
 
-    >>> [one.continuation for one in continued(bridge, ["Mary and John went", "Mary and"], 2, {"max_new_tokens": 1})]
+    >>> [one["continuation"] for one in continued(bridge, ["Mary and John went", "Mary and"], 2, {"max_new_tokens": 1})]
     [' to', ' Jason']
     """
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
         for prompt, text in zip(batch, bridge.generate(batch, **how), strict=True):
-            yield Continuation(prompt, text[len(prompt) :], text)
+            yield {"prompt": prompt, "continuation": text[len(prompt) :], "text": text}
 
 
-def show(found: Iterator[Continuation], about: dict[str, Any] | None) -> None:
-    """Each text as soon as it is there; with `about`, all of them as JSON."""
-    if about is not None:
-        write_json({**about, "results": [asdict(one) for one in found]})
-        return
-    for number, one in enumerate(found):
-        begin(one.prompt, number)
-        typer.echo(one.continuation)
-
-
-def show_stream(bridge: TransformerBridge, texts: Sequence[str], how: Mapping[str, Any]) -> None:
-    """One text after the other, token by token."""
-    for number, text in enumerate(texts):
-        begin(text, number)
-        for piece in bridge.generate_stream(text, **how):
+def show(pieces: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Each prompt, paler than what follows, and its text as soon as a piece of it is there."""
+    for number, (prompt, text) in enumerate(pieces):
+        typer.secho(("\n" if number else "") + prompt, dim=True, nl=False)
+        for piece in text:
             typer.echo(piece, nl=False)
             sys.stdout.flush()
         typer.echo()
 
 
-def begin(prompt: str, number: int) -> None:
-    """The prompt, paler than what follows; an empty line before all but the first."""
-    typer.secho(("\n" if number else "") + prompt, dim=True, nl=False)
+# -- changes ------------------------------------------------------------------------------------------
+
+
+def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """
+    >>> heads_of(["L1H2", "0.3"])
+    [(1, 2), (0, 3)]
+
+    Layers and heads. Raises typer's `BadParameter`, exit code 2, for anything else.
+    """
+    from transformer_lens.asking import written_pair
+
+    try:
+        return [written_pair("head", text, "LAYER.HEAD") for text in texts]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--ablate-head") from error
+
+
+@contextmanager
+def edited(
+    bridge: TransformerBridge, heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
+) -> Iterator[None]:
+    """A `with` block in which the model is changed.
+
+    >>> prompt = "When Mary and John went to the store, John gave a drink to"
+    >>> with edited(bridge, [(3, head) for head in range(4)], None, "", 1.0):
+    ...     bridge.generate(prompt, max_new_tokens=1).removeprefix(prompt)
+    ' John'
+
+    Heads write zero in place of what they read (`attn.hook_z`). `at` is a layer or a hook. Raises `ValueError` for a
+    head, a file, a vector or a place that does not fit the model.
+    """
+    from transformer_lens.analysis.heads import ablate_heads
+
+    with ExitStack() as stack:
+        stack.enter_context(bridge.hooks(ablate_heads(bridge, heads) if heads else []))
+        if vector is not None:
+            place = int(at) if re.fullmatch(r"-?[0-9]+", at) else at
+            stack.enter_context(bridge.steer(read_vector(vector), place, scale=scale))
+        yield
+
+
+def read_vector(path: Path) -> Tensor:
+    """The one tensor of a safetensors file. Raises `ValueError` for other files, and for none or several tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"--steer: {path} is no safetensors file ({error})") from error
+    if len(tensors) != 1:
+        names = ", ".join(tensors) or "none"
+        raise ValueError(f"--steer: got {len(tensors)} tensors in {path} ({names}), expected one")
+    return next(iter(tensors.values()))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from typing import Annotated
 
-import typer
+from typer import Argument, Context
 
 from transformer_lens.cli.options import (
     PUBLISHED,
@@ -23,7 +22,7 @@ from transformer_lens.cli.options import (
 from transformer_lens.cli.running import load_package
 
 
-def complete_hook(context: typer.Context, incomplete: str) -> list[str]:
+def complete_hook(context: Context, incomplete: str) -> list[str]:
     """Names of the model's hooks, at layer 0; nothing for a model that would have to be fetched."""
     # After an option that still lacks its value, arguments are not told apart yet.
     model = context.params.get("model") or next(iter(context.args), "")
@@ -37,24 +36,20 @@ def complete_hook(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def hooks(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b. No weights are read.",
-            autocompletion=complete_shape,
-        ),
-    ],
-    patterns: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PATTERN",
-            help="Only names, or other spellings of them, that contain this. * and ? are wildcards; a layer's number "
-            "stands for {i}. Default: all.",
-            autocompletion=complete_hook,
-            show_default=False,
-        ),
-    ] = None,
+    model: str = Argument(
+        ...,
+        metavar="MODEL",
+        help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b. No weights are read.",
+        autocompletion=complete_shape,
+    ),
+    patterns: list[str] | None = Argument(
+        None,
+        metavar="PATTERN",
+        help="Only names, or other spellings of them, that contain this. * and ? are wildcards; a layer's number "
+        "stands for {i}. Default: all.",
+        autocompletion=complete_hook,
+        show_default=False,
+    ),
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Argument, Option
 
 from transformer_lens.cli.options import complete_shape, dtype_of, write_json
 from transformer_lens.cli.running import Output
@@ -13,19 +14,17 @@ SHORT_DTYPES = ("bf16", "fp16", "fp32")
 
 
 def info(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
-            autocompletion=complete_shape,
-        ),
-    ],
-    context: Annotated[
-        str | None, typer.Option(help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the KV cache: bf16, fp16 or fp32.")] = "bf16",
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON, in bytes.")] = False,
+    model: str = Argument(
+        ...,
+        metavar="MODEL",
+        help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
+        autocompletion=complete_shape,
+    ),
+    context: str | None = Option(
+        None, help="Tokens in the KV cache, such as 2048,8192. Default: 2048 and the model's own."
+    ),
+    dtype: str = Option("bf16", help="Of the KV cache: bf16, fp16 or fp32."),
+    json: bool = Option(False, "--json", help="Print it as JSON, in bytes."),
 ) -> None:
     """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
 
@@ -46,7 +45,6 @@ def info(
 
 def lengths(text: str) -> list[int]:
     """
-    >>> from transformer_lens.cli.info import lengths
     >>> lengths("2048, 8192")
     [2048, 8192]
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from transformer_lens.cli.running import Output
 from transformer_lens.data import TINY_MODELS
@@ -127,21 +128,17 @@ class LoadingPart:
     """Loading the model"""
 
     device: Device = None
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Such as float32 or bfloat16. Default: the checkpoint's own.",
-            autocompletion=_one_of(DTYPES),
-            callback=dtype_of,
-        ),
-    ] = None
-    attn_implementation: Annotated[
-        str | None,
-        typer.Option(
-            help="sdpa, eager or flash_attention_2. Default: transformers' own choice.",
-            autocompletion=_one_of(ATTENTION),
-        ),
-    ] = None
+    dtype: str | None = Option(
+        None,
+        help="Such as float32 or bfloat16. Default: the checkpoint's own.",
+        autocompletion=_one_of(DTYPES),
+        callback=dtype_of,
+    )
+    attn_implementation: str | None = Option(
+        None,
+        help="sdpa, eager or flash_attention_2. Default: transformers' own choice.",
+        autocompletion=_one_of(ATTENTION),
+    )
     revision: Revision = None
 
 
@@ -150,9 +147,9 @@ class Loading(LoadingPart):
     """Loading the model"""
 
     trust_remote_code: TrustRemoteCode = False
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read weights that are pickled. A pickle can run any code.")
-    ] = False
+    allow_pickle: bool = Option(
+        False, "--allow-pickle", help="Read weights that are pickled. A pickle can run any code."
+    )
 
 
 def load_bridge(model: str, **loading: Any) -> TransformerBridge:
@@ -216,7 +213,6 @@ def quiet() -> Iterator[None]:
 
 
 def write_json(data: Any) -> None:
-    """Data on standard output, nothing else."""
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,20 +21,19 @@ if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
 SWEEPS = {
-    "resid_pre": ("get_act_patch_resid_pre", "the stream that enters a layer"),
-    "resid_mid": ("get_act_patch_resid_mid", "the stream between attention and MLP (sequential blocks)"),
-    "attn_out": ("get_act_patch_attn_out", "what attention adds to the stream"),
-    "mlp_out": ("get_act_patch_mlp_out", "what the MLP adds to the stream"),
-    "router_logits": ("get_act_patch_router_logits", "where the router sends a token (experts)"),
-    "head_out": ("get_act_patch_attn_head_out_all_pos", "a head's output"),
-    "head_q": ("get_act_patch_attn_head_q_all_pos", "a head's queries"),
-    "head_k": ("get_act_patch_attn_head_k_all_pos", "a key head's keys"),
-    "head_v": ("get_act_patch_attn_head_v_all_pos", "a value head's values"),
-    "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "a head's attention pattern"),
-    "expert_out": ("get_act_patch_expert_out", "what an expert adds to the stream"),
+    "resid_pre": ("get_act_patch_resid_pre", "pos", "the stream that enters a layer"),
+    "resid_mid": ("get_act_patch_resid_mid", "pos", "the stream between attention and MLP (sequential blocks)"),
+    "attn_out": ("get_act_patch_attn_out", "pos", "what attention adds to the stream"),
+    "mlp_out": ("get_act_patch_mlp_out", "pos", "what the MLP adds to the stream"),
+    "router_logits": ("get_act_patch_router_logits", "pos", "where the router sends a token (experts)"),
+    "head_out": ("get_act_patch_attn_head_out_all_pos", "head", "a head's output"),
+    "head_q": ("get_act_patch_attn_head_q_all_pos", "head", "a head's queries"),
+    "head_k": ("get_act_patch_attn_head_k_all_pos", "kv_head", "a key head's keys"),
+    "head_v": ("get_act_patch_attn_head_v_all_pos", "kv_head", "a value head's values"),
+    "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "head", "a head's attention pattern"),
+    "expert_out": ("get_act_patch_expert_out", "expert", "what an expert adds to the stream"),
 }
-"""What can be patched: the sweep of `transformer_lens.patching`, and its meaning."""
-BY_POSITION = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "router_logits")
+"""What can be patched: the sweep of `transformer_lens.patching`, its axis beside the layer, and its meaning."""
 SUFFIXES = (".html", ".png")
 
 
@@ -43,32 +42,28 @@ def complete_what(incomplete: str) -> list[tuple[str, str]]:
     >>> complete_what("mlp")
     [('mlp_out', 'what the MLP adds to the stream')]
     """
-    return [(name, meaning) for name, (_, meaning) in SWEEPS.items() if name.startswith(incomplete)]
+    return [(name, meaning) for name, (_, _, meaning) in SWEEPS.items() if name.startswith(incomplete)]
 
 
 def patch(
     model: Model,
-    clean: Annotated[str, Option(metavar="TEXT", help="The prompt that --answer follows.", show_default=False)],
-    corrupted: Annotated[
-        str, Option(metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False)
-    ],
-    answer: Annotated[str, Option(metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False)],
+    *,
+    clean: str = Option(..., metavar="TEXT", help="The prompt that --answer follows.", show_default=False),
+    corrupted: str = Option(
+        ..., metavar="TEXT", help="The prompt that it does not follow, with as many tokens.", show_default=False
+    ),
+    answer: str = Option(..., metavar="TOKEN", help='One token, with its space: " Mary".', show_default=False),
     loading: Loading,
-    wrong: Annotated[
-        str | None,
-        Option(
-            metavar="TOKEN",
-            help="The answer of the corrupted prompt. The measure is then the difference of the two logits; without "
-            "it, the answer's log-probability.",
-        ),
-    ] = None,
-    what: Annotated[
-        str, Option(metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what)
-    ] = "resid_pre",
-    out: Annotated[
-        list[Path] | None,
-        Option(metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."),
-    ] = None,
+    wrong: str | None = Option(
+        None,
+        metavar="TOKEN",
+        help="The answer of the corrupted prompt. The measure is then the difference of the two logits; without "
+        "it, the answer's log-probability.",
+    ),
+    what: str = Option("resid_pre", metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what),
+    out: list[Path] | None = Option(
+        None, metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."
+    ),
     json: AsJson = False,
 ) -> None:
     """Put each activation of a clean run into a corrupted one: how much of the clean answer does it bring back?
@@ -118,14 +113,9 @@ class Sweep:
 
     @property
     def axis(self) -> str:
-        """What the second axis counts."""
-        name = (
-            "expert" if self.what.startswith("expert") else "kv_head" if self.what in ("head_k", "head_v") else "head"
-        )
-        return "pos" if self.what in BY_POSITION else name
+        return SWEEPS[self.what][1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
         numbers = {"clean": self.clean, "corrupted": self.corrupted, "restored": self.restored.tolist()}
         about = {"what": self.what, "measure": self.measure, "axes": ["layer", self.axis], "tokens": self.tokens}
         return {**about, **numbers}
@@ -179,10 +169,9 @@ def sweep(
 
 
 def save(found: Sweep, path: Path, model: str) -> None:
-    """Draw the sweep into a file."""
     from transformer_lens.viz import head_map, patching_map
 
-    title, value = f"{model}: patching {SWEEPS[found.what][1]}", "restored (0: corrupted, 1: clean)"
+    title, value = f"{model}: patching {SWEEPS[found.what][2]}", "restored (0: corrupted, 1: clean)"
     picture = head_map(found.restored, title, value)
     if found.axis == "pos":
         picture = patching_map(found.restored, found.tokens, title, value)
@@ -198,7 +187,7 @@ def show(found: Sweep) -> None:
     taken = len(found.axis) + max(map(len, labels or [""])) + 6
     fit = max(1, (console.width - taken) // 7)
     layers = range(len(found.restored))
-    console.print(f"Share of that difference which patching {SWEEPS[found.what][1]} restores, by layer:")
+    console.print(f"Share of that difference which patching {SWEEPS[found.what][2]} restores, by layer:")
     for part in (layers[start : start + fit] for start in range(0, len(layers), fit)):
         console.print(
             share_table(found.restored[part.start : part.stop], [f"L{layer}" for layer in part], found.axis, labels)

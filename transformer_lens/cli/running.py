@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 PROGRAM, COMPLETE = "transformer-lens", "_TRANSFORMER_LENS_COMPLETE"
@@ -93,8 +94,10 @@ def with_single_options(function: Callable[..., None]) -> Callable[..., None]:
             add(name, parameter.annotation, parameter.default)
             continue
         for field_name, kind in get_type_hints(groups[name], include_extras=True).items():
-            get_args(kind)[1].rich_help_panel = groups[name].__doc__
-            add(field_name, kind, getattr(groups[name], field_name))
+            default = getattr(groups[name], field_name)
+            option = default if isinstance(default, OptionInfo) else get_args(kind)[1]
+            option.rich_help_panel = groups[name].__doc__
+            add(field_name, kind, default)
     if "debug" not in given:
         add("debug", Debug, False)
 

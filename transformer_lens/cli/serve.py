@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer import Option
@@ -28,19 +28,14 @@ FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Connection:
     """Network"""
 
-    initial_peers: Annotated[
-        list[str] | None, Option(help="Address of a server to join, as it prints it; repeatable. Default: none.")
-    ] = None
-    identity: Annotated[
-        Path | None, Option(help="File with this peer's key, made when missing. Default: a new key.")
-    ] = None
-    prefix: Annotated[
-        str | None,
-        Option(
-            help="Name under which the blocks are announced; a local directory needs one. Default: from the model's "
-            "name."
-        ),
-    ] = None
+    initial_peers: list[str] | None = Option(
+        None, help="Address of a server to join, as it prints it; repeatable. Default: none."
+    )
+    identity: Path | None = Option(None, help="File with this peer's key, made when missing. Default: a new key.")
+    prefix: str | None = Option(
+        None,
+        help="Name under which the blocks are announced; a local directory needs one. Default: from the model's name.",
+    )
 
 
 def span_of(text: str) -> range:
@@ -64,25 +59,21 @@ LEAST = 0.001
 class Network(Connection):
     """Network"""
 
-    host: Annotated[str, Option(help="IP address to listen on. Others than loopback can be called.")] = "127.0.0.1"
-    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 0
-    allow: Annotated[list[str] | None, Option(help="Peer id that is served; repeatable. Default: everybody.")] = None
-    address_file: Annotated[Path | None, Option(help="File that gets the addresses, too, once calls are answered.")] = (
-        None
-    )
-    update_period: Annotated[float, Option(min=LEAST, help="Seconds between two announcements.")] = 60
-    drain_seconds: Annotated[float, Option(min=0, help="Seconds that running texts have when a signal comes.")] = 30
+    host: str = Option("127.0.0.1", help="IP address to listen on. Others than loopback can be called.")
+    port: int = Option(0, min=0, max=65535, help="Port to listen on; 0: any that is free.")
+    allow: list[str] | None = Option(None, help="Peer id that is served; repeatable. Default: everybody.")
+    address_file: Path | None = Option(None, help="File that gets the addresses, too, once calls are answered.")
+    update_period: float = Option(60, min=LEAST, help="Seconds between two announcements.")
+    drain_seconds: float = Option(30, min=0, help="Seconds that running texts have when a signal comes.")
 
 
 @dataclass(frozen=True)
 class ServerLimits:
     """Limits"""
 
-    session_seconds: Annotated[
-        float | None, Option(min=LEAST, help="A text that nobody goes on with is forgotten.")
-    ] = None
-    session_bytes: Annotated[int | None, Option(min=1, help="Keys and values of one peer.")] = None
-    message_bytes: Annotated[int | None, Option(min=1, help="The largest message.")] = None
+    session_seconds: float | None = Option(None, min=LEAST, help="A text that nobody goes on with is forgotten.")
+    session_bytes: int | None = Option(None, min=1, help="Keys and values of one peer.")
+    message_bytes: int | None = Option(None, min=1, help="The largest message.")
 
     def given(self) -> dict[str, Any]:
         """Those that were given, by their names in `Limits`."""
@@ -95,15 +86,15 @@ class ServerLimits:
 class LoadingServed(LoadingPart):
     """Loading the model"""
 
-    threads: Annotated[int | None, Option(min=1, help="CPU threads of torch. Default: its own choice.")] = None
+    threads: int | None = Option(None, min=1, help="CPU threads of torch. Default: its own choice.")
 
 
 def serve(
     model: Model,
-    blocks: Annotated[
-        range,
-        Option(parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."),
-    ],
+    *,
+    blocks: range = Option(
+        ..., parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."
+    ),
     network: Network,
     limits: ServerLimits,
     loading: LoadingServed,

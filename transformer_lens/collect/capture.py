@@ -25,7 +25,6 @@ class Hook:
     column: Column
 
     def to_dict(self) -> dict[str, Any]:
-        """The hook as plain data."""
         return {"axes": self.axes, "shape": list(self.column.shape), "dtype": dtype_name(self.column.dtype)}
 
 
@@ -69,14 +68,14 @@ def probe(bridge: TransformerBridge, names: Sequence[str], dtype: torch.dtype | 
             return_cache_object=False,
             padding_side="right",
         )
-    return {name: _hook(name, bridge.hook_dict[name].axes, cache[name], dtype) for name in names}
-
-
-def _hook(name: str, axes: str, value: Tensor, dtype: torch.dtype | None) -> Hook:
-    kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
-    if kept not in DTYPES:
-        raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
-    return Hook(" ".join(["token", *axes.split()[2:]]), Column(kept, tuple(value.shape[2:])))
+    found = {}
+    for name in names:
+        value, rest = cache[name], bridge.hook_dict[name].axes.split()[2:]
+        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        if kept not in DTYPES:
+            raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
+        found[name] = Hook(" ".join(["token", *rest]), Column(kept, tuple(value.shape[2:])))
+    return found
 
 
 @dataclass(frozen=True)

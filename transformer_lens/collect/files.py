@@ -48,7 +48,6 @@ class Column:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes for one token."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -47,24 +46,17 @@ def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
         "experts": getattr(config, "_experts_implementation", None),
         "hooked": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
         "in_hooks_places": {
-            name: f"{type(module).__name__} {weights_fingerprint(module)}" for name, module in in_places(bridge)
+            name: f"{type(module).__name__} {weights_fingerprint(module)}"
+            for owner in (bridge, *bridge.components())
+            for slot, name in owner.full_names.items()
+            if (module := owner._modules.get(slot)) is not None and module is not bridge.hook_dict.get(name)
         },
     }
-
-
-def in_places(bridge: TransformerBridge) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that sit in hooks' places."""
-    for owner in (bridge, *bridge.components()):
-        for slot, name in owner.full_names.items():
-            module = owner._modules.get(slot)
-            if module is not None and module is not bridge.hook_dict.get(name):
-                yield name, module
 
 
 def model_state(bridge: TransformerBridge) -> dict[str, Any]:
     """What else of a model changes its numbers, by name: its config, the class and the settings of every module.
 
-    >>> from transformer_lens.collect.identity import model_state
     >>> model_state(bridge)["transformer.ln_f.eps"]
     1e-05
 
@@ -77,20 +69,14 @@ def model_state(bridge: TransformerBridge) -> dict[str, Any]:
     found: dict[str, list[Any]] = {}
     for path, module in model.named_modules():
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
-        for name, value in _settings(module):
+        kept = {n for n in vars(module) if n in ADAPTERS or not (n.startswith("_") or n in UNHEEDED)}
+        settings = {name: value for name, value in vars(module).items() if name in kept and _plain(value)}
+        for name, value in {"class": type(module).__name__, **settings}.items():
             found.setdefault(f"{place}.{name}".lstrip("."), []).append(value)
     state |= {name: values[0] if all(v == values[0] for v in values) else values for name, values in found.items()}
     device = bridge.input_device().type
     autocast = torch.is_autocast_enabled(device)
     return {**state, "autocast": dtype_name(torch.get_autocast_dtype(device)) if autocast else None}
-
-
-def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield "class", type(module).__name__
-    for name, value in vars(module).items():
-        public = not name.startswith("_") and name not in UNHEEDED
-        if (public or name in ADAPTERS) and _plain(value):
-            yield name, value
 
 
 def _plain(value: Any) -> bool:
@@ -105,7 +91,6 @@ def _plain(value: Any) -> bool:
 def weights_fingerprint(model: nn.Module) -> str:
     """A checksum of every parameter and buffer: name, shape, the sum of its bits, and some of its values.
 
-    >>> from transformer_lens.collect.identity import weights_fingerprint
     >>> weights_fingerprint(model) == weights_fingerprint(TransformerBridge.boot_transformers("tiny-falcon").detach())
     True
     """
@@ -128,27 +113,25 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
-    """What turned texts into tokens."""
+    """What turned texts into tokens; of a fast tokenizer also how it normalises, splits and merges."""
     if tokenizer is None:
         return None
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    rules = None
+    if tokenizer.is_fast:  # calls leave their padding in it
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = _checksum({key: value for key, value in whole.items() if key not in ("padding", "truncation")})
     return {
         "class": type(tokenizer).__name__,
-        "vocabulary": sha256(vocabulary.encode()).hexdigest(),
-        "rules": _rules(tokenizer),
+        "vocabulary": _checksum(sorted(tokenizer.get_vocab().items())),
+        "rules": rules,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "pad": tokenizer.pad_token_id,
     }
 
 
-def _rules(tokenizer: Any) -> str | None:
-    """A checksum of how a fast tokenizer normalises, splits and merges; calls leave their padding in it."""
-    if not tokenizer.is_fast:
-        return None
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def _checksum(document: Any) -> str:
+    return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -178,7 +178,6 @@ class Manifest:
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """The keys in which two nested documents differ, with both values.
 
-    >>> from transformer_lens.collect.manifest import differences
     >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
     ['b.c was 2, now 3']
     """

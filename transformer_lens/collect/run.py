@@ -9,23 +9,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from transformer_lens.checks import a_path, in_words
-from transformer_lens.collect.background import Background
 from transformer_lens.collect.capture import Captured, Capturing, probe
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
 from transformer_lens.collect.identity import environment, model_identity, model_state, tokenizer_identity
 from transformer_lens.collect.manifest import Manifest, ShardRecord, shard_name
-from transformer_lens.collect.options import Options
-from transformer_lens.collect.plan import Cursor, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.plan import Cursor, Options, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
 from transformer_lens.hook_points import HookedRootModule
@@ -44,32 +43,45 @@ WAITING = 4
 """Batches that may wait for the writer, which is all that memory holds of a job."""
 
 
-class Together:
-    """The processes that share a model, and this one's place among them. One alone does everything itself."""
+class Background:
+    """Calls made in another thread; the first error stops it, and is raised in the thread that gives the calls.
 
-    def __init__(self, group: Any, rank: int, size: int) -> None:
-        self.group, self.rank, self.size = group, rank, size
+    >>> done = []
+    >>> with Background(waiting=2) as thread:
+    ...     thread.call(lambda: done.append(1))
+    >>> done
+    [1]
 
-    @property
-    def writes(self) -> bool:
-        """Whether this process has the files."""
-        return self.rank == 0
+    Leaving the block waits for the calls, also when it is left by an error: what was given is done.
+    """
 
-    def agreed(self, function: Callable[[], T]) -> T:
-        """What `function` returns, or raises, in the first process: in every process."""
-        if self.size == 1:
-            return function()
-        answer: list[Any] = [None, None]
-        if self.writes:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, group_src=0, group=self.group)
-        if answer[1] is not None:
-            raise answer[1]
-        found: T = answer[0]
-        return found
+    def __init__(self, waiting: int) -> None:
+        self._waiting = waiting
+        self._given: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collect-writer")
+        self._stopped = False
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have a function called; waits while too many are waiting already."""
+        while self._given and (len(self._given) >= self._waiting or self._given[0].done()):
+            self._given.popleft().result()
+        self._given.append(self._thread.submit(self._run, function))
+
+    def _run(self, function: Callable[[], None]) -> None:
+        if not self._stopped:
+            # Nothing is called after a call that did not return: a shard that misses values must not be finished.
+            self._stopped = True
+            function()
+            self._stopped = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            for given in self._given:
+                given.result()
 
 
 class Job:
@@ -101,14 +113,14 @@ class Job:
             **asdict(self.layout),
         }
         self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
-        shards = bridge.attachment.sharding.shards
-        self.together = Together(shards.group, shards.rank, shards.size)
+        self.sharing = bridge.attachment.sharding.shards
+        """The processes that share the model, and this one's place among them; the first has the files."""
         self.done: dict[int, ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
         """Compute what is missing of this process's shards."""
-        self.done, broken, finished = self.together.agreed(self._start)
+        self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
         try:
@@ -118,7 +130,26 @@ class Job:
         finally:
             for file in self._begun:
                 file.abandon()
-        self.together.agreed(self._end)
+        self._agreed(self._end)
+
+    @property
+    def _writes(self) -> bool:
+        return bool(self.sharing.rank == 0)
+
+    def _agreed(self, function: Callable[[], T]) -> T:
+        """What `function` returns, or raises, in the first process: in every process."""
+        if self.sharing.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self._writes:
+            try:
+                answer[0] = function()
+            except (ValueError, OSError) as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, group_src=0, group=self.sharing.group)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]  # type: ignore[no-any-return]
 
     def _start(self) -> tuple[dict[int, ShardRecord], list[int], bool]:
         """The finished shards, those of them that are broken, and whether nothing is left to do."""
@@ -126,7 +157,7 @@ class Job:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.manifest.start(self.options.same_environment)
         done = self.manifest.records()
-        broken = broken_shards(self.out_dir, done, self.options.check)
+        broken = [number for number, record in done.items() if record.problem(self.out_dir, self.options.check)]
         for number in broken:
             logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
         return done, broken, not broken and self.manifest.finish()
@@ -178,13 +209,23 @@ class Job:
         return stream
 
     def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
-        if not (self.options.progress and self.together.writes):
+        if not (self.options.progress and self._writes):
             # Not even a hidden bar: it would wait for the lock that tqdm shares among forked processes.
             return nullcontext()
         rank, world = self.options.shard
         done = sum(r.end.tokens - r.begin.tokens for r in self.done.values() if r.shard % world == rank)
         bar = tqdm(initial=done, unit=" tokens", unit_scale=True, desc="collect")
         return cast("AbstractContextManager[tqdm[Any]]", bar)
+
+    def _expected_tokens(self, plan: ShardPlan) -> int | None:
+        """How many tokens this process will have read, judged by the documents behind; `None` if unknown."""
+        most, documents = self.layout.max_tokens, self.source.documents
+        if plan.last:
+            most = plan.end.tokens
+        elif documents is not None and plan.end.document:
+            guess = plan.end.tokens * documents // plan.end.document
+            most = guess if most is None else min(most, guess)
+        return None if most is None else most // self.options.shard[1]
 
     # -- one shard ---------------------------------------------------------------------------------
 
@@ -193,17 +234,17 @@ class Job:
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
-        if self.together.writes:
+        if self._writes:
             self._begun.append(file)
             writer.call(lambda: self._begin(plan, file))
         for batch in plan.batches(self.layout.batch_size):
             captured = self.capturing.run(batch)
-            if self.together.writes:
+            if self._writes:
                 writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
             if bar is not None:
-                bar.total = expected_tokens(self, plan)
+                bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
-        if self.together.writes:
+        if self._writes:
             writer.call(lambda: self._finish(plan, file))
 
     def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
@@ -245,28 +286,12 @@ class Job:
         self.done[plan.number] = record
 
 
-def broken_shards(out_dir: Path, records: dict[int, ShardRecord], check: bool) -> list[int]:
-    """The finished shards whose file is missing or has another size or, with `check`, another checksum."""
-    return [number for number, record in records.items() if record.problem(out_dir, check)]
-
-
 def changed_data(out_dir: Path, number: int) -> ValueError:
     """The error for data that are not those a job was begun with."""
     return ValueError(
         f"data: shard {number} of {out_dir} was made from other tokens; pass the documents of the first call, in their "
         "order, or choose another out_dir"
     )
-
-
-def expected_tokens(job: Job, plan: ShardPlan) -> int | None:
-    """How many tokens this process will have read, judged by the documents that lie behind; `None` if unknown."""
-    most, documents = job.layout.max_tokens, job.source.documents
-    if plan.last:
-        most = plan.end.tokens
-    elif documents is not None and plan.end.document:
-        guess = plan.end.tokens * documents // plan.end.document
-        most = guess if most is None else min(most, guess)
-    return None if most is None else most // job.options.shard[1]
 
 
 def collect(

@@ -35,7 +35,6 @@ class Source:
 def open_source(data: Any) -> Source:
     """The documents of whatever `collect` takes.
 
-    >>> from transformer_lens.collect.sources import open_source
     >>> list(open_source(["one", "two", "three"]).read(1))
     ['two', 'three']
 
@@ -138,7 +137,6 @@ class Encoder:
     d_vocab: int
 
     def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:
-        """The token ids of some numbered documents."""
         contents = [(number, self._content(number, document)) for number, document in documents]
         texts = [content for _, content in contents if isinstance(content, str)]
         if texts and self.tokenizer is None:

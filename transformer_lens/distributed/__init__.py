@@ -15,8 +15,7 @@ from transformer_lens.distributed.protocol.configs import (
 )
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import Limits, MessageError, SpanError, SpanUnreachable
-from transformer_lens.distributed.server.local_span import LocalSpan
-from transformer_lens.distributed.server.server import SpanServer
+from transformer_lens.distributed.server.server import LocalSpan, SpanServer
 
 __all__ = [
     "AutoDistributedConfig",

@@ -190,21 +190,24 @@ def model_info(
     config = find_config(model, loading)
     adapter = adapter_for(config)
     cfg = adapter.cfg
-    count = _count(config, adapter)
-    bytes_each = _cache_dtype(dtype)
-    lengths = _lengths(context, cfg.n_ctx)
+    architecture, parameters, in_experts, weights = _counted(config, adapter)
+    bytes_each = named_dtype(SHORT_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    if bytes_each is None or not bytes_each.is_floating_point:
+        raise ValueError(f"dtype: got {dtype!r}, expected a floating-point one, such as 'bf16', 'fp16' or 'fp32'")
+    lengths = sorted({min(2048, cfg.n_ctx), cfg.n_ctx}) if context is None else context
+    if not isinstance(lengths, (list, tuple)) or not lengths or not all(is_whole(n) and n > 0 for n in lengths):
+        raise ValueError(f"context: got {in_words(context)}, expected numbers of tokens, such as [2048, 8192]")
     fields = ("n_layers", "d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
     more = ("num_experts", "experts_per_token", "sliding_window")
     chosen, experts = cfg.experts_per_token or 1, cfg.num_experts or 1
-    idle = count.expert * (experts - chosen) // experts
     return ModelInfo(
         name=str(model) if isinstance(model, (str, Path)) else cfg.model_name,
-        architecture=count.architecture,
+        architecture=architecture,
         layout=layout_in_words(adapter),
         **{field: getattr(cfg, field) for field in (*fields, *more)},
-        parameters=count.total,
-        active_parameters=count.total - idle,
-        weights=count.memory(),
+        parameters=parameters,
+        active_parameters=parameters - in_experts * (experts - chosen) // experts,
+        weights=weights,
         cache_dtype=str(bytes_each).removeprefix("torch."),
         kv_cache=tuple(cache_memory(adapter, length, bytes_each) for length in lengths),
     )
@@ -226,21 +229,6 @@ def find_config(model: str | Path | PreTrainedConfig, loading: dict[str, Any]) -
         if known in PUBLISHED and not Path(name).exists():
             raise OSError(f"{error}\nThe shape of {known} is built in: ask for {known!r}") from error
         raise
-
-
-def _cache_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = named_dtype(SHORT_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
-    if found is None or not found.is_floating_point:
-        raise ValueError(f"dtype: got {dtype!r}, expected a floating-point one, such as 'bf16', 'fp16' or 'fp32'")
-    return found
-
-
-def _lengths(context: Sequence[int] | None, n_ctx: int) -> list[int]:
-    if context is None:
-        return sorted({min(2048, n_ctx), n_ctx})
-    if not isinstance(context, (list, tuple)) or not context or not all(is_whole(n) and n > 0 for n in context):
-        raise ValueError(f"context: got {in_words(context)}, expected numbers of tokens, such as [2048, 8192]")
-    return list(context)
 
 
 def layout_in_words(adapter: ArchitectureAdapter) -> str:
@@ -308,31 +296,11 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
     return CacheMemory(context, each * cfg.n_key_value_heads * needed, each * adapter.cached_heads() * held)
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Parameters by what happens to them when a model is quantised. Scales are counted for each matrix."""
+def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, tuple[WeightMemory, ...]]:
+    """The class of the model that this config describes, its parameters, those in experts, and its weights' memory.
 
-    architecture: str
-    total: int
-    linear: int
-    linear_rows: int
-    linear_blocks: int
-    expert: int
-    expert_rows: int
-    expert_blocks: int
-
-    def memory(self) -> tuple[WeightMemory, ...]:
-        linear = {"8-bit": self.linear + 4 * self.linear_rows, "4-bit": ceil(self.linear / 2) + 4 * self.linear_blocks}
-        expert = {"8-bit": self.expert + 4 * self.expert_rows, "4-bit": ceil(self.expert / 2) + 4 * self.expert_blocks}
-        rest = 2 * (self.total - self.linear - self.expert)
-        found = {"fp32": (4 * self.total,) * 2, "bf16": (2 * self.total,) * 2}
-        for name in ("8-bit", "4-bit"):
-            found[name] = (rest + linear[name] + expert[name], rest + linear[name] + 2 * self.expert)
-        return tuple(WeightMemory(name, *found[name], formula) for name, formula in FORMULAS.items())
-
-
-def _count(config: Any, adapter: ArchitectureAdapter) -> _Count:
-    """Count the parameters of the model that this config describes, on the meta device; a tied one counts once."""
+    Counted on the meta device; a tied parameter counts once, scales are counted for each matrix.
+    """
     kind = model_class(config)
     with torch.device("meta"):
         model: Any = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
@@ -343,8 +311,19 @@ def _count(config: Any, adapter: ArchitectureAdapter) -> _Count:
         if isinstance(module, (nn.Linear, Conv1D)):
             linear.append(matrix(module).get(module.weight).mT.shape)
         expert += [shape for p in own if p.ndim == 3 for shape in [p.shape[1:]] * p.shape[0]]
-    sizes = [
-        (sum(shape.numel() for shape in s), sum(shape[0] for shape in s), sum(ceil(x.numel() / BLOCK) for x in s))
-        for s in (linear, expert)
-    ]
-    return _Count(type(model).__name__, sum(p.numel() for p in model.parameters()), *sizes[0], *sizes[1])
+    total = sum(p.numel() for p in model.parameters())
+    in_linear, in_experts = (sum(shape.numel() for shape in shapes) for shapes in (linear, expert))
+    rest = 2 * (total - in_linear - in_experts)
+    found = {"fp32": (4 * total,) * 2, "bf16": (2 * total,) * 2}
+    for name, packed in (("8-bit", _in_8_bits), ("4-bit", _in_4_bits)):
+        found[name] = (rest + packed(linear) + packed(expert), rest + packed(linear) + 2 * in_experts)
+    memory = tuple(WeightMemory(name, *found[name], formula) for name, formula in FORMULAS.items())
+    return type(model).__name__, total, in_experts, memory
+
+
+def _in_8_bits(shapes: Sequence[torch.Size]) -> int:
+    return sum(shape.numel() + 4 * shape[0] for shape in shapes)
+
+
+def _in_4_bits(shapes: Sequence[torch.Size]) -> int:
+    return ceil(sum(s.numel() for s in shapes) / 2) + 4 * sum(ceil(s.numel() / BLOCK) for s in shapes)

@@ -159,15 +159,34 @@ def attribute(owner: object, name: str) -> Any:
 
 ATTENTION_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 """What a file of models calls the registry in which its attention looks its function up."""
+ROTATING = "apply_rotary_pos_emb"
+"""What it calls the function that rotates queries and keys."""
+SPLITTING = {"falcon": "_split_heads"}
+"""`model_type` -> the method by which attention reads queries, keys and values in its fused projection."""
 
 
 def attention_functions(module: nn.Module) -> Any:
     """The registry in which an attention module looks the function up that computes it."""
+    return _of_its_file(module, ATTENTION_FUNCTIONS, "registry")
+
+
+def rotation_of(module: nn.Module) -> Any:
+    """The function that rotates the queries and keys of an attention module: `(q, k, cos, sin) -> (q, k)`."""
+    return _of_its_file(module, ROTATING, "function")
+
+
+def _of_its_file(module: nn.Module, name: str, what: str) -> Any:
     files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__]
-    found = next((names[ATTENTION_FUNCTIONS] for names in files if ATTENTION_FUNCTIONS in names), None)
+    found = next((names[name] for names in files if name in names), None)
     if found is None:
-        raise UpstreamError(f"the file of {type(module).__name__}", f"registry {ATTENTION_FUNCTIONS}", ())
+        raise UpstreamError(f"the file of {type(module).__name__}", f"{what} {name}", ())
     return found
+
+
+def splitting_of(module: nn.Module) -> Any:
+    """The method that reads q, k and v in a fused projection; `None` in families that have no function for it."""
+    name = SPLITTING.get(attribute(attribute(module, "config"), "model_type"))
+    return None if name is None else attribute(module, name)
 
 
 def eager_forward(module: nn.Module) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.upstream import POSITIONS
-from transformer_lens.model_bridge.verification import decoding, runs, texts, values
+from transformer_lens.model_bridge.verification import decoding, runs, values
 from transformer_lens.model_bridge.verification.evidence import ROUNDINGS, Evidence, undisturbed
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
 
@@ -62,16 +62,16 @@ def _no_fixed_cache(e: Evidence) -> str:
 def _one_text_at_a_time(e: Evidence) -> str:
     config: Any = e.bridge.original_model.config
     alone = "head" in e.components and config.pad_token_id is None
-    return f"{e.bridge.cfg.architecture} without a padding token takes one text at a time" if alone else ""
+    return f"{e.bridge.cfg.architecture} without a padding token takes one text at a time" if alone else _no_cache(e)
 
 
 def _no_positions(e: Evidence) -> str:
-    fixed = "head" in e.components and not e.takes(*POSITIONS.names)
+    fixed = "head" in e.components and e.parameters.keys().isdisjoint(POSITIONS.names)
     return f"{e.bridge.cfg.architecture} takes no position ids" if fixed else ""
 
 
 def _no_next_token(e: Evidence) -> str:
-    return "" if "unembed" in e.components else f"{e.bridge.cfg.architecture} predicts no next token"
+    return _no_cache(e) if "unembed" in e.components else f"{e.bridge.cfg.architecture} predicts no next token"
 
 
 CHECKS = (
@@ -118,16 +118,16 @@ CHECKS = (
         "writing",
         "with a KV cache, a write at attention has the effect that it has on paper",
         decoding.writes,
-        lambda e: _no_cache(e) or _one_text_at_a_time(e),
+        _one_text_at_a_time,
     ),
     Check("static cache", "the values of decoding with a cache of fixed size", decoding.static_cache, _no_fixed_cache),
     Check(
         "generation",
         "generated tokens are Hugging Face's, and hook.generation counts the forwards and positions",
-        texts.generation,
-        lambda e: _no_next_token(e) or _no_cache(e),
+        runs.generation,
+        _no_next_token,
     ),
-    Check("left padding", "behind padding, a text shows what it shows by itself", texts.left_padding, _no_positions),
+    Check("left padding", "behind padding, a text shows what it shows by itself", runs.left_padding, _no_positions),
 )
 
 

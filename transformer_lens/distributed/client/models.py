@@ -1,4 +1,4 @@
-"""Falcon and Mixtral whose blocks run elsewhere: embeddings, final norm and head are here, in the family's own code."""
+"""Models whose blocks run elsewhere: embeddings, final norm and head are here, in the family's own code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import FalconForCausalLM, FalconModel, MixtralForCausalLM, MixtralModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, FalconForCausalLM, MixtralForCausalLM
 
 from transformer_lens.distributed.client.lm_head import LMHead
-from transformer_lens.distributed.client.prompted_call import ModelCall, PromptedCall, with_prompts
-from transformer_lens.distributed.client.prompts import PromptFacts, TrainedPrompts
-from transformer_lens.distributed.client.remote_block import Pass, RemoteBlock, passing
-from transformer_lens.distributed.client.remote_cache import RemoteText, remote_text
+from transformer_lens.distributed.client.prompts import ModelCall, PromptFacts, TrainedPrompts, with_prompts
+from transformer_lens.distributed.client.remote_cache import remote_text
+from transformer_lens.distributed.client.remote_call import Pass, RemoteBlock, passing
 from transformer_lens.distributed.client.route import Route
 from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.client.swarm import Swarm
@@ -25,6 +24,7 @@ from transformer_lens.distributed.protocol.configs import (
     DistributedConfig,
     DistributedFalconConfig,
     DistributedMixtralConfig,
+    config_class,
     config_with,
     of_files,
     one_dtype,
@@ -46,6 +46,8 @@ INSTEAD = {
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
 """What transformers would collect inside the blocks, and how to ask for it here."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""What checkpoints call the head, which is not always what the installed release calls it."""
 
 
 class RemoteBlocks:
@@ -59,7 +61,6 @@ class RemoteBlocks:
     prompts: TrainedPrompts | None
 
     def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
-        """Put a `RemoteBlock` in each block's place."""
         self.route = Route(self.config.num_hidden_layers, self.config)
         self.arguments = arguments_of(self.config.base_class)
         blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
@@ -80,7 +81,11 @@ class RemoteBlocks:
         cache = given[CACHE]
         text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
         call = with_prompts(self, given, text)
-        with passing(self._pass(call, text)):
+        use_cache = self.arguments.value(USE_CACHE, call.args, call.kwargs)
+        use_cache = text is not None or bool(self.config.use_cache if use_cache is None else use_cache)
+        tensors = {"mask": call.mask, "position_ids": call.position_ids}
+        sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
+        with passing(Pass(self.route, sent, use_cache, text, call.edits)):
             output = super().forward(*call.args, **call.kwargs)  # type: ignore[misc]
         if text is not None:
             text.advance(output[0].shape[1], call.ahead)
@@ -109,28 +114,13 @@ class RemoteBlocks:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
 
-    def _pass(self, call: PromptedCall, text: RemoteText | None) -> Pass:
-        tensors = {"mask": call.mask, "position_ids": call.position_ids}
-        use_cache = text is not None or self.arguments.value(USE_CACHE, call.args, call.kwargs)
-        sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
-        use_cache = self.config.use_cache if use_cache is None else bool(use_cache)
-        return Pass(self.route, sent, use_cache, text, call.edits)
-
-
-class DistributedFalconModel(RemoteBlocks, FalconModel):
-    """Falcon without its head, over remote blocks."""
-
-
-class DistributedMixtralModel(RemoteBlocks, MixtralModel):
-    """Mixtral without its head, over remote blocks."""
-
 
 class DistributedCausalLM:
-    """What the two causal models share: blocks that are placed, loading in part, servers, trained prompts.
+    """What the causal models share: blocks that are placed, loading in part, servers, trained prompts.
 
     It is a context manager that closes itself.
 
-    >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+    >>> from transformer_lens.distributed import LocalSpan
     >>> spans = [LocalSpan("tiny-falcon", range(0, 4))]
     >>> with AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans) as model:
     ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
@@ -143,7 +133,13 @@ class DistributedCausalLM:
     """What `from_pretrained` made of `initial_peers`, to be closed with the model."""
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]
+    """The family's model without its head, over remote blocks."""
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        base = cls.config_class.base_class
+        cls.remote_base = type(f"Distributed{base.__name__}", (RemoteBlocks, base), {"__module__": __name__})
 
     def __init__(self, config: DistributedConfig) -> None:
         here: Any = config
@@ -201,10 +197,20 @@ class DistributedCausalLM:
         part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) is None, **of_files(options))
         how = {"dtype": dtype, "attn_implementation": attn_implementation}
         load = super().from_pretrained  # type: ignore[misc]
-        model = filled(load, config, part.tensors, f"{name}: its weights outside the blocks", **how)
+        head = next(iter(attribute(cls, "_tied_weights_keys")))
+        tensors = {head if place in HEADS else place: tensor for place, tensor in part.tensors.items()}
+        model = filled(load, config, tensors, f"{name}: its weights outside the blocks", **how)
         model.read = part
         model._freeze()
-        model._connect_as_given(spans)
+        if not isinstance(spans, Sequence) or spans:
+            model.connect(spans)
+        elif config.initial_peers:
+            with ExitStack() as stack:
+                swarm = Swarm(config)
+                stack.callback(swarm.close)
+                model.connect(swarm)
+                model._swarm = swarm
+                stack.pop_all()
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -220,7 +226,7 @@ class DistributedCausalLM:
     def route(self) -> Route:
         """Where the blocks run; `route.recoveries` lists the failures that were repaired.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> from transformer_lens.distributed import LocalSpan
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
         >>> list(model.route.recoveries)
@@ -232,7 +238,7 @@ class DistributedCausalLM:
     def connect(self, spans: Sequence[Span] | SpanSource) -> None:
         """Run the blocks on these spans, or on those that a source finds.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan
+        >>> from transformer_lens.distributed import LocalSpan
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
 
@@ -240,33 +246,11 @@ class DistributedCausalLM:
         blocks, width, dtype or attention); then what was connected stays. A source's servers that do not fit are
         logged and never used. Spans and sources belong to the caller, who closes them.
         """
-        config = self.config
-        expected = {
-            "dht_prefix": config.dht_prefix,
-            "model_type": config.model_type,
-            "n_layers": config.num_hidden_layers,
-            "d_model": config.hidden_size,
-            "dtype": str(self.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
-            "attn_implementation": str(config._attn_implementation),
-        }
-        self.route.connect(spans, expected)
-
-    def _connect_as_given(self, spans: Sequence[Span] | SpanSource) -> None:
-        """Use these spans, else the swarm that `initial_peers` lead to, if any."""
-        if not isinstance(spans, Sequence) or spans:
-            self.connect(spans)
-        elif self.config.initial_peers:
-            with ExitStack() as stack:
-                swarm = Swarm(self.config)
-                stack.callback(swarm.close)
-                self.connect(swarm)
-                self._swarm = swarm
-                stack.pop_all()
+        self.route.connect(spans, self.config.facts(self))
 
     def close(self) -> None:
         """Close the sessions of texts that are gone and leave the swarm of `initial_peers`; `connect` begins anew.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.close()
         """
@@ -300,7 +284,6 @@ class DistributedCausalLM:
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
         """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
 
-        >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
         >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
         >>> import pathlib, tempfile
@@ -326,21 +309,30 @@ class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):
     """A Falcon whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
 
     config_class = DistributedFalconConfig
-    remote_base = DistributedFalconModel
 
 
 class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
     """A Mixtral whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
 
     config_class = DistributedMixtralConfig
-    remote_base = DistributedMixtralModel
 
 
-MODELS: dict[str, type[DistributedCausalLM]] = {
-    "falcon": DistributedFalconForCausalLM,
-    "mixtral": DistributedMixtralForCausalLM,
-}
-"""`model_type` -> its distributed causal model."""
+MODELS: dict[str, type[Any]] = {"falcon": DistributedFalconForCausalLM, "mixtral": DistributedMixtralForCausalLM}
+"""`model_type` -> its distributed causal model, as far as it was made."""
+
+
+def causal_lm_class(model_type: str) -> type[Any]:
+    """The distributed causal model of a family, made of its adapter when it is first asked for.
+
+    >>> causal_lm_class("llama").__name__
+    'DistributedLlamaForCausalLM'
+    """
+    if model_type not in MODELS:
+        kind = config_class(model_type)
+        plain = MODEL_FOR_CAUSAL_LM_MAPPING[kind.base_class.config_class]
+        says = {"config_class": kind, "__module__": __name__, "__doc__": f"`{plain.__name__}` over remote blocks."}
+        MODELS[model_type] = type(f"Distributed{plain.__name__}", (DistributedCausalLM, plain), says)
+    return MODELS[model_type]
 
 
 class AutoDistributedModelForCausalLM:
@@ -358,6 +350,6 @@ class AutoDistributedModelForCausalLM:
         if config is None:
             config = config_with(AutoDistributedConfig, pretrained_model_name_or_path, options)
             options = of_files(options)
-        return MODELS[config.model_type].from_pretrained(
+        return causal_lm_class(config.model_type).from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
         )

@@ -1,12 +1,14 @@
 """Trained prompts: embeddings in front of the text, and what each block's input gains at their positions.
 
-They are all that trains. Servers are sent them as `add` edits, so they need to know nothing of them.
+They are all that trains. Servers are sent them as `add` edits, so they need to know nothing of them. They go in front
+where no cache holds positions yet; outside the model only the text's positions are counted.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.protocol.edits import Edit
+from transformer_lens.model_bridge import BlockElsewhere
+from transformer_lens.model_bridge.upstream import EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 
 FORMAT = "transformer_lens.trained_prompts.1"
 
@@ -147,14 +152,8 @@ class TrainedPrompts(nn.Module):
             raise ValueError(f"{path}: {', '.join(bad)} holds values that are not finite numbers; train them again")
         names = (found["dht_prefix"], found["model_type"], found["tuning_mode"])
         prompts = cls(PromptFacts(*names, pre_seq_len, d_model, n_layers))
-        prompts.copy_from(values)
+        prompts.load_state_dict(values)
         return prompts
-
-    @torch.no_grad()
-    def copy_from(self, values: dict[str, Tensor]) -> None:
-        """Take these values, by the names of the parameters; what an optimizer holds stays the same tensors."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(values[name])
 
     def take(self, other: TrainedPrompts, path: str | os.PathLike[str]) -> None:
         """Take another's values. Raises `ValueError`, and changes nothing, where they are another model's."""
@@ -165,4 +164,107 @@ class TrainedPrompts(nn.Module):
                 f"{path}: these prompts were trained on something else: {'; '.join(differing)}; load the model that "
                 "they belong to, with their tuning_mode, pre_seq_len and dht_prefix"
             )
-        self.copy_from(dict(other.named_parameters()))
+        self.load_state_dict(other.state_dict())  # in place: what an optimizer holds stays the same tensors
+
+
+# -- one forward of a model with prompts -----------------------------------------------------------------
+
+
+def mask_in_front(mask: Tensor | None, count: int) -> Tensor | None:
+    """A mask of the text with `count` columns of ones in front: prompts are attended to, also before left padding.
+
+    >>> mask_in_front(torch.tensor([[0, 1, 1]]), 2)
+    tensor([[1, 1, 0, 1, 1]])
+    """
+    return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
+
+
+def positions_in_front(positions: Tensor | None, mask: Tensor | None, count: int, first: bool) -> Tensor | None:
+    """Positions of the text, counted on from those of the prompts, which are theirs in front where it is the `first`.
+
+    >>> positions_in_front(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]), 2, first=True)
+    tensor([[0, 1, 0, 2, 3]])
+
+    They are what transformers and the bridge count from a mask that has the prompts: first those, then each row's
+    tokens. Padding between the two, which nobody attends to, keeps the position it came with.
+    """
+    if positions is None:
+        return None
+    real = 1 if mask is None else mask[:, -positions.shape[-1] :] != 0
+    after = positions + count * real
+    if not first:
+        return after
+    ahead = torch.arange(count).to(positions)
+    return torch.cat([ahead.expand(len(after), -1), after], dim=-1)
+
+
+@dataclass(frozen=True)
+class PromptedCall:
+    """One forward of a base model: what its own code is given, and what the servers are."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    mask: Tensor | None
+    position_ids: Tensor | None
+    ahead: int = 0
+    """Positions in front of the text's, here and in what comes out."""
+    edits: Sequence[Edit] = ()
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One forward of a base model as it came; the model takes its arguments after the first by name."""
+
+    arguments: Arguments
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __getitem__(self, word: Word) -> Any:
+        return self.arguments.value(word, self.args, self.kwargs)
+
+    def check(self, given: Tensor, held: int) -> None:
+        """Raise `ValueError` for a mask or positions that are not those of the text."""
+        if given.ndim < 2:
+            raise ValueError(f"input_ids: got shape {list(given.shape)}, expected [batch, pos]")
+        rows, new = given.shape[:2]
+        expected = {MASK: [[rows, held + new]], POSITIONS: [[rows, new], [1, new]]}
+        for word, shapes in expected.items():
+            passed = self[word]
+            if passed is not None and list(passed.shape) not in shapes:
+                raise ValueError(
+                    f"{self.arguments.name(word)}: got shape {list(passed.shape)}, expected {shapes[0]}, of the text "
+                    "alone; what trained prompts need is added"
+                )
+
+
+def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> PromptedCall:
+    """The call of a base model with its prompts, where it has any: it begins with them, or goes on behind them."""
+    tokens, embeddings, mask, positions = (call[word] for word in (TOKENS, EMBEDDINGS, MASK, POSITIONS))
+    plain, prompts = PromptedCall(call.args, call.kwargs, mask, positions), model.prompts
+    if prompts is None or (tokens is None) == (embeddings is None):  # the latter is the family's to refuse
+        return plain
+    given = tokens if embeddings is None else embeddings
+    call.check(given, 0 if text is None else text.length - text.ahead)
+    if text is not None and text.length:
+        # The model's own code is told nothing of the prompts: of what it computes of positions, nothing is used.
+        positions = positions_in_front(positions, mask, text.ahead, first=False)
+        return replace(plain, mask=mask_in_front(mask, text.ahead), position_ids=positions)
+    count, new, longest = prompts.facts.pre_seq_len, given.shape[1], model.config.max_position_embeddings
+    if not BlockElsewhere.begins_at_embedding():  # the stream at a later block, which holds their positions already
+        if new <= count:
+            raise ValueError(
+                f"start_at_layer: got a stream of {new} positions, and with trained prompts it holds {count} for them "
+                "and then those of the text, as stop_at_layer and hook_resid_pre give it"
+            )
+        return replace(plain, ahead=count, edits=prompts.edits(model.dtype))
+    if count + new > longest:
+        raise ValueError(
+            f"{count} trained prompts and {new} tokens are {count + new} positions, and this model has {longest}; "
+            f"give it at most {longest - count} tokens"
+        )
+    embeddings = model.get_input_embeddings()(tokens) if embeddings is None else embeddings
+    positions = positions_in_front(positions, mask, count, first=True)
+    mask = mask_in_front(mask, count)
+    named = {TOKENS: None, EMBEDDINGS: prompts.in_front(embeddings), MASK: mask, POSITIONS: positions}
+    kwargs = {**call.kwargs, **call.arguments.named(named)}
+    return PromptedCall((), kwargs, mask, positions, count, prompts.edits(embeddings.dtype))

@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from transformer_lens.distributed.client.request_parts import check_forward, part_of
 from transformer_lens.distributed.client.route import Leg, Route, Tries
-from transformer_lens.distributed.client.spans import Span, SpanSource
+from transformer_lens.distributed.client.spans import Span, SpanSource, part_of
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError
 
 
@@ -161,7 +160,7 @@ class RemoteText:
             step = replace(stretch.step(segment.done), session=segment.session)
             part = part_of(step, segment.leg.first, segment.leg.end, {"stream": segment.streams[segment.done]})
             try:
-                reply = tries.ask(segment.leg.span, part.request, check_forward)
+                reply = tries.ask(segment.leg.span, part.request)
             except SpanError as error:
                 if "held" not in error.info:
                     raise
@@ -236,11 +235,9 @@ class RemoteLayer(CacheLayerMixin):
         return self.text.length - self.text.ahead
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -275,12 +272,3 @@ def remote_text(cache: Any, route: Route, n_layers: int) -> RemoteText:
     text = RemoteText(route)
     cache.layers = [RemoteLayer(text, first=not layer) for layer in range(n_layers)]
     return text
-
-
-def refuse_gradients(tensors: list[Tensor]) -> None:
-    """Raise `ValueError` where a gradient would be lost in silence."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            "past_key_values: no gradient comes back through keys and values on servers; call inside torch.no_grad(), "
-            "or on the whole text without past_key_values"
-        )

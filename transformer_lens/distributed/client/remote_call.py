@@ -1,25 +1,30 @@
-"""One call of a stretch of remote blocks: what is sent, what its hooks are given, and how gradients go through it."""
+"""`RemoteBlock` stands where a block is; one call goes out for each stretch between two places with work to do here.
+
+A `StretchCall` says what is sent, what its hooks are given, and how gradients go through it.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from transformer_lens.distributed.client.remote_cache import RemoteText, refuse_gradients
-from transformer_lens.distributed.client.request_parts import check_backward, check_forward, part_of
+from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.client.route import Route, Tries
+from transformer_lens.distributed.client.spans import part_of
 from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import EDITS, Action, Reply, Request, SpanError
-from transformer_lens.hook_points import Capture, HookEntry
-from transformer_lens.model_bridge import HookRequest
+from transformer_lens.hook_points import Capture, HookEntry, HookPoint
+from transformer_lens.model_bridge import BlockElsewhere, HookRequest
 
 
 def action_of(request: HookRequest) -> Action:
-    """A hook as what a server can do."""
     fn = request.entry.fn
     if isinstance(fn, Edit):
         number = fn.value if isinstance(fn.value, float) else None
@@ -71,14 +76,14 @@ class StretchCall:
         values = self.values()
         self.kept = [n for n, action in enumerate(self.request.actions) if action.do == "keep"]
         backward = any(action.do == "gradient" for action in self.request.actions)
-        needed = torch.is_grad_enabled() and (
-            backward or any(tensor.requires_grad for tensor in (stream, *values.values()))
-        )
+        flows = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (stream, *values.values()))
         outputs: tuple[Tensor, ...]
-        if self.text is not None:
-            refuse_gradients([stream, *values.values()])
-            outputs = self.forward(stream, list(values.values()), grad=False)
-        elif needed:
+        if self.text is not None and flows:
+            raise ValueError(
+                "past_key_values: no gradient comes back through keys and values on servers; call inside "
+                "torch.no_grad(), or on the whole text without past_key_values"
+            )
+        if self.text is None and (flows or (backward and torch.is_grad_enabled())):
             # As through local blocks, whose parameters require one, a gradient can be asked for at any hook.
             begin = stream if stream.requires_grad else stream.detach().requires_grad_(backward)
             outputs = _Through.apply(self, begin, *values.values())  # type: ignore[no-untyped-call]
@@ -146,7 +151,7 @@ def forward(route: Route, request: Request) -> Reply:
     while at < request.end:
         leg = tries.legs(at, request.end)[0]
         part = part_of(request, leg.first, leg.end, {"stream": stream})
-        reply = tries.ask(leg.span, part.request, check_forward)
+        reply = tries.ask(leg.span, part.request)
         if reply is not None:
             part.add_to(whole, reply)
             stream, at = reply.tensors["stream"], leg.end
@@ -168,15 +173,15 @@ def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Re
         unknown = next((leg for leg in legs[:-1] if leg.end not in streams), None)
         if unknown is not None:
             part = part_of(request, unknown.first, unknown.end, {"stream": streams[unknown.first]})
-            reply = tries.ask(unknown.span, part.request, check_forward)
+            reply = tries.ask(unknown.span, part.request)
             if reply is not None:
                 streams[unknown.end] = reply.tensors["stream"]
             continue
         leg = legs[-1]
         back = replace(request, kind="backward", tensors={**request.tensors, **gradients})
         part = part_of(back, leg.first, end, {"stream": streams[leg.first]})
-        if part.has_gradients():
-            reply = tries.ask(leg.span, part.request, check_backward)
+        if any(name.startswith("grad.") for name in part.request.tensors):
+            reply = tries.ask(leg.span, part.request)
             if reply is None:
                 continue
             part.add_to(whole, reply)
@@ -207,3 +212,107 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         stream, *values = ctx.saved_tensors
         return (None, *ctx.call.backward(stream, values, gradients))
+
+
+# -- blocks -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pass:
+    """One forward of a model: what the servers have to know of it, and how many blocks are done."""
+
+    route: Route
+    tensors: dict[str, Tensor]
+    use_cache: bool
+    text: RemoteText | None
+    edits: Sequence[Edit] = ()
+    """What trained prompts add to the input of each block."""
+    done: int = 0
+
+    def prompts_at(self, layer: int) -> list[HookRequest]:
+        """The same as hooks that wait at a block's input."""
+        name = f"blocks.{layer}.hook_resid_pre"
+        return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
+
+
+_passes = threading.local()
+"""`stack`: the forwards that a thread is in, the innermost last."""
+
+
+@contextmanager
+def passing(current: Pass) -> Iterator[None]:
+    """The forward of a model that this thread is in, for its blocks to find."""
+    stack: list[Pass] = vars(_passes).setdefault("stack", [])
+    stack.append(current)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+class RemoteBlock(BlockElsewhere):
+    """Stands where a block is that a server runs. The first of a stretch sends the call, the others hand on."""
+
+    blocks: Any
+    """All blocks of the model, this one among them."""
+
+    def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.route = route
+        self.__dict__["blocks"] = blocks  # not a submodule: it holds this one
+        self.returns_tuple = returns_tuple
+
+    def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
+        """Why a hook cannot work inside this block; `None` if it can."""
+        return refusal(name, entry, direction)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The block on the stream with its prompts: they are there before any torch hook of this module sees it."""
+        current = self._current()
+        if current is not None and self.layer >= current.done:
+            for prompt in current.prompts_at(self.layer):
+                hidden_states = prompt.entry.fn(hidden_states, hook=prompt.point)
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
+        """A hook that multiplies by a value, or sets it, in servers too."""
+        return Edit(operation, value)
+
+    def _current(self) -> Pass | None:
+        """The forward that this thread is in, if it is one of this model."""
+        stack: list[Pass] = vars(_passes).get("stack", [])
+        return stack[-1] if stack and stack[-1].route is self.route else None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The stream after this block, or as it is where an earlier call went through this block."""
+        current = self._current()
+        if current is None:
+            raise ValueError(f"block {self.layer} runs on another machine; call the model, not its block")
+        if self.layer >= current.done:
+            legs = self.route if current.text is None else current.text
+            end = self._end_of_stretch(legs.end_of_leg(self.layer))
+            hooks = self.requests()  # what its prompts add is in the stream
+            for block in list(self.blocks)[self.layer + 1 : end]:
+                hooks += [*current.prompts_at(block.layer), *block.requests()]
+            request = Request(
+                "forward" if current.text is None else "step",
+                self.layer,
+                end,
+                actions=[action_of(hook) for hook in hooks],
+                use_cache=current.use_cache,
+                tensors=current.tensors,
+            )
+            hidden_states = StretchCall(self.route, request, hooks, text=current.text).run(hidden_states)
+            current.done = end
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+    def _end_of_stretch(self, end: int) -> int:
+        """Where this call ends: with a server's blocks, or where torch hooks, of whoever, wait at a block's edge."""
+        block: RemoteBlock
+        for block in list(self.blocks)[self.layer : end]:
+            if block.layer > self.layer and (block._forward_pre_hooks or block._backward_hooks):
+                return block.layer
+            if block._forward_hooks or block._backward_hooks or block._backward_pre_hooks:
+                return block.layer + 1
+        return end

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path
-from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask
+from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask, check_answer
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,18 @@ class Route:
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
         trial.source, trial.expected, trial.health = source, expected, self.health.anew()
         if isinstance(spans, Sequence):
-            trial.check_all(spans)
+            missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
+            if missing:
+                raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
+            for span in spans:
+                misfit = trial.misfit(span, self.settings.request_timeout)
+                if misfit:
+                    raise ValueError(misfit)
         else:
-            trial.check_path()
+            try:
+                Tries(trial, "search for servers", 0, self.n_layers, waits=False).legs(0, self.n_layers)
+            except SpanError as error:
+                raise ValueError(f"these spans cannot be used: {error}") from error
         self.source, self.expected, self.health = source, expected, trial.health
         self._looked_at = trial._looked_at
 
@@ -113,24 +122,6 @@ class Route:
                     self.health.failed(span.peer)
 
     # -- who is there ----------------------------------------------------------------------------------
-
-    def check_all(self, spans: Sequence[Span]) -> None:
-        """Raise `ValueError` unless these are spans of the model for all blocks."""
-        missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
-        if missing:
-            raise ValueError(f"no span has the blocks {missing} of {self.n_layers}; give spans for all of them")
-        for span in spans:
-            misfit = self.misfit(span, self.settings.request_timeout)
-            if misfit:
-                raise ValueError(misfit)
-
-    def check_path(self) -> None:
-        """Raise `ValueError` unless there is a way through all blocks."""
-        tries = Tries(self, "search for servers", 0, self.n_layers, waits=False)
-        try:
-            tries.legs(0, self.n_layers)
-        except SpanError as error:
-            raise ValueError(f"these spans cannot be used: {error}") from error
 
     def misfit(self, span: Span, timeout: float) -> str:
         """Why a span's server cannot be used, empty if it can. It is asked once, and again after a failure."""
@@ -213,8 +204,8 @@ class Tries:
 
     def __init__(self, route: Route, kind: str, first: int, end: int, waits: bool = True) -> None:
         self.route = route
-        self.kind = kind
-        self.blocks = range(first, end)
+        self.kind, self.blocks = kind, range(first, end)
+        self.name = f"{kind} of blocks {first} to {end}"
         self.waits = waits
         self.failures: list[tuple[str, str]] = []
         """Who failed, and what was said."""
@@ -231,7 +222,7 @@ class Tries:
         self._excused: set[str] = set()
         """Who is asked in spite of a ban, since nobody else is there."""
 
-    def ask(self, span: Span, request: Request, check: Callable[[Request, Reply], None]) -> Reply | None:
+    def ask(self, span: Span, request: Request) -> Reply | None:
         """A server's answer, or `None` if there was none and another one has to be found.
 
         Raises `SpanError` where a server refuses for a reason that others would have too, and when all was tried.
@@ -239,7 +230,7 @@ class Tries:
         timeout = self._timeout()
         try:
             reply = ask(span, request, timeout=timeout)
-            check(request, reply)
+            check_answer(request, reply)
         except SpanError as error:
             if not isinstance(error, SpanUnreachable) and not error.info.get("retry"):
                 raise
@@ -268,7 +259,7 @@ class Tries:
         if not self.failures:
             self._first_failure = self.route.clock()
         self.failures.append((who, str(error)))
-        logger.info("%s of blocks %d to %d: %s failed: %s", self.kind, *self._ends(), who, error)
+        logger.info("%s: %s failed: %s", self.name, who, error)
 
     def _check_number(self, failures: int) -> None:
         most = self.route.health.max_retries
@@ -338,10 +329,9 @@ class Tries:
         return left
 
     def _given_up(self, why: str) -> SpanError:
-        first, end = self._ends()
         told = "; ".join(f"{peer} said: {text}" for peer, text in self.failures) or "nobody was asked"
         return SpanError(
-            f"{self.kind} of blocks {first} to {end}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
+            f"{self.name}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
             f"{told}. Nothing was changed: start a server for these blocks and make the same call again, or raise "
             "max_retries or request_timeout",
             {"tried": [peer for peer, _ in self.failures]},
@@ -355,9 +345,6 @@ class Tries:
         peers = tuple(peer for peer, _ in self.failures)
         self.route.recoveries.append(Recovery(self.kind, self.blocks, peers, seconds, self.replayed))
         logger.info(
-            "%s of blocks %d to %d: recovered in %.3f s from %s; %d steps were replayed",
-            *(self.kind, *self._ends(), seconds, ", ".join(peers), self.replayed),
+            "%s: recovered in %.3f s from %s; %d steps were replayed",
+            *(self.name, seconds, ", ".join(peers), self.replayed),
         )
-
-    def _ends(self) -> tuple[int, int]:
-        return self.blocks.start, self.blocks.stop

@@ -161,17 +161,10 @@ class Health:
         return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
 
     def anew(self) -> Health:
-        """The same settings, and nobody has failed.
-
-        >>> health = Health(clock=lambda: 0.0)
-        >>> health.failed("far")
-        >>> health.anew().banned()
-        {}
-        """
+        """The same settings, and nobody has failed."""
         return replace(self)
 
     def permits(self, peer: str) -> bool:
-        """Whether the settings let this peer be asked at all."""
         return permitted(self, peer)
 
     def failed(self, peer: str) -> None:

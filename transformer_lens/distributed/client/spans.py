@@ -1,12 +1,19 @@
-"""Spans as a client sees them: some blocks, and a way to send messages to whoever runs them."""
+"""Spans as a client sees them: some blocks, and a way to send messages to whoever runs them.
+
+A call is cut into parts, each with some of the blocks, the actions in them, and their tensors under new numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+from torch import Tensor
 
 from transformer_lens.distributed.client.routing import ServerFacts
 from transformer_lens.distributed.protocol.messages import (
+    READS,
     Limits,
     MessageError,
     Reply,
@@ -99,3 +106,72 @@ def ask(span: Span, request: Request, limits: Limits | None = None, timeout: flo
     if reply.error:
         raise SpanError(f"{where}: {printable(reply.error)}", reply.info)
     return reply
+
+
+def check_answer(request: Request, reply: Reply) -> None:
+    """Raise `SpanUnreachable` unless a reply has what this request asked for, so that nonsense counts as no answer."""
+    back, stream = request.kind == "backward", request.tensors["stream"]
+    reads = [n for n, action in enumerate(request.actions) if (action.do == "gradient") == back and action.do in READS]
+    like = {"grad.stream" if back else "stream": stream}
+    if back:  # a gradient comes back where there is one
+        like |= {f"grad.{name}": tensor for name, tensor in request.tensors.items() if name.startswith("value.")}
+        reads = [n for n in reads if f"seen.{n}" in reply.tensors]
+    known, names = {*like, *(f"seen.{n}" for n in reads)}, set(reply.tensors)
+    if names - known or not (back or known <= names):
+        told = printable(str(sorted(names)), 500)
+        raise SpanUnreachable(f"the server answered with the tensors {told}, expected {sorted(known)}")
+    if sorted(reply.turns) != reads:
+        told = printable(str(reply.turns), 500)
+        raise SpanUnreachable(f"the server answered for the hooks {told}, expected {reads}")
+    for name, tensor in like.items():
+        found = reply.tensors.get(name, tensor)
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise SpanUnreachable(
+                f"the server answered {name} as {found.dtype} {list(found.shape)}, expected {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class RequestPart:
+    """Some blocks of a call: what is asked of them, and which numbers its actions have in the whole call."""
+
+    request: Request
+    numbers: list[int]
+
+    def add_to(self, whole: Reply, reply: Reply) -> None:
+        """Note what a server answered, with the numbers of the whole call, after what is there."""
+        back = dict(enumerate(self.numbers))
+        whole.tensors.update(_renumbered(reply.tensors, back))
+        whole.turns.extend(back[turn] for turn in reply.turns)
+
+
+def part_of(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> RequestPart:
+    """The part of a call on blocks `first` to `end`, where `changed` stands for tensors of the whole.
+
+    >>> from transformer_lens.distributed.protocol.messages import Action
+    >>> look = [Action(f"blocks.{layer}.hook_resid_pre", "look") for layer in range(3)]
+    >>> part = part_of(Request("forward", 0, 3, actions=look), 1, 3, {"stream": torch.zeros(1, 2, 8)})
+    >>> [action.name for action in part.request.actions], part.numbers
+    (['blocks.1.hook_resid_pre', 'blocks.2.hook_resid_pre'], [1, 2])
+
+    An action goes with the block that its name has, so the end of one block and the beginning of the next, which are
+    the same tensor, go to different parts where the cut is between them.
+    """
+    numbers = [n for n, action in enumerate(request.actions) if first <= int(action.name.split(".")[1]) < end]
+    tensors = _renumbered(request.tensors, {old: new for new, old in enumerate(numbers)})
+    actions = [request.actions[n] for n in numbers]
+    request = replace(request, first=first, end=end, actions=actions, tensors={**tensors, **changed})
+    return RequestPart(request, numbers)
+
+
+def _renumbered(tensors: Mapping[str, Tensor], numbers: Mapping[int, int]) -> dict[str, Tensor]:
+    """Tensors under their new names: `value.3` is of action 3. Those of other actions are left out."""
+    found = {}
+    for name, tensor in tensors.items():
+        what, _, number = name.rpartition(".")
+        if not number.isdecimal():
+            found[name] = tensor
+        elif int(number) in numbers:
+            found[f"{what}.{numbers[int(number)]}"] = tensor
+    return found

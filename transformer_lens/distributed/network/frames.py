@@ -161,7 +161,6 @@ class Call:
 
     @property
     def message(self) -> bytes:
-        """The whole message, once it is here."""
         return bytes(self.received)
 
 
@@ -210,7 +209,6 @@ class Exchange:
         self._make_room(call.peer)
 
     def part(self, call: Call, offset: int) -> bytes:
-        """A piece of a call's answer."""
         assert call.answer is not None
         data = call.answer[offset : offset + self.piece]
         call.used = self.clock()

@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
-from transformer_lens.distributed.network.records import PEER
-from transformer_lens.distributed.network.signing import validator
+from transformer_lens.distributed.network.records import PEER, validator
 from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
@@ -274,17 +273,14 @@ class Node:
         with _errors_of(peer):
             while True:
                 try:
-                    frame = talk.send(await self._twice(peer, frame, until, seconds))
+                    reply = await self._once(peer, frame, until - time.monotonic(), seconds)
+                except ConnectionError as error:  # once more: the server does not compute a repeated call again
+                    logger.info("peer %s: %s; trying once more", peer, error)
+                    reply = await self._once(peer, frame, until - time.monotonic(), seconds)
+                try:
+                    frame = talk.send(reply)
                 except StopIteration as done:
                     return bytes(done.value)
-
-    async def _twice(self, peer: str, frame: bytes, until: float, seconds: float) -> bytes:
-        """A piece, once more if the connection broke: the server does not compute a repeated call again."""
-        try:
-            return await self._once(peer, frame, until - time.monotonic(), seconds)
-        except ConnectionError as error:
-            logger.info("peer %s: %s; trying once more", peer, error)
-        return await self._once(peer, frame, until - time.monotonic(), seconds)
 
     async def _once(self, peer: str, frame: bytes, left: float, seconds: float) -> bytes:
         """One unary call. Raises `ConnectionError` where it broke, `SpanUnreachable` where there is no more time."""

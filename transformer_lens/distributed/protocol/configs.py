@@ -1,6 +1,6 @@
-"""`DistributedFalconConfig` and `DistributedMixtralConfig`: a model's own config, and how a client uses servers for it.
+"""The configurations of distributed models: a family's own config, and how a client uses servers for it.
 
-Neither needs the network library. Settings of the client are not written into a saved `config.json`.
+None needs the network library. Settings of the client are not written into a saved `config.json`.
 """
 
 from __future__ import annotations
@@ -8,32 +8,147 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, FalconConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
-
-from transformer_lens.data import TINY_MODELS, tiny_model_path
-from transformer_lens.distributed.protocol.settings import (
-    CLIENT_SETTINGS,
-    ClientSettings,
-    HeadSettings,
-    PromptSettings,
-    check_settings,
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    FalconConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+
+from transformer_lens.checks import is_one_of
+from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, spelled
 
 logger = logging.getLogger(__name__)
 
 Name = str | os.PathLike[str]
+POSITIONAL = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+"""What transformers takes after the name, in its order."""
+FILE_OPTIONS = (*POSITIONAL, "proxies", "subfolder", "trust_remote_code")
 COLLECTED = ("output_hidden_states", "output_attentions")
 
 
-class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
-    """What the two configurations share: loading by name, the prefix of the blocks, saving without the client."""
+# -- settings ------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class ClientSettings:
+    """How a client finds and uses servers. Times are in seconds. None of this is written into a saved config."""
+
+    initial_peers: Sequence[str] = ()
+    """Addresses of peers to start from. Empty: none; never a public swarm."""
+    dht_prefix: str | None = None
+    """The name under which servers announce this model's blocks; `None`: from the model's name."""
+    daemon_startup_timeout: float = 60
+    show_route: bool | str = "inference"
+    """When to log which servers were chosen: always, never, or in inference alone."""
+    allowed_servers: Sequence[str] | None = None
+    blocked_servers: Sequence[str] | None = None
+    connect_timeout: float = 5
+    request_timeout: float = 180
+    update_period: float = 60
+    max_retries: int = 5
+    min_backoff: float = 1
+    max_backoff: float = 60
+    ban_timeout: float = 15
+    active_adapter: str | None = None
+    max_pinged: int = 3
+    ping_timeout: float = 2
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class ModelSettings:
+    """Trained prompts in front of the text, and how the LM head is computed on the client."""
+
+    pre_seq_len: int = 0
+    tuning_mode: str | None = None
+    use_chunked_forward: bool | str = "auto"
+    chunked_forward_step: int = 16384
+
+
+CLIENT_SETTINGS: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings))
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _is_count(least: int, value: Any) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_list(value: Any) -> bool:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return several and all(isinstance(one, str) and one for one in value)
+
+
+COUNTS = {"max_retries": 0, "max_pinged": 1, "pre_seq_len": 0, "chunked_forward_step": 1}
+"""Whole numbers, and the least each may be."""
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "show_route": (True, False, "inference"),
+    "tuning_mode": (None, "ptune", "deep_ptune"),
+    "use_chunked_forward": (True, False, "auto"),
+}
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        (field.name for field in fields(ClientSettings) if field.type == "float"),
+        (_is_time, "a time in seconds, above 0 and finite"),
+    ),
+    **{name: (partial(_is_count, least), f"a whole number, at least {least}") for name, least in COUNTS.items()},
+    "initial_peers": (_is_list, "a list of strings"),
+    **dict.fromkeys(
+        ("allowed_servers", "blocked_servers"), (lambda v: v is None or _is_list(v), "a list of strings or None")
+    ),
+    **{
+        name: (partial(is_one_of, options=allowed), f"one of {', '.join(map(repr, allowed))}")
+        for name, allowed in CHOICES.items()
+    },
+}
+"""What each setting may hold."""
+
+
+def check_settings(config: Any) -> None:
+    """Raise `ValueError` or `TypeError` for the first setting that does not fit.
+
+    >>> check_settings(ClientSettings(max_retries=-1))
+    Traceback (most recent call last):
+    ...
+    ValueError: max_retries: got -1, expected a whole number, at least 0
+    """
+    here, prefix = vars(config), config.dht_prefix
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"dht_prefix: got {type(prefix).__name__}, expected a str or None")
+    if prefix is not None and (not prefix or "." in prefix or any(letter.isspace() for letter in prefix)):
+        raise ValueError(
+            f"dht_prefix: got {prefix!r}, expected a name without '.' and blanks, which separate the uids of blocks; "
+            "write '-' instead"
+        )
+    for name, (fits, expected) in RULES.items():
+        if name in here and not fits(here[name]):
+            kind = TypeError if "list" in expected else ValueError
+            raise kind(f"{name}: got {here[name]!r}, expected {expected}")
+    if config.min_backoff > config.max_backoff:
+        raise ValueError(f"min_backoff: got {config.min_backoff}, expected at most max_backoff, {config.max_backoff}")
+    if here.get("tuning_mode") is not None and not here["pre_seq_len"]:
+        raise ValueError(f"tuning_mode={here['tuning_mode']!r} trains pre_seq_len prompts, and pre_seq_len is 0")
+
+
+# -- configurations ------------------------------------------------------------------------------------
+
+
+class DistributedConfig(ClientSettings, ModelSettings):
+    """What the configurations share: loading by name, the prefix of the blocks, saving without the client."""
 
     block_prefix: ClassVar[str]
     """Where the blocks are in the model: a block is the module `{block_prefix}.{layer}`."""
@@ -51,7 +166,7 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     """What is random in its blocks in training."""
     returns_tuple: ClassVar[bool]
     """Whether its blocks return their stream as the first item of a tuple."""
-    full_name_in_prefix: ClassVar[bool]
+    full_name_in_prefix: ClassVar[bool] = True
     """Whether the prefix keeps the owner of a hub name."""
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -75,7 +190,6 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     ) -> Any:
         """The config of a hub name or a directory, with any setting as a keyword.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig
         >>> config = DistributedFalconConfig.from_pretrained("tiny-falcon", request_timeout=30)
         >>> config.dht_prefix, config.request_timeout
         ('tiny-falcon', 30)
@@ -88,7 +202,11 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
         source = source_of(name)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
         written, _ = PreTrainedConfig.get_config_dict(source, **of_files(kwargs))
-        _refuse_other_family(cls, name, written)
+        if (kind := written.get("model_type")) != cls.model_type:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{name}: its model_type is {json.dumps(kind)}, and {cls.__name__} is for "
+                f"{cls.model_type!r}; AutoDistributedConfig chooses by itself"  # type: ignore[attr-defined]
+            )
         if dht_prefix is None:
             dht_prefix = written.get("dht_prefix") if _is_local(source) else None
         if dht_prefix is None:
@@ -117,7 +235,6 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     def prefix_of(cls, name: Name) -> str:
         """The prefix of a hub name. Raises `ValueError` for a local directory, whose name says nothing of the model.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig, DistributedMixtralConfig
         >>> DistributedFalconConfig.prefix_of("tiiuae/falcon-180B")
         'falcon-180B'
         >>> DistributedMixtralConfig.prefix_of("mistralai/Mixtral-8x7B-v0.1")
@@ -135,13 +252,23 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
     def block_uid(self, layer: int) -> str:
         """The name under which a block is announced.
 
-        >>> from transformer_lens.distributed import DistributedFalconConfig
         >>> DistributedFalconConfig.from_pretrained("tiny-falcon").block_uid(2)
         'tiny-falcon.2'
         """
         if self.dht_prefix is None:
             raise ValueError("this config has no dht_prefix; load it by name, or pass dht_prefix='...'")
         return f"{self.dht_prefix}.{layer}"
+
+    def facts(self, model: Any) -> dict[str, Any]:
+        """What a client's model and that of its servers have to agree on."""
+        return {
+            "dht_prefix": self.dht_prefix,
+            "model_type": self.model_type,  # type: ignore[attr-defined]
+            "n_layers": self.num_hidden_layers,  # type: ignore[attr-defined]
+            "d_model": self.hidden_size,  # type: ignore[attr-defined]
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": str(model.config._attn_implementation),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, without the settings of the client: what is saved."""
@@ -150,10 +277,16 @@ class DistributedConfig(ClientSettings, PromptSettings, HeadSettings):
 
 
 def made_from_adapter(kind: type[Any]) -> type[Any]:
-    """Fill in what the family's adapter and its own model say: where the blocks are, and what is around them."""
-    plain = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
+    """Fill in what the family's adapter and its own model say: where the blocks are, and what is around them.
+
+    Raises `ValueError` for a family without an adapter, and for one that adds positions to the stream itself: a model
+    that has some of its blocks alone would add them once more.
+    """
+    plain: Any = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
     config = plain(num_hidden_layers=1)
     adapter = adapter_for(config)
+    if "pos_embed" in adapter.outside():
+        raise ValueError(f"{plain.model_type} adds positions in front of its blocks, and cannot run over servers")
     with torch.device("meta"):
         model = MODEL_MAPPING[plain](config)
     part, ends = adapter.block(0), [adapter.outside()[role].at for role in ("embed", "ln_final")]
@@ -187,16 +320,31 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
     (1, 4)
     """
 
-    full_name_in_prefix: ClassVar[bool] = True
-
     @property
     def num_key_value_groups(self) -> int:
         """Always 1, as Petals documents it for Mixtral; `query_heads_per_key` is the true number."""
         return 1
 
 
-CONFIGS: dict[str, type[DistributedConfig]] = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
-"""`model_type` -> its distributed config."""
+CONFIGS: dict[str, type[Any]] = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
+"""`model_type` -> its distributed config, as far as it was made."""
+
+
+def config_class(model_type: Any) -> type[Any]:
+    """The distributed config of a family, made of its adapter when it is first asked for.
+
+    >>> config_class("llama")().block_prefix
+    'model.layers'
+
+    Raises `ValueError` for a family that has none.
+    """
+    if model_type not in CONFIGS:
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(f"model_type {model_type!r} is not one that transformers knows")
+        plain = CONFIG_MAPPING[model_type]
+        says = {"__module__": __name__, "__doc__": f"`{plain.__name__}`, for blocks on other machines."}
+        CONFIGS[model_type] = made_from_adapter(type(f"Distributed{plain.__name__}", (DistributedConfig, plain), says))
+    return CONFIGS[model_type]
 
 
 class AutoDistributedConfig:
@@ -214,12 +362,7 @@ class AutoDistributedConfig:
         name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
         written, _ = PreTrainedConfig.get_config_dict(source_of(name), **of_files(kwargs))
-        kind = written.get("model_type")
-        if kind not in CONFIGS:
-            raise ValueError(
-                f"{name}: model_type {kind!r} has no distributed config; supported are {', '.join(CONFIGS)}"
-            )
-        return CONFIGS[kind].from_pretrained(name, **kwargs)
+        return config_class(written.get("model_type")).from_pretrained(name, **kwargs)
 
 
 def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:
@@ -241,14 +384,6 @@ def refuse_unknown(name: Name, options: dict[str, Any]) -> None:
     unknown = sorted(set(options) - set(FILE_OPTIONS))
     if unknown:
         raise TypeError(f"{name}: got the keywords {', '.join(unknown)}, which nothing here takes")
-
-
-POSITIONAL = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-"""What transformers takes after the name, in its order."""
-FILE_OPTIONS = (
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"),
-    "trust_remote_code",
-)
 
 
 def of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -275,12 +410,3 @@ def source_of(name: str) -> str:
 
 def _is_local(source: str) -> bool:
     return Path(source).exists()
-
-
-def _refuse_other_family(cls: type[Any], name: str, written: dict[str, Any]) -> None:
-    kind = written.get("model_type")
-    if kind != cls.model_type:
-        raise ValueError(
-            f"{name}: its model_type is {json.dumps(kind)}, and {cls.__name__} is for {cls.model_type!r}; "
-            "AutoDistributedConfig chooses by itself"
-        )

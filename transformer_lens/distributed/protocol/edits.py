@@ -77,7 +77,11 @@ class Edit:
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
         value = self._value(tensor, hook)
-        places = [self._places(tensor, hook, axis, size) for axis, size in zip(*self._axes(tensor, hook), strict=True)]
+        axes = hook.axes.split() or ["batch", "pos", *("width" for _ in tensor.shape[2:])]
+        for what, chosen in self.chosen.items():
+            if chosen is not None and not set(AXES[what]) & set(axes):
+                raise ValueError(f"{self!r} at {hook.name!r}: this hook has the axes {' '.join(axes)}, and no {what}")
+        places = [self._places(hook, axis, size) for axis, size in zip(axes, tensor.shape, strict=True)]
         change = OPERATIONS[self.operation]
         if all(chosen is None for chosen in places):
             self._check_shape(tensor, value, hook)
@@ -88,14 +92,7 @@ class Edit:
         self._check_shape(part, value, hook)
         return tensor.index_put(index, change(part, value))
 
-    def _axes(self, tensor: Tensor, hook: HookPoint) -> tuple[list[str], list[int]]:
-        axes = hook.axes.split() or ["batch", "pos", *("width" for _ in tensor.shape[2:])]
-        for what, chosen in self.chosen.items():
-            if chosen is not None and not set(AXES[what]) & set(axes):
-                raise ValueError(f"{self!r} at {hook.name!r}: this hook has the axes {' '.join(axes)}, and no {what}")
-        return axes, list(tensor.shape)
-
-    def _places(self, tensor: Tensor, hook: HookPoint, axis: str, size: int) -> list[int] | None:
+    def _places(self, hook: HookPoint, axis: str, size: int) -> list[int] | None:
         """The chosen places along one axis, counted from its beginning; `None` for all."""
         what = next((what for what, axes in AXES.items() if axis in axes), None)
         chosen = None if what is None else self.chosen[what]

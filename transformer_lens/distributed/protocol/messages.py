@@ -165,7 +165,6 @@ def pack_request(request: Request) -> bytes:
 
 
 def pack_reply(reply: Reply) -> bytes:
-    """The bytes of a reply."""
     return _frame({"error": reply.error, "info": reply.info, "turns": reply.turns}, reply.tensors)
 
 
@@ -219,7 +218,6 @@ REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
 
 
 def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
-    """Head and tensors of a message."""
     if not isinstance(message, bytes) or len(message) < len(MAGIC) + 4 or message[:4] != MAGIC:
         raise MessageError("not a message of this protocol")
     if len(message) > limits.message:

@@ -57,7 +57,6 @@ class ServedSpan:
     # -- answering -----------------------------------------------------------------------------------
 
     async def _answer(self, frame: bytes, peer: str) -> bytes:
-        """The answer to a piece of a call."""
         if self.allow is not None and peer not in self.allow:
             self._note(peer, "is not on the list of those that are served")
             return refused("this peer is not on the list of those that are served here", retry=True)

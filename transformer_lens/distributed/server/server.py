@@ -6,6 +6,7 @@ It keeps nothing between calls but the keys and values of sessions. A bad messag
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import struct
 import time
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol.edits import Edit
@@ -28,13 +29,13 @@ from transformer_lens.distributed.protocol.messages import (
     MessageError,
     Reply,
     Request,
+    SpanUnreachable,
     pack_reply,
     printable,
     unpack_request,
 )
-from transformer_lens.distributed.server.call_queue import CallQueue
 from transformer_lens.distributed.server.checks import Checks
-from transformer_lens.distributed.server.sessions import Session, Sessions
+from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
 from transformer_lens.distributed.server.span_model import load_span
 from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -104,7 +105,9 @@ class SpanServer:
         """How long a block took of late, in forwards and steps: a moving average."""
         self._told = self._held()
         self._given: dict[str, Any] = {}
-        self.model.register_forward_pre_hook(self._call_with, with_kwargs=True)
+        self.model.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, {**kwargs, **self._given}), with_kwargs=True
+        )
         # Another thread, so that nothing of a caller's state (gradient mode, hooks, partial runs) reaches the blocks.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="span")
 
@@ -167,13 +170,8 @@ class SpanServer:
     def info(self) -> dict[str, Any]:
         """What a client has to know before it sends anything, and how busy the server is; from any thread."""
         return {
-            "dht_prefix": self.config.dht_prefix,
-            "model_type": self.config.model_type,
+            **self.config.facts(self.model),
             "blocks": [self.blocks.start, self.blocks.stop],
-            "n_layers": self.config.num_hidden_layers,
-            "d_model": self.config.hidden_size,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "attn_implementation": str(self.model.config._attn_implementation),
             "state": "draining" if self.draining else "serving",
             "load": self.queue.load(),
             "seconds_per_block": self.seconds_per_block,
@@ -191,9 +189,6 @@ class SpanServer:
         }
 
     # -- running ---------------------------------------------------------------------------------------
-
-    def _call_with(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, **self._given}
 
     def _run(self, request: Request, stream: Tensor, cache: Any = None) -> Tensor:
         """The blocks of a request on its stream."""
@@ -331,3 +326,35 @@ def _refusal(error: Exception, peer: str) -> bytes:
     text = str(error.args[0]) if error.args else name
     info = {"retry": "full"} if isinstance(error, FullError) else {}
     return pack_reply(Reply(error=printable(f"{name}: {text}"), info=info))
+
+
+class LocalSpan:
+    """A span whose server is in this process.
+
+    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
+    >>> span = LocalSpan("tiny-falcon", range(0, 2))
+    >>> unpack_reply(span.send(pack_request(Request("info", 0, 0))), Limits()).info["n_layers"]
+    4
+    >>> span.close()
+
+    Arguments as for `SpanServer`.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
+        self.server = SpanServer(name, blocks, limits=limits, **options)
+        self.blocks = blocks
+        self.peer = f"local-{next(self._numbers)}"
+        self.closed = False
+
+    def send(self, message: bytes, timeout: float | None = None) -> bytes:
+        """The answer to one message; a server in this process is waited for without a limit."""
+        if self.closed:
+            raise SpanUnreachable(f"{self.peer} was closed")
+        return self.server.handle(message)
+
+    def close(self) -> None:
+        """Stop the server."""
+        self.closed = True
+        self.server.close()

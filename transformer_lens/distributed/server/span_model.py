@@ -10,23 +10,30 @@ from transformers import PreTrainedModel
 
 from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
+from transformer_lens.model_bridge import adapter_for
 
 
 def span_config(config: Any, blocks: range) -> Any:
-    """The config of a model that has these blocks alone, as its own first ones."""
+    """The config of a model that has these blocks alone, as its own first ones.
+
+    Raises `ValueError` where a block would not be the same there: what it is depends on its number in the model.
+    """
     here = copy.deepcopy(config)
     here.num_hidden_layers = len(blocks)
     here.vocab_size, here.pad_token_id = 1, None
+    if "layer_types" in vars(here):
+        here.layer_types = here.layer_types[blocks.start : blocks.stop]
+    if "mlp_only_layers" in vars(here):
+        here.mlp_only_layers = [layer - blocks.start for layer in here.mlp_only_layers if layer in blocks]
+    whole, part = adapter_for(config), adapter_for(here)
+    for layer in blocks:
+        there = layer - blocks.start
+        if (whole.block(layer), whole.window(layer)) != (part.block(there), part.window(there)):
+            raise ValueError(
+                f"blocks: those of this {config.model_type} depend on their number in the model; layer {layer} would "
+                f"be another one in {blocks}"
+            )
     return here
-
-
-def check_blocks(blocks: range, n_layers: int) -> range:
-    """Raise for blocks that are not some of the model's, one after the other."""
-    if not isinstance(blocks, range):
-        raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
-    if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > n_layers:
-        raise ValueError(f"blocks: got {blocks}, expected some of range(0, {n_layers}), one after the other")
-    return blocks
 
 
 def load_span(
@@ -50,7 +57,11 @@ def load_span(
     """
     dtype, options = one_dtype(dtype, options)
     config = config_with(AutoDistributedConfig, name, options)
-    check_blocks(blocks, config.num_hidden_layers)
+    layers = config.num_hidden_layers
+    if not isinstance(blocks, range):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
+    if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > layers:
+        raise ValueError(f"blocks: got {blocks}, expected some of range(0, {layers}), one after the other")
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
     weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
     ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in config.ends.items()}

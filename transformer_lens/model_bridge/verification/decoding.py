@@ -6,7 +6,8 @@ from the values of the cached keys, by plain torch hooks on the bare model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +17,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, StaticCache
 
-from transformer_lens.hook_point import HookFunction, HookPoint
+from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookSpec
+from transformer_lens.model_bridge.upstream import arguments_of
 from transformer_lens.model_bridge.verification import values
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
@@ -31,7 +35,10 @@ from transformer_lens.model_bridge.verification.evidence import (
     watching,
 )
 from transformer_lens.model_bridge.verification.report import CheckResult
-from transformer_lens.model_bridge.verification.steps import Step, decoded, fixed, growing, steps
+
+SPARE = 2
+"""Empty places that a cache of fixed size has behind the text."""
+
 
 EQUATIONS = (
     values.hugging_face,
@@ -45,6 +52,83 @@ EQUATIONS = (
 """The checks on values, which hold for a step as they hold for a whole text."""
 NAMED = 5
 """As many hooks are named, at most, that change something where they share a run."""
+
+
+# -- reading a text piece by piece -------------------------------------------------------------------
+
+
+def chunks(length: int) -> list[range]:
+    """How a text is read: a beginning, a chunk of two where it is long enough, and two single tokens.
+
+    >>> chunks(8)
+    [range(0, 4), range(4, 6), range(6, 7), range(7, 8)]
+    """
+    single = min(2, length - 1)
+    ends = [length - single - 2] if length - single > 2 else []
+    ends += range(length - single, length + 1)
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def growing(e: Evidence) -> Cache:
+    """The cache that transformers makes by itself."""
+    return DynamicCache(config=e.bridge.original_model.config)
+
+
+def fixed(e: Evidence) -> Cache:
+    """One whose size does not change."""
+    return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
+
+
+@dataclass
+class Step(Seen):
+    """One call of a text that is read piece by piece."""
+
+    whole: Evidence
+    columns: range
+    own: OwnRun
+    captured: tuple[Tensor, dict[str, Tensor]]
+    keys: Sequence[tuple[int, int]]
+    """How many keys each layer attends to, and the column of the first, as transformers' own cache says."""
+    before: Sequence[Step]
+
+    def __post_init__(self) -> None:
+        self.bridge = self.whole.bridge
+        self.repeats_to = self.whole.repeats_to
+        self.tokens = self.whole.tokens[:, self.columns.start : self.columns.stop]
+
+    def __str__(self) -> str:
+        return f"tokens {self.columns.start} to {self.columns.stop - 1} after {self.columns.start} cached ones"
+
+    def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
+        """The values of the cached keys, then the new ones, then the empty places of a cache of fixed size."""
+        pieces = [step.wide(f"{attention}.hook_v") for step in (*self.before, self)]
+        found = [piece for piece in pieces if piece is not None]
+        if len(found) < len(pieces):
+            return None
+        count, first = self.keys[int(attention.split(".")[1])]
+        held = torch.cat(found, dim=1)[:, first : first + count]
+        return F.pad(held, (0, 0, 0, 0, 0, count - held.shape[1]))
+
+
+def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range]) -> list[Step]:
+    """A text read piece by piece: what the bare model did, and what the bridge captured."""
+    own, found, cache = list[tuple[OwnRun, list[tuple[int, int]]]](), list[Step](), make(e)
+    with e.bare() as model:
+        for columns in pieces:
+            keys = [cache.get_mask_sizes(len(columns), layer) for layer in range(e.bridge.cfg.n_layers)]
+            tokens = e.tokens[:, columns.start : columns.stop]
+            own.append((e.watched(model, tokens, **{str(e.takes_cache): cache}), keys))
+    cache = make(e)
+    for columns, (run, keys) in zip(pieces, own, strict=True):
+        captured = e.everything(e.tokens[:, columns.start : columns.stop], past_key_values=cache)
+        found.append(Step(e, columns, run, captured, keys, tuple(found)))
+    return found
+
+
+def decoded(e: Evidence) -> list[Step]:
+    """The text read piece by piece with a cache that grows, once for all checks."""
+    e.kept = e.kept or steps(e, growing, chunks(e.tokens.shape[1]))
+    return e.kept
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -116,7 +200,7 @@ def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
     First at the hooks that a module hands over, to the bit, then at those inside modules: there each module's output is
     compared with what the module itself returned, and is replaced by it, so that the next one starts from the same.
     """
-    yield from _neutral_at_ports(e, [name for name in e.cache if name in e.ports or e.is_elsewhere(name)])
+    yield from _neutral_at_ports(e, [name for name in e.cache if name in e.ports or e.block_elsewhere(name)])
     inside = {owner: [name for name in names if name in e.cache] for owner, names in e.inside.items()}
     yield from _neutral_inside(e, {owner: names for owner, names in inside.items() if names})
 
@@ -128,11 +212,11 @@ def _neutral(name: str, owner: str, change: Change, tolerance: tuple[float, str]
 def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult]:
     """All in one run; those that change something are found by halves, or all are tried alone if thorough."""
     tolerance = e.rounding if e.elsewhere else e.same
-    together = _output_changes(e, names)
+    together = _changes(e, names)[""]
     wrong = not together[0] <= tolerance[0]
     alone = names if e.thorough else list(islice(_culprits(e, names, tolerance[0]), NAMED)) if wrong else []
     for name in alone:
-        yield _neutral(name, name.rpartition(".")[0], _output_changes(e, [name]), tolerance)
+        yield _neutral(name, name.rpartition(".")[0], _changes(e, [name])[""], tolerance)
     if not wrong or not alone:
         yield _neutral("", "", together, tolerance, ", at all hooks that a module hands over")
 
@@ -143,19 +227,19 @@ def _culprits(e: Evidence, names: Sequence[str], bound: float) -> Iterator[str]:
         yield names[0]
         return
     for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        if not _output_changes(e, half)[0] <= bound:
+        if not _changes(e, half)[""][0] <= bound:
             yield from _culprits(e, half, bound)
 
 
 def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterator[CheckResult]:
     """All in one run; where a module's output changed, or everywhere if thorough, each hook of the module alone."""
-    together = _modules_change(e, [name for names in owners.values() for name in names])
+    together = _changes(e, [name for names in owners.values() for name in names], owners)
     wrong = [owner for owner, change in together.items() if not change[0] <= e.projecting[0]]
     alone = {owner: owners[owner] for owner in (owners if e.thorough else wrong)}
     guilty = set[str]()
     for names in zip_longest(*alone.values()):
         chosen = {owner: name for owner, name in zip(alone, names, strict=True) if name is not None}
-        for owner, change in _modules_change(e, list(chosen.values())).items():
+        for owner, change in _changes(e, list(chosen.values()), chosen).items():
             guilty |= {owner} if not change[0] <= e.projecting[0] else set()
             yield _neutral(chosen[owner], owner, change, e.projecting)
     for owner, change in together.items():
@@ -163,55 +247,22 @@ def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterato
             yield _neutral("", owner, change, e.projecting, ", all its hooks together")
 
 
-def _rewritten(e: Evidence, names: Sequence[str], after: Callable[[Step, Tensor], None]) -> None:
-    """Read the text piece by piece with what is there written at some hooks."""
-    cache = growing(e)
+def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> dict[str, Change]:
+    """By how much writing what is there changes these modules' outputs, each given its own, or the model's ("")."""
+    cache, worst = growing(e), dict[str, Change]()
     hooks = [(name, e.rewriting(name)) for name in names]
     for step in decoded(e):
-        output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
-        after(step, output)
 
+        def note(component: str, change: float, step: Step = step) -> None:
+            most = worst.get(component, (-1.0, ""))[0]
+            if not (change <= most or math.isnan(most)):
+                worst[component] = change, str(step)
 
-def _output_changes(e: Evidence, names: Sequence[str]) -> Change:
-    """By how much the output of a step changes."""
-    worst = (0.0, "")
-
-    def after(step: Step, output: Tensor) -> None:
-        nonlocal worst
-        worst = _worse(worst, largest_difference(output, step.captured[0]), step)
-
-    _rewritten(e, names, after)
+        with e.own_outputs(modules, step.own.calls, note):
+            output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
+        if not modules:
+            note("", largest_difference(output, step.captured[0]))
     return worst
-
-
-def _modules_change(e: Evidence, names: Sequence[str]) -> dict[str, Change]:
-    """By how much the output of each module with one of these hooks inside differs from its own."""
-    here = [component for component, hooks in e.inside.items() if set(hooks) & set(names)]
-    worst = dict.fromkeys(here, (0.0, ""))
-    progress = iter(decoded(e))
-    current: list[Step] = []
-
-    def begin(module: nn.Module, args: Any) -> None:
-        current[:] = [next(progress)]
-
-    def force(component: str, module: nn.Module, args: Any, output: Any) -> Any:
-        step = current[0]
-        own = step.own.calls[component].output
-        pairs = zip(tensors(output), tensors(own), strict=False)
-        change = max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None)
-        worst[component] = _worse(worst[component], change, step)
-        return own
-
-    with ExitStack() as undo:
-        undo.callback(e.bridge.original_model.register_forward_pre_hook(begin).remove)
-        for component in here:
-            undo.callback(e.modules[component].register_forward_hook(partial(force, component)).remove)
-        _rewritten(e, names, lambda step, output: None)
-    return worst
-
-
-def _worse(worst: Change, change: float, step: Step) -> Change:
-    return worst if change <= worst[0] and worst[1] else (change, str(step))
 
 
 # -- writing something else --------------------------------------------------------------------------
@@ -238,15 +289,11 @@ def _first_and_last(pattern: Tensor) -> Tensor:
 
 
 def _first_alone(scores: Tensor) -> Tensor:
-    alone = torch.full_like(scores, torch.finfo(scores.dtype).min)
-    alone[..., 0] = 0
-    return alone
+    return torch.full_like(scores, torch.finfo(scores.dtype).min).index_fill(-1, scores.new_zeros(1).long(), 0)
 
 
 def _without_head_0(x: Tensor) -> Tensor:
-    rest = x.clone()
-    rest[:, :, 0] = 0
-    return rest
+    return x.index_fill(2, x.new_zeros(1).long(), 0)
 
 
 WRITES = (
@@ -273,16 +320,24 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
     rows = e.tokens[:1].repeat(len(here), 1)
     prompt, last = rows[:, :-1], rows[:, -1:]
     with e.bare() as model:
-        calls = _bare_steps(e, model, [prompt, last])
+        cache = growing(e)
+        calls = [e.watched(model, text, **{str(e.takes_cache): cache}).calls for text in (prompt, last)]
         streams = {stage: calls[1][stage].input for stage in e.stages}
         oracle = _oracle(e, model, here, calls, [prompt, last], streams)
-    got = _written(e, here, [prompt, last], streams)
+    cache = growing(e)
+    e.bridge(prompt, past_key_values=cache, return_type=None)
+    hooks: list[HookSpec] = [
+        (f"{block}.{write.hook}", partial(_on_row, row, write.new))
+        for block in attending
+        for row, write in _of(e, block, here)
+    ]
+    options: dict[str, Any] = {"past_key_values": cache, "return_type": None, "fwd_hooks": hooks}
+    got = _last_step(e, streams, lambda: e.bridge.run_with_hooks(last, **options))
     for block in attending:
         for row, write in _of(e, block, here):
-            name = f"{block}.{write.hook}"
             a, b = got[f"{block}.attn"][row], oracle[f"{block}.attn"][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
-            yield values.compared("writing", name, a, b, e.projecting, what)
+            yield values.compared("writing", f"{block}.{write.hook}", a, b, e.projecting, what)
 
 
 def _has(e: Evidence, block: str, write: Write) -> bool:
@@ -304,24 +359,18 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
     hooks: list[HookSpec] = []
     for block in e.stages[:-1]:
         name = f"{block}.{write.hook}"
-        elsewhere, pattern = e.block_elsewhere(name), last.value(name)
+        elsewhere, pattern = e.block_elsewhere(name), last.cache.get(name)
         if elsewhere is not None and pattern is not None:
             hooks.append((name, elsewhere.editing("set", write.new(pattern))))
             hooks.append(([f"{block}.attn.hook_v", f"{block}.attn.hook_z"], seen))
     e.bridge.run_with_hooks(last.tokens, past_key_values=cache, return_type=None, fwd_hooks=hooks)
     for name in [name for name in seen.found if name.endswith("hook_z")]:
         new, (z,) = seen.found[name.removesuffix("z") + "v"], seen.found[name]
-        past = [value for step in before if (value := step.value(name.removesuffix("z") + "v")) is not None]
+        past = [value for step in before if (value := step.cache.get(name.removesuffix("z") + "v")) is not None]
         v = torch.cat([*past, *new], dim=1).repeat_interleave(z.shape[2] // new[0].shape[2], dim=2)
         assert write.z is not None
         what = f"{write.hook} written in the last step: half of what the first key holds, and half of the last"
         yield values.compared("writing", name, z, write.z(v, z), e.rounding, what)
-
-
-def _bare_steps(e: Evidence, model: Any, texts: Sequence[Tensor]) -> list[dict[str, ModuleCall]]:
-    """What every module did when the bare model read some pieces, one after the other."""
-    cache = growing(e)
-    return [e.watched(model, text, **{str(e.takes_cache): cache}).calls for text in texts]
 
 
 def _oracle(
@@ -340,29 +389,15 @@ def _oracle(
             attention = f"{block}.attn"
             if attention not in e.components:
                 continue
-            keys = cache.get_mask_sizes(1, layer)
-            v = _all_values(e, attention, calls, keys)
-            project = partial(_put_z, _of(e, block, here), v)
-            read = partial(_put_input, _of(e, block, here), streams[block], e.block(block).entering("attn"))
+            count, first = cache.get_mask_sizes(1, layer)
+            pieces = [values.projected(_Calls(e, call), attention, "v") for call in calls]
+            v = torch.cat([piece for piece in pieces if piece is not None], dim=1)[:, first : first + count]
+            v, mine = v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2), _of(e, block, here)
+            project = partial(_put_z, mine, v)
+            read = partial(_put_input, mine, streams[block], e.block(block).entering("attn"))
             undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
             undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
         return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))
-
-
-def _written(
-    e: Evidence, here: Sequence[Write], texts: Sequence[Tensor], streams: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """What attention returns in the bridge with the writes."""
-    cache = growing(e)
-    e.bridge(texts[0], past_key_values=cache, return_type=None)
-    hooks: list[tuple[str, HookFunction]] = [
-        (f"{block}.{write.hook}", partial(_on_row, row, write.new))
-        for block in e.stages[:-1]
-        for row, write in _of(e, block, here)
-    ]
-    return _last_step(
-        e, streams, lambda: e.bridge.run_with_hooks(texts[1], past_key_values=cache, return_type=None, fwd_hooks=hooks)
-    )
 
 
 def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Tensor]:
@@ -377,16 +412,6 @@ def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) 
 
 def _on_row(row: int, new: Callable[[Tensor], Tensor], tensor: Tensor, hook: HookPoint) -> None:
     tensor[row : row + 1] = new(tensor[row : row + 1])
-
-
-def _all_values(
-    e: Evidence, attention: str, calls: Sequence[Mapping[str, ModuleCall]], keys: tuple[int, int]
-) -> Values:
-    """The values of the keys that the last step sees, for each query head, as the bare model's modules gave them."""
-    pieces = [values.projected(_Calls(e, call), attention, "v") for call in calls]
-    found = [piece for piece in pieces if piece is not None]
-    v = torch.cat(found, dim=1)[:, keys[1] : keys[1] + keys[0]]
-    return v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2)
 
 
 class _Calls(Seen):
@@ -416,9 +441,9 @@ def _put_input(
     kwargs: Any,
 ) -> Any:
     """A plain torch pre-hook on attention: the rows whose write is the stream read that one, after the norm."""
-    by_name = not args
-    x = (next(iter(kwargs.values())) if by_name else args[0]).clone()
+    arguments = arguments_of(type(module))
+    x = arguments.first_value(args, kwargs).clone()
     for row, write in here:
         if write.z is None:
             x[row : row + 1] = entering(write.new(stream[row : row + 1]))
-    return (args, {**kwargs, next(iter(kwargs)): x}) if by_name else ((x, *args[1:]), kwargs)
+    return arguments.with_first(x, args, kwargs)

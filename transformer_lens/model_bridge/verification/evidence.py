@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.generalized_components import BlockBridge, Co
 from transformer_lens.model_bridge.outputs import main_output
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.ports import Inside
+from transformer_lens.model_bridge.upstream import arguments_of
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
@@ -36,11 +37,6 @@ RECORDS = "_output_capturing_hooks_installed"
 """What transformers marks a model with that has its recording hooks."""
 SMALL = 10_000_000
 """Parameters below which a forward is too short to share among threads."""
-
-
-def every(name: str) -> bool:
-    """The filter that takes every hook, also those on request."""
-    return True
 
 
 class Looking(Capture):
@@ -56,11 +52,6 @@ class Looking(Capture):
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> None:
         self.found[str(hook.name)].append(self.what(tensor, hook))
-
-
-def identity(tensor: Tensor, hook: HookPoint) -> Tensor:
-    """A write of what is there."""
-    return tensor
 
 
 def tensors(output: Any) -> list[Tensor | None]:
@@ -106,7 +97,6 @@ class ModuleCall:
 
     @property
     def input(self) -> Tensor | None:
-        """Its first tensor."""
         return next((value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)), None)
 
 
@@ -209,16 +199,11 @@ class Seen:
 
     @property
     def cache(self) -> dict[str, Tensor]:
-        """Every hook's value, copied when it was captured."""
         return self.captured[1]
-
-    def value(self, name: str) -> Tensor | None:
-        """A hook's value, or `None` where there is no such hook or it did not fire."""
-        return self.cache.get(name)
 
     def wide(self, name: str) -> Float[Tensor, ...] | None:
         """A hook's value in at least float32."""
-        value = self.value(name)
+        value = self.cache.get(name)
         return None if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
 
     def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
@@ -229,7 +214,6 @@ class Seen:
 
     @cached_property
     def components(self) -> dict[str, ComponentBridge]:
-        """Every component by name."""
         return {component.name: component for component in self.bridge.components()}
 
     def block(self, name: str) -> BlockBridge:
@@ -277,26 +261,25 @@ class Evidence(Seen):
     tokens: Int[Tensor, "batch pos"]
     thorough: bool = False
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    kept: dict[str, Any] = field(default_factory=dict)
-    """Runs of another kind that checks share."""
+    kept: list[Any] = field(default_factory=list)
+    """The steps of decoding, which checks share."""
 
     # -- the model by itself -------------------------------------------------------------------------
 
     @property
     def elsewhere(self) -> bool:
-        """Whether the blocks are in other processes."""
         return bool(self.bridge.attachment.blocks_elsewhere)
 
-    def is_elsewhere(self, name: str) -> bool:
-        """Whether a component or hook is inside a block of another process."""
-        parts = name.split(".")
-        inside = len(parts) > 2 and parts[0] == "blocks"
-        return inside and int(parts[1]) in self.bridge.attachment.blocks_elsewhere
+    def block_elsewhere(self, name: str) -> BlockElsewhere | None:
+        """The block of another process in which a component or hook is; `None` for one that is here."""
+        parts, blocks = name.split("."), self.bridge.attachment.blocks_elsewhere
+        inside = len(parts) > 2 and parts[0] == "blocks" and int(parts[1]) in blocks
+        return blocks[int(parts[1])][1] if inside else None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The module of every component that is here."""
-        return {name: c.original_component for name, c in self.components.items() if not self.is_elsewhere(name)}
+        return {name: c.original_component for name, c in self.components.items() if not self.block_elsewhere(name)}
 
     @contextmanager
     def bare(self) -> Iterator[Any]:
@@ -327,18 +310,12 @@ class Evidence(Seen):
 
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The parameters of the model's forward."""
         return inspect.signature(type(inner_model(self.bridge.original_model)[1]).forward).parameters
 
-    def takes(self, *names: str) -> bool:
-        """Whether the model's forward has a parameter of one of these names."""
-        return not self.parameters.keys().isdisjoint(names)
-
-    def own_input(self, stage: str) -> Tensor:
-        """The stream that a stage of the bare model reads."""
-        stream = self.received(stage)
-        assert stream is not None
-        return stream
+    @cached_property
+    def streams(self) -> dict[str, Tensor]:
+        """The stream that each stage of the bare model reads."""
+        return {stage: stream for stage in self.stages if (stream := self.received(stage)) is not None}
 
     def watched(self, model: nn.Module, *args: Any, **kwargs: Any) -> OwnRun:
         """One call of the bare model, seen by plain torch hooks."""
@@ -362,18 +339,15 @@ class Evidence(Seen):
 
     @cached_property
     def output(self) -> Tensor:
-        """The bridge's output with no hook."""
         output: Tensor = self.bridge(self.tokens)
         return output
 
     @cached_property
     def repeats_to(self) -> float:  # type: ignore[override]
-        """How well the same call repeats itself."""
         return max(largest_difference(self.bridge(self.tokens), self.output) for _ in range(2))
 
     @cached_property
     def captured(self) -> tuple[Tensor, dict[str, Tensor]]:  # type: ignore[override]
-        """The output and every hook's value."""
         return self.everything(self.tokens)
 
     def everything(self, tokens: Tensor, clone: bool = True, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -388,7 +362,7 @@ class Evidence(Seen):
     def shown(self) -> Mapping[str, Sequence[Any]]:
         """For every hook as often an entry as it is shown to a user hook in one forward."""
         look = Looking()
-        with self.bridge.hooks([(every, look)]):  # here it is no error that one does not fire
+        with self.bridge.hooks([(lambda name: True, look)]):  # here it is no error that one does not fire
             self.bridge(self.tokens, return_type=None)
         return {name: look.found[name] for name in self.bridge.hook_dict}
 
@@ -399,21 +373,14 @@ class Evidence(Seen):
         return {module.component.name: [hook.name for hook in module.hooks.values()] for module in opened}
 
     def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
-        """The output of a run with hooks."""
         output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
         return output
-
-    def block_elsewhere(self, name: str) -> BlockElsewhere | None:
-        """The block of another process in which a component or hook is."""
-        if not self.is_elsewhere(name):
-            return None
-        return self.bridge.attachment.blocks_elsewhere[int(name.split(".")[1])][1]
 
     def rewriting(self, name: str) -> HookFunction:
         """A hook that writes what is there; one that looks for numbers of experts elsewhere, which can only be set."""
         block = self.block_elsewhere(name)
         if block is None:
-            return identity
+            return lambda tensor, hook: tensor
         return Looking() if self.bridge.hook_dict[name].integer else block.editing("scale", 1.0)
 
     # -- one layer after the other, each given what the bare model gave it ----------------------------
@@ -422,6 +389,29 @@ class Evidence(Seen):
     def stages(self) -> list[str]:
         """The blocks, and the final norm with what follows it."""
         return [*(f"blocks.{i}" for i in range(self.bridge.cfg.n_layers)), "ln_final"]
+
+    @contextmanager
+    def own_outputs(
+        self,
+        components: Iterable[str],
+        calls: Mapping[str, ModuleCall],
+        note: Callable[[str, float], None],
+    ) -> Iterator[None]:
+        """Have modules return what they returned in the bare model's call, and note how far from it they were.
+
+        So every module starts from the same input, and one run judges them all.
+        """
+        with ExitStack() as undo:
+            for component in components:
+
+                def force(module: nn.Module, args: Any, output: Any, component: str = component) -> Any:
+                    own = calls[component].output
+                    pairs = zip(tensors(output), tensors(own), strict=False)
+                    note(component, max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None))
+                    return own
+
+                undo.callback(self.modules[component].register_forward_hook(force).remove)
+            yield
 
     @contextmanager
     def forced(self, streams: Mapping[str, Tensor], came: dict[str, Tensor]) -> Iterator[None]:
@@ -433,10 +423,9 @@ class Evidence(Seen):
             for stage in self.stages:
 
                 def enter(module: nn.Module, args: Any, kwargs: Any, stage: str = stage) -> Any:
-                    first = args[0] if args else next(iter(kwargs.values()))
-                    came[stage] = first.detach().clone()
-                    given = streams[stage].clone()
-                    return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): given})
+                    arguments = arguments_of(type(module))
+                    came[stage] = arguments.first_value(args, kwargs).detach().clone()
+                    return arguments.with_first(streams[stage].clone(), args, kwargs)
 
                 module = self.modules[stage]
                 undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)

@@ -53,7 +53,6 @@ class CheckResult:
         return fields
 
     def sentence(self) -> str:
-        """Check, place, numbers and note on one line."""
         relation = "expected more than" if self.has_to_exceed else "tolerance"
         note = f": {self.note}" if self.note else ""
         return (
@@ -114,7 +113,6 @@ class VerificationReport(Tabular):
         return list(found.values())
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Every comparison as plain data."""
         return [result.to_dict() for result in self.results]
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -127,7 +125,6 @@ class VerificationReport(Tabular):
     # -- showing -------------------------------------------------------------------------------------
 
     def title(self) -> str:
-        """The model, how it runs, and the verdict."""
         failed = len(self.failures())
         verdict = "all passed" if not failed else f"{failed} FAILED"
         return (

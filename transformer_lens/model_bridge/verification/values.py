@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.quantised import is_quantised
-from transformer_lens.model_bridge.upstream import ROTATION, arguments_of
+from transformer_lens.model_bridge.upstream import ROTATION, arguments_of, rotation_of, splitting_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult
 from transformer_lens.model_bridge.weight_access import read_weight
@@ -49,25 +48,11 @@ def _embedded(e: Seen) -> Tensor | None:
     return out if out is None or scale == 1.0 else out * scale
 
 
-def _entering(e: Seen, layer: int, block: str) -> Tensor | None:
-    """The stream that enters a layer, as the model's `hidden_states` say where it tells them."""
-    return e.own.hidden[layer] if e.own.hidden else e.received(block)
-
-
-def _leaving(e: Seen, layer: int, block: str) -> Tensor | None:
-    """The stream that leaves a layer; the last of the `hidden_states` is taken after the final norm."""
-    return e.own.hidden[layer + 1] if layer + 2 < len(e.own.hidden) else e.returned(block)
-
-
 def _stream_of(e: Seen, block: str, mixer: str) -> Tensor | None:
     """The stream that a branch reads: what enters the block, or the first branch that is called after the middle."""
     stages = e.block(block).stages
     number = next(number for number, stage in enumerate(stages) if mixer in (branch.mixer for branch in stage))
     return e.received(f"{block}.{stages[number][0].receives}" if number else block)
-
-
-def _middle(e: Seen, block: str) -> Tensor | None:
-    return e.received(f"{block}.{e.block(block).stages[1][0].receives}")
 
 
 def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
@@ -78,14 +63,14 @@ def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
 
 
 def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
-    """A query, key or value: of its own projection, or as the model's `_split_heads` reads the fused one."""
+    """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
     own = e.returned(f"{attention}.{part}")
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
     if fused is None:
         return None
-    split = getattr(e.components[attention].original_component, "_split_heads", None)
+    split = splitting_of(e.components[attention].original_component)
     if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
@@ -121,9 +106,9 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     if q is None or k is None:
         return None
     module = e.components[attention].original_component
-    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
-    if rotate is None or angles is None or "q" not in inspect.signature(rotate).parameters:
+    rotate = rotation_of(module)
+    if angles is None or "q" not in inspect.signature(rotate).parameters:
         return None
     width = angles[0].shape[-1]  # some families rotate a part of each head and hand over that alone
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
@@ -144,26 +129,29 @@ def _per_head(e: Seen, block: str) -> Tensor | None:
 Reference = Callable[[Seen, str, int], Tensor | None]
 """From the evidence, a component's name and its layer: the value, or `None` where no module hands it over."""
 
+
+def _of(function: Callable[[Seen, str, Any], Tensor | None], part: Any) -> Reference:
+    return lambda e, c, i: function(e, c, part)
+
+
+def _routed(e: Seen, mixture: str, item: int) -> Tensor | None:
+    return _rows(e, e.returned(f"{mixture}.gate", item))
+
+
 REFERENCES: Mapping[str, Reference] = {
     "hook_embed": lambda e, c, i: _embedded(e),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
-    "block.hook_resid_pre": lambda e, c, i: _entering(e, i, c),
-    "block.hook_resid_mid": lambda e, c, i: _middle(e, c),
-    "block.hook_resid_post": lambda e, c, i: _leaving(e, i, c),
-    "block.hook_attn_out": lambda e, c, i: _branch_out(e, c, "attn"),
-    "block.hook_mlp_out": lambda e, c, i: _branch_out(e, c, "mlp"),
-    "block.hook_mixer_out": lambda e, c, i: _branch_out(e, c, "mixer"),
-    "block.hook_mlp_in": lambda e, c, i: _stream_of(e, c, "mlp"),
-    "block.hook_mixer_in": lambda e, c, i: _stream_of(e, c, "mixer"),
+    # As the model's `hidden_states` say where it tells them; the last of them is taken after the final norm.
+    "block.hook_resid_pre": lambda e, c, i: e.own.hidden[i] if e.own.hidden else e.received(c),
+    "block.hook_resid_mid": lambda e, c, i: e.received(f"{c}.{e.block(c).stages[1][0].receives}"),
+    "block.hook_resid_post": lambda e, c, i: e.own.hidden[i + 1] if i + 2 < len(e.own.hidden) else e.returned(c),
+    **{f"block.hook_{mixer}_out": _of(_branch_out, mixer) for mixer in ("attn", "mlp", "mixer")},
+    **{f"block.hook_{mixer}_in": _of(_stream_of, mixer) for mixer in ("mlp", "mixer")},
     **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
     "attn.hook_in": lambda e, c, i: e.received(c),
-    "attn.hook_q": lambda e, c, i: _own_projection(e, c, "q"),
-    "attn.hook_k": lambda e, c, i: _own_projection(e, c, "k"),
-    "attn.hook_v": lambda e, c, i: _own_projection(e, c, "v"),
-    "attn.hook_q_normed": lambda e, c, i: _normed(e, c, "q"),
-    "attn.hook_k_normed": lambda e, c, i: _normed(e, c, "k"),
-    "attn.hook_rot_q": lambda e, c, i: _rotated(e, c, "q"),
-    "attn.hook_rot_k": lambda e, c, i: _rotated(e, c, "k"),
+    **{f"attn.hook_{part}": _of(_own_projection, part) for part in "qkv"},
+    **{f"attn.hook_{part}_normed": _of(_normed, part) for part in "qk"},
+    **{f"attn.hook_rot_{part}": _of(_rotated, part) for part in "qk"},
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
     "attn.hook_z": lambda e, c, i: _heads(e, e.received(f"{c}.o")),
     "mlp.hook_in": lambda e, c, i: e.received(c),
@@ -171,28 +159,22 @@ REFERENCES: Mapping[str, Reference] = {
     "mlp.hook_pre_linear": lambda e, c, i: e.returned(f"{c}.in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
     "moe.hook_in": lambda e, c, i: e.received(c),
-    "moe.hook_router_logits": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 0)),
-    "moe.hook_expert_weights": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 1)),
-    "moe.hook_expert_indices": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 2)),
-    "ln_final.hook_out": lambda e, c, i: e.returned("ln_final"),
-    "unembed.hook_out": lambda e, c, i: e.returned("unembed"),
-    "head.hook_out": lambda e, c, i: e.returned("head"),
+    "moe.hook_router_logits": _of(_routed, 0),
+    "moe.hook_expert_weights": _of(_routed, 1),
+    "moe.hook_expert_indices": _of(_routed, 2),
+    **{f"{name}.hook_out": _of(Seen.returned, 0) for name in ("ln_final", "unembed", "head")},
 }
 """Where the model itself has what a hook shows, by kind of component; not read from the ports."""
-
-
-def _kind(e: Seen, component: str) -> str:
-    last = component.rpartition(".")[2]
-    if last == "mlp" and f"{component}.experts" in e.components:
-        return "moe"
-    return "block" if last.isdigit() else last
 
 
 def hugging_face(e: Seen) -> Iterator[CheckResult]:
     """Captured values against the modules' own."""
     for name, value in e.cache.items():
         component, _, hook = name.rpartition(".")
-        reference = REFERENCES.get(f"{_kind(e, component)}.{hook}" if component else hook)
+        last = component.rpartition(".")[2]
+        mixture = last == "mlp" and f"{component}.experts" in e.components
+        kind = "moe" if mixture else "block" if last.isdigit() else last
+        reference = REFERENCES.get(f"{kind}.{hook}" if component else hook)
         layer = int(component.split(".")[1]) if component.startswith("blocks.") else -1
         expected = None if reference is None else reference(e, component, layer)
         if expected is not None:
@@ -242,7 +224,7 @@ def norm(e: Seen) -> Iterator[CheckResult]:
         centred = x - x.mean(-1, keepdim=True) if cfg.normalization_type.startswith("LN") else x
         scale = (centred.pow(2).mean(-1, keepdim=True) + cfg.eps).sqrt()
         for hook, expected in (("hook_scale", scale), ("hook_normalized", centred / scale)):
-            value = e.value(f"{name}.{hook}")
+            value = e.cache.get(f"{name}.{hook}")
             if value is not None:
                 yield compared("norm", f"{name}.{hook}", value, expected.to(value.dtype), e.rounding)
 
@@ -276,7 +258,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
     """`z @ W_O (+ b_O) == attn_out`, and so for every head's result."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
-        z, out = e.value(f"{attention}.hook_z"), e.returned(attention)
+        z, out = e.cache.get(f"{attention}.hook_z"), e.returned(attention)
         if z is None or out is None:
             continue
         module: Any = e.components[f"{attention}.o"].original_component
@@ -315,7 +297,7 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
     component = e.components[f"{name}.experts"]
     module: Any = component.computing_module
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
-    values = [e.value(hook) for hook in hooks]
+    values = [e.cache.get(hook) for hook in hooks]
     known = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
     read = e.received(name)
     if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) for w in known):

@@ -1,0 +1,62 @@
+"""Every shipped family over remote blocks, by what its adapter says alone: bit for bit the model in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families.models import MODELS, build
+from tests.support import tokens
+from transformer_lens import TransformerBridge
+from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, LocalSpan
+
+REFUSED = {
+    "gpt2": "adds positions in front of its blocks",
+    "qwen3_moe, every other": "depend on their number in the model",
+}
+OVER_SERVERS = [name for name in MODELS if not any(name.startswith(refused) for refused in REFUSED)]
+
+
+def saved(name: str, folder: Path, **options: object) -> dict[str, object]:
+    """A model of three layers in a folder, and how each side loads it."""
+    changes: dict[str, object] = {"num_hidden_layers": 3}
+    model = build(name, **changes)
+    model.save_pretrained(folder)
+    return {"dht_prefix": "mine", "attn_implementation": model.config._attn_implementation, **options}
+
+
+@pytest.mark.parametrize("name", OVER_SERVERS)
+def test_a_family_over_two_servers(name: str, tmp_path: Path) -> None:
+    options = saved(name, tmp_path)
+    spans = [LocalSpan(str(tmp_path), blocks, **options) for blocks in (range(0, 1), range(1, 3))]
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(tmp_path), spans=spans, **options)
+    attn = options["attn_implementation"]
+    local = TransformerBridge.boot_transformers(str(tmp_path), attn_implementation=attn)
+    remote, ids = TransformerBridge(model), tokens(2, 9)
+    assert type(model).__name__ == f"Distributed{type(local.original_model).__name__}"
+    expected, here = local.run_with_cache(ids)
+    logits, there = remote.run_with_cache(ids)
+    assert torch.equal(logits, expected)
+    assert list(there) == list(here)
+    assert all(torch.equal(there[key], here[key]) for key in here)
+    how = {"max_new_tokens": 6, "do_sample": False, "return_type": "tokens", "eos_token_id": None}
+    assert torch.equal(remote.generate(ids, **how), local.generate(ids, **how))
+    gradients = []
+    for bridge in (local, remote):
+        value = torch.full((bridge.cfg.d_head,), 0.5, requires_grad=True)
+        edits = [("blocks.2.attn.hook_z", Edit("add", value, positions=[1]))]
+        bridge.run_with_hooks(ids, fwd_hooks=edits).square().mean().backward()
+        gradients.append(value.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+    for span in spans:
+        span.close()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_whose_blocks_are_not_alike_elsewhere(name: str, tmp_path: Path) -> None:
+    options = saved(name, tmp_path)
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        LocalSpan(str(tmp_path), range(1, 3), **options)
