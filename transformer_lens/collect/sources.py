@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from transformer_lens.checks import a_tensor
+
 TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -35,11 +37,12 @@ class Source:
 def open_source(data: Any) -> Source:
     """The documents of whatever `collect` takes.
 
-    >>> from transformer_lens.collect.sources import open_source
-    >>> list(open_source(["one", "two", "three"]).read(1))
-    ['two', 'three']
+        >>> from transformer_lens.checks import a_tensor
+    from transformer_lens.collect.sources import open_source
+        >>> list(open_source(["one", "two", "three"]).read(1))
+        ['two', 'three']
 
-    Raises `ValueError` for a path that is not there or of an unknown kind, and `TypeError` for other things.
+        Raises `ValueError` for a path that is not there or of an unknown kind, and `TypeError` for other things.
     """
     if isinstance(data, (str, Path)):
         return _files([Path(data)])
@@ -62,6 +65,8 @@ def open_source(data: Any) -> Source:
 
 
 def _in_memory(data: Any) -> Source:
+    if isinstance(data, Tensor):
+        a_tensor("data", data)
     if isinstance(data, (Tensor, np.ndarray)):
         ids = np.asarray(data.cpu() if isinstance(data, Tensor) else data)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -165,6 +170,8 @@ class Encoder:
         return np.asarray([*front, *ids, *back], np.int64)
 
     def _ids(self, number: int, content: Any) -> np.ndarray:
+        if isinstance(content, Tensor):
+            a_tensor(f"document {number}", content)
         array = np.asarray(content.cpu() if isinstance(content, Tensor) else content)
         if array.size == 0 and array.ndim == 1:
             return np.empty(0, np.int64)
