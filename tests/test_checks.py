@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,17 @@ import torch
 
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.checks import (
+    MOST_WHOLE,
     a_number,
+    a_path,
+    a_tensor,
     device_of,
+    directory_to_write,
+    file_to_write,
     in_words,
     is_one_of,
+    is_several,
+    is_tensor,
     is_whole,
     nearest,
     whole,
@@ -59,6 +67,59 @@ def test_several_whole_numbers() -> None:
     for wrong in ("12", b"12", {1: 2}, 1.5, None, np.ones((2, 2)), [[1]], [True]):
         with pytest.raises(TypeError, match="n: got .*, expected 0 to 2"):
             whole_numbers("n", wrong, 0, 2)
+
+
+def test_whole_numbers_are_those_that_a_tensor_holds() -> None:
+    assert whole("n", MOST_WHOLE) == MOST_WHOLE and whole("n", -MOST_WHOLE) == -MOST_WHOLE
+    for beyond in (MOST_WHOLE + 1, 10**30, -(10**30)):
+        with pytest.raises(ValueError, match=f"n: got {beyond}, expected at most {MOST_WHOLE} in all"):
+            whole("n", beyond, where=" in all")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says of some kinds that they are new, of others that they are old
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("meta", lambda: torch.ones(2, device="meta")),
+        ("sparse", lambda: torch.ones(2).to_sparse()),
+        ("sparse", lambda: torch.eye(2).to_sparse_csr()),
+        ("quantised", lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)),
+        ("nested", lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])),
+    ],
+)
+def test_a_tensor_is_one_that_can_be_computed_with(kind: str, make: Any) -> None:
+    made = make()
+    assert in_words(made).startswith(f"a {kind} torch.") and not is_tensor(made) and not is_several(made)
+    for check in (a_tensor, whole, whole_numbers, a_number):
+        with pytest.raises(TypeError, match=f"x: got a {kind} torch"):
+            check("x", made)
+    with pytest.raises(TypeError, match="expected a tensor, dense and on a device that holds numbers"):
+        a_tensor("x", made)
+    assert a_tensor("x", torch.ones(2).T) is not None and is_tensor(torch.ones(2, dtype=torch.bfloat16))
+
+
+def test_paths_that_nothing_can_have_and_places_that_are_taken(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("here")
+    folder.mkdir()
+    assert file_to_write("path", file) == file and file_to_write("path", str(folder / "new")) == folder / "new"
+    assert directory_to_write("path", folder) == folder and directory_to_write("path", tmp_path / "a" / "b").name == "b"
+    for taken in (folder, ".", "/"):
+        with pytest.raises(ValueError, match="path: '.*' is a directory, expected the name of a file"):
+            file_to_write("path", taken)
+    for nowhere in (file / "new", tmp_path / "a" / "new"):
+        with pytest.raises(ValueError, match="path: '.*' is no directory, expected one to write 'new' in"):
+            file_to_write("path", nowhere)
+    for taken in (file, file / "below" / "it", "/dev/null"):
+        with pytest.raises(ValueError, match="path: '.*' is a file, expected a directory"):
+            directory_to_write("path", taken)
+    for none in ("", "a\0b", "a" * 256, "é" * 128, "\ud800"):
+        with pytest.raises(ValueError, match="path: got .*, expected the name of a file or directory"):
+            a_path("path", none)
+    for wrong in (b"bytes", 5, None, ["a"]):
+        with pytest.raises(TypeError, match="path: got .*, expected a path"):
+            a_path("path", wrong)
+    assert a_path("path", "a" * 255) and a_path("path", "é" * 127)
 
 
 def test_numbers_within_bounds() -> None:

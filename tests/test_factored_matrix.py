@@ -376,7 +376,7 @@ def test_a_matrix_of_zeros_scores_zero() -> None:
 MATRIX = factored((3,), 4, 2, 5)
 MISTAKES: list[tuple[Any, type[Exception], str]] = [
     (lambda: FactoredMatrix(torch.ones(2), torch.ones(2, 3)), ValueError, "A has shape [2], expected two axes or more"),
-    (lambda: FactoredMatrix(torch.ones(2, 2), [[1.0]]), TypeError, "B is a list, expected a tensor"),
+    (lambda: FactoredMatrix(torch.ones(2, 2), [[1.0]]), TypeError, "B: got [[1.0]], expected a tensor"),
     (lambda: FactoredMatrix(torch.ones(2, 2), torch.ones(3, 2)), ValueError, "A has shape [2, 2] and B [3, 2]"),
     (
         lambda: FactoredMatrix(torch.ones(2, 4, 2), torch.ones(3, 2, 4)),

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_list, from_end, in_words, is_several, is_whole, whole_numbers
+from transformer_lens.checks import a_list, from_end, in_words, is_several, is_tensor, is_whole, whole_numbers
 from transformer_lens.hook_point import HookPoint
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_one_text(what: str, text: Any, ids_only: bool = False) -> None:
 
     >>> check_one_text("text", torch.tensor([[5, 6]]))
     """
-    ids = isinstance(text, Tensor) and text.ndim in (1, 2) and text.numel() == text.shape[-1] > 0
+    ids = is_tensor(text) and text.ndim in (1, 2) and text.numel() == text.shape[-1] > 0
     if ids and not text.is_floating_point() and text.dtype != torch.bool:
         return
     if ids_only or not isinstance(text, str):
@@ -85,7 +85,7 @@ def check_texts(texts: Any) -> None:
     TypeError: texts: got 'Mary and John', expected a list of texts, or token ids [batch, pos]
     """
     suits = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
-    if not suits and not (isinstance(texts, Tensor) and texts.ndim == 2 and not texts.is_floating_point()):
+    if not suits and not (is_tensor(texts) and texts.ndim == 2 and not texts.is_floating_point()):
         raise TypeError(f"texts: got {in_words(texts)}, expected a list of texts, or token ids [batch, pos]")
 
 
@@ -284,7 +284,7 @@ def checked_positions(positions: Any) -> Positions:
     """
     if positions is None or (isinstance(positions, slice) and (positions.step or 1) > 0):
         return positions
-    if isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.ndim == 2:
+    if is_tensor(positions) and positions.dtype == torch.bool and positions.ndim == 2:
         return positions
     try:
         numbers = whole_numbers("positions", positions)

@@ -7,17 +7,48 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence, Sized
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from importlib import import_module
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MOST_WHOLE = torch.iinfo(torch.long).max
+"""The largest whole number that a tensor holds."""
+LONGEST_NAME = 255
+"""Bytes in the name of a file or a directory, on every file system in use."""
+UNUSABLE: Mapping[str, Callable[[Tensor], bool]] = {
+    "nested": lambda tensor: tensor.is_nested,
+    "sparse": lambda tensor: tensor.layout != torch.strided,
+    "quantised": lambda tensor: tensor.is_quantized,
+    "meta": lambda tensor: tensor.is_meta,
+}
+"""The kinds of tensor that most of torch does not compute with: each by the word for it."""
+
+
+def unusable(tensor: Tensor) -> str:
+    """What keeps a tensor from being computed with, in a word; "" for a dense one with numbers.
+
+    >>> unusable(torch.ones(2)), unusable(torch.ones(2).to_sparse()), unusable(torch.ones(2, device="meta"))
+    ('', 'sparse', 'meta')
+    """
+    return next((kind for kind, is_so in UNUSABLE.items() if is_so(tensor)), "")
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor that can be computed with: dense, and on a device that holds numbers.
+
+    >>> is_tensor(torch.ones(2)), is_tensor(torch.ones(2).to_sparse()), is_tensor([1.0])
+    (True, False, False)
+    """
+    return isinstance(value, Tensor) and not unusable(value)
 
 
 def in_words(value: object) -> str:
@@ -27,7 +58,9 @@ def in_words(value: object) -> str:
     ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
     """
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+        kind = unusable(value)
+        shape = "" if kind == "nested" else f" of shape {list(value.shape)}"
+        return f"a {kind + ' ' if kind else ''}{value.dtype} tensor{shape}"
     written = repr(value)
     short = len(written) <= 60 and "\n" not in written and " at 0x" not in written
     return written if short else f"a {type(value).__name__}"
@@ -57,9 +90,8 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
 def is_whole(value: object) -> bool:
     """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
     if isinstance(value, Tensor):
-        return (
-            value.ndim == 0 and not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-        )
+        numbers = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        return numbers and value.ndim == 0 and is_tensor(value)
     if isinstance(value, np.ndarray):
         return value.ndim == 0 and value.dtype.kind in "iu"
     return isinstance(value, Integral) and not isinstance(value, bool)
@@ -79,6 +111,8 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
     number = operator.index(value)
     if (least is not None and number < least) or (most is not None and number > most):
         raise ValueError(f"{what}: got {number}, expected {bounds}{where}")
+    if abs(number) > MOST_WHOLE:
+        raise ValueError(f"{what}: got {in_words(value)}, expected at most {MOST_WHOLE}{where}")
     return number
 
 
@@ -121,7 +155,7 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
 
     Raises `TypeError` for what is no number and `ValueError` for one beyond the bounds.
     """
-    one = value.item() if isinstance(value, (Tensor, np.generic)) and value.ndim == 0 else value
+    one = value.item() if (is_tensor(value) or isinstance(value, np.generic)) and value.ndim == 0 else value
     end = f" to {most:g}" if most < math.inf else "" if above else " on"
     bounds = "" if least == -math.inf else f" {'above' if above else 'from'} {least:g}{end}"
     if isinstance(one, bool) or not isinstance(one, Real):
@@ -134,28 +168,63 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
 
 def a_path(what: str, value: Any) -> Path:
     """A path. Raises `TypeError` for what is none, and `ValueError` for names that nothing on a disk has."""
-    if not isinstance(value, (str, PathLike)):
+    if not isinstance(value, (str, PathLike)) or not isinstance(written := os.fspath(value), str):
         raise TypeError(f"{what}: got {in_words(value)}, expected a path")
-    if value == "" or "\0" in str(value):  # "" would be the current directory
-        raise ValueError(f"{what}: got {in_words(str(value))}, expected the name of a file or directory")
+    try:
+        longest = max(map(len, os.fsencode(written).split(b"/")))
+    except UnicodeEncodeError:  # half of a character
+        longest = LONGEST_NAME + 1
+    if "\0" in written or not written or longest > LONGEST_NAME:  # "" would be the current directory
+        raise ValueError(f"{what}: got {in_words(written)}, expected the name of a file or directory")
     return Path(value)
 
 
-def a_text(what: str, value: Any) -> None:
-    """Raise `TypeError` for what is no text."""
+def file_to_write(what: str, value: Any) -> Path:
+    """The path of a file that can be written. Raises `ValueError` for a directory, or where there is none for it.
+
+    >>> file_to_write("path", "picture.png").name
+    'picture.png'
+    """
+    path = a_path(what, value)
+    if path.is_dir():
+        raise ValueError(f"{what}: {str(path)!r} is a directory, expected the name of a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{what}: {str(path.parent)!r} is no directory, expected one to write {path.name!r} in")
+    return path
+
+
+def directory_to_write(what: str, value: Any) -> Path:
+    """The path of a directory that is there or can be made. Raises `ValueError` where a file is in its way.
+
+    >>> directory_to_write("directory", "lens").name
+    'lens'
+    """
+    path = a_path(what, value)
+    taken = next((place for place in (path, *path.parents) if place.exists()), None)
+    if taken is not None and not taken.is_dir():
+        raise ValueError(f"{what}: {str(taken)!r} is a file, expected a directory")
+    return path
+
+
+def a_text(what: str, value: Any) -> str:
+    """A text. Raises `TypeError` for what is none."""
     if not isinstance(value, str):
         raise TypeError(f"{what}: got {in_words(value)}, expected a str")
+    return value
 
 
 def is_several(value: object) -> bool:
     """Whether a value can be gone through, and is no text: a list, a tuple, a tensor with an axis..."""
+    if isinstance(value, Tensor):
+        return is_tensor(value) and value.ndim > 0
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
 
 
-def a_list(what: str, value: Any) -> None:
-    """Raise `TypeError` for what is not several: text, and what has no length."""
+def a_list(what: str, value: Any) -> Any:
+    """What holds several and has a length. Raises `TypeError` for anything else, and for text."""
     if not is_several(value) or not isinstance(value, Sized):
         raise TypeError(f"{what}: got {in_words(value)}, expected a list")
+    return value
 
 
 def listed(what: str, value: Any) -> list[Any]:
@@ -165,10 +234,12 @@ def listed(what: str, value: Any) -> list[Any]:
     return list(value)
 
 
-def a_tensor(what: str, value: Any) -> None:
-    """Raise `TypeError` for what is no tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor")
+def a_tensor(what: str, value: Any) -> Tensor:
+    """A tensor that can be computed with. Raises `TypeError` for anything else."""
+    if not is_tensor(value):
+        dense = ", dense and on a device that holds numbers" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor{dense}")
+    return value
 
 
 def function(what: str, value: Any, form: str) -> Callable[..., Any]:
@@ -184,7 +255,9 @@ def as_numbers(what: str, value: Any) -> Tensor:
     >>> as_numbers("values", [1.0, 2.0])
     tensor([1., 2.], dtype=torch.float64)
     """
-    if not isinstance(value, (Tensor, np.ndarray, list, tuple)):
+    if isinstance(value, Tensor):
+        a_tensor(what, value)
+    elif not isinstance(value, (np.ndarray, list, tuple)):
         raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers")
     try:
         made = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import in_words, is_one_of, whole
+from transformer_lens.checks import in_words, is_one_of, is_tensor, whole
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -170,7 +170,7 @@ class DirectLogits(ABC):
 
     def _need_stack(self, stack: object) -> None:
         width = self._bridge.cfg.d_model
-        suits = isinstance(stack, Tensor) and stack.is_floating_point() and stack.ndim > 1
+        suits = is_tensor(stack) and stack.is_floating_point() and stack.ndim > 1
         if not suits or cast(Tensor, stack).shape[-1] != width:
             raise ValueError(f"residual_stack: got {in_words(stack)}, expected [component, ..., {width}]")
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from transformer_lens.checks import in_words, whole
+from transformer_lens.checks import a_tensor, in_words, whole
 from transformer_lens.slicing import AxisIndex, axis_index, check_within
 
 Index = int | slice | EllipsisType | Sequence[Any] | np.ndarray | Tensor | None
@@ -41,8 +41,7 @@ class FactoredMatrix:
 
     def __init__(self, A: Float[Tensor, "*#leading ldim mdim"], B: Float[Tensor, "*#leading mdim rdim"]) -> None:
         for name, factor in (("A", A), ("B", B)):
-            if not isinstance(factor, Tensor):
-                raise TypeError(f"FactoredMatrix: {name} is a {type(factor).__name__}, expected a tensor")
+            a_tensor(f"FactoredMatrix: {name}", factor)
             if factor.ndim < 2:
                 raise ValueError(f"FactoredMatrix: {name} has shape {list(factor.shape)}, expected two axes or more")
         if A.shape[-1] != B.shape[-2]:
@@ -146,6 +145,7 @@ class FactoredMatrix:
             return (self @ other.A) @ other.B
         if not isinstance(other, Tensor):
             return NotImplemented
+        a_tensor("FactoredMatrix @", other)
         _check_fit(self.B, other, self.shape, other.shape)
         if other.ndim == 1:
             return (self.A @ (self.B @ other)[..., None]).squeeze(-1)
@@ -157,6 +157,7 @@ class FactoredMatrix:
         """A matrix or vector from the left, as `__matmul__` does from the right."""
         if not isinstance(other, Tensor):
             return NotImplemented
+        a_tensor("@ FactoredMatrix", other)
         _check_fit(other, self.A, other.shape, self.shape)
         if other.ndim == 1:
             return ((other @ self.A)[..., None, :] @ self.B).squeeze(-2)
@@ -165,6 +166,7 @@ class FactoredMatrix:
     def __mul__(self, scalar: float | Tensor) -> FactoredMatrix:
         """Times a number, or a tensor that holds one."""
         if isinstance(scalar, Tensor):
+            a_tensor("FactoredMatrix *", scalar)
             if scalar.numel() != 1:
                 raise ValueError(
                     f"FactoredMatrix: got a tensor of shape {list(scalar.shape)} to multiply with, expected one number "
@@ -173,6 +175,8 @@ class FactoredMatrix:
             scalar = scalar.reshape(())
         elif not isinstance(scalar, (int, float)):
             return NotImplemented
+        else:
+            scalar = float(scalar)
         return FactoredMatrix(self.A * scalar, self.B)
 
     __rmul__ = __mul__

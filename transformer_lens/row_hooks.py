@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from transformer_lens.checks import listed, whole
+from transformer_lens.checks import in_words, is_tensor, listed, whole, whole_numbers
 from transformer_lens.hook_point import HookFunction, HookPoint
 
 Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
@@ -104,9 +104,9 @@ def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint
 
 def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
     """A replacement of some rows is what those rows are."""
-    if not isinstance(result, Tensor):
+    if not is_tensor(result):
         raise TypeError(
-            f"hook on rows at {hook.name!r}: its function returned {type(result).__name__}, expected a Tensor or None"
+            f"hook on rows at {hook.name!r}: its function returned {in_words(result)}, expected a Tensor or None"
         )
     got, expected = (list(result.shape), result.dtype), (list(part.shape), part.dtype)
     if got != expected:
@@ -128,9 +128,9 @@ def _checked(rows: Rows) -> slice | Tensor:
         return rows
     if isinstance(rows, int) and not isinstance(rows, bool):
         return slice(rows, rows + 1 or None)
-    numbers = rows if isinstance(rows, Tensor) else list(rows) if isinstance(rows, (list, tuple, range)) else None
+    numbers = rows if is_tensor(rows) else list(rows) if isinstance(rows, (list, tuple, range)) else None
     if isinstance(numbers, list) and all(type(number) is int for number in numbers):
-        numbers = torch.tensor(numbers, dtype=torch.long)
+        numbers = torch.tensor(whole_numbers("rows", numbers), dtype=torch.long)
     if not isinstance(numbers, Tensor) or numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex():
         raise TypeError(f"rows: got {rows!r}, expected an int, a slice, ints, or a boolean mask over the batch")
     if not (numbers.any() if numbers.dtype == torch.bool else numbers.numel()):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transformer_lens.checks import in_words, is_whole
+from transformer_lens.checks import in_words, is_tensor, is_whole
 
 SliceInput = int | slice | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
 AxisIndex = int | slice | Tensor
@@ -38,7 +38,7 @@ def axis_index(what: str, entry: Any, expected: str = EXPECTED) -> AxisIndex:
     if isinstance(entry, (bool, str)) or not isinstance(entry, (Sequence, np.ndarray, Tensor)):
         raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}")
     try:
-        values = entry if isinstance(entry, Tensor) else torch.as_tensor(np.asarray(entry))
+        values = entry if is_tensor(entry) else torch.as_tensor(np.asarray(entry))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what}: got {in_words(entry)}, expected {expected}, of whole numbers") from error
     if not values.numel() and not isinstance(entry, (Tensor, np.ndarray)):
@@ -95,7 +95,7 @@ class Slice:
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """Keep the chosen entries of axis `dim`. Raises `IndexError` for one that is not there."""
-        if not isinstance(tensor, Tensor) or not is_whole(dim) or not -tensor.ndim <= dim < tensor.ndim:
+        if not is_tensor(tensor) or not is_whole(dim) or not -tensor.ndim <= dim < tensor.ndim:
             raise ValueError(
                 f"Slice.apply: got {in_words(tensor)} and dim {dim!r}, expected a tensor and one of its axes"
             )

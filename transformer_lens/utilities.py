@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_tensor, a_text, in_words, one_of, whole
+from transformer_lens.checks import a_tensor, a_text, in_words, is_tensor, one_of, whole
 from transformer_lens.hook_names import get_act_name
 from transformer_lens.model_bridge.padding import checked_mask, kept_mask
 from transformer_lens.slicing import Slice, SliceInput
@@ -60,7 +60,7 @@ def lm_cross_entropy_loss(
             "and [batch, pos]"
         )
     rows, pos = tokens.shape
-    shared = isinstance(attention_mask, Tensor) and list(attention_mask.shape) == [1, pos]
+    shared = is_tensor(attention_mask) and list(attention_mask.shape) == [1, pos]
     mask = None if attention_mask is None else checked_mask(attention_mask, 1 if shared else rows, pos, logits.device)
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     losses = -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
@@ -85,7 +85,7 @@ def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
     array([1., 1.], dtype=float32)
     """
     if isinstance(tensor, Tensor):
-        tensor = tensor.detach().cpu()
+        tensor = a_tensor("to_numpy", tensor).detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     try:
         array = np.asarray(tensor)

@@ -330,7 +330,7 @@ def test_what_the_class_sets_in_its_own_way_it_sets_of_modules_and_parameters_to
     for owner, name in ((bridge, "device"), (bridge, "W_U"), (attention, "original_component")):
         with pytest.raises(AttributeError, match=f"property '{name}' of '.*' object has no setter"):
             setattr(owner, name, nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="W_Q: got Linear, expected a tensor of shape"):
+    with pytest.raises(ValueError, match=r"W_Q: got Linear\(in_features=2.*, expected a tensor of shape"):
         attention.W_Q = nn.Linear(2, 2)
     doubled = nn.Parameter(2 * attention.W_Q)
     attention.W_Q = doubled

@@ -193,7 +193,7 @@ def test_similarity_is_the_mean_squared_cosine(layout, pair):
         ({"detection_pattern": torch.eye(3)}, ValueError, r"got shape \[3, 3\], expected \[17, 17\]"),
         ({"detection_pattern": torch.ones(17, 17)}, ValueError, "zero above the diagonal"),
         ({"detection_pattern": torch.full((17, 17), math.nan).tril()}, ValueError, "expected finite numbers"),
-        ({"detection_pattern": 3}, TypeError, "got int, expected a tensor or a name"),
+        ({"detection_pattern": 3}, TypeError, "got 3, expected a tensor or a name"),
         ({"error_measure": "sum"}, ValueError, "error_measure: got 'sum'"),
         ({"heads": [(4, 0)]}, ValueError, r"heads: got \(4, 0\), expected layers 0 to 3"),
         ({"heads": {0: []}}, ValueError, "heads: got none"),

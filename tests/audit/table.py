@@ -139,6 +139,20 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "Waterfall": lambda w: Waterfall(torch.ones(1), ["a"], "t"),
 }
 
+ODD: Mapping[str, Callable[[], Any]] = {
+    "a tensor without numbers": lambda: torch.ones(1, 4, device="meta"),
+    "a direction without numbers": lambda: torch.ones(128, device="meta"),
+    "ids without numbers": lambda: torch.ones(1, 4, dtype=torch.long, device="meta"),
+    "a sparse tensor": lambda: torch.ones(128).to_sparse(),
+    "a sparse matrix": lambda: torch.eye(4).to_sparse_csr(),
+    "a quantised tensor": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "a number beyond 64 bits": lambda: 10**30,
+    "one below them": lambda: -(10**30),
+    "several beyond them": lambda: [10**30],
+}
+"""Values that may pass for right ones until something computes with them: a right answer, or a sentence of ours."""
+
 # -- kinds: the values that are wrong for a parameter -------------------------------------------------------
 
 NUMBERS = [THING, "three", 1.5, math.nan, [1]]
@@ -166,7 +180,9 @@ HOOKS = [THING, 5, "blocks.0.hook_resid_pre", [5], [("nonsense", neutral)], [("b
 MASK = [THING, "mask", 5, torch.ones(3), torch.ones(1, 99)]
 SLICE = [THING, "last", 1.5, [0.5], [[0, 1]], 99, 10**30, [99], (1, 2, 3, 4), slice(None, None, -1), {1: 2}, [True]]
 POSITIONS = [THING, "last", 1.5, [0.5], 99, [99], torch.ones(3, dtype=torch.bool)]
-PATHS = [THING, 5, "", "a\0b"]
+PATHS = [THING, 5, "", "a\0b", "\ud800", "a" * 300, "/dev/null/inside_a_file"]
+FILES = [*PATHS, "/"]
+DIRECTORIES = [*PATHS, "/dev/null"]
 FLOAT = [THING, "big", [1.0], math.nan]
 SEED = [THING, "dice", 1.5, [1]]
 DEVICE = [THING, "nowhere", 5.5, 10**30]
@@ -201,7 +217,8 @@ KINDS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(["on", "direction", "dir", "at", "optimizer", "task", "error_measure"], CHOICE),
     **dict.fromkeys(["answer", "wrong_answer", "token", "wrong", "incorrect_tokens"], ANSWER),
     **dict.fromkeys(["values", "residual_stack", "tensor", "vector", "logits", "log_probs", "stream"], TENSOR),
-    **dict.fromkeys(["directory", "path", "save_directory", "out_dir"], PATHS),
+    **dict.fromkeys(["directory", "save_directory", "out_dir"], DIRECTORIES),
+    "path": FILES,
     **dict.fromkeys(["device"], DEVICE),
     **dict.fromkeys(["noise", "weight_decay", "strength", "scale", "temperature", "top_p"], FLOAT),
     **dict.fromkeys(["texts", "positive", "negative", "batches"], (THING, 5, [], [5.5])),
@@ -246,7 +263,7 @@ KINDS |= {
     **dict.fromkeys(["dataset"], (THING, 5, [], [5])),
     **dict.fromkeys(["other"], (THING, "nonsense", 5)),
     **dict.fromkeys(["scalar"], (torch.ones(3),)),  # of what is no number Python itself says so
-    **dict.fromkeys(["name_or_path"], (THING, 5, "/nothing/here")),
+    **dict.fromkeys(["name_or_path"], (*DIRECTORIES, "/nothing/here")),
     **dict.fromkeys(["n_experts", "layer_type", "sublayer_type"], (THING, "nonsense")),
     **dict.fromkeys(["pair"], (THING, 5, "{nothing}")),
     **dict.fromkeys(["separator", "placeholder"], (THING, 5)),
@@ -423,7 +440,9 @@ ROWS: dict[str, Row] = {
     "ActivationCache.stack_neuron_results": Row({"layer": 1, "pos_slice": -1}, {"neuron_slice": UNBOUND}),
     "ActivationCache.to": Row({"device": "cpu"}),
     "ActivationStore.__getitem__": Row({"index": "blocks.0.hook_resid_post"}),
-    "ActivationStore.__init__": Row({"out_dir": lambda w: w.store.out_dir}, {"out_dir": [*PATHS, "/nothing/here"]}),
+    "ActivationStore.__init__": Row(
+        {"out_dir": lambda w: w.store.out_dir}, {"out_dir": [*DIRECTORIES, "/nothing/here"]}
+    ),
     "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5] + [5]}),
     "ActivationStore.document": Row({"number": 0}, {"number": [*NUMBERS, 99]}),
     "ActivationStore.to_dataset": Row(wrong={"options": []}),
@@ -455,7 +474,9 @@ ROWS: dict[str, Row] = {
     "FactoredMatrix.unsqueeze": Row({"dim": 0}, {"dim": [*NUMBERS, 99, -99, True]}),
     "GroupedCache.__init__": Row({"config": lambda w: falcon_config()}),
     "Heatmap.__init__": Row({"values": torch.eye(2), "rows": ["a", "b"], "columns": ["c", "d"]}),
-    "Heatmap.save": Row({"path": lambda w: w.folder / "a.html"}, {"path": [*PATHS, "a.nonsense"]}),
+    "Heatmap.save": Row(
+        {"path": lambda w: w.folder / "a.html"}, {"path": [*FILES, "a.nonsense", "/nothing/here/a.png"]}
+    ),
     "Heatmap.save_html": Row({"path": lambda w: w.folder / "a.html"}),
     "Heatmap.save_png": Row({"path": lambda w: w.folder / "a.png"}),
     "Heatmaps.__init__": Row(
@@ -526,7 +547,7 @@ ROWS: dict[str, Row] = {
     ),
     "TransformerBridge.to_tokens": Row({"input": TEXT}, {"input": [THING, 5, [], [5]]}),
     "TransformerBridge.tokens_to_residual_directions": Row({"tokens": 5}, {"tokens": ANSWER[:-1]}),
-    "TunedLens.load": Row({"directory": lambda w: saved_lens(w)}, {"directory": [*PATHS, "/nothing/here"]}),
+    "TunedLens.load": Row({"directory": lambda w: saved_lens(w)}, {"directory": [*DIRECTORIES, "/nothing/here"]}),
     "TunedLens.logits": Row({"source": lambda w: w.cache("")}, {"source": [THING, 5, torch.ones(3)], "layer": [0]}),
     "TunedLens.translate": Row({"stream": torch.ones(1, 128)}),
     "Waterfall.__init__": Row({"values": torch.ones(2), "labels": ["a", "b"]}),
@@ -610,9 +631,11 @@ ROWS: dict[str, Row] = {
     "hook_names.get_act_name": Row(
         {"name": "q", "layer": 0}, {"name": [THING, 5], "layer": [THING, 1.5], "layer_type": [THING, 5]}
     ),
-    "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
+    "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}),
     "model_bridge.supported_architectures.adapter_for": Row({"config": lambda w: falcon_config()}),
-    "model_bridge.skeleton.skeleton_bridge": Row({"model": "falcon-7b"}, {"model": [None, THING, 5, "/nothing/here"]}),
+    "model_bridge.skeleton.skeleton_bridge": Row(
+        {"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}
+    ),
     "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
     "row_hooks.on_each": Row({"fns": [neutral]}),
     "row_hooks.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),

@@ -21,7 +21,19 @@ import torch
 
 import transformer_lens
 from tests.audit.surface import functions, parameters
-from tests.audit.table import KEYWORDS, NOT_AUDITED, ROWS, Row, World, given, wrong_values
+from tests.audit.table import (
+    KEYWORDS,
+    NOT_AUDITED,
+    ODD,
+    OF_OTHERS,
+    ROWS,
+    SWITCHES,
+    WORDS,
+    Row,
+    World,
+    given,
+    wrong_values,
+)
 
 PACKAGE = str(Path(transformer_lens.__file__).parent)
 OURS = (ValueError, KeyError, TypeError, IndexError, OSError, ImportError)
@@ -129,6 +141,20 @@ def test_a_right_call_works_and_wrong_values_are_told(world: World, entry: str) 
                 continue
             why = complaint(lambda name=parameter.name, value=value: run(world, entry, {name: value}))  # type: ignore[misc]
             wrong += [f"{parameter.name}={_short(value)}: {why}"] if why else []
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says of some kinds that they are new, of others that they are old
+@pytest.mark.parametrize("entry", AUDITED)
+def test_odd_values_are_answered_or_told(world: World, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.folder)  # a number may be taken for a file's name
+    wrong = []
+    for parameter in parameters(SURFACE[entry]):
+        if parameter.name in KEYWORDS | OF_OTHERS | SWITCHES | WORDS:
+            continue
+        for what, make in ODD.items():
+            why = complaint(lambda name=parameter.name, make=make: run(world, entry, {name: make()}))  # type: ignore[misc]
+            wrong += [f"{parameter.name} is {what}: {why}"] if why not in (None, "accepted") else []
     assert not wrong, "\n" + "\n".join(wrong)
 
 

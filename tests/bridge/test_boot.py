@@ -138,6 +138,16 @@ def test_a_directory_that_is_not_there(tmp_path):
         TransformerBridge.boot_transformers(tmp_path / "nowhere")
 
 
+def test_a_file_is_no_directory_and_a_config_is_an_object(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config\.json is a file, expected a hub name, or a directory"):
+        TransformerBridge.boot_transformers(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="its config is a list, expected a JSON object"):
+        skeleton_bridge(tmp_path / "config.json")
+    with pytest.raises(OSError, match="there is no such directory or file"):
+        TransformerBridge.boot_transformers("/dev/null")
+
+
 def test_an_empty_directory(tmp_path):
     with pytest.raises((OSError, ValueError), match=str(tmp_path)):
         TransformerBridge.boot_transformers(tmp_path)

@@ -175,7 +175,7 @@ def test_wrong_rows_and_answers_are_refused():
         hooked(point, x, on_rows([1, -1], keep))
     with pytest.raises(ValueError, match="on_each at 'p': got a batch of 2, expected 3: 1 rows for each of 3"):
         hooked(point, x, on_each([keep, keep, keep]))
-    with pytest.raises(TypeError, match="hook on rows at 'p': its function returned int, expected a Tensor or None"):
+    with pytest.raises(TypeError, match="hook on rows at 'p': its function returned 1, expected a Tensor or None"):
         hooked(point, x, on_rows(0, lambda part, hook: 1))
     with pytest.raises(ValueError, match=r"got a replacement of shape \[3\] and torch.float32, expected \[1, 3\]"):
         hooked(point, x, on_rows(0, lambda part, hook: part[0]))

@@ -181,6 +181,12 @@ HOOKS = {
         "hook at 'blocks.0.attn.hook_q': got a replacement of dtype torch.float64, expected torch.float32; use "
         ".expand, .to(tensor.dtype) or .to(tensor.device) in the hook",
     ),
+    "layout": (
+        lambda: hooked(lambda tensor, hook: tensor.to_sparse()),
+        TypeError,
+        "hook at 'blocks.0.attn.hook_q': got a replacement that is a sparse torch.float32 tensor of shape [2, 7, 8, "
+        "4], expected a dense one with numbers",
+    ),
     "device": (
         lambda: hooked(lambda tensor, hook: tensor.to("meta")),
         ValueError,
@@ -346,7 +352,8 @@ CALLS = {
     "mask that is a list": (
         lambda: bridge()(tokens(), attention_mask=[[1] * 7] * 2),
         TypeError,
-        "attention_mask: got list, expected a tensor [2, 7] of ones and zeros",
+        "attention_mask: got [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]], expected a tensor [2, 7] of ones and "
+        "zeros",
     ),
     "loss over nothing": (
         lambda: bridge()(tokens(2, 1), return_type="loss"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from inspect import Parameter, signature
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -22,16 +22,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 Rule = Callable[[str, Any], Any]
 
 
-def a_bridge(what: str, value: Any) -> None:
-    """Raise `TypeError` for what is no bridge, such as a Hugging Face model itself."""
+def a_bridge(what: str, value: Any) -> TransformerBridge:
+    """A bridge. Raises `TypeError` for what is none, such as a Hugging Face model itself."""
     if not isinstance(value, TransformerBridge):
         raise TypeError(f"{what}: got a {type(value).__name__}, expected a TransformerBridge")
+    return value
 
 
-def a_mapping(what: str, value: Any) -> None:
-    """Raise `TypeError` for what holds no activations by name."""
+def a_mapping(what: str, value: Any) -> Mapping[Any, Any]:
+    """Activations by name. Raises `TypeError` for what holds none."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{what}: got {in_words(value)}, expected an ActivationCache, or activations by name")
+    return value
 
 
 def metric_number(value: Any) -> Float[Tensor, ""]:
@@ -56,7 +58,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(COUNTS, partial(whole, least=1)),
     "n": partial(whole, least=0),
     "seed": whole,
-    **dict.fromkeys(("noise", "threshold", "weight_decay"), a_number),
+    "noise": a_number,
+    **dict.fromkeys(("threshold", "weight_decay"), partial(a_number, least=0.0)),
     "confidence": partial(a_number, least=0.0, most=1.0),
     **dict.fromkeys(("lr", "strength"), partial(a_number, least=0.0, above=True)),
     "directory": a_path,
@@ -68,11 +71,11 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("pair", "separator", "placeholder"), a_text),
     **dict.fromkeys(("scores", "change", "gradient", "log_probs", "logits", "following"), a_tensor),
 }
-"""What each name asks for; a default is always right."""
+"""What each name asks for, and how the function gets it; a default is always right."""
 
 
 def checked(wrapped: F) -> F:
-    """The function, with its arguments held to `RULES`.
+    """The function, its arguments checked and converted by `RULES`.
 
     >>> @checked
     ... def draw(samples, seed=None):
@@ -82,20 +85,16 @@ def checked(wrapped: F) -> F:
     ValueError: samples: got 0, expected 1 or more
     """
     parameters = signature(wrapped).parameters
-    names = list(parameters)
-    places = {name: names.index(name) for name in names if name in RULES}
-    by_place = {
-        name for name, p in parameters.items() if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    }
+    by_place = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def as_wanted(name: str, value: Any) -> Any:
+        rule = RULES.get(name)
+        return value if rule is None or value is parameters[name].default else rule(name, value)
 
     @wraps(wrapped)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for name, place in places.items():
-            given = name in kwargs or (name in by_place and place < len(args))
-            if given:
-                value = kwargs[name] if name in kwargs else args[place]
-                if value is not parameters[name].default:
-                    RULES[name](name, value)
-        return wrapped(*args, **kwargs)
+        given = [as_wanted(name, value) for name, value in zip(by_place, args, strict=False)]
+        named = {name: as_wanted(name, value) for name, value in kwargs.items()}
+        return wrapped(*given, *args[len(given) :], **named)
 
     return call  # type: ignore[return-value]

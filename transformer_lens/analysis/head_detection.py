@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
-from transformer_lens.checks import a_list, in_words, one_of
+from transformer_lens.checks import a_list, a_tensor, in_words, is_tensor, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +104,8 @@ def detect_head(
     """
     one_of("error_measure", error_measure, get_args(ErrorMeasure))
     wanted = head_pairs(model.cfg, heads)
-    if not isinstance(seq, (str, Tensor)):
-        a_list("seq", seq)
-        seq = list(seq)
+    if not isinstance(seq, str):
+        seq = a_tensor("seq", seq) if isinstance(seq, Tensor) else list(a_list("seq", seq))
     if not len(seq) or batch_size < 1:
         raise ValueError(f"detect_head: got {len(seq)} texts and batch_size {batch_size}, expected one or more")
     refuse_embeddings(seq)
@@ -176,8 +175,8 @@ def _pattern(given: HeadName | Tensor, text: Int[Tensor, " pos"], number: int, t
         if given not in PATTERNS:
             raise ValueError(f"detection_pattern: got {given!r}, expected a tensor or one of {', '.join(HEAD_NAMES)}")
         return PATTERNS[given](text)
-    if not isinstance(given, Tensor):
-        raise TypeError(f"detection_pattern: got {type(given).__name__}, expected a tensor or a name")
+    if not is_tensor(given):
+        raise TypeError(f"detection_pattern: got {in_words(given)}, expected a tensor or a name")
     pattern = given[number] if given.ndim == 3 and len(given) == texts else given
     if list(pattern.shape) != [length, length]:
         raise ValueError(

@@ -19,7 +19,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import Position, activations_at, tokens_at
 from transformer_lens.asking import Texts, check_texts
-from transformer_lens.checks import a_text, needed, one_of
+from transformer_lens.checks import a_text, in_words, is_tensor, needed, one_of
 from transformer_lens.text_table import Tabular, TextTable
 
 Task = Literal["classification", "regression"]
@@ -301,9 +301,8 @@ def _numbered(what: str, values: Sequence[Hashable] | None, count: int) -> Value
 def _checked(
     features: Tensor, labels: Sequence[Any] | Tensor, task: Task | None, folds: int, strength: float, confidence: float
 ) -> tuple[Values, Values, Task]:
-    if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
-        got = f"a {features.dtype} tensor of {list(features.shape)}" if isinstance(features, Tensor) else type(features)
-        raise TypeError(f"features: got {got}, expected floats [example, features]")
+    if not is_tensor(features) or features.ndim != 2 or not features.is_floating_point():
+        raise TypeError(f"features: got {in_words(features)}, expected floats [example, features]")
     y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if y.shape != (len(features),):
         raise ValueError(f"labels: got shape {list(y.shape)}, expected one for each of the {len(features)} examples")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from transformer_lens.checks import a_path, in_words
+from transformer_lens.checks import directory_to_write, in_words
 from transformer_lens.collect.capture import Captured, Capturing, probe
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
 from transformer_lens.collect.identity import environment, model_identity, model_state, tokenizer_identity
@@ -329,5 +329,5 @@ def collect(
     settings of its modules), for other data than before, and for hooks without a value for each token; `OSError` for
     a full or read-only disk. Finished shards stay valid.
     """
-    Job(bridge, dataset, names, a_path("out_dir", out_dir), Options.of(options)).run()
+    Job(bridge, dataset, names, directory_to_write("out_dir", out_dir), Options.of(options)).run()
     return ActivationStore(out_dir)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from transformer_lens.checks import a_tensor
+
 TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -61,6 +63,8 @@ def open_source(data: Any) -> Source:
 
 
 def _in_memory(data: Any) -> Source:
+    if isinstance(data, Tensor):
+        a_tensor("data", data)
     if isinstance(data, (Tensor, np.ndarray)):
         ids = np.asarray(data.cpu() if isinstance(data, Tensor) else data)
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
@@ -163,6 +167,8 @@ class Encoder:
         return np.asarray([*front, *ids, *back], np.int64)
 
     def _ids(self, number: int, content: Any) -> np.ndarray:
+        if isinstance(content, Tensor):
+            a_tensor(f"document {number}", content)
         array = np.asarray(content.cpu() if isinstance(content, Tensor) else content)
         if array.size == 0 and array.ndim == 1:
             return np.empty(0, np.int64)

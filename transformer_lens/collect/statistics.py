@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from transformer_lens.checks import in_words
+from transformer_lens.checks import in_words, is_tensor
 
 
 class RunningStatistics:
@@ -30,7 +30,7 @@ class RunningStatistics:
 
     def update(self, values: Shaped[Tensor, "token ..."]) -> None:
         """Count a batch in. Raises `ValueError` for one of another shape than those before it."""
-        if not isinstance(values, Tensor) or values.ndim < 1:
+        if not is_tensor(values) or values.ndim < 1:
             raise TypeError(f"statistics: got {in_words(values)}, expected a tensor [token, ...]")
         if not len(values):
             return

@@ -22,6 +22,8 @@ from transformer_lens.model_bridge.padding import as_generate_infers, cached_len
 from transformer_lens.model_bridge.tokens import Reading, TokenAdapter, decoded, pieces, special_tokens
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
+MOST_TOKENS = 2**31 - 1
+"""No generation is longer: the numbers of its positions are added up in as many bits."""
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
 """Keywords of Hugging Face's `generate` that stand in none of its signatures."""
@@ -162,7 +164,7 @@ def translate(
     if eos_token_id is not ...:
         made["eos_token_id"] = eos_token_id
     if max_new_tokens is not None:
-        made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1)
+        made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if not stop_at_eos:
         if eos_token_id not in (..., None):
             raise ValueError("generate: stop_at_eos=False and eos_token_id say different things; pass one of them")

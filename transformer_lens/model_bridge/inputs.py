@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from transformer_lens.checks import a_tensor
 from transformer_lens.model_bridge.padding import (
     Columns,
     cached_length,
@@ -137,6 +138,8 @@ class InputMethods(TokenMethods):
         padding at `sides` (none named: at that one). `after`: they go on from texts that were read before.
         """
         adapter = self.token_adapter
+        if isinstance(input, Tensor) and not (input.is_meta and self.input_device().type == "meta"):
+            a_tensor(what, input)
         if isinstance(input, Tensor) and input.is_floating_point():
             return Reading(EMBEDDINGS, batched_embeddings(input, self.cfg.d_model, what), None)
         if isinstance(input, Tensor):

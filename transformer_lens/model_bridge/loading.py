@@ -133,6 +133,8 @@ def load_model(
     """
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
     base = source.base()
+    if Path(source.name).is_file():
+        raise ValueError(f"{source.name} is a file, expected a hub name, or a directory with a config and weights")
     trust = bool(kwargs.pop("trust_remote_code", False))
     config = base.config(trust)
     kind = model_class(config)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.model_bridge.upstream import attribute
 
 SIDES = ("left", "right")
@@ -43,10 +44,8 @@ def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
 
 def checked_mask(mask: Any, rows: int, columns: int, device: torch.device) -> Bool[Tensor, "batch columns"]:
     """A mask that a caller gave. Raises `TypeError` and `ValueError` for what is no mask of these rows and columns."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(
-            f"attention_mask: got {type(mask).__name__}, expected a tensor {[rows, columns]} of ones and zeros"
-        )
+    if not is_tensor(mask):
+        raise TypeError(f"attention_mask: got {in_words(mask)}, expected a tensor {[rows, columns]} of ones and zeros")
     if list(mask.shape) != [rows, columns]:
         raise ValueError(
             f"attention_mask: got shape {list(mask.shape)}, expected {[rows, columns]}: one row "

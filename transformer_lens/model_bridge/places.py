@@ -14,9 +14,9 @@ from torch import nn
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.model_bridge.architecture_adapter import Preparation
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge, HookOwner
+from transformer_lens.model_bridge.generalized_components.base import is_replica
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.views import whole
-from transformer_lens.model_bridge.wrapped_model import is_replica
 
 
 class Place:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transformer_lens.checks import in_words, unusable
 from transformer_lens.hook_point import HookPoint, Listener, tell
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
 
@@ -53,6 +54,10 @@ def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:
     """A replacement has to be what the model expects in its place."""
     if not isinstance(new, Tensor):
         raise TypeError(f"{name}: the module in the hook's place returned {type(new).__name__}, not a Tensor")
+    if unusable(new) not in ("", "meta"):  # another device is told below
+        raise TypeError(
+            f"hook at {name!r}: got a replacement that is {in_words(new)}, expected a dense one with numbers"
+        )
     got, expected = (new.shape, new.dtype, new.device), (old.shape, old.dtype, old.device)
     for what, one, other in zip(("shape", "dtype", "device"), got, expected, strict=True):
         if one != other:

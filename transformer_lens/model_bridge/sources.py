@@ -49,9 +49,10 @@ class Source:
 
         Raises `OSError` for a path with nothing there.
         """
-        if not Path(self.name).exists() and (Path(self.name).is_absolute() or self.name.startswith(".")):
+        here = Path(self.name)
+        if not (here.is_dir() or here.is_file()) and (here.is_absolute() or self.name.startswith(".")):
             raise OSError(f"{self.name}: there is no such directory or file")
-        if Path(self.name).is_file() or self._small_file("config.json") or not self._small_file(ADAPTER_CONFIG):
+        if here.is_file() or self._small_file("config.json") or not self._small_file(ADAPTER_CONFIG):
             return self
         below = self.read_json(ADAPTER_CONFIG).get("base_model_name_or_path")
         if not below:
@@ -82,6 +83,8 @@ class Source:
         self._need_within_reach()
         if not trust_remote_code:
             written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)
+            if not isinstance(written, dict):
+                raise ValueError(f"{self.name}: its config is a {type(written).__name__}, expected a JSON object")
             code = (written.get("auto_map") or {}).get("AutoConfig")
             if code and written.get("model_type") not in CONFIG_MAPPING:
                 raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from transformer_lens.checks import a_path
+from transformer_lens.checks import directory_to_write
 from transformer_lens.model_bridge.places import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
@@ -111,9 +111,7 @@ class StateMethods(WrappedModel):
         checkpoint, unless `allow_processed=True`; while another module is in a component's place; and for a quantised
         Falcon, which could not be read back.
         """
-        directory = a_path("save_directory", save_directory)
-        if directory.exists() and not directory.is_dir():
-            raise ValueError(f"save_pretrained: {directory} is a file, expected a directory")
+        directory = directory_to_write("save_pretrained", save_directory)
         if kwargs.get("push_to_hub"):
             raise ValueError(
                 "save_pretrained: push_to_hub would leave the tokenizer out; save, then upload the directory"

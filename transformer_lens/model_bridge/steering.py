@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
-from transformer_lens.checks import one_of
+from transformer_lens.checks import in_words, is_tensor, one_of
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -206,20 +206,18 @@ def _written(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _check_numbers(what: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{what}: got {got}, expected a tensor of floats")
+    if not is_tensor(value) or not value.is_floating_point():
+        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor of floats")
     if not bool(value.isfinite().all()):
         raise ValueError(f"{what}: {int((~value.isfinite()).sum())} of its {value.numel()} numbers are not finite")
 
 
 def _checked_scale(scale: float | Tensor) -> float | Tensor:
-    if isinstance(scale, Tensor) and scale.ndim == 1 and len(scale):
+    if is_tensor(scale) and scale.ndim == 1 and len(scale):
         _check_numbers("scale", scale)
         return scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        got = f"a tensor of shape {list(scale.shape)}" if isinstance(scale, Tensor) else repr(scale)
-        raise TypeError(f"scale: got {got}, expected a number, or a tensor of one for each row")
+        raise TypeError(f"scale: got {in_words(scale)}, expected a number, or a tensor of one for each row")
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number")
     return scale

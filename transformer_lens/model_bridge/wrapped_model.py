@@ -11,18 +11,11 @@ from torch import nn
 from transformer_lens.checks import in_words
 from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.base import is_replica
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.weight_access import execution_device
 
 MODEL = "original_model"
-FIXED = {
-    MODEL: "the hooks of a bridge are on the model it was made for; for another model make a new "
-    "TransformerBridge(model), for other weights use load_state_dict",
-    "blocks": "they are the layers of the model; put modules in the places of a block's components "
-    "(bridge.blocks[0].mlp = module)",
-    "cfg": "it describes the model and follows it; its own fields can be set (bridge.cfg.default_prepend_bos = True)",
-}
-"""What of a bridge cannot be set, and what to do instead."""
 
 
 class ModelFacts:
@@ -50,11 +43,6 @@ class ModelFacts:
         head = head_of(inner)
         # A module of somebody's own need not say how wide it is.
         return self.d_vocab if head is None else getattr(inner._modules[head], "out_features", None)
-
-
-def is_replica(module: nn.Module) -> bool:
-    """Whether `DataParallel` made this module: its parts are assigned, and its parameters are plain tensors."""
-    return "_is_replica" in module.__dict__
 
 
 class HandedOn:
@@ -122,8 +110,6 @@ class WrappedModel(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         modules = self.__dict__.get("_modules", {})
         model = modules.get(MODEL)
-        if name in FIXED and {**modules, **self.__dict__}.get(name, value) is not value and not is_replica(self):
-            raise AttributeError(f"{name}: {FIXED[name]}")
         if model is not None and name in model._modules and name not in modules:
             raise AttributeError(
                 f"{name} is the model's own module: set it there (bridge.original_model.{name} = ...), and hooks follow"

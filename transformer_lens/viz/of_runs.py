@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
-from transformer_lens.checks import as_numbers, in_words, is_several, is_whole, listed, whole, whole_numbers
+from transformer_lens.checks import as_numbers, in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
 from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
@@ -83,7 +83,7 @@ def _heads(
     attention: ActivationCache | Pattern, layers: Numbers, heads: Numbers | Heads
 ) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
     """Every head's pattern, by layer and head."""
-    if not isinstance(attention, (Tensor, ActivationCache)):
+    if not (is_tensor(attention) or isinstance(attention, ActivationCache)):
         raise TypeError(f"attention: got {in_words(attention)}, expected an ActivationCache, or patterns as a tensor")
     several: Any = [heads] if isinstance(heads, str) else heads
     pairs: list[tuple[int | None, int]] = []

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformer_lens.checks import a_path, needed
+from transformer_lens.checks import a_path, file_to_write, needed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -81,13 +81,13 @@ class Picture(ABC):
 
     def save_html(self, path: str | Path) -> Path:
         """Write one HTML file; values show on hover."""
-        path = a_path("path", path)
+        path = file_to_write("path", path)
         path.write_text(self.html(), encoding="utf-8")
         return path
 
     def save_png(self, path: str | Path) -> Path:
         """Write a PNG that is readable at 900 pixels."""
-        path = a_path("path", path)
+        path = file_to_write("path", path)
         path.write_bytes(self.png())
         return path
 

@@ -254,8 +254,6 @@ class EdgeScores:
     @checked
     def prune(self, threshold: float) -> Circuit:
         """The circuit of edges whose score is at least `threshold` in size, those that lead nowhere taken out."""
-        if not threshold >= 0:
-            raise ValueError(f"threshold: got {threshold}, expected a size of at least 0")
         return Circuit(self.graph, self.graph.exists & (self.scores.abs().cpu() >= threshold)).connected()
 
     def _order(self) -> Tensor:

@@ -15,7 +15,7 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.gradient_runs import differentiable_names, gradient_run, one_number, wide
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
-from transformer_lens.checks import a_number
+from transformer_lens.checks import a_number, a_tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,6 +139,7 @@ def _replacing(value: Tensor) -> Any:
 def _baseline(baseline: Tensor | float, there: Tensor, name: str) -> Tensor:
     if not isinstance(baseline, Tensor):
         return torch.full_like(there, a_number("baseline", baseline))
+    a_tensor("baseline", baseline)
     if baseline.shape != there.shape and baseline.shape != there.shape[1:]:
         raise ValueError(
             f"baseline: got shape {list(baseline.shape)}, expected {list(there.shape)} as at {name!r}, or a row of it"

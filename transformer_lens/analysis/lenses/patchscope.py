@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge, on_rows
 from transformer_lens.analysis.arguments import a_bridge, checked
 from transformer_lens.asking import check_one_text, layer_number, position_number
-from transformer_lens.checks import function, whole_numbers
+from transformer_lens.checks import function, in_words, is_tensor, whole_numbers
 
 Prompt = str | Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 Mapping = Callable[[Float[Tensor, " d_model"]], Float[Tensor, " d_model"]]
@@ -145,16 +145,15 @@ class Patchscope:
         number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         if not isinstance(source, Tensor) or not source.is_floating_point():
             source = _streams(self.bridge, source, [number], position)[0]
-        elif list(source.shape) != [self.bridge.cfg.d_model]:
-            raise ValueError(f"source: got a stream of {list(source.shape)}, expected [{self.bridge.cfg.d_model}]")
+        elif not is_tensor(source) or list(source.shape) != [self.bridge.cfg.d_model]:
+            raise ValueError(f"source: got {in_words(source)}, expected a stream [{self.bridge.cfg.d_model}]")
         name = stream_name(self.bridge, number if self.layer is None else self.layer)
         return name, self._writer(self._mapped(source))
 
     def _mapped(self, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         found = stream if self.mapping is None else self.mapping(stream)
-        if not isinstance(found, Tensor) or found.shape != stream.shape:
-            got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"mapping: it returned {got}, expected a tensor of shape {list(stream.shape)}")
+        if not is_tensor(found) or found.shape != stream.shape:
+            raise ValueError(f"mapping: it returned {in_words(found)}, expected a tensor of shape {list(stream.shape)}")
         return found
 
     def _writer(self, stream: Float[Tensor, " d_model"]) -> Callable[..., None]:

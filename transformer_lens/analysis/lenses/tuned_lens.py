@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.features import batches_of
 from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
 from transformer_lens.asking import Texts, check_texts, layer_number
-from transformer_lens.checks import one_of
+from transformer_lens.checks import directory_to_write, in_words, is_tensor, one_of
 from transformer_lens.model_bridge import InputAndMask
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
@@ -63,9 +64,8 @@ class TunedLens:
         True
         """
         layer = layer_number(self.bridge.cfg, layer, beyond=True)
-        if not isinstance(stream, Tensor) or stream.shape[-1:] != (self.bridge.cfg.d_model,):
-            got = list(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
-            raise ValueError(f"stream: got {got}, expected a tensor [..., {self.bridge.cfg.d_model}]")
+        if not is_tensor(stream) or stream.shape[-1:] != (self.bridge.cfg.d_model,):
+            raise ValueError(f"stream: got {in_words(stream)}, expected a tensor [..., {self.bridge.cfg.d_model}]")
         if layer == len(self.translators):
             return stream
         wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
@@ -249,7 +249,7 @@ class TunedLens:
 
         >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
         """
-        _write_lens(Path(directory), self.bridge, self.translators.state_dict())
+        _write_lens(directory_to_write("directory", directory), self.bridge, self.translators.state_dict())
 
     @classmethod
     @checked
@@ -291,7 +291,11 @@ def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str
     for name in (WEIGHTS, ABOUT):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: no {name} there; a tuned lens is a directory that `save` wrote")
-    about = json.loads((directory / ABOUT).read_text())
+    try:
+        about = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
+        tensors: dict[str, Tensor] = load_file(directory / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{directory}: its files are not those of a tuned lens any more ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{directory / ABOUT}: not of the format {FORMAT!r}")
     for name in SIZES:
@@ -301,7 +305,6 @@ def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str
                 f"{directory}: a lens of {about.get('model_name')!r} with {name}={about.get(name)}, and this model has "
                 f"{name}={wanted}"
             )
-    tensors: dict[str, Tensor] = load_file(directory / WEIGHTS)
     sample = tensors.pop("sample", None)
     shapes = {name: list(value.shape) for name, value in tensors.items()}
     if shapes != {name: list(value.shape) for name, value in expected.items()} or sample is None:

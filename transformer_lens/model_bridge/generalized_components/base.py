@@ -22,6 +22,22 @@ from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute
 
+MADE = (
+    "it describes the model and was made with the bridge; for another model make a new TransformerBridge(model), and "
+    "put modules in the places of a block's components (bridge.blocks[0].mlp = module)"
+)
+FIXED = {
+    **dict.fromkeys(("adapter", "root", "attachment", "arguments", "aliases", "spellings", "absent_names"), MADE),
+    **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers"), MADE),
+    **dict.fromkeys(("name", "parent", "path", "model", "sizes", "declared", "missing", "stages", "run"), MADE),
+    **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes"), MADE),
+    "original_model": "the hooks of a bridge are on the model it was made for; for another model make a new "
+    "TransformerBridge(model), for other weights use load_state_dict",
+    "blocks": "they are the layers of the model; put modules in the places of a block's components "
+    "(bridge.blocks[0].mlp = module)",
+    "cfg": "it describes the model and follows it; its own fields can be set (bridge.cfg.default_prepend_bos = True)",
+}
+"""What of a bridge or a component cannot be set again, and what to do instead."""
 CLOSED = "it is computed inside a module, and this architecture does not say where it passes there"
 
 
@@ -96,6 +112,11 @@ class Exchange(Protocol):
         """Have the model run a module in the component's place, or the component's own again."""
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether `DataParallel` made this module: its parts are assigned, and its parameters are plain tensors."""
+    return "_is_replica" in module.__dict__
+
+
 class HookOwner(nn.Module):
     """A module with declared hooks: an attribute of a hook's name may be replaced by any module.
 
@@ -123,6 +144,10 @@ class HookOwner(nn.Module):
             self._modules[hook.name] = HookPoint(prefix + hook.name, hook.axes, hook.read_only, hook.integer)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and not is_replica(self):
+            of_class = getattr(type(self), name, value)
+            if self.__dict__.get(name, self.__dict__.get("_modules", {}).get(name, of_class)) is not value:
+                raise AttributeError(f"{name}: {FIXED[name]}")
         place = self.__dict__.get("exchanges", {}).get(name)
         if place is not None:
             place.put(value)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
 from transformer_lens.model_bridge.views import Columns, Half, Heads, Moved, Transposed, View, Whole, in_groups
 from transformer_lens.model_bridge.weight_access import execution_device, read_weight
@@ -66,8 +67,8 @@ class Place:
                 "quantised, offloaded, divided among processes, or lies under an adapter), and is read as a copy"
             )
         seen = self.view.get(stored)
-        if not isinstance(value, Tensor) or value.shape != seen.shape:
-            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not is_tensor(value) or value.shape != seen.shape:
+            got = in_words(value) if not is_tensor(value) else list(value.shape)
             raise ValueError(f"{name}: got {got}, expected a tensor of shape {list(seen.shape)}")
         with torch.no_grad():
             # A copy, since the value may be a view of the very parameter it goes into.
@@ -288,8 +289,8 @@ class DenseWeights:
     W_out = Weight("d_mlp d_model", "what each neuron writes into the stream", linear("out"))
     b_in = Weight("d_mlp", "added before the activation function", linear("in", "bias"))
     b_out = Weight("d_model", "added to what the neurons write", linear("out", "bias"))
-    W_gate: Weight | None = None
-    b_gate: Weight | None = None
+    W_gate: Any = property(lambda self: None)
+    b_gate: Any = property(lambda self: None)
 
 
 class GatedWeights(DenseWeights):
