@@ -22,6 +22,15 @@ HookedTransformerConfig = BridgeConfig
 Loss = Tensor
 
 
+INSTEAD = {
+    "checkpoint_index": "revision= names a checkpoint of a training run",
+    "checkpoint_value": "revision= names a checkpoint of a training run",
+    "n_devices": "device_map= puts layers on several devices",
+    "refactor_factored_attn_matrices": "attn.QK and attn.OV have every head's circuits, and svd() their vectors",
+}
+"""Keywords of TransformerLens that ask for what is not there, and what to do."""
+
+
 class _AnyBridge(type):
     """Scripts ask whether a model is a `HookedTransformer` to know what they can call: every bridge is one."""
 
@@ -89,17 +98,9 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         number (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (`attn.QK`
         and `attn.OV` have the circuits).
         """
-        refused = {
-            "checkpoint_index": (checkpoint_index is not None, "revision= names a checkpoint of a training run"),
-            "checkpoint_value": (checkpoint_value is not None, "revision= names a checkpoint of a training run"),
-            "n_devices": (n_devices != 1, "device_map= puts layers on several devices"),
-            "refactor_factored_attn_matrices": (
-                refactor_factored_attn_matrices,
-                "attn.QK and attn.OV have the circuits of every head, and svd() their singular vectors",
-            ),
-        }
-        for name, (asked, instead) in refused.items():
-            if asked:
+        asked = (checkpoint_index, checkpoint_value, n_devices - 1, refactor_factored_attn_matrices)
+        for (name, instead), value in zip(INSTEAD.items(), asked, strict=True):
+            if value:
                 raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
         if first_n_layers is not None:
             from_pretrained_kwargs["num_hidden_layers"] = first_n_layers

@@ -41,6 +41,13 @@ from transformer_lens.model_bridge.wrapped_model import WrappedModel
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
 
 
+CHOICES = (
+    *("max_new_tokens", "stop_at_eos", "eos_token_id", "do_sample", "top_k", "top_p", "temperature", "freq_penalty"),
+    "use_past_kv_cache",
+)
+"""TransformerLens's keywords that become Hugging Face's."""
+
+
 class GenerationMethods(InputMethods, HookedRootModule):
     """The generating side of `TransformerBridge`."""
 
@@ -99,28 +106,20 @@ class GenerationMethods(InputMethods, HookedRootModule):
         Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases
         where forwards have none (no KV cache, assisted generation) and for a cache of beams.
         """
-        sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        length = {
-            "max_new_tokens": max_new_tokens,
-            "stop_at_eos": stop_at_eos,
-            "eos_token_id": eos_token_id,
-            "freq_penalty": freq_penalty,
-        }
-        how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
+        said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
+        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
         call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
         run = self._generation_run(call, fwd_hooks, on)
         if names_filter is not None and not return_cache:
             raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
-        more = self._capture(call, run, names_filter) if return_cache else {}
+        reads = self._capture(call, run, names_filter) if return_cache else {}
         with run, progress(call.chosen.max_new_tokens, verbose) as watching:
             with run.forwards():
-                output = call(**more, **watching)
+                output = call(**reads, **watching)
             tokens = run.written = output if isinstance(output, Tensor) else output.sequences
             activations = self._activations(call, run, tokens) if return_cache else None
-        answer = (call.answer(output, tokens), *(() if activations is None else (activations,)))
-        if return_input_tokens:
-            answer = (*answer, call.prompt.ids)
-        return answer if len(answer) > 1 else answer[0]
+        more = [*([activations] if return_cache else []), *([call.prompt.ids] if return_input_tokens else [])]
+        return (call.answer(output, tokens), *more) if more else call.answer(output, tokens)
 
     def generate_stream(
         self,
@@ -154,14 +153,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         or fails, leaves no hook behind. Keywords as in `generate`, but for `return_cache` and `return_input_tokens`;
         only the likeliest token or sampling, so beams and assistants raise `ValueError`.
         """
-        sampling = {"do_sample": do_sample, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        length = {
-            "max_new_tokens": max_new_tokens,
-            "stop_at_eos": stop_at_eos,
-            "eos_token_id": eos_token_id,
-            "freq_penalty": freq_penalty,
-        }
-        how = {**length, "use_past_kv_cache": use_past_kv_cache, **sampling}
+        said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
+        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
         call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
         each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
