@@ -92,7 +92,14 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         return len(self.cache_dict)
 
     def __repr__(self) -> str:
-        return f"ActivationCache with {len(self)} tensors: {list(self.cache_dict)}"
+        some = ", ".join(map(repr, list(self.cache_dict)[:4])) + (", ..." if len(self) > 4 else "")
+        return f"ActivationCache with {len(self)} tensors: [{some}]"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What Tab offers inside the brackets: the names of all tensors, and the short ones that take a layer."""
+        inside = [name.split(".") for name in self.cache_dict if name.startswith("blocks.")]
+        shorts = {(parts[-1].removeprefix("hook_"), int(parts[1])) for parts in inside}
+        return [*self.cache_dict, *sorted({short for short, layer in shorts if (short, layer) in self})]
 
     def remove_batch_dim(self) -> Self:
         """Drop the batch axis, in place. Raises `ValueError` unless every tensor has a batch of one."""

@@ -6,6 +6,7 @@ attaches is taken off again when it ends, however it ends.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -394,6 +395,22 @@ class HookedRootModule(nn.Module):
         if incl_bwd:
             _backward_from(output)
         return output, store
+
+
+def keywords_of(*functions: Callable[..., Any]) -> inspect.Signature:
+    """What a method that hands its arguments on takes by name, for whoever reads its signature.
+
+    >>> def first(self, *args, names=None, **kwargs): ...
+    >>> def second(self, input, loss=False): ...
+    >>> keywords_of(first, second)
+    <Signature (self, input, *, names=None, loss=False)>
+    """
+    every = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {p.name: p for p in every if p.kind not in kinds}
+    leading = [p for p in named.values() if p.default is p.empty]
+    others = [p.replace(kind=p.KEYWORD_ONLY) for p in named.values() if p.default is not p.empty]
+    return inspect.Signature([*leading, *others])
 
 
 def _attach(entries: Sequence[Prepared]) -> None:

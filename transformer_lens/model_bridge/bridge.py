@@ -21,7 +21,7 @@ from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.asking import layer_number
 from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookedRootModule
+from transformer_lens.hooked_root import HookedRootModule, keywords_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -414,6 +414,16 @@ class TransformerBridge(
         if not return_cache_object:
             return output, store
         return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+
+    run_with_cache.__signature__ = keywords_of(HookedRootModule.run_with_cache, run_with_cache, forward)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        heads = f"{c.n_heads} heads" + (f" on {c.n_key_value_heads} keys" if c.n_key_value_heads < c.n_heads else "")
+        return (
+            f"{type(self).__name__}({c.model_name}: {c.architecture}, {c.n_layers} layers, d_model {c.d_model}, "
+            f"{heads}, {str(c.dtype).removeprefix('torch.')} on {c.device}, {len(self.hook_dict)} hooks)"
+        )
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
         """Every hook of the table fires in a run of all layers; one of a module in a place fires when that calls it."""
