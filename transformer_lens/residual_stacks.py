@@ -6,6 +6,7 @@ rounding; `tests/bridge/test_residual_stacks.py` holds that on every layout.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import is_one_of, whole
+from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.direct_logits import DirectLogits, Stack
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 Added = list[tuple[int, "Branch"]]
 Labelled = tuple[Stack, list[str]]
 Rows = list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of each part is wanted in its place: its product with some vectors, divided by a norm's scale."""
+
+    matrix: Float[Tensor, "d_model out"]
+    divisor: Tensor | None
+    single: bool
+    """Whether it came as one vector, and has no axis."""
 
 
 class ResidualStacks(DirectLogits):
@@ -118,7 +129,11 @@ class ResidualStacks(DirectLogits):
         return self._stack(rows, layer, False, apply_ln, keep, return_labels)
 
     def get_neuron_results(
-        self, layer: int, neuron_slice: Slice | SliceInput = None, pos_slice: Slice | SliceInput = None
+        self,
+        layer: int,
+        neuron_slice: Slice | SliceInput = None,
+        pos_slice: Slice | SliceInput = None,
+        project_output_onto: Float[Tensor, "d_model ..."] | None = None,
     ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
         """What each MLP neuron of a layer wrote: its activation times its output weights.
 
@@ -126,19 +141,24 @@ class ResidualStacks(DirectLogits):
         torch.Size([1, 3, 128])
 
         With experts the neurons of all experts follow one another, each times its expert's weight, zero
-        where the expert was not chosen; `neuron_slice` chooses within each expert.
+        where the expert was not chosen; `neuron_slice` chooses within each expert. `project_output_onto` is a vector of
+        the stream, or several as columns: then its product with each neuron's part takes the place of the last axis,
+        and the parts themselves are never made.
         """
-        neurons, at = Slice(neuron_slice), Slice(pos_slice)
+        read = self._reading(project_output_onto)
+        found = self._neurons(layer, Slice(neuron_slice), Slice(pos_slice), read)
+        return found[..., 0] if read is not None and read.single else found
+
+    def _neurons(self, layer: int, neurons: Slice, at: Slice, read: Reading | None) -> Tensor:
         layer = whole("layer", layer, 0, self._layers - 1)
         mlp = self._bridge.get_submodule(f"blocks.{layer}.mlp")
         weight = cast(Tensor, mlp.W_out).detach()
         post = self._at("mlp.hook_post", layer, at, axes_after=2 if weight.ndim == 3 else 1)
         kept = neurons.apply(torch.arange(weight.shape[-2])).reshape(-1).to(post.device)
         post, weight = post[..., kept], weight[..., kept, :].to(post.device)
-        if weight.ndim == 2:
-            return self._as_added(post[..., None] * weight, layer, "mlp", at)
-        results = (self._by_expert(post, layer, at)[..., None] * weight).flatten(-3, -2)
-        return self._as_added(results, layer, "mlp", at)
+        if weight.ndim == 3:
+            post, weight = self._by_expert(post, layer, at).flatten(-2), weight.flatten(0, 1)
+        return self._written(post, weight, layer, at, read)
 
     def stack_neuron_results(
         self,
@@ -148,18 +168,22 @@ class ResidualStacks(DirectLogits):
         return_labels: bool = False,
         incl_remainder: bool = False,
         apply_ln: bool = False,
+        project_output_onto: Float[Tensor, "d_model ..."] | None = None,
+        mlp_input: bool = False,
     ) -> Stack | Labelled:
         """`get_neuron_results` of every layer below `layer`: `L0N3`, or `L0E1N3` with experts, `L0SN3` of a shared one.
 
         >>> cache.stack_neuron_results(2, pos_slice=-1, neuron_slice=(0, 2), return_labels=True)[1]
         ['L0N0', 'L0N1', 'L1N0', 'L1N1']
 
-        Its size is layers x neurons x d_model for every position, so give `pos_slice` or `neuron_slice`.
+        Its size is layers x neurons x d_model for every position, so give `pos_slice`, `neuron_slice` or
+        `project_output_onto`.
         """
         keep = Slice(pos_slice)
-        rows = self._neuron_rows(self._added(self._layer(layer)), Slice(neuron_slice), keep)
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
+        rows = self._neuron_rows(self._added(self._layer(layer, mlp_input), mlp_input), Slice(neuron_slice), keep, read)
+        rows += self._remainder(rows, layer, keep, mlp_input, read) if incl_remainder else []
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, read)
 
     def stack_expert_results(
         self,
@@ -196,18 +220,20 @@ class ResidualStacks(DirectLogits):
         apply_ln: bool = False,
         pos_slice: Slice | SliceInput = None,
         return_labels: bool = False,
+        project_output_onto: Float[Tensor, "d_model ..."] | None = None,
     ) -> Stack | Labelled:
         """The stream as heads, neurons (or whole MLPs), embedding and biases: the parts sum to it.
 
         >>> stack, labels = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
         >>> labels[-3:], torch.allclose(stack.sum(0), cache["resid_post", -1], atol=1e-4)
         (['3_mlp_out', 'embed', 'bias'], True)
+
+        `project_output_onto` as in `get_neuron_results`.
         """
         stop, keep = self._layer(layer, mlp_input), Slice(pos_slice)
         added = self._added(stop, mlp_input)
         rows = self._head_rows(added, keep)
-        if expand_neurons:
-            rows += self._neuron_rows(added, Slice(), keep)
+        read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
         whole_branches = [
             (i, b.mixer) for i, b in added if b.mixer != "attn" and not (expand_neurons and b.mixer == "mlp")
         ]
@@ -215,7 +241,12 @@ class ResidualStacks(DirectLogits):
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
         embeds = self._embeds(keep)
         rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
-        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
+        if read is not None:
+            rows = [(label, row.to(read.matrix) @ read.matrix) for label, row in rows]
+        if expand_neurons:
+            heads = sum(self._bridge.cfg.n_heads for _, branch in added if branch.mixer == "attn")
+            rows[heads:heads] = self._neuron_rows(added, Slice(), keep, read)
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, read)
 
     def logit_lens(
         self,
@@ -261,26 +292,70 @@ class ResidualStacks(DirectLogits):
         ]
         return [(f"L{i}H{h}", part) for i, parts in heads for h, part in enumerate(parts.unbind(-2))]
 
-    def _neuron_rows(self, added: Added, neurons: Slice, keep: Slice) -> Rows:
+    def _neuron_rows(self, added: Added, neurons: Slice, keep: Slice, read: Reading | None) -> Rows:
         rows: Rows = []
         for i in [i for i, branch in added if branch.mixer == "mlp"]:
             *experts, width, _ = cast(Tensor, self._bridge.get_submodule(f"blocks.{i}.mlp").W_out).shape
             kept = neurons.apply(torch.arange(width)).reshape(-1).tolist()
             names = [f"L{i}{e}N{n}" for e in ([f"E{e}" for e in range(*experts)] if experts else [""]) for n in kept]
-            rows += list(zip(names, self.get_neuron_results(i, neurons, keep).unbind(-2), strict=True))
+            rows += list(zip(names, self._neurons(i, neurons, keep, read).unbind(-2), strict=True))
             if f"blocks.{i}.mlp.shared.hook_post" in self.model.hook_dict:
-                rows += self._shared_rows(i, neurons, keep)
+                rows += self._shared_rows(i, neurons, keep, read)
         return rows
 
-    def _shared_rows(self, layer: int, neurons: Slice, keep: Slice) -> Rows:
+    def _shared_rows(self, layer: int, neurons: Slice, keep: Slice, read: Reading | None) -> Rows:
         """The neurons of the expert that every token passes: `L0SN3`."""
         weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.mlp.shared").W_out).detach()
         post = self._at("mlp.shared.hook_post", layer, keep)
         if f"blocks.{layer}.mlp.shared.hook_gate" in self.model.hook_dict:
             post = post * self._at("mlp.shared.hook_gate", layer, keep).sigmoid()
         kept = neurons.apply(torch.arange(len(weight))).reshape(-1).to(post.device)
-        parts = self._as_added(post[..., kept, None] * weight[kept].to(post.device), layer, "mlp", keep)
+        parts = self._written(post[..., kept], weight[kept].to(post.device), layer, keep, read)
         return list(zip([f"L{layer}SN{n}" for n in kept.tolist()], parts.unbind(-2), strict=True))
+
+    def _written(
+        self,
+        acts: Float[Tensor, "*batch_and_pos neuron"],
+        weight: Float[Tensor, "neuron d_model"],
+        layer: int,
+        keep: Slice,
+        read: Reading | None,
+    ) -> Tensor:
+        """What neurons of an MLP add to the stream, or what is wanted of that."""
+        if read is None:
+            return self._as_added(acts[..., None] * weight, layer, "mlp", keep)
+        branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
+        if branch.post_norm:
+            norm = f"blocks.{layer}.{branch.post_norm}"
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep, Slice())[..., None, :]
+        found = acts.to(matrix)[..., None] * (weight.to(matrix) @ matrix) * branch.scale
+        return found if divisor is None else found / divisor.to(found)
+
+    def _reading(
+        self,
+        vectors: Tensor | None,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        apply_ln: bool = False,
+        keep: Slice | None = None,
+    ) -> Reading | None:
+        """What `project_output_onto` and `apply_ln` come to for a part of the stream before the norm, in float32."""
+        if vectors is None:
+            return None
+        width = self._bridge.cfg.d_model
+        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != width:
+            raise ValueError(f"project_output_onto: got {in_words(vectors)}, expected [{width}] or [{width}, outputs]")
+        matrix = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+        matrix, divisor = matrix.reshape(width, -1), None
+        if apply_ln:
+            norm = self._norm(layer, mlp_input)
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep or Slice(), Slice())
+        return Reading(matrix, divisor, vectors.ndim == 1)
+
+    def _before(self, norm: str, matrix: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
+        """The vectors that read before a norm what these read after it, but for its scale."""
+        weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
+        return self._centred((matrix * weight.to(matrix)[:, None]).mT).mT
 
     def _as_added(
         self, parts: Tensor, layer: int, mixer: str, keep: Slice
@@ -301,20 +376,35 @@ class ResidualStacks(DirectLogits):
     # -- how rows become a stack -------------------------------------------------------------------
 
     def _stack(
-        self, rows: Rows, layer: int | None, mlp_input: bool, apply_ln: bool, keep: Slice, return_labels: bool
+        self,
+        rows: Rows,
+        layer: int | None,
+        mlp_input: bool,
+        apply_ln: bool,
+        keep: Slice,
+        return_labels: bool,
+        read: Reading | None = None,
     ) -> Stack | Labelled:
         if rows:
             stack = torch.stack([row for _, row in rows])
         else:
-            stack = self._at("hook_embed", None, keep).new_empty(0, *self._at("hook_embed", None, keep).shape)
-        if apply_ln:
+            embed = self._at("hook_embed", None, keep)
+            stack = embed.new_empty(0, *embed.shape[:-1], embed.shape[-1] if read is None else read.matrix.shape[1])
+        if read is not None:
+            stack = stack if read.divisor is None else stack / read.divisor.to(stack)
+            stack = stack[..., 0] if read.single else stack
+        elif apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, keep, has_batch_dim=self.has_batch_dim)
         return (stack, [label for label, _ in rows]) if return_labels else stack
 
-    def _remainder(self, rows: Rows, layer: int | None, keep: Slice) -> Rows:
+    def _remainder(
+        self, rows: Rows, layer: int | None, keep: Slice, mlp_input: bool = False, read: Reading | None = None
+    ) -> Rows:
         """What the rows leave over of the stream."""
-        stop = self._layer(layer)
-        stream = self._at("hook_resid_pre", stop, keep) if stop < self._layers else self._last(keep)
+        stop = self._layer(layer, mlp_input)
+        entering = "hook_resid_mid" if mlp_input and self._block(stop).before("mlp") else "hook_resid_pre"
+        stream = self._at(entering, stop, keep) if stop < self._layers else self._last(keep)
+        stream = stream if read is None else stream.to(read.matrix) @ read.matrix
         return [("remainder", stream - sum(row for _, row in rows))]
 
     def _last(self, keep: Slice) -> Tensor:
