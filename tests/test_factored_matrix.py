@@ -151,14 +151,14 @@ def test_times_a_number(case: Case, number: float) -> None:
 @given(cases())
 def test_singular_values(case: Case) -> None:
     matrix, plain = case
-    U, S, Vh = matrix.svd()
+    U, S, V = matrix.svd()
     k = min(matrix.ldim, matrix.mdim, matrix.rdim)
     assert S.shape == (*plain.shape[:-2], k)
-    close(U @ torch.diag_embed(S) @ Vh, plain)
+    close(U @ torch.diag_embed(S) @ V.mT, plain)
     close(S, torch.linalg.svdvals(plain)[..., :k])
     eye = torch.eye(k, dtype=torch.float64).expand(*plain.shape[:-2], k, k)
     close(U.mT @ U, eye)
-    close(Vh @ Vh.mT, eye)
+    close(V.mT @ V, eye)
     close(matrix.S, S)
     close(matrix.U @ torch.diag_embed(S) @ matrix.V.mT, plain)
     close(matrix.Vh, matrix.V.mT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         """What Tab offers inside the brackets: the names of all tensors, and the short ones that take a layer."""
         inside = [name.split(".") for name in self.cache_dict if name.startswith("blocks.")]
         shorts = {(parts[-1].removeprefix("hook_"), int(parts[1])) for parts in inside}
-        return [*self.cache_dict, *sorted({short for short, layer in shorts if (short, layer) in self})]
+        held: Any = self
+        return [*self.cache_dict, *sorted({short for short, layer in shorts if (short, layer) in held})]
 
     def remove_batch_dim(self) -> Self:
         """Drop the batch axis, in place. Raises `ValueError` unless every tensor has a batch of one."""

@@ -184,18 +184,18 @@ class FactoredMatrix:
     # -- decompositions --------------------------------------------------------------------------------
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values from the factors alone: `(U, S, Vh)` with `AB == U @ diag(S) @ Vh`.
+        """Singular values from the factors alone: `(U, S, V)` with `AB == U @ diag(S) @ V.mT`.
 
-        >>> U, S, Vh = FactoredMatrix(torch.randn(50, 3), torch.randn(3, 40)).svd()
-        >>> U.shape, S.shape, Vh.shape
-        (torch.Size([50, 3]), torch.Size([3]), torch.Size([3, 40]))
+        >>> U, S, V = FactoredMatrix(torch.randn(50, 3), torch.randn(3, 40)).svd()
+        >>> U.shape, S.shape, V.shape
+        (torch.Size([50, 3]), torch.Size([3]), torch.Size([40, 3]))
 
-        `k = min(ldim, mdim, rdim)` values, the largest first; `U` is `[..., ldim, k]` with orthonormal
-        columns and `Vh` `[..., k, rdim]` with orthonormal rows, as in `torch.linalg.svd`. `V` is `Vh.mT`.
+        `k = min(ldim, mdim, rdim)` values, the largest first; `U` is `[..., ldim, k]` and `V` `[..., rdim, k]`, both
+        with orthonormal columns: as in TransformerLens, while `torch.linalg.svd` gives `V.mT`, which is `Vh` here.
         """
         left, inner, right = self._reduced()
         U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
-        return left @ U, S, Vh @ right.mT
+        return left @ U, S, right @ Vh.mT
 
     @property
     def U(self) -> Float[Tensor, "*leading ldim k"]:
@@ -213,13 +213,13 @@ class FactoredMatrix:
 
     @property
     def Vh(self) -> Float[Tensor, "*leading k rdim"]:
-        """The right singular vectors, as rows: the third item of `svd()`."""
-        return self.svd()[2]
+        """The right singular vectors, as rows: `V.mT`."""
+        return self.V.mT
 
     @property
     def V(self) -> Float[Tensor, "*leading rdim k"]:
-        """The right singular vectors, as columns: `Vh.mT`, so that `AB == U @ diag(S) @ V.mT`."""
-        return self.Vh.mT
+        """The right singular vectors, as columns: the third item of `svd()`."""
+        return self.svd()[2]
 
     @property
     def eigenvalues(self) -> Inexact[Tensor, "*leading k"]:
@@ -245,8 +245,8 @@ class FactoredMatrix:
 
     def collapse_l(self) -> Float[Tensor, "*leading k rdim"]:
         """`diag(S) @ Vh`: the matrix without its left rotation. Norms of products from the right stay the same."""
-        _, S, Vh = self.svd()
-        return S[..., :, None] * Vh
+        _, S, V = self.svd()
+        return S[..., :, None] * V.mT
 
     def collapse_r(self) -> Float[Tensor, "*leading ldim k"]:
         """`U @ diag(S)`: the matrix without its right rotation. Norms of products from the left stay the same."""
@@ -260,9 +260,9 @@ class FactoredMatrix:
         >>> torch.allclose(even.A.norm(), even.B.norm())
         True
         """
-        U, S, Vh = self.svd()
+        U, S, V = self.svd()
         root = S.sqrt()
-        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * Vh)
+        return FactoredMatrix(U * root[..., None, :], root[..., :, None] * V.mT)
 
     # -- parts -----------------------------------------------------------------------------------------
 

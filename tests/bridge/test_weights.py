@@ -83,7 +83,7 @@ def test_an_unknown_mode_is_refused(trained: TransformerBridge) -> None:
 
 
 def test_labels_name_the_heads_in_the_order_of_flattened_axes(trained: TransformerBridge) -> None:
-    labels = trained.all_head_labels()
+    labels = trained.all_head_labels
     assert len(labels) == len(set(labels)) == 16
     norms = trained.OV.norm()
     assert labels[int(norms.flatten().argmax())] == "L{}H{}".format(*divmod(int(norms.flatten().argmax()), 4))

@@ -107,12 +107,13 @@ class SVDInterpreter:
         """
         self._check(vector_type, layer_index, head_index, expert_index, side)
         if vector_type in ("OV", "QK"):
-            U, S, Vh = self._circuit(vector_type, layer_index, int(head_index or 0)).svd()
+            U, S, V = self._circuit(vector_type, layer_index, int(head_index or 0)).svd()
         else:
             U, S, Vh = torch.linalg.svd(self._neurons(vector_type, layer_index, expert_index), full_matrices=False)
+            V = Vh.mT
         if not 1 <= num_vectors <= len(S):
             raise ValueError(f"num_vectors: got {num_vectors}, expected 1 to {len(S)}, the rank of this {vector_type}")
-        directions = (Vh if side == "right" else U.mT)[:num_vectors]
+        directions = (V if side == "right" else U).mT[:num_vectors]
         largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
         return SingularVectors(S[:num_vectors], directions * largest.sign())
 

@@ -202,10 +202,11 @@ class WeightMethods:
         """
         return self._circuits("OV")
 
+    @property
     def all_head_labels(self) -> list[str]:
         """The names of all heads, in the order of flattened `[layer, head]` axes.
 
-        >>> bridge.all_head_labels()[:5]
+        >>> bridge.all_head_labels[:5]
         ['L0H0', 'L0H1', 'L0H2', 'L0H3', 'L1H0']
         """
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
