@@ -1,7 +1,5 @@
 """Read, edit and differentiate every activation of an unchanged Hugging Face model by name."""
 
-from importlib.metadata import version as _version
-
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
@@ -12,7 +10,7 @@ from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.row_hooks import on_each, on_rows
 
-__version__ = _version("transformer-lens-bridge")
+__version__ = "0.1.0"
 
 __all__ = [
     "ActivationCache",

@@ -7,15 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from transformer_lens.checks import in_words, one_of, whole
@@ -32,7 +26,7 @@ READ_ALWAYS = (
 
 
 def _gpt2(cfg: BridgeConfig) -> PreTrainedConfig:
-    return GPT2Config(
+    return transformers.GPT2Config(
         n_layer=cfg.n_layers,
         n_head=cfg.n_heads,
         n_embd=cfg.d_model,
@@ -45,7 +39,7 @@ def _gpt2(cfg: BridgeConfig) -> PreTrainedConfig:
 
 
 def _gpt_neox(cfg: BridgeConfig) -> PreTrainedConfig:
-    return GPTNeoXConfig(
+    return transformers.GPTNeoXConfig(
         num_hidden_layers=cfg.n_layers,
         num_attention_heads=cfg.n_heads,
         hidden_size=cfg.d_model,
@@ -72,9 +66,9 @@ def _llama(cfg: BridgeConfig) -> PreTrainedConfig:
         "rope_parameters": _rotation(cfg),
     }
     if not cfg.num_experts:
-        return LlamaConfig(**sizes)
+        return transformers.LlamaConfig(**sizes)
     experts = {"num_local_experts": cfg.num_experts, "num_experts_per_tok": cfg.experts_per_token or 2}
-    return MixtralConfig(**sizes, **experts, sliding_window=cfg.sliding_window)
+    return transformers.MixtralConfig(**sizes, **experts, sliding_window=cfg.sliding_window)
 
 
 def _rotation(cfg: BridgeConfig) -> dict[str, Any]:
@@ -149,5 +143,5 @@ def native_model(config: BridgeConfig | Mapping[str, Any], tokenizer: Any = None
     with torch.random.fork_rng(devices=[], enabled=cfg.seed is not None):
         if cfg.seed is not None:
             torch.manual_seed(cfg.seed)
-        model: nn.Module = AutoModelForCausalLM.from_config(made, dtype=cfg.dtype).eval()
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=cfg.dtype).eval()
     return model.to(cfg.device)
