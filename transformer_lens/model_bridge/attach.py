@@ -175,7 +175,9 @@ class BoundPort(Slot):
 class EdgePort(BoundPort):
     """The input or output of a block that another process computes."""
 
-    elsewhere: HookElsewhere
+    def __init__(self, elsewhere: HookElsewhere, *here: Any) -> None:
+        super().__init__(*here)
+        self.elsewhere = elsewhere
 
     def wanted(self) -> bool:
         """Whether anything needs the tensor here: hooks that the other process runs do not."""
@@ -185,7 +187,9 @@ class EdgePort(BoundPort):
 class DividedPort(BoundPort):
     """A port whose tensor several processes have a part of each: hooks are shown the whole."""
 
-    shards: Shards
+    def __init__(self, shards: Shards, *here: Any) -> None:
+        super().__init__(*here)
+        self.shards = shards
 
     def fire(self, x: Tensor) -> Tensor:
         module: Any = self.modules(self.port.at)
@@ -303,13 +307,16 @@ class Attachment:
         block: BlockElsewhere | None,
     ) -> BoundPort:
         shards = self.sharding.of_port(component(port.at).path, port.side)
-        kind = BoundPort if block is None and shards.size == 1 else DividedPort if block is None else EdgePort
-        bound = kind(hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
-        if isinstance(bound, DividedPort):
-            bound.shards = shards
-        if block is not None and isinstance(bound, EdgePort):
-            bound.elsewhere = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
-            self.elsewhere.append(bound.elsewhere)
+        here = (hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        bound: BoundPort
+        if block is not None:
+            waiting = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
+            self.elsewhere.append(waiting)
+            bound = EdgePort(waiting, *here)
+        elif shards.size > 1:
+            bound = DividedPort(shards, *here)
+        else:
+            bound = BoundPort(*here)
         for place in [port, *([port.instead] if port.instead else [])]:
             tap = self.tap(component(place.at), place, layer)
             tap.ports.append(bound)
