@@ -22,6 +22,7 @@ HookedTransformerConfig = BridgeConfig
 Loss = Tensor
 
 
+STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 INSTEAD = {
     "checkpoint_index": "revision= names a checkpoint of a training run",
     "checkpoint_value": "revision= names a checkpoint of a training run",
@@ -118,43 +119,15 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
             model.cfg.default_prepend_bos = default_prepend_bos
         if default_padding_side is not None and model.tokenizer is not None:
             model.tokenizer.padding_side = default_padding_side
-        model.enable_compatibility_mode(
-            disable_warnings=True,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
-        )
+        steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
+        model.enable_compatibility_mode(disable_warnings=True, **dict(zip(STEPS, steps, strict=True)))
         return model
 
     @classmethod
-    def from_pretrained_no_processing(
-        cls,
-        model_name: str | Path,
-        fold_ln: bool = False,
-        center_writing_weights: bool = False,
-        center_unembed: bool = False,
-        refactor_factored_attn_matrices: bool = False,
-        fold_value_biases: bool = False,
-        dtype: torch.dtype | str = "float32",
-        default_prepend_bos: bool | None = USE_DEFAULT_VALUE,
-        default_padding_side: str | None = None,
-        **from_pretrained_kwargs: Any,
-    ) -> Self:
-        """`from_pretrained` with the weights as they are.
+    def from_pretrained_no_processing(cls, model_name: str | Path, **options: Any) -> Self:
+        """`from_pretrained` with the weights as they are, unless a keyword asks for a step.
 
         >>> HookedTransformer.from_pretrained_no_processing("tiny-falcon").processed
         ()
         """
-        return cls.from_pretrained(
-            model_name,
-            fold_ln=fold_ln,
-            center_writing_weights=center_writing_weights,
-            center_unembed=center_unembed,
-            refactor_factored_attn_matrices=refactor_factored_attn_matrices,
-            fold_value_biases=fold_value_biases,
-            dtype=dtype,
-            default_prepend_bos=default_prepend_bos,
-            default_padding_side=default_padding_side,
-            **from_pretrained_kwargs,
-        )
+        return cls.from_pretrained(model_name, **{**dict.fromkeys(STEPS, False), **options})
