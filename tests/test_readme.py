@@ -21,8 +21,8 @@ HOOKS = ROOT / "docs" / "hooks.md"
 FAMILIES = ROOT / "docs" / "families.md"
 HOOKS_TEXT = """# Hooks
 
-The name, shape and meaning of every hook. The table is that of the shipped Falcon and Mixtral, with `{i}` for the layer;
-`bridge.hook_table()` lists those of your model, with shapes in numbers, and says why other names are absent.
+The name, shape and meaning of every hook. The table is that of the shipped Falcon and Mixtral, with `{i}` for the
+layer; `bridge.hook_table()` lists those of your model, with shapes in numbers, and says why other names are absent.
 
 ```python
 from transformer_lens import TransformerBridge
