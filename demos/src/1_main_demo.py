@@ -120,7 +120,7 @@ Heatmaps(
         )
         for kind, values in kinds.items()
     },
-    title="What each head looks at",
+    title="What each head attends to",
 )
 
 # %% [markdown]
@@ -147,7 +147,7 @@ Heatmaps({f"L{layer}H{head}": panel}, title="A random sequence that repeats")
 # in-place edits. This one replaces heads by their mean.
 
 # %%
-strongest = previous.flatten().topk(2).indices.tolist()
+strongest = sorted(previous.flatten().topk(2).indices.tolist())
 chosen = [divmod(index, n_heads) for index in strongest]
 first_layer = chosen[0][0]
 rest = [(first_layer, head) for head in range(n_heads) if (first_layer, head) not in chosen]

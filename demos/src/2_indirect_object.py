@@ -148,7 +148,7 @@ def panel(attention, title):
 panels = {"from the end": from_end, "from the second subject": from_second}
 Heatmaps(
     {title: panel(attention, title) for title, attention in panels.items()},
-    title="The heads that look most at names",
+    title="The heads that attend most to names",
 )
 
 # %% [markdown]
