@@ -1,4 +1,4 @@
-"""A Mixtral that two processes share, heads and experts divided among them, and one hook that sees it whole.
+"""A Mixtral sharded over two processes by heads and experts, and hooks that see whole tensors.
 
 `python demos/sharded_mixtral.py` starts both processes itself, on CPUs. On GPUs, `torchrun` starts them.
 """
@@ -23,7 +23,7 @@ PROCESSES = 2
 
 
 def silence_head(z: torch.Tensor, hook: object) -> None:
-    """Head 1 of all heads, wherever its weights are. Every process runs this, on the same tensor."""
+    """Zero head 1, counted over all heads. Every process runs this, on the same whole tensor."""
     z[:, :, 1] = 0
 
 
@@ -50,7 +50,7 @@ def run(rank: int, folder: str) -> None:
         edit = [("blocks.0.attn.hook_z", silence_head)]
         logits = bridge.run_with_hooks(TEXT, fwd_hooks=edit)
         same = torch.allclose(logits, alone.run_with_hooks(TEXT, fwd_hooks=edit), atol=1e-4)
-        lines.append(f"logits without head 0.1, as in one process: {same}")
+        lines.append(f"logits without L0H1, as in one process: {same}")
     Path(folder, f"rank{rank}.txt").write_text("\n".join(lines) + "\n")
     dist.barrier()
     dist.destroy_process_group()

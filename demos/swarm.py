@@ -137,10 +137,10 @@ def look_inside(bridge: TransformerBridge, local: TransformerBridge, checks: Che
     looking = [(layer, head) for layer, head in heads if attention(cache, layer, head)[tokens.index(NAME)] > 0.5]
     effects = {place: lead(bridge, logits) - lead(bridge, without(bridge, *place)) for place in looking}
     layer, head = max(effects, key=lambda place: effects[place])
-    told = ", ".join(f"{one}.{two} ({effect:+.2f})" for (one, two), effect in effects.items())
-    print(f"   {NAME!r} leads {OTHER!r} by {lead(bridge, logits):.2f} logits. Heads (layer.head) that look")
-    print(f"   at {NAME!r} from the last token, and what this lead loses when a server zeroes each:")
-    print(f"   {told}. Head {layer}.{head} moves the name. From {tokens[-1]!r} it looks at")
+    told = ", ".join(f"L{one}H{two} ({effect:+.2f})" for (one, two), effect in effects.items())
+    print(f"   {NAME!r} leads {OTHER!r} by {lead(bridge, logits):.2f} logits. Heads that attend to {NAME!r} from")
+    print("   the last token, and how much of that lead is lost when a server zeroes each:")
+    print(f"   {told}. L{layer}H{head} moves the name. From {tokens[-1]!r} it attends to")
     row = attention(cache, layer, head)
     for position in row.topk(3).indices.sort().values.tolist():
         share = float(row[position])

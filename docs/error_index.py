@@ -27,6 +27,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         *(f"model_bridge.{name}" for name in ("slots", "attach", "ports", "views", "stand_in", "twin_call", "watch")),
     ),
     "loading": (
+        "HookedTransformer",
         *(
             f"model_bridge.{name}"
             for name in ("bridge", "loading", "sources", "skeleton", "info", "published", "config")

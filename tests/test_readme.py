@@ -1,6 +1,6 @@
 """README and docs run: their examples print what they say, and the tables of hooks are the real ones.
 
-`python tests/test_readme.py --write` writes the tables.
+`python -m tests.test_readme --write` writes the tables.
 """
 
 import contextlib
@@ -21,9 +21,25 @@ HOOKS = ROOT / "docs" / "hooks.md"
 FAMILIES = ROOT / "docs" / "families.md"
 HOOKS_TEXT = """# Hooks
 
-Written by `python tests/test_readme.py --write` from the hook tables of the two shipped models.
-`{i}` stands for the layer. Other layouts have others of these: `bridge.hook_table()` shows a model's own, with shapes
-in numbers, and why the rest is absent.
+The name, shape and meaning of every hook. The table is that of the shipped Falcon and Mixtral, with `{i}` for the
+layer; `bridge.hook_table()` lists those of your model, with shapes in numbers, and says why other names are absent.
+
+```python
+from transformer_lens import TransformerBridge
+
+bridge = TransformerBridge.boot_transformers("tiny-falcon")
+print(bridge.hook_table().row("blocks.{i}.attn.hook_z").shape)
+_, cache = bridge.run_with_cache("Mary and John", names_filter="blocks.1.attn.hook_z")
+print(cache["z", 1].shape)
+```
+
+```text
+('batch', 'pos', 4, 32)
+torch.Size([1, 5, 4, 32])
+```
+
+"Kind" says where the value is read: [ports, seams and formulas](concepts.md#ports). Hooks marked "on request" are left
+out of a cache of everything.
 
 """
 MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hooks -->")

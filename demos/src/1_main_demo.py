@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Main demo: reading and editing a model by name
 #
-# `TransformerBridge` wraps a Hugging Face model as it is. Every activation has a name; any of
-# them can be read, replaced and differentiated. This notebook shows the four calls one uses all
-# day, and with them finds **induction heads**, the heads that continue a text that has been
-# there before.
+# `TransformerBridge` wraps a Hugging Face model without changing it. Every activation has a
+# name, and you can read, replace or differentiate it by that name. This notebook introduces the
+# four calls you will use all day, and uses them to find **induction heads**: the heads that
+# continue a sequence the model has seen earlier in its context.
 #
-# To look at another model, change the next line. Everything below takes its sizes from
-# `bridge.cfg`. The numbers in the prose, and the `assert` lines, are those of the small model.
+# To look at another model, change the next line; everything below takes its sizes from
+# `bridge.cfg`. The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -26,8 +26,9 @@ print(f"{bridge.cfg.architecture}: {n_layers} layers of {n_heads} heads")
 # %% [markdown]
 # ## Run it
 #
-# `bridge(text)` is the model's own forward pass. With no hook attached it *is* Hugging Face's
-# code, so the logits are the same bits. Caching does not change them either.
+# `bridge(text)` is the model's own forward pass. With no hook attached, Hugging Face's code
+# runs as it is, so the logits are bitwise equal to the bare model's. Caching does not change
+# them either.
 
 # %%
 text = "When Mary and John went to the store, John gave a drink to"
@@ -40,29 +41,30 @@ assert torch.equal(logits, bridge.original_model(bridge.to_tokens(text)).logits)
 # %% [markdown]
 # ## Read it
 #
-# A cache has every activation: `cache["pattern", 1]` is short for
-# `cache["blocks.1.attn.hook_pattern"]`. `bridge.hook_table()` lists all names with their
-# shapes. First, what would each layer's residual stream predict, if the model ended there?
+# The cache holds every activation. `cache["pattern", 1]` is short for
+# `cache["blocks.1.attn.hook_pattern"]`, and `bridge.hook_table()` lists all names with their
+# shapes. First, the logit lens: what would each layer's residual stream predict if the model
+# ended there?
 
 # %%
 logit_lens_grid(bridge, text)
 
 # %% [markdown]
-# The answer, ` Mary`, appears in the last row only. Which parts of the model write it? The
-# final logits are a sum over heads and MLPs (with the last norm's scale held fixed). Here is
-# that sum for the difference between ` Mary` and ` John`:
+# The answer, ` Mary`, appears only in the last row. Which parts of the model write it? With the
+# final norm's scale held fixed, the logits are a sum over heads and MLPs. Here is that sum for
+# the logit difference between ` Mary` and ` John`:
 
 # %%
 logit_waterfall(cache, " Mary", " John")
 
 # %% [markdown]
-# Heads of the last layer write nearly all of it. Where they get it from is a longer story: it
-# is the next notebook. Here we look at a simpler skill.
+# Heads of the last layer write nearly all of it. Where they get it from is a longer story, told
+# in the next notebook. Here we look at a simpler skill.
 #
 # ## A skill to take apart: repeating
 #
-# Random tokens, then the same tokens again. Nothing but the repetition can help the model, and
-# in the second half it is all it needs.
+# Random tokens, then the same tokens again. In the second half the repetition is the only thing
+# that helps, and it is enough.
 
 # %%
 torch.manual_seed(0)
@@ -89,9 +91,9 @@ assert repeat_loss() < 0.1 * fresh
 # %% [markdown]
 # ## Which heads do it?
 #
-# Two numbers for each head, both read off its attention pattern: how much it looks at the token
-# before, and how much, in the second half, it looks at **the token after the earlier copy** of
-# the one it stands on, the *induction target* (Olsson et al. 2022).
+# Two numbers for each head, both read from its attention pattern: how much it attends to the
+# previous token, and how much, in the second half, it attends to **the token after the earlier
+# copy** of the current one, the *induction target* (Olsson et al. 2022).
 
 # %%
 _, cache = bridge.run_with_cache(
@@ -118,34 +120,34 @@ Heatmaps(
         )
         for kind, values in kinds.items()
     },
-    title="What each head looks at",
+    title="What each head attends to",
 )
 
 # %% [markdown]
-# Two heads of the first layer look at the previous token; all heads of the layer above are
-# induction heads. Here is one of them at work. The long stripe is the look back by one
-# repetition.
+# Two heads of the first layer attend to the previous token, and all heads of the layer above
+# are induction heads. Here is one of them at work: the long stripe is attention to the token
+# one repetition earlier.
 
 # %%
 layer, head = divmod(int(induction.argmax()), n_heads)
 names = [str(token) for token in bridge.to_str_tokens(repeated[0])]
 pattern = patterns[layer][0, head].float().cpu()
 panel = Heatmap(pattern, names, names, "", "from", "to", "attention", limits=(0.0, 1.0))
-Heatmaps({f"head {layer}.{head}": panel}, title="A random sequence that repeats")
+Heatmaps({f"L{layer}H{head}": panel}, title="A random sequence that repeats")
 
 # %% [markdown]
-# ## Edit it: does one kind of head need the other?
+# ## Edit it: do induction heads depend on previous-token heads?
 #
-# The textbook says: a previous-token head writes "who stood before me" into each token, and an
-# induction head looks for tokens whose note matches the token it stands on. If that is how this
-# model works, then taking away the previous-token heads must blind the induction heads, and
-# taking away other heads of the same layer must not.
+# The textbook mechanism: a previous-token head writes "who came before me" into each token, and
+# an induction head looks for tokens where that matches the token it is at. If this model works
+# that way, ablating the previous-token heads must blind the induction heads, and ablating other
+# heads of the same layer must not.
 #
-# A hook is a function of an activation; what it returns, or edits in place, is what the model
-# goes on with. This one replaces heads by their mean.
+# A hook is a function of an activation. The model goes on with whatever it returns, or with its
+# in-place edits. This one replaces heads by their mean.
 
 # %%
-strongest = previous.flatten().topk(2).indices.tolist()
+strongest = sorted(previous.flatten().topk(2).indices.tolist())
 chosen = [divmod(index, n_heads) for index in strongest]
 first_layer = chosen[0][0]
 rest = [(first_layer, head) for head in range(n_heads) if (first_layer, head) not in chosen]
@@ -178,8 +180,8 @@ for heads in ([], others, chosen):
     losses.append(repeat_loss(without(heads)))
 
 # %%
-label = " and ".join(f"{layer}.{head}" for layer, head in chosen)
-control = " and ".join(f"{layer}.{head}" for layer, head in others)
+label = " and ".join(f"L{layer}H{head}" for layer, head in chosen)
+control = " and ".join(f"L{layer}H{head}" for layer, head in others)
 Heatmap(
     torch.stack(rows),
     rows=[
@@ -187,7 +189,7 @@ Heatmap(
         f"without {control}: loss {losses[1]:.2f}",
         f"without {label}: loss {losses[2]:.2f}",
     ],
-    columns=[f"head {layer}.{head}" for head in range(n_heads)],
+    columns=[f"L{layer}H{head}" for head in range(n_heads)],
     title="What the induction heads still find, without two heads of the first layer",
     column_title="induction head",
     value="attention to the target",
@@ -195,10 +197,10 @@ Heatmap(
 )
 
 # %% [markdown]
-# **Finding.** The induction heads keep their target when two other heads of the first layer go,
-# and lose it without the two previous-token heads; the loss on the repetition rises from almost
-# nothing to that of guessing. Neither previous-token head alone is needed: each stands in for
-# the other.
+# **Finding.** The induction heads keep their target when two other heads of the first layer are
+# ablated, and lose it without the two previous-token heads: the loss on the repetition rises
+# from almost nothing to that of guessing. Neither previous-token head is needed on its own;
+# each can do the other's job.
 
 # %%
 assert rows[0].max() > 0.9 and rows[1].max() > 0.9
@@ -209,13 +211,13 @@ print("the loss without one of them:", [round(loss, 2) for loss in alone])
 assert max(alone) < 0.5
 
 # %% [markdown]
-# The weights lean the same way, without running anything: the keys of the induction layer read
-# a little more of what the two previous-token heads write (`|OV @ QK.T| / |OV| |QK|`, Elhage et
-# al. 2021).
+# The weights agree, without running the model: the keys of the induction layer read slightly
+# more of what the two previous-token heads write (`|OV @ QK.T| / |OV| |QK|`, Elhage et al.
+# 2021).
 
 # %%
 composition = bridge.all_composition_scores("K")[first_layer, :, layer].mean(1).tolist()
-print({f"{first_layer}.{head}": round(score, 3) for head, score in enumerate(composition)})
+print({f"L{first_layer}H{head}": round(score, 3) for head, score in enumerate(composition)})
 assert min(composition[head] for _, head in chosen) > max(
     composition[head] for _, head in others
 )

@@ -2,13 +2,13 @@
 # # Exploring a circuit: who gets the drink?
 #
 # *When Mary and John went to the store, John gave a drink to* -> *Mary*. To continue, the model
-# must name the person who has not been named twice: the **indirect object**, not the
-# **subject** (Wang et al. 2022). How does this model do it?
+# must name the person who was mentioned only once: the **indirect object**, not the **subject**
+# (Wang et al. 2022). How does this model do it?
 #
-# We measure which parts write the answer, find out where the knowledge sits by activation
-# patching, and test the resulting story by cutting the connections it needs. The numbers in the
-# prose, and the `assert` lines, are those of the small model: another model may do it another
-# way, and the same cells will tell.
+# We measure which heads write the answer, locate the information by activation patching, and
+# test the resulting story by cutting the connections it needs. The numbers in the text and the
+# `assert` lines are those of the small model. Another model may do it differently, and the same
+# cells will show how.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -74,9 +74,9 @@ assert share(logits, answers) > 0.95
 # %% [markdown]
 # ## Which heads write the answer?
 #
-# Each head adds a vector to the residual stream at the last position. Its product with the
-# difference of the two names' unembeddings is what it adds to the logit difference: *direct
-# logit attribution*.
+# Each head adds a vector to the residual stream at the last position. The dot product of that
+# vector with the difference of the two names' unembedding directions is what the head adds to
+# the logit difference: *direct logit attribution*.
 
 # %%
 stack = cache.stack_head_results(pos_slice=-1)
@@ -91,10 +91,10 @@ head_map(attribution, "What each head adds to the logit difference, at the end",
 assert attribution[-1].sum() > 0.9 * difference(logits)
 
 # %% [markdown]
-# ## Where is the knowledge before that?
+# ## Where is the information before that?
 #
-# Activation patching: run the corrupted prompt, but with the residual stream of the right
-# prompt at one layer and position. What share of the logit difference comes back?
+# Activation patching: run the corrupted prompt, but put in the clean prompt's residual stream
+# at one layer and position. What share of the logit difference comes back?
 
 # %%
 best, worst = difference(logits), difference(bridge(corrupted))
@@ -109,17 +109,17 @@ labels = [str(token) for token in bridge.to_str_tokens(tokens[0])]
 patching_map(stream, labels, "Share of the answer that the stream entering a layer restores")
 
 # %% [markdown]
-# All of it sits on one word, the **second subject**, through every layer up to the last. There
-# is no other place: the two names themselves are the same in both prompts, and the end of the
-# prompt knows nothing until the last layer. The usual story, of heads that look from the end
-# back at the indirect object and copy it, cannot be the whole story here.
+# All of it is at one token, the **second subject**, in every layer up to the last. Nowhere
+# else: the first two names are the same in both prompts, and the last position knows nothing
+# until the last layer. So the usual story, in which heads attend from the last position to the
+# indirect object and copy it, cannot be the whole story here.
 
 # %%
 assert stream[:, second].min() > 0.9
 assert stream[:, end].max() < 0.1
 
 # %% [markdown]
-# ## Who looks where?
+# ## Which heads attend to the names?
 
 # %%
 patterns = torch.stack([cache["pattern", layer] for layer in range(n_layers)], 1).float()
@@ -135,7 +135,7 @@ def looks(query):
 from_end, from_second = looks(end), looks(second)
 total = (from_end + from_second).sum(1)
 shown = total.topk(min(12, len(total))).indices.sort().values  # in the order of the layers
-heads = [f"{index // n_heads}.{index % n_heads}" for index in shown.tolist()]
+heads = [f"L{index // n_heads}H{index % n_heads}" for index in shown.tolist()]
 
 
 def panel(attention, title):
@@ -148,19 +148,19 @@ def panel(attention, title):
 panels = {"from the end": from_end, "from the second subject": from_second}
 Heatmaps(
     {title: panel(attention, title) for title, attention in panels.items()},
-    title="The heads that look most at names",
+    title="The heads that attend most to names",
 )
 
 # %% [markdown]
-# The heads that write the answer look at the *second subject*, a word that is not the answer.
-# In the two layers below, other heads look from the end at both names alike, and some look from
-# the second subject at the indirect object.
+# The heads that write the answer attend to the *second subject*, a token that is not the
+# answer. In the two layers below, some heads attend from the last position to both names alike,
+# and some from the second subject to the indirect object.
 #
 # That suggests a division of labour:
 #
-# - layers 1 and 2 collect the names that are **candidates**, at the end and once more at the
-#   second subject;
-# - the last layer fetches from the second subject **which one it is not**, which decides.
+# - layers 1 and 2 collect the **candidate** names, at the last position and again at the second
+#   subject;
+# - the last layer fetches from the second subject **which name it is not**, and that decides.
 
 # %%
 last_layer = from_end.unflatten(0, (n_layers, n_heads))[-1]
@@ -169,11 +169,12 @@ assert last_layer[:, -1].min() > 0.9  # all of its heads look at the second subj
 # %% [markdown]
 # ## Test: cut the connections
 #
-# If that is right, then without the look at the second subject the model should still offer one
-# of the two names, but toss a coin between them. Candidates come by two ways, so each way alone
-# should do; without either of them the model should know whom to avoid, and not whom to name.
+# If that is right, a model that cannot attend to the second subject should still offer one of
+# the two names, but choose between them at random. The candidates arrive by two routes, so
+# either route alone should be enough; with both cut, the model should know which name to avoid
+# but not which to give.
 #
-# A hook on the attention pattern can cut any connection: it sets that entry to zero in all
+# A hook on the attention pattern can cut any connection: this one sets the entry to zero in all
 # heads and layers.
 
 # %%
@@ -218,17 +219,17 @@ for name, words in examples.items():
     print(f"{name:>24}: {words}")
 
 # %% [markdown]
-# **Finding.** tiny-falcon picks the indirect object in two steps that can be taken apart.
+# **Finding.** tiny-falcon picks the indirect object in two steps that can be separated.
 #
-# 1. *Who could it be?* Either way to the names is enough: cut one and every answer stays right;
-#    cut both and no answer is a name of the two.
-# 2. *Who is it not?* One way only: cut the look from the end to the second subject and the
-#    logit difference falls from 14 to nothing. The model still answers with one of the two
-#    names, each for half of the prompts.
+# 1. *Who could it be?* Either route to the names is enough: cut one and every answer is still
+#    right; cut both and no answer is one of the two names.
+# 2. *Who is it not?* There is only one route: cut the attention from the last position to the
+#    second subject and the logit difference falls from 14 to nothing. The model still answers
+#    with one of the two names, each on half of the prompts.
 #
-# Note the row in which both ways to the names are cut. The difference between the two names
-# stays at its full size, although neither is the answer any more. A logit difference alone
-# would not have shown that this half of the circuit exists.
+# Look at the row in which both routes to the names are cut. The logit difference between the
+# two names is as large as ever, although neither is the answer any more. The logit difference
+# alone would not have shown that this half of the circuit exists.
 
 # %%
 found = dict(zip(cuts, outcomes, strict=True))

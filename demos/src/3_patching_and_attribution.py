@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Patching, and its estimate by gradients
 #
-# **Activation patching** asks what a part of a model does by putting its value from one run
-# into another. It is exact, and costs a forward pass for each part. **Attribution patching**
-# (Nanda 2023) estimates the same number for *all* parts from one backward pass: the change of
-# the activation times the gradient. An estimate is worth what is known about its errors. This
-# notebook compares the two, finds that a high correlation can hide an estimate that is ten
-# times too small, shows why, and what repairs it.
+# **Activation patching** asks what a part of a model does by replacing its value with the one
+# from another run. It is exact, and costs a forward pass for each part. **Attribution
+# patching** (Nanda 2023) estimates the same number for *all* parts from one backward pass, as
+# the change of the activation times the gradient. An estimate is only as good as what you know
+# about its errors. This notebook compares the two, finds that a high correlation can hide an
+# estimate that is ten times too small, and shows why that happens and what repairs it.
 #
-# The numbers in the prose, and the `assert` lines, are those of the small model.
+# The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -33,7 +33,7 @@ n_layers = bridge.cfg.n_layers
 # %% [markdown]
 # ## Prompts
 #
-# Eight prompts, and the same with the other person named again. What is measured is the logit
+# Eight prompts, and the same prompts with the other person named again. The metric is the logit
 # difference between the two names.
 
 # %%
@@ -75,7 +75,8 @@ def restored(logits):
 # %% [markdown]
 # ## Heads
 #
-# The outputs of all heads at all positions, both ways, as a share of the logit difference.
+# The outputs of all heads at all positions, by both methods, as a share of the logit
+# difference.
 
 
 # %%
@@ -95,15 +96,15 @@ print(f"{patched.numel()} patches took {ratio:.0f} times as long as the estimate
 print(f"correlation {correlation(heads_patched, heads_guessed):.3f}")
 
 # %% [markdown]
-# One backward pass instead of hundreds of runs, and nearly the same picture. So far the
-# estimate looks like a bargain.
+# One backward pass instead of hundreds of forward passes, and nearly the same picture. So far
+# the estimate looks like a bargain.
 #
-# ## The stream
+# ## The residual stream
 #
-# The same for the residual stream that enters each layer. We know from the notebook on the
-# indirect object what patching says: all of the answer is on the second subject. A third method
-# joins in, **integrated gradients** (Sundararajan et al. 2017): the mean gradient along the
-# straight line from the corrupted activation to the clean one, here at five points.
+# The same for the residual stream that enters each layer. The notebook on the indirect object
+# showed what patching says: all of the answer is at the second subject. A third method joins
+# in, **integrated gradients** (Sundararajan et al. 2017): the mean gradient along the straight
+# line from the corrupted activation to the clean one, here at five points.
 
 # %%
 names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)]
@@ -135,14 +136,14 @@ for name, values in methods.items():
     print(f"{name}: correlation with patching {correlation(exact, values):.3f}")
 
 # %% [markdown]
-# One gradient correlates with the truth at 0.91, because it points at the right position. Yet
-# it says that the embedding of the second subject matters for a tenth of the answer, where in
-# truth it is all of it. Anybody who compared that number with those of other parts would be
-# wrong.
+# The single gradient correlates with the truth at 0.91, because it points to the right
+# position. Yet it says that the embedding of the second subject accounts for a tenth of the
+# answer, when in fact it accounts for all of it. Comparing that number with those of other
+# parts would have misled you.
 #
 # ## Why
 #
-# Walk from the corrupted stream to the clean one and look at the answer on the way.
+# Move from the corrupted activation to the clean one and watch the answer on the way.
 
 # %%
 steps = torch.linspace(0, 1, 11).tolist()
@@ -172,10 +173,10 @@ Heatmap(
 )
 
 # %% [markdown]
-# **Finding.** In layer 0 the answer hardly moves at first, turns in the middle of the way, and
-# hardly moves again. The layers above decide between two names, and a decision is flat at both
-# ends, where the gradient is taken. Its size is then wrong although its place is right, and no
-# correlation shows it. Five points on the way repair it.
+# **Finding.** In layer 0 the answer hardly moves at first, flips in the middle, and then hardly
+# moves again. The layers above decide between two names, and a decision is flat at both ends,
+# which is where the gradient is taken. The estimate then has the right location and the wrong
+# size, and no correlation shows it. Five points along the way repair it.
 
 # %%
 assert correlation(heads_patched, heads_guessed) > 0.98

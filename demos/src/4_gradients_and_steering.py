@@ -1,13 +1,13 @@
 # %% [markdown]
-# # Steering, and what gradients say about it beforehand
+# # Steering, and what gradients predict about it
 #
 # A **steering vector** is a difference of mean activations; added to the residual stream, it
-# moves what the model says. In which layer should it be added, and how much of it? A gradient
-# answers before anything is steered: it says what the first bit of the vector will do. This
-# notebook makes a vector towards *Mary*, predicts its effect in each layer, and then measures
-# it.
+# changes what the model says. In which layer should it be added, and at what scale? A gradient
+# gives an answer before anything is steered: it predicts the effect of a small dose of the
+# vector. This notebook makes a vector towards *Mary*, predicts its effect in each layer, and
+# then measures it.
 #
-# The numbers in the prose, and the `assert` lines, are those of the small model.
+# The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -27,9 +27,9 @@ layers = [str(layer) for layer in range(n_layers)]
 # %% [markdown]
 # ## Where is the answer sensitive?
 #
-# A backward hook sees the gradient at its place. Here is the gradient of the lead of *Mary*
-# over *John*: its length at each layer and position, times that of the stream there, since a
-# stream ten times as long takes ten times the push.
+# A backward hook receives the gradient at its hook point. Here is the gradient of the logit
+# difference between *Mary* and *John*: its norm at each layer and position, times the norm of
+# the residual stream there, because a stream ten times as long needs ten times the push.
 
 # %%
 TEMPLATE = "When {} and {} went to the store, {} gave a drink to"
@@ -69,9 +69,9 @@ labels = [str(token) for token in bridge.to_str_tokens(text)]
 patching_map(sensitivity, labels, "How sensitive the lead of Mary over John is", "logits")
 
 # %% [markdown]
-# The names, more and more the second *John* and the end of the prompt, and in the last layer
-# nothing else: these are the places of the circuit that the notebook on the indirect object
-# finds.
+# In the early layers the names, then more and more the second *John* and the last position, and
+# in the last layer nothing else. These are the positions of the circuit found in the notebook
+# on the indirect object.
 
 # %%
 second = [place for place, label in enumerate(labels) if "John" in label][-1]
@@ -82,8 +82,8 @@ assert sensitivity[-1][[second, end]].sum() > 0.9 * sensitivity[-1].sum()
 # %% [markdown]
 # ## A vector towards Mary
 #
-# The mean stream at the end of prompts whose answer is *Mary*, less that of prompts whose
-# answer is *John*. It will be tested on prompts in which neither of them appears.
+# The mean residual stream at the last position of prompts whose answer is *Mary*, minus that of
+# prompts whose answer is *John*. It will be tested on prompts in which neither name appears.
 
 # %%
 people = ["Tom", "Paul", "Emma", "Anna", "Kate", "Lucy", "Sarah", "David"]
@@ -108,8 +108,9 @@ print(f"{len(texts)} prompts, of which one: {texts[0]}")
 # %% [markdown]
 # ## Predict
 #
-# One backward pass gives the gradient at the end of every layer's stream. Its product with the
-# vector is the slope: how fast *Mary* overtakes *John* when the vector comes in.
+# One backward pass gives the gradient at the last position of every layer's residual stream.
+# Its dot product with the vector is the slope: how fast *Mary* gains on *John* as the vector is
+# added.
 
 
 # %%
@@ -132,8 +133,8 @@ predicted = torch.tensor(
 # ## Measure
 #
 # `with bridge.steer(vector, layer, scale=...)` adds it, here at the last position. First a
-# hundredth of it, to see whether the slope is right; then as much as it takes, next to a random
-# vector of the same length.
+# hundredth of it, to see whether the slope is right; then larger scales, next to a random
+# vector of the same norm.
 
 
 # %%
@@ -188,12 +189,12 @@ Heatmaps(
 )
 
 # %% [markdown]
-# **Finding.** The order in which layers give in is the order of the slopes: the last layer at
-# scale 1, layers 2 and 1 at 2 to 4, layer 0 not at all. In layer 0 the end of the prompt has
-# not looked at any name yet; there is no direction of *Mary* to push. A random vector of the
-# same length does nothing in any layer. What the gradient does not say is how far its slope
-# holds: at scale 1 the lead has grown by less than predicted, and the shortfall is largest
-# where the slope is steepest.
+# **Finding.** Layers give way in the order of their slopes: the last layer at scale 1, layers 2
+# and 1 at 2 to 4, layer 0 not at all. In layer 0 the last position has not attended to any name
+# yet, so there is no *Mary* direction to push along. A random vector of the same norm does
+# nothing in any layer. What the gradient does not tell is how far its slope holds: at scale 1
+# the logit difference has grown by less than predicted, and the shortfall is largest where the
+# slope is steepest.
 
 # %%
 gained = torch.tensor(
@@ -213,8 +214,8 @@ assert (gained[1:] < predicted[1:]).all()
 # %% [markdown]
 # ## In generation
 #
-# The same `with` block works around `bridge.generate`; `on="prompt"` leaves what is written
-# afterwards alone.
+# The same `with` block works around `bridge.generate`. With `on="prompt"` the vector is added
+# while the prompt is read, and not to the tokens generated afterwards.
 
 # %%
 layer = int(results["towards Mary"].sum(1).argmax())

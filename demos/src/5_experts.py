@@ -1,13 +1,12 @@
 # %% [markdown]
 # # Which experts know the answer?
 #
-# In a mixture of experts every token is sent to a few of the layer's MLPs, and a *router*
-# chooses which. So there are two places where an answer could be kept: in **where** a token is
-# sent, and in **what** the experts there write. This notebook tells them apart for *When Mary
-# and John went to the store, John gave a drink to* -> *Mary*, and finds the few experts that
-# matter.
+# In a mixture of experts each layer has several MLPs, and a *router* sends every token to a few
+# of them. So an answer could be carried in two ways: by **where** a token is sent, and by
+# **what** the experts there write. This notebook tells the two apart for *When Mary and John
+# went to the store, John gave a drink to* -> *Mary*, and finds the few experts that matter.
 #
-# The numbers in the prose, and the `assert` lines, are those of the small model.
+# The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-mixtral"  # or "mistralai/Mixtral-8x7B-v0.1"
@@ -39,8 +38,8 @@ text = TEMPLATE.format("Mary", "John", "John")
 routing_map(bridge, text)
 
 # %% [markdown]
-# Over many sentences: the share of tokens that each expert gets, and how much of the choice the
-# token alone explains (its mutual information with the expert).
+# Over many sentences: the share of tokens that each expert gets, and how much of the choice is
+# explained by the token alone (its mutual information with the expert).
 
 # %%
 sentences = [example.prompt + example.answer + "." for example in ioi_examples(100)]
@@ -54,7 +53,7 @@ for expert in range(n_experts):
 # ## Prompts and their opposites
 #
 # 32 pairs of names that the small model never saw together, each in two versions that differ in
-# who is named again. Each row's neighbour has the opposite answer.
+# who is named again. Neighbouring rows have opposite answers.
 
 
 # %%
@@ -87,8 +86,8 @@ print(f"right: {right:.0%}; logit difference {best:.1f}, with the other subject 
 # %% [markdown]
 # ## Where, or what?
 #
-# Run the wrong version, and put in from the right one, first *where* tokens are sent (the
-# router's logits at any one position), then *what* each expert writes.
+# Run the corrupted prompt and patch in from the clean one, first *where* tokens are sent (the
+# router logits at one position), then *what* each expert writes.
 
 
 # %%
@@ -114,16 +113,16 @@ Heatmap(
 )
 
 # %% [markdown]
-# Routing carries nothing: the tokens are sent to the same experts whoever the subject is. What
-# is written there carries something, in one expert of each layer. The others restore nothing.
+# Routing carries no information: the tokens go to the same experts whoever the subject is. What
+# the experts write does carry it, in one expert of each layer. The others restore nothing.
 
 # %%
 assert where.abs().max() < 0.05
 assert what.max(1).values.min() > 0.1 and what.flatten().sort().values[:-n_layers].max() < 0.05
 
 # %% [markdown]
-# The same three stand out without any patching, in what each expert adds to the logit
-# difference directly at the last position. That costs one forward pass.
+# The same three experts stand out without any patching, in what each expert adds directly to
+# the logit difference at the last position. That costs one forward pass.
 
 # %%
 attribution = experts.expert_logit_attribution(bridge, tokens, answers, subjects).float().cpu()
@@ -141,9 +140,9 @@ Heatmap(
 # ## Test: send the last token elsewhere
 #
 # These three are also where the router sends the last token with most of its weight. Would any
-# other expert do as well there? Force the routing of the last token, in every layer: to these
-# experts alone, or to random others, with all the weight. For comparison, ablate the three and
-# put nothing in their place.
+# other expert do as well there? Force the routing of the last token in every layer, with all
+# the weight: to these experts alone, or to randomly chosen others. For comparison, ablate the
+# three and put nothing in their place.
 
 # %%
 chosen = list(enumerate(what.argmax(1).tolist()))
@@ -172,7 +171,7 @@ ablated = [
     for layer, expert in chosen
     for hook in experts.ablate_expert(bridge, layer, expert, positions=-1)
 ]
-names = ", ".join(f"{layer}.{expert}" for layer, expert in chosen)
+names = ", ".join(f"L{layer}E{expert}" for layer, expert in chosen)
 elsewhere = [gap(only(control)) for control in controls]
 gaps = {
     "as the model routes": best,
@@ -185,11 +184,11 @@ for name, value in gaps.items():
     print(f"{name:34} {value:5.1f} logits")
 
 # %% [markdown]
-# **Finding.** In tiny-mixtral the router does not say who the indirect object is: its first
-# choice for the last token is the same on every prompt. But its first choice is the expert that
-# knows. 0.0, 1.0 and 2.1 alone give the whole logit difference; any others in their place give
-# no more than nothing in their place. What is left then, about half, is what attention writes
-# straight to the logits.
+# **Finding.** In tiny-mixtral the router does not tell who the indirect object is: its first
+# choice for the last token is the same on every prompt. But that first choice is the expert
+# that knows. L0E0, L1E0 and L2E1 alone give the whole logit difference; any others in their
+# place give no more than nothing would. What then remains, about half, is what attention writes
+# directly to the logits.
 
 # %%
 assert set(attribution.flatten().topk(n_layers).indices.tolist()) == {

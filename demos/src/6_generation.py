@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Generation under hooks
 #
-# `bridge.generate` is Hugging Face's `generate` with hooks. A hook can be meant for the
-# **prompt** or for the **continuation** alone, and a cache can be kept of every generated
-# token. Here both are used for one question: when a model copies a list, *when* does it need
-# the heads that copy, while it reads the list or while it writes?
+# `bridge.generate` is Hugging Face's `generate` with hooks. A hook can be limited to the
+# **prompt** or to the **continuation**, and a cache can cover every generated token. Here both
+# serve one question: when a model copies a list, *when* does it need the heads that copy, while
+# it reads the list or while it writes?
 #
-# The numbers in the prose, and the `assert` lines, are those of the small model.
+# The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -46,8 +46,8 @@ for task in tasks.values():
     print(bridge.generate(task[0][0], max_new_tokens=6))
 
 # %% [markdown]
-# A list of prompts is generated as one batch, padded on the left; hooks count positions in each
-# text, whatever its padding. How often is the continuation right?
+# A list of prompts is generated as one batch, padded on the left; hooks count positions within
+# each text, ignoring padding. How often is the continuation right?
 
 
 # %%
@@ -67,10 +67,10 @@ print(plain)
 assert min(plain.values()) > 0.9
 
 # %% [markdown]
-# ## What the heads look at while the model writes
+# ## What the heads attend to while the model writes
 #
 # `return_cache=True` keeps the chosen hooks for every token of the output. When the model
-# copies a list, which heads look at the word that comes next in it?
+# copies a list, which heads attend to the word that comes next?
 
 # %%
 prompt, words = tasks["copy a list"][0]
@@ -98,7 +98,7 @@ Heatmap(
     patterns[layer, head, start - 1 : last, :last],
     rows=names[start - 1 : last],
     columns=names[:last],
-    title=f"Head {layer}.{head} while the list is written again",
+    title=f"L{layer}H{head} while the list is written again",
     row_title="after writing",
     column_title="looks at",
     value="attention",
@@ -106,13 +106,14 @@ Heatmap(
 )
 
 # %% [markdown]
-# It walks along the list, one word ahead of what is written. All heads of its layer do: these
+# It walks along the list, one word ahead of what is written. So do all heads of its layer: they
 # are the induction heads of the main demo.
 #
 # ## When are they needed?
 #
-# Silence the attention of one layer, on the prompt only, on the continuation only, or on both.
-# (The first new word is predicted at the end of the prompt, so it counts as part of reading.)
+# Zero the attention output of one layer, on the prompt only, on the continuation only, or on
+# both. (The first new word is predicted at the last position of the prompt, so it counts as
+# part of reading.)
 
 
 # %%
@@ -139,11 +140,11 @@ Heatmap(
 )
 
 # %% [markdown]
-# **Finding.** One layer, two jobs at two times. To copy a list the induction layer is needed
-# *while the model writes*: silent then, nearly every copy is wrong; silent only while the model
-# reads, nearly every copy is right. To name the indirect object it is needed *while the model
-# reads*, since that is one word, decided at the end of the prompt. Counting on hardly needs it
-# at all.
+# **Finding.** One layer, two jobs at two times. To copy a list, the induction layer is needed
+# *while the model writes*: ablated then, nearly every copy is wrong; ablated only while the
+# model reads, nearly every copy is right. To name the indirect object it is needed *while the
+# model reads*, since that is a single word, decided at the last position of the prompt.
+# Counting on hardly needs it at all.
 
 # %%
 copy, count, name = range(len(tasks))
@@ -155,8 +156,9 @@ assert min(scores["continuation"][count], scores["prompt"][count]) > 0.7
 # %% [markdown]
 # ## Where a hook is
 #
-# Inside a hook, `hook.generation` says which forward this is. Here, one hook per step notes how
-# sure the model is of what it writes, with `generate_stream` giving the words as they come.
+# Inside a hook, `hook.generation` says which forward pass this is. Here a hook records at each
+# step how confident the model is in the token it writes, while `generate_stream` yields the
+# words as they come.
 
 # %%
 sure = []

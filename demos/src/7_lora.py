@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Fine-tuning under hooks: what did LoRA change?
 #
-# A model is taught a new rule with a LoRA adapter (Hu et al. 2021): to end *When Mary and John
-# went to the store, John gave a drink to* with *John* instead of *Mary*. Does the adapter turn
-# the old circuit around, or build another one? The bridge sits on the PEFT model, so the same
-# hooks read and edit the model with its adapter and without.
+# A LoRA adapter (Hu et al. 2021) teaches a model a new rule: to end *When Mary and John went to
+# the store, John gave a drink to* with *John* instead of *Mary*. Does the adapter invert the
+# old circuit, or build another one? The bridge wraps the model under PEFT, so the same hooks
+# read and edit it with and without the adapter.
 #
-# The numbers in the prose, and the `assert` lines, are those of the small model.
+# The numbers in the text and the `assert` lines are those of the small model.
 
 # %%
 MODEL = "tiny-falcon"  # or "tiiuae/falcon-7b", "mistralai/Mixtral-8x7B-v0.1"
@@ -25,9 +25,10 @@ bridge = TransformerBridge.boot_transformers(MODEL, device_map="auto")
 n_layers, n_heads = bridge.cfg.n_layers, bridge.cfg.n_heads
 
 # %% [markdown]
-# ## Prompts to look at
+# ## Prompts
 #
-# 32 pairs of names that are in no training sentence, each in two versions: either person gives.
+# 32 pairs of names that appear together in no training sentence, each in two versions: either
+# person gives.
 
 # %%
 TEMPLATE = "When {} and {} went to the store, {} gave a drink to"
@@ -64,8 +65,8 @@ def report(when, logits):
 # %% [markdown]
 # ## Train
 #
-# The adapter goes on the attention projections. The loss is the bridge's own; the base model is
-# frozen.
+# The adapter goes on the attention projections. The loss is the bridge's own, and the base
+# model is frozen.
 
 # %%
 torch.manual_seed(0)
@@ -101,12 +102,12 @@ print(f"the adapter has {share:.1%} of the parameters")
 assert measure(bridge(tokens))[1] > 0.95
 
 # %% [markdown]
-# ## The same circuit, turned around?
+# ## The same circuit, inverted?
 #
-# Before, the heads of the last layer look from the end of the prompt at the second mention of
-# the giver, and read there whom *not* to name (see the notebook on the indirect object). If
-# LoRA had only turned their sign, they would look there still. `disable_adapter` gives the
-# model before, under the same bridge.
+# Before training, the heads of the last layer attend from the last position to the second
+# mention of the giver, and read there whom *not* to name (see the notebook on the indirect
+# object). If LoRA had only inverted their effect, they would still attend there.
+# `disable_adapter` gives the original model, under the same bridge.
 
 
 # %%
@@ -141,13 +142,13 @@ Heatmaps(
 )
 
 # %% [markdown]
-# They do not. The last layer has stopped looking there, and layers below have begun to.
+# They do not. The last layer no longer attends there, and layers below have begun to.
 #
-# ## Does the look matter?
+# ## Does that attention matter?
 #
-# Attention may be there and mean nothing. So cut it, from the end to the second mention, in the
-# last layer or in all layers below, in the model before and after: how far ahead is the giver
-# then?
+# Attention can be present and have no effect. So cut it, from the last position to the second
+# mention, in the last layer or in all layers below it, before and after training. What is then
+# the logit difference in favour of the giver?
 
 
 # %%
@@ -176,19 +177,19 @@ Heatmap(
     torch.tensor([old, new]),
     rows=["before", "after"],
     columns=list(cuts),
-    title="The giver's lead when the look at the second mention is cut",
+    title="The giver's lead when attention to the second mention is cut",
     column_title="cut in",
     value="logits",
 )
 
 # %% [markdown]
-# **Finding.** LoRA did not turn the old circuit around: it built another one. Before, the model
-# depends on the look of the last layer, and cutting it anywhere else changes nothing. After, it
-# is the other way round: the last layer's look is gone, and the whole lead comes through the
-# look of the layers below. The rule that was taught is the opposite of the old one; the
-# machinery is not.
+# **Finding.** LoRA did not invert the old circuit: it built another one. Before training, the
+# model depends on the attention of the last layer, and cutting it anywhere else changes
+# nothing. Afterwards it is the other way round: the last layer no longer attends there, and the
+# whole difference comes through the attention of the layers below. The rule that was taught is
+# the opposite of the old one; the mechanism is not.
 #
-# Which of the layers below take over depends on the seed of the adapter; that the last layer
+# Which of the layers below take over depends on the seed of the adapter. That the last layer
 # drops out does not (tried with three seeds).
 
 # %%

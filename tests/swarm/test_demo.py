@@ -25,7 +25,7 @@ def test_the_demo_shows_that_everything_is_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(lines) <= 40 and "DIFFER" not in done.stdout
     assert sum("the same to the last bit" in line for line in lines) == 3
-    assert "Head 1.0 moves the name" in done.stdout
+    assert "L1H0 moves the name" in done.stdout
     assert re.search(r"' Mary' █{30} 0\.999", done.stdout)
     (said,) = re.findall(r"   '(.*)' \.\.\. kill -9 of the server of blocks \d:\d", done.stdout)
     assert f"   '{said}, and Mary handed the cup to John.'" in lines
