@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from tests.support import family
-from tests.tokenizers import LLAMA_FORMS, TEXT, falcon, llama
+from tests.tokenizer_models import LLAMA_FORMS, TEXT, falcon, llama
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.attribution import direct_logit_attribution
 from transformer_lens.analysis.experts import expert_logit_attribution
