@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.equivalence.grid import RUNNABLE, point_id
+from tests.equivalence.grid import each_layout
 from tests.support import FAMILIES, falcon, family, mixtral, tokens
 from transformer_lens.factored_matrix import FactoredMatrix
 from transformer_lens.model_bridge import TransformerBridge
@@ -28,10 +28,7 @@ MIXTRALS: dict[str, dict[str, Any]] = {
     "mixtral, wide heads": {"head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 1},
 }
 EVERY = [
-    *(
-        pytest.param("falcon", {**point, "bias": number % 2 == 1}, id=point_id(point))
-        for number, point in enumerate(RUNNABLE)
-    ),
+    *(pytest.param("falcon", *point.values, id=point.id, marks=point.marks) for point in each_layout(turn=0)),
     *(pytest.param("mixtral", {**changes, **EXPERTS}, id=name) for name, changes in MIXTRALS.items()),
 ]
 

@@ -18,28 +18,16 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    FalconForCausalLM,
     FalconForSequenceClassification,
     MixtralForCausalLM,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from tests.bridge.texts import tokenizer
-from tests.support import FALCON_SMALL, FAMILIES, falcon_config, falcon_sweep, family, mixtral, perturbed, tokens
+from tests.equivalence.grid import each_layout
+from tests.support import FAMILIES, falcon, falcon_config, family, mixtral, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.data import tiny_model_path
-from transformer_lens.model_bridge.supported_architectures import adapter_for
-
-
-def runs(changes: dict[str, Any]) -> bool:
-    try:
-        adapter_for(falcon_config(**changes))
-    except ValueError:
-        return False
-    return True
-
-
-SWEEP = [changes for changes in falcon_sweep() if runs(changes)]
 
 
 def same_state(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -49,14 +37,9 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> None:
         assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
 
 
-def test_the_sweep_is_whole() -> None:
-    assert len(SWEEP) == 98
-
-
-@pytest.mark.parametrize("changes", SWEEP, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize("changes", each_layout(turn=0, turns=2, num_hidden_layers=1))
 def test_every_falcon_layout(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = falcon_config(**{**FALCON_SMALL, "num_hidden_layers": 1, **changes, "bias": True})
-    model = perturbed(FalconForCausalLM(config))
+    model = falcon(**changes)
     TransformerBridge(model).save_pretrained(tmp_path)
     x = tokens()
     bare = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,6 +1,8 @@
 """What the proof runs over: the runnable Falcon configurations, the Mixtral grid, dtypes, attention kinds.
 
-Which configurations run is written here from transformers' modeling code, not asked of the package.
+Which configurations run, and which are one model, is written here from transformers' modeling code, not asked of the
+package. `test_spellings.py` proves that configurations of one model are one bridge; so a sweep runs over the models,
+each time in another spelling, and over all spellings in `make test-full`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,48 @@ RUNNABLE = [point for point in SWEEP if runs(point)]
 REFUSED = [point for point in SWEEP if not runs(point)]
 
 
+class Layout(NamedTuple):
+    """What `modeling_falcon.py` makes of a runnable point; it does not read the point's other options."""
+
+    alibi: bool
+    parallel: bool
+    new: bool
+    norms: int
+    """In a parallel block: only the new architecture may have two."""
+    keys: int
+
+
+def layout_of(point: dict[str, Any]) -> Layout:
+    """The new architecture wins over `multi_query`, and has two norms where it is not told how many."""
+    if point["new_decoder_architecture"]:
+        norms, keys = point["num_ln_in_parallel_attn"] or 2, point["num_kv_heads"]
+    else:
+        norms, keys = 1, 1 if point["multi_query"] else HEADS
+    return Layout(point["alibi"], point["parallel_attn"], point["new_decoder_architecture"], norms, keys)
+
+
+SPELLINGS: dict[Layout, list[dict[str, Any]]] = {}
+"""The points of each layout."""
+for _point in RUNNABLE:
+    SPELLINGS.setdefault(layout_of(_point), []).append(_point)
+
+
+def each_layout(turn: int, turns: int = 1, **changes: Any) -> list[Any]:
+    """Every runnable point as a parameter; those that are not this turn's spelling of their layout are slow.
+
+    Four turns in a row see every value of every option that a layout does not read. Every layout has biases in one
+    of two spellings, which the sweep does not vary.
+    """
+    found = []
+    for nth, spellings in enumerate(SPELLINGS.values()):
+        chosen = {(7 * (turn + other) + nth) % len(spellings) for other in range(turns)}
+        for place, point in enumerate(spellings):
+            bias = (place + nth // 2) % 2 == 1
+            marks = [] if place in chosen else [pytest.mark.slow]
+            found.append(pytest.param({**point, "bias": bias, **changes}, id=point_id(point), marks=marks))
+    return found
+
+
 class Case(NamedTuple):
     """One model of the grid: how to make it."""
 
@@ -69,12 +113,12 @@ class Case(NamedTuple):
 
 
 def falcon_cases(attns: tuple[str, ...] = ("sdpa", "eager"), dtypes: tuple[str, ...] = ("fp32", "bf16")) -> list[Any]:
-    """Every runnable configuration; every other one has biases, which the sweep does not vary."""
+    """Every layout under every attention and dtype, each time in another spelling; the other spellings are slow."""
     cases = []
-    for attn, dtype in product(attns, dtypes):
-        for number, point in enumerate(RUNNABLE):
-            case = Case("falcon", {**point, "bias": number % 2 == 1}, attn, DTYPES[dtype])
-            cases.append(pytest.param(case, id=f"{point_id(point)}-{attn}-{dtype}"))
+    for turn, (attn, dtype) in enumerate(product(attns, dtypes)):
+        for point in each_layout(turn):
+            case = Case("falcon", point.values[0], attn, DTYPES[dtype])
+            cases.append(pytest.param(case, id=f"{point.id}-{attn}-{dtype}", marks=point.marks))
     return cases
 
 
@@ -103,6 +147,11 @@ def mixtral_point(
     }
 
 
+def usual(point: dict[str, Any]) -> bool:
+    """Whether a point is not only in the full product: one expert, all of them chosen, some, and more than chosen."""
+    return point["num_local_experts"] in (1, 2, 3, 4, 8)
+
+
 def mixtral_id(point: dict[str, Any]) -> str:
     """A short name such as `e4-top2-grouped_mm-kv2-d16-w3`."""
     return (
@@ -112,13 +161,15 @@ def mixtral_id(point: dict[str, Any]) -> str:
 
 
 def mixtral_cases() -> list[Any]:
-    """The Mixtral grid, half of it under each attention, in both dtypes; the full product of shapes is slow."""
+    """The Mixtral grid, in turn under each attention and in each dtype; the full product of shapes is slow."""
     cases = []
-    points = list(mixtral_points())
-    for number, (point, dtype) in enumerate(product(points, DTYPES)):
-        attn = ("sdpa", "eager")[(number // 2) % 2]
-        case = Case("mixtral", point, attn, DTYPES[dtype])
-        cases.append(pytest.param(case, id=f"mixtral-{mixtral_id(point)}-{attn}-{dtype}"))
+    for number, point in enumerate(mixtral_points()):
+        for other, dtype in enumerate(DTYPES):
+            attn = ("sdpa", "eager")[number % 2]
+            # Every implementation of the experts meets every attention in every dtype.
+            marks = [] if usual(point) and (number // 2) % 2 == other else [pytest.mark.slow]
+            case = Case("mixtral", point, attn, DTYPES[dtype])
+            cases.append(pytest.param(case, id=f"mixtral-{mixtral_id(point)}-{attn}-{dtype}", marks=marks))
     kinds = cycle(product(("sdpa", "eager"), DTYPES.values()))
     for experts, chosen, how, kv, d_head, window in product(
         range(1, 9), (1, 2, 3), EXPERTS, (1, 2, 4, 8), (None, 4, 16), (None, 3)

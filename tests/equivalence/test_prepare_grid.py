@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from tests.equivalence.grid import DTYPES, RUNNABLE, point_id
-from tests.support import falcon, tokens
+from tests.equivalence.grid import Case, falcon_cases
+from tests.support import tokens
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
 
 
-@pytest.mark.parametrize("point", [pytest.param(point, id=point_id(point)) for point in RUNNABLE])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_outputs_and_gradients_are_bitwise_the_unprepared_ones(
-    point: dict[str, Any], attn: str, dtype: torch.dtype
-) -> None:
-    model, ids = falcon(attn, dtype, **point), tokens()
+@pytest.mark.parametrize("case", falcon_cases())
+def test_outputs_and_gradients_are_bitwise_the_unprepared_ones(case: Case) -> None:
+    model, ids = case.model(), tokens()
     bare = model(ids)
     bare.logits.float().square().sum().backward()
     gradients = [p.grad.clone() for p in model.parameters()]

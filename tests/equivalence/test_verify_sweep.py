@@ -1,27 +1,35 @@
 """`bridge.verify()` on every layout: hooks inside modules, equations, every hook, under both attention kinds."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 
-from tests.equivalence.grid import EXPERTS, RUNNABLE, point_id
-from tests.support import falcon, mixtral, tokens
+from tests.equivalence.grid import EXPERTS, Case, falcon_cases, wrap
+from tests.support import mixtral, tokens
 from transformer_lens import TransformerBridge
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("point", RUNNABLE, ids=point_id)
-@pytest.mark.filterwarnings("ignore:Falcon with ALiBi under eager attention:UserWarning")
-def test_every_falcon_layout(point, attn):
-    bridge = TransformerBridge(falcon(attn, bias=bool(point["num_kv_heads"] % 4), **point))
-    report = bridge.verify(tokens(2, 5))
+@pytest.mark.parametrize("case", falcon_cases(dtypes=("fp32",)))
+def test_every_falcon_layout(case: Case) -> None:
+    report = wrap(case.model()).verify(tokens(2, 5))
     assert report.passed, str(report)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2), (8, 3)], ids=str)
-@pytest.mark.parametrize("window", [None, 3])
-def test_mixtral_shapes(shape, experts, attn, window):
+def mixtrals() -> list[Any]:
+    """Every shape and implementation of the experts, with attention's kinds in turn: experts know nothing of those."""
+    found = []
+    attentions = list(product(["sdpa", "eager"], [None, 3]))
+    for number, (shape, experts) in enumerate(product([(1, 1), (2, 1), (4, 2), (8, 3)], EXPERTS)):
+        for other, (attn, window) in enumerate(attentions):
+            marks = [] if other == number % 4 else [pytest.mark.slow]
+            found.append(pytest.param(shape, experts, attn, window, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize("shape, experts, attn, window", mixtrals(), ids=str)
+def test_mixtral_shapes(shape: tuple[int, int], experts: str, attn: str, window: int | None) -> None:
     n_experts, chosen = shape
     changes = {"num_local_experts": n_experts, "num_experts_per_tok": chosen, "sliding_window": window}
     bridge = TransformerBridge(mixtral(attn, experts, torch.float32, **changes))

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import FalconForSequenceClassification, FalconModel
 
-from tests.equivalence.grid import RUNNABLE, point_id
+from tests.equivalence.grid import each_layout
 from tests.support import FAMILIES, LAYOUTS, falcon, falcon_config, family, mixtral, perturbed, tokens
 from transformer_lens import TransformerBridge
 
@@ -19,8 +19,8 @@ STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_bias
 FOR_RMS = ("fold_ln", "center_unembed", "fold_value_biases")
 
 CASES = [
-    pytest.param({**point, "bias": number % 2 == 1, "tie_word_embeddings": number % 3 == 0}, id=point_id(point))
-    for number, point in enumerate(RUNNABLE)
+    pytest.param({**point.values[0], "tie_word_embeddings": number % 3 == 0}, id=point.id, marks=point.marks)
+    for number, point in enumerate(each_layout(turn=0, turns=2))
 ]
 
 
