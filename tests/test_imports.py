@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,27 +73,41 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 
 
+@cache
+def nodes(file: Path) -> dict[type[ast.AST], list[Any]]:
+    """All nodes of a file by their kind."""
+    found: dict[type[ast.AST], list[Any]] = {}
+    for node in ast.walk(tree(file)):
+        found.setdefault(type(node), []).append(node)
+    return found
+
+
+def found(file: Path, *kinds: type[ast.AST]) -> list[Any]:
+    return [node for kind in kinds for node in nodes(file).get(kind, ())]
+
+
 def for_types_only(file: Path) -> set[ast.AST]:
     """What stands under `if TYPE_CHECKING:`."""
-    blocks = [n for n in ast.walk(tree(file)) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    blocks = [n for n in found(file, ast.If) if ast.unparse(n.test) == "TYPE_CHECKING"]
     return {inner for block in blocks for statement in block.body for inner in ast.walk(statement)}
 
 
-def imports(file: Path, types_too: bool = True) -> list[str]:
+@cache
+def imports(file: Path, types_too: bool = True) -> tuple[str, ...]:
     """The modules of this package that a file imports, relative ones resolved."""
     left_out = set() if types_too else for_types_only(file)
-    found = []
-    for node in ast.walk(tree(file)):
+    names = []
+    for node in found(file, ast.Import, ast.ImportFrom):
         if node in left_out:
             continue
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             base = module_name(file).split(".")
             base = base if file.name == "__init__.py" else base[:-1]
             parents = base[: len(base) - node.level + 1] if node.level else []
-            found.append(".".join([*parents, *([node.module] if node.module else [])]))
-    return [name for name in found if name.split(".")[0] == "transformer_lens"]
+            names.append(".".join([*parents, *([node.module] if node.module else [])]))
+    return tuple(name for name in names if name.split(".")[0] == "transformer_lens")
 
 
 def rank(name: str) -> int:
@@ -128,8 +143,8 @@ def test_guests_use_the_public_api(file):
         others = [name for name in imports(file) if not name.startswith(f"transformer_lens.{area}")]
         inner = [n for n in others if n not in PUBLIC and n.split(".")[1] not in (*GUESTS, "data")]
         assert inner == [], f"{module_name(file)} reaches into {inner}"
-        for node in ast.walk(tree(file)):
-            private = isinstance(node, ast.ImportFrom) and [a.name for a in node.names if a.name.startswith("_")]
+        for node in found(file, ast.ImportFrom):
+            private = [a.name for a in node.names if a.name.startswith("_")]
             assert not private, f"{module_name(file)} imports the private names {private}"
     else:
         guests = [n for n in imports(file) if len(n.split(".")) > 1 and n.split(".")[1] in GUESTS]
@@ -178,14 +193,14 @@ def test_no_circle():
 
 @every_file
 def test_nothing_hides_in_a_getattr(file):
-    functions = [n for n in ast.walk(tree(file)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    functions = found(file, ast.FunctionDef, ast.AsyncFunctionDef)
     magic = [f"line {f.lineno}" for f in functions if f.name in ("__getattr__", "__getattribute__")]
     assert magic == []
 
 
 @every_file
 def test_no_blanket_except(file):
-    for handler in [n for n in ast.walk(tree(file)) if isinstance(n, ast.ExceptHandler)]:
+    for handler in found(file, ast.ExceptHandler):
         assert handler.type is not None, f"line {handler.lineno}: bare except"
         caught = {n.id for n in ast.walk(handler.type) if isinstance(n, ast.Name)}
         assert not caught & {"Exception", "BaseException"}, f"line {handler.lineno}: except {caught}"
@@ -194,13 +209,13 @@ def test_no_blanket_except(file):
 @every_file
 def test_an_import_error_names_what_is_missing(file):
     """Packages look at `error.name` to see which extra to offer."""
-    calls = [n for n in ast.walk(tree(file)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "ImportError"]
+    calls = [n for n in found(file, ast.Call) if ast.unparse(n.func) == "ImportError"]
     assert [f"line {c.lineno}" for c in calls if "name" not in {k.arg for k in c.keywords}] == []
 
 
 @every_file
 def test_no_source_is_inspected_and_nothing_is_printed(file):
-    for call in [n for n in ast.walk(tree(file)) if isinstance(n, ast.Call)]:
+    for call in found(file, ast.Call):
         name = ast.unparse(call.func)
         assert name not in ("inspect.getsource", "getsource"), f"line {call.lineno}"
         assert name not in ("print", "builtins.print"), f"line {call.lineno}: use a logger, or return the text"
@@ -210,10 +225,9 @@ def test_no_source_is_inspected_and_nothing_is_printed(file):
 def test_files_and_functions_fit_in_a_head(file):
     lines = len(file.read_text().splitlines())
     assert lines <= 450, f"{lines} lines; is it still one idea?"
-    for node in ast.walk(tree(file)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert length <= 60, f"{node.name}, line {node.lineno}: {length} lines"
+    for node in found(file, ast.FunctionDef, ast.AsyncFunctionDef):
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        assert length <= 60, f"{node.name}, line {node.lineno}: {length} lines"
 
 
 @every_file
