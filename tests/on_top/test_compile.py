@@ -123,9 +123,9 @@ def test_compiled_parts_stay_compiled_and_survive_detach():
     assert "forward" not in model.__dict__
 
 
-@pytest.mark.parametrize("name, layers", [("40b", 2), ("mixtral", 1)])
-def test_run_with_cache_compiled(name, layers):
-    bridge, x = TransformerBridge(family(name, num_hidden_layers=layers)), tokens()
+@pytest.mark.parametrize("name", ["40b", "mixtral"])
+def test_run_with_cache_compiled(name):
+    bridge, x = TransformerBridge(family(name, num_hidden_layers=1)), tokens()
     logits, cache = bridge.run_with_cache(x)
     compiled = torch.compile(bridge.run_with_cache, backend="aot_eager")
     for _ in range(2):
