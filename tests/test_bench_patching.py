@@ -30,5 +30,6 @@ def test_the_row_compares_equal_results(kind: str) -> None:
 
 def test_our_side_of_the_peers_sweep_is_right() -> None:
     made = Bench(PACKAGES["ours"], "falcon-7b-layout", "tiny", ONE_PAIR, long_tokens=16)
+    made.bare = make_model(make_config("falcon-7b-layout", "tiny", num_hidden_layers=4), CPU)
     with torch.no_grad():
         assert TIMINGS["patching"](made)["largest_error"] < 1e-5

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,20 @@ def rank(name: str) -> int:
     return len(RANKS)
 
 
-def idents(paths: list[Path]) -> list[str]:
-    return [str(path.relative_to(PACKAGE)) for path in paths]
+def every_file(ask: Callable[[Path], None]) -> Callable[[], None]:
+    """A test that asks this of each file, and names all that fail."""
 
+    def test() -> None:
+        wrong = []
+        for file in FILES:
+            try:
+                ask(file)
+            except AssertionError as error:
+                wrong.append(f"{file.relative_to(PACKAGE)}: {error}")
+        assert not wrong, "\n".join(wrong)
 
-every_file = pytest.mark.parametrize("file", FILES, ids=idents(FILES))
+    test.__name__, test.__doc__ = ask.__name__, ask.__doc__
+    return test
 
 
 def test_the_ranks_name_modules_that_exist():

@@ -278,10 +278,18 @@ def test_steps_integrate_polynomials():
         assert sum(w * x**power for x, w in zip(points, weights, strict=True)) == pytest.approx(1 / (power + 1))
 
 
-@pytest.mark.parametrize(
-    "name", ["hook_embed", "blocks.1.attn.hook_q", "blocks.1.hook_resid_pre", "blocks.0.mlp.hook_post"]
-)
-@pytest.mark.parametrize("layout", ["7b", "11b", "40b", "rw", "rw-rope"])
+def places():
+    """Every hook on one layout and every layout at one hook, in turn; the rest of the product is slow."""
+    names = ["hook_embed", "blocks.1.attn.hook_q", "blocks.1.hook_resid_pre", "blocks.0.mlp.hook_post"]
+    found = []
+    for number, layout in enumerate(["40b", "7b", "11b", "rw", "rw-rope"]):
+        for place, name in enumerate(names):
+            chosen = layout == "40b" or place == number - 1
+            found.append(pytest.param(layout, name, marks=[] if chosen else [pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize("layout, name", places())
 def test_integrated_gradients_are_complete(layout, name):
     bridge, x, other = pair(layout)
     there, baseline = (activations(bridge, one, [name])[name] for one in (x, other))

@@ -279,22 +279,6 @@ def test_backward_hooks_change_the_gradient_below_them(bridge):
         assert torch.equal(fourfold, 4 * plain)
 
 
-# -- compiling ------------------------------------------------------------------------------------
-
-
-def test_a_compiled_run_with_cache_gives_the_same():
-    # backend="eager": tracing is what may go wrong here; another backend's kernels round differently.
-    bridge = TransformerBridge(family("7b", num_hidden_layers=1))
-    x = tokens()
-    output, cache = bridge.run_with_cache(x)
-    compiled_output, compiled_cache = torch.compile(bridge.run_with_cache, backend="eager")(x)
-    assert torch.equal(compiled_output, output)
-    assert list(compiled_cache) == list(cache)
-    assert all(torch.equal(compiled_cache[name], cache[name]) for name in cache)
-    assert torch_hooks(bridge.original_model) == 0
-    torch._dynamo.reset()
-
-
 # -- copying --------------------------------------------------------------------------------------
 
 

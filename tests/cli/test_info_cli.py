@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -79,8 +77,7 @@ def test_a_config_that_cannot_run_is_the_adapters_sentence(tmp_path: Path) -> No
     )
 
 
-def test_as_a_module() -> None:
-    command = [sys.executable, "-m", "transformer_lens", "info", "falcon-180b", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+def test_the_largest_model_without_its_weights() -> None:
+    result = run("falcon-180b", "--json")
+    assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["parameters"] > 178e9

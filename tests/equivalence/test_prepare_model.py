@@ -153,7 +153,7 @@ def test_a_prepared_model_can_be_copied_and_saved(name: str, how: str) -> None:
 
 @every_layout
 def test_a_prepared_model_compiles_without_a_graph_break(name: str) -> None:
-    model, ids = falcon(**LAYOUTS[name]), tokens()
+    model, ids = falcon(**LAYOUTS[name], num_hidden_layers=1), tokens()
     prepare(model)
     with torch.no_grad():
         bare = model(ids, use_cache=False).logits

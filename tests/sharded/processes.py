@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -31,7 +32,11 @@ def _process(rank: int, work: Callable[..., Any], folder: str, args: tuple[Any, 
 def in_two_processes(work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """What `work(*args)` returned in each of two processes that form a gloo group."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.spawn(_process, (work, str(folder), args), nprocs=SIZE, join=False)
+    # Processes begin as copies of one that has imported the models' code, and nothing of what ran in this one.
+    multiprocessing.set_forkserver_preload(["tests.sharded.work"])
+    context = mp.start_processes(
+        _process, (work, str(folder), args), nprocs=SIZE, join=False, start_method="forkserver"
+    )
     end = time.monotonic() + SECONDS
     try:
         while not context.join(timeout=0.2):
