@@ -6,6 +6,7 @@ nothing, and a later put wins. `put` never touches the tensor it is given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -265,6 +266,24 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What another view reads, as a reader has it that multiplies it by a number.
+
+    >>> Times(Columns(0, 1), 0.5).get(torch.tensor([4.0, 1.0]))
+    tensor([2.])
+    """
+
+    view: View
+    scale: float
+
+    def get(self, x: Tensor) -> Tensor:
+        return Scaled(self.scale).get(self.view.get(x))
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return self.view.put(x, Scaled(self.scale).put(self.view.get(x), value))
+
+
+@dataclass(frozen=True)
 class Shifted:
     """A tensor to which its reader adds a number, as the reader has it.
 
@@ -296,6 +315,11 @@ def whole(cfg: BridgeConfig) -> View:
 def scaled(scale: float, cfg: BridgeConfig) -> View:
     """The tensor times a number."""
     return Scaled(scale)
+
+
+def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig) -> View:
+    """What another view reads, times a number."""
+    return Times(view(cfg), scale)
 
 
 def first_half(cfg: BridgeConfig) -> View:

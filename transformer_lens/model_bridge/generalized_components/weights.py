@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.model_bridge.views import Columns, Half, Heads, Moved, Transposed, View, Whole, in_groups
+from transformer_lens.model_bridge.views import Columns, Half, Heads, Moved, Times, Transposed, View, Whole, in_groups
 from transformer_lens.model_bridge.weight_access import execution_device, read_weight
 
 if TYPE_CHECKING:
@@ -125,9 +125,10 @@ def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable
 
     def place(component: ComponentBridge) -> Place:
         module: Any = component.module_of(role)
+        seen = Times(view, component.scales[role]) if role in component.scales else view
         if parameter == "bias":
-            return Place(module, parameter, view, (_out_features(module),))
-        return Place(module, parameter, matrix(module, view))
+            return Place(module, parameter, seen, (_out_features(module),))
+        return Place(module, parameter, matrix(module, seen))
 
     return place
 
@@ -156,6 +157,7 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
         role, make = attention.places[part]
         module: Any = attention.module_of(role)
         view = make(attention.cfg)
+        view = Times(view, attention.scales[part]) if part in attention.scales else view
         view = in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
         if parameter == "bias":
             return Place(module, parameter, view, (_out_features(module),))

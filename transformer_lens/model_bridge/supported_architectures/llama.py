@@ -123,12 +123,16 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
 
+    def stages_of(self) -> Stages:
+        """The branches that the config asks for, before their multiplier."""
+        return self.stages
+
     def branches(self, layer: int) -> Stages:
         """The branches of one layer."""
         if not self.multiplier:
-            return self.stages
+            return self.stages_of()
         scale = float(getattr(self.config, self.multiplier))
-        return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages)
+        return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages_of())
 
     def rotates(self, layer: int) -> bool:
         """Whether attention of one layer is told positions."""
@@ -243,8 +247,21 @@ class StableLmArchitectureAdapter(Llama):
     dropouts = ("attention_dropout", "hidden_dropout")
     harmless = (*Llama.harmless, "use_qkv_bias")
 
-    def branches(self, layer: int) -> Stages:
+    def stages_of(self) -> Stages:
         return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
+
+
+class HyperClovaXArchitectureAdapter(Llama):
+    """Granite with norms behind attention and MLP too, where its config says so."""
+
+    model_type = "hyperclovax"
+    norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
+    multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
+    config_keys = (*GRANITE["config_keys"], "use_post_norm")
+    harmless = (*Llama.harmless, "attention_multiplier", "logits_scaling")
+
+    def stages_of(self) -> Stages:
+        return AROUND if self.config.use_post_norm else SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -300,6 +317,19 @@ FAMILIES = by_type(
         dropouts=("attention_dropout", "residual_dropout"),
     ),
     row(Llama, "ernie4_5", "Llama whose rotation turns neighbouring dimensions.", dropouts=(), harmless=BIASES),
+    row(Llama, "exaone", "Llama under another name."),
+    row(Llama, "internlm3", "Llama under another name."),
+    row(Llama, "iquestcoder", "Llama under another name."),
+    row(Llama, "cwm", "Llama where some layers look back over a window.", **LAYER_TYPES),
+    row(
+        Llama,
+        "jais2",
+        "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
+        **LAYER_NORM,
+        dense=PLAIN,
+        cfg_names=CENTRED,
+    ),
+    HyperClovaXArchitectureAdapter,
     row(Llama, "helium", "Llama whose rotation turns neighbouring dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(

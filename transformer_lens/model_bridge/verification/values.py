@@ -62,9 +62,15 @@ def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
     return out if out is None or branch.scale == 1.0 else out * branch.scale
 
 
+def _multiplied(e: Seen, component: str, role: str) -> Tensor | None:
+    """What a part returns, times the number by which its module goes on with it."""
+    out, scale = e.returned(f"{component}.{role}"), e.components[component].scales.get(role, 1.0)
+    return out if out is None or scale == 1.0 else out * scale
+
+
 def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
-    own = e.returned(f"{attention}.{part}")
+    own = _multiplied(e, attention, part)
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
@@ -155,8 +161,8 @@ REFERENCES: Mapping[str, Reference] = {
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
     "attn.hook_z": lambda e, c, i: _heads(e, e.received(f"{c}.o")),
     "mlp.hook_in": lambda e, c, i: e.received(c),
-    "mlp.hook_pre": lambda e, c, i: e.returned(f"{c}.gate" if f"{c}.gate" in e.components else f"{c}.in"),
-    "mlp.hook_pre_linear": lambda e, c, i: e.returned(f"{c}.in"),
+    "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
+    "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
     "moe.hook_in": lambda e, c, i: e.received(c),
     "moe.hook_router_logits": _of(_routed, 0),
