@@ -102,12 +102,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2_moe": ("Lfm2Moe", {**ROUTES, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "falcon_h1": ("FalconH1", {**HALVED, **STATES, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.7,
                                "attention_out_multiplier": 0.7, "attention_in_multiplier": 0.9,
-                               "ssm_out_multiplier": 1.3, "key_multiplier": 0.6, "mlp_multipliers": [0.8, 1.4], "ssm_in_multiplier": 0.9,
+                               "ssm_out_multiplier": 1.3, "key_multiplier": 0.6,
+                               "mlp_multipliers": [0.8, 1.4], "ssm_in_multiplier": 0.9,
                                "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7]}),
     "falcon_h1, plain": ("FalconH1", {**HALVED, **STATES, "attention_bias": True, "mlp_bias": True}),
     "jamba": ("Jamba", {**ROUTES, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 6,
                         "mamba_dt_rank": 3, "use_mamba_kernels": False}),
     "qwen2_moe": ("Qwen2Moe", {**ROUTES, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "gpt_oss": ("GptOss", {**LOCAL, **WINDOWS, "head_dim": 6, "swiglu_limit": 1.0}),
     "olmoe": ("Olmoe", ROUTES),
     "flex_olmo": ("FlexOlmo", ROUTES),
     "phimoe": ("Phimoe", {**LOCAL, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}),
@@ -140,8 +142,8 @@ HEADS = {
     "SarvamMoE": "Glm4MoeForCausalLM",
     **dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "LlamaForCausalLM"),
 }
-EAGER = ("Gemma2", "VaultGemma", "GPTNeo")
-"""transformers has no other attention for a cap on scores, nor for GPT-Neo."""
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss")
+"""transformers has no other attention for a cap on scores, nor for these."""
 
 
 def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -153,6 +155,6 @@ def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **c
     model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config)
     with torch.no_grad():
         for path, moved in (*model.named_parameters(), *model.named_buffers()):
-            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path:
+            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path or "proj_bias" in path:
                 moved.add_(0.2 * torch.randn_like(moved))
     return perturbed(model, dtype)

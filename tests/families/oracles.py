@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 Split = Callable[[Tensor], Tensor]
@@ -73,6 +74,15 @@ def layers_of(model: Any) -> Any:
 def attending(model: Any) -> list[int]:
     """The layers with attention."""
     return [i for i, block in enumerate(layers_of(model)) if any(hasattr(block, name) for name in ATTENTION)]
+
+
+def softmaxed(model: Any, layer: int, scores: Tensor) -> Tensor:
+    """The pattern of some scores: a softmax over them, and over the sinks of a family that has these."""
+    sinks = getattr(named(layers_of(model)[layer], ATTENTION), "sinks", None)
+    if sinks is None:
+        return scores.softmax(-1)
+    both = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1]
 
 
 def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]]:

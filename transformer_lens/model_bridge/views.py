@@ -208,6 +208,25 @@ class Half:
 
 
 @dataclass(frozen=True)
+class EveryOther:
+    """Every second entry of the last axis, from the first or the second on.
+
+    >>> EveryOther(1).get(torch.arange(6))
+    tensor([1, 3, 5])
+    """
+
+    start: Literal[0, 1]
+
+    def get(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
+        return x[..., self.start :: 2]
+
+    def put(self, x: Shaped[Tensor, "*rows both"], value: Shaped[Tensor, "*rows half"]) -> Shaped[Tensor, "*rows both"]:
+        changed = x.clone()
+        changed[..., self.start :: 2] = value
+        return changed
+
+
+@dataclass(frozen=True)
 class Transposed:
     """What another view reads of the tensor with its last two axes exchanged: a weight kept as `[out, in]`.
 

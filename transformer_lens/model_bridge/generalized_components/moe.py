@@ -8,7 +8,7 @@ from typing import Any
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge
-from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights
+from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights, InterleavedExpertWeights
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
 from transformer_lens.model_bridge.seams import MATMUL, FirstCall
@@ -151,3 +151,7 @@ class WeighedSharedMoEBridge(SharedMoEBridge):
     """The same with the role `shared_gate`, which says how much the shared expert counts."""
 
     reads = (*SharedMoEBridge.reads, StreamMatrix("shared_gate"))
+
+
+class InterleavedMoEBridge(InterleavedExpertWeights, MoEBridge):
+    """A mixture whose experts have biases, and keep gate and hidden layer entry by entry (GPT-OSS)."""

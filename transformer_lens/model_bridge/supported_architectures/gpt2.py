@@ -163,13 +163,8 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
     }
     positions = {"rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb")}
     constants = {"positional_embedding_type": "rotary"}
-    config_keys = ("n_inner", "rotary_dim")
-    harmless = ()
-
-    def refusals(self) -> list[str]:
-        if self.config.rotary_dim is None:
-            return ["rotary_dim=None makes angles for all of hidden_size, and a head has fewer dimensions"]
-        return []
+    config_keys = ("n_inner",)
+    harmless = ("rotary_dim",)
 
 
 FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)

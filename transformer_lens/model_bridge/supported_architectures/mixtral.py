@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 from transformer_lens.model_bridge.generalized_components import (
     ExpertsBridge,
     FlatSharedExpertBridge,
+    InterleavedMoEBridge,
     MoEBridge,
     Part,
     RouterBridge,
     SharedExpertBridge,
     SharedMoEBridge,
+    SinkAttentionBridge,
     WeighedSharedExpertBridge,
     WeighedSharedMoEBridge,
     linears,
@@ -35,6 +37,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
     WINDOWED,
     LlamaArchitectureAdapter,
     Qwen3ArchitectureAdapter,
+    attends,
     in_windows,
     normed_if_asked,
 )
@@ -141,6 +144,16 @@ FAMILIES = by_type(
         shared_width=("shared_expert_intermediate_size",),
         config_keys=(*Qwen3MoeArchitectureAdapter.config_keys, "shared_expert_intermediate_size", "layer_types"),
         harmless=(*Qwen3MoeArchitectureAdapter.harmless, "qkv_bias"),
+    ),
+    row(
+        Mixtral,
+        "gpt_oss",
+        "Sinks beside the scores of each head, a window in every other layer, and experts with biases.",
+        **ATTENTION,
+        attention=attends(SinkAttentionBridge),
+        mixture=mixes(InterleavedMoEBridge, router="router"),
+        config_keys=("layer_types",),
+        harmless=(*HARMLESS, "swiglu_alpha", "swiglu_limit"),
     ),
     row(
         Mixtral,

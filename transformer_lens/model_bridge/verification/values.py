@@ -116,7 +116,7 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     rotate = rotation_of(module)
     if angles is None or "q" not in inspect.signature(rotate).parameters:
         return None
-    width = angles[0].shape[-1]  # some families rotate a part of each head and hand over that alone
+    width = getattr(module, "rotary_ndims", q.shape[-1])  # some hand over only the part of a head that is rotated
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
     return torch.cat([found.transpose(1, 2), (q if part == "q" else k)[..., width:]], dim=-1)
 
@@ -237,13 +237,18 @@ def norm(e: Seen) -> Iterator[CheckResult]:
 
 def pattern(e: Seen) -> Iterator[CheckResult]:
     """Rows of the pattern sum to one, and are the softmax of the scores."""
-    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e)]:
+    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e) if not has_sinks(e, block)]:
         found, scores = e.wide(name), e.wide(name.replace("hook_pattern", "hook_attn_scores"))
         if found is not None:
             rows = found.sum(-1)
             yield compared("pattern", name, rows, torch.ones_like(rows), e.rounding, "each row sums to one")
         if found is not None and scores is not None:
             yield compared("pattern", name, found, scores.softmax(-1), e.rounding, "softmax of hook_attn_scores")
+
+
+def has_sinks(e: Seen, block: str) -> bool:
+    """Whether some of what a block's heads attend with goes to no key, so that rows sum to less than one."""
+    return getattr(e.components.get(f"{block}.attn"), "sinks", False)
 
 
 def mixed_values(e: Seen) -> Iterator[CheckResult]:
@@ -305,6 +310,8 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
     values = [e.cache.get(hook) for hook in hooks]
     known = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
+    if module.has_bias or module.is_transposed:
+        return
     read = e.received(name)
     if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) for w in known):
         return
