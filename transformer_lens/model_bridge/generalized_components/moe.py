@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
@@ -69,8 +69,11 @@ class MoEBridge(ExpertWeights, ComponentBridge):
     and indices alone (source: `MixtralSparseMoeBlock` in transformers >= 5.13).
     """
 
-    reads = (StreamMatrix("gate", bias=""), StreamMatrix("experts", "gate_up_proj", bias=""))
-    writes = (StreamMatrix("experts", "down_proj", bias=""),)
+    reads: ClassVar[tuple[StreamMatrix, ...]] = (
+        StreamMatrix("gate", bias=""),
+        StreamMatrix("experts", "gate_up_proj", bias=""),
+    )
+    writes: ClassVar[tuple[StreamMatrix, ...]] = (StreamMatrix("experts", "down_proj", bias=""),)
     hooks = (
         Hook(
             "hook_in",

@@ -105,7 +105,7 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     """The config's name of the number that each branch is multiplied by."""
     embed_multiplier: ClassVar[str] = ""
     """The config's name of the number that embeddings are multiplied by."""
-    dropouts = ("attention_dropout",)
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout",)
     cfg_names = NAMES
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
 
@@ -214,7 +214,8 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
         return self.config.final_logit_softcapping  # type: ignore[no-any-return]
 
 
-Llama, Mistral = LlamaArchitectureAdapter, MistralArchitectureAdapter
+Llama = LlamaArchitectureAdapter
+Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
 """Some layers look back over a window."""
 LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}

@@ -52,11 +52,11 @@ class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
     dense = Part(GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))
     mixture = mixes(at="feed_forward")
     mixer: ClassVar[Part] = Part(MixerBridge, "conv")
-    dropouts = ()
+    dropouts: ClassVar[tuple[str, ...]] = ()
     cfg_names = {name: at for name, at in {**NARROW, **CHOSEN, "eps": "norm_eps"}.items() if name != "act_fn"}
     constants = {"act_fn": "silu"}
-    config_keys = ("layer_types", "num_dense_layers", "intermediate_size")
-    harmless = (
+    config_keys: ClassVar[tuple[str, ...]] = ("layer_types", "num_dense_layers", "intermediate_size")
+    harmless: ClassVar[tuple[str, ...]] = (
         *("output_router_logits", "routed_scaling_factor", "norm_topk_prob", "use_expert_bias"),
         *("conv_bias", "conv_L_cache"),
     )

@@ -43,9 +43,12 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 )
 
 
-def mixes(kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", **more: Part) -> Part:
+def mixes(
+    kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", more: Mapping[str, Part] | None = None
+) -> Part:
     """A mixture: where it is, where its router is inside it, and its further parts."""
-    return Part(kind, at, {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts"), **more})
+    parts = {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts")}
+    return Part(kind, at, {**parts, **(more or {})})
 
 
 LOSSES = ("output_router_logits", "router_aux_loss_coef")
@@ -66,7 +69,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
     """The expert that every token passes, in a mixture that has one."""
     shared_width: ClassVar[tuple[str, ...]] = ()
     """The config's names of the numbers whose product is the width of that; none where there is none."""
-    dropouts = ("attention_dropout", "router_jitter_noise")
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
     cfg_names = {**WINDOWED, **LOCAL}
     harmless = HARMLESS
 
@@ -139,7 +142,7 @@ FAMILIES = by_type(
         "qwen2_moe",
         "Qwen 2 with a mixture of experts, and one expert for every token that counts as much as a gate says.",
         attention=Mixtral.attention,
-        mixture=mixes(WeighedSharedMoEBridge, **linears({"shared_gate": "shared_expert_gate"})),
+        mixture=mixes(WeighedSharedMoEBridge, more=linears({"shared_gate": "shared_expert_gate"})),
         shared=Part(WeighedSharedExpertBridge, "shared_expert", GATED.parts),
         shared_width=("shared_expert_intermediate_size",),
         config_keys=(*Qwen3MoeArchitectureAdapter.config_keys, "shared_expert_intermediate_size", "layer_types"),
