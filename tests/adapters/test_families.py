@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.families.models import MODELS, build
 from tests.support import tokens
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.info import cache_memory, layout_in_words, model_info
-from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
 from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 
 
@@ -250,3 +251,14 @@ def test_a_shared_experts_share_is_added_to_the_chosen_ones() -> None:
     with bridge.hooks([(f"{mlp}.shared.hook_post", lambda x, hook: torch.zeros_like(x))]):
         _, silent = bridge.run_with_cache(ids, names_filter="blocks.1.hook_mlp_out")
     torch.testing.assert_close(silent["mlp_out", 1], chosen, rtol=1e-4, atol=1e-5)
+
+
+PARTIAL = ("dots1", "lfm2_moe", "nemotron")
+"""Families whose config leaves numbers out that their model class cannot do without."""
+
+
+def test_every_layer_of_a_familys_own_defaults_is_described() -> None:
+    for name in sorted(set(ADAPTERS) & set(CONFIG_MAPPING) - set(PARTIAL)):
+        adapter = adapter_for(CONFIG_MAPPING[name]())
+        assert all(adapter.block(layer).stages for layer in range(adapter.cfg.n_layers)), name
+        assert adapter.cfg.d_head * adapter.cfg.n_heads > 0 and layout_in_words(adapter), name

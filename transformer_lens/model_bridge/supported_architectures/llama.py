@@ -105,6 +105,8 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     """The config's name of the number that each branch is multiplied by."""
     embed_multiplier: ClassVar[str] = ""
     """The config's name of the number that embeddings are multiplied by."""
+    logit_multiplier: ClassVar[str] = ""
+    """The config's name of the number that logits are multiplied or divided by, after the head."""
     dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout",)
     cfg_names = NAMES
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
@@ -122,6 +124,10 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
 
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
+
+    def changes_logits(self) -> bool:
+        multiplied = self.logit_multiplier and getattr(self.config, self.logit_multiplier) != 1.0
+        return bool(multiplied) or super().changes_logits()
 
     def stages_of(self) -> Stages:
         """The branches that the config asks for, before their multiplier."""
@@ -223,6 +229,7 @@ OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention"
 GRANITE: Mapping[str, Any] = {
     "multiplier": "residual_multiplier",
     "embed_multiplier": "embedding_multiplier",
+    "logit_multiplier": "logits_scaling",
     "config_keys": ("residual_multiplier", "embedding_multiplier"),
 }
 EXAONE: Mapping[str, Any] = {
@@ -233,6 +240,7 @@ COHERE: Mapping[str, Any] = {
     "stages": PARALLEL_ONE_NORM,
     "norm": BiaslessLayerNormBridge,
     "final_norm": FinalBiaslessLayerNormBridge,
+    "logit_multiplier": "logit_scale",
     "harmless": (*Llama.harmless, "logit_scale"),
 }
 BIASES = (*Llama.harmless, "use_bias")
@@ -258,6 +266,7 @@ class HyperClovaXArchitectureAdapter(Llama):
     model_type = "hyperclovax"
     norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
     multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
+    logit_multiplier = GRANITE["logit_multiplier"]
     config_keys = (*GRANITE["config_keys"], "use_post_norm")
     harmless = (*Llama.harmless, "attention_multiplier", "logits_scaling")
 

@@ -139,6 +139,8 @@ class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     ln_final = "final_layernorm"
     embed_multiplier = "embedding_multiplier"
+    scales_given_embeddings = False
+    logit_multiplier = "lm_head_multiplier"
     config_keys = (
         *("attention_in_multiplier", "attention_out_multiplier", "ssm_out_multiplier"),
         *("key_multiplier", "mlp_multipliers", "embedding_multiplier"),
