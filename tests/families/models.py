@@ -60,6 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {**GROUPED, "head_dim": 4}),
     "arcee": ("Arcee", {**GROUPED, "mlp_bias": True}),
     "apertus": ("Apertus", HALVED),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {**GROUPED, "attention_bias": True}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {**GROUPED, "num_experts": 5, "moe_topk": 3}),
     "exaone": ("Exaone", {**GROUPED, "attention_bias": True}),
     "internlm3": ("InternLM3", GROUPED),
     "iquestcoder": ("IQuestCoder", GROUPED),

@@ -178,6 +178,16 @@ class WholeNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_WHOLE)
 
 
+class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same that norms queries and keys after their rotation: roles `q_late_norm`, `k_late_norm` too (Hunyuan)."""
+
+    hooks = (
+        *qkv_hooks(SEPARATE),
+        *(replace(hook, meaning=f"{hook.meaning} and their norm") for hook in ROTATED),
+        *SCORES,
+    )
+
+
 class UnrotatedAttentionBridge(FunctionAttentionBridge):
     """Attention with separate projections that knows no positions: roles `q`, `k`, `v`, `o`."""
 

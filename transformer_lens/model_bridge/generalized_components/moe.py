@@ -8,7 +8,12 @@ from typing import Any, ClassVar
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge
-from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights, InterleavedExpertWeights
+from transformer_lens.model_bridge.generalized_components.weights import (
+    ExpertWeights,
+    InterleavedExpertWeights,
+    Weight,
+    linear,
+)
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
 from transformer_lens.model_bridge.seams import MATMUL, FirstCall
@@ -32,6 +37,12 @@ class RouterBridge(ComponentBridge):
         if not first.made:
             raise UpstreamError(type(call.module).__name__, "product with a matrix in its forward", ())
         return output
+
+
+class LinearRouterBridge(RouterBridge):
+    """The same where a linear map inside it has the weight: role `w`."""
+
+    attributes = ()
 
 
 class ExpertsBridge(ComponentBridge):
@@ -148,6 +159,13 @@ class SharedMoEBridge(MoEBridge):
 
     reads = (*MoEBridge.reads, StreamMatrix("shared.gate"), StreamMatrix("shared.in"))
     writes = (*MoEBridge.writes, StreamMatrix("shared.out"))
+
+
+class LinearRoutedMoEBridge(SharedMoEBridge):
+    """The same whose router is a `LinearRouterBridge` (Hunyuan)."""
+
+    reads = (StreamMatrix("gate.w"), *SharedMoEBridge.reads[1:])
+    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate.w"))
 
 
 class WeighedSharedMoEBridge(SharedMoEBridge):

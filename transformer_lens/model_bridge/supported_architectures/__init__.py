@@ -14,11 +14,11 @@ FILES = {
     "gpt2": "gpt2 gpt_neo gptj",
     "gpt_neox": "gpt_neox",
     "llama": """apertus arcee cohere cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite
-        helium hyperclovax internlm3 iquestcoder jais2 llama ministral mistral nemotron olmo olmo2 olmo3 phi phi3
-        qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma""",
+        helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama ministral mistral nemotron
+        olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma""",
     "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
-    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe hy_v3 mellum minimax_m2 mixtral
-        olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",
+    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe hy_v3 mellum
+        minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",
 }
 """File -> the families whose adapters its `FAMILIES` has."""
 ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {

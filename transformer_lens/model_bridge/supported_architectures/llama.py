@@ -28,6 +28,7 @@ from transformer_lens.model_bridge.generalized_components import (
     FusedGatedMLPBridge,
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
+    LateNormedQKAttentionBridge,
     LayerNormBridge,
     MLPBridge,
     NormalizationBridge,
@@ -72,6 +73,9 @@ def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
 
 
 ROTATED, UNROTATED = attends(PositionEmbeddingsAttentionBridge), attends(UnrotatedAttentionBridge)
+LATE_NORMED = attends(
+    LateNormedQKAttentionBridge, {**PROJECTIONS, "q_late_norm": "query_layernorm", "k_late_norm": "key_layernorm"}
+)
 WHOLE_NORMED = attends(WholeNormedQKAttentionBridge, NORMED)
 HEADS_FIRST = attends(HeadsFirstNormedQKAttentionBridge, NORMED)
 GATED = Part(GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}))
@@ -327,6 +331,13 @@ FAMILIES = by_type(
         dropouts=("attention_dropout", "residual_dropout"),
     ),
     row(Llama, "ernie4_5", "Llama whose rotation turns neighbouring dimensions.", dropouts=(), harmless=BIASES),
+    row(
+        Llama,
+        "hunyuan_v1_dense",
+        "Llama with a norm of each head's query and key after their rotation.",
+        attention=LATE_NORMED,
+        harmless=(*Llama.harmless, "eod_token_id"),
+    ),
     row(Llama, "exaone", "Llama under another name."),
     row(Llama, "internlm3", "Llama under another name."),
     row(Llama, "iquestcoder", "Llama under another name."),

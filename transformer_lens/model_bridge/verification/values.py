@@ -107,6 +107,9 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     call = e.own.calls.get(attention)
     if call is None:  # in another process
         return None
+    late = e.returned(f"{attention}.{part}_late_norm")
+    if late is not None:
+        return late.transpose(1, 2)
     normed = {p: _normed(e, attention, p) for p in "qk"}
     q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
     if q is None or k is None:
