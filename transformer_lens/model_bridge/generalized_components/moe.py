@@ -24,7 +24,7 @@ from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREA
 class RouterBridge(ComponentBridge):
     """The router: chooses the experts of each token, and how much each counts."""
 
-    attributes = ("weight",)
+    attributes: ClassVar[tuple[str, ...]] = ("weight",)
 
     def inside(self, call: InsideCall) -> Any:
         """The module's call; its first product are the logits, and by its own rule others choose other experts."""

@@ -1,4 +1,4 @@
-"""Llama and its relatives without experts: each row says what a family has otherwise.
+"""Llama and its relatives with RMSNorms and without experts: each row says what a family has otherwise.
 
 RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
 families in transformers >= 5.13.
@@ -12,28 +12,19 @@ from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
-    PARALLEL_ONE_NORM,
     SEQUENTIAL,
-    BareLayerNormBridge,
-    BiaslessLayerNormBridge,
     BlockBridge,
     Branch,
     EmbeddingBridge,
-    FinalBareLayerNormBridge,
-    FinalBiaslessLayerNormBridge,
-    FinalLayerNormBridge,
-    FinalOffsetLayerNormBridge,
     FinalOffsetRMSNormBridge,
     FinalRMSNormBridge,
     FusedGatedMLPBridge,
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
     LateNormedQKAttentionBridge,
-    LayerNormBridge,
     MLPBridge,
     NormalizationBridge,
     NormedQKAttentionBridge,
-    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
@@ -63,8 +54,6 @@ NAMES = {
     "eps": "rms_norm_eps",
 }
 WINDOWED = {**NAMES, "sliding_window": "sliding_window"}
-CENTRED = {**NAMES, "eps": "layer_norm_eps"}
-"""The names of a family with LayerNorms."""
 
 
 def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
@@ -228,7 +217,6 @@ Llama = LlamaArchitectureAdapter
 Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
 """Some layers look back over a window."""
-LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}
 OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
 GRANITE: Mapping[str, Any] = {
     "multiplier": "residual_multiplier",
@@ -240,28 +228,7 @@ EXAONE: Mapping[str, Any] = {
     "attention": HEADS_FIRST,
     "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED),
 }
-COHERE: Mapping[str, Any] = {
-    "stages": PARALLEL_ONE_NORM,
-    "norm": BiaslessLayerNormBridge,
-    "final_norm": FinalBiaslessLayerNormBridge,
-    "logit_multiplier": "logit_scale",
-    "harmless": (*Llama.harmless, "logit_scale"),
-}
 BIASES = (*Llama.harmless, "use_bias")
-
-
-class StableLmArchitectureAdapter(Llama):
-    """Llama with LayerNorms, side by side behind one of them or one after the other; some dimensions turn."""
-
-    model_type = "stablelm"
-    norm, final_norm = LayerNormBridge, FinalLayerNormBridge
-    cfg_names = CENTRED
-    config_keys = ("use_parallel_residual",)
-    dropouts = ("attention_dropout", "hidden_dropout")
-    harmless = (*Llama.harmless, "use_qkv_bias")
-
-    def stages_of(self) -> Stages:
-        return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
 
 
 class HyperClovaXArchitectureAdapter(Llama):
@@ -342,14 +309,6 @@ FAMILIES = by_type(
     row(Llama, "internlm3", "Llama under another name."),
     row(Llama, "iquestcoder", "Llama under another name."),
     row(Llama, "cwm", "Llama where some layers look back over a window.", **LAYER_TYPES),
-    row(
-        Llama,
-        "jais2",
-        "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
-        **LAYER_NORM,
-        dense=PLAIN,
-        cfg_names=CENTRED,
-    ),
     HyperClovaXArchitectureAdapter,
     row(Llama, "helium", "Llama whose rotation turns neighbouring dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
@@ -367,15 +326,6 @@ FAMILIES = by_type(
         "Llama whose embeddings, scores, branches and logits are multiplied by numbers of the config.",
         **GRANITE,
         harmless=(*Llama.harmless, "attention_multiplier", "logits_scaling"),
-    ),
-    row(
-        Llama,
-        "olmo",
-        "Llama with LayerNorms that have no weights.",
-        norm=BareLayerNormBridge,
-        final_norm=FinalBareLayerNormBridge,
-        cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
-        constants={"eps": 1e-5},
     ),
     row(Llama, "olmo2", "Norms behind the branches, none in front; one over all queries, one over all keys.", **OLMO2),
     row(Llama, "olmo3", "OLMo 2 where most layers look back over a window.", **OLMO2, **LAYER_TYPES),
@@ -407,55 +357,5 @@ FAMILIES = by_type(
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
         harmless=(*Llama.harmless, "original_max_position_embeddings"),
-    ),
-    row(
-        Llama,
-        "phi",
-        "Attention and a plain MLP side by side behind one LayerNorm; biases everywhere, some dimensions turn.",
-        **LAYER_NORM,
-        stages=PARALLEL_ONE_NORM,
-        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
-        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
-        ln_final="final_layernorm",
-        cfg_names=CENTRED,
-        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
-    ),
-    row(
-        Llama,
-        "starcoder2",
-        "Llama with LayerNorms, biases and a plain MLP.",
-        **LAYER_NORM,
-        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
-        cfg_names={**WINDOWED, "eps": "norm_epsilon"},
-        dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
-        harmless=BIASES,
-    ),
-    row(
-        Llama,
-        "nemotron",
-        "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
-        norm=OffsetLayerNormBridge,
-        final_norm=FinalOffsetLayerNormBridge,
-        dense=PLAIN,
-        cfg_names={**NAMES, "eps": "norm_eps"},
-    ),
-    StableLmArchitectureAdapter,
-    row(
-        Llama,
-        "cohere",
-        "Attention and MLP side by side behind one LayerNorm without a bias; logits are multiplied by a number.",
-        **COHERE,
-        cfg_names=CENTRED,
-        config_keys=("use_qk_norm",),
-        mixers=normed_if_asked,
-    ),
-    row(
-        Llama,
-        "cohere2",
-        "Cohere where most layers look back over a window, and the others are told no positions.",
-        **COHERE,
-        cfg_names={**CENTRED, "sliding_window": "sliding_window"},
-        config_keys=("layer_types",),
-        rotates=in_windows,
     ),
 )

@@ -27,13 +27,13 @@ from transformer_lens.model_bridge.generalized_components import (
     linears,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type, row
+from transformer_lens.model_bridge.supported_architectures.layer_norms import LAYER_NORM
 from transformer_lens.model_bridge.supported_architectures.llama import (
     EXAONE,
     GATED,
     GRANITE,
     HEADS_FIRST,
     LATE_NORMED,
-    LAYER_NORM,
     NAMES,
     OLMO2,
     WHOLE_NORMED,
