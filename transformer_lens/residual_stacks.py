@@ -301,7 +301,20 @@ class ResidualStacks(DirectLogits):
             rows += list(zip(names, self._neurons(i, neurons, keep, read).unbind(-2), strict=True))
             if f"blocks.{i}.mlp.shared.hook_post" in self.model.hook_dict:
                 rows += self._shared_rows(i, neurons, keep, read)
+            if experts:
+                rows += self._expert_bias_rows(i, keep, read)
         return rows
+
+    def _expert_bias_rows(self, layer: int, keep: Slice, read: Reading | None) -> Rows:
+        """What the biases of chosen experts write, where they have any: `L0E1bias`."""
+        bias = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.mlp").b_out).detach()
+        if not bool(bias.any()):
+            return []
+        weights = self._at("mlp.hook_expert_weights", layer, keep)
+        parts = self._by_expert(torch.ones_like(weights)[..., None], layer, keep) * bias.to(weights.device)
+        parts = self._as_added(parts, layer, "mlp", keep)
+        parts = parts if read is None else parts.to(read.matrix) @ read.matrix
+        return [(f"L{layer}E{e}bias", part) for e, part in enumerate(parts.unbind(-2))]
 
     def _shared_rows(self, layer: int, neurons: Slice, keep: Slice, read: Reading | None) -> Rows:
         """The neurons of the expert that every token passes: `L0SN3`."""

@@ -1,6 +1,6 @@
 """Blocks with multipliers, with norms behind alone, with three branches, and layers that differ: real small models.
 
-Granite, OLMo 2, Falcon-H1, LFM2 and Ernie 4.5 are described in `block_kinds`; values come from the bare models.
+Granite, OLMo 2, Falcon-H1, LFM2 and Ernie 4.5, against values of the bare models.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.adapters.block_kinds import ATTENTION, KINDS, MLP, Granite, build
+from tests.adapters.block_kinds import KINDS, build
 from tests.support import falcon, tokens
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph
 from transformer_lens.analysis.svd import SVDInterpreter
@@ -28,8 +28,9 @@ from transformer_lens.model_bridge.generalized_components import (
 )
 from transformer_lens.model_bridge.generalized_components.block import absent_of, hooks_of
 from transformer_lens.model_bridge.info import layout_in_words
-from transformer_lens.model_bridge.supported_architectures import ADAPTERS
+from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_class
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
+from transformer_lens.model_bridge.supported_architectures.llama import GATED, ROTATED
 
 every_kind = pytest.mark.parametrize("name", KINDS)
 MIXER_ALONE: Stages = ((Branch("ln1", "mixer"),),)
@@ -39,7 +40,6 @@ BARE: Stages = ((Branch("", "attn"), Branch("", "mlp")),)
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
     before = dict(ADAPTERS)
-    ADAPTERS.update({kind.model_type: kind for kind, _, _ in KINDS.values()})
     yield
     ADAPTERS.clear()
     ADAPTERS.update(before)
@@ -411,12 +411,14 @@ def test_what_does_not_fit_together_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Part at 'layers': its branches name ln1, ln2, expected roles of its parts: attn"
     ):
-        Part(BlockBridge, "layers", {"attn": ATTENTION, "mlp": MLP}, SEQUENTIAL)
+        Part(BlockBridge, "layers", {"attn": ROTATED, "mlp": GATED}, SEQUENTIAL)
     with pytest.raises(ValueError, match="has no port"):
         hooks_of(((Branch("ln1", "attn"), Branch("ln1", "mixer", scale_in=2.0)),))
 
-    class NoBranches(Granite):
-        def stages(self, layer: int) -> Stages:
+    granite: Any = adapter_class("granite")
+
+    class NoBranches(granite):
+        def branches(self, layer: int) -> Stages:
             return ()
 
     ADAPTERS["granite"] = NoBranches

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.models import build
+from tests.families.models import MODELS, build
 from tests.support import tokens
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.info import cache_memory, layout_in_words, model_info
-from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
+from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 
 
 def test_gemma_embeddings_are_scaled_where_the_first_block_reads_them() -> None:
@@ -124,3 +129,136 @@ def test_parameters_of_gpt2s_linear_layers_are_counted() -> None:
     eight_bits = next(weights for weights in info.weights if weights.precision == "8-bit")
     rows = 12 * (3 * 768 + 768 + 4 * 768 + 768)
     assert eight_bits.bytes == 2 * (info.parameters - blocks) + blocks + 4 * rows
+
+
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_gpt_oss_opens_experts_with_biases_whose_layers_lie_entry_by_entry(experts: str) -> None:
+    model, ids = build("gpt_oss"), tokens()
+    model.config._experts_implementation = experts
+    bridge = TransformerBridge(model)
+    mlp: Any = model.model.layers[1].mlp
+    own = mlp.experts
+    _, cache = bridge.run_with_cache(ids)
+    short = ("in", "expert_indices", "expert_weights", "pre", "pre_linear", "post", "expert_out")
+    entering, chosen, weights, pre, linear, post, out = (cache[f"blocks.1.mlp.hook_{name}"] for name in short)
+    both = torch.einsum("bpm,bpkmh->bpkh", entering, own.gate_up_proj[chosen]) + own.gate_up_proj_bias[chosen]
+
+    def neurons(both: torch.Tensor) -> torch.Tensor:
+        gate, up = both[..., ::2].clamp(max=1.0), both[..., 1::2].clamp(-1.0, 1.0)
+        return gate * torch.sigmoid(gate * own.alpha) * (up + 1)
+
+    def added(neurons: torch.Tensor) -> torch.Tensor:
+        outs = torch.einsum("bpkh,bpkhm->bpkm", neurons, own.down_proj[chosen]) + own.down_proj_bias[chosen]
+        return (outs * weights[..., None]).sum(2)
+
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for got, expected in ((pre, both[..., ::2]), (linear, both[..., 1::2]), (post, neurons(both))):
+        torch.testing.assert_close(got, expected, **close)
+    torch.testing.assert_close((out * weights[..., None]).sum(2), added(post), **close)
+
+    def after(hook: str, new: Any) -> torch.Tensor:
+        with bridge.hooks([(f"blocks.1.mlp.{hook}", lambda x, hook: new(x))]):
+            return bridge.run_with_cache(ids, names_filter="blocks.1.hook_mlp_out")[1]["mlp_out", 1]
+
+    changed = torch.stack([both[..., ::2].sin(), both[..., 1::2]], -1).flatten(-2)
+    torch.testing.assert_close(after("hook_pre", torch.sin), added(neurons(changed)), **close)
+    torch.testing.assert_close(after("hook_post", lambda x: x / 2), added(post / 2), **close)
+    torch.testing.assert_close(after("hook_expert_out", lambda x: x / 2), added(post) / 2, **close)
+
+
+def test_weights_of_gpt_oss_experts_are_read_and_written_as_they_lie() -> None:
+    model = build("gpt_oss")
+    mlp, own = TransformerBridge(model).blocks[0].mlp, model.model.layers[0].mlp.experts
+    for name, weight, start in (("W_gate", own.gate_up_proj, 0), ("b_in", own.gate_up_proj_bias, 1)):
+        assert torch.equal(getattr(mlp, name), weight[..., start::2])
+        before = weight.detach().clone()
+        setattr(mlp, name, torch.zeros_like(getattr(mlp, name)))
+        assert not weight[..., start::2].any() and torch.equal(weight[..., 1 - start :: 2], before[..., 1 - start :: 2])
+    assert torch.equal(mlp.b_out, own.down_proj_bias) and torch.equal(mlp.W_out, own.down_proj)
+
+
+def test_halves_of_one_matmul_are_weights_of_their_own() -> None:
+    model = build("phi3")
+    mlp, fused = TransformerBridge(model).blocks[0].mlp, model.model.layers[0].mlp.gate_up_proj.weight
+    assert torch.equal(mlp.W_gate, fused[:24].T) and torch.equal(mlp.W_in, fused[24:].T)
+    mlp.W_in = torch.ones(32, 24)
+    assert bool((fused[24:] == 1).all()) and not bool((fused[:24] == 1).any())
+    assert not mlp.b_gate.any() and mlp.b_in.shape == (24,)
+
+
+def test_weights_are_those_that_the_module_multiplies() -> None:
+    model = build("falcon_h1")
+    bridge, layer = TransformerBridge(model), model.model.layers[0]
+    block = next(iter(bridge.blocks))
+    torch.testing.assert_close(
+        block.attn.W_K, 0.6 * layer.self_attn.k_proj.weight.T.unflatten(-1, (4, 4)).movedim(1, 0)
+    )
+    torch.testing.assert_close(block.mlp.W_gate, 0.8 * layer.feed_forward.gate_proj.weight.T)
+    torch.testing.assert_close(block.mlp.W_out, 1.4 * layer.feed_forward.down_proj.weight.T)
+    new = torch.randn(1, 3, 4, 4)
+    with bridge.hooks([("blocks.0.attn.hook_k", lambda x, hook: new.expand(*x.shape[:2], 4, 4))]):
+        _, cache = bridge.run_with_cache(tokens(1, 3), names_filter="blocks.0.attn.hook_k")
+    assert torch.equal(cache["k", 0], new)
+
+
+def test_a_norm_without_weights_reads_as_ones_and_zeros() -> None:
+    norm = TransformerBridge(build("olmo")).blocks[0].ln1
+    assert torch.equal(norm.w, torch.ones(32)) and torch.equal(norm.b, torch.zeros(32))
+    with pytest.raises(ValueError, match=r"blocks\.0\.ln1\.w cannot be written: .* no such parameter .* read as ones"):
+        norm.w = torch.zeros(32)
+
+
+def test_nemotrons_norms_multiply_by_one_plus_their_weight() -> None:
+    norm = TransformerBridge(build("nemotron")).blocks[0].ln1
+    assert torch.equal(norm.w, 1 + norm.original_component.weight)
+
+
+def test_an_adapter_that_is_a_row_can_be_copied_and_pickled() -> None:
+    adapter = adapter_for(build("arcee").config)
+    for again in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert again.model_type == "arcee" and again.cfg == adapter.cfg and type(again) is type(adapter)
+
+
+def test_modules_of_another_release_are_refused() -> None:
+    class Later(LlamaArchitectureAdapter):
+        since = "99.0"
+
+    with pytest.raises(ValueError, match=r"'llama' has other modules .* describes those of 99\.0 and newer"):
+        Later(build("llama").config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "sentence"),
+    [
+        ("qwen2_moe", {"num_experts_per_tok": 9}, "it chooses 9 experts for each token and has 5"),
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv=3.0, expected None: the adapter of 'olmoe' does not know"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(name: str, changes: dict[str, Any], sentence: str) -> None:
+    family, options = MODELS[name]
+    with pytest.raises(ValueError, match=sentence):
+        adapter_for(getattr(transformers, f"{family}Config")(**{**options, **changes}))
+
+
+def test_a_shared_experts_share_is_added_to_the_chosen_ones() -> None:
+    model, ids = build("qwen2_moe"), tokens()
+    bridge = TransformerBridge(model)
+    _, cache = bridge.run_with_cache(ids)
+    mlp = "blocks.1.mlp"
+    chosen = (cache[f"{mlp}.hook_expert_out"] * cache[f"{mlp}.hook_expert_weights"][..., None]).sum(2)
+    shared = cache[f"{mlp}.shared.hook_out"] * cache[f"{mlp}.shared.hook_gate"].sigmoid()
+    torch.testing.assert_close(cache["mlp_out", 1], chosen + shared, rtol=1e-4, atol=1e-5)
+    with bridge.hooks([(f"{mlp}.shared.hook_post", lambda x, hook: torch.zeros_like(x))]):
+        _, silent = bridge.run_with_cache(ids, names_filter="blocks.1.hook_mlp_out")
+    torch.testing.assert_close(silent["mlp_out", 1], chosen, rtol=1e-4, atol=1e-5)
+
+
+PARTIAL = ("dots1", "lfm2_moe", "nemotron")
+"""Families whose config leaves numbers out that their model class cannot do without."""
+
+
+def test_every_layer_of_a_familys_own_defaults_is_described() -> None:
+    for name in sorted(set(ADAPTERS) & set(CONFIG_MAPPING) - set(PARTIAL)):
+        adapter = adapter_for(CONFIG_MAPPING[name]())
+        assert all(adapter.block(layer).stages for layer in range(adapter.cfg.n_layers)), name
+        assert adapter.cfg.d_head * adapter.cfg.n_heads > 0 and layout_in_words(adapter), name

@@ -35,6 +35,7 @@ SIGMOIDS: dict[str, Any] = {
 }  # fmt: skip
 ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 16, "moe_num_shared_experts": 2,
          "moe_layer_start_index": 1}  # fmt: skip
+STATES = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 NEOX: dict[str, Any] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 48}
 UNCAPPED: dict[str, Any] = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 
@@ -59,6 +60,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {**GROUPED, "head_dim": 4}),
     "arcee": ("Arcee", {**GROUPED, "mlp_bias": True}),
     "apertus": ("Apertus", HALVED),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {**GROUPED, "attention_bias": True}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {**GROUPED, "num_experts": 5, "moe_topk": 3}),
+    "exaone": ("Exaone", {**GROUPED, "attention_bias": True}),
+    "internlm3": ("InternLM3", GROUPED),
+    "iquestcoder": ("IQuestCoder", GROUPED),
+    "cwm": ("Cwm", {**GROUPED, **WINDOWS}),
+    "jais2": ("Jais2", GROUPED),
+    "hyperclovax": ("HyperCLOVAX", {**GROUPED, "embedding_multiplier": 3.0, "logits_scaling": 0.7,
+                                    "residual_multiplier": 0.7, "attention_multiplier": 0.4}),
+    "hyperclovax, without": ("HyperCLOVAX", {**GROUPED, "use_post_norm": False}),
     "granite": ("Granite", {**HALVED, "attention_bias": True, "embedding_multiplier": 3.0, "logits_scaling": 1.7,
                             "residual_multiplier": 0.7, "attention_multiplier": 0.4}),
     "olmo": ("Olmo", HALVED),
@@ -91,9 +102,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2, adjusted": ("Lfm2", {**HALVED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 10,
                                 "block_ffn_dim_multiplier": 1.7}),
     "lfm2_moe": ("Lfm2Moe", {**ROUTES, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "falcon_h1": ("FalconH1", {**HALVED, **STATES, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.7,
+                               "attention_out_multiplier": 0.7, "attention_in_multiplier": 0.9,
+                               "ssm_out_multiplier": 1.3, "key_multiplier": 0.6,
+                               "mlp_multipliers": [0.8, 1.4], "ssm_in_multiplier": 0.9,
+                               "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7]}),
+    "falcon_h1, plain": ("FalconH1", {**HALVED, **STATES, "attention_bias": True, "mlp_bias": True}),
     "jamba": ("Jamba", {**ROUTES, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 6,
                         "mamba_dt_rank": 3, "use_mamba_kernels": False}),
     "qwen2_moe": ("Qwen2Moe", {**ROUTES, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "gpt_oss": ("GptOss", {**LOCAL, **WINDOWS, "head_dim": 6, "swiglu_limit": 1.0}),
     "olmoe": ("Olmoe", ROUTES),
     "flex_olmo": ("FlexOlmo", ROUTES),
     "phimoe": ("Phimoe", {**LOCAL, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}),
@@ -101,6 +119,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("Dots1", {**SIGMOIDS, **WINDOWS}),
     "glm4_moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True}),
     "glm4_moe, without norms": ("Glm4Moe", {**SIGMOIDS, "n_group": 1, "topk_group": 1}),
+    "sarvam_moe": ("SarvamMoE", {**SIGMOIDS, "head_dim": 6}),
+    "mellum": ("Mellum", {**MIXTURE, **WINDOWS, "mlp_layer_types": ["dense", "sparse"]}),
+    "hy_v3": ("HYV3", {**MIXTURE, "mlp_layer_types": ["dense", "sparse"], "num_shared_experts": 2}),
     "solar_open": ("SolarOpen", {**SIGMOIDS, "head_dim": 6}),
     "exaone_moe": ("ExaoneMoe", {**ROUTES, **WINDOWS, "num_shared_experts": 2, "first_k_dense_replace": 1,
                                  "num_experts": 6, "n_group": 2, "topk_group": 1, "sliding_window_pattern": 2}),
@@ -110,15 +131,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj"), (5, 24))
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
-for older in [name for name, release in SINCE.items() if minor(transformers.__version__) < release]:
-    del MODELS[older]
+for name, (family, _) in [*MODELS.items()]:
+    if minor(transformers.__version__) < SINCE.get(name, (0, 0)) or not hasattr(transformers, f"{family}Config"):
+        del MODELS[name]
 ESSENCE = ("llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "qwen3_moe")
 """One of each kind of attention, norm, block and MLP."""
 
 
-HEADS = {"GPT2": "GPT2LMHeadModel", "Gemma3Text": "Gemma3ForCausalLM"}
-EAGER = ("Gemma2", "VaultGemma", "GPTNeo")
-"""transformers has no other attention for a cap on scores, nor for GPT-Neo."""
+HEADS = {
+    "GPT2": "GPT2LMHeadModel",
+    "Gemma3Text": "Gemma3ForCausalLM",
+    "SarvamMoE": "Glm4MoeForCausalLM",
+    **dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "LlamaForCausalLM"),
+}
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss")
+"""transformers has no other attention for a cap on scores, nor for these."""
 
 
 def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -130,6 +157,6 @@ def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **c
     model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config)
     with torch.no_grad():
         for path, moved in (*model.named_parameters(), *model.named_buffers()):
-            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path:
+            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path or "proj_bias" in path:
                 moved.add_(0.2 * torch.randn_like(moved))
     return perturbed(model, dtype)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 Split = Callable[[Tensor], Tensor]
@@ -20,6 +21,10 @@ def whole(x: Tensor) -> Tensor:
 def heads(count: int) -> Split:
     """The last axis as heads; a view, so that what is written into it is in the tensor."""
     return lambda x: x.unflatten(-1, (count, -1))
+
+
+def times(scale: float) -> Split:
+    return whole if scale == 1.0 else lambda x: x * scale
 
 
 def half(which: int) -> Split:
@@ -43,6 +48,7 @@ IN_FRONT_OF_MLP = (
     *("ffn_norm", "pre_ff_layernorm"),
 )
 BEHIND = {
+    "hyperclovax": ("post_norm1", "post_norm2"),
     "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
     **dict.fromkeys(
         ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "flex_olmo"),
@@ -51,7 +57,7 @@ BEHIND = {
 }
 """The norms through which what attention and MLP return goes before it is added."""
 NONE_IN_FRONT = ("olmo2", "olmo3", "exaone4", "flex_olmo")
-HEADS_FIRST = ("gemma3_text", "apertus", "exaone4", "exaone_moe")
+HEADS_FIRST = ("gemma3_text", "apertus", "exaone4", "exaone_moe", "hy_v3")
 """Families whose norms of queries and keys are given heads before positions."""
 
 
@@ -68,6 +74,15 @@ def layers_of(model: Any) -> Any:
 def attending(model: Any) -> list[int]:
     """The layers with attention."""
     return [i for i, block in enumerate(layers_of(model)) if any(hasattr(block, name) for name in ATTENTION)]
+
+
+def softmaxed(model: Any, layer: int, scores: Tensor) -> Tensor:
+    """The pattern of some scores: a softmax over them, and over the sinks of a family that has these."""
+    sinks = getattr(named(layers_of(model)[layer], ATTENTION), "sinks", None)
+    if sinks is None:
+        return scores.softmax(-1)
+    both = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    return (both - both.amax(-1, keepdim=True)).softmax(-1)[..., :-1]
 
 
 def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]]:
@@ -88,7 +103,12 @@ def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]
             p: (attention.qkv_proj, lambda x, i=i: heads(counts[i])(x.split([c * d for c in counts], -1)[i]))
             for i, p in enumerate("qkv")
         }
-    return {p: (getattr(attention, f"{p}_proj"), heads(n if p == "q" else kv)) for p in "qkv"}
+    scales = {"k": getattr(model.config, "key_multiplier", 1.0)}
+    counts = {"q": n, "k": kv, "v": kv}
+    return {
+        p: (getattr(attention, f"{p}_proj"), lambda x, p=p: times(scales.get(p, 1.0))(heads(counts[p])(x)))
+        for p in "qkv"
+    }
 
 
 def normed(model: Any, attention: Any) -> dict[str, Place]:
@@ -116,7 +136,8 @@ def neurons(mlp: Any) -> dict[str, Place]:
         return {"hook_pre": Place(fused, "out", half(0)), "hook_pre_linear": Place(fused, "out", half(1)), **post}
     if hasattr(mlp, "gate_proj") or hasattr(mlp, "w1"):
         gate, up = named(mlp, ("gate_proj", "w1")), named(mlp, ("up_proj", "w3"))
-        return {"hook_pre": Place(gate, "out"), "hook_pre_linear": Place(up, "out"), **post}
+        scaled = times(getattr(mlp, "gate_multiplier", 1.0))
+        return {"hook_pre": Place(gate, "out", scaled), "hook_pre_linear": Place(up, "out"), **post}
     return {"hook_pre": Place(named(mlp, into), "out"), **post}
 
 
@@ -124,9 +145,9 @@ def block_places(model: Any, layer: int) -> dict[str, Place]:
     """Hook -> where a block hands its tensor over."""
     block, config = layers_of(model)[layer], model.config
     mlp = named(block, ("mlp", "block_sparse_moe", "feed_forward"))
-    behind = [getattr(block, name) for name in BEHIND.get(config.model_type, ())]
+    behind = [getattr(block, name) for name in BEHIND.get(config.model_type, ()) if hasattr(block, name)]
     scale = getattr(config, "residual_multiplier", 1.0)
-    added: Split = whole if scale == 1.0 else lambda x: x * scale
+    added = times(scale)
     found = {
         "hook_resid_pre": Place(block, "in"),
         "hook_resid_post": Place(block, "out"),
@@ -134,11 +155,14 @@ def block_places(model: Any, layer: int) -> dict[str, Place]:
         "mlp.hook_in": Place(mlp, "in"),
     }
     for mixer in (getattr(block, name) for name in MIXERS if hasattr(block, name)):
-        found |= {"hook_mixer_out": Place(mixer, "out"), "mixer.hook_in": Place(mixer, "in")}
+        out = times(getattr(config, "ssm_out_multiplier", 1.0))
+        found |= {"hook_mixer_out": Place(mixer, "out", out), "mixer.hook_in": Place(mixer, "in")}
     for attention in (getattr(block, name) for name in ATTENTION if hasattr(block, name)):
         attention = getattr(attention, "attention", attention)  # GPT-Neo has it one deeper
         found |= {
-            "hook_attn_out": Place(behind[0] if behind else attention, "out", added),
+            "hook_attn_out": Place(
+                behind[0] if behind else attention, "out", times(getattr(config, "attention_out_multiplier", scale))
+            ),
             "attn.hook_in": Place(attention, "in"),
             "attn.hook_z": Place(named(attention, OUTPUT), "in", heads(config.num_attention_heads)),
             **{f"attn.hook_{p}": Place(at, "out", split) for p, (at, split) in projections(model, attention).items()},
@@ -157,7 +181,7 @@ def places(model: Any) -> dict[str, Place]:
     base = model.base_model
     scale = getattr(model.config, "embedding_multiplier", 1.0)
     found = {
-        "hook_embed": Place(base.get_input_embeddings(), "out", whole if scale == 1.0 else lambda x: x * scale),
+        "hook_embed": Place(base.get_input_embeddings(), "out", times(scale)),
         "ln_final.hook_out": Place(
             named(base, ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")), "out"
         ),

@@ -21,13 +21,16 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformer_lens.model_bridge import views
 from transformer_lens.model_bridge.views import (
     Columns,
+    EveryOther,
     FusedBlocks,
     FusedQKV,
     Groups,
+    Half,
     Heads,
     Moved,
     Scaled,
     Shifted,
+    Times,
     TokenRows,
     Transposed,
     View,
@@ -72,6 +75,9 @@ def seen(draw: st.DrawFn) -> Seen:
         Seen(Groups(Heads(groups * per, d), groups), flat, (batch, pos, groups, per, d)),
         Seen(Groups(FusedBlocks(groups * per, groups, d, "q"), groups), fused, (batch, pos, groups, per, d)),
         Seen(Columns(groups, groups * per * d), flat, (batch, pos, groups * (per * d - 1))),
+        Seen(Half(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
+        Seen(EveryOther(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
+        Seen(Times(Heads(groups * per, d), 1.0), flat, (batch, pos, groups * per, d)),
         Seen(Transposed(Columns(0, pos)), fused, (batch, fused.shape[-1], pos)),
         Seen(Moved(Heads(groups * per, d), 0, -1), flat, (pos, groups * per, d, batch)),
         Seen(Moved(Transposed(Heads(groups * per, d)), 1, -2), flat.mT, (batch, groups * per, pos, d)),
@@ -246,6 +252,9 @@ def test_parts_by_hand() -> None:
     by_group = FusedQKV(2, 2, 1, "q", grouped=True).get(whole).flatten(1)
     assert by_group.tolist() == [[0, 1], [4, 5]]
     assert Transposed(Columns(1, 3)).get(numbered(4, 2)).tolist() == [[2, 4], [3, 5]]
+    both = torch.arange(6.0)
+    assert [Half(which).get(both).tolist() for which in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
+    assert [EveryOther(start).get(both).tolist() for start in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
     assert Moved(Heads(2, 1), 0, -2).get(numbered(3, 2)).flatten(1).tolist() == [[0, 2, 4], [1, 3, 5]]
     blocks = {part: FusedBlocks(4, 2, 1, part).get(whole).flatten().tolist() for part in PARTS}
     assert blocks == {"q": [0, 1, 2, 3], "k": [4, 5], "v": [6, 7]}

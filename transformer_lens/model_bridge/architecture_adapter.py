@@ -89,6 +89,8 @@ class ArchitectureAdapter:
     """The numbers in the config that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Further fields of the config: whatever is there, every hook shows what its row in the table says."""
+    scales_given_embeddings: ClassVar[bool] = True
+    """Whether `embed_scale` also multiplies embeddings that the model is called with; else no hook shows those."""
     root_hooks: tuple[Hook, ...] = ROOT_HOOKS
     """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
@@ -109,7 +111,7 @@ class ArchitectureAdapter:
             raise ValueError(f"{type(config).__name__} cannot be run by its own model class: {sentence}")
         self.cfg = self.read_config()
         if self.embed_scale() != 1.0:
-            self.root_hooks = tuple(_times(hook, self.embed_scale()) for hook in self.root_hooks)
+            self.root_hooks = tuple(self._multiplied(hook) for hook in self.root_hooks)
         self.component_mapping: Mapping[str, Part | Blocks] = self.components()
         side_by_side = [{branch.mixer for branch in stage} for stage in self.block(0).stages]
         self.cfg.parallel_attn_mlp = any({"attn", "mlp"} <= stage for stage in side_by_side)
@@ -163,6 +165,13 @@ class ArchitectureAdapter:
     def embed_scale(self) -> float:
         """What the model multiplies embeddings by, after their module: `hook_embed` is what the first block reads."""
         return 1.0
+
+    def _multiplied(self, hook: Hook) -> Hook:
+        """A row whose value the model multiplies by a number before anything reads it."""
+        port = hook.port
+        assert isinstance(port, Port)
+        instead = port.instead if self.scales_given_embeddings else None
+        return replace(hook, port=replace(port, view=partial(scaled, self.embed_scale()), instead=instead), aliases=())
 
     def logit_cap(self) -> float | None:
         """What the model caps its logits at softly, after the head; `None` where the head's output is its logits."""
@@ -222,13 +231,6 @@ class ArchitectureAdapter:
     def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
         """The same for a module that is put in a component's place."""
         return Preparation()
-
-
-def _times(hook: Hook, scale: float) -> Hook:
-    """A row whose value the model multiplies by a number before anything reads it."""
-    port = hook.port
-    assert isinstance(port, Port)
-    return replace(hook, port=replace(port, view=partial(scaled, scale)), aliases=())
 
 
 def refuse_unless_divisible(heads: int, key_value_heads: int) -> list[str]:

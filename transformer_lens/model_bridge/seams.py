@@ -153,6 +153,20 @@ class Probabilities(TorchCalls):
             raise UpstreamError(type(self.module).__name__, missing + " with dropout after it" * self.waits, ())
 
 
+class BesideSinks(Probabilities):
+    """The softmax of attention with sinks: the scores are what it puts beside them."""
+
+    def __init__(self, module: nn.Module, scores: Step, pattern: Step, *, drops: bool, reuses: bool = False) -> None:
+        super().__init__(module, lambda both: both, pattern, drops=drops)
+        self.alone = scores
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.armed and not self.seen and function is torch.cat:
+            scores, *sinks = args[0]
+            args = ([self.alone(scores), *sinks], *args[1:])
+        return super().call(function, args, kwargs)
+
+
 class FirstCall(TorchCalls):
     """The first call of one of some functions, which `act` makes, or another in its place."""
 

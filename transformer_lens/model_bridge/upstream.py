@@ -56,8 +56,8 @@ OUTPUT_ATTENTIONS = Word("switch that returns the pattern", ("output_attentions"
 NEW_TOKENS = Word("number of tokens that a step of generation reads", ("next_sequence_length",))
 DTYPE = Word("dtype of the weights", ("dtype", "torch_dtype"))
 LOGITS = Word("logits", ("logits",))
-CHOSEN = Word("chosen experts", ("top_k_index",))
-CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights",))
+CHOSEN = Word("chosen experts", ("top_k_index", "router_indices"))
+CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights", "routing_weights"))
 
 
 class Arguments:

@@ -6,6 +6,7 @@ nothing, and a later put wins. `put` never touches the tensor it is given.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -207,6 +208,25 @@ class Half:
 
 
 @dataclass(frozen=True)
+class EveryOther:
+    """Every second entry of the last axis, from the first or the second on.
+
+    >>> EveryOther(1).get(torch.arange(6))
+    tensor([1, 3, 5])
+    """
+
+    start: Literal[0, 1]
+
+    def get(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
+        return x[..., self.start :: 2]
+
+    def put(self, x: Shaped[Tensor, "*rows both"], value: Shaped[Tensor, "*rows half"]) -> Shaped[Tensor, "*rows both"]:
+        changed = x.clone()
+        changed[..., self.start :: 2] = value
+        return changed
+
+
+@dataclass(frozen=True)
 class Transposed:
     """What another view reads of the tensor with its last two axes exchanged: a weight kept as `[out, in]`.
 
@@ -265,6 +285,24 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Times:
+    """What another view reads, as a reader has it that multiplies it by a number.
+
+    >>> Times(Columns(0, 1), 0.5).get(torch.tensor([4.0, 1.0]))
+    tensor([2.])
+    """
+
+    view: View
+    scale: float
+
+    def get(self, x: Tensor) -> Tensor:
+        return Scaled(self.scale).get(self.view.get(x))
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return self.view.put(x, Scaled(self.scale).put(self.view.get(x), value))
+
+
+@dataclass(frozen=True)
 class Shifted:
     """A tensor to which its reader adds a number, as the reader has it.
 
@@ -296,6 +334,11 @@ def whole(cfg: BridgeConfig) -> View:
 def scaled(scale: float, cfg: BridgeConfig) -> View:
     """The tensor times a number."""
     return Scaled(scale)
+
+
+def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig) -> View:
+    """What another view reads, times a number."""
+    return Times(view(cfg), scale)
 
 
 def first_half(cfg: BridgeConfig) -> View:

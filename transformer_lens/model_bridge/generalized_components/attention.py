@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, cast
@@ -35,6 +36,7 @@ from transformer_lens.model_bridge.generalized_components.weights import Attenti
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.seams import (
     Attend,
+    BesideSinks,
     KeysAndValues,
     PassingBy,
     Probabilities,
@@ -57,6 +59,7 @@ from transformer_lens.model_bridge.upstream import (
 
 NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
 NO_POSITIONS = "attention in this layer is told no positions: it compares queries and keys as they are"
+TO_NOTHING = "attention probabilities; what a row lacks of one goes to its sink"
 PROBABILITIES = ("hook_attn_scores", "hook_pattern")
 LEARNED = "positions are added to the embeddings, and nothing is rotated"
 
@@ -90,6 +93,9 @@ class OpenAttentionBridge(AttentionWeights, AttentionPlace):
 class FunctionAttentionBridge(OpenAttentionBridge):
     """Attention that asks transformers for its attention function (`ALL_ATTENTION_FUNCTIONS`), as most families do."""
 
+    probabilities: ClassVar[type[Probabilities]] = Probabilities
+    """The seam of its softmax."""
+
     def check_module(self) -> None:
         super().check_module()
         attention_functions(self.computing_module)
@@ -112,7 +118,7 @@ class FunctionAttentionBridge(OpenAttentionBridge):
 
             def explicit(mask: Any, sees: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
                 pattern = partial(run.pattern, sees=sees)
-                with Probabilities(module, run.scores, pattern, drops=True, reuses=run.reuses):
+                with self.probabilities(module, run.scores, pattern, drops=True, reuses=run.reuses):
                     return eager(module, queries, keys, values, mask, *args, **kwargs)
 
             if not run.wants_any(*PROBABILITIES):
@@ -139,6 +145,18 @@ class PositionEmbeddingsAttentionBridge(FunctionAttentionBridge):
     hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
+class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """RoPE attention in which each head may also attend to nothing: a learned score stands beside those of the keys."""
+
+    sinks = True
+    probabilities = BesideSinks
+    hooks = (
+        *qkv_hooks(SEPARATE),
+        *ROTATED,
+        *(replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook for hook in SCORES),
+    )
+
+
 class NormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     """RoPE attention that norms queries and keys first: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
 
@@ -158,6 +176,16 @@ class WholeNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     """The same where one norm goes over all queries, and one over all keys (OLMo 2)."""
 
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_WHOLE)
+
+
+class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same that norms queries and keys after their rotation: roles `q_late_norm`, `k_late_norm` too (Hunyuan)."""
+
+    hooks = (
+        *qkv_hooks(SEPARATE),
+        *(replace(hook, meaning=f"{hook.meaning} and their norm") for hook in ROTATED),
+        *SCORES,
+    )
 
 
 class UnrotatedAttentionBridge(FunctionAttentionBridge):

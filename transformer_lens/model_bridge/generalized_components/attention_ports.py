@@ -98,6 +98,8 @@ class AttentionPlace(ComponentBridge):
     """Any attention: called by itself, it takes all that the model hands to its module."""
 
     places: ClassVar[Places]
+    sinks: ClassVar[bool] = False
+    """Whether a row of the pattern sums to less than one, as some of it goes to no key."""
     number: ClassVar[str] = "layer_idx"
     """The module's name for the number of its layer, by which it asks the KV cache."""
 

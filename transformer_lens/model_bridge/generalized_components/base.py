@@ -7,7 +7,8 @@ matrix all come from those rows. A `Part` says where in the Hugging Face model t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import getattr_static, isdatadescriptor
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +22,7 @@ from transformer_lens.model_bridge.peft_layers import computing_module
 from transformer_lens.model_bridge.ports import Inside, Port
 from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute
+from transformer_lens.model_bridge.views import times
 
 MADE = (
     "it describes the model and was made with the bridge; for another model make a new TransformerBridge(model), and "
@@ -80,6 +82,8 @@ class Part:
     """In a block: its branches."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """The lengths of axes of its hooks, such as `d_mlp`, where they are not those of the model's config."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the module multiplies what some of its parts return by, by role."""
 
     def __post_init__(self) -> None:
         unknown = {role for stage in self.stages for branch in stage for role in branch.roles} - set(self.parts)
@@ -88,6 +92,14 @@ class Part:
                 f"Part at {self.at!r}: its branches name {', '.join(sorted(unknown))}, expected roles of its parts: "
                 f"{', '.join(self.parts)}"
             )
+
+
+def _multiplied(hook: Hook, scales: Mapping[str, float]) -> Hook:
+    """A row that shows what a part returns as the module goes on with it."""
+    port = hook.port
+    if not isinstance(port, Port) or port.side == "in" or port.at not in scales:
+        return hook
+    return replace(hook, port=replace(port, view=partial(times, scales[port.at], port.view)), aliases=())
 
 
 class Watcher(Protocol):
@@ -237,7 +249,9 @@ class ComponentBridge(HookOwner):
             child.__dict__["parent"] = self
             self.add_module(role, child)
         self.sizes = part.sizes
+        self.scales = {role: scale for role, scale in part.scales.items() if scale != 1.0}
         hooks, absent = self.table(part)
+        hooks = tuple(_multiplied(hook, self.scales) for hook in hooks)
         self.declared = tuple(hook for hook in hooks if self._opens(hook))
         self.missing = {hook.name: CLOSED for hook in hooks if hook not in self.declared} | dict(absent)
         self.declare(f"{name}.", self.declared)

@@ -36,12 +36,17 @@ OUTPUTS = Stage("outputs", ("hook_expert_out",))
 STAGES = (HIDDEN, NEURONS, OUTPUTS)
 
 
-def show_hidden(value: Float[Tensor, "pair hidden"], fire: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """Show both halves of the hidden layer, which lie side by side."""
-    halves = value.chunk(2, dim=-1)
+def show_hidden(
+    module: Any, value: Float[Tensor, "pair hidden"], fire: Callable[[str, Tensor], Tensor]
+) -> Float[Tensor, "pair hidden"]:
+    """Show both halves of the hidden layer, which lie side by side, or entry by entry."""
+    aside = module.is_concatenated
+    halves = value.chunk(2, dim=-1) if aside else (value[..., ::2], value[..., 1::2])
     new = [fire(name, half) for name, half in zip(HIDDEN.hooks, halves, strict=True)]
+    if all(one is other for one, other in zip(new, halves, strict=True)):
+        return value
     # Laid out as the module's own hidden layer, or the activation rounds differently.
-    return value if all(one is other for one, other in zip(new, halves, strict=True)) else torch.cat(new, dim=-1)
+    return torch.cat(new, dim=-1) if aside else torch.stack(new, dim=-1).flatten(-2)
 
 
 SORTS = {"grouped_mm": True, "batched_mm": False}
@@ -97,7 +102,7 @@ class KernelRun:
             return self.module._apply_gate(hidden)  # type: ignore[no-any-return]
         if self.order is not None:
             self.place = torch.argsort(self.order)
-        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(hidden, self._fire)))
+        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(self.module, hidden, self._fire)))
         self.step = "weighting" if self.call.wants(OUTPUTS.hooks[0]) else "done"
         if self.step != "done":
             self.watched.enter_context(FirstCall((Tensor.mul,), self._weighted))
@@ -182,7 +187,7 @@ class EagerRun:
         found = self.known[stage.name]
         value = torch.cat(found) if found else self.x.new_empty(0, self._width(stage))
         if stage is HIDDEN:
-            new = show_hidden(value, partial(self.pairs.fire, self.call))
+            new = show_hidden(self.module, value, partial(self.pairs.fire, self.call))
         else:
             # Where processes share the neurons, each has a part of every output.
             shown = value if stage is NEURONS or self.by_expert else self.call.shards.summed(value)
@@ -192,7 +197,8 @@ class EagerRun:
 
     def _width(self, stage: Stage) -> int:
         """Of a value where no expert has a token."""
-        out, into = (self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj).shape[1:]
+        shape = (self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj).shape[1:]
+        out, into = reversed(shape) if self.module.is_transposed else shape
         return int(into if stage is NEURONS else out)
 
 
@@ -213,17 +219,26 @@ class ExpertProducts(TorchCalls):
         self.experts = experts
         self.until = until if stops else None
         self.products = 0
+        self.product: Tensor | None = None
+        """What the latest product is, where a bias comes to it."""
         for stage in STAGES[: STAGES.index(until) + 1] if until else ():
             known.setdefault(stage.name, [])
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stage = OUTPUTS if self.products % 2 else HIDDEN
+        if self.product is not None and function is Tensor.add and args[0] is self.product:
+            self.product = None
+            stage = HIDDEN if self.products % 2 else OUTPUTS
+            return self._value(stage.name, lambda: function(*args, **kwargs))
         if function not in MATMUL:
             return function(*args, **kwargs)
-        second = self.products % 2
         self.products += 1
-        if second:
+        if stage is OUTPUTS:
             args = (self._value(NEURONS.name, lambda: args[0]), *args[1:])
-        return self._value((OUTPUTS if second else HIDDEN).name, lambda: function(*args, **kwargs))
+        if self.module.has_bias:
+            self.product = function(*args, **kwargs)
+            return self.product
+        return self._value(stage.name, lambda: function(*args, **kwargs))
 
     def _value(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A value of the expert whose turn it is: the known one, or a new one, kept if its stage is to be known."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import DenseWeights, FusedGatedWeights, GatedWeights
 from transformer_lens.model_bridge.ports import Port
@@ -47,7 +49,7 @@ class GatedMLPBridge(GatedWeights, ComponentBridge):
 
     reads = (StreamMatrix("gate"), StreamMatrix("in"))
     writes = (StreamMatrix("out"),)
-    hooks = (
+    hooks: ClassVar[tuple[Hook, ...]] = (
         MLP_IN,
         Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate", "out")),
         Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("in", "out")),

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge
-from transformer_lens.model_bridge.generalized_components.weights import ExpertWeights
+from transformer_lens.model_bridge.generalized_components.weights import (
+    ExpertWeights,
+    InterleavedExpertWeights,
+    Weight,
+    linear,
+)
 from transformer_lens.model_bridge.inside_call import InsideCall
 from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
 from transformer_lens.model_bridge.seams import MATMUL, FirstCall
@@ -19,7 +24,7 @@ from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREA
 class RouterBridge(ComponentBridge):
     """The router: chooses the experts of each token, and how much each counts."""
 
-    attributes = ("weight",)
+    attributes: ClassVar[tuple[str, ...]] = ("weight",)
 
     def inside(self, call: InsideCall) -> Any:
         """The module's call; its first product are the logits, and by its own rule others choose other experts."""
@@ -32,6 +37,12 @@ class RouterBridge(ComponentBridge):
         if not first.made:
             raise UpstreamError(type(call.module).__name__, "product with a matrix in its forward", ())
         return output
+
+
+class LinearRouterBridge(RouterBridge):
+    """The same where a linear map inside it has the weight: role `w`."""
+
+    attributes = ()
 
 
 class ExpertsBridge(ComponentBridge):
@@ -69,8 +80,11 @@ class MoEBridge(ExpertWeights, ComponentBridge):
     and indices alone (source: `MixtralSparseMoeBlock` in transformers >= 5.13).
     """
 
-    reads = (StreamMatrix("gate", bias=""), StreamMatrix("experts", "gate_up_proj", bias=""))
-    writes = (StreamMatrix("experts", "down_proj", bias=""),)
+    reads: ClassVar[tuple[StreamMatrix, ...]] = (
+        StreamMatrix("gate", bias=""),
+        StreamMatrix("experts", "gate_up_proj", bias=""),
+    )
+    writes: ClassVar[tuple[StreamMatrix, ...]] = (StreamMatrix("experts", "down_proj", bias=""),)
     hooks = (
         Hook(
             "hook_in",
@@ -147,7 +161,18 @@ class SharedMoEBridge(MoEBridge):
     writes = (*MoEBridge.writes, StreamMatrix("shared.out"))
 
 
+class LinearRoutedMoEBridge(SharedMoEBridge):
+    """The same whose router is a `LinearRouterBridge` (Hunyuan)."""
+
+    reads = (StreamMatrix("gate.w"), *SharedMoEBridge.reads[1:])
+    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate.w"))
+
+
 class WeighedSharedMoEBridge(SharedMoEBridge):
     """The same with the role `shared_gate`, which says how much the shared expert counts."""
 
     reads = (*SharedMoEBridge.reads, StreamMatrix("shared_gate"))
+
+
+class InterleavedMoEBridge(InterleavedExpertWeights, MoEBridge):
+    """A mixture whose experts have biases, and keep gate and hidden layer entry by entry (GPT-OSS)."""

@@ -74,7 +74,8 @@ class OpenNormalizationBridge(NormWeights, NormalizationBridge):
 class LayerNormBridge(OpenNormalizationBridge):
     """LayerNorm (Ba et al. 2016), as `torch.nn.LayerNorm` computes it: half precision in float32."""
 
-    attributes = affine = ("weight", "bias")
+    attributes: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    affine: ClassVar[tuple[str, ...] | None] = ("weight", "bias")
     centres = True
 
     def look(self, call: InsideCall) -> None:

@@ -17,7 +17,18 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.model_bridge.views import Columns, Half, Heads, Moved, Transposed, View, Whole, in_groups
+from transformer_lens.model_bridge.views import (
+    Columns,
+    EveryOther,
+    Half,
+    Heads,
+    Moved,
+    Times,
+    Transposed,
+    View,
+    Whole,
+    in_groups,
+)
 from transformer_lens.model_bridge.weight_access import execution_device, read_weight
 
 if TYPE_CHECKING:
@@ -125,9 +136,10 @@ def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable
 
     def place(component: ComponentBridge) -> Place:
         module: Any = component.module_of(role)
+        seen = Times(view, component.scales[role]) if role in component.scales else view
         if parameter == "bias":
-            return Place(module, parameter, view, (_out_features(module),))
-        return Place(module, parameter, matrix(module, view))
+            return Place(module, parameter, seen, (_out_features(module),))
+        return Place(module, parameter, matrix(module, seen))
 
     return place
 
@@ -156,6 +168,7 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
         role, make = attention.places[part]
         module: Any = attention.module_of(role)
         view = make(attention.cfg)
+        view = Times(view, attention.scales[part]) if part in attention.scales else view
         view = in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
         if parameter == "bias":
             return Place(module, parameter, view, (_out_features(module),))
@@ -329,3 +342,25 @@ class ExpertWeights:
     b_in = Weight("expert d_mlp", "added before the activation function", no_bias("d_mlp"))
     b_out = Weight("expert d_model", "added to what the neurons write", no_bias("d_model"))
     W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate"))
+
+
+def stacked(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+    """Weights or biases of experts that are kept as they are named: `[expert, in, out]`, `[expert, out]`."""
+    return lambda component: Place(component.module_of("experts"), parameter, view)
+
+
+class InterleavedExpertWeights(ExpertWeights):
+    """The weights of experts as GPT-OSS keeps them: `[expert, in, out]`, gate and hidden layer entry by entry, biases.
+
+    >>> InterleavedExpertWeights.b_gate.axes
+    'expert d_mlp'
+    """
+
+    W_gate = Weight(
+        "expert d_model d_mlp", "what each neuron's gate reads", stacked("gate_up_proj", view=EveryOther(0))
+    )
+    W_in = Weight("expert d_model d_mlp", "what each neuron reads", stacked("gate_up_proj", view=EveryOther(1)))
+    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", stacked("down_proj"))
+    b_gate = Weight("expert d_mlp", "added to the gate", stacked("gate_up_proj_bias", view=EveryOther(0)))
+    b_in = Weight("expert d_mlp", "added to the hidden layer", stacked("gate_up_proj_bias", view=EveryOther(1)))
+    b_out = Weight("expert d_model", "added to what the neurons write", stacked("down_proj_bias"))

@@ -13,12 +13,13 @@ FILES = {
     "falcon": "falcon",
     "gpt2": "gpt2 gpt_neo gptj",
     "gpt_neox": "gpt_neox",
-    "llama": """apertus arcee cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 granite helium llama
-        ministral mistral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2
-        vaultgemma""",
-    "mixers": "jamba lfm2 lfm2_moe",
-    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe granitemoe minimax_m2 mixtral olmoe phimoe qwen2_moe
-        qwen3_moe solar_open""",
+    "layer_norms": "cohere cohere2 jais2 nemotron olmo phi stablelm starcoder2",
+    "llama": """apertus arcee cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite helium
+        hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral mistral olmo2 olmo3 phi3 qwen2
+        qwen3 seed_oss smollm3 vaultgemma""",
+    "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
+    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe hy_v3 mellum
+        minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",
 }
 """File -> the families whose adapters its `FAMILIES` has."""
 ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {
@@ -41,6 +42,7 @@ def by_type(*families: type[ArchitectureAdapter]) -> Mapping[str, type[Architect
 def row(base: type[ArchitectureAdapter], model_type: str, sentence: str, **data: Any) -> type[ArchitectureAdapter]:
     """A family in one row: another family's adapter with other data.
 
+    >>> from transformer_lens.model_bridge.supported_architectures.llama import PLAIN, LlamaArchitectureAdapter
     >>> row(LlamaArchitectureAdapter, "arcee", "Llama whose MLP has no gate.", dense=PLAIN).model_type
     'arcee'
     """

@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     EmbeddingBridge,
     FinalLayerNormBridge,
+    Hook,
     LayerNormBridge,
     MLPBridge,
     Part,
@@ -68,13 +69,13 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
     """Describes every GPT-2 without cross-attention."""
 
     model_type = "gpt2"
-    root_hooks = (*ROOT_HOOKS, POSITION_HOOK)
+    root_hooks: tuple[Hook, ...] = (*ROOT_HOOKS, POSITION_HOOK)
     absent: ClassVar[Mapping[str, str]] = {}
     stages: ClassVar[Stages] = SEQUENTIAL
     block_parts: ClassVar[Mapping[str, Part]] = BLOCK
     positions: ClassVar[Mapping[str, Part]] = {"pos_embed": Part(PositionEmbeddingBridge, "wpe")}
     constants: ClassVar[Mapping[str, Any]] = {"positional_embedding_type": "standard"}
-    dropouts = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
+    dropouts: ClassVar[tuple[str, ...]] = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
     cfg_names = {
         "n_layers": "n_layer",
         "n_heads": "n_head",
@@ -85,8 +86,10 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
         "act_fn": "activation_function",
         "eps": "layer_norm_epsilon",
     }
-    config_keys = ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
-    harmless = tuple(
+    config_keys: ClassVar[tuple[str, ...]] = (
+        *("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
+    )
+    harmless: ClassVar[tuple[str, ...]] = tuple(
         f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
     )
 
@@ -163,13 +166,8 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
     }
     positions = {"rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb")}
     constants = {"positional_embedding_type": "rotary"}
-    config_keys = ("n_inner", "rotary_dim")
-    harmless = ()
-
-    def refusals(self) -> list[str]:
-        if self.config.rotary_dim is None:
-            return ["rotary_dim=None makes angles for all of hidden_size, and a head has fewer dimensions"]
-        return []
+    config_keys = ("n_inner",)
+    harmless = ("rotary_dim",)
 
 
 FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)

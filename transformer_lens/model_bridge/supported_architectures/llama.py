@@ -1,4 +1,4 @@
-"""Llama and its relatives without experts: each row says what a family has otherwise.
+"""Llama and its relatives with RMSNorms and without experts: each row says what a family has otherwise.
 
 RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
 families in transformers >= 5.13.
@@ -12,27 +12,19 @@ from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
-    PARALLEL_ONE_NORM,
     SEQUENTIAL,
-    BareLayerNormBridge,
-    BiaslessLayerNormBridge,
     BlockBridge,
     Branch,
     EmbeddingBridge,
-    FinalBareLayerNormBridge,
-    FinalBiaslessLayerNormBridge,
-    FinalLayerNormBridge,
-    FinalOffsetLayerNormBridge,
     FinalOffsetRMSNormBridge,
     FinalRMSNormBridge,
     FusedGatedMLPBridge,
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
-    LayerNormBridge,
+    LateNormedQKAttentionBridge,
     MLPBridge,
     NormalizationBridge,
     NormedQKAttentionBridge,
-    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
@@ -62,8 +54,6 @@ NAMES = {
     "eps": "rms_norm_eps",
 }
 WINDOWED = {**NAMES, "sliding_window": "sliding_window"}
-CENTRED = {**NAMES, "eps": "layer_norm_eps"}
-"""The names of a family with LayerNorms."""
 
 
 def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
@@ -72,6 +62,9 @@ def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
 
 
 ROTATED, UNROTATED = attends(PositionEmbeddingsAttentionBridge), attends(UnrotatedAttentionBridge)
+LATE_NORMED = attends(
+    LateNormedQKAttentionBridge, {**PROJECTIONS, "q_late_norm": "query_layernorm", "k_late_norm": "key_layernorm"}
+)
 WHOLE_NORMED = attends(WholeNormedQKAttentionBridge, NORMED)
 HEADS_FIRST = attends(HeadsFirstNormedQKAttentionBridge, NORMED)
 GATED = Part(GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}))
@@ -105,7 +98,9 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     """The config's name of the number that each branch is multiplied by."""
     embed_multiplier: ClassVar[str] = ""
     """The config's name of the number that embeddings are multiplied by."""
-    dropouts = ("attention_dropout",)
+    logit_multiplier: ClassVar[str] = ""
+    """The config's name of the number that logits are multiplied or divided by, after the head."""
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout",)
     cfg_names = NAMES
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
 
@@ -123,12 +118,20 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
 
+    def changes_logits(self) -> bool:
+        multiplied = self.logit_multiplier and getattr(self.config, self.logit_multiplier) != 1.0
+        return bool(multiplied) or super().changes_logits()
+
+    def stages_of(self) -> Stages:
+        """The branches that the config asks for, before their multiplier."""
+        return self.stages
+
     def branches(self, layer: int) -> Stages:
         """The branches of one layer."""
         if not self.multiplier:
-            return self.stages
+            return self.stages_of()
         scale = float(getattr(self.config, self.multiplier))
-        return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages)
+        return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages_of())
 
     def rotates(self, layer: int) -> bool:
         """Whether attention of one layer is told positions."""
@@ -210,41 +213,36 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
         return self.config.final_logit_softcapping  # type: ignore[no-any-return]
 
 
-Llama, Mistral = LlamaArchitectureAdapter, MistralArchitectureAdapter
+Llama = LlamaArchitectureAdapter
+Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
 """Some layers look back over a window."""
-LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}
 OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
 GRANITE: Mapping[str, Any] = {
     "multiplier": "residual_multiplier",
     "embed_multiplier": "embedding_multiplier",
+    "logit_multiplier": "logits_scaling",
     "config_keys": ("residual_multiplier", "embedding_multiplier"),
 }
 EXAONE: Mapping[str, Any] = {
     "attention": HEADS_FIRST,
     "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED),
 }
-COHERE: Mapping[str, Any] = {
-    "stages": PARALLEL_ONE_NORM,
-    "norm": BiaslessLayerNormBridge,
-    "final_norm": FinalBiaslessLayerNormBridge,
-    "harmless": (*Llama.harmless, "logit_scale"),
-}
 BIASES = (*Llama.harmless, "use_bias")
 
 
-class StableLmArchitectureAdapter(Llama):
-    """Llama with LayerNorms, side by side behind one of them or one after the other; some dimensions turn."""
+class HyperClovaXArchitectureAdapter(Llama):
+    """Granite with norms behind attention and MLP too, where its config says so."""
 
-    model_type = "stablelm"
-    norm, final_norm = LayerNormBridge, FinalLayerNormBridge
-    cfg_names = CENTRED
-    config_keys = ("use_parallel_residual",)
-    dropouts = ("attention_dropout", "hidden_dropout")
-    harmless = (*Llama.harmless, "use_qkv_bias")
+    model_type = "hyperclovax"
+    norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
+    multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
+    logit_multiplier = GRANITE["logit_multiplier"]
+    config_keys = (*GRANITE["config_keys"], "use_post_norm")
+    harmless = (*Llama.harmless, "attention_multiplier", "logits_scaling")
 
-    def branches(self, layer: int) -> Stages:
-        return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
+    def stages_of(self) -> Stages:
+        return AROUND if self.config.use_post_norm else SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -300,6 +298,18 @@ FAMILIES = by_type(
         dropouts=("attention_dropout", "residual_dropout"),
     ),
     row(Llama, "ernie4_5", "Llama whose rotation turns neighbouring dimensions.", dropouts=(), harmless=BIASES),
+    row(
+        Llama,
+        "hunyuan_v1_dense",
+        "Llama with a norm of each head's query and key after their rotation.",
+        attention=LATE_NORMED,
+        harmless=(*Llama.harmless, "eod_token_id"),
+    ),
+    row(Llama, "exaone", "Llama under another name."),
+    row(Llama, "internlm3", "Llama under another name."),
+    row(Llama, "iquestcoder", "Llama under another name."),
+    row(Llama, "cwm", "Llama where some layers look back over a window.", **LAYER_TYPES),
+    HyperClovaXArchitectureAdapter,
     row(Llama, "helium", "Llama whose rotation turns neighbouring dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(
@@ -316,15 +326,6 @@ FAMILIES = by_type(
         "Llama whose embeddings, scores, branches and logits are multiplied by numbers of the config.",
         **GRANITE,
         harmless=(*Llama.harmless, "attention_multiplier", "logits_scaling"),
-    ),
-    row(
-        Llama,
-        "olmo",
-        "Llama with LayerNorms that have no weights.",
-        norm=BareLayerNormBridge,
-        final_norm=FinalBareLayerNormBridge,
-        cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
-        constants={"eps": 1e-5},
     ),
     row(Llama, "olmo2", "Norms behind the branches, none in front; one over all queries, one over all keys.", **OLMO2),
     row(Llama, "olmo3", "OLMo 2 where most layers look back over a window.", **OLMO2, **LAYER_TYPES),
@@ -356,55 +357,5 @@ FAMILIES = by_type(
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
         harmless=(*Llama.harmless, "original_max_position_embeddings"),
-    ),
-    row(
-        Llama,
-        "phi",
-        "Attention and a plain MLP side by side behind one LayerNorm; biases everywhere, some dimensions turn.",
-        **LAYER_NORM,
-        stages=PARALLEL_ONE_NORM,
-        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
-        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
-        ln_final="final_layernorm",
-        cfg_names=CENTRED,
-        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
-    ),
-    row(
-        Llama,
-        "starcoder2",
-        "Llama with LayerNorms, biases and a plain MLP.",
-        **LAYER_NORM,
-        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
-        cfg_names={**WINDOWED, "eps": "norm_epsilon"},
-        dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
-        harmless=BIASES,
-    ),
-    row(
-        Llama,
-        "nemotron",
-        "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
-        norm=OffsetLayerNormBridge,
-        final_norm=FinalOffsetLayerNormBridge,
-        dense=PLAIN,
-        cfg_names={**NAMES, "eps": "norm_eps"},
-    ),
-    StableLmArchitectureAdapter,
-    row(
-        Llama,
-        "cohere",
-        "Attention and MLP side by side behind one LayerNorm without a bias; logits are multiplied by a number.",
-        **COHERE,
-        cfg_names=CENTRED,
-        config_keys=("use_qk_norm",),
-        mixers=normed_if_asked,
-    ),
-    row(
-        Llama,
-        "cohere2",
-        "Cohere where most layers look back over a window, and the others are told no positions.",
-        **COHERE,
-        cfg_names={**CENTRED, "sliding_window": "sliding_window"},
-        config_keys=("layer_types",),
-        rotates=in_windows,
     ),
 )

@@ -6,6 +6,7 @@ Source: the modeling files of these families in transformers >= 5.13.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.generalized_components import (
@@ -18,7 +19,14 @@ from transformer_lens.model_bridge.generalized_components import (
     linears,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type
-from transformer_lens.model_bridge.supported_architectures.llama import GATED, NAMES, PROJECTIONS, UNROTATED, attends
+from transformer_lens.model_bridge.supported_architectures.llama import (
+    GATED,
+    NAMES,
+    PROJECTIONS,
+    UNROTATED,
+    LlamaArchitectureAdapter,
+    attends,
+)
 from transformer_lens.model_bridge.supported_architectures.mixtral import (
     CHOSEN,
     LOSSES,
@@ -44,11 +52,11 @@ class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
     dense = Part(GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))
     mixture = mixes(at="feed_forward")
     mixer: ClassVar[Part] = Part(MixerBridge, "conv")
-    dropouts = ()
+    dropouts: ClassVar[tuple[str, ...]] = ()
     cfg_names = {name: at for name, at in {**NARROW, **CHOSEN, "eps": "norm_eps"}.items() if name != "act_fn"}
     constants = {"act_fn": "silu"}
-    config_keys = ("layer_types", "num_dense_layers", "intermediate_size")
-    harmless = (
+    config_keys: ClassVar[tuple[str, ...]] = ("layer_types", "num_dense_layers", "intermediate_size")
+    harmless: ClassVar[tuple[str, ...]] = (
         *("output_router_logits", "routed_scaling_factor", "norm_topk_prob", "use_expert_bias"),
         *("conv_bias", "conv_L_cache"),
     )
@@ -123,4 +131,43 @@ class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
         return bool(self.config.layers_num_experts[layer] == 1)
 
 
-FAMILIES = by_type(Lfm2ArchitectureAdapter, Lfm2MoeArchitectureAdapter, JambaArchitectureAdapter)
+class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
+    """Attention and a state-space mixer side by side behind one norm, then an MLP; numbers multiply all of it."""
+
+    model_type = "falcon_h1"
+    block_returns_tuple = True
+    norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
+    ln_final = "final_layernorm"
+    embed_multiplier = "embedding_multiplier"
+    scales_given_embeddings = False
+    logit_multiplier = "lm_head_multiplier"
+    config_keys = (
+        *("attention_in_multiplier", "attention_out_multiplier", "ssm_out_multiplier"),
+        *("key_multiplier", "mlp_multipliers", "embedding_multiplier"),
+    )
+    harmless = (
+        *LlamaArchitectureAdapter.harmless,
+        *("lm_head_multiplier", "ssm_multipliers", "ssm_in_multiplier", "num_logits_to_keep", "projectors_bias"),
+        *(f"mamba_{name}" for name in ("d_ssm", "n_heads", "d_head", "n_groups", "d_state", "d_conv", "expand")),
+        *(f"mamba_{name}" for name in ("chunk_size", "conv_bias", "proj_bias", "norm_before_gate", "rms_norm")),
+        "time_step_limit",
+    )
+
+    def branches(self, layer: int) -> Stages:
+        c = self.config
+        mixer = Branch("ln1", "mixer", scale=c.ssm_out_multiplier)
+        attn = Branch("ln1", "attn", scale=c.attention_out_multiplier, scale_in=c.attention_in_multiplier)
+        return ((mixer, attn), (Branch("ln2", "mlp"),))
+
+    def mixers(self, layer: int) -> Mapping[str, Part]:
+        gate, out = self.config.mlp_multipliers
+        return {
+            "attn": replace(self.attention, scales={"k": self.config.key_multiplier}),
+            "mixer": Part(MixerBridge, "mamba"),
+            "mlp": Part(GatedMLPBridge, "feed_forward", GATED.parts, scales={"gate": gate, "out": out}),
+        }
+
+
+FAMILIES = by_type(
+    Lfm2ArchitectureAdapter, Lfm2MoeArchitectureAdapter, JambaArchitectureAdapter, FalconH1ArchitectureAdapter
+)

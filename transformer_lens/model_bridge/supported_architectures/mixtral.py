@@ -13,35 +13,45 @@ from typing import Any, ClassVar
 from transformer_lens.model_bridge.generalized_components import (
     ExpertsBridge,
     FlatSharedExpertBridge,
+    InterleavedMoEBridge,
+    LinearRoutedMoEBridge,
+    LinearRouterBridge,
     MoEBridge,
     Part,
     RouterBridge,
     SharedExpertBridge,
     SharedMoEBridge,
+    SinkAttentionBridge,
     WeighedSharedExpertBridge,
     WeighedSharedMoEBridge,
     linears,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type, row
+from transformer_lens.model_bridge.supported_architectures.layer_norms import LAYER_NORM
 from transformer_lens.model_bridge.supported_architectures.llama import (
     EXAONE,
     GATED,
     GRANITE,
-    LAYER_NORM,
+    HEADS_FIRST,
+    LATE_NORMED,
     NAMES,
     OLMO2,
     WHOLE_NORMED,
     WINDOWED,
     LlamaArchitectureAdapter,
     Qwen3ArchitectureAdapter,
+    attends,
     in_windows,
     normed_if_asked,
 )
 
 
-def mixes(kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", **more: Part) -> Part:
+def mixes(
+    kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", more: Mapping[str, Part] | None = None
+) -> Part:
     """A mixture: where it is, where its router is inside it, and its further parts."""
-    return Part(kind, at, {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts"), **more})
+    parts = {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts")}
+    return Part(kind, at, {**parts, **(more or {})})
 
 
 LOSSES = ("output_router_logits", "router_aux_loss_coef")
@@ -62,7 +72,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
     """The expert that every token passes, in a mixture that has one."""
     shared_width: ClassVar[tuple[str, ...]] = ()
     """The config's names of the numbers whose product is the width of that; none where there is none."""
-    dropouts = ("attention_dropout", "router_jitter_noise")
+    dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
     cfg_names = {**WINDOWED, **LOCAL}
     harmless = HARMLESS
 
@@ -135,11 +145,21 @@ FAMILIES = by_type(
         "qwen2_moe",
         "Qwen 2 with a mixture of experts, and one expert for every token that counts as much as a gate says.",
         attention=Mixtral.attention,
-        mixture=mixes(WeighedSharedMoEBridge, **linears({"shared_gate": "shared_expert_gate"})),
+        mixture=mixes(WeighedSharedMoEBridge, more=linears({"shared_gate": "shared_expert_gate"})),
         shared=Part(WeighedSharedExpertBridge, "shared_expert", GATED.parts),
         shared_width=("shared_expert_intermediate_size",),
         config_keys=(*Qwen3MoeArchitectureAdapter.config_keys, "shared_expert_intermediate_size", "layer_types"),
         harmless=(*Qwen3MoeArchitectureAdapter.harmless, "qkv_bias"),
+    ),
+    row(
+        Mixtral,
+        "gpt_oss",
+        "Sinks beside the scores of each head, a window in every other layer, and experts with biases.",
+        **ATTENTION,
+        attention=attends(SinkAttentionBridge),
+        mixture=mixes(InterleavedMoEBridge, router="router"),
+        config_keys=("layer_types",),
+        harmless=(*HARMLESS, "swiglu_alpha", "swiglu_limit"),
     ),
     row(
         Mixtral,
@@ -201,6 +221,40 @@ FAMILIES = by_type(
     ),
     row(
         Mixtral,
+        "sarvam_moe",
+        "GLM 4's mixture under another name.",
+        **SHARED,
+        mixers=normed_if_asked,
+        is_dense=first_layers,
+        config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
+        harmless=(*HARMLESS, "num_mtp_layers"),
+    ),
+    row(
+        Mixtral,
+        "mellum",
+        "Qwen 3's mixture where some layers look back over a window, with other angles.",
+        **ATTENTION,
+        attention=Qwen3ArchitectureAdapter.attention,
+        cfg_names={**NARROW, **CHOSEN, "sliding_window": "sliding_window"},
+        is_dense=named_dense,
+        config_keys=("mlp_layer_types", "layer_types", "intermediate_size", "norm_topk_prob"),
+        harmless=(*HARMLESS, "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"),
+    ),
+    row(
+        Mixtral,
+        "hy_v3",
+        "Dense layers and mixtures with an expert for every token; norms of each head's query and key.",
+        **ATTENTION,
+        attention=HEADS_FIRST,
+        cfg_names={**NARROW, **CHOSEN},
+        shared=Part(FlatSharedExpertBridge, "shared_experts", GATED.parts),
+        shared_width=("moe_intermediate_size", "num_shared_experts"),
+        is_dense=named_dense,
+        config_keys=("mlp_layer_types", "num_shared_experts", "intermediate_size"),
+        harmless=(*HARMLESS, "router_scaling_factor", "enable_moe_fp32_combine"),
+    ),
+    row(
+        Mixtral,
         "solar_open",
         "A mixture in every layer, with an expert for every token.",
         **SHARED,
@@ -218,6 +272,22 @@ FAMILIES = by_type(
         is_dense=named_dense,
         config_keys=(*SIGMOIDS, "mlp_layer_types", "num_shared_experts", "intermediate_size", "layer_types"),
         harmless=(*HARMLESS, "sliding_window_pattern", "first_k_dense_replace"),
+    ),
+    row(
+        Mixtral,
+        "hunyuan_v1_moe",
+        "Hunyuan with a mixture in every layer, and an expert for every token.",
+        **ATTENTION,
+        attention=LATE_NORMED,
+        mixture=Part(
+            LinearRoutedMoEBridge,
+            "mlp",
+            {"gate": Part(LinearRouterBridge, "gate", linears({"w": "wg"})), "experts": Part(ExpertsBridge, "experts")},
+        ),
+        shared=Part(SharedExpertBridge, "shared_mlp", GATED.parts),
+        shared_width=("intermediate_size",),
+        cfg_names={**NAMES, "num_experts": "num_experts", "experts_per_token": "moe_topk"},
+        harmless=(*HARMLESS, "eod_token_id", "sep_token_id"),
     ),
     row(
         Mixtral,

@@ -341,7 +341,8 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _has(e: Evidence, block: str, write: Write) -> bool:
-    return f"{block}.{write.hook}" in e.bridge.hook_dict
+    by_scores = write.hook in ("attn.hook_attn_scores", "attn.hook_rot_q")  # a sink takes its part of them
+    return f"{block}.{write.hook}" in e.bridge.hook_dict and not (by_scores and values.has_sinks(e, block))
 
 
 def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write]]:

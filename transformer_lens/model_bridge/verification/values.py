@@ -62,9 +62,15 @@ def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
     return out if out is None or branch.scale == 1.0 else out * branch.scale
 
 
+def _multiplied(e: Seen, component: str, role: str) -> Tensor | None:
+    """What a part returns, times the number by which its module goes on with it."""
+    out, scale = e.returned(f"{component}.{role}"), e.components[component].scales.get(role, 1.0)
+    return out if out is None or scale == 1.0 else out * scale
+
+
 def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
-    own = e.returned(f"{attention}.{part}")
+    own = _multiplied(e, attention, part)
     if own is not None:
         return _heads(e, own)
     fused = e.returned(f"{attention}.qkv")
@@ -101,6 +107,9 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     call = e.own.calls.get(attention)
     if call is None:  # in another process
         return None
+    late = e.returned(f"{attention}.{part}_late_norm")
+    if late is not None:
+        return late.transpose(1, 2)
     normed = {p: _normed(e, attention, p) for p in "qk"}
     q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
     if q is None or k is None:
@@ -110,7 +119,7 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     rotate = rotation_of(module)
     if angles is None or "q" not in inspect.signature(rotate).parameters:
         return None
-    width = angles[0].shape[-1]  # some families rotate a part of each head and hand over that alone
+    width = getattr(module, "rotary_ndims", q.shape[-1])  # some hand over only the part of a head that is rotated
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
     return torch.cat([found.transpose(1, 2), (q if part == "q" else k)[..., width:]], dim=-1)
 
@@ -155,8 +164,8 @@ REFERENCES: Mapping[str, Reference] = {
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
     "attn.hook_z": lambda e, c, i: _heads(e, e.received(f"{c}.o")),
     "mlp.hook_in": lambda e, c, i: e.received(c),
-    "mlp.hook_pre": lambda e, c, i: e.returned(f"{c}.gate" if f"{c}.gate" in e.components else f"{c}.in"),
-    "mlp.hook_pre_linear": lambda e, c, i: e.returned(f"{c}.in"),
+    "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
+    "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
     "moe.hook_in": lambda e, c, i: e.received(c),
     "moe.hook_router_logits": _of(_routed, 0),
@@ -231,13 +240,18 @@ def norm(e: Seen) -> Iterator[CheckResult]:
 
 def pattern(e: Seen) -> Iterator[CheckResult]:
     """Rows of the pattern sum to one, and are the softmax of the scores."""
-    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e)]:
+    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e) if not has_sinks(e, block)]:
         found, scores = e.wide(name), e.wide(name.replace("hook_pattern", "hook_attn_scores"))
         if found is not None:
             rows = found.sum(-1)
             yield compared("pattern", name, rows, torch.ones_like(rows), e.rounding, "each row sums to one")
         if found is not None and scores is not None:
             yield compared("pattern", name, found, scores.softmax(-1), e.rounding, "softmax of hook_attn_scores")
+
+
+def has_sinks(e: Seen, block: str) -> bool:
+    """Whether some of what a block's heads attend with goes to no key, so that rows sum to less than one."""
+    return getattr(e.components.get(f"{block}.attn"), "sinks", False)
 
 
 def mixed_values(e: Seen) -> Iterator[CheckResult]:
@@ -299,6 +313,8 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
     values = [e.cache.get(hook) for hook in hooks]
     known = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
+    if module.has_bias or module.is_transposed:
+        return
     read = e.received(name)
     if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) for w in known):
         return
