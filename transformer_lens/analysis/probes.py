@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Position, activations_at, tokens_at
+from transformer_lens.analysis.steering import Position, activations_at, tokens_at
 from transformer_lens.asking import Texts, check_texts
 from transformer_lens.checks import a_text, in_words, is_tensor, needed, one_of
 from transformer_lens.text_table import Tabular, TextTable

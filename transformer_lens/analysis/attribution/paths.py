@@ -17,8 +17,14 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
-from transformer_lens.analysis.attribution.gradient_runs import one_number, prompt_pair, wide
-from transformer_lens.analysis.attribution.senders import Vectors, read_senders, sender_hooks
+from transformer_lens.analysis.attribution.gradient_runs import (
+    Vectors,
+    one_number,
+    prompt_pair,
+    read_senders,
+    sender_hooks,
+    wide,
+)
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput
 from transformer_lens.asking import is_pair, part_label
 from transformer_lens.checks import in_words
