@@ -14,6 +14,7 @@ from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Texts, check_texts, columns, place_name
 from transformer_lens.checks import is_one_of, is_whole, whole_numbers
+from transformer_lens.factored_matrix import wide
 from transformer_lens.model_bridge import InputAndMask
 
 __all__ = ["steering_vector"]
@@ -78,13 +79,13 @@ def activations_at(
         one = None if isinstance(position, str) else columns(mask, wanted, start)
 
         def keep(x: Tensor, hook: HookPoint, mask: Tensor = mask, one: Tensor | None = one) -> None:
-            wide = x.flatten(2).to(torch.promote_types(x.dtype, torch.float32))
+            flat = wide(x.flatten(2))
             if one is None:
                 # What padding holds is left out before the sum: it may be anything, and times zero is not zero then.
-                each = wide.masked_fill(~mask.bool().to(x.device)[..., None], 0)
-                kept = each.sum(1) / mask.sum(-1, keepdim=True).to(x.device, wide.dtype)
+                each = flat.masked_fill(~mask.bool().to(x.device)[..., None], 0)
+                kept = each.sum(1) / mask.sum(-1, keepdim=True).to(x.device, flat.dtype)
             else:
-                kept = wide[torch.arange(len(x), device=x.device), one.to(x.device)]
+                kept = flat[torch.arange(len(x), device=x.device), one.to(x.device)]
             found[str(hook.name)].append(kept.cpu())
 
         bridge.run_with_hooks(

@@ -24,12 +24,12 @@ from transformer_lens.analysis.attribution.gradient_runs import (
     gradient_run,
     one_number,
     prompt_pair,
-    wide,
 )
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.asking import need_experts
 from transformer_lens.checks import a_number, a_tensor, a_text
+from transformer_lens.factored_matrix import wide
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair, wide
+from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
+from transformer_lens.factored_matrix import wide
 
 HOOKS = {
     "q": "attn.hook_q",

@@ -20,9 +20,9 @@ from transformer_lens.analysis.attribution.gradient_runs import (
     prompt_pair,
     read_senders,
     sender_hooks,
-    wide,
 )
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
+from transformer_lens.factored_matrix import wide
 
 
 @checked

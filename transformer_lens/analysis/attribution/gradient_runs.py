@@ -19,6 +19,7 @@ from transformer_lens.analysis.attribution.edge_graph import EdgeGraph
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.checks import is_one_of
+from transformer_lens.factored_matrix import wide
 
 At = Literal["corrupted", "clean"]
 HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
@@ -136,11 +137,6 @@ def differentiable_names(bridge: TransformerBridge, names: str | Sequence[str]) 
                 "expert_attribution_patching compares experts by their number"
             )
     return found
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 Vectors = Float[Tensor, "batch pos sender d_model"]

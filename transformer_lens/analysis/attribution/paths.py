@@ -23,11 +23,11 @@ from transformer_lens.analysis.attribution.gradient_runs import (
     prompt_pair,
     read_senders,
     sender_hooks,
-    wide,
 )
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput
 from transformer_lens.asking import is_pair, part_label
 from transformer_lens.checks import in_words
+from transformer_lens.factored_matrix import wide
 
 Stop = str | Sequence[int] | Sequence[str | tuple[int, int]]
 """A sender or a receiver by its label, a head also as `"3.2"` or `(3, 2)`; or several side by side."""

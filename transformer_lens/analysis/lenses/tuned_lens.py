@@ -25,6 +25,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.steering import batches_of
 from transformer_lens.asking import Texts, check_texts, layer_number
 from transformer_lens.checks import directory_to_write, in_words, is_tensor, one_of
+from transformer_lens.factored_matrix import wide
 from transformer_lens.model_bridge import InputAndMask
 from transformer_lens.text_table import Tabular, TextTable
 
@@ -130,9 +131,8 @@ class TunedLens:
             raise ValueError(f"stream: got {in_words(stream)}, expected a tensor [..., {self.bridge.cfg.d_model}]")
         if layer == len(self.translators):
             return stream
-        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-        found: Tensor = (wide + self.translators[layer](wide.float()).to(wide)).to(stream.dtype)
-        return found
+        x = wide(stream)
+        return (x + self.translators[layer](x.float()).to(x)).to(stream.dtype)  # type: ignore[no-any-return]
 
     def logits(
         self, source: ActivationCache | Stream, layer: int | None = None, *, pos_slice: Any = None
