@@ -87,6 +87,7 @@ class World:
 def about_experts(entry: str) -> bool:
     named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution.activations.expert")
     named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
+    named = (*named, "analysis.attribution.direct_logits.logit", "analysis.attribution.direct_logits.expert")
     return entry.startswith((*named, "Routing", "ExpertView", "ExpertSweep"))
 
 

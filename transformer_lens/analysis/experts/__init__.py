@@ -1,6 +1,10 @@
 """What each expert of a mixture does: take it away, route to it, count who chose it, see what it adds to a logit."""
 
-from transformer_lens.analysis.experts.attribution import LogitAttribution, expert_logit_attribution, logit_attribution
+from transformer_lens.analysis.attribution.direct_logits import (
+    LogitAttribution,
+    expert_logit_attribution,
+    logit_attribution,
+)
 from transformer_lens.analysis.experts.hooks import ablate_expert, forbid_experts, force_experts
 from transformer_lens.analysis.experts.routers import (
     ExpertToken,

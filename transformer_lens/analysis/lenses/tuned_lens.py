@@ -311,7 +311,13 @@ class TunedLens:
 
         >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
         """
-        _write_lens(directory_to_write("directory", directory), self.bridge, self.translators.state_dict())
+        folder, cfg = directory_to_write("directory", directory), self.bridge.cfg
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "model_name": cfg.model_name, "architecture": cfg.architecture}
+        about |= {name: getattr(cfg, name) for name in SIZES}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.translators.state_dict().items()}
+        save_file({**tensors, "sample": _sample(self.bridge)}, folder / WEIGHTS)
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
     @checked
@@ -335,17 +341,6 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
 
 
 # -- files -------------------------------------------------------------------------------------------
-
-
-def _write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[str, Tensor]) -> None:
-    """Write the two files of a lens."""
-    directory.mkdir(parents=True, exist_ok=True)
-    cfg: Any = bridge.cfg
-    about = {"format": FORMAT, "model_name": cfg.model_name, "architecture": cfg.architecture}
-    about |= {name: getattr(cfg, name) for name in SIZES}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in translators.items()}
-    save_file({**tensors, "sample": _sample(bridge)}, directory / WEIGHTS)
-    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -214,7 +214,10 @@ def _interventions(
 ) -> list[Intervention]:
     """Each row of an index table as a hook on that layer's activation."""
     names = {layer: _full_name(model, activation_name, layer) for layer in dict.fromkeys(row[0] for row in rows)}
-    clean = {layer: _clean_activation(clean_cache, name) for layer, name in names.items()}
+    missing = next((name for name in names.values() if name not in clean_cache), None)
+    if missing:
+        raise KeyError(f"clean_cache: it holds no {missing!r}; cache that activation in the clean run as well")
+    clean = {layer: clean_cache[name] for layer, name in names.items()}
 
     def setting(index: list[int]) -> Callable[..., Any]:
         def patch(corrupted_activation: Tensor, hook: Any) -> Any:
@@ -244,12 +247,6 @@ def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> st
         raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
     full = "hook_" in activation_name
     return model.canonical_name(f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer))
-
-
-def _clean_activation(clean_cache: Cache, name: str) -> Tensor:
-    if name not in clean_cache:
-        raise KeyError(f"clean_cache: it holds no {name!r}; cache that activation in the clean run as well")
-    return clean_cache[name]
 
 
 def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
