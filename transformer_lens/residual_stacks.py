@@ -114,8 +114,7 @@ class ResidualStacks(DirectLogits):
         """
         keep = Slice(pos_slice)
         rows = self._head_rows(self._added(self._layer(layer)), keep)
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels, incl_remainder)
 
     def get_neuron_results(
         self, layer: int, neuron_slice: Slice | SliceInput = None, pos_slice: Slice | SliceInput = None
@@ -158,8 +157,7 @@ class ResidualStacks(DirectLogits):
         """
         keep = Slice(pos_slice)
         rows = self._neuron_rows(self._added(self._layer(layer)), Slice(neuron_slice), keep)
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels, incl_remainder)
 
     def stack_expert_results(
         self,
@@ -185,8 +183,7 @@ class ResidualStacks(DirectLogits):
             out = self._by_expert(self._at("mlp.hook_expert_out", i, keep, axes_after=2), i, keep)
             out = self._as_added(out, i, "mlp", keep)
             rows += [(f"L{i}E{e}", part) for e, part in enumerate(out.unbind(-2))]
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels, incl_remainder)
 
     def get_full_resid_decomposition(
         self,
@@ -301,24 +298,24 @@ class ResidualStacks(DirectLogits):
     # -- how rows become a stack -------------------------------------------------------------------
 
     def _stack(
-        self, rows: Rows, layer: int | None, mlp_input: bool, apply_ln: bool, keep: Slice, return_labels: bool
+        self,
+        rows: Rows,
+        layer: int | None,
+        mlp_input: bool,
+        apply_ln: bool,
+        keep: Slice,
+        return_labels: bool,
+        incl_remainder: bool = False,
     ) -> Stack | Labelled:
-        if rows:
-            stack = torch.stack([row for _, row in rows])
-        else:
-            stack = self._at("hook_embed", None, keep).new_empty(0, *self._at("hook_embed", None, keep).shape)
+        """The rows as one tensor; `incl_remainder` adds what they leave over of the stream."""
+        if incl_remainder:
+            stop = self._layer(layer)
+            stream = ("hook_resid_pre", stop) if stop < self._layers else ("hook_resid_post", stop - 1)
+            rows = [*rows, ("remainder", self._at(*stream, keep) - sum(row for _, row in rows))]
+        stack = torch.stack([row for _, row in rows]) if rows else self._at("hook_embed", None, keep)[None][:0]
         if apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, keep, has_batch_dim=self.has_batch_dim)
         return (stack, [label for label, _ in rows]) if return_labels else stack
-
-    def _remainder(self, rows: Rows, layer: int | None, keep: Slice) -> Rows:
-        """What the rows leave over of the stream."""
-        stop = self._layer(layer)
-        stream = self._at("hook_resid_pre", stop, keep) if stop < self._layers else self._last(keep)
-        return [("remainder", stream - sum(row for _, row in rows))]
-
-    def _last(self, keep: Slice) -> Tensor:
-        return self._at("hook_resid_post", self._layers - 1, keep)
 
     def _at(self, name: str, layer: int | None, keep: Slice, axes_after: int = 1) -> Tensor:
         """A cached tensor at the wanted positions; `axes_after` counts its axes after the position."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -70,10 +71,7 @@ class AttributionScores:
         missing = [axis for axis in wanted if axis not in here]
         if missing or len(set(wanted)) < len(wanted):
             raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
-        rest = [i for i, axis in enumerate(here) if axis not in wanted]
-        scores = self.scores[name]
-        kept = [axis for axis in here if axis in wanted]
-        return (scores.sum(rest) if rest else scores).permute([kept.index(axis) for axis in wanted])
+        return reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
 
     def __repr__(self) -> str:
         return f"AttributionScores of {len(self.scores)} hooks: {', '.join(list(self.scores)[:4])}"
