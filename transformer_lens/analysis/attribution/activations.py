@@ -71,7 +71,8 @@ class AttributionScores:
         missing = [axis for axis in wanted if axis not in here]
         if missing or len(set(wanted)) < len(wanted):
             raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
-        return reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
+        summed: Tensor = reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
+        return summed
 
     def __repr__(self) -> str:
         return f"AttributionScores of {len(self.scores)} hooks: {', '.join(list(self.scores)[:4])}"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.gradient_runs import wide
 from transformer_lens.asking import (
     Answer,
     Input,
@@ -29,6 +28,7 @@ from transformer_lens.asking import (
     refuse_embeddings,
 )
 from transformer_lens.checks import a_text, in_words, one_of, whole
+from transformer_lens.factored_matrix import wide
 
 __all__ = ["DirectLogitAttribution", "direct_logit_attribution"]
 
