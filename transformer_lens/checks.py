@@ -249,20 +249,33 @@ def function(what: str, value: Any, form: str) -> Callable[..., Any]:
     return value  # type: ignore[no-any-return]
 
 
+def as_array(what: str, value: Any, expected: str) -> np.ndarray:
+    """A NumPy array of a tensor, an array or lists; bfloat16, which NumPy has not, becomes float32. Raises `TypeError`
+    for rows of different lengths, and for a tensor that cannot be computed with.
+
+    >>> as_array("ids", torch.ones(2, dtype=torch.bfloat16), "ids")
+    array([1., 1.], dtype=float32)
+    """
+    if isinstance(value, Tensor):
+        value = a_tensor(what, value).detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what}: got {in_words(value)}, expected {expected}") from error
+
+
 def as_numbers(what: str, value: Any) -> Tensor:
     """A tensor of real numbers, made of a list or an array where it is none. Raises `TypeError` for what holds none.
 
     >>> as_numbers("values", [1.0, 2.0])
     tensor([1., 2.], dtype=torch.float64)
     """
-    if isinstance(value, Tensor):
-        a_tensor(what, value)
-    elif not isinstance(value, (np.ndarray, list, tuple)):
-        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers")
-    try:
-        made = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what}: got {in_words(value)}, expected a tensor, an array or a list of numbers") from error
+    expected = "a tensor, an array or a list of numbers"
+    array = None if isinstance(value, Tensor) else as_array(what, value, expected)
+    if array is not None and (array.dtype.kind not in "biufc" or not isinstance(value, (np.ndarray, list, tuple))):
+        raise TypeError(f"{what}: got {in_words(value)}, expected {expected}")
+    made = a_tensor(what, value) if array is None else torch.as_tensor(array)
     if made.is_complex():
         raise TypeError(f"{what}: got {in_words(value)}, expected real numbers")
     return made

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.checks import in_words, is_one_of, is_tensor, whole
+from transformer_lens.factored_matrix import wide
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -68,12 +68,11 @@ class DirectLogits(ABC):
         self._need_stack(residual_stack)
         norm = self._norm(layer, mlp_input)
         residual_stack = self._chosen_texts(residual_stack, norm, Slice(batch_slice), has_batch_dim)
-        wide = torch.promote_types(residual_stack.dtype, torch.float32)
-        x = self._centred(residual_stack.to(wide))
+        x = self._centred(wide(residual_stack))
         if recompute_ln:
             scale = (x.square().mean(-1, keepdim=True) + self._bridge.cfg.eps).sqrt()
         else:
-            scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice)).to(x.device, wide)
+            scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice)).to(x)
             if x.shape[1:-1] != scale.shape[:-1]:
                 raise ValueError(
                     f"apply_ln_to_stack: got a stack of {list(x.shape)} (component axis first), expected "
@@ -103,8 +102,7 @@ class DirectLogits(ABC):
         Framework for Transformer Circuits").
         """
         self._need_stack(residual_stack)
-        wide = residual_stack.to(torch.promote_types(residual_stack.dtype, torch.float32))
-        scaled = self.apply_ln_to_stack(wide, None, False, pos_slice, batch_slice, has_batch_dim)
+        scaled = self.apply_ln_to_stack(wide(residual_stack), None, False, pos_slice, batch_slice, has_batch_dim)
         wanted = self._directions(tokens)
         if incorrect_tokens is not None:
             unwanted = self._directions(incorrect_tokens)

@@ -233,7 +233,7 @@ class FactoredMatrix:
         """
         self._square("eigenvalues")
         smaller = self.BA if self.mdim <= self.ldim else self.AB
-        return torch.linalg.eigvals(_wide(smaller))  # type: ignore[no-any-return]
+        return torch.linalg.eigvals(wide(smaller))  # type: ignore[no-any-return]
 
     def norm(self) -> Float[Tensor, "*leading"]:
         """The Frobenius norm of each matrix: the root of the sum of its squared entries.
@@ -306,8 +306,8 @@ class FactoredMatrix:
 
     def _reduced(self) -> tuple[Tensor, Tensor, Tensor]:
         """`AB == left @ inner @ right.mT`, where left and right have orthonormal columns and inner is small."""
-        left, left_inner = torch.linalg.qr(_wide(self.A))
-        right, right_inner = torch.linalg.qr(_wide(self.B).mT)
+        left, left_inner = torch.linalg.qr(wide(self.A))
+        right, right_inner = torch.linalg.qr(wide(self.B).mT)
         return left, left_inner @ right_inner.mT, right
 
     def _parts_of(self, index: tuple[Index, ...]) -> tuple[list[Entry], AxisIndex, AxisIndex]:
@@ -385,9 +385,13 @@ def _batched(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _wide(x: Tensor) -> Tensor:
-    """LAPACK has no half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def wide(x: Tensor) -> Tensor:
+    """A tensor in float32 at least: half precision rounds too much, and LAPACK has none.
+
+    >>> wide(torch.ones(1, dtype=torch.bfloat16)).dtype, wide(torch.ones(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _axes_of(entry: Entry) -> int:

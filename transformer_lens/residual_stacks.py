@@ -125,8 +125,7 @@ class ResidualStacks(DirectLogits):
         """
         keep = Slice(pos_slice)
         rows = self._head_rows(self._added(self._layer(layer)), keep)
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels, incl_remainder)
 
     def get_neuron_results(
         self,
@@ -182,8 +181,7 @@ class ResidualStacks(DirectLogits):
         keep = Slice(pos_slice)
         read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
         rows = self._neuron_rows(self._added(self._layer(layer, mlp_input), mlp_input), Slice(neuron_slice), keep, read)
-        rows += self._remainder(rows, layer, keep, mlp_input, read) if incl_remainder else []
-        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, read)
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, incl_remainder, read)
 
     def stack_expert_results(
         self,
@@ -209,8 +207,7 @@ class ResidualStacks(DirectLogits):
             out = self._by_expert(self._at("mlp.hook_expert_out", i, keep, axes_after=2), i, keep)
             out = self._as_added(out, i, "mlp", keep)
             rows += [(f"L{i}E{e}", part) for e, part in enumerate(out.unbind(-2))]
-        rows += self._remainder(rows, layer, keep) if incl_remainder else []
-        return self._stack(rows, layer, False, apply_ln, keep, return_labels)
+        return self._stack(rows, layer, False, apply_ln, keep, return_labels, incl_remainder)
 
     def get_full_resid_decomposition(
         self,
@@ -246,7 +243,7 @@ class ResidualStacks(DirectLogits):
         if expand_neurons:
             heads = sum(self._bridge.cfg.n_heads for _, branch in added if branch.mixer == "attn")
             rows[heads:heads] = self._neuron_rows(added, Slice(), keep, read)
-        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, read)
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels, read=read)
 
     def logit_lens(
         self,
@@ -396,32 +393,24 @@ class ResidualStacks(DirectLogits):
         apply_ln: bool,
         keep: Slice,
         return_labels: bool,
+        incl_remainder: bool = False,
         read: Reading | None = None,
     ) -> Stack | Labelled:
-        if rows:
-            stack = torch.stack([row for _, row in rows])
-        else:
-            embed = self._at("hook_embed", None, keep)
-            stack = embed.new_empty(0, *embed.shape[:-1], embed.shape[-1] if read is None else read.matrix.shape[1])
+        """The rows as one tensor; `incl_remainder` adds what they leave over of the stream."""
+        if incl_remainder:
+            stop = self._layer(layer, mlp_input)
+            entering = "hook_resid_mid" if mlp_input and self._block(stop).before("mlp") else "hook_resid_pre"
+            stream = self._at(*((entering, stop) if stop < self._layers else ("hook_resid_post", stop - 1)), keep)
+            stream = stream if read is None else stream.to(read.matrix) @ read.matrix
+            rows = [*rows, ("remainder", stream - sum(row for _, row in rows))]
+        stack = torch.stack([row for _, row in rows]) if rows else self._at("hook_embed", None, keep)[None][:0]
         if read is not None:
+            stack = stack if rows else stack @ read.matrix.to(stack)
             stack = stack if read.divisor is None else stack / read.divisor.to(stack)
             stack = stack[..., 0] if read.single else stack
         elif apply_ln:
             stack = self.apply_ln_to_stack(stack, layer, mlp_input, keep, has_batch_dim=self.has_batch_dim)
         return (stack, [label for label, _ in rows]) if return_labels else stack
-
-    def _remainder(
-        self, rows: Rows, layer: int | None, keep: Slice, mlp_input: bool = False, read: Reading | None = None
-    ) -> Rows:
-        """What the rows leave over of the stream."""
-        stop = self._layer(layer, mlp_input)
-        entering = "hook_resid_mid" if mlp_input and self._block(stop).before("mlp") else "hook_resid_pre"
-        stream = self._at(entering, stop, keep) if stop < self._layers else self._last(keep)
-        stream = stream if read is None else stream.to(read.matrix) @ read.matrix
-        return [("remainder", stream - sum(row for _, row in rows))]
-
-    def _last(self, keep: Slice) -> Tensor:
-        return self._at("hook_resid_post", self._layers - 1, keep)
 
     def _at(self, name: str, layer: int | None, keep: Slice, axes_after: int = 1) -> Tensor:
         """A cached tensor at the wanted positions; `axes_after` counts its axes after the position."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_tensor, a_text, in_words, is_tensor, one_of, whole
+from transformer_lens.checks import a_tensor, a_text, as_array, in_words, is_tensor, one_of, whole
 from transformer_lens.hook_names import get_act_name
 from transformer_lens.model_bridge.padding import checked_mask, kept_mask
 from transformer_lens.slicing import Slice, SliceInput
@@ -84,13 +84,7 @@ def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
     >>> to_numpy(torch.ones(2, dtype=torch.bfloat16))
     array([1., 1.], dtype=float32)
     """
-    if isinstance(tensor, Tensor):
-        tensor = a_tensor("to_numpy", tensor).detach().cpu()
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    try:
-        array = np.asarray(tensor)
-    except ValueError as error:
-        raise TypeError(f"to_numpy: got {in_words(tensor)}, expected rows of one length") from error
+    array = as_array("to_numpy", tensor, "rows of one length")
     if array.dtype.kind not in "biufc":
         raise TypeError(f"to_numpy: got {in_words(tensor)}, expected numbers")
     return array

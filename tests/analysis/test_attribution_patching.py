@@ -17,8 +17,8 @@ from transformer_lens.analysis.attribution import (
     expert_attribution_patching,
     integrated_gradients,
 )
+from transformer_lens.analysis.attribution.activations import line_steps
 from transformer_lens.analysis.attribution.atp import key_effects, query_effects
-from transformer_lens.analysis.attribution.integrated import line_steps
 
 STREAMS = ("hook_resid_pre", "hook_attn_out", "hook_mlp_in", "hook_mlp_out", "hook_q_input", "hook_k_input")
 INSIDE = ("attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z", "attn.hook_result")

@@ -70,7 +70,7 @@ def test_the_largest_come_first():
     assert found[top[0][0]].item() == pytest.approx(top[0][1]) and found.top(0) == []
     with pytest.raises(KeyError, match="got 'L9H9', expected one of L0H0, L0H1"):
         found["L9H9"]
-    with pytest.raises(ValueError, match="parts: got 'layer', expected one of component, head, neuron, expert"):
+    with pytest.raises(ValueError, match="parts: got 'layer', expected 'component', 'head', 'neuron' or 'expert'"):
         direct_logit_attribution(bridge, cache, " Noah", parts="layer")
     with pytest.raises(ValueError, match="answer: got 2, expected one, or one for each of the 1 texts"):
         direct_logit_attribution(bridge, cache, [4, 5])

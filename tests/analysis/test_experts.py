@@ -504,7 +504,7 @@ def test_tables_print_render_and_show_in_notebooks(bridge):
         assert "&lt;" in shown._repr_html_() or shown is statistics  # '<|bos|>' is text, not a tag
 
 
-ROOM = ("attribution", "hooks", "views", "routers", "statistics")
+ROOM = ("hooks", "views", "routers")
 MODULES = (*(f"analysis.experts.{name}" for name in ROOM), "text_table")
 
 

@@ -215,7 +215,7 @@ def test_a_cache_of_another_text(bridge):
 
 
 def test_wrong_subspaces(bridge):
-    with pytest.raises(ValueError, match="got 'W_E', expected one of W_Q"):
+    with pytest.raises(ValueError, match="got 'W_E', expected 'W_Q', 'W_K'"):
         lib.head_similarity(bridge, "W_E")
     with pytest.raises(ValueError, match="layer: got 4, expected -4 to 3 in a model of 4 layers"):
         lib.head_bases(bridge, "W_Q", 4)

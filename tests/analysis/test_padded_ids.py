@@ -11,8 +11,8 @@ from tests.support import family
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.attribution import attribution_patching, edge_attribution_patching, integrated_gradients
 from transformer_lens.analysis.experts import logit_attribution, routing, routing_statistics
-from transformer_lens.analysis.features import activations_at
 from transformer_lens.analysis.lenses import TunedLens
+from transformer_lens.analysis.steering import activations_at
 from transformer_lens.head_detector import detect_head
 from transformer_lens.patching import run_interventions
 

@@ -16,7 +16,7 @@ from transformer_lens import TransformerBridge, patching
 from transformer_lens.analysis.patching import engine
 from transformer_lens.analysis.patching.engine import run_interventions
 from transformer_lens.analysis.patching.experts import expert_contributions
-from transformer_lens.analysis.patching.index import IndexTable, index_rows
+from transformer_lens.analysis.patching.sweeps import IndexTable, index_rows
 
 FORMULAS: dict[str, tuple[str, tuple[str, ...], Callable[..., None]]] = {}
 """What each sweep writes, once more and by hand: hook, axes, and an edit of the corrupted activation."""
@@ -529,7 +529,7 @@ def test_an_index_table_of_ones_own():
 
 def test_ranges_make_a_table_with_and_without_pandas(monkeypatch):
     rows = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    monkeypatch.setattr("transformer_lens.analysis.patching.index.find_spec", lambda name: None)
+    monkeypatch.setattr("transformer_lens.analysis.patching.sweeps.find_spec", lambda name: None)
     own = patching.make_df_from_ranges([2, 3], ["layer", "pos"])
     assert isinstance(own, IndexTable) and own.columns == ("layer", "pos") and index_rows(own) == rows
     monkeypatch.undo()

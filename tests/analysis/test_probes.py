@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.features import activations_at
 from transformer_lens.analysis.probes import probe, probe_layers
+from transformer_lens.analysis.steering import activations_at
 from transformer_lens.data.words import NAMES
 
 SMALL = sorted(NAMES)[:24]

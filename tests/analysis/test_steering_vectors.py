@@ -5,8 +5,7 @@ import torch
 
 from tests.support import VOCAB, falcon
 from transformer_lens import TransformerBridge
-from transformer_lens.analysis.features import activations_at, tokens_at
-from transformer_lens.analysis.steering import steering_vector
+from transformer_lens.analysis.steering import activations_at, steering_vector, tokens_at
 from transformer_lens.asking import place_name
 
 TEXTS = ["Mary and John went", "When Alice and Tom went to the park, Tom", "John", "Tom and Mary gave"]

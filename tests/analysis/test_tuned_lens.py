@@ -8,7 +8,7 @@ import torch
 from tests.support import FAMILIES, VOCAB, falcon, family, mixtral, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.lenses import TunedLens
-from transformer_lens.analysis.lenses.scores import divergence
+from transformer_lens.analysis.lenses.tuned_lens import divergence
 from transformer_lens.data.generate import training_text
 
 TRAINING = list(training_text(64, seed=7))

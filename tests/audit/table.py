@@ -29,7 +29,7 @@ from transformer_lens.analysis.patching import (
     get_act_patch_expert_out,
     get_act_patch_resid_pre,
 )
-from transformer_lens.analysis.patching.setters import layer_pos_patch_setter
+from transformer_lens.analysis.patching.sweeps import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.collect import ActivationStore, RunningStatistics
@@ -87,6 +87,7 @@ class World:
 def about_experts(entry: str) -> bool:
     named = ("analysis.experts", "analysis.patching.experts", "analysis.attribution.activations.expert")
     named = (*named, "viz.of_runs.routing_map", "ActivationCache.stack_expert_results")
+    named = (*named, "analysis.attribution.direct_logits.logit", "analysis.attribution.direct_logits.expert")
     return entry.startswith((*named, "Routing", "ExpertView", "ExpertSweep"))
 
 
@@ -350,7 +351,7 @@ NOT_AUDITED: dict[str, str] = {
     ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
-        ["analysis.attribution.integrated.line_steps", "analysis.attribution.integrated.summed_gradients"],
+        ["analysis.attribution.activations.line_steps", "analysis.attribution.activations.summed_gradients"],
         "between parts of the package",
     ),
     **dict.fromkeys(
@@ -554,7 +555,7 @@ ROWS: dict[str, Row] = {
     "analysis.attribution.atp.atp_star": Row(wrong={"parts": [THING, 5, ["nonsense"], []]}),
     "analysis.attribution.atp.key_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
     "analysis.attribution.atp.query_effects": Row(dict.fromkeys(["scores", "change", "gradient"], PATTERN)),
-    "analysis.patching.causal_tracing.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
+    "analysis.patching.sweeps.noised_embeddings": Row({"positions": [1]}, {"samples": COUNT}),
     "analysis.experts.hooks.ablate_expert": Row(
         {"expert": 1},
         {
@@ -586,11 +587,11 @@ ROWS: dict[str, Row] = {
     "analysis.heads.principal_angles": Row(
         {"first": torch.eye(4)[:, :2], "second": torch.eye(4)[:, 1:3]}, {"first": TENSOR}
     ),
-    "analysis.lenses.scores.divergence": Row(
+    "analysis.lenses.tuned_lens.divergence": Row(
         {"log_probs": torch.zeros(1, 3), "logits": torch.zeros(1, 3)},
         {"logits": [*TENSOR, torch.zeros(2), torch.ones(1, 3, dtype=torch.complex64)]},
     ),
-    "analysis.lenses.scores.next_token_loss": Row(
+    "analysis.lenses.tuned_lens.next_token_loss": Row(
         {"logits": torch.zeros(1, 3), "following": torch.tensor([1])},
         {"following": [*TENSOR, torch.zeros(1), torch.ones(2, dtype=torch.long)]},
     ),
@@ -603,8 +604,8 @@ ROWS: dict[str, Row] = {
         {"index_df": [[(0, 0)]], "index_axis_names": [THING, 5, [THING], ["nonsense"]]},
     ),
     "analysis.patching.engine.run_interventions": Row({"interventions": [("blocks.0.hook_resid_pre", neutral)]}),
-    "analysis.patching.index.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),
-    "analysis.patching.index.make_df_from_ranges": Row(
+    "analysis.patching.sweeps.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),
+    "analysis.patching.sweeps.make_df_from_ranges": Row(
         {"column_max_ranges": [2], "column_names": ["layer"]}, {"column_names": [THING, 5, [THING]]}
     ),
     "analysis.lenses.patchscope.identity_prompt": Row({"words": ["cat"]}),
@@ -622,7 +623,7 @@ ROWS: dict[str, Row] = {
         {"texts": [TEXT, OTHER] * 6, "labels": [0, 1] * 6, "at": ["blocks.0.hook_resid_post"]},
         {"at": PLACE, "texts": [THING, 5, []], "position": [THING, 1.5, math.nan, 99, "nonsense"]},
     ),
-    "analysis.experts.statistics.routing_statistics": Row({"batches": [TEXT]}, {"batches": [THING, 5]}),
+    "analysis.experts.routers.routing_statistics": Row({"batches": [TEXT]}, {"batches": [THING, 5]}),
     "analysis.steering.steering_vector": Row(
         {"positive": [TEXT], "negative": [OTHER]},
         {"at": PLACE, "position": [THING, 1.5, math.nan, 99, "nonsense", [1, 2]]},

@@ -14,8 +14,9 @@ from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.head_detection import detect_head as detect_head  # a name of this module too
 from transformer_lens.asking import Heads, Positions, checked_positions, head_pairs, layer_number, position_mask
-from transformer_lens.checks import a_tensor, is_one_of
+from transformer_lens.checks import a_tensor, one_of
 from transformer_lens.data.generate import repeated_random_tokens
+from transformer_lens.factored_matrix import wide
 
 Matrix = Literal["W_Q", "W_K", "W_V", "W_O"]
 MATRICES: tuple[Matrix, ...] = ("W_Q", "W_K", "W_V", "W_O")
@@ -167,9 +168,8 @@ def head_similarity(
     the stream has them. W_K and W_V have one head for each group: query head `h` uses
     `h // (n_heads / n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
     """
-    for name in (matrix, matrix if other is None else other):
-        if not is_one_of(name, MATRICES):
-            raise ValueError(f"head_similarity: got {name!r}, expected one of {', '.join(MATRICES)}")
+    for what, name in (("matrix", matrix), ("other", matrix if other is None else other)):
+        one_of(what, name, MATRICES)
     layers = range(bridge.cfg.n_layers)
     first = [head_bases(bridge, matrix, layer) for layer in layers]
     second = first if other is None else [head_bases(bridge, other, layer) for layer in layers]
@@ -191,12 +191,10 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     >>> bases.shape, torch.allclose(bases[0].mT @ bases[0], torch.eye(32), atol=1e-5)
     (torch.Size([2, 128, 32]), True)
     """
-    if not is_one_of(matrix, MATRICES):
-        raise ValueError(f"head_bases: got {matrix!r}, expected one of {', '.join(MATRICES)}")
+    one_of("matrix", matrix, MATRICES)
     layer = layer_number(bridge.cfg, layer)
     block: Any = bridge.blocks[layer]
-    weight: Tensor = getattr(block.attn, matrix).detach()
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = wide(getattr(block.attn, matrix).detach())
     if matrix == "W_O":
         return _basis(weight.mT)
     norm = block.branch("attn").norm
@@ -216,4 +214,4 @@ def _basis(
 
 def _rounding(x: Tensor) -> float:
     """The relative error of what was computed in this precision; below it a singular value is zero."""
-    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return torch.finfo(wide(x).dtype).eps

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Position, activations_at, tokens_at
+from transformer_lens.analysis.steering import Position, activations_at, tokens_at
 from transformer_lens.asking import Texts, check_texts
-from transformer_lens.checks import a_text, in_words, is_tensor, needed, one_of
+from transformer_lens.checks import a_text, as_array, in_words, is_tensor, needed, one_of
 from transformer_lens.text_table import Tabular, TextTable
 
 Task = Literal["classification", "regression"]
@@ -303,7 +303,7 @@ def _checked(
 ) -> tuple[Values, Values, Task]:
     if not is_tensor(features) or features.ndim != 2 or not features.is_floating_point():
         raise TypeError(f"features: got {in_words(features)}, expected floats [example, features]")
-    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    y = as_array("labels", labels, "one for each example")
     if y.shape != (len(features),):
         raise ValueError(f"labels: got shape {list(y.shape)}, expected one for each of the {len(features)} examples")
     if not bool(features.isfinite().all()):

@@ -1,18 +1,108 @@
-"""Steering vectors: the difference between the mean activations of two sets of texts. `bridge.steer` adds them."""
+"""Activations of texts at one token each, and steering vectors: what two sets of texts differ by on average."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
-from transformer_lens import TransformerBridge
+from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import Position, activations_at
-from transformer_lens.asking import Texts, place_name
-from transformer_lens.checks import is_one_of
+from transformer_lens.asking import Texts, check_texts, columns, place_name
+from transformer_lens.checks import is_one_of, is_whole, whole_numbers
+from transformer_lens.factored_matrix import wide
+from transformer_lens.model_bridge import InputAndMask
+
+__all__ = ["steering_vector"]
+Position = int | Sequence[int] | Literal["mean"]
+"""A token of each text, padding not counted: one number for all, one for each text, or the mean over all of them."""
+
+
+def batches_of(bridge: TransformerBridge, texts: Texts) -> Callable[[Sequence[int]], InputAndMask]:
+    """Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
+
+    >>> some = batches_of(bridge, ["Mary", "Mary and John", "John"])
+    >>> some([0, 1]).mask.sum(-1)
+    tensor([3, 5])
+    """
+    if not isinstance(texts, Tensor):
+        return lambda some: bridge.input_and_mask([texts[number] for number in some])
+    ids, mask, _ = bridge.input_and_mask(texts)
+    return lambda some: InputAndMask(ids[list(some)], mask[list(some)], mask[list(some)].long())
+
+
+@torch.no_grad()
+def activations_at(
+    bridge: TransformerBridge,
+    texts: Texts,
+    places: Sequence[str | int],
+    position: Position = -1,
+    *,
+    batch_size: int = 16,
+    verbose: bool = False,
+) -> dict[str, Float[Tensor, "text features"]]:
+    """What each text has at each place, at `position`, by hook name: on the CPU, in float32 (float64 stays), axes after
+    the position flattened into one. Only the wanted positions of `batch_size` texts are kept at a time, and no layer
+    above the places runs.
+
+    >>> found = activations_at(bridge, ["Mary and John", "Mary"], [0, "blocks.1.attn.hook_z"])
+    >>> {name: tuple(x.shape) for name, x in found.items()}
+    {'blocks.0.hook_resid_post': (2, 128), 'blocks.1.attn.hook_z': (2, 128)}
+
+    Raises `ValueError` for no texts, for a text without that position and for hooks without a position axis.
+    """
+    names = list(dict.fromkeys(place_name(bridge, place) for place in places))
+    for name in names:
+        if bridge.hook_dict[name].axes.split()[:2] != ["batch", "pos"]:
+            raise ValueError(f"{name!r} has the axes {bridge.hook_dict[name].axes!r}, expected batch and pos in front")
+    check_texts(texts)
+    if not len(texts) or not names or batch_size < 1:
+        raise ValueError(
+            f"got {len(texts)} texts, {len(names)} places and batch_size {batch_size}, expected one or more"
+        )
+    if isinstance(position, str) and position != "mean":
+        raise ValueError(f"position: got {position!r}, expected an int, one for each text, or 'mean'")
+    each = None if isinstance(position, str) or is_whole(position) else whole_numbers("position", position)
+    if each is not None and len(each) != len(texts):
+        raise ValueError(f"position: got {len(each)} numbers for {len(texts)} texts")
+    layers = [int(name.split(".")[1]) if name.startswith("blocks.") else bridge.cfg.n_layers for name in names]
+    stop = max(layers) + 1 if max(layers) + 1 < bridge.cfg.n_layers else None
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    batch_of = batches_of(bridge, texts)
+    for start in tqdm(range(0, len(texts), batch_size), disable=not verbose, desc="activations", leave=False):
+        tokens, mask, attention_mask = batch_of(range(start, min(start + batch_size, len(texts))))
+        wanted = position if each is None else each[start : start + batch_size]
+        one = None if isinstance(position, str) else columns(mask, wanted, start)
+
+        def keep(x: Tensor, hook: HookPoint, mask: Tensor = mask, one: Tensor | None = one) -> None:
+            flat = wide(x.flatten(2))
+            if one is None:
+                # What padding holds is left out before the sum: it may be anything, and times zero is not zero then.
+                each = flat.masked_fill(~mask.bool().to(x.device)[..., None], 0)
+                kept = each.sum(1) / mask.sum(-1, keepdim=True).to(x.device, flat.dtype)
+            else:
+                kept = flat[torch.arange(len(x), device=x.device), one.to(x.device)]
+            found[str(hook.name)].append(kept.cpu())
+
+        bridge.run_with_hooks(
+            tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=stop, attention_mask=attention_mask
+        )
+    return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+
+def tokens_at(bridge: TransformerBridge, texts: Texts, position: int | Sequence[int]) -> list[int]:
+    """The token of each text at a position.
+
+    >>> tokens_at(bridge, [" Mary and John"], -1) == [bridge.to_single_token(" John")]
+    True
+    """
+    tokens, mask, _ = bridge.input_and_mask(texts)
+    return tokens.gather(1, columns(mask, position).to(tokens.device)[:, None])[:, 0].tolist()
+
 
 NORMALIZATIONS = (None, "unit", "stream")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.checks import is_one_of
+from transformer_lens.factored_matrix import wide
 from transformer_lens.text_table import TextTable
 
 VectorType = Literal["OV", "QK", "w_in", "w_gate", "w_out"]
@@ -155,7 +156,7 @@ class SVDInterpreter:
     def _circuit(self, kind: str, layer: int, head: int) -> FactoredMatrix:
         attention: Any = self.model.blocks[layer].get_submodule("attn")
         circuit = (attention.OV if kind == "OV" else attention.QK)[head]
-        A, B = _wide(circuit.A), _wide(circuit.B)
+        A, B = wide(circuit.A.detach()), wide(circuit.B.detach())
         if self.fold_ln:
             weight = self._norm_before(layer, "attn").to(A)
             A = weight[:, None] * A
@@ -165,7 +166,7 @@ class SVDInterpreter:
     def _neurons(self, kind: str, layer: int, expert: int | None) -> Float[Tensor, "d_mlp d_model"]:
         mlp: Any = self.model.blocks[layer].get_submodule("mlp")
         weight = {"w_in": mlp.W_in, "w_out": mlp.W_out, "w_gate": mlp.W_gate if self.cfg.gated_mlp else None}[kind]
-        matrix = _wide(weight if expert is None else weight[expert])
+        matrix = wide(weight if expert is None else weight[expert]).detach()
         if kind == "w_out":
             return matrix
         if self.fold_ln:
@@ -213,8 +214,3 @@ class SVDInterpreter:
 def _check_index(name: str, index: int | None, size: int) -> None:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
         raise ValueError(f"{name}: got {index!r}, expected 0 to {size - 1}")
-
-
-def _wide(x: Tensor) -> Tensor:
-    """LAPACK has no half precision."""
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

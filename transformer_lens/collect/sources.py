@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from transformer_lens.checks import a_tensor
+from transformer_lens.checks import as_array
 
 TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -63,10 +63,8 @@ def open_source(data: Any) -> Source:
 
 
 def _in_memory(data: Any) -> Source:
-    if isinstance(data, Tensor):
-        a_tensor("data", data)
     if isinstance(data, (Tensor, np.ndarray)):
-        ids = np.asarray(data.cpu() if isinstance(data, Tensor) else data)
+        ids = as_array("data", data, "token ids [document, pos]")
         if ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise ValueError(f"data: got {ids.dtype} of shape {list(ids.shape)}, expected token ids [document, pos]")
         return Source(lambda start: iter(ids[start:]), {"kind": "token ids", "shape": list(ids.shape)}, len(ids))
@@ -167,9 +165,7 @@ class Encoder:
         return np.asarray([*front, *ids, *back], np.int64)
 
     def _ids(self, number: int, content: Any) -> np.ndarray:
-        if isinstance(content, Tensor):
-            a_tensor(f"document {number}", content)
-        array = np.asarray(content.cpu() if isinstance(content, Tensor) else content)
+        array = as_array(f"document {number}", content, "a text, or the token ids of one")
         if array.size == 0 and array.ndim == 1:
             return np.empty(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from transformer_lens.checks import a_path, in_words, nearest, needed, whole
+from transformer_lens.checks import a_path, as_array, in_words, nearest, needed, whole
 from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
@@ -101,12 +101,7 @@ class StoredTensor:
             return self._range(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
         if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             return self._gather(np.asarray([index]))[0]
-        try:
-            wanted = index.cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-        except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, bfloat16, or "meta"
-            raise TypeError(
-                f"{self.name!r}: got {in_words(index)}, expected token numbers, a slice, or a mask"
-            ) from error
+        wanted = as_array(repr(self.name), index, "token numbers, a slice, or a mask")
         if wanted.dtype == np.bool_ and wanted.shape == (len(self),):
             wanted = wanted.nonzero()[0]
         if wanted.size and wanted.dtype.kind not in "iu":

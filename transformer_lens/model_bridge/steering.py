@@ -17,6 +17,7 @@ from torch import Tensor
 
 from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
 from transformer_lens.checks import in_words, is_tensor, one_of
+from transformer_lens.factored_matrix import wide
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -191,8 +192,8 @@ class _WithoutDirection:
     where: _Where
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        wide = torch.promote_types(tensor.dtype, torch.float32)
-        x, basis = tensor.flatten(2).to(wide), self.basis.to(tensor.device, wide)
+        x = wide(tensor.flatten(2))
+        basis = self.basis.to(x)
         rest = (x - (x @ basis.mT) @ basis).to(tensor.dtype).reshape(tensor.shape)
         return _written(tensor, rest, self.where.mask(tensor, hook))
 
@@ -233,11 +234,11 @@ def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
 
 def _orthonormal(directions: Float[Tensor, "several d"]) -> Float[Tensor, "several d"]:
     """An orthonormal basis of what the rows span, in float32 at least."""
-    wide = directions.detach().to(torch.promote_types(directions.dtype, torch.float32))
-    norms = wide.norm(dim=-1, keepdim=True)
+    rows = wide(directions.detach())
+    norms = rows.norm(dim=-1, keepdim=True)
     if bool((norms == 0).any()):
         raise ValueError("direction: it is zero, which points nowhere")
-    _, sizes, basis = torch.linalg.svd(wide / norms, full_matrices=False)
-    if len(sizes) < len(wide) or bool(sizes[-1] < 1e-5):
-        raise ValueError(f"direction: the {len(wide)} given depend on one another; leave out those that add nothing")
+    _, sizes, basis = torch.linalg.svd(rows / norms, full_matrices=False)
+    if len(sizes) < len(rows) or bool(sizes[-1] < 1e-5):
+        raise ValueError(f"direction: the {len(rows)} given depend on one another; leave out those that add nothing")
     return basis  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
+from transformer_lens.analysis.experts import routing
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
 from transformer_lens.checks import as_numbers, in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
 from transformer_lens.viz.heatmap import Heatmap, Heatmaps
@@ -269,20 +270,14 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
     `text` may be token ids, [pos] or [1, pos]. Raises `TypeError` for several texts.
     """
     check_one_text("routing_map", text)
-    n_experts = need_experts(bridge.cfg, "routing_map")
-    inside = ("mlp.hook_expert_weights", "mlp.hook_expert_indices")
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(text, names_filter=lambda name: name.endswith(inside), prepend_bos=prepend_bos)
-    tokens = _tokens(bridge, text, prepend_bos)
-    experts = list(map(str, range(n_experts)))
-    panels = {}
-    for layer in range(bridge.cfg.n_layers):
-        weights, chosen = cache["expert_weights", layer][0].float(), cache["expert_indices", layer][0]
-        shares = weights.new_zeros(len(tokens), len(experts)).scatter_(1, chosen, weights).T.cpu()
-        name = f"layer {layer}"
-        panels[name] = Heatmap(
-            shares, experts, tokens, name, "expert", "token", "weight of the expert", limits=(0.0, 1.0)
-        )
+    experts = list(map(str, range(need_experts(bridge.cfg, "routing_map"))))
+    found, tokens = routing(bridge, text, prepend_bos=prepend_bos), _tokens(bridge, text, prepend_bos)
+    shares = torch.zeros_like(found.probabilities).scatter_(-1, found.indices, found.weights.to(found.probabilities))
+    axes = ("expert", "token", "weight of the expert")
+    panels = {
+        f"layer {i}": Heatmap(share.T, experts, tokens, f"layer {i}", *axes, limits=(0.0, 1.0))
+        for i, share in enumerate(shares[:, 0])
+    }
     return Heatmaps(panels, "Routing")
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair, wide
+from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
+from transformer_lens.factored_matrix import wide
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -31,6 +32,7 @@ HOOKS = {
 """The parts that can be asked for; a part is scored by position, and by head or neuron where it has those."""
 SUMMED = ("d_head", "d_model")
 WRITES = ("hook_attn_out", "hook_mlp_out")
+SOFTMAX = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 Tensors = dict[str, Tensor]
 Scores = dict[str, Float[Tensor, "layer batch pos ..."]]
@@ -69,31 +71,28 @@ def atp_star(
     layers = range(bridge.cfg.n_layers)
     _check(bridge, parts, grad_drop)
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
-    scorers = [(_Softmax if qk_fix and part in ("q", "k") else _Linear)(part, bridge) for part in parts]
-    compared = _in_layers(bridge, [name for scorer in scorers for name in scorer.compared])
+    fixed = {part for part in parts if qk_fix and part in ("q", "k")}
+    wanted = [_queries_and_keys(bridge) if part in fixed else [HOOKS[part]] for part in parts]
+    compared = _in_layers(bridge, [name for names in wanted for name in names])
     with torch.no_grad():
         _, theirs = bridge.run_with_cache(
             pair.other(at), names_filter=compared, attention_mask=pair.mask, return_cache_object=False, return_type=None
         )
     dropping = _Dropping()
-    run = gradient_run(
-        bridge,
-        pair.base(at),
-        pair.mask,
-        metric,
-        list(dict.fromkeys([*compared, *_in_layers(bridge, [n for scorer in scorers for n in scorer.read])])),
-        bwd_hooks=[(_in_layers(bridge, WRITES), dropping)] if grad_drop else [],
-    )
+    names = list(dict.fromkeys([*compared, *_in_layers(bridge, SOFTMAX if fixed else ())]))
+    drops = [(_in_layers(bridge, WRITES), dropping)] if grad_drop else []
+    run = gradient_run(bridge, pair.base(at), pair.mask, metric, names, bwd_hooks=drops)
     ours = run.activations()
     found: Scores = {}
     for dropped in layers if grad_drop else [None]:
         dropping.layer = dropped
         gradients = dropping.hidden(run.gradients(keep_graph=True))
-        for scorer in scorers:
-            scores = torch.stack([scorer.score(f"blocks.{i}.", ours, theirs, gradients) for i in layers])
+        for part in parts:
+            score = _softmaxed if part in fixed else _linear
+            scores = torch.stack([score(bridge, part, f"blocks.{i}.", ours, theirs, gradients) for i in layers])
             if grad_drop:
-                scores = scores.abs() / (len(layers) - 1) + found.get(scorer.part, torch.zeros_like(scores))
-            found[scorer.part] = scores if grad_drop or at == "corrupted" else -scores
+                scores = scores.abs() / (len(layers) - 1) + found.get(part, torch.zeros_like(scores))
+            found[part] = scores if grad_drop or at == "corrupted" else -scores
     return found
 
 
@@ -125,50 +124,36 @@ class _Dropping:
         return {name: torch.zeros_like(one) if name in stops else one for name, one in gradients.items()}
 
 
-class _Linear:
+def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
+    """Where they are as attention multiplies them."""
+    rotated = "rot_" if "blocks.0.attn.hook_rot_q" in bridge.hook_dict else ""
+    return [f"attn.hook_{rotated}{part}" for part in "qk"]
+
+
+def _linear(
+    bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
+) -> Float[Tensor, "batch pos ..."]:
     """Plain attribution patching of one part."""
-
-    read: tuple[str, ...] = ()
-    """What only the run with the gradient is asked for."""
-
-    def __init__(self, part: str, bridge: TransformerBridge) -> None:
-        self.part = part
-        self.bridge = bridge
-        self.name = HOOKS[part]
-        self.compared: tuple[str, ...] = (self.name,)
-
-    def score(self, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors) -> Float[Tensor, "batch pos ..."]:
-        name = block + self.name
-        product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
-        return product.sum(-1) if self.bridge.hook_dict[name].axes.split()[-1] in SUMMED else product
+    name = block + HOOKS[part]
+    product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
+    return product.sum(-1) if bridge.hook_dict[name].axes.split()[-1] in SUMMED else product
 
 
-class _Softmax:
+def _softmaxed(
+    bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
+) -> Float[Tensor, "batch pos head"]:
     """The QK fix of queries or of keys."""
-
-    read = ("attn.hook_attn_scores", "attn.hook_pattern")
-
-    def __init__(self, part: str, bridge: TransformerBridge) -> None:
-        self.part = part
-        self.bridge = bridge
-        rotates = "blocks.0.attn.hook_rot_q" in bridge.hook_dict
-        self.compared = ("attn.hook_rot_q", "attn.hook_rot_k") if rotates else ("attn.hook_q", "attn.hook_k")
-
-    def score(self, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors) -> Float[Tensor, "batch pos head"]:
-        heads = self.bridge.cfg.n_heads
-        sides = [[_per_head(run[block + name].double(), heads) for name in self.compared] for run in (ours, theirs)]
-        (q, k), (other_q, other_k) = sides
-        scores = ours[block + self.read[0]].double()
-        gradient = gradients[block + self.read[1]].double()
-        scale = 1 / math.sqrt(self.bridge.cfg.d_head)
-        if self.part == "q":
-            change = torch.einsum("bqhd,bkhd->bhqk", other_q - q, k) * scale
-            found = query_effects(scores, change, gradient).transpose(1, 2)
-        else:
-            change = torch.einsum("bqhd,bkhd->bhqk", q, other_k - k) * scale
-            found = key_effects(scores, change, gradient).transpose(1, 2)
-            found = found.unflatten(-1, (self.bridge.cfg.n_key_value_heads, -1)).sum(-1)
-        return found.to(wide(ours[block + self.compared[0]]).dtype)
+    cfg, names = bridge.cfg, [block + name for name in _queries_and_keys(bridge)]
+    (q, k), (other_q, other_k) = (
+        [_per_head(run[name].double(), cfg.n_heads) for name in names] for run in (ours, theirs)
+    )
+    scores, gradient = ours[block + SOFTMAX[0]].double(), gradients[block + SOFTMAX[1]].double()
+    pair = (other_q - q, k) if part == "q" else (q, other_k - k)
+    change = torch.einsum("bqhd,bkhd->bhqk", *pair) / math.sqrt(cfg.d_head)
+    found = (query_effects if part == "q" else key_effects)(scores, change, gradient).transpose(1, 2)
+    if part == "k":
+        found = found.unflatten(-1, (cfg.n_key_value_heads, -1)).sum(-1)
+    return found.to(wide(ours[names[0]]).dtype)
 
 
 def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float[Tensor, "batch pos head d_head"]:

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
+from transformer_lens.analysis.attribution.activations import line_steps, summed_gradients
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScores
-from transformer_lens.analysis.attribution.gradient_runs import At, PromptPair, gradient_run, prompt_pair, wide
-from transformer_lens.analysis.attribution.integrated import line_steps, summed_gradients
-from transformer_lens.analysis.attribution.senders import SenderValues, read_senders, sender_hooks
+from transformer_lens.analysis.attribution.gradient_runs import (
+    At,
+    PromptPair,
+    SenderValues,
+    gradient_run,
+    prompt_pair,
+    read_senders,
+    sender_hooks,
+)
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
+from transformer_lens.factored_matrix import wide
 
 
 @checked

@@ -6,7 +6,7 @@ Patching"; Hanna et al. 2024 (faithfulness).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,17 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
-from transformer_lens.analysis.attribution.gradient_runs import one_number, prompt_pair, wide
-from transformer_lens.analysis.attribution.senders import Vectors, read_senders, sender_hooks
+from transformer_lens.analysis.attribution.gradient_runs import (
+    Vectors,
+    one_number,
+    prompt_pair,
+    read_senders,
+    sender_hooks,
+)
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput
 from transformer_lens.asking import is_pair, part_label
 from transformer_lens.checks import in_words
+from transformer_lens.factored_matrix import wide
 
 Stop = str | Sequence[int] | Sequence[str | tuple[int, int]]
 """A sender or a receiver by its label, a head also as `"3.2"` or `(3, 2)`; or several side by side."""
@@ -270,53 +276,42 @@ class _EdgeRuns:
         stream = self.streams[f"blocks.{layer}.hook_resid_pre"]
         logits: Tensor = self.bridge.run_with_hooks(
             stream.repeat(copies, 1, 1),
-            fwd_hooks=_Together(self, experiments).hooks(layer),
+            fwd_hooks=_hooks(self, experiments, layer),
             attention_mask=None if self.mask is None else self.mask.repeat(copies, 1),
             start_at_layer=layer,
         )
         return logits
 
 
-class _Together:
-    """Experiments in one forward: what has changed so far of every sender, in each of them."""
+def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> list[Any]:
+    """Experiments in one forward from a layer on, in the order of the model: writers note what changed of them, readers
+    are given their own streams."""
+    graph, bridge = runs.graph, runs.bridge
+    device, dtype = runs.corrupted.device, runs.corrupted.dtype
+    live = torch.stack([one.live & graph.exists for one in experiments]).to(device, dtype)
+    forced = torch.stack([one.forced for one in experiments]).to(device)[:, None, None, :, None]
+    # Of each sender in each experiment: known where it is forced, nothing yet elsewhere.
+    changed = torch.where(forced, (runs.clean - runs.corrupted)[None], 0)
 
-    def __init__(self, runs: _EdgeRuns, experiments: Sequence[_Experiment]) -> None:
-        self.runs = runs
-        device = runs.corrupted.device
-        self.live = torch.stack([one.live & runs.graph.exists for one in experiments]).to(device, runs.corrupted.dtype)
-        self.forced = torch.stack([one.forced for one in experiments]).to(device)[:, None, None, :, None]
-        # The ones that are forced are known; the others have not changed until they are seen to.
-        self.changed = torch.where(self.forced, (runs.clean - runs.corrupted)[None], 0)
+    def note(columns: slice, written: Vectors) -> None:
+        new = wide(written).unflatten(0, (len(live), -1)) - runs.corrupted[:, :, columns]
+        here = changed[:, :, :, columns]
+        here.copy_(torch.where(forced[:, :, :, columns], here, new.to(device)))
 
-    def hooks(self, layer: int) -> list[Any]:
-        """In the order of the model: writers note what changed of them, readers are given their own streams."""
-        graph = self.runs.graph
-        writing = sender_hooks(self.runs.bridge, graph, self.note, first_layer=layer)
-        reading: list[Any] = []
-        for hook in dict.fromkeys(one.hook for one in graph.receivers):
-            if self.runs.bridge.hook_dict[hook].layer() >= layer:
-                reading.append((hook, self.reader(hook)))
-        return [*writing, *reading]
-
-    def note(self, columns: slice, written: Vectors) -> None:
-        new = wide(written).unflatten(0, (len(self.live), -1)) - self.runs.corrupted[:, :, columns]
-        self.changed[:, :, :, columns] = torch.where(
-            self.forced[:, :, :, columns], self.changed[:, :, :, columns], new.to(self.changed.device)
-        )
-
-    def reader(self, hook: str) -> Any:
-        graph = self.runs.graph
+    def reader(hook: str) -> Callable[..., Tensor]:
         columns = graph.columns(graph.receivers, hook)
         before = int(graph.exists[:, columns.start].sum())  # senders stand in the order of the model
-        name = (
-            hook if hook in self.runs.streams else f"blocks.{self.runs.bridge.hook_dict[hook].layer()}.hook_resid_pre"
-        )
-        live = self.live[:, :before, columns]
+        name = hook if hook in runs.streams else f"blocks.{bridge.hook_dict[hook].layer()}.hook_resid_pre"
 
         def read(stream: Tensor, hook: HookPoint) -> Tensor:
-            change = torch.einsum("cbpsd,csr->cbprd", self.changed[:, :, :, :before], live)
-            base = self.runs.streams[name]
+            change = torch.einsum("cbpsd,csr->cbprd", changed[:, :, :, :before], live[:, :before, columns])
+            base = runs.streams[name]
             own = wide(base)[None, :, :, None] + change.to(base.device)
             return own.flatten(0, 1).reshape(stream.shape).to(stream.dtype)
 
         return read
+
+    reading = [
+        hook for hook in dict.fromkeys(one.hook for one in graph.receivers) if bridge.hook_dict[hook].layer() >= layer
+    ]
+    return [*sender_hooks(bridge, graph, note, first_layer=layer), *((hook, reader(hook)) for hook in reading)]

@@ -1,9 +1,19 @@
 """What each expert of a mixture does: take it away, route to it, count who chose it, see what it adds to a logit."""
 
-from transformer_lens.analysis.experts.attribution import LogitAttribution, expert_logit_attribution, logit_attribution
+from transformer_lens.analysis.attribution.direct_logits import (
+    LogitAttribution,
+    expert_logit_attribution,
+    logit_attribution,
+)
 from transformer_lens.analysis.experts.hooks import ablate_expert, forbid_experts, force_experts
-from transformer_lens.analysis.experts.routers import RoutedToken, Routing, routing
-from transformer_lens.analysis.experts.statistics import ExpertToken, RoutingStatistics, routing_statistics
+from transformer_lens.analysis.experts.routers import (
+    ExpertToken,
+    RoutedToken,
+    Routing,
+    RoutingStatistics,
+    routing,
+    routing_statistics,
+)
 from transformer_lens.analysis.experts.views import ExpertView, expert_activation, expert_view
 
 __all__ = [

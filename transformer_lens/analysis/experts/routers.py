@@ -1,17 +1,22 @@
-"""Which experts a model chooses for the tokens of an input, and how much each counts."""
+"""Which experts a model chooses for the tokens of an input, how much each counts, and counts of that over data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import log
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
+from tqdm import tqdm
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Input, Pair, need_experts, one_expert, refuse_embeddings
+from transformer_lens.checks import is_several, whole
 from transformer_lens.text_table import Tabular, TextTable
 
 HOOKS = ("hook_router_logits", "hook_expert_weights", "hook_expert_indices")
@@ -138,3 +143,210 @@ def routing(
         )
     logits, weights, indices = (cache.stack_activation(name.removeprefix("hook_")) for name in HOOKS)
     return Routing(bridge, tokens, mask, indices, weights.float(), logits.float().softmax(-1))
+
+
+SUMMED = ("n_tokens", "load", "weight", "entropy_sum", "together", "onward")
+"""The counts of two data sets that simply add up."""
+
+
+class ExpertToken(NamedTuple):
+    """How often one token was sent to one expert."""
+
+    token: int
+    text: str
+    times: int
+    share: float
+    """The part of this token's occurrences that were sent to the expert, from 0 to 1."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RoutingStatistics(Tabular):
+    """Counts over all tokens that are not padding. `a + b` are those of both data sets.
+
+    A token counts once at each expert chosen for it, whatever its weight.
+    """
+
+    n_tokens: int
+    n_chosen: int
+    """How many experts are chosen for each token."""
+    load: Int[Tensor, "layer expert"]
+    """Tokens sent to each expert."""
+    weight: Float[Tensor, "layer expert"]
+    """The weights with which they count, summed."""
+    entropy_sum: Float[Tensor, " layer"]
+    together: Int[Tensor, "layer expert expert"]
+    """Tokens sent to both experts of the layer; `load` on the diagonal."""
+    onward: Int[Tensor, "layer-1 expert next_expert"]
+    """Tokens sent to one expert of a layer and to the other of the next layer."""
+    tokens: Int[Tensor, " token"]
+    """The different tokens seen, by number."""
+    token_counts: Int[Tensor, " token"]
+    """How often each occurred."""
+    token_load: Int[Tensor, "token layer expert"]
+    """How often each was sent to each expert."""
+    texts: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def load_share(self) -> Float[Tensor, "layer expert"]:
+        """The part of the tokens each expert sees; a layer's sum to `n_chosen`."""
+        return self.load.double() / self.n_tokens
+
+    @property
+    def entropy(self) -> Float[Tensor, " layer"]:
+        """Mean entropy of the router's distribution over all experts of a layer, in nats; at most ln(experts)."""
+        return self.entropy_sum / self.n_tokens
+
+    def cooccurrence(self, d_vocab: int) -> Int[Tensor, "layer d_vocab expert"]:
+        """How often each token of the vocabulary was sent to each expert, as one dense tensor.
+
+        >>> found = routing_statistics(bridge, ["Mary and John"], progress=False)
+        >>> found.cooccurrence(bridge.cfg.d_vocab).shape
+        torch.Size([3, 735, 4])
+        """
+        layers, experts = self.load.shape
+        d_vocab = whole("d_vocab", d_vocab, 1 + int(self.tokens.max()))
+        dense = torch.zeros(layers, d_vocab, experts, dtype=torch.long)
+        dense[:, self.tokens] = self.token_load.transpose(0, 1)
+        return dense
+
+    @checked
+    def top_tokens(self, layer: int | Pair, expert: int | None = None, n: int = 10) -> list[ExpertToken]:
+        """The tokens sent most often to an expert, the most frequent first. The expert is a layer and a number, or both
+        in one as "L0E2".
+
+        >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
+        >>> [(token.text, token.times, token.share) for token in found.top_tokens(0, expert=0, n=2)]
+        [('<|bos|>', 1, 1.0), (' and', 1, 1.0)]
+        """
+        layer, expert = one_expert(self.load.shape, layer, expert)
+        counts = self.token_load[:, layer, expert]
+        order = counts.argsort(descending=True, stable=True)[:n]
+        return [
+            ExpertToken(
+                token := int(self.tokens[i]),
+                self.texts.get(token, str(token)),
+                int(counts[i]),
+                float(counts[i] / self.token_counts[i]),
+            )
+            for i in order.tolist()
+            if counts[i]
+        ]
+
+    def mutual_information(self) -> Float[Tensor, " layer"]:
+        """What a token alone tells about the expert it is sent to, in nats: 0 where experts do not care about the
+        token, ln(experts) where it decides. One of the chosen experts is drawn with equal chance (Cover and Thomas,
+        Elements of Information Theory, equation 2.28). Few occurrences of a token bias it upwards.
+
+        >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
+        >>> bool((found.mutual_information() <= torch.log(torch.tensor(4.0))).all())
+        True
+        """
+        joint = self.token_load.double() / (self.n_tokens * self.n_chosen)
+        expected = joint.sum(0, keepdim=True) * joint.sum(-1, keepdim=True)
+        information: Tensor = torch.special.xlogy(joint, joint / expected.where(expected > 0, 1)).sum((0, 2))
+        return information
+
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        if self.load.shape != other.load.shape or self.n_chosen != other.n_chosen:
+            got, here = ([*found.load.shape, found.n_chosen] for found in (other, self))
+            raise ValueError(
+                f"routing statistics: got those of a model with [layers, experts, chosen] = {got}, expected {here}"
+            )
+        tokens, rows = torch.cat([self.tokens, other.tokens]).unique(return_inverse=True)
+        both = [torch.cat([self.token_counts, other.token_counts]), torch.cat([self.token_load, other.token_load])]
+        counts, load = (part.new_zeros(len(tokens), *part.shape[1:]).index_add_(0, rows, part) for part in both)
+        return RoutingStatistics(
+            **{name: getattr(self, name) + getattr(other, name) for name in SUMMED},
+            n_chosen=self.n_chosen,
+            tokens=tokens,
+            token_counts=counts,
+            token_load=load,
+            texts=self.texts | other.texts,
+        )
+
+    def table(self) -> TextTable:
+        """One row for each layer: the part of the tokens each expert sees, and the router's entropy.
+
+        >>> print(routing_statistics(bridge, ["Mary and John went to the store"], progress=False).table())
+        Share of 9 tokens at each expert, 2 chosen for each token (even: 50.0%; ln 4 = 1.386 nats)
+        layer  expert 0  expert 1  expert 2  expert 3  entropy (nats)  told by token (nats)
+        0      66.7%     44.4%     22.2%     66.7%     1.133           0.618
+        1      55.6%     22.2%     55.6%     66.7%     1.059           0.629
+        2      33.3%     66.7%     33.3%     66.7%     1.082           0.637
+        """
+        layers, experts = self.load.shape
+        shares, information = self.load_share, self.mutual_information()
+        columns = ["layer", *(f"expert {e}" for e in range(experts)), "entropy (nats)", "told by token (nats)"]
+        rows = [
+            [
+                str(i),
+                *(f"{share:.1%}" for share in shares[i].tolist()),
+                f"{float(self.entropy[i]):.3f}",
+                f"{float(information[i]):.3f}",
+            ]
+            for i in range(layers)
+        ]
+        title = (
+            f"Share of {self.n_tokens} tokens at each expert, {self.n_chosen} chosen for each token "
+            f"(even: {self.n_chosen / experts:.1%}; ln {experts} = {log(experts):.3f} nats)"
+        )
+        return TextTable(title, columns, rows)
+
+    def __repr__(self) -> str:
+        layers, experts = self.load.shape
+        return f"RoutingStatistics of {self.n_tokens} tokens, {layers} layers of {experts} experts"
+
+
+def _counted(found: Routing) -> RoutingStatistics:
+    """The counts of one batch."""
+    experts = found.probabilities.shape[-1]
+    chosen: Int[Tensor, "layer row chosen"] = found.indices[:, found.mask]
+    weights: Float[Tensor, "layer row chosen"] = found.weights[:, found.mask].double()
+    probabilities: Float[Tensor, "layer row expert"] = found.probabilities[:, found.mask].double()
+    sent: Int[Tensor, "layer row expert"] = one_hot(chosen, experts).sum(2)
+    exact = sent.double()  # whole numbers below 2**53, so these products are exact, and fast
+    tokens, rows = found.tokens[found.mask].unique(return_inverse=True)
+    token_load = torch.zeros(len(tokens), *sent.shape[::2], dtype=torch.long)
+    token_load.index_add_(0, rows, sent.transpose(0, 1))
+    return RoutingStatistics(
+        n_tokens=int(found.mask.sum()),
+        n_chosen=chosen.shape[-1],
+        load=sent.sum(1),
+        weight=(one_hot(chosen, experts) * weights[..., None]).sum((1, 2)),
+        entropy_sum=torch.special.entr(probabilities).sum((1, 2)),
+        together=(exact.mT @ exact).long(),
+        onward=(exact[:-1].mT @ exact[1:]).long(),
+        tokens=tokens,
+        token_counts=rows.bincount(minlength=len(tokens)),
+        token_load=token_load,
+    )
+
+
+@checked
+def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], progress: bool = True) -> RoutingStatistics:
+    """Run the model over a data set, one batch after the other, and count where its routers send tokens. A batch is a
+    text, a list of texts, or token ids `[batch, pos]`; padding is left out. Memory grows with the number of different
+    tokens alone. `progress` shows a bar.
+
+    >>> texts = ["When Mary and John went to the store", "Days: Monday Tuesday Wednesday"]
+    >>> found = routing_statistics(bridge, [texts], progress=False)
+    >>> found.n_tokens, found.load.sum(-1).tolist()
+    (15, [30, 30, 30])
+
+    Raises `ValueError` for a dense model and for no batches, `TypeError` for embeddings, and for one text where a list
+    of batches belongs.
+    """
+    need_experts(bridge.cfg, "routing_statistics")
+    if not is_several(batches):
+        got = type(batches).__name__
+        raise TypeError(f"batches: got a {got}, expected an iterable of batches; for one text pass [text]")
+    total: RoutingStatistics | None = None
+    for batch in tqdm(batches, desc="routing statistics", unit="batch", disable=not progress):
+        found = _counted(routing(bridge, batch))
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError("batches: got none, expected at least one text or batch of token ids")
+    if bridge.tokenizer is None:
+        return total
+    texts = map(str, bridge.to_str_tokens(total.tokens))
+    return replace(total, texts=dict(zip(total.tokens.tolist(), texts, strict=True)))

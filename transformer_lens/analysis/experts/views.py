@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -26,6 +26,11 @@ HOOKS = {
 }
 """The names under `blocks.{i}.mlp.experts.{e}`, and the hooks under `blocks.{i}.mlp` whose rows they are."""
 _NAME = re.compile(rf"blocks\.(-?\d+)\.mlp\.experts\.(\d+)\.({'|'.join(HOOKS)})(_grad)?")
+
+
+def _rows(hook: str, meaning: str) -> Any:
+    """A property of an expert: its rows of a hook."""
+    return property(lambda view: view.rows(hook), doc=meaning)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,30 +60,11 @@ class ExpertView:
         """
         return _batched(self.cache, self.layer, hook)[self.batch, self.position, self.place]
 
-    @property
-    def weight(self) -> Float[Tensor, " row"]:
-        """How much the expert counts for the token."""
-        return self.rows("hook_expert_weights")
-
-    @property
-    def pre(self) -> Float[Tensor, "row d_mlp"]:
-        """The gate before its activation."""
-        return self.rows("hook_pre")
-
-    @property
-    def pre_linear(self) -> Float[Tensor, "row d_mlp"]:
-        """The ungated hidden layer."""
-        return self.rows("hook_pre_linear")
-
-    @property
-    def post(self) -> Float[Tensor, "row d_mlp"]:
-        """The neurons: activated gate times linear."""
-        return self.rows("hook_post")
-
-    @property
-    def out(self) -> Float[Tensor, "row d_model"]:
-        """The output, before its weight."""
-        return self.rows("hook_expert_out")
+    weight = _rows("hook_expert_weights", "How much the expert counts for the token.")
+    pre = _rows("hook_pre", "The gate before its activation, [row d_mlp].")
+    pre_linear = _rows("hook_pre_linear", "The ungated hidden layer, [row d_mlp].")
+    post = _rows("hook_post", "The neurons, activated gate times linear: [row d_mlp].")
+    out = _rows("hook_expert_out", "The output before its weight, [row d_model].")
 
 
 @checked

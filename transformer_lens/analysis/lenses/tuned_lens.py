@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -21,11 +22,73 @@ from tqdm import tqdm
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.features import batches_of
-from transformer_lens.analysis.lenses.scores import LensScores, divergence, next_token_loss
+from transformer_lens.analysis.steering import batches_of
 from transformer_lens.asking import Texts, check_texts, layer_number
 from transformer_lens.checks import directory_to_write, in_words, is_tensor, one_of
+from transformer_lens.factored_matrix import wide
 from transformer_lens.model_bridge import InputAndMask
+from transformer_lens.text_table import Tabular, TextTable
+
+
+@checked
+def divergence(
+    log_probs: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
+) -> Float[Tensor, " token"]:
+    """KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and q
+    by logits.
+
+    >>> divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log())
+    tensor([0.1438])
+    """
+    if logits.shape != log_probs.shape or not logits.is_floating_point() or not log_probs.is_floating_point():
+        raise ValueError(f"logits: got {in_words(logits)}, expected those of log_probs, {in_words(log_probs)}")
+    return (log_probs.exp() * (log_probs - logits.log_softmax(-1))).sum(-1)
+
+
+@checked
+def next_token_loss(
+    logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
+
+    >>> next_token_loss(torch.zeros(2, 4), torch.tensor([3, -1]))
+    tensor([1.3863, 0.0000])
+    """
+    if following.is_floating_point() or following.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"following: got {in_words(following)}, expected the token ids that follow, {list(logits.shape[:-1])}"
+        )
+    return torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="none")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LensScores(Tabular):
+    """Each layer's prediction under a tuned lens and under the logit lens. The last row is the model itself.
+
+    >>> zeros = torch.zeros(2)
+    >>> print(LensScores(zeros, zeros + 1, zeros + 2, zeros + 3))
+    Nats per token: divergence from the model's prediction, and loss on the next token
+    stream  KL    KL, logit lens  loss  loss, logit lens
+    0_pre   0.00  1.00            2.00  3.00
+    final   0.00  1.00            2.00  3.00
+    """
+
+    kl: Float[Tensor, " component"]
+    kl_logit_lens: Float[Tensor, " component"]
+    cross_entropy: Float[Tensor, " component"]
+    cross_entropy_logit_lens: Float[Tensor, " component"]
+
+    def table(self) -> TextTable:
+        """The scores as a table."""
+        columns = (self.kl, self.kl_logit_lens, self.cross_entropy, self.cross_entropy_logit_lens)
+        labels = [*(f"{i}_pre" for i in range(len(self.kl) - 1)), "final"]
+        rows = [[label, *(f"{float(column[i]):z.2f}" for column in columns)] for i, label in enumerate(labels)]
+        title = "Nats per token: divergence from the model's prediction, and loss on the next token"
+        return TextTable(title, ["stream", "KL", "KL, logit lens", "loss", "loss, logit lens"], rows)
+
+    def __repr__(self) -> str:
+        return f"LensScores of {len(self.kl) - 1} layers; print it for a table"
+
 
 Stream = Float[Tensor, "*batch_and_pos d_model"]
 FORMAT = "tuned-lens-1"
@@ -68,9 +131,8 @@ class TunedLens:
             raise ValueError(f"stream: got {in_words(stream)}, expected a tensor [..., {self.bridge.cfg.d_model}]")
         if layer == len(self.translators):
             return stream
-        wide = stream.to(torch.promote_types(stream.dtype, torch.float32))
-        found: Tensor = (wide + self.translators[layer](wide.float()).to(wide)).to(stream.dtype)
-        return found
+        x = wide(stream)
+        return (x + self.translators[layer](x.float()).to(x)).to(stream.dtype)  # type: ignore[no-any-return]
 
     def logits(
         self, source: ActivationCache | Stream, layer: int | None = None, *, pos_slice: Any = None
@@ -249,7 +311,13 @@ class TunedLens:
 
         >>> TunedLens(bridge).save("lens")  # doctest: +SKIP
         """
-        _write_lens(directory_to_write("directory", directory), self.bridge, self.translators.state_dict())
+        folder, cfg = directory_to_write("directory", directory), self.bridge.cfg
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "model_name": cfg.model_name, "architecture": cfg.architecture}
+        about |= {name: getattr(cfg, name) for name in SIZES}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.translators.state_dict().items()}
+        save_file({**tensors, "sample": _sample(self.bridge)}, folder / WEIGHTS)
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
     @classmethod
     @checked
@@ -273,17 +341,6 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
 
 
 # -- files -------------------------------------------------------------------------------------------
-
-
-def _write_lens(directory: Path, bridge: TransformerBridge, translators: Mapping[str, Tensor]) -> None:
-    """Write the two files of a lens."""
-    directory.mkdir(parents=True, exist_ok=True)
-    cfg: Any = bridge.cfg
-    about = {"format": FORMAT, "model_name": cfg.model_name, "architecture": cfg.architecture}
-    about |= {name: getattr(cfg, name) for name in SIZES}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in translators.items()}
-    save_file({**tensors, "sample": _sample(bridge)}, directory / WEIGHTS)
-    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

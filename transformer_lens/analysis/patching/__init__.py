@@ -1,22 +1,11 @@
 """Activation patching: run with some activations of another run, in every layer, position and head, in few batches."""
 
-from transformer_lens.analysis.patching.causal_tracing import noised_embeddings
 from transformer_lens.analysis.patching.engine import run_interventions
 from transformer_lens.analysis.patching.experts import (
     get_act_patch_expert_out,
     get_act_patch_expert_out_by_pos,
     get_act_patch_router_logits,
     get_act_patch_router_logits_by_expert,
-)
-from transformer_lens.analysis.patching.index import make_df_from_ranges
-from transformer_lens.analysis.patching.setters import (
-    layer_expert_patch_setter,
-    layer_head_dest_src_pos_pattern_patch_setter,
-    layer_head_pattern_patch_setter,
-    layer_head_pos_pattern_patch_setter,
-    layer_head_vector_patch_setter,
-    layer_pos_head_vector_patch_setter,
-    layer_pos_patch_setter,
 )
 from transformer_lens.analysis.patching.sweeps import (
     generic_activation_patch,
@@ -38,6 +27,15 @@ from transformer_lens.analysis.patching.sweeps import (
     get_act_patch_mlp_out,
     get_act_patch_resid_mid,
     get_act_patch_resid_pre,
+    layer_expert_patch_setter,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    make_df_from_ranges,
+    noised_embeddings,
 )
 
 __all__ = [

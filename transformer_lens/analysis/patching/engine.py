@@ -270,7 +270,8 @@ class _BaseRun:
         """Run the model once; keeps the activations named and the streams below them."""
         input, seen, mask = bridge.input_and_mask(input, attention_mask=mask)
         wanted = list(dict.fromkeys(names))
-        streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in _layers_of(bridge, wanted)}
+        layers = dict.fromkeys(bridge.hook_dict[name].layer() for name in wanted)
+        streams = {layer: f"blocks.{layer}.hook_resid_pre" for layer in layers}
         past = DynamicCache()  # given no config, it keeps every position, also of a model with sliding windows
         logits, cache = bridge.run_with_cache(
             input,
@@ -298,11 +299,6 @@ class _BaseRun:
     @property
     def pos(self) -> int:
         return self.logits.shape[1]
-
-
-def _layers_of(bridge: TransformerBridge, names: Iterable[str]) -> dict[int, None]:
-    """The layers that hooks are in, each once. Raises `ValueError` for a hook outside the blocks."""
-    return {bridge.hook_dict[name].layer(): None for name in names}
 
 
 def _position_axis(axes: str) -> int:

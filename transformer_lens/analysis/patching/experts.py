@@ -13,8 +13,12 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.patching.engine import Metric, SweepInput, run_interventions
-from transformer_lens.analysis.patching.setters import layer_expert_patch_setter, layer_pos_patch_setter
-from transformer_lens.analysis.patching.sweeps import Cache, PatchSweep
+from transformer_lens.analysis.patching.sweeps import (
+    Cache,
+    PatchSweep,
+    layer_expert_patch_setter,
+    layer_pos_patch_setter,
+)
 from transformer_lens.asking import need_experts
 from transformer_lens.checks import whole
 

@@ -6,12 +6,15 @@ objects). The sweeps run on `engine`; each equals a loop over `run_with_hooks` t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
@@ -23,19 +26,119 @@ from transformer_lens.analysis.patching.engine import (
     SweepInput,
     run_interventions,
 )
-from transformer_lens.analysis.patching.index import index_rows, make_df_from_ranges
-from transformer_lens.analysis.patching.setters import (
-    PartSetter,
-    PatchSetter,
-    layer_head_dest_src_pos_pattern_patch_setter,
-    layer_head_pattern_patch_setter,
-    layer_head_pos_pattern_patch_setter,
-    layer_head_vector_patch_setter,
-    layer_pos_head_vector_patch_setter,
-    layer_pos_patch_setter,
-)
-from transformer_lens.checks import is_one_of
+from transformer_lens.asking import written_pair
+from transformer_lens.checks import a_list, a_text, in_words, is_one_of, whole_numbers
 from transformer_lens.utilities import get_act_name
+
+
+@dataclass(frozen=True)
+class IndexTable:
+    """Rows of integers under names: what a sweep patches, one row for each intervention.
+
+    >>> table = IndexTable(("layer", "pos"), ((0, 0), (0, 1)))
+    >>> len(table), list(table), table.columns
+    (2, [(0, 0), (0, 1)], ('layer', 'pos'))
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(self.rows)
+
+
+@checked
+def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
+    """Every combination of the integers below each maximum, the last column running fastest: a pandas DataFrame if
+    pandas is installed, an `IndexTable` if not. Raises `ValueError` if the lengths differ.
+
+    >>> table = make_df_from_ranges([2, 3], ["layer", "pos"])
+    >>> len(table), list(table.columns)
+    (6, ['layer', 'pos'])
+    """
+    if len(column_max_ranges) != len(column_names):
+        raise ValueError(f"make_df_from_ranges: got {len(column_max_ranges)} ranges and {len(column_names)} names")
+    for name in column_names:
+        a_text("column_names", name)
+    rows = list(product(*map(range, whole_numbers("column_max_ranges", column_max_ranges))))
+    if find_spec("pandas") is None:
+        return IndexTable(tuple(column_names), tuple(rows))
+    return importlib.import_module("pandas").DataFrame(rows, columns=list(column_names))
+
+
+@checked
+def index_rows(index_df: Any) -> list[list[int]]:
+    """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers; a head or an expert in the
+    words of its layer, such as `"L3H2"`, is a row of two.
+
+    >>> index_rows([(0, 1), "L3H2"])
+    [[0, 1], [3, 2]]
+    """
+    rows: Iterable[Any] = index_df.itertuples(index=False) if hasattr(index_df, "itertuples") else index_df
+    made = []
+    for row in rows:
+        if isinstance(row, str):
+            row = written_pair("expert" if "E" in row else "head", row, "index_df")
+        a_list("index_df: a row", row)
+        made.append(whole_numbers("index_df", row))
+    return made
+
+
+Index = Sequence[int]
+PatchSetter = Callable[[Tensor, Index, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class PartSetter:
+    """Copies one part of the clean activation into the corrupted one, which it edits and returns.
+
+    >>> layer_pos_patch_setter(torch.zeros(1, 3, 1), [0, 2], torch.ones(1, 3, 1)).flatten()
+    tensor([0., 0., 1.])
+    >>> layer_head_vector_patch_setter(torch.zeros(1, 2, 2, 1), [0, 1], torch.ones(1, 2, 2, 1)).flatten()
+    tensor([0., 1., 0., 1.])
+    >>> zeros, ones = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    >>> layer_head_dest_src_pos_pattern_patch_setter(zeros, [0, 0, 1, 0], ones).flatten()
+    tensor([0., 0., 1., 0.])
+
+    `index` is a row of the sweep's table. Raises `ValueError` for one of another length.
+    """
+
+    index_axis_names: tuple[str, ...]
+    """What the numbers of an index are, the layer first."""
+    first_axis: int = 1
+    """The activation's axis that the number after the layer goes along; those after it take the next axes."""
+
+    def __call__(
+        self,
+        corrupted_activation: Float[Tensor, "batch ..."],
+        index: Index,
+        clean_activation: Float[Tensor, "batch ..."],
+    ) -> Float[Tensor, "batch ..."]:
+        if len(index) != len(self.index_axis_names):
+            raise ValueError(f"index: got {list(index)}, expected ({', '.join(self.index_axis_names)})")
+        part = (slice(None),) * self.first_axis + tuple(index[1:])
+        corrupted_activation[part] = clean_activation[part]
+        return corrupted_activation
+
+
+layer_pos_patch_setter = PartSetter(("layer", "pos"))
+"""One position, of any activation `[batch pos ...]`."""
+layer_pos_head_vector_patch_setter = PartSetter(("layer", "pos", "head"))
+"""One head's vector at one position, of `[batch pos head d_head]`."""
+layer_head_vector_patch_setter = PartSetter(("layer", "head"), first_axis=2)
+"""One head's vectors at every position, of `[batch pos head d_head]`."""
+layer_head_pattern_patch_setter = PartSetter(("layer", "head_index"))
+"""One head's whole pattern, of `[batch head query_pos key_pos]`."""
+layer_head_pos_pattern_patch_setter = PartSetter(("layer", "head_index", "dest_pos"))
+"""The row of one head's pattern that belongs to one query."""
+layer_head_dest_src_pos_pattern_patch_setter = PartSetter(("layer", "head_index", "dest_pos", "src_pos"))
+"""One entry of one head's pattern."""
+layer_expert_patch_setter = PartSetter(("layer", "expert"), first_axis=2)
+"""One expert's entry at every position, of `[batch pos expert]`."""
+
 
 Cache = Mapping[str, Tensor]
 KEY_VALUE = ("k", "v", "rot_k")
@@ -111,7 +214,10 @@ def _interventions(
 ) -> list[Intervention]:
     """Each row of an index table as a hook on that layer's activation."""
     names = {layer: _full_name(model, activation_name, layer) for layer in dict.fromkeys(row[0] for row in rows)}
-    clean = {layer: _clean_activation(clean_cache, name) for layer, name in names.items()}
+    missing = next((name for name in names.values() if name not in clean_cache), None)
+    if missing:
+        raise KeyError(f"clean_cache: it holds no {missing!r}; cache that activation in the clean run as well")
+    clean = {layer: clean_cache[name] for layer, name in names.items()}
 
     def setting(index: list[int]) -> Callable[..., Any]:
         def patch(corrupted_activation: Tensor, hook: Any) -> Any:
@@ -141,12 +247,6 @@ def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> st
         raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
     full = "hook_" in activation_name
     return model.canonical_name(f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer))
-
-
-def _clean_activation(clean_cache: Cache, name: str) -> Tensor:
-    if name not in clean_cache:
-        raise KeyError(f"clean_cache: it holds no {name!r}; cache that activation in the clean run as well")
-    return clean_cache[name]
 
 
 def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
@@ -247,3 +347,47 @@ get_act_patch_attn_head_by_pos_every = PatchSweeps(
     (*(PatchSweep(part, layer_pos_head_vector_patch_setter) for part in "zqkv"), get_act_patch_attn_head_pattern_by_pos)
 )
 """The same, position by position: `[5 layer pos head]`."""
+
+
+@checked
+@torch.no_grad()
+def noised_embeddings(
+    bridge: TransformerBridge,
+    tokens: Int[Tensor, "1 pos"] | str,
+    positions: Sequence[int],
+    noise: float = 3.0,
+    samples: int = 10,
+    seed: int = 0,
+) -> Float[Tensor, "sample pos d_model"]:
+    """The embeddings of one prompt, with Gaussian noise at some positions, several times over: the corrupted input of a
+    causal trace. Give it to a sweep as `corrupted_tokens`; the metric then takes the mean over the batch, which is the
+    mean over the noise.
+
+    >>> tokens = bridge.to_tokens("When Mary and John went to the store")
+    >>> noised = noised_embeddings(bridge, tokens, positions=[1, 2], samples=3)
+    >>> clean = bridge.run_with_cache(tokens)[1]["hook_embed"]
+    >>> noised.shape, (noised != clean).any(-1)[0].nonzero().flatten().tolist()
+    (torch.Size([3, 9, 128]), [1, 2])
+
+    `noise` is in standard deviations of the model's token embeddings (Meng et al. take three). Raises `ValueError` for
+    a batch of several prompts and for positions that are not there.
+    """
+    ids, _, _ = bridge.input_and_mask(tokens)
+    if ids.is_floating_point():
+        raise TypeError(f"tokens: got {in_words(tokens)}, expected one prompt's text or token ids")
+    pos = ids.shape[1]
+    if len(ids) != 1 or samples < 1:
+        raise ValueError(
+            f"noised_embeddings: got {len(ids)} prompts and {samples} samples, expected 1 prompt, 1 sample up"
+        )
+    positions = whole_numbers("positions", positions, -pos, pos - 1, f" in a prompt of {pos} tokens")
+    if not positions:
+        raise ValueError(f"positions: got none, expected {-pos} to {pos - 1}, one or more")
+    _, cache = bridge.run_with_cache(ids, names_filter="hook_embed", stop_at_layer=0)
+    embedding = cache["hook_embed"]
+    model: Any = bridge.original_model
+    spread = noise * float(model.get_input_embeddings().weight.float().std())
+    drawn = torch.randn(samples, len(positions), embedding.shape[-1], generator=torch.Generator().manual_seed(seed))
+    noised: Tensor = embedding.repeat(samples, 1, 1)
+    noised[:, positions] += (drawn * spread).to(noised)
+    return noised
