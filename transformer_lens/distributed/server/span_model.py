@@ -63,17 +63,13 @@ def load_span(
     if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > layers:
         raise ValueError(f"blocks: got {blocks}, expected some of range(0, {layers}), one after the other")
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
-    weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
+    place, weights = config.block_prefix.rpartition(".")[2], {}
+    for tensor, weight in part.tensors.items():  # in a model that has these blocks alone, and no head
+        layer = block_of(tensor, config.block_prefix)
+        assert layer is not None
+        weights[f"{place}.{layer - blocks.start}.{tensor.partition(f'{place}.{layer}.')[2]}"] = weight
     ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in config.ends.items()}
     how = {"dtype": dtype, "attn_implementation": attn_implementation}
     here = span_config(config, blocks)
     model = filled(config.base_class.from_pretrained, here, {**weights, **ends}, f"{name}: its blocks {blocks}", **how)
     return model.to(device).eval().requires_grad_(False), config, part
-
-
-def _name_here(tensor: str, block_prefix: str, blocks: range) -> str:
-    """The name of a checkpoint's tensor in a model that has these blocks alone, and no head."""
-    layer = block_of(tensor, block_prefix)
-    place = block_prefix.rpartition(".")[2]
-    assert layer is not None
-    return f"{place}.{layer - blocks.start}.{tensor.partition(f'{place}.{layer}.')[2]}"
