@@ -471,7 +471,7 @@ def test_errors_in_the_blocks_are_answered_without_their_text(kind: Any, monkeyp
 def caches(server: SpanServer) -> list[weakref.ref[Any]]:
     """The keys of every session, without holding them."""
     sessions = [session for of in server.sessions.of_peer.values() for session in of.values()]
-    return [weakref.ref(layer.keys) for session in sessions for layer in session.cache.layers]
+    return [weakref.ref(layer.keys) for session in sessions for layer in set(session.cache.layers)]
 
 
 def test_a_client_that_vanished_is_freed() -> None:

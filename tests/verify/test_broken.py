@@ -553,6 +553,17 @@ def test_only_the_broken_places_are_named() -> None:
     assert failure.tolerance == 2.0**-16
 
 
+def test_what_a_module_returns_wrongly_is_not_handed_on() -> None:
+    model = family("rw")
+    first = model.transformer.h[0].post_attention_layernorm
+    kind = returning(LayerNormBridge, lambda call, out: out * 1.5 if call.module is first else out)
+    failures = adapted(model, blocks__ln2={"kind": kind}).verify().failures()
+    assert {(failure.check, failure.component) for failure in failures} == {
+        ("inside", "blocks.0.ln2"),
+        ("rewriting", "blocks.0.ln2"),
+    }
+
+
 def test_where_a_gradient_is_lost_is_said() -> None:
     report = CASES["a gradient that is not a number"][0]().verify()
     (first,) = [failure for failure in report.failures() if failure.note]

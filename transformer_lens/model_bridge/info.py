@@ -315,15 +315,10 @@ def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, 
     in_linear, in_experts = (sum(shape.numel() for shape in shapes) for shapes in (linear, expert))
     rest = 2 * (total - in_linear - in_experts)
     found = {"fp32": (4 * total,) * 2, "bf16": (2 * total,) * 2}
-    for name, packed in (("8-bit", _in_8_bits), ("4-bit", _in_4_bits)):
-        found[name] = (rest + packed(linear) + packed(expert), rest + packed(linear) + 2 * in_experts)
+    eight = [sum(shape.numel() + 4 * shape[0] for shape in shapes) for shapes in (linear, expert)]
+    scales = [4 * sum(ceil(shape.numel() / BLOCK) for shape in shapes) for shapes in (linear, expert)]
+    four = [ceil(numbers / 2) + scale for numbers, scale in zip((in_linear, in_experts), scales, strict=True)]
+    for name, (dense, mixed) in (("8-bit", eight), ("4-bit", four)):
+        found[name] = (rest + dense + mixed, rest + dense + 2 * in_experts)
     memory = tuple(WeightMemory(name, *found[name], formula) for name, formula in FORMULAS.items())
     return type(model).__name__, total, in_experts, memory
-
-
-def _in_8_bits(shapes: Sequence[torch.Size]) -> int:
-    return sum(shape.numel() + 4 * shape[0] for shape in shapes)
-
-
-def _in_4_bits(shapes: Sequence[torch.Size]) -> int:
-    return ceil(sum(s.numel() for s in shapes) / 2) + 4 * sum(ceil(s.numel() / BLOCK) for s in shapes)

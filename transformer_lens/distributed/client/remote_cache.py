@@ -122,7 +122,11 @@ class RemoteText:
         stretch.add(request)
         whole, nth = Reply(), 0
         while nth < len(stretch.segments):
-            self._check_leg(stretch, nth, tries)
+            # A text stays on its servers, unless one failed in another call or the model was connected anew.
+            segment, source = stretch.segments[nth], self.route.connected()
+            leg, moved = segment.leg, segment.source is not source
+            self._exchange(stretch, nth, tries.legs(leg.first, leg.end) if moved else tries.instead_of(leg))
+            segment.source = source
             if self._catch_up(stretch, nth, whole, tries):
                 nth += 1
             else:
@@ -179,15 +183,6 @@ class RemoteText:
                 tries.replayed += 1
             segment.done += 1
         return True
-
-    def _check_leg(self, stretch: _Stretch, nth: int, tries: Tries) -> None:
-        """A text stays on its servers, unless one failed in another call or the model was connected anew."""
-        segment, source = stretch.segments[nth], self.route.connected()
-        if segment.source is source:
-            self._exchange(stretch, nth, tries.instead_of(segment.leg))
-        else:
-            self._exchange(stretch, nth, tries.legs(segment.leg.first, segment.leg.end))
-            segment.source = source
 
     def _exchange(self, stretch: _Stretch, nth: int, legs: list[Leg]) -> None:
         """Let other servers run the blocks of a segment, from the first step on."""

@@ -103,7 +103,10 @@ def best_path(
             way = min(entered, riding[number]) if number in riding else entered
             here[number] = (way[0] + server.seconds_of_block(), way[1], way[2])
         if not here:
-            raise _no_path(everybody, first, end, banned)
+            held = {layer for server in asked for layer in server.blocks}
+            missing = [layer for layer in range(first, end) if layer not in held]
+            helpful = {s.peer: banned[s.peer] for s in everybody if s.peer in banned and set(missing) & set(s.blocks)}
+            raise NoPath(missing, helpful, {server.peer for server in everybody})
         riding, arrived = here, min(here.values())
     starts = [*arrived[2], ("", end)]
     return [Hop(peer, begin, stop) for (peer, begin), (_, stop) in itertools.pairwise(starts)]
@@ -111,13 +114,6 @@ def best_path(
 
 _Way = tuple[float, int, tuple[tuple[str, int], ...]]
 """Seconds so far, hops so far, and the peer and first block of each hop."""
-
-
-def _no_path(servers: list[ServerFacts], first: int, end: int, banned: Mapping[str, float]) -> NoPath:
-    held = {layer for server in servers if server.peer not in banned for layer in server.blocks}
-    missing = [layer for layer in range(first, end) if layer not in held]
-    helpful = {s.peer: banned[s.peer] for s in servers if s.peer in banned and set(missing) & set(s.blocks)}
-    return NoPath(missing, helpful, {server.peer for server in servers})
 
 
 def permitted(settings: Any, peer: str) -> bool:

@@ -195,7 +195,9 @@ class Exchange:
             self.forget()
             found = self.of_peer.get(peer, {}).get(call)
             if wanted == FETCH:
-                return self._fetch(found, offset)
+                if found is None or found.answer is None or offset >= len(found.answer):
+                    raise FrameRefused("an answer, or a place in one, that is not here (any more)", retry=True)
+                return self.part(found, offset)
             if wanted != SEND or not 0 < seconds <= LONGEST:
                 raise FrameRefused("a piece that asks for nothing known, or has no time", retry=False)
             return self._receive(found or self._new(peer, call, total, offset), total, offset, seconds, data)
@@ -280,11 +282,6 @@ class Exchange:
         if call.have == call.total and offset + len(data) == call.total:
             return call
         return REPLY.pack(MAGIC, MORE, 0, offset + len(data))
-
-    def _fetch(self, call: Call | None, offset: int) -> bytes:
-        if call is None or call.answer is None or offset >= len(call.answer):
-            raise FrameRefused("an answer, or a place in one, that is not here (any more)", retry=True)
-        return self.part(call, offset)
 
     def _make_room(self, peer: str) -> None:
         """Forget the oldest answers where there are more than there is room for."""

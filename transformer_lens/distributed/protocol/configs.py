@@ -158,8 +158,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
     """The class of the attention in them."""
     base_class: ClassVar[type[PreTrainedModel]]
     """The family's model without its head: what runs the blocks on a server."""
-    ends: ClassVar[dict[str, int]]
-    """What a server has no use for, and how many axes each has: an embedding of one row, a norm that never runs."""
     collects: ClassVar[tuple[str, ...]]
     """What the family's models would collect inside their blocks when the config asks for it."""
     dropouts: ClassVar[tuple[str, ...]]
@@ -223,6 +221,9 @@ class DistributedConfig(ClientSettings, ModelSettings):
             config.pad_token_id = 0
         config._name_or_path = name
         check_settings(config)
+        adapter = adapter_for(config)
+        if any("mixer" in adapter.block(layer).parts for layer in range(adapter.cfg.n_layers)):
+            raise ValueError(f"{name}: it has mixers, whose states servers do not keep, and cannot run over servers")
         return (config, unused) if with_unused else config
 
     @classmethod
@@ -276,25 +277,19 @@ class DistributedConfig(ClientSettings, ModelSettings):
         return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
 
 
-def made_from_adapter(kind: type[Any]) -> type[Any]:
-    """Fill in what the family's adapter and its own model say: where the blocks are, and what is around them.
-
-    Raises `ValueError` for a family without an adapter, and for one that adds positions to the stream itself: a model
-    that has some of its blocks alone would add them once more.
-    """
+def made_from_adapter(kind: type[Any], like: Any = None) -> type[Any]:
+    """Fill in what the adapter and the model of a config, or of its defaults, say of the family's blocks."""
     plain: Any = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
-    config = plain(num_hidden_layers=1)
+    config = plain() if like is None else like
     adapter = adapter_for(config)
-    if "pos_embed" in adapter.outside():
-        raise ValueError(f"{plain.model_type} adds positions in front of its blocks, and cannot run over servers")
     with torch.device("meta"):
         model = MODEL_MAPPING[plain](config)
-    part, ends = adapter.block(0), [adapter.outside()[role].at for role in ("embed", "ln_final")]
-    block = model.get_submodule(f"{part.at}.0")
+    parts = [adapter.block(layer) for layer in range(config.num_hidden_layers)]
+    layer = next((layer for layer, part in enumerate(parts) if "attn" in part.parts), 0)
+    block = model.get_submodule(f"{parts[layer].at}.{layer}")
     kind.base_class, kind.block_class = type(model), type(block)
-    kind.attn_class = type(block.get_submodule(part.parts["attn"].at))
-    kind.block_prefix = f"{model.base_model_prefix}.{part.at}"
-    kind.ends = {f"{at}.{name}": p.ndim for at in ends for name, p in model.get_submodule(at).named_parameters()}
+    kind.attn_class = type(block.get_submodule(parts[layer].parts["attn"].at))
+    kind.block_prefix = f"{model.base_model_prefix}.{parts[layer].at}"
     kind.collects = (*COLLECTED, *(["output_router_logits"] if adapter.cfg.num_experts else []))
     kind.dropouts, kind.returns_tuple = adapter.dropouts, adapter.block_returns_tuple
     return kind
@@ -330,8 +325,8 @@ CONFIGS: dict[str, type[Any]] = {"falcon": DistributedFalconConfig, "mixtral": D
 """`model_type` -> its distributed config, as far as it was made."""
 
 
-def config_class(model_type: Any) -> type[Any]:
-    """The distributed config of a family, made of its adapter when it is first asked for.
+def config_class(model_type: Any, like: Any = None) -> type[Any]:
+    """The distributed config of a family, made of its adapter when it is first asked for, of a config `like` that one.
 
     >>> config_class("llama")().block_prefix
     'model.layers'
@@ -343,7 +338,8 @@ def config_class(model_type: Any) -> type[Any]:
             raise ValueError(f"model_type {model_type!r} is not one that transformers knows")
         plain = CONFIG_MAPPING[model_type]
         says = {"__module__": __name__, "__doc__": f"`{plain.__name__}`, for blocks on other machines."}
-        CONFIGS[model_type] = made_from_adapter(type(f"Distributed{plain.__name__}", (DistributedConfig, plain), says))
+        made = type(f"Distributed{plain.__name__}", (DistributedConfig, plain), says)
+        CONFIGS[model_type] = made_from_adapter(made, plain.from_dict(like) if like else None)
     return CONFIGS[model_type]
 
 
@@ -362,7 +358,7 @@ class AutoDistributedConfig:
         name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
         written, _ = PreTrainedConfig.get_config_dict(source_of(name), **of_files(kwargs))
-        return config_class(written.get("model_type")).from_pretrained(name, **kwargs)
+        return config_class(written.get("model_type"), written).from_pretrained(name, **kwargs)
 
 
 def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:

@@ -194,12 +194,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_places(value: Any, limits: Limits) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, list) and 0 < len(value) <= limits.places and all(map(_is_int, value))
-
-
 REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: value in KINDS,
     "first": lambda value: _is_int(value) and 0 <= value < 2**31,
@@ -314,7 +308,9 @@ def _action(row: Any, limits: Limits) -> Action:
     if row["number"] is not None and not isinstance(row["number"], float):
         raise MessageError("the number of an action is a float")
     for what in ("positions", "heads", "experts"):
-        if not _is_places(row[what], limits):
+        places = row[what]
+        several = isinstance(places, list) and 0 < len(places) <= limits.places and all(map(_is_int, places))
+        if places is not None and not several:
             raise MessageError(f"{what} of an action: whole numbers, 1 to {limits.places} of them, or nothing")
     return Action(**row)
 

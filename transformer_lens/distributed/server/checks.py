@@ -46,10 +46,9 @@ class Checks:
         layer = int(found.group(1)) if found else -1
         if found is None or layer not in self.blocks:
             raise MessageError(f"hook {name!r} is not in the blocks of this server, {self.blocks}")
-        here = f"blocks.{layer - self.blocks.start}.{found.group(2)}"
-        if here not in self.bridge.hook_dict:
+        if name not in self.bridge.hook_dict:
             raise MessageError(f"no hook of these blocks is named {name!r}")
-        return self.bridge.hook_dict[here]
+        return self.bridge.hook_dict[name]
 
     def shape(self, request: Request, action: Action) -> list[int]:
         """The shape of the activation at an action's hook."""

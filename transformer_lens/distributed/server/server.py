@@ -197,8 +197,7 @@ class SpanServer:
         if cache is not None:
             given[CACHE] = cache
         self._given = self.bridge.arguments.named(given)
-        first, end = request.first - self.blocks.start, request.end - self.blocks.start
-        output: Tensor = self.bridge(stream, start_at_layer=first or None, stop_at_layer=end)
+        output: Tensor = self.bridge(stream, start_at_layer=request.first, stop_at_layer=request.end)
         return output
 
     @contextmanager
@@ -304,9 +303,8 @@ class SpanServer:
         blocks = request.end - request.first
         each = 2 * blocks * cfg.n_key_value_heads * cfg.d_head * self.model.dtype.itemsize
         cache = GroupedCache(self.model.config)  # bitwise transformers' own, and 1/29 of it for Falcon-180B
-        first = request.first - self.blocks.start
         # The model asks its first layer how long the text is, and blocks below the first of these do not run.
-        cache.layers[:first] = [cache.layers[first]] * first
+        cache.layers = [cache.layers[request.first]] * request.first + cache.layers[request.first : request.end]
         return Session(cache, bytes_per_position=each, rows=request.tensors["stream"].shape[0])
 
 

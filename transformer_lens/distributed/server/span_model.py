@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
-from transformer_lens.model_bridge import adapter_for
+from transformer_lens.model_bridge import BlockElsewhere
 
 
-def span_config(config: Any, blocks: range) -> Any:
-    """The config of a model that has these blocks alone, as its own first ones.
+class SpanOf:
+    """A base model in which other blocks than those of a span are elsewhere; these keep their numbers."""
 
-    Raises `ValueError` where a block would not be the same there: what it is depends on its number in the model.
-    """
-    here = copy.deepcopy(config)
-    here.num_hidden_layers = len(blocks)
-    here.vocab_size, here.pad_token_id = 1, None
-    if "layer_types" in vars(here):
-        here.layer_types = here.layer_types[blocks.start : blocks.stop]
-    if "mlp_only_layers" in vars(here):
-        here.mlp_only_layers = [layer - blocks.start for layer in here.mlp_only_layers if layer in blocks]
-    whole, part = adapter_for(config), adapter_for(here)
-    for layer in blocks:
-        there = layer - blocks.start
-        if (whole.block(layer), whole.window(layer)) != (part.block(there), part.window(there)):
-            raise ValueError(
-                f"blocks: those of this {config.model_type} depend on their number in the model; layer {layer} would "
-                f"be another one in {blocks}"
-            )
-    return here
+    place: ClassVar[str]
+    """What the base model calls its blocks."""
+    here: ClassVar[range]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # the family's own, which allocates nothing yet
+        blocks: nn.ModuleList = self.get_submodule(self.place)  # type: ignore[attr-defined]
+        for layer in set(range(len(blocks))) - set(self.here):
+            blocks[layer] = BlockElsewhere()
 
 
 def load_span(
@@ -45,11 +38,11 @@ def load_span(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
-    """The blocks of a span in a model of their own, the whole model's config, and what was read for them.
+    """A base model that has the blocks of a span, the whole model's config, and what was read for them.
 
     >>> model, config, part = load_span("tiny-falcon", range(1, 3))
-    >>> len(model.h), config.num_hidden_layers, len(part.tensors)
-    (2, 4, 16)
+    >>> [len(list(block.parameters())) for block in model.h], len(part.tensors)
+    ([0, 8, 8, 0], 16)
 
     `options` are settings of the config, and say where files come from. Weights keep the checkpoint's dtype unless
     `dtype` is given; `device` is where they run. Raises `ValueError` for blocks the model has not, or tensors the
@@ -63,17 +56,15 @@ def load_span(
     if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > layers:
         raise ValueError(f"blocks: got {blocks}, expected some of range(0, {layers}), one after the other")
     part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
-    weights = {_name_here(tensor, config.block_prefix, blocks): weight for tensor, weight in part.tensors.items()}
-    ends = {end: torch.zeros((1, config.hidden_size)[-n:]) for end, n in config.ends.items()}
+    place, base, here = config.block_prefix.rpartition(".")[2], config.base_class, copy.deepcopy(config)
+    here.vocab_size, here.pad_token_id = 1, None
+    kind: Any = type(base.__name__, (SpanOf, base), {"place": place, "here": blocks, "__module__": base.__module__})
+    with torch.device("meta"):
+        whole = dict(kind(here).named_parameters())
+    # What is around the blocks never runs: an embedding of one row, a final norm.
+    tensors = {end: torch.zeros(p.shape) for end, p in whole.items() if not end.startswith(f"{place}.")}
+    for tensor, weight in part.tensors.items():  # a checkpoint of the model with its head has a prefix
+        tensors[re.sub(rf"^.*?\b(?={re.escape(place)}\.\d)", "", tensor)] = weight
     how = {"dtype": dtype, "attn_implementation": attn_implementation}
-    here = span_config(config, blocks)
-    model = filled(config.base_class.from_pretrained, here, {**weights, **ends}, f"{name}: its blocks {blocks}", **how)
+    model = filled(kind.from_pretrained, here, tensors, f"{name}: its blocks {blocks}", **how)
     return model.to(device).eval().requires_grad_(False), config, part
-
-
-def _name_here(tensor: str, block_prefix: str, blocks: range) -> str:
-    """The name of a checkpoint's tensor in a model that has these blocks alone, and no head."""
-    layer = block_of(tensor, block_prefix)
-    place = block_prefix.rpartition(".")[2]
-    assert layer is not None
-    return f"{place}.{layer - blocks.start}.{tensor.partition(f'{place}.{layer}.')[2]}"

@@ -331,8 +331,8 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
         for block in attending
         for row, write in _of(e, block, here)
     ]
-    options: dict[str, Any] = {"past_key_values": cache, "return_type": None, "fwd_hooks": hooks}
-    got = _last_step(e, streams, lambda: e.bridge.run_with_hooks(last, **options))
+    run = partial(e.bridge.run_with_hooks, last, past_key_values=cache, return_type=None, fwd_hooks=hooks)
+    got = _last_step(e, streams, run)
     for block in attending:
         for row, write in _of(e, block, here):
             a, b = got[f"{block}.attn"][row], oracle[f"{block}.attn"][row]

@@ -133,34 +133,25 @@ def without_new_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is as it was afterwards.
+    """Evaluation mode without gradients, none of them at parameters; modes and parameters are as they were afterwards.
 
     Small models run on one thread: on a busy machine two are ten times slower.
     """
     modes = [(module, module.training) for module in model.modules()]
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     threads = torch.get_num_threads()
     small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
     try:
         with torch.inference_mode(False), torch.no_grad():
             model.eval()
+            for parameter in required:
+                parameter.requires_grad_(False)
             torch.set_num_threads(1 if small else threads)
             yield
     finally:
         torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def gradients_of_activations(model: nn.Module) -> Iterator[None]:
-    """Gradients on, those of parameters off, so that none of their `.grad` is touched."""
-    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in required:
-            parameter.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
         for parameter in required:
             parameter.requires_grad_()
 

@@ -22,7 +22,6 @@ from transformer_lens.model_bridge.upstream import MASK
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
     Looking,
-    gradients_of_activations,
     largest_difference,
 )
 from transformer_lens.model_bridge.verification.report import CheckResult
@@ -105,7 +104,7 @@ def neutral_hook(e: Evidence) -> Iterator[CheckResult]:
     def run(names: Sequence[str]) -> Tensor:
         return e.hooked([(_roots(e), _require_gradient), (names, Looking())])
 
-    with gradients_of_activations(e.bridge.original_model):
+    with torch.enable_grad():
         expected = run([]).detach()
         names = [name for name in e.cache if name in e.ports]
         yield from _by_component(e, "neutral hook", names, lambda names: run(names).detach(), expected)
@@ -224,7 +223,7 @@ def gradient(e: Evidence) -> Iterator[CheckResult]:
     """A finite gradient comes back to every hook."""
     count = Looking(lambda gradient, hook: int((~gradient.isfinite()).sum()))
     names = [name for name in e.cache if not e.bridge.hook_dict[name].integer]
-    with gradients_of_activations(e.bridge.original_model):
+    with torch.enable_grad():
         output = e.hooked([(_roots(e), _require_gradient)], bwd_hooks=[(names, count)])
         weights = torch.randn(output.shape, generator=e.random).to(output.device)
         if output.requires_grad:
