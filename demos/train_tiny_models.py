@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -37,18 +38,16 @@ from transformers import (
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import transformer_lens.data as tiny_data
-from transformer_lens.data.evaluate import (
-    expert_shares,
-    ioi_accuracy,
-    plain_token_ids,
-    repeated_accuracy,
-)
 from transformer_lens.data.generate import (
+    IOIExample,
     Task,
+    ioi_examples,
+    padded_prompts,
     repeated_random_tokens,
     training_example,
     training_text,
 )
+from transformer_lens.model_bridge.tokens import single_token
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 KINDS = ("falcon", "mixtral")
@@ -296,6 +295,69 @@ class Training:
                     self.save()
         self.model.eval()
         return self.step >= self.recipe.steps
+
+
+# -- what is measured: held-out accuracy, and how tokens spread on experts --------------------------------------
+
+
+def plain_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Every token id but the special ones: what random sequences are drawn from."""
+    special = set(tokenizer.all_special_ids)
+    return [token for token in range(len(tokenizer)) if token not in special]
+
+
+@torch.no_grad()
+def ioi_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Sequence[IOIExample] | None = None
+) -> float:
+    """The share of prompts (by default 400 with unseen name pairs) where the most likely token of the whole vocabulary
+    is the indirect object."""
+    examples = examples if examples is not None else ioi_examples(400, seed=1)
+    tokens, last = padded_prompts(tokenizer, [example.prompt for example in examples])
+    logits = model(tokens).logits[torch.arange(len(tokens)), last]
+    answers = [single_token(tokenizer, example.answer) for example in examples]
+    return float((logits.argmax(-1) == torch.tensor(answers)).float().mean())
+
+
+@torch.no_grad()
+def repeated_accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    lengths: Sequence[int] = (8, 12, 16, 20, 24),
+    batch: int = 40,
+    seed: int = 1,
+) -> float:
+    """The share of right predictions over the whole vocabulary in the second half of repeated random sequences, from
+    its second token on (its first token cannot be told from the past)."""
+    rng, token_ids = Random(seed), plain_token_ids(tokenizer)
+    right = total = 0
+    for length in lengths:
+        tokens = repeated_random_tokens(token_ids, length, batch, tokenizer.bos_token_id, rng)
+        hits = model(tokens).logits[:, length + 1 : -1].argmax(-1) == tokens[:, length + 2 :]
+        right, total = right + int(hits.sum()), total + hits.numel()
+    return right / total
+
+
+@torch.no_grad()
+def expert_shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """The share of held-out tokens that each expert of each layer is given: [layers, experts]. Half of the tokens are
+    indirect-object prompts, half repeated random sequences."""
+    text, last = padded_prompts(tokenizer, [example.prompt for example in ioi_examples(100, seed=2)])
+    random = repeated_random_tokens(plain_token_ids(tokenizer), 12, 100, tokenizer.bos_token_id, Random(2))
+    real = torch.arange(text.shape[1]) <= last[:, None]
+    shares = [_routed(model, text, real), _routed(model, random, torch.ones_like(random).bool())]
+    counts = torch.stack(shares).sum(0)
+    return counts / counts.sum(-1, keepdim=True)
+
+
+def _routed(model: PreTrainedModel, tokens: Tensor, real: Tensor) -> Tensor:
+    """How many real tokens each expert of each layer is given: [layers, experts]."""
+    config = model.config
+    counts = []
+    for logits in model(tokens, output_router_logits=True).router_logits:
+        chosen = logits.topk(config.num_experts_per_tok, dim=-1).indices[real.reshape(-1)]
+        counts.append(torch.bincount(chosen.reshape(-1), minlength=config.num_local_experts))
+    return torch.stack(counts).float()
 
 
 def measure(training: Training) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from tests.distributed.faults import Clock, FaultySpan, Schedule
 from tests.support import FAMILIES, family, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.data import tiny_model_path
-from transformer_lens.data.evaluate import padded_prompts
-from transformer_lens.data.generate import ioi_examples
+from transformer_lens.data.generate import ioi_examples, padded_prompts
 from transformer_lens.distributed import (
     AutoDistributedConfig,
     AutoDistributedModelForCausalLM,

@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from transformer_lens.data import TINY_MODELS, generate, tiny_model_path, words
-from transformer_lens.data.evaluate import expert_shares, ioi_accuracy, repeated_accuracy
 
 SCRIPT = Path(__file__).parents[2] / "demos" / "train_tiny_models.py"
 UNUSED_SEED = 20_261_121  # evaluation during training uses small seeds
@@ -49,15 +48,15 @@ def script() -> ModuleType:
 
 @every_model
 @pytest.mark.parametrize("order", generate.ORDERS)
-def test_indirect_object_on_unseen_name_pairs(name: str, order: generate.Order) -> None:
+def test_indirect_object_on_unseen_name_pairs(name: str, order: generate.Order, script: ModuleType) -> None:
     rng = Random(UNUSED_SEED)
     examples = [generate.ioi_example(rng, held_out=True, order=order) for _ in range(200)]
-    assert ioi_accuracy(*load(name), examples) >= 0.95
+    assert script.ioi_accuracy(*load(name), examples) >= 0.95
 
 
 @every_model
-def test_second_half_of_fresh_random_sequences(name: str) -> None:
-    assert repeated_accuracy(*load(name), seed=UNUSED_SEED) >= 0.95
+def test_second_half_of_fresh_random_sequences(name: str, script: ModuleType) -> None:
+    assert script.repeated_accuracy(*load(name), seed=UNUSED_SEED) >= 0.95
 
 
 @every_model
@@ -74,8 +73,8 @@ def test_corrupted_prompt_flips_the_answer(name: str) -> None:
         assert clean > 0 > corrupted, pair
 
 
-def test_every_expert_is_used_in_every_layer() -> None:
-    shares = expert_shares(*load("tiny-mixtral"))
+def test_every_expert_is_used_in_every_layer(script: ModuleType) -> None:
+    shares = script.expert_shares(*load("tiny-mixtral"))
     assert shares.shape == (3, 4)
     assert shares.min() > 0.05
 
@@ -160,8 +159,8 @@ def test_pairs_have_equal_token_length(name: str) -> None:
 
 
 def test_generator_is_seeded_and_refuses_bad_input() -> None:
-    assert generate.held_out_text(50, seed=3) == generate.held_out_text(50, seed=3)
-    assert generate.held_out_text(50, seed=3) != generate.held_out_text(50, seed=4)
+    assert generate.ioi_examples(50, seed=3) == generate.ioi_examples(50, seed=3)
+    assert generate.ioi_examples(50, seed=3) != generate.ioi_examples(50, seed=4)
     assert len(words.TEMPLATES) >= 12 and len(words.NAMES) >= 60
     with pytest.raises(ValueError, match="order: got 'ABA', expected one of ABB, BAB"):
         generate.ioi_example(Random(0), order="ABA")  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -89,12 +89,7 @@ class IOIPair:
 
 
 def is_held_out_pair(first: str, second: str) -> bool:
-    """Whether the unordered pair of names is kept out of training: decided by a salted hash, so the split does not
-    depend on the order or on the rest of the names.
-
-    >>> is_held_out_pair("Mary", "John") == is_held_out_pair("John", "Mary")
-    True
-    """
+    """Whether a pair of names, in either order, is kept out of training: by a salted hash, whatever the other names."""
     pair = "|".join((_SPLIT_SALT, *sorted((first, second))))
     digest = hashlib.sha256(pair.encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
@@ -117,11 +112,7 @@ def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
 
 
 def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None) -> IOIExample:
-    """One indirect-object prompt, with a name pair from the held-out or the training side.
-
-    >>> ioi_example(Random(1), held_out=True).answer in {f" {name}" for name in NAMES}
-    True
-    """
+    """One indirect-object prompt, with a name pair from the held-out or the training side."""
     if order is not None and order not in ORDERS:
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
     drawn: Order = rng.choice(ORDERS) if order is None else order
@@ -159,15 +150,6 @@ def ioi_examples(count: int, seed: int = 0, held_out: bool = True) -> list[IOIEx
     return [ioi_example(rng, held_out, ORDERS[index % 2]) for index in range(count)]
 
 
-def held_out_text(count: int = 200, seed: int = 0) -> str:
-    """Indirect-object sentences with unseen name pairs as plain text, one a line, answers included.
-
-    >>> held_out_text(2).count("\\n")
-    2
-    """
-    return "".join(f"{example.prompt}{example.answer}.\n" for example in ioi_examples(count, seed))
-
-
 def repeated_random_tokens(
     token_ids: Sequence[int], length: int, batch: int, bos: int, rng: Random | None = None
 ) -> Tensor:
@@ -184,16 +166,25 @@ def repeated_random_tokens(
     return torch.tensor([[bos, *half, *half] for half in halves])
 
 
+def padded_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
+    attention is causal, so right padding needs no mask, and any token will do.
+
+    >>> tokens, last = padded_prompts(tokenizer, ["When Mary"])  # doctest: +SKIP
+    """
+    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [[*front, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
+    padded = [row + [pad] * (width - len(row)) for row in rows]
+    return torch.tensor(padded), torch.tensor([len(row) - 1 for row in rows])
+
+
 # The label in front gives every item of the series its leading space, hence its own single token.
 _SERIES = (("Days:", DAYS), ("Months:", MONTHS), ("Numbers:", NUMBERS), ("Letters:", LETTERS))
 
 
 def successor_example(rng: Random) -> TextExample:
-    """Days, months, numbers or letters counted up from anywhere; days and months wrap around.
-
-    >>> successor_example(Random(0)).prompt.split()[0] in {"Days:", "Months:", "Numbers:", "Letters:"}
-    True
-    """
+    """Days, months, numbers or letters counted up from anywhere; days and months wrap around."""
     label, items = rng.choice(_SERIES)
     shown, follow = rng.randint(1, 3), rng.randint(2, 4)
     wraps = items in (DAYS, MONTHS)
@@ -203,45 +194,25 @@ def successor_example(rng: Random) -> TextExample:
 
 
 def copying_example(rng: Random) -> TextExample:
-    """A fact stated and asked for again: an owner's object, an object's color, or a list of words.
-
-    >>> copying_example(Random(0)).completion.startswith(" ")
-    True
-    """
+    """A fact stated and asked for again: an owner's object, an object's color, or a list of words."""
     kind = rng.randrange(3)
-    if kind == 0:
-        return _owner_example(rng)
-    if kind == 1:
-        return _color_example(rng)
-    words = rng.sample(OBJECTS + PLACES + COLORS, rng.randint(2, 5))
-    listed = "".join(f" {word}" for word in words)
-    return TextExample(f"List:{listed}. Again:", f"{listed}.")
-
-
-def _owner_example(rng: Random) -> TextExample:
-    """Two owners, one asked about; only training pairs, so the split holds for all the text."""
-    owners = _ordered_pair(rng, held_out=False)
-    things = rng.sample(OBJECTS, 2)
-    asked = rng.randrange(2)
-    facts = " ".join(f"The {thing} is for {owner}." for owner, thing in zip(owners, things, strict=True))
-    return TextExample(f"{facts} The {things[asked]} is for", f" {owners[asked]}.")
-
-
-def _color_example(rng: Random) -> TextExample:
-    """Two or three colored objects, one asked about."""
-    count = rng.randint(2, 3)
-    things, colors = rng.sample(OBJECTS, count), rng.sample(COLORS, count)
-    asked = rng.randrange(count)
-    facts = " ".join(f"The {thing} is {color}." for thing, color in zip(things, colors, strict=True))
-    return TextExample(f"{facts} The {things[asked]} is", f" {colors[asked]}.")
+    if kind == 2:
+        words = rng.sample(OBJECTS + PLACES + COLORS, rng.randint(2, 5))
+        listed = "".join(f" {word}" for word in words)
+        return TextExample(f"List:{listed}. Again:", f"{listed}.")
+    if kind == 0:  # only training pairs, so the split holds for all the text
+        answers: Sequence[str] = _ordered_pair(rng, held_out=False)
+        things, verb = rng.sample(OBJECTS, 2), "is for"
+    else:
+        count = rng.randint(2, 3)
+        things, answers, verb = rng.sample(OBJECTS, count), rng.sample(COLORS, count), "is"
+    asked = rng.randrange(len(things))
+    facts = " ".join(f"The {thing} {verb} {answer}." for thing, answer in zip(things, answers, strict=True))
+    return TextExample(f"{facts} The {things[asked]} {verb}", f" {answers[asked]}.")
 
 
 def training_example(rng: Random, task: Task) -> TextExample:
-    """One training sentence of a task; indirect-object sentences use training pairs only.
-
-    >>> training_example(Random(0), "ioi").completion.endswith(".")
-    True
-    """
+    """One training sentence of a task; indirect-object sentences use training pairs only."""
     if task == "ioi":
         example = ioi_example(rng, held_out=False)
         return TextExample(example.prompt, f"{example.answer}.")
@@ -249,11 +220,7 @@ def training_example(rng: Random, task: Task) -> TextExample:
 
 
 def training_text(count: int, seed: int = 0) -> Iterator[str]:
-    """Training sentences of all tasks, for the tokenizer.
-
-    >>> len(list(training_text(8)))
-    8
-    """
+    """Training sentences of all tasks, for the tokenizer."""
     rng = Random(seed)
     tasks: tuple[Task, ...] = ("ioi", "ioi", "successor", "copying")
     for index in range(count):

@@ -25,55 +25,37 @@ READ_ALWAYS = (
 """Fields that every model heeds, or that follow from the others."""
 
 
+def _sizes(cfg: BridgeConfig) -> dict[str, Any]:
+    """What every config of transformers has under these names, its own or others that stand for it."""
+    named = {"num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads, "hidden_size": cfg.d_model}
+    return {**named, "max_position_embeddings": cfg.n_ctx}
+
+
 def _gpt2(cfg: BridgeConfig) -> PreTrainedConfig:
-    return transformers.GPT2Config(
-        n_layer=cfg.n_layers,
-        n_head=cfg.n_heads,
-        n_embd=cfg.d_model,
-        n_inner=cfg.d_mlp,
-        n_positions=cfg.n_ctx,
-        activation_function=cfg.act_fn,
-        layer_norm_epsilon=cfg.eps,
-        **{f"{where}_pdrop": 0.0 for where in ("attn", "embd", "resid")},
-    )
+    dropout = {f"{where}_pdrop": 0.0 for where in ("attn", "embd", "resid")}
+    own = {"n_inner": cfg.d_mlp, "activation_function": cfg.act_fn, "layer_norm_epsilon": cfg.eps}
+    return transformers.GPT2Config(**_sizes(cfg), **own, **dropout)
+
+
+def _rotary(cfg: BridgeConfig) -> dict[str, Any]:
+    part = (cfg.rotary_dim or cfg.d_head) / cfg.d_head
+    rope = {"rope_type": "default", "rope_theta": cfg.rotary_base or 10000.0, "partial_rotary_factor": part}
+    return {**_sizes(cfg), "intermediate_size": cfg.d_mlp, "hidden_act": cfg.act_fn, "rope_parameters": rope}
 
 
 def _gpt_neox(cfg: BridgeConfig) -> PreTrainedConfig:
     return transformers.GPTNeoXConfig(
-        num_hidden_layers=cfg.n_layers,
-        num_attention_heads=cfg.n_heads,
-        hidden_size=cfg.d_model,
-        intermediate_size=cfg.d_mlp,
-        max_position_embeddings=cfg.n_ctx,
-        hidden_act=cfg.act_fn,
-        layer_norm_eps=cfg.eps,
-        use_parallel_residual=cfg.parallel_attn_mlp,
-        rope_parameters=_rotation(cfg),
+        **_rotary(cfg), layer_norm_eps=cfg.eps, use_parallel_residual=cfg.parallel_attn_mlp
     )
 
 
 def _llama(cfg: BridgeConfig) -> PreTrainedConfig:
-    sizes = {
-        "num_hidden_layers": cfg.n_layers,
-        "num_attention_heads": cfg.n_heads,
-        "num_key_value_heads": cfg.n_key_value_heads,
-        "head_dim": cfg.d_head,
-        "hidden_size": cfg.d_model,
-        "intermediate_size": cfg.d_mlp,
-        "max_position_embeddings": cfg.n_ctx,
-        "hidden_act": cfg.act_fn,
-        "rms_norm_eps": cfg.eps,
-        "rope_parameters": _rotation(cfg),
-    }
+    own = {"num_key_value_heads": cfg.n_key_value_heads, "head_dim": cfg.d_head, "rms_norm_eps": cfg.eps}
+    sizes = {**_rotary(cfg), **own}
     if not cfg.num_experts:
         return transformers.LlamaConfig(**sizes)
     experts = {"num_local_experts": cfg.num_experts, "num_experts_per_tok": cfg.experts_per_token or 2}
     return transformers.MixtralConfig(**sizes, **experts, sliding_window=cfg.sliding_window)
-
-
-def _rotation(cfg: BridgeConfig) -> dict[str, Any]:
-    part = (cfg.rotary_dim or cfg.d_head) / cfg.d_head
-    return {"rope_type": "default", "rope_theta": cfg.rotary_base or 10000.0, "partial_rotary_factor": part}
 
 
 Made = tuple[Callable[[BridgeConfig], PreTrainedConfig], tuple[str, ...]]
@@ -82,7 +64,7 @@ FAMILIES: Mapping[tuple[str, str, bool], Made] = {
     ("rotary", "LN", False): (_gpt_neox, ("parallel_attn_mlp", "rotary_dim", "rotary_base")),
     ("rotary", "RMS", True): (
         _llama,
-        ("rotary_base", "num_experts", "experts_per_token", "sliding_window", "final_rms"),
+        (*("rotary_base", "num_experts", "experts_per_token"), "sliding_window", "final_rms"),
     ),
 }
 """What makes a model with these positions, this norm, and a gated MLP or not, and the further fields it heeds."""

@@ -48,158 +48,88 @@ def _added_bias(block: BlockBridge, branch: Branch) -> Tensor:
     return bias * branch.scale
 
 
+def at_end(role: str, name: str) -> Any:
+    """An attribute of a bridge: a weight of its embedding or unembedding."""
+    return property(lambda bridge: getattr(bridge._part(role), name), doc=f"`{role}.{name}`.")
+
+
+def stacked(role: str, name: str) -> Any:
+    """An attribute of a bridge: a weight of one of its parts, of every layer, copied."""
+    return property(lambda bridge: bridge._stacked(role, name), doc=f"Every layer's `{role}.{name}`, copied.")
+
+
 class WeightMethods:
-    """What a bridge inherits to read weights."""
+    """What a bridge inherits to read weights.
+
+    >>> bridge.W_E.shape, bridge.W_U.shape, bridge.b_U.shape
+    (torch.Size([735, 128]), torch.Size([128, 735]), torch.Size([735]))
+    >>> bridge.W_Q.shape, bridge.W_K.shape, bridge.b_O.shape, bridge.W_gate
+    (torch.Size([4, 4, 128, 32]), torch.Size([4, 2, 128, 32]), torch.Size([4, 128]), None)
+    >>> moe.W_in.shape, moe.W_gate.shape
+    (torch.Size([3, 4, 128, 64]), torch.Size([3, 4, 128, 64]))
+    """
 
     cfg: BridgeConfig
     blocks: Layers
 
     # -- both ends: views ------------------------------------------------------------------------------
 
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The token embedding: the model's own parameter.
-
-        >>> bridge.W_E.shape
-        torch.Size([735, 128])
-        """
-        return self._part("embed").W_E  # type: ignore[no-any-return]
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The unembedding: a view of the model's own parameter, which may be the embedding's.
-
-        >>> bridge.W_U.shape
-        torch.Size([128, 735])
-
-        Raises `ValueError` for a model class without an unembedding.
-        """
-        return self._part("unembed").W_U  # type: ignore[no-any-return]
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """What is added to the logits; zeros where the model has no such bias.
-
-        >>> bridge.b_U.shape
-        torch.Size([735])
-        """
-        return self._part("unembed").b_U  # type: ignore[no-any-return]
+    W_E: Float[Tensor, "d_vocab d_model"] = at_end("embed", "W_E")
+    """The token embedding: the model's own parameter."""
+    W_U: Float[Tensor, "d_model d_vocab"] = at_end("unembed", "W_U")
+    """The unembedding: a view of the model's own parameter, which may be the embedding's. Raises `ValueError` for a
+    model class without one."""
+    b_U: Float[Tensor, " d_vocab"] = at_end("unembed", "b_U")
+    """What is added to the logits; zeros where the model has no such bias."""
 
     # -- all layers: copies ----------------------------------------------------------------------------
 
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        """Every layer's `attn.W_Q`, copied.
-
-        >>> bridge.W_Q.shape
-        torch.Size([4, 4, 128, 32])
-        """
-        return self._stacked("attn", "W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Every layer's `attn.W_K`, copied; one for each group of query heads.
-
-        >>> bridge.W_K.shape
-        torch.Size([4, 2, 128, 32])
-        """
-        return self._stacked("attn", "W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Every layer's `attn.W_V`, copied; one for each group of query heads.
-
-        >>> bridge.W_V.shape
-        torch.Size([4, 2, 128, 32])
-        """
-        return self._stacked("attn", "W_V")
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        """Every layer's `attn.W_O`, copied.
-
-        >>> bridge.W_O.shape
-        torch.Size([4, 4, 32, 128])
-        """
-        return self._stacked("attn", "W_O")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        """Every layer's `attn.b_Q`, copied; zeros where the model has none."""
-        return self._stacked("attn", "b_Q")
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Every layer's `attn.b_K`, copied; zeros where the model has none."""
-        return self._stacked("attn", "b_K")
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Every layer's `attn.b_V`, copied; zeros where the model has none."""
-        return self._stacked("attn", "b_V")
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:
-        """Every layer's `attn.b_O`, copied; zeros where the model has none."""
-        return self._stacked("attn", "b_O")
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer *expert d_model d_mlp"]:
-        """Every layer's `mlp.W_in`, copied; with an expert axis in a mixture of experts.
-
-        >>> bridge.W_in.shape, moe.W_in.shape
-        (torch.Size([4, 128, 256]), torch.Size([3, 4, 128, 64]))
-        """
-        return self._stacked("mlp", "W_in")
+    W_Q: Float[Tensor, "layer head d_model d_head"] = stacked("attn", "W_Q")
+    """Every layer's `attn.W_Q`, copied."""
+    W_K: Float[Tensor, "layer kv_head d_model d_head"] = stacked("attn", "W_K")
+    """Every layer's `attn.W_K`, copied; one for each group of query heads."""
+    W_V: Float[Tensor, "layer kv_head d_model d_head"] = stacked("attn", "W_V")
+    """Every layer's `attn.W_V`, copied; one for each group of query heads."""
+    W_O: Float[Tensor, "layer head d_head d_model"] = stacked("attn", "W_O")
+    """Every layer's `attn.W_O`, copied."""
+    b_Q: Float[Tensor, "layer head d_head"] = stacked("attn", "b_Q")
+    """Every layer's `attn.b_Q`, copied; zeros where the model has none."""
+    b_K: Float[Tensor, "layer kv_head d_head"] = stacked("attn", "b_K")
+    """Every layer's `attn.b_K`, copied; zeros where the model has none."""
+    b_V: Float[Tensor, "layer kv_head d_head"] = stacked("attn", "b_V")
+    """Every layer's `attn.b_V`, copied; zeros where the model has none."""
+    b_O: Float[Tensor, "layer d_model"] = stacked("attn", "b_O")
+    """Every layer's `attn.b_O`, copied; zeros where the model has none."""
+    W_in: Float[Tensor, "layer *expert d_model d_mlp"] = stacked("mlp", "W_in")
+    """Every layer's `mlp.W_in`, copied; with an expert axis in a mixture of experts."""
+    W_out: Float[Tensor, "layer *expert d_mlp d_model"] = stacked("mlp", "W_out")
+    """Every layer's `mlp.W_out`, copied; with an expert axis in a mixture of experts."""
+    b_in: Float[Tensor, "layer *expert d_mlp"] = stacked("mlp", "b_in")
+    """Every layer's `mlp.b_in`, copied; zeros where the model has none."""
+    b_out: Float[Tensor, "layer *expert d_model"] = stacked("mlp", "b_out")
+    """Every layer's `mlp.b_out`, copied; zeros where the model has none."""
 
     @property
     def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"] | None:
-        """Every layer's `mlp.W_gate`, copied; `None` where the MLP has no gate.
-
-        >>> bridge.W_gate is None, moe.W_gate.shape
-        (True, torch.Size([3, 4, 128, 64]))
-        """
+        """Every layer's `mlp.W_gate`, copied, as `W_in`; `None` where the MLP has no gate."""
         return self._stacked("mlp", "W_gate") if self.cfg.gated_mlp else None
-
-    @property
-    def W_out(self) -> Float[Tensor, "layer *expert d_mlp d_model"]:
-        """Every layer's `mlp.W_out`, copied; with an expert axis in a mixture of experts.
-
-        >>> bridge.W_out.shape, moe.W_out.shape
-        (torch.Size([4, 256, 128]), torch.Size([3, 4, 64, 128]))
-        """
-        return self._stacked("mlp", "W_out")
-
-    @property
-    def b_in(self) -> Float[Tensor, "layer *expert d_mlp"]:
-        """Every layer's `mlp.b_in`, copied; zeros where the model has none."""
-        return self._stacked("mlp", "b_in")
-
-    @property
-    def b_out(self) -> Float[Tensor, "layer *expert d_model"]:
-        """Every layer's `mlp.b_out`, copied; zeros where the model has none."""
-        return self._stacked("mlp", "b_out")
 
     # -- circuits --------------------------------------------------------------------------------------
 
     @property
     def QK(self) -> FactoredMatrix:
-        """Every head's QK circuit: `W_Q @ W_K.T` with its group's key, the factors copied.
+        """Every head's QK circuit, layer and head leading: `W_Q @ W_K.T` with its group's key, the factors copied.
 
         >>> bridge.QK
         FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
 
-        Layer and head lead. `blocks[i].attn.QK` says what it means and leaves out.
+        `blocks[i].attn.QK` says what it means and leaves out.
         """
         return self._circuits("QK")
 
     @property
     def OV(self) -> FactoredMatrix:
-        """Every head's OV circuit: `W_V @ W_O` with its group's value, the factors copied.
-
-        >>> bridge.OV
-        FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
-        """
+        """Every head's OV circuit, `W_V @ W_O` with its group's value, as `QK`."""
         return self._circuits("OV")
 
     @property
@@ -305,11 +235,7 @@ class WeightMethods:
         return torch.stack([weight.to(weights[0].device) for weight in weights])
 
     def _circuits(self, name: str) -> FactoredMatrix:
-        circuits: list[FactoredMatrix] = [
-            getattr(self._layer_part(layer, "attn"), name) for layer in range(self.cfg.n_layers)
-        ]
-        A, B = (
-            torch.stack([factor.to(circuits[0].A.device) for factor in side])
-            for side in zip(*(c.pair for c in circuits), strict=True)
-        )
+        pairs = [getattr(self._layer_part(layer, "attn"), name).pair for layer in range(self.cfg.n_layers)]
+        device = pairs[0][0].device
+        A, B = (torch.stack([factor.to(device) for factor in side]) for side in zip(*pairs, strict=True))
         return FactoredMatrix(A, B)

@@ -7,119 +7,105 @@ object it was and points to other values. So no error can leave a model half-cha
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 RECORD = "weight_processing"
 """The attribute of the base model that tells that its weights were processed; gone when they are put back."""
 
 
-class Exchange(Protocol):
+class Exchange(ABC):
     """One thing that is in the model, or waits outside; `swap` makes it the other way round."""
 
     what: str
 
+    @abstractmethod
     def swap(self) -> None: ...
 
+    @abstractmethod
     def in_place(self) -> bool:
         """Whether the model still holds what was put there."""
 
     def altered(self) -> bool:
         """Whether somebody wrote into what was put there."""
+        return False
 
     def bytes_kept(self) -> int:
         """The memory of what waits outside."""
+        return 0
 
 
-def _version(parameter: nn.Parameter) -> tuple[int, int]:
-    """Which parameter, and how often it was written into."""
-    return id(parameter), parameter._version
+class ParameterPlace(Exchange):
+    """A parameter of one of the model's modules, and which one was seen there last."""
+
+    def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        self.what, self.model, self.module, self.name, self.parameter = what, model, module, name, parameter
+        self.note()
+
+    def note(self) -> None:
+        """What is there now, to be known again."""
+        self.put = self.module._parameters[self.name]
+        self.shape = None if self.put is None else self.put.shape
+        self.version = id(self.parameter), self.parameter._version
+
+    def in_place(self) -> bool:
+        found = self.module._parameters.get(self.name)
+        return found is self.put and (found is None or found.shape == self.shape) and self._in_model()
+
+    def _in_model(self) -> bool:
+        """Whether the module is one of the model's: resizing its vocabulary puts another one there."""
+        found: nn.Module | None = self.model
+        for part in self.what.split(".")[:-1]:
+            found = found._modules.get(part) if found is not None else None
+        # An adapter that came later stands around the module.
+        return found is self.module or any(other is self.module for other in self.model.modules())
+
+    def altered(self) -> bool:
+        """A copy of a model counts anew, so there it is not known."""
+        which, written = self.version
+        return which == id(self.parameter) and written != self.parameter._version
 
 
-def _written_since(parameter: nn.Parameter, version: tuple[int, int]) -> bool:
-    """Whether it was written into; a copy of a model counts anew, so there it is not known."""
-    return version[0] == id(parameter) and version[1] != parameter._version
-
-
-def _shape(parameter: nn.Parameter | None) -> torch.Size | None:
-    return None if parameter is None else parameter.shape
-
-
-def _still_in(model: nn.Module, what: str, module: nn.Module) -> bool:
-    """Whether the module of a parameter is one of the model's: resizing its vocabulary puts another one there."""
-    found: nn.Module | None = model
-    for part in what.split(".")[:-1]:
-        found = found._modules.get(part) if found is not None else None
-    # An adapter that came later stands around the module.
-    return found is module or any(other is module for other in model.modules())
-
-
-class ValueExchange:
+class ValueExchange(ParameterPlace):
     """Other values in a parameter that stays the same object."""
 
     def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, values: Tensor) -> None:
         parameter = module._parameters[name]
         assert parameter is not None
-        self.what, self.model, self.module, self.name = what, model, module, name
-        self.parameter: nn.Parameter = parameter
+        super().__init__(what, model, module, name, parameter)
         self.values = values
-        self.version = _version(parameter)
 
     def swap(self) -> None:
         p = self.parameter
         # The model may have been moved or cast meanwhile.
         p.data, self.values = self.values.to(device=p.device, dtype=p.dtype), p.data
-        self.version = _version(p)
-
-    def in_place(self) -> bool:
-        found = self.module._parameters.get(self.name)
-        same = found is self.parameter and found.shape == self.values.shape
-        return same and _still_in(self.model, self.what, self.module)
-
-    def altered(self) -> bool:
-        return _written_since(self.parameter, self.version)
+        self.note()
 
     def bytes_kept(self) -> int:
         return self.values.nbytes
 
 
-class ParameterExchange:
+class ParameterExchange(ParameterPlace):
     """A parameter of its own where there was none, or one that another module shares."""
 
     def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        self.what, self.model, self.module, self.name = what, model, module, name
-        self.made = parameter
+        super().__init__(what, model, module, name, parameter)
         self.outside: nn.Parameter | None = parameter
-        self.put = module._parameters[name]
-        self.shape = _shape(self.put)
-        self.version = _version(parameter)
 
     def swap(self) -> None:
-        inside = self.module._parameters[self.name]
-        if self.outside is self.made:
+        inside, made = self.module._parameters[self.name], self.parameter
+        if self.outside is made:
             like = next(p for p in (inside, *self.module.parameters(recurse=False)) if p is not None)
-            self.made.data = self.made.data.to(device=like.device, dtype=like.dtype)
-        self.module._parameters[self.name] = self.put = self.outside
-        self.outside, self.shape = inside, _shape(self.put)
-        self.version = _version(self.made)
-
-    def in_place(self) -> bool:
-        same = self.module._parameters.get(self.name) is self.put and _shape(self.put) == self.shape
-        return same and _still_in(self.model, self.what, self.module)
-
-    def altered(self) -> bool:
-        return _written_since(self.made, self.version)
-
-    def bytes_kept(self) -> int:
-        return 0  # nothing, or a parameter that the model holds elsewhere
+            made.data = made.data.to(device=like.device, dtype=like.dtype)
+        self.module._parameters[self.name], self.outside = self.outside, inside
+        self.note()
 
 
-class ConfigExchange:
+class ConfigExchange(Exchange):
     """Another value in the model's config."""
 
     def __init__(self, config: Any, name: str, value: Any) -> None:
@@ -128,19 +114,11 @@ class ConfigExchange:
         self.put = value
 
     def swap(self) -> None:
-        inside = getattr(self.config, self.name)
-        self.put = self.value
+        self.put, self.value = self.value, getattr(self.config, self.name)
         setattr(self.config, self.name, self.put)
-        self.value = inside
 
     def in_place(self) -> bool:
         return bool(getattr(self.config, self.name) == self.put)
-
-    def altered(self) -> bool:
-        return False
-
-    def bytes_kept(self) -> int:
-        return 0
 
 
 def swap_all(exchanges: Iterable[Exchange]) -> None:
@@ -195,9 +173,7 @@ class WeightChanges:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:

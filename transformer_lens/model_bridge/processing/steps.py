@@ -131,10 +131,6 @@ def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
 # -- where each is possible --------------------------------------------------------------------------
 
 
-def _always(bridge: TransformerBridge) -> str | None:
-    return None
-
-
 def _needs_layer_norm(bridge: TransformerBridge) -> str | None:
     others = sorted({type(norm).__name__ for norm, _ in norms(bridge) if not norm.centres})
     if not others:
@@ -159,7 +155,7 @@ class Step:
 
     name: str
     run: Callable[[TransformerBridge, Draft], None]
-    inapplicable: Callable[[TransformerBridge], str | None] = _always
+    inapplicable: Callable[[TransformerBridge], str | None] = lambda bridge: None
     not_after: tuple[str, ...] = ()
 
 
