@@ -464,3 +464,27 @@ def test_verify_passes(name: str) -> None:
 def test_verify_passes_thoroughly(name: str, attn: str, dtype: torch.dtype) -> None:
     report = TransformerBridge(build(name, attn, dtype)).verify(thorough=True)
     assert report.passed, str(report)
+
+
+@every_model
+def test_scores_are_products_divided_by_what_the_config_says(name: str) -> None:
+    bridge = TransformerBridge(build(name, attn="eager"))
+    cfg, hooks = bridge.cfg, bridge.hook_dict
+    _, cache = bridge.run_with_cache(tokens(1, 5))
+    for block in (b for b in bridge.blocks if f"{b.name}.attn.hook_attn_scores" in hooks):
+        q, k = (
+            next(
+                cache[f"{block.name}.attn.hook_{form}"]
+                for form in (f"rot_{part}", f"{part}_normed", part)
+                if f"{block.name}.attn.hook_{form}" in hooks
+            )
+            for part in "qk"
+        )
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        products = (q * k)[0].sum(-1).T / cfg.attn_scale
+        if "scaled" in name:  # by the layer's number, too
+            products = products / (int(block.name.split(".")[1]) + 1)
+        if cfg.attn_scores_soft_cap > 0:
+            products = cfg.attn_scores_soft_cap * torch.tanh(products / cfg.attn_scores_soft_cap)
+        shown = cache[f"{block.name}.attn.hook_attn_scores"][0].diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(shown, products, atol=1e-4, rtol=1e-4)

@@ -216,8 +216,14 @@ class ArchitectureAdapter:
         fields.setdefault("d_vocab_out", fields["d_vocab"])
         fields["tie_word_embeddings"] = bool(self.config.tie_word_embeddings)
         fields["output_logits_soft_cap"] = self.logit_cap() or -1.0
+        theirs = self.config.to_dict()
+        fields["attn_scores_soft_cap"] = theirs.get("attn_logit_softcapping") or -1.0
+        if theirs.get("query_pre_attn_scalar"):
+            fields["attn_scale"] = float(theirs["query_pre_attn_scalar"]) ** 0.5
+        elif theirs.get("attention_multiplier"):
+            fields["attn_scale"] = 1 / float(theirs["attention_multiplier"])
         cfg = BridgeConfig(**fields)
-        rotation = self.config.to_dict().get("rope_parameters") or {}
+        rotation = theirs.get("rope_parameters") or {}
         if cfg.positional_embedding_type == "rotary" and "rope_theta" in rotation:
             cfg.rotary_base = float(rotation["rope_theta"])
             cfg.rotary_dim = int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))

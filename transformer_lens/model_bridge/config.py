@@ -108,7 +108,7 @@ class BridgeConfig:
     default_prepend_bos: bool = True
     seed: int | None = None
     attn_scale: float = -1.0
-    """What scores are divided by."""
+    """What scores are divided by, before any cap; in a GPT-2 that scales by layer, in the first one."""
     attn_scores_soft_cap: float = -1.0
     output_logits_soft_cap: float = -1.0
     use_normalization_before_and_after: bool = False

@@ -97,7 +97,8 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
         c = self.config
         d_mlp = attribute(c, next(key for key in ("n_inner", "intermediate_size") if key in self.config_keys))
         sizes = {"d_head": c.hidden_size // c.num_attention_heads, "d_mlp": d_mlp or 4 * c.hidden_size}
-        return {**sizes, "normalization_type": "LN", **self.constants}
+        unscaled = {"attn_scale": 1.0} if c.to_dict().get("scale_attn_weights") is False else {}
+        return {**sizes, "normalization_type": "LN", **unscaled, **self.constants}
 
     def components(self) -> dict[str, Part]:
         return {
@@ -129,6 +130,7 @@ class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
     """GPT-2 with separate projections, and a window in every other layer."""
 
     model_type = "gpt_neo"
+    constants = {"positional_embedding_type": "standard", "attn_scale": 1.0}
     block_returns_tuple = True
     block_parts = {
         **BLOCK,
