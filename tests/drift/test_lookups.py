@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import FalconForCausalLM, GenerationMixin, MixtralForCausalLM
+from transformers import CONFIG_MAPPING, FalconForCausalLM, GenerationMixin, MixtralForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconDecoderLayer, FalconModel
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer, MixtralExperts
 
 import transformer_lens
 from transformer_lens.model_bridge import upstream
 from transformer_lens.model_bridge.architecture_adapter import KEYS
-from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_class
 from transformer_lens.model_bridge.upstream import Word
 
 pytestmark = pytest.mark.core
@@ -45,8 +46,17 @@ OTHER_LIBRARY = "of accelerate or a quantising library, which may be absent"
 NO_BIAS = "a linear map without the attribute has no bias"
 BY_RIGHT: dict[tuple[str, str], str] = {
     ("analysis/patching/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
-    ("analysis/patching/index.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
+    ("analysis/patching/sweeps.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
     ("checks.py", "getattr(value, 'ndim', 1)"): "anything may be passed",
+    ("model_bridge/generalized_components/base.py", "getattr(type(self), name, value)"): "a class's own attribute",
+    (
+        "model_bridge/verification/values.py",
+        "getattr(module, 'rotary_ndims', q.shape[-1])",
+    ): "only of families that rotate a part; read wrongly, verify fails",
+    (
+        "model_bridge/verification/values.py",
+        "getattr(e.components.get(f'{block}.attn'), 'sinks', False)",
+    ): "an attribute of our own components",
     ("model_bridge/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
     ("model_bridge/weight_access.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
@@ -140,24 +150,42 @@ OURS = {
 """The same words where they mean something else."""
 
 
-@pytest.mark.parametrize("name", ["falcon", "mixtral"])
-def test_an_adapter_lists_every_key_of_the_config_that_it_reads(name: str) -> None:
-    config = (FalconForCausalLM if name == "falcon" else MixtralForCausalLM).config_class()
-    adapter = type(adapter_for(config))
-    listed = {*KEYS, *adapter.cfg_names.values(), *adapter.config_keys}
+GUARDED = {"layer_types", "architectures", "name_or_path", "tie_word_embeddings"}
+"""What the base class reads where a family lists it, and what every config of transformers has."""
+NEVER = {("lfm2", "num_dense_layers"), ("solar_open", "intermediate_size")}
+"""What an inherited method reads that the family's layers never come to."""
+
+
+@pytest.mark.parametrize("model_type", sorted(ADAPTERS))
+def test_an_adapter_lists_every_key_of_the_config_that_it_reads(model_type: str) -> None:
+    """In the methods it has in effect, its rows' functions included; a name it keeps in an attribute is listed too."""
+    adapter = adapter_class(model_type)
+    listed = {*KEYS, *adapter.cfg_names.values(), *adapter.config_keys, *adapter.harmless, *adapter.dropouts, *GUARDED}
     read = set()
-    for node in ast.walk(ast.parse(inspect.getsource(inspect.getmodule(adapter)))):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("c", "config", "self.config"):
-            read.add(node.attr)
-    assert read <= listed
-    assert len(read) > 3
+    for name in dir(adapter):
+        function = inspect.getattr_static(adapter, name)
+        if inspect.isfunction(function) and function.__module__.startswith("transformer_lens"):
+            for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
+                    "c",
+                    "self.config",
+                    "adapter.config",
+                ):
+                    read.add(node.attr)
+    listed |= CONFIG_MAPPING[model_type].attribute_map.keys() | {key for family, key in NEVER if family == model_type}
+    assert {key for key in read if not key.startswith(("_", "to_dict"))} <= listed
 
 
 def test_names_of_words_are_those_of_some_release() -> None:
     """Each word is an argument of some class here, so that a spelling mistake in the table is noticed.
 
-    `from_pretrained` takes `dtype` out of its `**kwargs`.
+    `from_pretrained` takes `dtype` out of its `**kwargs`, and `logits` is a field of the output.
     """
-    known = {"dtype", *INSTALLED, *inspect.signature(MixtralForCausalLM.prepare_inputs_for_generation).parameters}
+    known = {
+        "dtype",
+        "logits",
+        *INSTALLED,
+        *inspect.signature(MixtralForCausalLM.prepare_inputs_for_generation).parameters,
+    }
     for word in WORDS:
         assert known & set(word.names), word.meaning
