@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import in_words, is_one_of, whole
+from transformer_lens.checks import in_words, is_one_of, is_tensor, whole
 from transformer_lens.direct_logits import DirectLogits, Stack
 from transformer_lens.slicing import Slice, SliceInput
 
@@ -353,7 +353,7 @@ class ResidualStacks(DirectLogits):
         if vectors is None:
             return None
         width = self._bridge.cfg.d_model
-        if not isinstance(vectors, Tensor) or vectors.ndim not in (1, 2) or len(vectors) != width:
+        if not is_tensor(vectors) or vectors.ndim not in (1, 2) or len(vectors) != width:
             raise ValueError(f"project_output_onto: got {in_words(vectors)}, expected [{width}] or [{width}, outputs]")
         matrix = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
         matrix, divisor = matrix.reshape(width, -1), None

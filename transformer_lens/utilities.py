@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,6 +104,8 @@ def vanilla_addmm(input: Tensor, mat1: Float[Tensor, "m n"], mat2: Float[Tensor,
     tensor([[2., 1.],
             [1., 2.]])
     """
+    for what, tensor in (("input", input), ("mat1", mat1), ("mat2", mat2)):
+        a_tensor(what, tensor)
     return torch.addmm(input, mat1, mat2)
 
 
@@ -114,6 +117,8 @@ def batch_addmm(
     >>> batch_addmm(torch.ones(3), torch.zeros(2, 3), torch.zeros(5, 4, 2)).shape
     torch.Size([5, 4, 3])
     """
+    for what, tensor in (("bias", bias), ("weight", weight), ("x", x)):
+        a_tensor(what, tensor)
     product: Tensor = torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
     return product
 
@@ -190,6 +195,12 @@ def tokenize_and_concatenate(
     `num_proc` does not go with `streaming`. `set_format` gives tensors. Raises `ValueError` for a tokenizer without
     the tokens it needs.
     """
+    library = sys.modules.get("datasets")  # whoever passes one of its data sets has imported it
+    if library is None or not isinstance(dataset, (library.Dataset, library.IterableDataset)):
+        raise TypeError(f"dataset: got {in_words(dataset)}, expected a data set of the library `datasets`")
+    one_of("column_name", column_name, tuple(dataset.column_names or [column_name]))
+    if num_proc is not None:
+        num_proc = whole("num_proc", num_proc, 1)
     width = whole("max_length", max_length, 2) - bool(add_bos_token)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if eos is None or (add_bos_token and bos is None):

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,12 @@ KINDS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(["batch_size", "samples", "steps", "steps_per_batch", "epochs", "tokens_at_once", "length"], COUNT),
     **dict.fromkeys(["batch", "most", "top", "top_k", "num_vectors", "k", "rows_each", "memory_budget"], COUNT),
     **dict.fromkeys(["max_new_tokens", "folds", "buffer_tokens", "d_vocab"], COUNT),
+    **dict.fromkeys(["max_tokens_per_yield", "max_length", "num_proc", "n_ctx"], COUNT),
+    "eos_token_id": [THING, "end", 1.5, ["end"], [1.5], -1],
+    "freq_penalty": [THING, "much", math.nan, -1.0],
+    "hf_config_overrides": [THING, 5, [1], "nonsense", {"nonsense": 1}],
+    "fields": [THING, 5, "nonsense", {"nonsense": 1}],
+    "column_name": NAME,
     "n": [*NUMBERS, -1],
     **dict.fromkeys(["seed", "epoch"], SEED),
     **dict.fromkeys(["attention_mask", "mask"], MASK),
@@ -217,6 +224,8 @@ KINDS: dict[str, Sequence[Any]] = {
     ),
     **dict.fromkeys(["on", "direction", "dir", "at", "optimizer", "task", "error_measure"], CHOICE),
     **dict.fromkeys(["answer", "wrong_answer", "token", "wrong", "incorrect_tokens"], ANSWER),
+    "project_output_onto": TENSOR,
+    **dict.fromkeys(["bias", "weight", "mat1", "mat2"], TENSOR),
     **dict.fromkeys(["values", "residual_stack", "tensor", "vector", "logits", "log_probs", "stream"], TENSOR),
     **dict.fromkeys(["directory", "save_directory", "out_dir"], DIRECTORIES),
     "path": FILES,
@@ -274,6 +283,7 @@ SWITCHES = frozenset(
     [
         "allow_processed",
         "may_be_none",
+        "add_bos_token",
         "apply_ln",
         "assign",
         "center_unembed",
@@ -314,7 +324,11 @@ SWITCHES = frozenset(
         "recurse",
         "remove_batch_dim",
         "renormalize",
+        "load_weights",
         "reset_hooks_end",
+        "return_input_tokens",
+        "set_format",
+        "streaming",
         "return_cache",
         "return_cache_object",
         "return_index_df",
@@ -343,7 +357,7 @@ OF_OTHERS = frozenset(["tokenizer", "device_map", "quantization_config", "attn_i
 
 NOT_AUDITED: dict[str, str] = {
     **dict.fromkeys(
-        ["Capture.__call__", "HookEntry.call", "HookPoint.attach", "HookPoint.check", "HookPoint.remove"],
+        ["Capture.__call__", "HookPoint.attach", "HookPoint.check", "HookPoint.put", "HookPoint.remove"],
         "called by hook points, with what they made",
     ),
     **dict.fromkeys(
@@ -424,6 +438,7 @@ ONE_TEXT = [THING, 5, [], [5.5], torch.zeros(0, 3, dtype=torch.long), torch.ones
 OLD_SWITCHES = ("use_attn_in", "use_attn_result", "use_hook_mlp_in", "use_split_qkv_input")
 PLACE = [THING, 5.5, "nonsense", 99, []]
 PATTERN = torch.full((1, 2, 3, 3), 0.5)
+TOY = {"n_layers": 1, "d_model": 8, "n_heads": 2, "n_ctx": 8, "d_vocab": 9}
 
 ROWS: dict[str, Row] = {
     "ActivationCache.__getitem__": Row(
@@ -640,6 +655,25 @@ ROWS: dict[str, Row] = {
     "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
     "row_hooks.on_each": Row({"fns": [neutral]}),
     "row_hooks.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),
+    "TransformerBridge.add_caching_hooks": Row(wrong={"cache": CACHE[:-1]}),
+    "TransformerBridge.boot_native": Row({"config": TOY}, {"model_name": [], "config": [*PLACE[:-1], {"n_layers": 1}]}),
+    "BridgeConfig.from_dict": Row({"fields": TOY}),
+    "TransformerBridge.loss_fn": Row({"logits": torch.zeros(1, 6, 735)}),
+    "loading_from_pretrained.get_official_model_name": Row({"model_name": "any"}, {"model_name": [THING, 5]}),
+    "utilities.batch_addmm": Row({"bias": torch.ones(2), "weight": torch.ones(3, 2), "x": torch.ones(4, 3)}),
+    "utilities.vanilla_addmm": Row(
+        {"input": torch.ones(2), "mat1": torch.ones(4, 3), "mat2": torch.ones(3, 2)}, {"input": TENSOR}
+    ),
+    **dict.fromkeys(
+        ["utilities.get_attention_mask", "utilities.get_tokens_with_bos_removed"],
+        Row({"tokenizer": lambda w: w.falcon.tokenizer, "prepend_bos": True}, {"tokens": [THING, 5, [], [5.5]]}),
+    ),
+    "utilities.tokenize_and_concatenate": Row(
+        {
+            "dataset": lambda w: datasets.Dataset.from_dict({"text": [TEXT] * 4}),
+            "tokenizer": lambda w: w.falcon.tokenizer,
+        }
+    ),
     "utilities.lm_cross_entropy_loss": Row({"logits": torch.zeros(1, 6, 735)}),
     "utilities.test_prompt": Row({"prompt": TEXT, "answer": "Mary"}, {"prompt": [THING, 5, []], "answer": [THING, 5]}),
     "utilities.to_numpy": Row({"tensor": torch.ones(1)}, {"tensor": [THING, "text"]}),

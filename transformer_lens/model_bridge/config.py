@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar, overload
 
 import torch
 
-from transformer_lens.checks import refuse_unknown
+from transformer_lens.checks import in_words, refuse_unknown
 
 T = TypeVar("T")
 
@@ -165,6 +165,8 @@ class BridgeConfig:
 
         Raises `TypeError` for a field that is not there, with the nearest.
         """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"fields: got {in_words(fields)}, expected a mapping of names to values")
         refuse_unknown("config", fields, [field.name for field in dataclasses.fields(cls)])
         return cls(**fields)
 

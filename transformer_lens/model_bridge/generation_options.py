@@ -162,7 +162,9 @@ def translate(
     if made.get("output_logits") or made.get("output_scores"):
         made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
     if eos_token_id is not ...:
-        made["eos_token_id"] = eos_token_id
+        several = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+        checked = [token if token is None else whole("eos_token_id", token, 0) for token in several]
+        made["eos_token_id"] = checked if several is eos_token_id else checked[0]
     if max_new_tokens is not None:
         made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if not stop_at_eos:

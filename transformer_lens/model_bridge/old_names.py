@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens.checks import a_tensor
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -121,6 +122,8 @@ class OldNames(InputMethods, HookedRootModule):
         >>> torch.equal(bridge.loss_fn(bridge(tokens), tokens), bridge(tokens, return_type="loss"))
         True
         """
+        a_tensor("logits", logits)
+        a_tensor("tokens", tokens)
         return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
 
     def add_caching_hooks(

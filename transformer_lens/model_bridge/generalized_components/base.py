@@ -32,7 +32,8 @@ FIXED = {
     **dict.fromkeys(("adapter", "root", "attachment", "arguments", "aliases", "spellings", "absent_names"), MADE),
     **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers"), MADE),
     **dict.fromkeys(("name", "parent", "path", "model", "sizes", "declared", "missing", "stages", "run"), MADE),
-    **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes"), MADE),
+    **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes", "root_hooks"), MADE),
+    **dict.fromkeys(("scales", "number", "sinks"), MADE),
     "original_model": "the hooks of a bridge are on the model it was made for; for another model make a new "
     "TransformerBridge(model), for other weights use load_state_dict",
     "blocks": "they are the layers of the model; put modules in the places of a block's components "

@@ -74,6 +74,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
     """The config's names of the numbers whose product is the width of that; none where there is none."""
     dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
     cfg_names = {**WINDOWED, **LOCAL}
+    config_keys: ClassVar[tuple[str, ...]] = ("head_dim",)
     harmless = HARMLESS
 
     def refusals(self) -> list[str]:
