@@ -12,7 +12,11 @@ from tests.support import tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, LocalSpan
 
-REFUSED = [name for name in MODELS if name.startswith(("lfm2", "jamba"))]
+RENAMED = ("exaone", "sarvam_moe")
+"""Their checkpoints call their tensors otherwise than the class that runs them, and a part of one is not translated."""
+STATES = ("lfm2", "jamba", "falcon_h1", "mamba", "bamba", "qwen3_next", "granitemoehybrid")
+REFUSED = {name: "it has mixers, whose states servers do not keep" for name in MODELS if name.startswith(STATES)}
+REFUSED |= dict.fromkeys(RENAMED, "do not fit")
 OVER_SERVERS = [name for name in MODELS if name not in REFUSED]
 
 
@@ -52,11 +56,12 @@ def test_a_family_over_two_servers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_family_whose_blocks_have_states(name: str, tmp_path: Path) -> None:
+def test_a_family_that_cannot_run_over_servers(name: str, tmp_path: Path) -> None:
     options = saved(name, tmp_path)
-    for load in (
-        lambda: LocalSpan(str(tmp_path), range(1, 2), **options),
-        lambda: AutoDistributedModelForCausalLM.from_pretrained(str(tmp_path), **options),
-    ):
-        with pytest.raises(ValueError, match="it has mixers, whose states servers do not keep"):
-            load()
+
+    def run() -> None:
+        LocalSpan(str(tmp_path), range(1, 2), **options).close()
+        AutoDistributedModelForCausalLM.from_pretrained(str(tmp_path), **options)
+
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        run()

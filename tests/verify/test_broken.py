@@ -48,14 +48,15 @@ def registry() -> Iterator[None]:
     architecture_adapter.HEADS.update(heads)
 
 
-def exchanged(parts: dict[str, Part], role: str, change: dict[str, Any]) -> dict[str, Part]:
+def exchanged(parts: dict[str, Any], role: str, change: dict[str, Any]) -> dict[str, Any]:
     """Parts with another kind or place in one role; `attn.o` is the role `o` of `attn`."""
     first, _, rest = role.partition(".")
     part = parts[first]
-    return {
-        **parts,
-        first: replace(part, parts=exchanged(part.parts, rest, change)) if rest else replace(part, **change),
-    }
+
+    def changed(part: Part) -> Part:
+        return replace(part, parts=exchanged(part.parts, rest, change)) if rest else replace(part, **change)
+
+    return {**parts, first: changed(part) if isinstance(part, Part) else lambda layer: changed(part(layer))}
 
 
 def adapted(model: Any, **changes: dict[str, Any]) -> TransformerBridge:
