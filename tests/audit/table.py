@@ -528,7 +528,7 @@ ROWS: dict[str, Row] = {
     "TransformerBridge.add_perma_hook": Row({"name": "blocks.0.hook_resid_pre"}, {"name": NAMES}, fresh=True),
     "TransformerBridge.all_composition_scores": Row({"mode": "Q"}),
     "TransformerBridge.boot_transformers": Row(
-        {"name_or_path": "tiny-falcon"}, {"hf_model": [], "from_pretrained_kwargs": []}
+        {"name_or_path": "tiny-falcon"}, {"hf_model": [], "from_pretrained_kwargs": [], "model_name": [THING, 5]}
     ),
     "TransformerBridge.collect": Row({"dataset": [TEXT]}, {"dataset": [THING, 5, []]}),
     "TransformerBridge.forward": Row(
