@@ -1,5 +1,13 @@
 """Read, edit and differentiate every activation of an unchanged Hugging Face model by name."""
 
+from pathlib import Path as _Path
+
+if any((_Path(__file__).parent / name).exists() for name in ("supported_models.py", "HookedEncoder.py")):
+    raise ImportError(
+        "files of two packages are mixed in this folder, for transformer-lens and transformer-lens-bridge both install "
+        "into transformer_lens/: pip uninstall both, then install one of them"
+    )
+
 from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.FactoredMatrix import FactoredMatrix
 from transformer_lens.hook_points import HookPoint

@@ -1,6 +1,8 @@
 """What a package owes those who use it in a notebook or an editor."""
 
 import inspect
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,3 +34,13 @@ def test_short_representations_and_completions():
 def test_it_is_typed_and_knows_its_version():
     assert (Path(transformer_lens.__file__).parent / "py.typed").exists()
     assert transformer_lens.__version__ == version("transformer-lens-bridge")
+
+
+def test_files_of_the_other_package_are_noticed(tmp_path):
+    here = Path(transformer_lens.__file__)
+    (tmp_path / "transformer_lens").mkdir()
+    (tmp_path / "transformer_lens" / "__init__.py").write_text(here.read_text())
+    (tmp_path / "transformer_lens" / "HookedEncoder.py").touch()
+    run = [sys.executable, "-c", "import transformer_lens"]
+    found = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "pip uninstall both" in found.stderr
