@@ -61,7 +61,7 @@ check: $(VENV)/.dev
 
 # The core of the suite on the oldest supported transformers, and on the newest that pip finds, everything else as pinned.
 test-oldest test-newest: test-%: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.versions $*
+	$(BIN)/python -m benchmarks.versions $* $(VERSIONS)
 
 # The core on other releases of Python, torch and transformers, each installed beside the others; writes docs/versions.md.
 matrix: $(VENV)/.dev

@@ -191,11 +191,14 @@ def bridge_of(name: str) -> TransformerBridge:
 
 
 @cache
-def captures_of(name: str) -> Mapping[str, torch.Tensor]:
-    """Every port of every layer."""
+def run_of(name: str) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+    """The logits, and every port of every layer, with all of those of the last block written."""
+    bridge, names = bridge_of(name), list(shapes_of(name))
+    last = [hook for hook in names if hook.startswith(f"blocks.{bridge.cfg.n_layers - 1}.")]
     ids = torch.zeros(BATCH, POS, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        return bridge_of(name).run_with_cache(ids, names_filter=list(shapes_of(name)))[1]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=[(last, lambda tensor, hook: tensor.clone())]):
+        logits, captures = bridge.run_with_cache(ids, names_filter=names)
+    return logits, captures
 
 
 def shapes_of(name: str) -> dict[str, tuple[int | str, ...]]:
@@ -224,7 +227,7 @@ def test_it_is_the_model_of_that_size(name: str) -> None:
 
 @every_card
 def test_every_capture_has_the_shape_of_the_table(name: str) -> None:
-    shapes, cache, known = shapes_of(name), captures_of(name), {"batch": BATCH, "pos": POS, "rows": 1}
+    shapes, (_, cache), known = shapes_of(name), run_of(name), {"batch": BATCH, "pos": POS, "rows": 1}
     assert set(cache) == set(shapes)
     for hook, shape in shapes.items():
         assert list(cache[hook].shape) == [known.get(size, size) for size in shape], hook
@@ -233,18 +236,13 @@ def test_every_capture_has_the_shape_of_the_table(name: str) -> None:
 @every_card
 def test_the_model_goes_on_with_what_is_written_in_its_last_block(name: str) -> None:
     """Every view takes back what it gave, at full size."""
-    bridge = bridge_of(name)
-    last = [hook for hook in shapes_of(name) if hook.startswith(f"blocks.{bridge.cfg.n_layers - 1}.")]
-    ids = torch.zeros(BATCH, POS, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        written = bridge.run_with_hooks(ids, fwd_hooks=[(last, lambda tensor, hook: tensor.clone())])
-    assert written.shape == (BATCH, POS, CARDS[name].cfg["d_vocab"])
+    assert run_of(name)[0].shape == (BATCH, POS, CARDS[name].cfg["d_vocab"])
 
 
 @every_card
 def test_heads_by_hand(name: str) -> None:
     """q, k, v and z in numbers, not by way of the table."""
-    cache, cfg = captures_of(name), CARDS[name].cfg
+    (_, cache), cfg = run_of(name), CARDS[name].cfg
     queries, keys = (BATCH, POS, cfg["n_heads"], cfg["d_head"]), (BATCH, POS, cfg["n_key_value_heads"], cfg["d_head"])
     for layer in (0, cfg["n_layers"] - 1):
         shapes = [tuple(cache[f"blocks.{layer}.attn.hook_{part}"].shape) for part in "qkvz"]

@@ -69,28 +69,28 @@ def test_asking_by_alias_captures_one_tensor(bridge):
     assert fired == ["blocks.0.hook_resid_pre"]
 
 
-@pytest.mark.parametrize(
-    ("key", "name"),
-    [
-        (("q", 0), "blocks.0.attn.hook_q"),
-        (("z", 2, "attn"), "blocks.2.attn.hook_z"),
-        (("z", 2, "a"), "blocks.2.attn.hook_z"),
-        (("resid_post", -1), "blocks.2.hook_resid_post"),
-        (("resid_pre", -3), "blocks.0.hook_resid_pre"),
-        (("mlp_out", 1), "blocks.1.hook_mlp_out"),
-        (("in", 1, "mlp"), "blocks.1.mlp.hook_in"),
-        (("out", None, "ln_final"), "ln_final.hook_out"),
-        ("embed", "hook_embed"),
-        ("hook_embed", "hook_embed"),
-        ("embed.hook_out", "hook_embed"),
-        ("resid_post1", "blocks.1.hook_resid_post"),
-        ("k2", "blocks.2.attn.hook_k"),
-    ],
-)
-def test_short_names(cache, key, name):
-    assert cache.full_name(key) == name
-    assert key in cache
-    assert cache[key] is cache.cache_dict[name]
+SHORT = [
+    (("q", 0), "blocks.0.attn.hook_q"),
+    (("z", 2, "attn"), "blocks.2.attn.hook_z"),
+    (("z", 2, "a"), "blocks.2.attn.hook_z"),
+    (("resid_post", -1), "blocks.2.hook_resid_post"),
+    (("resid_pre", -3), "blocks.0.hook_resid_pre"),
+    (("mlp_out", 1), "blocks.1.hook_mlp_out"),
+    (("in", 1, "mlp"), "blocks.1.mlp.hook_in"),
+    (("out", None, "ln_final"), "ln_final.hook_out"),
+    ("embed", "hook_embed"),
+    ("hook_embed", "hook_embed"),
+    ("embed.hook_out", "hook_embed"),
+    ("resid_post1", "blocks.1.hook_resid_post"),
+    ("k2", "blocks.2.attn.hook_k"),
+]
+
+
+def test_short_names(cache):
+    for key, name in SHORT:
+        assert cache.full_name(key) == name
+        assert key in cache
+        assert cache[key] is cache.cache_dict[name]
 
 
 def test_keys_that_are_not_there(bridge, cache):

@@ -1,5 +1,7 @@
 """The stream taken apart: the parts sum to the whole, and each is what its removal takes away."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -34,9 +36,17 @@ def x() -> torch.Tensor:
     return tokens(batch=3, pos=5)
 
 
-@pytest.fixture
-def cache(bridge, x) -> ActivationCache:
+@pytest.fixture(scope="module")
+def run(bridge, x) -> ActivationCache:
     return bridge.run_with_cache(x)[1]
+
+
+@pytest.fixture
+def cache(run) -> ActivationCache:
+    """What the run left, without what other tests had computed from it."""
+    found = copy.copy(run)
+    found.cache_dict = dict(run.cache_dict)
+    return found
 
 
 def stream(cache: ActivationCache, layer: int | None) -> torch.Tensor:
