@@ -181,6 +181,15 @@ def test_arguments_are_held_to_their_names_wherever_they_stand() -> None:
     assert sweep.__name__ == "sweep"
 
 
+def test_a_function_gets_what_was_meant_and_further_keywords_as_they_are() -> None:
+    @checked
+    def passing(samples: Any, **options: Any) -> tuple[Any, ...]:
+        return samples, options
+
+    found, options = passing(np.int64(3), folds="three")
+    assert type(found) is int and found == 3 and options == {"folds": "three"}
+
+
 def test_a_default_is_always_right() -> None:
     from transformer_lens import TransformerBridge
 

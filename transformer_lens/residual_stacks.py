@@ -16,6 +16,7 @@ from torch import Tensor
 
 from transformer_lens.checks import in_words, is_one_of, is_tensor, whole
 from transformer_lens.direct_logits import DirectLogits, Stack
+from transformer_lens.factored_matrix import wide
 from transformer_lens.slicing import Slice, SliceInput
 
 if TYPE_CHECKING:
@@ -353,10 +354,9 @@ class ResidualStacks(DirectLogits):
         if vectors is None:
             return None
         width = self._bridge.cfg.d_model
-        if not is_tensor(vectors) or vectors.ndim not in (1, 2) or len(vectors) != width:
+        if not is_tensor(vectors) or vectors.is_complex() or vectors.ndim not in (1, 2) or len(vectors) != width:
             raise ValueError(f"project_output_onto: got {in_words(vectors)}, expected [{width}] or [{width}, outputs]")
-        matrix = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
-        matrix, divisor = matrix.reshape(width, -1), None
+        matrix, divisor = wide(vectors.detach()).reshape(width, -1), None
         if apply_ln:
             norm = self._norm(layer, mlp_input)
             matrix, divisor = self._before(norm, matrix), self._scale(norm, keep or Slice(), Slice())

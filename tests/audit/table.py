@@ -659,7 +659,6 @@ ROWS: dict[str, Row] = {
     "TransformerBridge.boot_native": Row({"config": TOY}, {"model_name": [], "config": [*PLACE[:-1], {"n_layers": 1}]}),
     "BridgeConfig.from_dict": Row({"fields": TOY}),
     "TransformerBridge.loss_fn": Row({"logits": torch.zeros(1, 6, 735)}),
-    "loading_from_pretrained.get_official_model_name": Row({"model_name": "any"}, {"model_name": [THING, 5]}),
     "utilities.batch_addmm": Row({"bias": torch.ones(2), "weight": torch.ones(3, 2), "x": torch.ones(4, 3)}),
     "utilities.vanilla_addmm": Row(
         {"input": torch.ones(2), "mat1": torch.ones(4, 3), "mat2": torch.ones(3, 2)}, {"input": TENSOR}

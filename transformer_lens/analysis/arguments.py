@@ -87,9 +87,12 @@ def checked(wrapped: F) -> F:
     parameters = signature(wrapped).parameters
     by_place = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
+    rules = {name: rule for name, rule in RULES.items() if name in parameters}
+
     def as_wanted(name: str, value: Any) -> Any:
-        rule = RULES.get(name)
-        return value if rule is None or value is parameters[name].default else rule(name, value)
+        if name not in rules or value is parameters[name].default:
+            return value
+        return rules[name](name, value)
 
     @wraps(wrapped)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -153,6 +153,8 @@ class TransformerBridge(
         """
         if model_name is not None and name_or_path is not None:
             raise TypeError("boot_transformers: got a name twice, also as model_name; pass it once")
+        if hf_config_overrides is not None and not isinstance(hf_config_overrides, Mapping):
+            raise TypeError(f"hf_config_overrides: got {in_words(hf_config_overrides)}, expected fields by name")
         name_or_path = model_name if name_or_path is None else name_or_path
         if hf_config_overrides is not None and not isinstance(hf_config_overrides, Mapping):
             raise TypeError(f"hf_config_overrides: got {in_words(hf_config_overrides)}, expected a mapping of fields")

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
+from transformer_lens.checks import a_number, in_words, refuse_unknown, whole, whole_numbers
 from transformer_lens.model_bridge.grouped_cache import GroupedCache
 from transformer_lens.model_bridge.inputs import ModelInput
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
@@ -161,6 +161,8 @@ def translate(
         made |= {"do_sample": True, "logits_processor": [*listed, FrequencyPenalty(float(freq_penalty))]}
     if made.get("output_logits") or made.get("output_scores"):
         made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
+    if eos_token_id is not ... and eos_token_id is not None:
+        whole_numbers("eos_token_id", eos_token_id, 0)
     if eos_token_id is not ...:
         several = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
         checked = [token if token is None else whole("eos_token_id", token, 0) for token in several]
@@ -168,7 +170,7 @@ def translate(
     if max_new_tokens is not None:
         made["max_new_tokens"] = whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
     if not stop_at_eos:
-        if eos_token_id not in (..., None):
+        if eos_token_id is not ... and eos_token_id is not None:
             raise ValueError("generate: stop_at_eos=False and eos_token_id say different things; pass one of them")
         made["eos_token_id"] = None
     if use_past_kv_cache is not None:
