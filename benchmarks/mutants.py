@@ -73,7 +73,7 @@ TARGETS = {
     "processing_changes": Target(
         f"{BRIDGE}/processing/changes.py", ("tests/processing/test_undo.py",), "tests/processing"
     ),
-    "grouped_cache": Target(f"{BRIDGE}/grouped_cache.py", ("tests/bridge/test_grouped_cache.py",)),
+    "grouped_cache": Target(f"{BRIDGE}/caches.py", ("tests/bridge/test_grouped_cache.py",)),
     "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
     "messages": Target(f"{WIRE}/protocol/messages.py", READ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generation_options import (
     RETURN_TYPES,
@@ -32,7 +33,6 @@ from transformer_lens.model_bridge.generation_options import (
 )
 from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
 from transformer_lens.model_bridge.generation_stream import in_portions, refuse_unless_streamable, stream
-from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.padding import SIDES, Columns
 from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, TOKENS, spelled
@@ -187,8 +187,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             raise ValueError(
                 f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
             )
-        self._refuse_of_the_other(what, options)
-        refuse_unknown_option(what, options, model, OWN_KEYWORDS[what], CACHE.names)
+        refuse_unknown_option(what, options, model, OWN_KEYWORDS, CACHE.names)
         given = take_prompt(input, options)
         assistant = options.get("assistant_model")
         if isinstance(assistant, WrappedModel):
@@ -196,7 +195,9 @@ class GenerationMethods(InputMethods, HookedRootModule):
         options = in_lists(translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how))
         chosen = settings(options, model)
         options = with_tokenizer(options, chosen, self.token_adapter)
-        self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
+        one_of("return_type", return_type, RETURN_TYPES)
+        if return_type == "str" and self._tokens() and chosen.return_dict_in_generate:
+            raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
         fault = self.adapter.attentions_fault() if chosen.output_attentions else None
         if fault is not None:
             raise ValueError(
@@ -212,21 +213,6 @@ class GenerationMethods(InputMethods, HookedRootModule):
         prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
         return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
-
-    @staticmethod
-    def _refuse_of_the_other(what: str, options: Mapping[str, Any]) -> None:
-        """Raise `TypeError` for a keyword that only the other way of generating takes."""
-        for name in options:
-            for other, known in OWN_KEYWORDS.items():
-                if name in known - OWN_KEYWORDS[what]:
-                    raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
-
-    def _check_return_type(self, return_type: str, as_output: bool) -> None:
-        one_of("return_type", return_type, RETURN_TYPES)
-        if return_type == "str":
-            self._tokens()
-            if as_output:
-                raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
 
     def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
         run = GenerationRun(call.model, call.prompt, call.chosen)
@@ -256,7 +242,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
         """What was captured, with the last token, which the generation itself has not read."""
-        before = call.prompt.length if call.prompt.embedded else 0
+        before = call.prompt.mask.shape[1] if call.prompt.ids is None else 0
         length = before + tokens.shape[1]
         start = run.read if run.cache is not None else 0
         mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)

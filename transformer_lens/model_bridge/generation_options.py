@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
-from transformer_lens.model_bridge.grouped_cache import GroupedCache
-from transformer_lens.model_bridge.inputs import ModelInput
+from transformer_lens.model_bridge.caches import GroupedCache
+from transformer_lens.model_bridge.calls import ModelInput
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
 from transformer_lens.model_bridge.tokens import Reading, TokenAdapter, decoded, pieces, special_tokens
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
@@ -53,16 +54,6 @@ class Prompt:
     """The texts it came from, if it came as text."""
     several: bool
     """Whether it came as a list of texts, or as a batch of several rows."""
-
-    @property
-    def length(self) -> int:
-        """Its columns, padding counted."""
-        return self.mask.shape[1]
-
-    @property
-    def embedded(self) -> bool:
-        """Whether it came as embeddings."""
-        return self.ids is None
 
     @property
     def read(self) -> int:
@@ -123,8 +114,8 @@ def prepare_prompt(
             "pad on the left: padding_side='left'; or pass attention_mask, if it is none"
         )
     ids = None if reading.word is EMBEDDINGS else given
-    several = len(given) > 1 if reading.texts is None else reading.several
-    return Prompt(arguments.named({reading.word: given}), mask.long(), ids, reading.texts, several)
+    in_a_list = len(given) > 1 if reading.texts is None else reading.several
+    return Prompt(arguments.named({reading.word: given}), mask.long(), ids, reading.texts, in_a_list)
 
 
 def translate(
@@ -156,9 +147,8 @@ def translate(
     if a_number("freq_penalty", freq_penalty, least=0.0):
         if said.get("do_sample") is False:
             raise ValueError("generate: freq_penalty counts where tokens are drawn; pass do_sample=True")
-        given = made.get("logits_processor")
-        listed = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
-        made |= {"do_sample": True, "logits_processor": [*listed, FrequencyPenalty(float(freq_penalty))]}
+        others = several(made.get("logits_processor"))
+        made |= {"do_sample": True, "logits_processor": [*others, FrequencyPenalty(float(freq_penalty))]}
     if made.get("output_logits") or made.get("output_scores"):
         made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
     if eos_token_id is not ...:
@@ -179,14 +169,22 @@ def translate(
 
 
 def refuse_unknown_option(
-    what: str, options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]
+    what: str, options: Mapping[str, Any], model: Any, own: Mapping[str, frozenset[str]], also: Sequence[str]
 ) -> None:
-    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before, and
-    `also` those that are translated afterwards."""
+    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those of each of our ways to
+    generate, taken out before, and `also` those that are translated afterwards."""
+    for name, (other, theirs) in product(options, own.items()):
+        if name in theirs - own[what]:
+            raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
     known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS, *also}
     known |= set(inspect.signature(type(model).generate).parameters) | set(inspect.signature(model.forward).parameters)
     known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
-    refuse_unknown(what, options, (known | own) - {"self", "options"})
+    refuse_unknown(what, options, (known | own[what]) - {"self", "options"})
+
+
+def several(given: Any) -> Sequence[Any]:
+    """None, one or several, as a list."""
+    return given if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
 def in_lists(options: dict[str, Any]) -> dict[str, Any]:
@@ -196,15 +194,14 @@ def in_lists(options: dict[str, Any]) -> dict[str, Any]:
     """
     made = dict(options)
     for name, (kind, listed) in LISTS.items():
-        given = options.get(name)
-        several = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
-        for one in several:
+        given = several(options.get(name))
+        for one in given:
             if not callable(one):  # transformers calls them, and asks for no class
                 raise TypeError(
                     f"{name}: got {in_words(one)}, expected transformers' {kind.__name__}, or a list of them"
                 )
-        if several:
-            made[name] = listed(several)
+        if given:
+            made[name] = listed(given)
     return made
 
 
@@ -213,8 +210,7 @@ def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: T
     wanting = [name for name in ("stop_strings", "token_healing") if getattr(chosen, name)]
     if not wanting or options.get("tokenizer") is not None:
         return options
-    given = [chosen.stop_strings] if isinstance(chosen.stop_strings, str) else chosen.stop_strings or []
-    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) and one for one in given):
+    if not all(isinstance(one, str) and one for one in several(chosen.stop_strings)):
         raise TypeError(f"stop_strings: got {in_words(chosen.stop_strings)}, expected a string or a list of them")
     if adapter is None:
         raise ValueError(
@@ -326,8 +322,16 @@ def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
     if not shown:
         yield {}
         return
+    lengths: list[int] = []
     with tqdm(total=total, unit="token") as bar:
-        yield {"stopping_criteria": [_Progress(bar)]}
+
+        def see(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            """A criterion that sees every token, and never stops."""
+            lengths.append(input_ids.shape[1])
+            bar.update(lengths[-1] - lengths[-2] if lengths[1:] else 1)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        yield {"stopping_criteria": [see]}
 
 
 class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
@@ -339,17 +343,3 @@ class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Tensor) -> Tensor:
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         return scores - self.penalty * counts
-
-
-class _Progress(StoppingCriteria):  # type: ignore[misc]
-    """Sees every token, and never stops."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-        self.seen: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        length = input_ids.shape[1]
-        self.bar.update(1 if self.seen is None else length - self.seen)
-        self.seen = length
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

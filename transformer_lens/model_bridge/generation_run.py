@@ -31,17 +31,12 @@ class GenerationRun:
     """One generation's hooks; enter it around everything, and `forwards()` around whatever runs the model."""
 
     def __init__(self, model: nn.Module, prompt: Prompt, chosen: GenerationConfig) -> None:
-        self.model = model
-        self.arguments = arguments_of(type(model))
-        self.prompt_mask = prompt.mask
-        self.prompt = prompt
-        self.chosen = chosen
+        self.model, self.prompt, self.chosen = model, prompt, chosen
+        self.arguments, self.prompt_mask = arguments_of(type(model)), prompt.mask
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
-        self.step = 0
-        self.read = 0
+        self.step = self.read = self.rows = 0
         self.cache: Any = None
-        self.rows = 0
         self.written: Tensor | None = None
         """The tokens, as far as they are known, those of the prompt in front."""
         self.captured: dict[str, Tensor] = {}
@@ -70,8 +65,18 @@ class GenerationRun:
     def __exit__(self, kind: object, *error: object) -> None:
         self._remove()
         self._remember()
-        if kind is None:
-            self._refuse_silence()
+        if kind is not None:
+            return
+        # A phase that was never reached, because the text ended before, is no fault of its hooks.
+        reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
+        silent = [
+            repr(point.name) for point, e, phase, named in self.entries if named and phase in reached and not e.fired
+        ]
+        if silent:
+            raise ValueError(
+                f"these hooks were asked for and never fired: {', '.join(silent)}; a module put in a hook's place "
+                "has to call its own hook points"
+            )
 
     def _attach(self, *phases: Phase) -> None:
         with changing_together():
@@ -89,20 +94,6 @@ class GenerationRun:
         for handle in self.handles:
             handle.remove()
         self._detach(*PHASES)
-
-    def _refuse_silence(self) -> None:
-        """A phase that was never reached, because the text ended before, is no fault of its hooks."""
-        reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
-        silent = [
-            repr(point.name)
-            for point, entry, phase, named in self.entries
-            if named and phase in reached and not entry.fired
-        ]
-        if silent:
-            raise ValueError(
-                f"these hooks were asked for and never fired: {', '.join(silent)}; a module put in a hook's place "
-                "has to call its own hook points"
-            )
 
     def _remember(self) -> None:
         """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""

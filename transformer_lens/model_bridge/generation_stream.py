@@ -21,10 +21,8 @@ from transformer_lens.model_bridge.tokens import TextReader
 from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
 
 PARTS = (
-    "_prefill",
-    "_optimize_model_for_decode",
-    "_update_model_kwargs_for_generation",
-    "prepare_inputs_for_generation",
+    *("_prefill", "_optimize_model_for_decode"),
+    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
 )
 """The methods of a model that its own decoding loop calls."""
 
@@ -108,7 +106,9 @@ def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]
                         output = model(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
                 logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-                chosen = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
+                scores = logits_processor(input_ids, logits)
+                drawn = generation_config.do_sample
+                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
                 if ends:
                     chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
                 input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
@@ -119,29 +119,18 @@ def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]
     return loop
 
 
-def _choose(scores: Tensor, sampled: bool) -> Int[Tensor, " batch"]:
-    if not sampled:
-        return scores.argmax(-1)
-    return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-
-
 def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
     """What each step adds to the texts; a character is held back until all of its bytes are there."""
     assert call.adapter is not None
     readers: list[TextReader] = []
+
+    def of_rows(texts: list[str]) -> str | list[str]:
+        return texts if call.prompt.several or len(texts) > 1 else texts[0]
+
     for chosen in steps:
         readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
-        yield _of_rows(
-            call,
-            [
-                "" if token in reader.special else reader.add(token)
-                for reader, token in zip(readers, chosen.tolist(), strict=True)
-            ],
-        )
+        both = zip(readers, chosen.tolist(), strict=True)
+        yield of_rows(["" if token in reader.special else reader.add(token) for reader, token in both])
     left = [reader.rest() for reader in readers]
     if any(left):
-        yield _of_rows(call, left)
-
-
-def _of_rows(call: GenerationCall, texts: list[str]) -> str | list[str]:
-    return texts if call.prompt.several or len(texts) > 1 else texts[0]
+        yield of_rows(left)

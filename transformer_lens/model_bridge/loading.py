@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -55,16 +55,13 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def model_class(config: Any) -> type[Any]:
     """The class the checkpoint was saved from, where it is one of its family's; else the causal model."""
     adapter_for(config)
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None and getattr(found, "config_class", None) is type(config):
-            return cast("type[Any]", found)
-    return cast("type[Any]", transformers.AutoModelForCausalLM)
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    own = (kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config))
+    return next(own, transformers.AutoModelForCausalLM)
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """A checkpoint's config; for an adapter alone, that of its model. Raises `ValueError` if only code in its
-    repository could read it and `trust_remote_code=True` was not asked for."""
+    """A checkpoint's config; for an adapter alone, that of its model. Raises as `Source.config` does."""
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs).base()
     return source.config(bool(kwargs.get("trust_remote_code")))
 
@@ -165,8 +162,7 @@ def load_model(
             "transformers' own; run bridge.verify() before trusting them",
             stacklevel=3,
         )
-    loaded: nn.Module = model
-    return loaded
+    return model  # type: ignore[no-any-return]
 
 
 def random_model(name_or_path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> nn.Module:

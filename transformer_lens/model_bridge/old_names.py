@@ -11,10 +11,10 @@ from torch import Tensor
 from transformer_lens.checks import a_tensor
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter
+from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.generalized_components.weights import weights_of
-from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {

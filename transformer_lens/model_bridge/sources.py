@@ -18,18 +18,13 @@ from transformers.utils import cached_file, has_file
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
 """Keywords that say where a file comes from; config, weights and tokenizer take the same ones."""
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class Source:
     """A hub name or a directory, and what is in it.
 
     >>> from transformer_lens.data import tiny_model_path
-    >>> from transformer_lens.model_bridge.sources import Source
     >>> Source(tiny_model_path("tiny-falcon")).has("model.safetensors")
     True
     """
@@ -79,8 +74,13 @@ class Source:
         return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
 
     def config(self, trust_remote_code: bool = False) -> Any:
-        """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can."""
-        self._need_within_reach()
+        """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can, and
+        `OSError` for a name that needs a network where none is to be used."""
+        if constants.HF_HUB_OFFLINE and not Path(self.name).exists() and not self._small_file("config.json"):
+            raise OSError(
+                f"{self.name} is on this machine neither as a directory nor in Hugging Face's cache, and "
+                "HF_HUB_OFFLINE=1 keeps off the network; unset it to download, or pass a directory"
+            )
         if not trust_remote_code:
             written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)
             if not isinstance(written, dict):
@@ -93,33 +93,22 @@ class Source:
                 )
         return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub)
 
-    def _need_within_reach(self) -> None:
-        """Raise `OSError` for a name that needs a network where none is to be used."""
-        if constants.HF_HUB_OFFLINE and not Path(self.name).exists() and not self._small_file("config.json"):
-            raise OSError(
-                f"{self.name} is on this machine neither as a directory nor in Hugging Face's cache, and "
-                "HF_HUB_OFFLINE=1 keeps off the network; unset it to download, or pass a directory"
-            )
-
     def pickles(self, config: Any, variant: str | None = None) -> list[str]:
         """The pickled files that transformers would read for this config; empty where all are safetensors."""
         found = []
-        chosen = getattr(config, "transformers_weights", None) or self._weights(variant)
+        middle = f".{variant}" if variant else ""
+        first = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+        first += [f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"]
+        chosen = getattr(config, "transformers_weights", None) or next(filter(self.has, first), None)
         if chosen is not None and chosen.endswith(".json"):
             shards = set(self.read_json(chosen)["weight_map"].values())
             found += sorted(shard for shard in shards if not shard.endswith(".safetensors"))
         elif chosen is not None and not chosen.endswith(".safetensors"):
             found.append(chosen)
-        if self._small_file(ADAPTER_CONFIG) and not self.has(ADAPTER_WEIGHTS) and self.has(ADAPTER_PICKLE):
-            found.append(ADAPTER_PICKLE)
+        pickle = "adapter_model.bin"
+        if self._small_file(ADAPTER_CONFIG) and not self.has("adapter_model.safetensors") and self.has(pickle):
+            found.append(pickle)
         return found
-
-    def _weights(self, variant: str | None) -> str | None:
-        """The file with the weights, or with their list, that transformers takes first."""
-        middle = f".{variant}" if variant else ""
-        names = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
-        names += [f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"]
-        return next((name for name in names if self.has(name)), None)
 
 
 def refuse_pickles(source: Source, config: Any, options: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import BlockBridge, Branch
-    from transformer_lens.model_bridge.places import Layers
+    from transformer_lens.model_bridge.tree import Layers
 
 Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
 READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {

@@ -1,8 +1,4 @@
-"""`GroupedCache`: a KV cache that keeps one key and value per group, and hands the model what it expects.
-
-Falcon's new decoder architecture gives shared keys to every query head before it caches them, so
-transformers' own cache is 16 times what the keys of a 40B model need, and 29 times for 180B.
-"""
+"""KV caches of our own: `GroupedCache` keeps one key and value for each group, `PrefixCache` the start of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from transformer_lens.model_bridge.generalized_components.attention_masks import repeat_groups
-from transformer_lens.model_bridge.padding import BITS
+from transformer_lens.model_bridge.padding import BITS, inherit
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 FEW = 2**19
@@ -77,6 +73,9 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
 class GroupedCache(Cache):  # type: ignore[misc]
     """A transformers cache for any supported model that never holds one key twice.
 
+    Falcon's new decoder architecture gives shared keys to every query head before it caches them, so
+    transformers' own cache is 16 times what the keys of a 40B model need, and 29 times for 180B.
+
     >>> grouped = GroupedCache(model.config)
     >>> ids = model.generate(torch.tensor([[1, 2, 3]]), cache=grouped, max_new_tokens=4, do_sample=False)
     >>> grouped.layers[0].keys.shape  # batch kv_group pos d_head
@@ -100,3 +99,41 @@ class GroupedCache(Cache):  # type: ignore[misc]
     def saves(self) -> bool:
         """Whether it holds less than `DynamicCache` would."""
         return any(isinstance(layer, GroupedLayer) for layer in self.layers)
+
+
+class PrefixCache(DynamicCache):  # type: ignore[misc]
+    """A throw-away copy of the first positions of a KV cache, with which a run may start above layer 0.
+
+    >>> from transformers import DynamicCache
+    >>> tokens, whole = bridge.to_tokens("When Mary and John went"), DynamicCache()
+    >>> logits, cache = bridge.run_with_cache(tokens, past_key_values=whole)
+    >>> stream = cache["resid_pre", 2][:, 4:]
+    >>> rest = bridge(stream, start_at_layer=2, past_key_values=PrefixCache(whole, length=4))
+    >>> torch.allclose(rest, logits[:, 4:], atol=1e-4)
+    True
+
+    `copies` repeats the batch: row `i * batch + b` continues row `b`. With `layer` only that one is repeated,
+    which is enough for a run of that layer alone. What such a run adds is lost with this cache; `whole` stays
+    as it is, and what is known of its padding goes along. Raises `ValueError` for a `whole` that does not hold
+    `length` positions in full.
+    """
+
+    def __init__(self, whole: Cache, length: int, copies: int = 1, layer: int | None = None) -> None:
+        super().__init__()
+        held = min((int(part.get_seq_length()) for part in whole.layers), default=0)
+        windowed = any(part.is_sliding for part in whole.layers)
+        if not 0 < length <= held or windowed:
+            raise ValueError(
+                f"PrefixCache: got length={length} of a cache that holds {held} positions"
+                + (" in sliding windows" if windowed else "")
+                + ", expected 1 to as many as it holds, in a cache that keeps them all: DynamicCache()"
+            )
+        for number, part in enumerate(whole.layers):
+            keys, values = part.keys[:, :, :length], part.values[:, :, :length]
+            if copies > 1 and layer in (None, number):
+                keys, values = (x[None].expand(copies, *x.shape).flatten(0, 1) for x in (keys, values))
+            mine = DynamicLayer()
+            mine.lazy_initialization(keys, values)
+            mine.keys, mine.values = keys, values
+            self.layers.append(mine)
+        inherit(self, whole, length, copies, layer)
