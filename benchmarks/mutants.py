@@ -65,10 +65,9 @@ TARGETS = {
         ("tests/adapters/test_weights.py", "tests/bridge/test_weights.py"),
     ),
     "processing": Target(
-        f"{BRIDGE}/processing/steps.py", ("tests/processing/test_mathematics.py",), "tests/processing"
-    ),
-    "processing_draft": Target(
-        f"{BRIDGE}/processing/draft.py", ("tests/processing/test_refusals.py",), "tests/processing"
+        f"{BRIDGE}/processing/steps.py",
+        ("tests/processing/test_mathematics.py", "tests/processing/test_refusals.py"),
+        "tests/processing",
     ),
     "processing_changes": Target(
         f"{BRIDGE}/processing/changes.py", ("tests/processing/test_undo.py",), "tests/processing"

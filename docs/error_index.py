@@ -28,10 +28,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "loading": (
         "HookedTransformer",
-        *(
-            f"model_bridge.{name}"
-            for name in ("bridge", "loading", "sources", "skeleton", "info", "published", "config")
-        ),
+        *(f"model_bridge.{name}" for name in ("bridge", "loading", "skeleton", "info", "published", "config")),
         "model_bridge",  # what no other theme names
         "model_bridge.architecture_adapter",
         "model_bridge.supported_architectures",
@@ -59,7 +56,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "generation": (
         *(f"model_bridge.{name}" for name in ("generation", "generation_options", "generation_run", "steering")),
-        *(f"model_bridge.{name}" for name in ("generation_stream", "caches")),
+        *(f"model_bridge.{name}" for name in ("caches",)),
         "analysis.steering",
     ),
     "patching": ("analysis.patching", "analysis.attribution.paths"),

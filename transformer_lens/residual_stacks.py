@@ -232,10 +232,9 @@ class ResidualStacks(DirectLogits):
         added = self._added(stop, mlp_input)
         rows = self._head_rows(added, keep)
         read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
-        whole_branches = [
-            (i, b.mixer) for i, b in added if b.mixer != "attn" and not (expand_neurons and b.mixer == "mlp")
-        ]
-        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in whole_branches]
+        apart = ("attn", "mlp") if expand_neurons else ("attn",)
+        undivided = [(i, branch.mixer) for i, branch in added if branch.mixer not in apart]
+        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in undivided]
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
         embeds = self._embeds(keep)
         rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
@@ -263,8 +262,7 @@ class ResidualStacks(DirectLogits):
         "interpreting GPT: the logit lens". Raises `ValueError` for a model class without an unembedding.
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
-        bridge = self._bridge
-        normed = self.apply_ln_to_stack(stack, recompute_ln=True)
+        bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)
         bias = cast(Tensor, bridge.get_submodule("ln_final").b).detach().to(normed.device, normed.dtype)
         weight, offset = (found.detach().to(normed.device) for found in (bridge.W_U, bridge.b_U))
         logits = (normed + bias) @ weight + offset

@@ -87,13 +87,6 @@ def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint
         if edited and isinstance(rows, Tensor):
             tensor[rows] = part
         return False
-    _check_answer(result, part, hook)
-    tensor[rows] = result
-    return True
-
-
-def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
-    """A replacement of some rows is what those rows are."""
     if not is_tensor(result):
         raise TypeError(
             f"hook on rows at {hook.name!r}: its function returned {in_words(result)}, expected a Tensor or None"
@@ -104,6 +97,8 @@ def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
             f"hook on rows at {hook.name!r}: got a replacement of shape {got[0]} and {got[1]}, "
             f"expected {expected[0]} and {expected[1]}: the rows it was given"
         )
+    tensor[rows] = result
+    return True
 
 
 def _checked_function(what: str, fn: HookFunction) -> HookFunction:

@@ -21,12 +21,6 @@ FEW = 2**19
 class GroupedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's cache: takes and returns a key for each query head, and keeps one for each group.
 
-    >>> layer = GroupedLayer(groups=2)
-    >>> shared = torch.randn(1, 2, 1, 5, 8).expand(1, 2, 3, 5, 8).reshape(1, 6, 5, 8)
-    >>> keys, _ = layer.update(shared, shared)
-    >>> torch.equal(keys, shared), layer.keys.shape
-    (True, torch.Size([1, 2, 5, 8]))
-
     `keys` and `values` are `[batch, kv_group, pos, d_head]`. Everything else (reordering, selecting,
     cropping, moving) is transformers' `DynamicLayer` on these.
     """
@@ -51,23 +45,20 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
         heads = key_states.shape[1]
         share = heads // self.groups if heads % self.groups == 0 else 1
         if not self.is_initialized:
+            # Only the first ones are compared, since every comparison makes the host wait for the device.
             for name, states in (("keys", key_states), ("values", value_states)):
-                self._check(name, states, share)
+                each = states.detach().view(BITS[states.element_size()]).unflatten(1, (-1, share))
+                if not bool(torch.eq(each, each[:, :, :1]).all()):
+                    raise ValueError(
+                        f"GroupedCache: the {name} of {heads} heads differ within their {self.groups} groups, so one "
+                        "for each group would lose some; use transformers' DynamicCache with this model"
+                    )
             self.group_of_head = torch.arange(heads, device=key_states.device) // share
         keys, values = super().update(key_states[:, ::share], value_states[:, ::share])
         # Contiguous, as what DynamicLayer returns: the same kernels with the same rounding follow.
         if keys.numel() * share <= FEW:
             return keys.index_select(1, self.group_of_head), values.index_select(1, self.group_of_head)
         return repeat_groups(keys, heads).contiguous(), repeat_groups(values, heads).contiguous()
-
-    def _check(self, name: str, states: Tensor, share: int) -> None:
-        """Only the first ones are compared, since every comparison makes the host wait for the device."""
-        each = states.detach().view(BITS[states.element_size()]).unflatten(1, (-1, share))
-        if not bool(torch.eq(each, each[:, :, :1]).all()):
-            raise ValueError(
-                f"GroupedCache: the {name} of {states.shape[1]} heads differ within their {self.groups} groups, so "
-                "one for each group would lose some; use transformers' DynamicCache with this model"
-            )
 
 
 class GroupedCache(Cache):  # type: ignore[misc]

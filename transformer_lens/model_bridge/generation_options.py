@@ -128,11 +128,7 @@ def translate(
     freq_penalty: float = 0.0,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """TransformerLens's keywords as Hugging Face's.
-
-    >>> translate({}, stop_at_eos=True, use_past_kv_cache=None, temperature=0.0, top_k=None)
-    {'do_sample': False}
-    """
+    """TransformerLens's keywords as Hugging Face's."""
     said = {name: value for name, value in sampling.items() if value is not None}
     for name, rule in SAMPLING.items():
         if name in said:
@@ -232,8 +228,7 @@ def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
 
 def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A `GroupedCache` as the option `name`, where it saves memory and the caller chose no cache."""
-    chosen_by_caller = options.get(name) is not None or chosen.cache_implementation is not None
-    if chosen_by_caller or chosen.use_cache is False:
+    if options.get(name) is not None or chosen.cache_implementation is not None or chosen.use_cache is False:
         return {}
     cache = GroupedCache(config)
     return {name: cache} if cache.saves else {}
@@ -262,9 +257,8 @@ class GenerationCall:
 
     def answer(self, output: Any, tokens: Int[Tensor, "batch pos"]) -> Any:
         """The output as the caller wants it: text where text went in."""
-        if self.return_type == "tokens" or not isinstance(output, Tensor):
-            return output
-        if self.return_type == "input" and self.prompt.texts is None:
+        as_ids = self.return_type == "tokens" or (self.return_type == "input" and self.prompt.texts is None)
+        if as_ids or not isinstance(output, Tensor):
             return output
         each = len(tokens) // len(self.prompt.mask)
         texts = [self.text_of(number // each, row) for number, row in enumerate(tokens.tolist())]
@@ -276,10 +270,8 @@ class GenerationCall:
         tokenizer = self.adapter.tokenizer
         special = special_tokens(tokenizer)
         new = [token for token in row[self.prompt.read :] if token not in special]
-        if self.prompt.texts is not None:
-            return self.prompt.texts[number] + "".join(pieces(tokenizer, new))
-        if self.prompt.ids is None:
-            return "".join(pieces(tokenizer, new))
+        if self.prompt.texts is not None or self.prompt.ids is None:
+            return (self.prompt.texts[number] if self.prompt.texts else "") + "".join(pieces(tokenizer, new))
         read = self.prompt.ids[number][self.prompt.mask[number, -self.prompt.read :].bool()].tolist()
         first = 1 if read[:1] == [self.adapter.bos] else 0
         return decoded(tokenizer, [*read[first:], *new])

@@ -35,6 +35,7 @@ class GenerationRun:
         self.arguments, self.prompt_mask = arguments_of(type(model)), prompt.mask
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
+        """The hooks, each with its phase, and whether it was asked for by name and so has to fire in that."""
         self.step = self.read = self.rows = 0
         self.cache: Any = None
         self.written: Tensor | None = None
@@ -43,15 +44,9 @@ class GenerationRun:
         self.pieces: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
 
-    def add(self, point: HookPoint, entry: HookEntry, phase: Phase, named: bool) -> None:
-        """A user's hook; one that was asked for by name has to fire in its phase."""
-        self.entries.append((point, entry, phase, named))
-
     def capture(self, point: HookPoint, named: bool) -> None:
         """Keep what this point shows, of every forward."""
-        self.add(point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named)
-
-    # -- its length --------------------------------------------------------------------------------
+        self.entries.append((point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named))
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -84,16 +79,15 @@ class GenerationRun:
                 if phase in phases:
                     point.attach(entry)
 
-    def _detach(self, *phases: Phase) -> None:
+    def _detach(self) -> None:
         with changing_together():
-            for point, entry, phase, _ in self.entries:
-                if phase in phases:
-                    point.remove(entry, silence=False)
+            for point, entry, _, _ in self.entries:
+                point.remove(entry, silence=False)
 
     def _remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self._detach(*PHASES)
+        self._detach()
 
     def _remember(self) -> None:
         """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""
@@ -107,8 +101,6 @@ class GenerationRun:
             text = still_text(self.written[:, self.prompt.read :], self.chosen)[:, : text.shape[1]]
         mask = torch.cat([prompt, text], dim=1)
         remember(self.cache, Columns(mask, ~mask))
-
-    # -- its forwards ------------------------------------------------------------------------------
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
@@ -147,7 +139,7 @@ class GenerationRun:
             self.pieces.setdefault(name, []).append(tensor)
         self.captured.clear()
         if self.read < prompt <= columns.stop and any(phase != "all" for _, _, phase, _ in self.entries):
-            self._detach(*PHASES)
+            self._detach()
             self._attach("continuation", "all")  # in the order they were given, captures last
         self.read = columns.stop
 

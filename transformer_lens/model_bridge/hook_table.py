@@ -17,15 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SIZES = {
-    "d_model": "d_model",
-    "head": "n_heads",
-    "kv_head": "n_key_value_heads",
-    "d_head": "d_head",
-    "d_mlp": "d_mlp",
-    "d_vocab": "d_vocab",
-    "d_vocab_out": "d_vocab_out",
-    "expert": "num_experts",
-    "chosen": "experts_per_token",
+    **{name: name for name in ("d_model", "d_head", "d_mlp", "d_vocab", "d_vocab_out")},
+    **{"head": "n_heads", "kv_head": "n_key_value_heads", "expert": "num_experts", "chosen": "experts_per_token"},
 }
 """Axis -> the field of `BridgeConfig` that gives its length; other axes depend on the input."""
 

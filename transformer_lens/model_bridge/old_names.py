@@ -79,9 +79,8 @@ class OldNames(InputMethods, HookedRootModule):
             if not row.name.endswith("_grouped")
         }
 
-    def tl_parameters(self) -> dict[str, Tensor]:
-        """`get_params`, as TransformerLens's bridge calls it."""
-        return self.get_params()
+    tl_parameters = get_params
+    """`get_params`, as TransformerLens's bridge calls it."""
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of `get_params`."""

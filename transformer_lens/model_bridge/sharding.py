@@ -20,17 +20,10 @@ from torch.distributed.tensor import DTensor
 from transformer_lens.model_bridge.config import BridgeConfig
 
 DIVIDED_SIDES: Mapping[str, str | None] = {
-    "colwise": "out",
-    "rowwise": "in",
-    "colwise_gather_output": None,
-    "colwise_rep": None,
-    "rowwise_split_input": None,
-    "rowwise_rep": None,
-    "embedding_rowwise": None,
-    "embedding_colwise": None,
-    "moe_tp_experts": None,
-    "ep_dispatch_experts": None,
-    "replicate": None,
+    **{"colwise": "out", "rowwise": "in"},
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")),
+    **dict.fromkeys(("embedding_rowwise", "embedding_colwise")),
+    **dict.fromkeys(("moe_tp_experts", "ep_dispatch_experts", "replicate")),
 }
 """transformers' parallel styles of a module: the side on which it handles shards of the last axis, if any."""
 
@@ -40,11 +33,7 @@ INSIDE_EXPERTS: Mapping[str, str] = {"moe_tp_experts": "d_mlp", "ep_dispatch_exp
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes that share a tensor, and this one's place among them. One alone has it whole.
-
-    >>> ALONE.gather(torch.ones(2), dim=-1)
-    tensor([1., 1.])
-    """
+    """The processes that share a tensor, and this one's place among them. One alone has it whole."""
 
     group: Any = None
     rank: int = 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformer_lens.checks import directory_to_write
+from transformer_lens.model_bridge.quantised import other_linears
 from transformer_lens.model_bridge.tree import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
@@ -160,8 +161,7 @@ def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
         return []
     with torch.device("meta"):
         plain = type(settings)(settings.config)
-    linears = [(path, m) for path, m in plain.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
-    return [path for path, linear in linears if type(model.get_submodule(path)) is not type(linear)]
+    return [path for path, linear in other_linears(plain) if type(model.get_submodule(path)) is not type(linear)]
 
 
 # -- whether a state fits a model, said with names, before anything is loaded ---------------------------

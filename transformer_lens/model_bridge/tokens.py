@@ -62,13 +62,8 @@ class TokenAdapter:
         self.owner = owner
         self.said_cut = False
 
-    @property
-    def bos(self) -> int | None:
-        return self._special("bos_token_id")
-
-    @property
-    def eos(self) -> int | None:
-        return self._special("eos_token_id")
+    bos = property(lambda adapter: adapter._special("bos_token_id"))
+    eos = property(lambda adapter: adapter._special("eos_token_id"))
 
     @property
     def pad(self) -> int | None:

@@ -12,13 +12,7 @@ from typing import Any
 from torch import nn
 
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.model_bridge.architecture_adapter import (
-    HEADS,
-    NO_HEAD,
-    ArchitectureAdapter,
-    Preparation,
-    head_of,
-)
+from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, ArchitectureAdapter, Preparation, head_of
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge, HookOwner, Part
 from transformer_lens.model_bridge.generalized_components.base import is_replica
 from transformer_lens.model_bridge.ports import Port

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from transformer_lens.model_bridge.processing.changes import Record, WeightChanges, record_of
-from transformer_lens.model_bridge.processing.draft import Draft
-from transformer_lens.model_bridge.processing.steps import STEPS, Step
+from transformer_lens.model_bridge.processing.steps import STEPS, Draft, Step
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
