@@ -216,11 +216,9 @@ class GenerationMethods(InputMethods, HookedRootModule):
                 f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
                 "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
             )
-        if padding_side is not None:
-            one_of("padding_side", padding_side, ("left", "right"))
-        side = "left" if padding_side is None else padding_side
         looked_at = SIDES if padding_side is None else (padding_side,)
-        reading = self._read(given, prepend_bos, side, sides=looked_at, truncate=False)
+        one_of("padding_side", looked_at[0], SIDES)
+        reading = self._read(given, prepend_bos, padding_side or "left", sides=looked_at, truncate=False)
         adapter, arguments = self.token_adapter, self.arguments
         prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
@@ -228,11 +226,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
 
     def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
         one_of("on", on, PHASES)
-        run, phased, fwd_hooks = (
-            GenerationRun(call.model, call.prompt, call.chosen),
-            False,
-            listed("fwd_hooks", fwd_hooks),
-        )
+        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen), listed("fwd_hooks", fwd_hooks)
+        phased = False
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
                 raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")

@@ -177,7 +177,7 @@ def make_table(
     def row_of(prefix: str, hook: Hook, sizes: Mapping[str, int]) -> HookRow:
         aliases = tuple(prefix + alias for alias in hook.aliases)
         shape = axis_sizes(hook.axes, cfg, sizes)
-        kind = hook.port.kind if isinstance(hook.port, Inside) else "port"
+        kind: str = hook.port.kind if isinstance(hook.port, Inside) else "port"
         kind += ", on request" if hook.on_request else ""
         return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 

@@ -64,8 +64,9 @@ def model_class(config: Any) -> type[Any]:
     """The class the checkpoint was saved from, where it is one of its family's; else the causal model."""
     adapter_for(config)
     named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
-    own = (kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config))
-    return next(own, transformers.AutoModelForCausalLM)
+    own = [kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config)]
+    found: type[Any] = [*own, transformers.AutoModelForCausalLM][0]
+    return found
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:

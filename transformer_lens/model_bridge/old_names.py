@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor
-from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter
 from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -160,9 +159,7 @@ class OldNames(InputMethods, HookedRootModule):
         """Other spellings of hooks, and the names they stand for."""
         return dict(self.aliases)
 
-    @property
-    def _hook_registry(self) -> dict[str, HookPoint]:
-        return self.hook_dict
+    _hook_registry = property(lambda bridge: bridge.hook_dict)
 
     def _collect_hook_aliases_from_registry(self) -> dict[str, str]:
-        return dict(self.aliases)
+        return self.hook_aliases

@@ -158,12 +158,7 @@ class Columns:
     """Which of the others are no tokens at all."""
 
     def positions(self, new: int) -> Int[Tensor, "batch new"] | None:
-        """Of the last `new` columns, each counted among the tokens of its row; `None` where a plain count is the same.
-
-        >>> mask = torch.tensor([[0, 0, 1, 1]]).bool()
-        >>> Columns(mask, ~mask).positions(new=4)
-        tensor([[0, 0, 0, 1]])
-        """
+        """Of the last `new` columns, each counted among the tokens of its row; `None` if a plain count is the same."""
         if not needs_mask(~self.padding):
             return None
         counted = (~self.padding).cumsum(-1) - 1

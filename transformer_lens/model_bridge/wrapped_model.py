@@ -88,7 +88,7 @@ class WrappedModel(nn.Module):
     def input_device(self) -> torch.device:
         """The device on which the token embedding runs, also of a replica that `DataParallel` made."""
         embedding = self.get_input_embeddings()
-        return embedding.weight.device if is_replica(embedding) else self.cfg.device  # type: ignore[no-any-return]
+        return embedding.weight.device if is_replica(embedding) else self.cfg.device
 
     config = HandedOn("The model's own Hugging Face config.")
     generation_config = HandedOn("What `generate` does unless told otherwise.")
