@@ -114,8 +114,8 @@ def prepare_prompt(
             "pad on the left: padding_side='left'; or pass attention_mask, if it is none"
         )
     ids = None if reading.word is EMBEDDINGS else given
-    in_a_list = len(given) > 1 if reading.texts is None else reading.several
-    return Prompt(arguments.named({reading.word: given}), mask.long(), ids, reading.texts, in_a_list)
+    several = len(given) > 1 if reading.texts is None else reading.several
+    return Prompt(arguments.named({reading.word: given}), mask.long(), ids, reading.texts, several)
 
 
 def translate(
@@ -143,7 +143,7 @@ def translate(
     if a_number("freq_penalty", freq_penalty, least=0.0):
         if said.get("do_sample") is False:
             raise ValueError("generate: freq_penalty counts where tokens are drawn; pass do_sample=True")
-        others = several(made.get("logits_processor"))
+        others = as_list(made.get("logits_processor"))
         made |= {"do_sample": True, "logits_processor": [*others, FrequencyPenalty(float(freq_penalty))]}
     if made.get("output_logits") or made.get("output_scores"):
         made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
@@ -178,7 +178,7 @@ def refuse_unknown_option(
     refuse_unknown(what, options, (known | own[what]) - {"self", "options"})
 
 
-def several(given: Any) -> Sequence[Any]:
+def as_list(given: Any) -> Sequence[Any]:
     """None, one or several, as a list."""
     return given if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
@@ -190,7 +190,7 @@ def in_lists(options: dict[str, Any]) -> dict[str, Any]:
     """
     made = dict(options)
     for name, (kind, listed) in LISTS.items():
-        given = several(options.get(name))
+        given = as_list(options.get(name))
         for one in given:
             if not callable(one):  # transformers calls them, and asks for no class
                 raise TypeError(
@@ -206,7 +206,7 @@ def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: T
     wanting = [name for name in ("stop_strings", "token_healing") if getattr(chosen, name)]
     if not wanting or options.get("tokenizer") is not None:
         return options
-    if not all(isinstance(one, str) and one for one in several(chosen.stop_strings)):
+    if not all(isinstance(one, str) and one for one in as_list(chosen.stop_strings)):
         raise TypeError(f"stop_strings: got {in_words(chosen.stop_strings)}, expected a string or a list of them")
     if adapter is None:
         raise ValueError(
