@@ -65,15 +65,14 @@ TARGETS = {
         ("tests/adapters/test_weights.py", "tests/bridge/test_weights.py"),
     ),
     "processing": Target(
-        f"{BRIDGE}/processing/steps.py", ("tests/processing/test_mathematics.py",), "tests/processing"
-    ),
-    "processing_draft": Target(
-        f"{BRIDGE}/processing/draft.py", ("tests/processing/test_refusals.py",), "tests/processing"
+        f"{BRIDGE}/processing/steps.py",
+        ("tests/processing/test_mathematics.py", "tests/processing/test_refusals.py"),
+        "tests/processing",
     ),
     "processing_changes": Target(
         f"{BRIDGE}/processing/changes.py", ("tests/processing/test_undo.py",), "tests/processing"
     ),
-    "grouped_cache": Target(f"{BRIDGE}/grouped_cache.py", ("tests/bridge/test_grouped_cache.py",)),
+    "grouped_cache": Target(f"{BRIDGE}/caches.py", ("tests/bridge/test_grouped_cache.py",)),
     "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
     "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
     "messages": Target(f"{WIRE}/protocol/messages.py", READ),

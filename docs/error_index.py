@@ -28,18 +28,15 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "loading": (
         "HookedTransformer",
-        *(
-            f"model_bridge.{name}"
-            for name in ("bridge", "loading", "sources", "skeleton", "info", "published", "config")
-        ),
+        *(f"model_bridge.{name}" for name in ("bridge", "loading", "skeleton", "info", "published", "config")),
         "model_bridge",  # what no other theme names
         "model_bridge.architecture_adapter",
         "model_bridge.supported_architectures",
         "model_bridge.generalized_components.base",
     ),
     "running": (
-        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "inputs", "padding")),
-        *(f"model_bridge.{name}" for name in ("outputs", "partial_run", "prefix_cache", "verify")),
+        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "calls", "padding")),
+        *(f"model_bridge.{name}" for name in ("partial_run", "verify")),
         "model_bridge.verification",
         "utilities",
     ),
@@ -59,7 +56,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "generation": (
         *(f"model_bridge.{name}" for name in ("generation", "generation_options", "generation_run", "steering")),
-        *(f"model_bridge.{name}" for name in ("generation_stream", "grouped_cache")),
+        *(f"model_bridge.{name}" for name in ("caches",)),
         "analysis.steering",
     ),
     "patching": ("analysis.patching", "analysis.attribution.paths"),

@@ -15,7 +15,7 @@ from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from transformer_lens.model_bridge.bridge import TransformerBridge
-from transformer_lens.model_bridge.grouped_cache import GroupedCache
+from transformer_lens.model_bridge.caches import GroupedCache
 from transformer_lens.row_hooks import on_each, on_rows
 
 __version__ = "0.1.0"

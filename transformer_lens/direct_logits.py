@@ -103,17 +103,16 @@ class DirectLogits(ABC):
         """
         self._need_stack(residual_stack)
         scaled = self.apply_ln_to_stack(wide(residual_stack), None, False, pos_slice, batch_slice, has_batch_dim)
-        wanted = self._directions(tokens)
+        wanted = self._bridge.tokens_to_residual_directions(tokens).detach()
         if incorrect_tokens is not None:
-            unwanted = self._directions(incorrect_tokens)
+            unwanted = self._bridge.tokens_to_residual_directions(incorrect_tokens).detach()
             if unwanted.ndim > 1 and wanted.ndim > 1 and unwanted.shape != wanted.shape:
                 raise ValueError(
                     f"logit_attrs: got tokens of {list(wanted.shape[:-1])} and incorrect_tokens of "
                     f"{list(unwanted.shape[:-1])}, expected equal shapes"
                 )
             wanted = wanted - unwanted
-        leading = scaled.shape[1:-1]
-        given = wanted.shape[:-1]
+        leading, given = scaled.shape[1:-1], wanted.shape[:-1]
         if given != leading[: len(given)]:
             raise ValueError(
                 f"logit_attrs: got tokens of {list(given)}, expected one for all, or as many as the stack has: "
@@ -186,6 +185,3 @@ class DirectLogits(ABC):
                 "which batch_slice chooses some; for a stack of one text pass has_batch_dim=False"
             )
         return chosen.apply(stack, 1)
-
-    def _directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
-        return self._bridge.tokens_to_residual_directions(tokens).detach()

@@ -149,11 +149,12 @@ class ResidualStacks(DirectLogits):
         found = self._neurons(layer, Slice(neuron_slice), Slice(pos_slice), read)
         return found[..., 0] if read is not None and read.single else found
 
-    def _neurons(self, layer: int, neurons: Slice, at: Slice, read: Reading | None) -> Tensor:
+    def _neurons(self, layer: int, neurons: Slice, at: Slice, read: Reading | None, part: str = "mlp") -> Tensor:
         layer = whole("layer", layer, 0, self._layers - 1)
-        mlp = self._bridge.get_submodule(f"blocks.{layer}.mlp")
-        weight = cast(Tensor, mlp.W_out).detach()
-        post = self._at("mlp.hook_post", layer, at, axes_after=2 if weight.ndim == 3 else 1)
+        weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.{part}").W_out).detach()
+        post = self._at(f"{part}.hook_post", layer, at, axes_after=2 if weight.ndim == 3 else 1)
+        if f"blocks.{layer}.{part}.hook_gate" in self.model.hook_dict:  # of an expert that every token passes
+            post = post * self._at(f"{part}.hook_gate", layer, at).sigmoid()
         kept = neurons.apply(torch.arange(weight.shape[-2])).reshape(-1).to(post.device)
         post, weight = post[..., kept], weight[..., kept, :].to(post.device)
         if weight.ndim == 3:
@@ -232,10 +233,9 @@ class ResidualStacks(DirectLogits):
         added = self._added(stop, mlp_input)
         rows = self._head_rows(added, keep)
         read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
-        whole_branches = [
-            (i, b.mixer) for i, b in added if b.mixer != "attn" and not (expand_neurons and b.mixer == "mlp")
-        ]
-        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in whole_branches]
+        apart = ("attn", "mlp") if expand_neurons else ("attn",)
+        undivided = [(i, branch.mixer) for i, branch in added if branch.mixer not in apart]
+        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in undivided]
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
         embeds = self._embeds(keep)
         rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
@@ -263,8 +263,7 @@ class ResidualStacks(DirectLogits):
         "interpreting GPT: the logit lens". Raises `ValueError` for a model class without an unembedding.
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
-        bridge = self._bridge
-        normed = self.apply_ln_to_stack(stack, recompute_ln=True)
+        bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)
         bias = cast(Tensor, bridge.get_submodule("ln_final").b).detach().to(normed.device, normed.dtype)
         weight, offset = (found.detach().to(normed.device) for found in (bridge.W_U, bridge.b_U))
         logits = (normed + bias) @ weight + offset
@@ -293,13 +292,14 @@ class ResidualStacks(DirectLogits):
     def _neuron_rows(self, added: Added, neurons: Slice, keep: Slice, read: Reading | None) -> Rows:
         rows: Rows = []
         for i in [i for i, branch in added if branch.mixer == "mlp"]:
-            *experts, width, _ = cast(Tensor, self._bridge.get_submodule(f"blocks.{i}.mlp").W_out).shape
-            kept = neurons.apply(torch.arange(width)).reshape(-1).tolist()
-            names = [f"L{i}{e}N{n}" for e in ([f"E{e}" for e in range(*experts)] if experts else [""]) for n in kept]
-            rows += list(zip(names, self._neurons(i, neurons, keep, read).unbind(-2), strict=True))
-            if f"blocks.{i}.mlp.shared.hook_post" in self.model.hook_dict:
-                rows += self._shared_rows(i, neurons, keep, read)
-            if experts:
+            shared = ("mlp.shared",) if f"blocks.{i}.mlp.shared.hook_post" in self.model.hook_dict else ()
+            for part in ("mlp", *shared):
+                *experts, width, _ = cast(Tensor, self._bridge.get_submodule(f"blocks.{i}.{part}").W_out).shape
+                kept = neurons.apply(torch.arange(width)).reshape(-1).tolist()
+                owners = [f"E{e}" for e in range(*experts)] if experts else ["S" if part in shared else ""]
+                names = [f"L{i}{owner}N{n}" for owner in owners for n in kept]
+                rows += list(zip(names, self._neurons(i, neurons, keep, read, part).unbind(-2), strict=True))
+            if f"blocks.{i}.mlp.hook_expert_weights" in self.model.hook_dict:
                 rows += self._expert_bias_rows(i, keep, read)
         return rows
 
@@ -313,16 +313,6 @@ class ResidualStacks(DirectLogits):
         parts = self._as_added(parts, layer, "mlp", keep)
         parts = parts if read is None else parts.to(read.matrix) @ read.matrix
         return [(f"L{layer}E{e}bias", part) for e, part in enumerate(parts.unbind(-2))]
-
-    def _shared_rows(self, layer: int, neurons: Slice, keep: Slice, read: Reading | None) -> Rows:
-        """The neurons of the expert that every token passes: `L0SN3`."""
-        weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.mlp.shared").W_out).detach()
-        post = self._at("mlp.shared.hook_post", layer, keep)
-        if f"blocks.{layer}.mlp.shared.hook_gate" in self.model.hook_dict:
-            post = post * self._at("mlp.shared.hook_gate", layer, keep).sigmoid()
-        kept = neurons.apply(torch.arange(len(weight))).reshape(-1).to(post.device)
-        parts = self._written(post[..., kept], weight[kept].to(post.device), layer, keep, read)
-        return list(zip([f"L{layer}SN{n}" for n in kept.tolist()], parts.unbind(-2), strict=True))
 
     def _written(
         self,
@@ -380,8 +370,7 @@ class ResidualStacks(DirectLogits):
         return parts if branch.scale == 1.0 else parts * branch.scale
 
     def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
-        keep = Slice(pos_slice)
-        return [(label, keep.apply(row, -2)) for label, row in rows]
+        return [(label, Slice(pos_slice).apply(row, -2)) for label, row in rows]
 
     # -- how rows become a stack -------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
     as any hook may, forward and backward. Rows of a list come in the order of the list. Raises `TypeError` and
     `ValueError` for rows that mean nothing or occur twice and, in the run, for rows that the batch does not have.
     """
-    return _OnRows(_checked(rows), _checked_function("on_rows", fn))
+    return _OnRows(((_checked(rows), _checked_function("on_rows", fn)),))
 
 
 def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
@@ -51,37 +51,27 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     rows_each = whole("rows_each", rows_each, 1)
     if not fns:
         raise ValueError(f"on_each: got no functions with {rows_each} rows each, expected at least one of both")
-    return _OnEach([_checked_function("on_each", fn) for fn in fns], rows_each)
+    starts = [rows_each * number for number in range(len(fns))]
+    parts = [(slice(at, at + rows_each), _checked_function("on_each", fn)) for at, fn in zip(starts, fns, strict=True)]
+    return _OnRows(parts, rows_each)
 
 
 @dataclass(frozen=True, eq=False)
 class _OnRows:
-    """What `on_rows` makes: an object, so that it can be copied and shown."""
+    """What `on_rows` and `on_each` make: an object, so that it can be copied and shown."""
 
-    rows: slice | Tensor
-    fn: HookFunction
-
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        return tensor if _run(self.fn, tensor, _within(self.rows, tensor, hook), hook) else None
-
-
-@dataclass(frozen=True, eq=False)
-class _OnEach:
-    """What `on_each` makes."""
-
-    fns: Sequence[HookFunction]
-    rows_each: int
+    parts: Sequence[tuple[slice | Tensor, HookFunction]]
+    rows_each: int | None = None
+    """How many rows each function gets, where they are all of the batch."""
 
     def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor | None:
-        expected = len(self.fns) * self.rows_each
-        if tensor.shape[0] != expected:
+        batch, several = tensor.shape[0], len(self.parts)
+        if self.rows_each is not None and batch != several * self.rows_each:
             raise ValueError(
-                f"on_each at {hook.name!r}: got a batch of {tensor.shape[0]}, expected {expected}: "
-                f"{self.rows_each} rows for each of {len(self.fns)} functions"
+                f"on_each at {hook.name!r}: got a batch of {batch}, expected {several * self.rows_each}: "
+                f"{self.rows_each} rows for each of {several} functions"
             )
-        starts = range(0, expected, self.rows_each)
-        places = [slice(start, start + self.rows_each) for start in starts]
-        replaced = [_run(fn, tensor, rows, hook) for fn, rows in zip(self.fns, places, strict=True)]
+        replaced = [_run(fn, tensor, _within(rows, tensor, hook), hook) for rows, fn in self.parts]
         return tensor if any(replaced) else None
 
 
@@ -97,13 +87,6 @@ def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint
         if edited and isinstance(rows, Tensor):
             tensor[rows] = part
         return False
-    _check_answer(result, part, hook)
-    tensor[rows] = result
-    return True
-
-
-def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
-    """A replacement of some rows is what those rows are."""
     if not is_tensor(result):
         raise TypeError(
             f"hook on rows at {hook.name!r}: its function returned {in_words(result)}, expected a Tensor or None"
@@ -114,6 +97,8 @@ def _check_answer(result: Any, part: Tensor, hook: HookPoint) -> None:
             f"hook on rows at {hook.name!r}: got a replacement of shape {got[0]} and {got[1]}, "
             f"expected {expected[0]} and {expected[1]}: the rows it was given"
         )
+    tensor[rows] = result
+    return True
 
 
 def _checked_function(what: str, fn: HookFunction) -> HookFunction:

@@ -79,13 +79,9 @@ class Slice:
     """
 
     def __init__(self, input_slice: SliceInput | Slice = None) -> None:
-        if isinstance(input_slice, Slice):
-            input_slice = input_slice.raw
-        self.raw: SliceInput = input_slice
-        given: Any = input_slice
-        if given is None:
-            given = slice(None)
-        elif isinstance(given, tuple):
+        self.raw: SliceInput = input_slice.raw if isinstance(input_slice, Slice) else input_slice
+        given: Any = slice(None) if self.raw is None else self.raw
+        if isinstance(given, tuple):
             if not 1 <= len(given) <= 3:
                 raise TypeError(f"slice: got {given!r}, expected (stop,), (start, stop) or (start, stop, step)")
             given = slice(*given)

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tests.support import LAYOUTS, VOCAB, cache_of, falcon, falcon_config, family, mixtral, tokens, with_cache
 from transformer_lens import GroupedCache, TransformerBridge
-from transformer_lens.model_bridge import grouped_cache
-from transformer_lens.model_bridge.grouped_cache import GroupedLayer
+from transformer_lens.model_bridge import caches
+from transformer_lens.model_bridge.caches import GroupedLayer
 
 pytestmark = pytest.mark.core
 
@@ -285,14 +285,14 @@ def test_what_a_hook_made_nan_is_shared_too() -> None:
     assert found.isnan().all()
 
 
-@pytest.mark.parametrize("few", [0, grouped_cache.FEW], ids=["repeated", "selected"])
+@pytest.mark.parametrize("few", [0, caches.FEW], ids=["repeated", "selected"])
 @pytest.mark.parametrize("pos", [1, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_it_returns_lies_in_memory_as_transformers_does(
     groups: int, pos: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels that follow choose by strides."""
-    monkeypatch.setattr(grouped_cache, "FEW", few)
+    monkeypatch.setattr(caches, "FEW", few)
     ours, theirs = GroupedLayer(groups), DynamicLayer()
     for _ in range(2):
         # As `FalconAttention` hands values over: heads behind positions in memory.

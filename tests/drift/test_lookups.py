@@ -75,14 +75,14 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/loading.py", "hasattr(config, name)"): "a keyword the user passed",
     ("model_bridge/loading.py", "getattr(torch, dtype, None)"): "a name the user passed",
     ("model_bridge/loading.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
-    ("model_bridge/loading.py", "getattr(found, 'config_class', None)"): "what a checkpoint names may be no model",
+    ("model_bridge/loading.py", "getattr(kind, 'config_class', None)"): "what a checkpoint names may be no model",
     ("model_bridge/peft_layers.py", "getattr(layer, 'parameter_name', 'weight')"): "of peft, one kind of layer",
     ("model_bridge/peft_layers.py", "getattr(layer, 'lora_A', ())"): "of peft, one kind of layer",
     ("model_bridge/quantised.py", "getattr(weight.quant_state, 'packing_format_for_cpu', False)"): OTHER_LIBRARY,
     ("model_bridge/quantised.py", "getattr(config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",
     ("model_bridge/sharding.py", "getattr(model.config, 'distributed_config', None)"): ONLY_WHEN,
-    ("model_bridge/sources.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
+    ("model_bridge/loading.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
     ("model_bridge/state.py", "getattr(self.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
@@ -139,7 +139,7 @@ def test_arguments_of_models_are_named_in_one_place() -> None:
 
 OURS = {
     ("generation_options.py", "use_cache"),  # an option of `generate` itself
-    ("generation_stream.py", "use_cache"),  # what `generate` hands its loop
+    ("generation.py", "use_cache"),  # what `generate` hands its loop
     ("info.py", "alibi"),  # a key of Falcon's config
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword

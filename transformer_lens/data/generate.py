@@ -28,11 +28,7 @@ _SPLIT_SALT = "tiny-name-pairs"
 
 @dataclass(frozen=True)
 class TextExample:
-    """A prompt and the completion that follows from it.
-
-    >>> TextExample("Days: Monday Tuesday", " Wednesday Thursday.").text
-    'Days: Monday Tuesday Wednesday Thursday.'
-    """
+    """A prompt and the completion that follows from it."""
 
     prompt: str
     completion: str
@@ -46,12 +42,7 @@ class TextExample:
 @dataclass(frozen=True)
 class IOIExample:
     """An indirect-object sentence without its last word. In order "ABB" the indirect object is named first and the
-    subject second and third; in "BAB" the subject comes first.
-
-    >>> example = ioi_example(Random(0), order="ABB")
-    >>> example.prompt.count(example.subject), example.prompt.count(example.indirect_object)
-    (2, 1)
-    """
+    subject second and third; in "BAB" the subject comes first."""
 
     prompt: str
     indirect_object: str
@@ -75,12 +66,7 @@ class IOIExample:
 @dataclass(frozen=True)
 class IOIPair:
     """A clean prompt and the same prompt with the second subject swapped for the indirect object, so that `answer`
-    follows the clean prompt and `wrong_answer` the corrupted one.
-
-    >>> pair = ioi_pair(seed=0)
-    >>> len(pair.clean.split()) == len(pair.corrupted.split())
-    True
-    """
+    follows the clean prompt and `wrong_answer` the corrupted one."""
 
     clean: str
     corrupted: str
@@ -88,21 +74,19 @@ class IOIPair:
     wrong_answer: str
 
 
-def is_held_out_pair(first: str, second: str) -> bool:
-    """Whether a pair of names, in either order, is kept out of training: by a salted hash, whatever the other names."""
-    pair = "|".join((_SPLIT_SALT, *sorted((first, second))))
-    digest = hashlib.sha256(pair.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
-
-
 @lru_cache(maxsize=2)
 def name_pairs(held_out: bool = False) -> tuple[tuple[str, str], ...]:
-    """Every unordered pair of names on one side of the split.
+    """Every unordered pair of names on one side of the split, which a salted hash of the two decides.
 
     >>> set(name_pairs(held_out=True)) & set(name_pairs(held_out=False))
     set()
     """
-    return tuple(pair for pair in combinations(NAMES, 2) if is_held_out_pair(*pair) == held_out)
+
+    def drawn(pair: tuple[str, str]) -> float:
+        digest = hashlib.sha256("|".join((_SPLIT_SALT, *sorted(pair))).encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    return tuple(pair for pair in combinations(NAMES, 2) if (drawn(pair) < HELD_OUT_SHARE) == held_out)
 
 
 def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
@@ -168,10 +152,7 @@ def repeated_random_tokens(
 
 def padded_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
-    attention is causal, so right padding needs no mask, and any token will do.
-
-    >>> tokens, last = padded_prompts(tokenizer, ["When Mary"])  # doctest: +SKIP
-    """
+    attention is causal, so right padding needs no mask, and any token will do."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [[*front, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0

@@ -1,11 +1,11 @@
 """The bridge between Hugging Face models and named, hookable activations."""
 
 from transformer_lens.model_bridge.bridge import TransformerBridge
+from transformer_lens.model_bridge.caches import PrefixCache
+from transformer_lens.model_bridge.calls import InputAndMask
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookRequest
 from transformer_lens.model_bridge.generalized_components import Branch
 from transformer_lens.model_bridge.info import ModelInfo, model_info
-from transformer_lens.model_bridge.inputs import InputAndMask
-from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.skeleton import skeleton_bridge
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 

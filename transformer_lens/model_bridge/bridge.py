@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -23,21 +22,19 @@ from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, keywords_of
 from transformer_lens.model_bridge.attach import Attachment, Root
+from transformer_lens.model_bridge.caches import PrefixCache
+from transformer_lens.model_bridge.calls import RETURN_TYPES, Call, ModelInput, Output, main_output
 from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
-from transformer_lens.model_bridge.inputs import Call, ModelInput
 from transformer_lens.model_bridge.loading import model_and_tokenizer
 from transformer_lens.model_bridge.native import native_model
 from transformer_lens.model_bridge.old_names import OldNames
-from transformer_lens.model_bridge.outputs import RETURN_TYPES, Output, main_output
 from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
-from transformer_lens.model_bridge.places import Exchanged
-from transformer_lens.model_bridge.prefix_cache import PrefixCache
 from transformer_lens.model_bridge.processing import ProcessingMethods
 from transformer_lens.model_bridge.sharding import Sharding, sharding_of
 from transformer_lens.model_bridge.state import StateMethods
@@ -45,7 +42,7 @@ from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.text_methods import TokenMethods
-from transformer_lens.model_bridge.tree import absent_names, components_in, make_components
+from transformer_lens.model_bridge.tree import Exchanged, absent_names, components_in, make_components
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
 from transformer_lens.model_bridge.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
@@ -265,9 +262,7 @@ class TransformerBridge(
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     # -- names -------------------------------------------------------------------------------------

@@ -9,27 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 import torch
 
 from transformer_lens.checks import in_words, refuse_unknown
 
 T = TypeVar("T")
-
-
-class Facts(Protocol):
-    """What can change in a model."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def d_vocab(self) -> int: ...
-    @property
-    def d_vocab_out(self) -> int | None:
-        """`None` where the module at the model's end does not say its width."""
 
 
 class FromModel(Generic[T]):
@@ -144,11 +130,11 @@ class BridgeConfig:
         return False
 
     @property
-    def facts(self) -> Facts | None:
-        """The model that this config follows, if any."""
+    def facts(self) -> Any | None:
+        """The `ModelFacts` that this config follows, if any: they have an attribute for each `FromModel`."""
         return self.__dict__.get("_facts")
 
-    def follow(self, facts: Facts | None) -> None:
+    def follow(self, facts: Any | None) -> None:
         """Read what can change from a model from now on."""
         self.__dict__["_facts"] = facts
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from types import EllipsisType
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.checks import listed, one_of, whole
@@ -16,6 +19,7 @@ from transformer_lens.generation_step import GenerationStep
 from transformer_lens.hook_point import HookFunction, state
 from transformer_lens.hooked_root import HookedRootModule, HookSpec, NamesFilter
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generation_options import (
     RETURN_TYPES,
@@ -31,11 +35,19 @@ from transformer_lens.model_bridge.generation_options import (
     with_tokenizer,
 )
 from transformer_lens.model_bridge.generation_run import PHASES, GenerationRun, Phase, joined
-from transformer_lens.model_bridge.generation_stream import in_portions, refuse_unless_streamable, stream
-from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.padding import SIDES, Columns
 from transformer_lens.model_bridge.peft_layers import inner_model
-from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, TOKENS, spelled
+from transformer_lens.model_bridge.tokens import TextReader
+from transformer_lens.model_bridge.upstream import (
+    CACHE,
+    MASK,
+    NEW_TOKENS,
+    POSITIONS,
+    TOKENS,
+    Arguments,
+    attribute,
+    spelled,
+)
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
 
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
@@ -187,8 +199,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             raise ValueError(
                 f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
             )
-        self._refuse_of_the_other(what, options)
-        refuse_unknown_option(what, options, model, OWN_KEYWORDS[what], CACHE.names)
+        refuse_unknown_option(what, options, model, OWN_KEYWORDS, CACHE.names)
         given = take_prompt(input, options)
         assistant = options.get("assistant_model")
         if isinstance(assistant, WrappedModel):
@@ -196,43 +207,27 @@ class GenerationMethods(InputMethods, HookedRootModule):
         options = in_lists(translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how))
         chosen = settings(options, model)
         options = with_tokenizer(options, chosen, self.token_adapter)
-        self._check_return_type(return_type, bool(chosen.return_dict_in_generate))
+        one_of("return_type", return_type, RETURN_TYPES)
+        if return_type == "str" and self._tokens() and chosen.return_dict_in_generate:
+            raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
         fault = self.adapter.attentions_fault() if chosen.output_attentions else None
         if fault is not None:
             raise ValueError(
                 f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
                 "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
             )
-        if padding_side is not None:
-            one_of("padding_side", padding_side, ("left", "right"))
-        side = "left" if padding_side is None else padding_side
         looked_at = SIDES if padding_side is None else (padding_side,)
-        reading = self._read(given, prepend_bos, side, sides=looked_at, truncate=False)
+        one_of("padding_side", looked_at[0], SIDES)
+        reading = self._read(given, prepend_bos, padding_side or "left", sides=looked_at, truncate=False)
         adapter, arguments = self.token_adapter, self.arguments
         prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
         return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
 
-    @staticmethod
-    def _refuse_of_the_other(what: str, options: Mapping[str, Any]) -> None:
-        """Raise `TypeError` for a keyword that only the other way of generating takes."""
-        for name in options:
-            for other, known in OWN_KEYWORDS.items():
-                if name in known - OWN_KEYWORDS[what]:
-                    raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
-
-    def _check_return_type(self, return_type: str, as_output: bool) -> None:
-        one_of("return_type", return_type, RETURN_TYPES)
-        if return_type == "str":
-            self._tokens()
-            if as_output:
-                raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
-
     def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
-        run = GenerationRun(call.model, call.prompt, call.chosen)
-        phased = False
         one_of("on", on, PHASES)
-        fwd_hooks = listed("fwd_hooks", fwd_hooks)
+        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen), listed("fwd_hooks", fwd_hooks)
+        phased = False
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
                 raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")
@@ -240,7 +235,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             one_of(f"phase of the hook at {where!r}", phase, PHASES)
             phased |= phase != "all"
             for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
-                run.add(point, entry, phase, named)
+                run.entries.append((point, entry, phase, named))
         call.refuse(phased=phased, hooked=bool(fwd_hooks), captured=False)
         return run
 
@@ -256,7 +251,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
         """What was captured, with the last token, which the generation itself has not read."""
-        before = call.prompt.length if call.prompt.embedded else 0
+        before = call.prompt.mask.shape[1] if call.prompt.ids is None else 0
         length = before + tokens.shape[1]
         start = run.read if run.cache is not None else 0
         mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)
@@ -267,6 +262,122 @@ class GenerationMethods(InputMethods, HookedRootModule):
         with torch.no_grad(), run.forwards():
             self.original_model(**self.arguments.named(read))
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
+
+
+# -- generation as an iterator, in the caller's own thread -----------------------------------------------
+# Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
+# loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
+
+PARTS = (
+    *("_prefill", "_optimize_model_for_decode"),
+    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
+)
+"""The methods of a model that its own decoding loop calls."""
+
+
+def refuse_unless_streamable(call: GenerationCall) -> None:
+    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
+    for name in PARTS:
+        attribute(call.model, name)
+    chosen, options = call.chosen, call.options
+    asked = {
+        "num_beams": (chosen.num_beams or 1) > 1,
+        "assistant_model": options.get("assistant_model") is not None,
+        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
+        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
+        "token_healing": bool(chosen.token_healing),
+        "streamer": options.get("streamer") is not None,
+        "custom_generate": options.get("custom_generate") is not None,
+    }
+    wrong = [name for name, on in asked.items() if on]
+    if wrong:
+        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
+
+
+def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
+    """New token ids, or pieces of text, as they are chosen."""
+    with run, progress(call.chosen.max_new_tokens, verbose) as watching:
+        with run.forwards():
+            if call.chosen.stop_strings:  # handed a loop, `generate` forgets the tokenizer for them
+                ends = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
+                criteria = [*watching.get("stopping_criteria", ()), ends]
+                watching = {"stop_strings": None, "stopping_criteria": criteria}
+            steps = call(custom_generate=loop_of(run), **watching)
+        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
+            yield from steps
+        else:
+            yield from _pieces(call, steps)
+
+
+def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
+    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
+    if each == 1:
+        yield from pieces
+        return
+    while portion := list(islice(pieces, each)):
+        if isinstance(portion[0], Tensor):
+            yield torch.stack(portion, dim=-1)
+        elif isinstance(portion[0], str):
+            yield "".join(portion)
+        else:
+            yield ["".join(texts) for texts in zip(*portion, strict=True)]
+
+
+def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
+    """The decoding loop, to be called by `generate`."""
+
+    def loop(
+        model: Any,
+        input_ids: Int[Tensor, "batch pos"],
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+        prepare = model.prepare_inputs_for_generation
+        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        output = None
+        while bool(going.any()):
+            with torch.no_grad(), run.forwards():
+                if output is None:
+                    output = model._prefill(input_ids, generation_config, model_kwargs)
+                else:
+                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
+                    inputs = prepare(input_ids, **new, **model_kwargs)
+                    with model._optimize_model_for_decode():
+                        output = model(**inputs, return_dict=True)
+                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
+                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                scores = logits_processor(input_ids, logits)
+                drawn = generation_config.do_sample
+                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
+                if ends:
+                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
+                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+                going = going & ~stopping_criteria(input_ids, None)
+                run.written = input_ids
+            yield chosen
+
+    return loop
+
+
+def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
+    """What each step adds to the texts; a character is held back until all of its bytes are there."""
+    assert call.adapter is not None
+    readers: list[TextReader] = []
+
+    def of_rows(texts: list[str]) -> str | list[str]:
+        return texts if call.prompt.several or len(texts) > 1 else texts[0]
+
+    for chosen in steps:
+        readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
+        both = zip(readers, chosen.tolist(), strict=True)
+        yield of_rows(["" if token in reader.special else reader.add(token) for reader, token in both])
+    left = [reader.rest() for reader in readers]
+    if any(left):
+        yield of_rows(left)
 
 
 OWN_KEYWORDS = {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from transformer_lens.checks import a_number, in_words, refuse_unknown, whole, whole_numbers
-from transformer_lens.model_bridge.grouped_cache import GroupedCache
-from transformer_lens.model_bridge.inputs import ModelInput
+from transformer_lens.checks import a_number, in_words, refuse_unknown, whole
+from transformer_lens.model_bridge.caches import GroupedCache
+from transformer_lens.model_bridge.calls import ModelInput
 from transformer_lens.model_bridge.padding import as_generate_infers, cached_length, checked_mask, recall
 from transformer_lens.model_bridge.tokens import Reading, TokenAdapter, decoded, pieces, special_tokens
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
@@ -53,16 +54,6 @@ class Prompt:
     """The texts it came from, if it came as text."""
     several: bool
     """Whether it came as a list of texts, or as a batch of several rows."""
-
-    @property
-    def length(self) -> int:
-        """Its columns, padding counted."""
-        return self.mask.shape[1]
-
-    @property
-    def embedded(self) -> bool:
-        """Whether it came as embeddings."""
-        return self.ids is None
 
     @property
     def read(self) -> int:
@@ -137,11 +128,7 @@ def translate(
     freq_penalty: float = 0.0,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """TransformerLens's keywords as Hugging Face's.
-
-    >>> translate({}, stop_at_eos=True, use_past_kv_cache=None, temperature=0.0, top_k=None)
-    {'do_sample': False}
-    """
+    """TransformerLens's keywords as Hugging Face's."""
     said = {name: value for name, value in sampling.items() if value is not None}
     for name, rule in SAMPLING.items():
         if name in said:
@@ -156,13 +143,10 @@ def translate(
     if a_number("freq_penalty", freq_penalty, least=0.0):
         if said.get("do_sample") is False:
             raise ValueError("generate: freq_penalty counts where tokens are drawn; pass do_sample=True")
-        given = made.get("logits_processor")
-        listed = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
-        made |= {"do_sample": True, "logits_processor": [*listed, FrequencyPenalty(float(freq_penalty))]}
+        others = as_list(made.get("logits_processor"))
+        made |= {"do_sample": True, "logits_processor": [*others, FrequencyPenalty(float(freq_penalty))]}
     if made.get("output_logits") or made.get("output_scores"):
         made.setdefault("return_dict_in_generate", True)  # transformers drops them without it
-    if eos_token_id is not ... and eos_token_id is not None:
-        whole_numbers("eos_token_id", eos_token_id, 0)
     if eos_token_id is not ...:
         several = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
         checked = [token if token is None else whole("eos_token_id", token, 0) for token in several]
@@ -181,14 +165,22 @@ def translate(
 
 
 def refuse_unknown_option(
-    what: str, options: Mapping[str, Any], model: Any, own: frozenset[str], also: Sequence[str]
+    what: str, options: Mapping[str, Any], model: Any, own: Mapping[str, frozenset[str]], also: Sequence[str]
 ) -> None:
-    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those taken out before, and
-    `also` those that are translated afterwards."""
+    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those of each of our ways to
+    generate, taken out before, and `also` those that are translated afterwards."""
+    for name, (other, theirs) in product(options, own.items()):
+        if name in theirs - own[what]:
+            raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
     known = set(vars(GenerationConfig())) | {*CONTROLS, *PROMPTS, *also}
     known |= set(inspect.signature(type(model).generate).parameters) | set(inspect.signature(model.forward).parameters)
     known = {name for name in known - {"self", "kwargs"} if not name.startswith("_")}
-    refuse_unknown(what, options, (known | own) - {"self", "options"})
+    refuse_unknown(what, options, (known | own[what]) - {"self", "options"})
+
+
+def as_list(given: Any) -> Sequence[Any]:
+    """None, one or several, as a list."""
+    return given if isinstance(given, (list, tuple)) else [] if given is None else [given]
 
 
 def in_lists(options: dict[str, Any]) -> dict[str, Any]:
@@ -198,15 +190,14 @@ def in_lists(options: dict[str, Any]) -> dict[str, Any]:
     """
     made = dict(options)
     for name, (kind, listed) in LISTS.items():
-        given = options.get(name)
-        several = [] if given is None else given if isinstance(given, (list, tuple)) else [given]
-        for one in several:
+        given = as_list(options.get(name))
+        for one in given:
             if not callable(one):  # transformers calls them, and asks for no class
                 raise TypeError(
                     f"{name}: got {in_words(one)}, expected transformers' {kind.__name__}, or a list of them"
                 )
-        if several:
-            made[name] = listed(several)
+        if given:
+            made[name] = listed(given)
     return made
 
 
@@ -215,8 +206,7 @@ def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: T
     wanting = [name for name in ("stop_strings", "token_healing") if getattr(chosen, name)]
     if not wanting or options.get("tokenizer") is not None:
         return options
-    given = [chosen.stop_strings] if isinstance(chosen.stop_strings, str) else chosen.stop_strings or []
-    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) and one for one in given):
+    if not all(isinstance(one, str) and one for one in as_list(chosen.stop_strings)):
         raise TypeError(f"stop_strings: got {in_words(chosen.stop_strings)}, expected a string or a list of them")
     if adapter is None:
         raise ValueError(
@@ -238,8 +228,7 @@ def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
 
 def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A `GroupedCache` as the option `name`, where it saves memory and the caller chose no cache."""
-    chosen_by_caller = options.get(name) is not None or chosen.cache_implementation is not None
-    if chosen_by_caller or chosen.use_cache is False:
+    if options.get(name) is not None or chosen.cache_implementation is not None or chosen.use_cache is False:
         return {}
     cache = GroupedCache(config)
     return {name: cache} if cache.saves else {}
@@ -268,9 +257,8 @@ class GenerationCall:
 
     def answer(self, output: Any, tokens: Int[Tensor, "batch pos"]) -> Any:
         """The output as the caller wants it: text where text went in."""
-        if self.return_type == "tokens" or not isinstance(output, Tensor):
-            return output
-        if self.return_type == "input" and self.prompt.texts is None:
+        as_ids = self.return_type == "tokens" or (self.return_type == "input" and self.prompt.texts is None)
+        if as_ids or not isinstance(output, Tensor):
             return output
         each = len(tokens) // len(self.prompt.mask)
         texts = [self.text_of(number // each, row) for number, row in enumerate(tokens.tolist())]
@@ -282,10 +270,8 @@ class GenerationCall:
         tokenizer = self.adapter.tokenizer
         special = special_tokens(tokenizer)
         new = [token for token in row[self.prompt.read :] if token not in special]
-        if self.prompt.texts is not None:
-            return self.prompt.texts[number] + "".join(pieces(tokenizer, new))
-        if self.prompt.ids is None:
-            return "".join(pieces(tokenizer, new))
+        if self.prompt.texts is not None or self.prompt.ids is None:
+            return (self.prompt.texts[number] if self.prompt.texts else "") + "".join(pieces(tokenizer, new))
         read = self.prompt.ids[number][self.prompt.mask[number, -self.prompt.read :].bool()].tolist()
         first = 1 if read[:1] == [self.adapter.bos] else 0
         return decoded(tokenizer, [*read[first:], *new])
@@ -328,8 +314,16 @@ def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
     if not shown:
         yield {}
         return
+    lengths: list[int] = []
     with tqdm(total=total, unit="token") as bar:
-        yield {"stopping_criteria": [_Progress(bar)]}
+
+        def see(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            """A criterion that sees every token, and never stops."""
+            lengths.append(input_ids.shape[1])
+            bar.update(lengths[-1] - lengths[-2] if lengths[1:] else 1)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        yield {"stopping_criteria": [see]}
 
 
 class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
@@ -341,17 +335,3 @@ class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Tensor) -> Tensor:
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         return scores - self.penalty * counts
-
-
-class _Progress(StoppingCriteria):  # type: ignore[misc]
-    """Sees every token, and never stops."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-        self.seen: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        length = input_ids.shape[1]
-        self.bar.update(1 if self.seen is None else length - self.seen)
-        self.seen = length
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

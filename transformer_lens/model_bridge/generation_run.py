@@ -31,32 +31,22 @@ class GenerationRun:
     """One generation's hooks; enter it around everything, and `forwards()` around whatever runs the model."""
 
     def __init__(self, model: nn.Module, prompt: Prompt, chosen: GenerationConfig) -> None:
-        self.model = model
-        self.arguments = arguments_of(type(model))
-        self.prompt_mask = prompt.mask
-        self.prompt = prompt
-        self.chosen = chosen
+        self.model, self.prompt, self.chosen = model, prompt, chosen
+        self.arguments, self.prompt_mask = arguments_of(type(model)), prompt.mask
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
-        self.step = 0
-        self.read = 0
+        """The hooks, each with its phase, and whether it was asked for by name and so has to fire in that."""
+        self.step = self.read = self.rows = 0
         self.cache: Any = None
-        self.rows = 0
         self.written: Tensor | None = None
         """The tokens, as far as they are known, those of the prompt in front."""
         self.captured: dict[str, Tensor] = {}
         self.pieces: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
 
-    def add(self, point: HookPoint, entry: HookEntry, phase: Phase, named: bool) -> None:
-        """A user's hook; one that was asked for by name has to fire in its phase."""
-        self.entries.append((point, entry, phase, named))
-
     def capture(self, point: HookPoint, named: bool) -> None:
         """Keep what this point shows, of every forward."""
-        self.add(point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named)
-
-    # -- its length --------------------------------------------------------------------------------
+        self.entries.append((point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named))
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
@@ -70,8 +60,18 @@ class GenerationRun:
     def __exit__(self, kind: object, *error: object) -> None:
         self._remove()
         self._remember()
-        if kind is None:
-            self._refuse_silence()
+        if kind is not None:
+            return
+        # A phase that was never reached, because the text ended before, is no fault of its hooks.
+        reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
+        silent = [
+            repr(point.name) for point, e, phase, named in self.entries if named and phase in reached and not e.fired
+        ]
+        if silent:
+            raise ValueError(
+                f"these hooks were asked for and never fired: {', '.join(silent)}; a module put in a hook's place "
+                "has to call its own hook points"
+            )
 
     def _attach(self, *phases: Phase) -> None:
         with changing_together():
@@ -79,30 +79,15 @@ class GenerationRun:
                 if phase in phases:
                     point.attach(entry)
 
-    def _detach(self, *phases: Phase) -> None:
+    def _detach(self) -> None:
         with changing_together():
-            for point, entry, phase, _ in self.entries:
-                if phase in phases:
-                    point.remove(entry, silence=False)
+            for point, entry, _, _ in self.entries:
+                point.remove(entry, silence=False)
 
     def _remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self._detach(*PHASES)
-
-    def _refuse_silence(self) -> None:
-        """A phase that was never reached, because the text ended before, is no fault of its hooks."""
-        reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
-        silent = [
-            repr(point.name)
-            for point, entry, phase, named in self.entries
-            if named and phase in reached and not entry.fired
-        ]
-        if silent:
-            raise ValueError(
-                f"these hooks were asked for and never fired: {', '.join(silent)}; a module put in a hook's place "
-                "has to call its own hook points"
-            )
+        self._detach()
 
     def _remember(self) -> None:
         """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""
@@ -116,8 +101,6 @@ class GenerationRun:
             text = still_text(self.written[:, self.prompt.read :], self.chosen)[:, : text.shape[1]]
         mask = torch.cat([prompt, text], dim=1)
         remember(self.cache, Columns(mask, ~mask))
-
-    # -- its forwards ------------------------------------------------------------------------------
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
@@ -156,7 +139,7 @@ class GenerationRun:
             self.pieces.setdefault(name, []).append(tensor)
         self.captured.clear()
         if self.read < prompt <= columns.stop and any(phase != "all" for _, _, phase, _ in self.entries):
-            self._detach(*PHASES)
+            self._detach()
             self._attach("continuation", "all")  # in the order they were given, captures last
         self.read = columns.stop
 

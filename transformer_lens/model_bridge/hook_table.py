@@ -17,15 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SIZES = {
-    "d_model": "d_model",
-    "head": "n_heads",
-    "kv_head": "n_key_value_heads",
-    "d_head": "d_head",
-    "d_mlp": "d_mlp",
-    "d_vocab": "d_vocab",
-    "d_vocab_out": "d_vocab_out",
-    "expert": "num_experts",
-    "chosen": "experts_per_token",
+    **{name: name for name in ("d_model", "d_head", "d_mlp", "d_vocab", "d_vocab_out")},
+    **{"head": "n_heads", "kv_head": "n_key_value_heads", "expert": "num_experts", "chosen": "experts_per_token"},
 }
 """Axis -> the field of `BridgeConfig` that gives its length; other axes depend on the input."""
 
@@ -38,12 +31,7 @@ def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int] = {}) -> t
     >>> axis_sizes("batch pos head d_head", bridge.cfg), axis_sizes("pos d_mlp", bridge.cfg, {"d_mlp": 96})
     (('batch', 'pos', 4, 32), ('pos', 96))
     """
-
-    def size(axis: str) -> int | str:
-        found: int | str = sizes.get(axis) or (getattr(cfg, SIZES[axis]) if axis in SIZES else axis)
-        return found
-
-    return tuple(map(size, axes.split()))
+    return tuple(sizes.get(axis) or (getattr(cfg, SIZES[axis]) if axis in SIZES else axis) for axis in axes.split())
 
 
 @dataclass(frozen=True)
@@ -183,16 +171,14 @@ def make_table(
     absent: Mapping[str, str],
 ) -> HookTable:
     """The table of a model's hooks: those that several layers declare alike are one row."""
-
     known: dict[Any, HookRow] = {}
     layers: dict[HookRow, list[int]] = {}
 
     def row_of(prefix: str, hook: Hook, sizes: Mapping[str, int]) -> HookRow:
         aliases = tuple(prefix + alias for alias in hook.aliases)
         shape = axis_sizes(hook.axes, cfg, sizes)
-        kind = (hook.port.kind if isinstance(hook.port, Inside) else "port") + (
-            ", on request" if hook.on_request else ""
-        )
+        kind: str = hook.port.kind if isinstance(hook.port, Inside) else "port"
+        kind += ", on request" if hook.on_request else ""
         return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 
     def add(owner: str, hooks: Iterable[Hook], sizes: Mapping[str, int]) -> None:
@@ -209,10 +195,5 @@ def make_table(
     for name, why in absent.items():
         general, layer = _general(name)
         layers.setdefault(HookRow(general, "", (), "absent", "", (), False, why), []).append(layer)
-    return HookTable(
-        title,
-        [
-            replace(row, layers=tuple(at)) if at[0] >= 0 and len(at) < cfg.n_layers else row
-            for row, at in layers.items()
-        ],
-    )
+    some = {row: tuple(at) if at[0] >= 0 and len(at) < cfg.n_layers else () for row, at in layers.items()}
+    return HookTable(title, [replace(row, layers=at) for row, at in some.items()])

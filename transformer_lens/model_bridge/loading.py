@@ -1,29 +1,37 @@
-"""Finding and loading a model: a hub name, a local directory, or one of the small models shipped here."""
+"""Finding and loading a model: a hub name, a local directory, or one of the small models shipped here.
+
+transformers reads a pickle where it finds no safetensors, and where a safetensors index or an adapter leads it to one;
+for code it does not know it asks on the terminal. Here both are refused before any weight is read, unless asked for.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, has_file
 
 from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
 from transformer_lens.model_bridge.quantised import complete_quantisation
-from transformer_lens.model_bridge.sources import HUB_OPTIONS, Source, refuse_pickles
 from transformer_lens.model_bridge.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, attribute, spelled
 
 logger = logging.getLogger(__name__)
 
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+"""Keywords that say where a file comes from; config, weights and tokenizer take the same ones."""
 FILE_OPTIONS = (*HUB_OPTIONS, "revision", "trust_remote_code")
 """Keywords that say which files are read, and how."""
 OWN_OPTIONS = ("allow_pickle", "strict")
@@ -55,16 +63,14 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def model_class(config: Any) -> type[Any]:
     """The class the checkpoint was saved from, where it is one of its family's; else the causal model."""
     adapter_for(config)
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None and getattr(found, "config_class", None) is type(config):
-            return cast("type[Any]", found)
-    return cast("type[Any]", transformers.AutoModelForCausalLM)
+    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    own = [kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config)]
+    found: type[Any] = [*own, transformers.AutoModelForCausalLM][0]
+    return found
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """A checkpoint's config; for an adapter alone, that of its model. Raises `ValueError` if only code in its
-    repository could read it and `trust_remote_code=True` was not asked for."""
+    """A checkpoint's config; for an adapter alone, that of its model. Raises as `Source.config` does."""
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs).base()
     return source.config(bool(kwargs.get("trust_remote_code")))
 
@@ -148,14 +154,8 @@ def load_model(
     other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
     other_model = any(key in config.to_dict() for key in kwargs.keys() - {"dtype"})
     # With ignore_mismatched_sizes transformers reports them all by name; without, its error names none.
-    model, report = kind.from_pretrained(
-        source.name,
-        revision=revision,
-        trust_remote_code=trust,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **kwargs,
-    )
+    telling = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = kind.from_pretrained(source.name, revision=revision, trust_remote_code=trust, **telling, **kwargs)
     complete_quantisation(model)
     if strict:
         refuse_misfits(source.name, model, report, other_sizes, other_model)
@@ -165,8 +165,7 @@ def load_model(
             "transformers' own; run bridge.verify() before trusting them",
             stacklevel=3,
         )
-    loaded: nn.Module = model
-    return loaded
+    return model  # type: ignore[no-any-return]
 
 
 def random_model(name_or_path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> nn.Module:
@@ -195,12 +194,9 @@ def refuse_misfits(
     missing = sorted(set(report["missing_keys"]) - replaced)
     unexpected = [] if other_model else sorted(report["unexpected_keys"])
     if missing or unexpected or shapes:
-        raise StateError(
-            describe(
-                f"{name} does not fit {type(model).__name__}", missing, unexpected, shapes, list(model.state_dict())
-            )
-            + "\nstrict=False loads it all the same: what is missing is then random"
-        )
+        title = f"{name} does not fit {type(model).__name__}"
+        said = describe(title, missing, unexpected, shapes, list(model.state_dict()))
+        raise StateError(said + "\nstrict=False loads it all the same: what is missing is then random")
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any | None:
@@ -212,3 +208,105 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, **k
     except (OSError, ValueError) as error:
         logger.warning("no tokenizer with %s (%s): the bridge takes token ids only", name_or_path, error)
         return None
+
+
+# -- what a checkpoint would make Python run ---------------------------------------------------------------
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class Source:
+    """A hub name or a directory, and what is in it."""
+
+    def __init__(self, name: str | Path, *, revision: str | None = None, **options: Any) -> None:
+        self.name = str(name)
+        self.hub = {"revision": revision, **{key: options[key] for key in HUB_OPTIONS if key in options}}
+
+    def has(self, filename: str) -> bool:
+        """Whether the file is there; nothing is downloaded."""
+        options = {key: value for key, value in self.hub.items() if key not in ("subfolder", "force_download")}
+        folder = self.hub.get("subfolder")
+        return bool(has_file(self.name, f"{folder}/{filename}" if folder else filename, **options))
+
+    def base(self) -> Source:
+        """The model below: where this source is an adapter alone, the one its config names; else this source.
+
+        Raises `OSError` for a path with nothing there.
+        """
+        here = Path(self.name)
+        if not (here.is_dir() or here.is_file()) and (here.is_absolute() or self.name.startswith(".")):
+            raise OSError(f"{self.name}: there is no such directory or file")
+        if here.is_file() or self._small_file("config.json") or not self._small_file(ADAPTER_CONFIG):
+            return self
+        below = self.read_json(ADAPTER_CONFIG).get("base_model_name_or_path")
+        if not below:
+            raise ValueError(
+                f"{self.name}: its {ADAPTER_CONFIG} names no base_model_name_or_path; load the model it was trained "
+                "on, and put the adapter on that"
+            )
+        return Source(below, **self.hub)
+
+    def _small_file(self, filename: str) -> str | None:
+        """Where a file lies on this machine, after a download if it has to be; `None` if the source has none."""
+        kinds = ("missing_entries", "connection_errors", "gated_repo")
+        quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+        found: str | None = cached_file(self.name, filename, **quiet, **self.hub)
+        return found
+
+    def read_json(self, filename: str) -> Any:
+        """The content of a small JSON file."""
+        return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
+
+    def config(self, trust_remote_code: bool = False) -> Any:
+        """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can, and
+        `OSError` for a name that needs a network where none is to be used."""
+        if constants.HF_HUB_OFFLINE and not Path(self.name).exists() and not self._small_file("config.json"):
+            raise OSError(
+                f"{self.name} is on this machine neither as a directory nor in Hugging Face's cache, and "
+                "HF_HUB_OFFLINE=1 keeps off the network; unset it to download, or pass a directory"
+            )
+        if not trust_remote_code:
+            written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)
+            if not isinstance(written, dict):
+                raise ValueError(f"{self.name}: its config is a {type(written).__name__}, expected a JSON object")
+            code = (written.get("auto_map") or {}).get("AutoConfig")
+            if code and written.get("model_type") not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"{self.name}: its config is read by code in its repository ({code}), which is not run unless "
+                    "asked for; read that code, and if you trust it pass trust_remote_code=True"
+                )
+        return AutoConfig.from_pretrained(self.name, trust_remote_code=trust_remote_code, **self.hub)
+
+    def pickles(self, config: Any, variant: str | None = None) -> list[str]:
+        """The pickled files that transformers would read for this config; empty where all are safetensors."""
+        found = []
+        middle = f".{variant}" if variant else ""
+        first = [f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"]
+        first += [f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"]
+        chosen = getattr(config, "transformers_weights", None) or next(filter(self.has, first), None)
+        if chosen is not None and chosen.endswith(".json"):
+            shards = set(self.read_json(chosen)["weight_map"].values())
+            found += sorted(shard for shard in shards if not shard.endswith(".safetensors"))
+        elif chosen is not None and not chosen.endswith(".safetensors"):
+            found.append(chosen)
+        pickle = "adapter_model.bin"
+        if self._small_file(ADAPTER_CONFIG) and not self.has("adapter_model.safetensors") and self.has(pickle):
+            found.append(pickle)
+        return found
+
+
+def refuse_pickles(source: Source, config: Any, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if loading with these keywords would read a pickle."""
+    for keyword in ("use_safetensors", "weights_only"):
+        if options.get(keyword) is False:
+            raise ValueError(
+                f"{keyword}=False asks for pickled weights, and a pickle can run any code; "
+                "if you trust its source pass allow_pickle=True as well"
+            )
+    found = source.pickles(config, options.get("variant"))
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ValueError(
+            f"{source.name}: its weights are pickled ({shown}), and a pickle can run any code when it is read; "
+            "use a safetensors copy, or if you trust its source pass allow_pickle=True"
+        )

@@ -73,9 +73,6 @@ FAMILIES: Mapping[tuple[str, str, bool], Made] = {
 def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
     """The Hugging Face config of the model that a config of ours describes.
 
-    >>> native_config(BridgeConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, d_vocab=50)).model_type
-    'gpt2'
-
     Raises `ValueError` for what no family of transformers has together, naming the fields.
     """
     kind = (cfg.positional_embedding_type, cfg.normalization_type, cfg.gated_mlp)

@@ -9,12 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor
-from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter
+from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.generalized_components.weights import weights_of
-from transformer_lens.model_bridge.inputs import InputMethods, ModelInput
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
@@ -79,9 +78,8 @@ class OldNames(InputMethods, HookedRootModule):
             if not row.name.endswith("_grouped")
         }
 
-    def tl_parameters(self) -> dict[str, Tensor]:
-        """`get_params`, as TransformerLens's bridge calls it."""
-        return self.get_params()
+    tl_parameters = get_params
+    """`get_params`, as TransformerLens's bridge calls it."""
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of `get_params`."""
@@ -161,9 +159,7 @@ class OldNames(InputMethods, HookedRootModule):
         """Other spellings of hooks, and the names they stand for."""
         return dict(self.aliases)
 
-    @property
-    def _hook_registry(self) -> dict[str, HookPoint]:
-        return self.hook_dict
+    _hook_registry = property(lambda bridge: bridge.hook_dict)
 
     def _collect_hook_aliases_from_registry(self) -> dict[str, str]:
-        return dict(self.aliases)
+        return self.hook_aliases

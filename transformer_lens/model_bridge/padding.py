@@ -34,11 +34,7 @@ MIXING = 0x1E3779B97F4A7C15
 
 
 def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
-    """Whether a token follows a masked position: only then does a causal model see the mask.
-
-    >>> needs_mask(torch.tensor([[1, 1, 0]])), needs_mask(torch.tensor([[0, 1, 1]]))
-    (False, True)
-    """
+    """Whether a token follows a masked position: only then does a causal model see the mask."""
     return bool((mask[:, 1:] > mask[:, :-1]).any())
 
 
@@ -81,11 +77,8 @@ def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None
     """What `keep_mask` was told of a tensor; `None` for any other tensor, and for one that was written to."""
     if torch.compiler.is_compiling():  # a graph is traced for any ids
         return None
-    found = _made.get(ids)
-    if found is None or not torch.equal(found[0], ids):
-        return None
-    mask: Tensor = found[1]
-    return mask
+    before, mask = _made.get(ids, (None, None))
+    return mask if before is not None and torch.equal(before, ids) else None
 
 
 @dataclass(frozen=True)
@@ -99,9 +92,6 @@ class PadToken:
     def mask(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"]:
         """Which ids are not padding.
 
-        >>> PadToken(0, in_texts=False).mask(torch.tensor([[0, 5, 6], [7, 0, 0]]), ["left"]).long()
-        tensor([[0, 1, 1],
-                [1, 0, 0]])
         >>> PadToken(2, in_texts=True).mask(torch.tensor([[2, 2, 2, 5], [2, 6, 7, 8]]), ["left"]).long()
         tensor([[0, 0, 1, 1],
                 [1, 1, 1, 1]])
@@ -133,30 +123,26 @@ def _first(count: Int[Tensor, "batch 1"], like: Tensor) -> Bool[Tensor, "batch p
 
 def as_generate_infers(ids: Int[Tensor, "batch pos"], chosen: GenerationConfig) -> Bool[Tensor, "batch pos"]:
     """What Hugging Face's `generate` takes for text where it is given no mask, and there is no tokenizer to ask."""
-    pad = chosen.pad_token_id
-    known = pad is not None and pad not in _end_tokens(chosen)
-    return ids != pad if known else torch.ones_like(ids, dtype=torch.bool)
+    pad = _pad_alone(chosen)
+    return torch.ones_like(ids, dtype=torch.bool) if pad is None else ids != pad
 
 
 def still_text(new: Int[Tensor, "batch new"], chosen: GenerationConfig) -> Bool[Tensor, "batch new"]:
-    """Which of the tokens that `generate` appended are text: up to the end of each, and not what fills rows up behind.
-
-    >>> chosen = GenerationConfig(eos_token_id=2, pad_token_id=2)
-    >>> still_text(torch.tensor([[5, 2, 2, 2], [5, 6, 7, 8]]), chosen).long()
-    tensor([[1, 1, 0, 0],
-            [1, 1, 1, 1]])
-    """
+    """Which of the tokens that `generate` appended are text: up to each end, and not what fills rows up behind."""
     ends_here = torch.isin(new, torch.tensor(_end_tokens(chosen), dtype=new.dtype, device=new.device))
     text = ends_here.cumsum(-1) - ends_here.long() == 0
-    pad = chosen.pad_token_id
-    if pad is None or pad in _end_tokens(chosen):
-        return text
-    return text & ~leading((new != pad).flip(-1)).flip(-1)
+    pad = _pad_alone(chosen)
+    return text if pad is None else text & ~leading((new != pad).flip(-1)).flip(-1)
+
+
+def _pad_alone(chosen: GenerationConfig) -> int | None:
+    """The pad token, where it is none that ends texts."""
+    return None if chosen.pad_token_id in _end_tokens(chosen) else chosen.pad_token_id
 
 
 def _end_tokens(chosen: GenerationConfig) -> list[int]:
-    ends_with = chosen.eos_token_id
-    return [] if ends_with is None else [ends_with] if isinstance(ends_with, int) else list(ends_with)
+    end = chosen.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 # -- cached and new positions of a call ---------------------------------------------------------------
@@ -172,12 +158,7 @@ class Columns:
     """Which of the others are no tokens at all."""
 
     def positions(self, new: int) -> Int[Tensor, "batch new"] | None:
-        """Of the last `new` columns, each counted among the tokens of its row; `None` where a plain count is the same.
-
-        >>> mask = torch.tensor([[0, 0, 1, 1]]).bool()
-        >>> Columns(mask, ~mask).positions(new=4)
-        tensor([[0, 0, 0, 1]])
-        """
+        """Of the last `new` columns, each counted among the tokens of its row; `None` if a plain count is the same."""
         if not needs_mask(~self.padding):
             return None
         counted = (~self.padding).cumsum(-1) - 1
@@ -255,12 +236,8 @@ def remember(cache: Any, columns: Columns | None) -> None:
     length = cached_length(cache)
     if length != columns.mask.shape[1]:
         return
-    full = [
-        n
-        for n, layer in enumerate(attribute(cache, "layers"))
-        if _has_keys(layer) and int(layer.get_seq_length()) == length
-    ]
-    layer = max(full, default=0)
+    layers = enumerate(attribute(cache, "layers"))
+    layer = max((n for n, each in layers if _has_keys(each) and int(each.get_seq_length()) == length), default=0)
     setattr(cache, REMEMBERED, _Memory(columns, layer, _marks(cache.layers[layer])))
 
 
@@ -314,13 +291,9 @@ def _found_again(memory: _Memory, cache: Cache, length: int) -> Columns | None:
     now = marks[:, first - length + marks.shape[1] :][:, : last - first]
     then = memory.marks[:, first - old.mask.shape[1] + memory.marks.shape[1] :][:, : last - first].to(now.device)
     if now.shape == then.shape and torch.equal(now, then):
-        index = torch.arange(len(now), device=now.device)
-    else:
-        same = torch.stack([(row == then).all(-1) for row in now])
-        if not bool(same.any(-1).all()):
-            return None
-        index = same.long().argmax(-1)
-    return old.rows(index.to(old.mask.device), last)
+        return old.rows(torch.arange(len(now), device=old.mask.device), last)
+    same = torch.stack([(row == then).all(-1) for row in now])
+    return old.rows(same.long().argmax(-1).to(old.mask.device), last) if bool(same.any(-1).all()) else None
 
 
 def _has_keys(layer: Any) -> bool:

@@ -20,9 +20,8 @@ from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 class _Layers(threading.local):
     """The layers this thread's run covers: from `start`, in which depth of hooks it was asked for."""
 
-    def __init__(self) -> None:
-        self.start: int | None = None
-        self.depth = 0
+    start: int | None = None
+    depth = 0
 
 
 _layers = _Layers()
@@ -97,9 +96,7 @@ class _HandOn:
     """Stands in a block's `forward`: hands the input on in threads whose run starts above the block."""
 
     def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
-        self.block = block
-        self.layer = layer
-        self.returns_tuple = returns_tuple
+        self.block, self.layer, self.returns_tuple = block, layer, returns_tuple
         self.had = "forward" in block.__dict__
         self.original = block.forward
         self.users = 0
@@ -109,12 +106,6 @@ class _HandOn:
             return self.original(*args, **kwargs)
         stream = arguments_of(type(self.block)).first_value(args, kwargs)
         return (stream, None) if self.returns_tuple else stream
-
-    def remove(self) -> None:
-        if self.had:
-            self.block.forward = self.original
-        else:
-            del self.block.__dict__["forward"]
 
 
 _exchange = threading.Lock()
@@ -133,5 +124,7 @@ def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[N
     finally:
         with _exchange:
             stand_in.users -= 1
-            if not stand_in.users:
-                stand_in.remove()
+            if not stand_in.users and stand_in.had:
+                block.forward = stand_in.original
+            elif not stand_in.users:
+                del block.__dict__["forward"]

@@ -16,9 +16,6 @@ from torch import Tensor, nn
 def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The Hugging Face model inside a `PeftModel`, and its path there; ("", model) for any other model.
 
-    >>> inner_model(model)[0]
-    ''
-
     Raises `ValueError` for adapters that lengthen the prompt: their positions are not the caller's.
     """
     peft = sys.modules.get("peft")
@@ -60,9 +57,9 @@ def adapted_weight(layer: Any, name: str, read: Callable[[nn.Module, str], Tenso
     weight = read(layer.base_layer, name)
     if name != getattr(layer, "parameter_name", "weight"):  # a wrapper of another parameter, or a bias
         return weight
+    if layer.merged and layer.disable_adapters:
+        raise ValueError("this adapter is merged and disabled; unmerge it, PEFT does so at the next forward")
     if layer.merged or layer.disable_adapters:
-        if layer.merged and layer.disable_adapters:
-            raise ValueError("this adapter is merged and disabled; unmerge it, PEFT does so at the next forward")
         return weight
     active = [adapter for adapter in layer.active_adapters if adapter in getattr(layer, "lora_A", ())]
     if not active and not any(adapter in layer._get_available_adapters() for adapter in layer.active_adapters):

@@ -14,29 +14,23 @@ from transformer_lens.model_bridge.upstream import attribute
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is held as something else than its numbers.
+    """Whether a weight is held as something else than its numbers."""
+    return _is_torchaos(weight) or not weight.is_floating_point()
 
-    >>> is_quantised(model.lm_head.weight)
-    False
-    """
+
+def _is_torchaos(weight: Any) -> bool:
     torchao = sys.modules.get("torchao.utils")
-    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
-        return True
-    return not weight.is_floating_point()
+    return torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
 
 
 def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
     """The numbers that a quantised weight stands for, in memory of their own; a write there changes nothing.
 
-    >>> torch.equal(dequantised(model.lm_head, model.lm_head.weight), model.lm_head.weight)
-    True
-
     Raises `ValueError` for a format that only its own kernel can read.
     """
     if not is_quantised(weight):
         return weight
-    torchao = sys.modules.get("torchao.utils")
-    if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
+    if _is_torchaos(weight):
         numbers: Tensor = weight.dequantize()
         return numbers
     bnb = sys.modules.get("bitsandbytes")
@@ -60,16 +54,19 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
 def complete_quantisation(model: nn.Module) -> list[str]:
     """Make good what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
 
-    >>> complete_quantisation(model)  # not loaded by bitsandbytes
-    []
-
     transformers replaces `torch.nn.Linear` itself by bitsandbytes' layers and skips every subclass, and all
     of Falcon's projections are `FalconLinear`: a Falcon loaded "in 4 bits" has no 4-bit weight. Their
     formula is a linear layer's, so bitsandbytes' layers compute it. And on some CPUs a 4-bit layer packs
     its weight at the first forward for a kernel that gives no gradient; that is switched off. Raises
     `ValueError` for layers that torchao quantised and cannot run.
     """
-    _refuse_what_torchao_cannot_run(model)
+    for path, module in model.named_modules():  # FalconLinear multiplies by a transposed weight
+        transposes = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if transposes and _is_torchaos(module._parameters.get("weight")):
+            raise ValueError(
+                f"torchao quantised {path}, a {type(module).__name__}, which multiplies in a way that torchao's "
+                "tensors do not support; load this model with a BitsAndBytesConfig instead"
+            )
     config: Any = model.config
     if getattr(config, "quantization_config", None) is None:
         return []
@@ -86,24 +83,15 @@ def complete_quantisation(model: nn.Module) -> list[str]:
     return paths
 
 
-def _refuse_what_torchao_cannot_run(model: nn.Module) -> None:
-    """FalconLinear multiplies by a transposed weight, and torchao's tensors know no transpose."""
-    torchao = sys.modules.get("torchao.utils")
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if torchao is None or not isinstance(weight, torchao.TorchAOBaseTensor):
-            continue
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            raise ValueError(
-                f"torchao quantised {path}, a {type(module).__name__}, which multiplies in a way that torchao's "
-                "tensors do not support; load this model with a BitsAndBytesConfig instead"
-            )
+def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of a subclass of torch's own, which transformers does not quantise."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
 
 
 def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    linears = other_linears(model)
     found = [(p, m) for p, m in linears if m.weight.is_floating_point() and should_convert_module(p, skip)]
     for path, linear in found:
         model.set_submodule(path, _bitsandbytes_layer(linear, config))
@@ -117,12 +105,9 @@ def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
     sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight
     new: Any
     if config.quantization_method() == "llm_int8":
-        new = bnb.nn.Linear8bitLt(
-            *sizes, has_fp16_weights=config.llm_int8_has_fp16_weight, threshold=config.llm_int8_threshold
-        )
-        new.weight = bnb.nn.Int8Params(
-            weight.data, requires_grad=False, has_fp16_weights=config.llm_int8_has_fp16_weight
-        )
+        kept = config.llm_int8_has_fp16_weight
+        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=kept, threshold=config.llm_int8_threshold)
+        new.weight = bnb.nn.Int8Params(weight.data, requires_grad=False, has_fp16_weights=kept)
     else:
         options = {
             "compress_statistics": config.bnb_4bit_use_double_quant,

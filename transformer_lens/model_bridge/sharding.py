@@ -7,29 +7,23 @@ same in every process, and an edit goes back as shards: here, and nowhere else. 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from transformer_lens.model_bridge.config import BridgeConfig
 
 DIVIDED_SIDES: Mapping[str, str | None] = {
-    "colwise": "out",
-    "rowwise": "in",
-    "colwise_gather_output": None,
-    "colwise_rep": None,
-    "rowwise_split_input": None,
-    "rowwise_rep": None,
-    "embedding_rowwise": None,
-    "embedding_colwise": None,
-    "moe_tp_experts": None,
-    "ep_dispatch_experts": None,
-    "replicate": None,
+    **{"colwise": "out", "rowwise": "in"},
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep")),
+    **dict.fromkeys(("embedding_rowwise", "embedding_colwise")),
+    **dict.fromkeys(("moe_tp_experts", "ep_dispatch_experts", "replicate")),
 }
 """transformers' parallel styles of a module: the side on which it handles shards of the last axis, if any."""
 
@@ -39,11 +33,7 @@ INSIDE_EXPERTS: Mapping[str, str] = {"moe_tp_experts": "d_mlp", "ep_dispatch_exp
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes that share a tensor, and this one's place among them. One alone has it whole.
-
-    >>> ALONE.gather(torch.ones(2), dim=-1)
-    tensor([1., 1.])
-    """
+    """The processes that share a tensor, and this one's place among them. One alone has it whole."""
 
     group: Any = None
     rank: int = 0
@@ -58,85 +48,71 @@ class Shards:
         """The whole tensor from everybody's shards; the gradient of the whole is sliced. Called by all together."""
         if self.size == 1:
             return x
-        return _apply(_Gather, x, self, dim, sizes or [x.shape[dim]] * self.size)
+        rest = self, dim, sizes or [x.shape[dim]] * self.size
+        return _Linear.by(x, partial(_gathered, rest), partial(_sliced, rest))
 
     def slice(self, whole: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """This process's shard; the gradients of all shards are gathered. Called by all together."""
         if self.size == 1:
             return whole
-        return _apply(_Slice, whole, self, dim, sizes or self.even(whole.shape[dim]))
+        rest = self, dim, sizes or self.even(whole.shape[dim])
+        return _Linear.by(whole, partial(_sliced, rest), partial(_gathered, rest))
 
     def summed(self, part: Tensor) -> Tensor:
         """The sum of everybody's part. The gradient of the sum is that of each part."""
-        return part if self.size == 1 else _apply(_Summed, part, self)
+        return part if self.size == 1 else _Linear.by(part, self._sum, None)
 
     def entering(self, x: Tensor) -> Tensor:
         """A whole tensor as it enters work that is divided: each process's gradient is a part of its gradient."""
-        return x if self.size == 1 else _apply(_Entering, x, self)
+        return x if self.size == 1 else _Linear.by(x, lambda x: x.view_as(x), self._sum)
+
+    def _sum(self, part: Tensor) -> Tensor:
+        total = part.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
 
 
 ALONE = Shards()
 
-
-def _apply(function: Any, *args: Any) -> Tensor:
-    """An autograd function, applied."""
-    result: Tensor = function.apply(*args)
-    return result
+Rest = tuple[Shards, int, Sequence[int]]
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: Shards, dim: int, sizes: Sequence[int]) -> Tensor:
-        ctx.rest = (shards, dim, sizes)
-        longest, ours = max(sizes), sizes[shards.rank]
-        padded = x.transpose(0, dim).contiguous()
-        if ours < longest:
-            padded = torch.cat([padded, padded.new_zeros(longest - ours, *padded.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded, group=shards.group)
-        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-        return whole.transpose(0, dim).contiguous()
+class _Linear(torch.autograd.Function):
+    """`there(x)`, whose gradient goes `back`: as it is, where that is `None`."""
+
+    @classmethod
+    def by(cls, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor] | None) -> Tensor:
+        apply: Callable[..., Tensor] = cls.apply
+        return apply(x, there, back)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        shards, dim, sizes = ctx.rest
-        return _apply(_Slice, grads[0], shards, dim, sizes), None, None, None
-
-
-class _Slice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, shards: Shards, dim: int, sizes: Sequence[int]) -> Tensor:
-        ctx.rest = (shards, dim, sizes)
-        start = sum(sizes[: shards.rank])
-        return whole.narrow(dim, start, sizes[shards.rank]).clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor, there: Any, back: Any) -> Tensor:
+        ctx.ways = back, (None if back is None else there)
+        result: Tensor = there(x)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        shards, dim, sizes = ctx.rest
-        return _apply(_Gather, grads[0], shards, dim, sizes), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        back, there = ctx.ways
+        return grads[0] if back is None else _Linear.by(grads[0], back, there), None, None
 
 
-class _Summed(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, part: Tensor, shards: Shards) -> Tensor:
-        total = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=shards.group)
-        return total
+def _gathered(rest: Rest, x: Tensor) -> Tensor:
+    shards, dim, sizes = rest
+    longest, ours = max(sizes), sizes[shards.rank]
+    padded = x.transpose(0, dim).contiguous()
+    if ours < longest:
+        padded = torch.cat([padded, padded.new_zeros(longest - ours, *padded.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=shards.group)
+    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return whole.transpose(0, dim).contiguous()
 
-    @staticmethod
-    def backward(_ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
-
-class _Entering(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: Shards) -> Tensor:
-        ctx.shards = shards
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _apply(_Summed, grads[0], ctx.shards), None
+def _sliced(rest: Rest, whole: Tensor) -> Tensor:
+    shards, dim, sizes = rest
+    part = whole.narrow(dim, sum(sizes[: shards.rank]), sizes[shards.rank])
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -163,7 +139,7 @@ class Sharding:
 
     def style(self, path: str) -> str | None:
         """The style of a module. Raises `ValueError` for one whose tensors the bridge cannot make whole."""
-        style = self.styles.get(_any_layer(path))
+        style = self.styles.get(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path))  # a plan writes `layers.*.mlp`
         if style is not None and style not in DIVIDED_SIDES:
             raise ValueError(
                 f"{path} is divided among processes in the style {style!r}, which the bridge cannot make whole; "
@@ -202,7 +178,7 @@ class Sharding:
         return Interior(local, self.shards, ("head", "kv_head"))
 
 
-def sharding_of(model: nn.Module, cfg: BridgeConfig) -> Sharding:
+def sharding_of(model: Any, cfg: BridgeConfig) -> Sharding:
     """What the model's plan means, or that it has none. Raises `ValueError` for a division that is not understood."""
     config: Any = getattr(model.config, "distributed_config", None)
     if config is not None and (config.pp_size > 1 or config.dp_size > 1):
@@ -219,16 +195,7 @@ def sharding_of(model: nn.Module, cfg: BridgeConfig) -> Sharding:
             "from_pretrained(..., distributed_config=DistributedConfig(...)), whose plan tells hooks what is whole"
         )
     mesh = divided[1].device_mesh
-    return Sharding(_styles(model, config), Shards(mesh.get_group(), mesh.get_local_rank(), mesh.size()), cfg)
-
-
-def _styles(model: Any, config: Any) -> dict[str, str]:
-    """The style of each module; the rules of expert parallelism go before those of tensor parallelism."""
-    experts = dict(model.ep_plan) if config.ep_size > 1 else {}
-    tensors = dict(model.tp_plan) if config.tp_size > 1 else {}
-    return {**tensors, **experts}
-
-
-def _any_layer(path: str) -> str:
-    """A module's path as a plan writes it: `layers.*.mlp`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+    styles: dict[str, str] = dict(model.tp_plan) if config.tp_size > 1 else {}
+    if config.ep_size > 1:  # its rules go before those of tensor parallelism
+        styles |= model.ep_plan
+    return Sharding(styles, Shards(mesh.get_group(), mesh.get_local_rank(), mesh.size()), cfg)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformer_lens.checks import directory_to_write
-from transformer_lens.model_bridge.places import Exchanged
+from transformer_lens.model_bridge.quantised import other_linears
+from transformer_lens.model_bridge.tree import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
 SHOWN = 5
@@ -150,10 +151,6 @@ class StateMethods(WrappedModel):
 def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
     """The quantised layers that transformers would expect in full precision when it reads them back.
 
-    >>> from transformer_lens.model_bridge.state import layers_transformers_would_not_pack
-    >>> layers_transformers_would_not_pack(model)
-    []
-
     They are those whose own class is a subclass of `torch.nn.Linear`: its bitsandbytes loading takes that class
     alone. An adapter on top is saved by itself, so nothing below it has to be read back.
     """
@@ -164,8 +161,7 @@ def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
         return []
     with torch.device("meta"):
         plain = type(settings)(settings.config)
-    linears = [(path, m) for path, m in plain.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
-    return [path for path, linear in linears if type(model.get_submodule(path)) is not type(linear)]
+    return [path for path, linear in other_linears(plain) if type(model.get_submodule(path)) is not type(linear)]
 
 
 # -- whether a state fits a model, said with names, before anything is loaded ---------------------------
@@ -179,40 +175,23 @@ def describe(
     title: str, missing: Sequence[str], unexpected: Sequence[str], shapes: Misfits, known: Sequence[str]
 ) -> str:
     """The text of a `StateError`: every kind of misfit with the nearest names."""
-    lines = [
-        _names("missing", missing, "nearest given", unexpected),
-        _names("unexpected", unexpected, "nearest in the model", known),
-        _listed("shape", [f"{key!r} is {_shape(got)}, expected {_shape(want)}" for key, (got, want) in shapes.items()]),
-    ]
-    return "\n".join([title, *(line for line in lines if line)])
 
-
-def _names(kind: str, names: Sequence[str], where: str, others: Sequence[str]) -> str:
-    told = []
-    for name in names[:SHOWN]:
+    def named(name: str, where: str, others: Sequence[str]) -> str:
         near = get_close_matches(name, others, n=1, cutoff=0.5)
-        told.append(f"{name!r}" + (f" ({where}: {near[0]!r})" if near else ""))
-    return _listed(kind, [*told, *names[SHOWN:]])
+        return f"{name!r}" + (f" ({where}: {near[0]!r})" if near else "")
 
-
-def _listed(kind: str, told: Sequence[str]) -> str:
-    if not told:
-        return ""
-    more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
-    return f"  {kind}: {', '.join(told[:SHOWN])}{more}"
-
-
-def _shape(size: Any) -> str:
-    return str(list(size))
+    told = {
+        "missing": [named(name, "nearest given", unexpected) for name in missing[:SHOWN]] + [*missing[SHOWN:]],
+        "unexpected": [named(n, "nearest in the model", known) for n in unexpected[:SHOWN]] + [*unexpected[SHOWN:]],
+        "shape": [f"{key!r} is {list(got)}, expected {list(want)}" for key, (got, want) in shapes.items()],
+    }
+    more = {kind: f" and {len(each) - SHOWN} more" if len(each) > SHOWN else "" for kind, each in told.items()}
+    lines = [f"  {kind}: {', '.join(each[:SHOWN])}{more[kind]}" for kind, each in told.items() if each]
+    return "\n".join([title, *lines])
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The groups of keys that are one and the same tensor.
-
-    >>> from transformer_lens.model_bridge.state import tied_names
-    >>> tied_names(model)
-    [['transformer.word_embeddings.weight', 'lm_head.weight']]
-    """
+    """The groups of keys that are one and the same tensor."""
     groups: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
@@ -231,7 +210,13 @@ def fitted_state(model: nn.Module, state: Mapping[str, Any], strict: bool, assig
     full = dict(state)
     for names in tied_names(model):
         given = [name for name in names if name in state]
-        _refuse_contradiction(given, state)
+        values = [state[name] for name in given if isinstance(state[name], Tensor) and not state[name].is_meta]
+        for value in values[1:]:
+            if value.shape == values[0].shape and not bool((value.to(values[0].device) == values[0]).all()):
+                raise StateError(
+                    f"load_state_dict: {' and '.join(map(repr, given))} are one tied tensor in this model, and the "
+                    "state gives them different values; nothing was loaded"
+                )
         if given:
             full |= dict.fromkeys(names, state[given[0]])
     missing = [name for name in own if name not in full] if strict else []
@@ -257,14 +242,3 @@ def fitted_state(model: nn.Module, state: Mapping[str, Any], strict: bool, assig
         title = f"load_state_dict: the state does not fit {type(model).__name__}, and nothing was loaded"
         raise StateError(describe(title, missing, unexpected, shapes, list(own)))
     return full
-
-
-def _refuse_contradiction(names: Sequence[str], state: Mapping[str, Any]) -> None:
-    """A tensor with two names cannot take two values."""
-    values = [state[name] for name in names if isinstance(state[name], Tensor) and not state[name].is_meta]
-    for value in values[1:]:
-        if value.shape == values[0].shape and not bool((value.to(values[0].device) == values[0]).all()):
-            raise StateError(
-                f"load_state_dict: {' and '.join(map(repr, names))} are one tied tensor in this model, and the state "
-                "gives them different values; nothing was loaded"
-            )

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from transformer_lens.checks import in_words, one_of
+from transformer_lens.checks import in_words, is_several, one_of
 from transformer_lens.model_bridge.padding import keep_mask
 from transformer_lens.model_bridge.tokens import (
     Texts,
@@ -109,7 +109,7 @@ class TokenMethods:
         A sequence reads as `tokenizer.decode` reads it, special tokens included; a single number as
         `to_single_str_token` does. Raises `ValueError` for a token that is not there.
         """
-        if isinstance(tokens, (list, tuple)) and any(_is_row(each) for each in tokens):
+        if isinstance(tokens, (list, tuple)) and any(is_several(each) for each in tokens):
             return [self._tokens().decode(one_sequence("to_string", row)) for row in tokens]
         ids = as_ids("to_string", tokens)
         if ids.ndim == 0:
@@ -136,10 +136,10 @@ class TokenMethods:
         adapter.side(padding_side)  # rows stand alone here, and have no padding
         if not _is_text(given):
             return adapter.pieces(one_sequence("to_str_tokens", given))
-        found = adapter.rows(given, prepend_bos=prepend_bos, truncate=False)
-        both = zip(found.texts, found.rows, strict=True)
+        rows, texts, several = adapter.rows(given, prepend_bos=prepend_bos, truncate=False)
+        both = zip(texts, rows, strict=True)
         pieces = adapter.cut([pieces_of(adapter.tokenizer, text, row) for text, row in both])
-        return pieces if found.several else pieces[0]
+        return pieces if several else pieces[0]
 
     def to_answer_tokens(self, text: str) -> list[int]:
         """The ids of a text in the middle of another, such as an answer behind a prompt.
@@ -221,16 +221,13 @@ class TokenMethods:
         if padding_side is not None:  # one row has no padding
             one_of("padding_side", padding_side, ("left", "right"))
         if isinstance(input, str):
-            ids = self._tokens().rows(input, prepend_bos=prepend_bos).rows[0]
+            ids = self._tokens().rows(input, prepend_bos=prepend_bos)[0][0]
         else:
             ids = one_sequence("get_token_position", input)
         places = self._places(single_token, ids)
         if not places:
-            shown = (
-                ids
-                if self.token_adapter is None
-                else self.to_str_tokens(input if isinstance(input, str) else ids, prepend_bos)
-            )
+            text = input if isinstance(input, str) else ids
+            shown = ids if self.token_adapter is None else self.to_str_tokens(text, prepend_bos)
             raise ValueError(f"token {single_token!r} does not occur in {shown}")
         return places[0 if mode == "first" else -1]
 
@@ -281,10 +278,6 @@ def _plain(given: Any) -> Any:
     if isinstance(given, Tensor):
         return given.detach().float().cpu().numpy() if given.dtype == torch.bfloat16 else given.detach().cpu().numpy()
     return [_plain(each) for each in given] if isinstance(given, (list, tuple)) else given
-
-
-def _is_row(given: Any) -> bool:
-    return isinstance(given, (list, tuple)) or (isinstance(given, (np.ndarray, Tensor)) and given.ndim > 0)
 
 
 def _is_text(input: Any) -> bool:

@@ -31,17 +31,6 @@ Texts = str | Sequence[str] | Messages | Sequence[Messages]
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """The token ids of each text, not padded."""
-
-    rows: list[list[int]]
-    texts: list[str]
-    """What was encoded: conversations as their template writes them."""
-    several: bool
-    """Whether they came as a list."""
-
-
-@dataclass(frozen=True)
 class Reading:
     """An input as a tensor for the model."""
 
@@ -65,24 +54,16 @@ class Reading:
 
 
 class TokenAdapter:
-    """A Hugging Face tokenizer, left as it is, with the special tokens of the model's config behind it.
-
-    Everything is read when it is needed, so what is set on the tokenizer, the model or `owner.cfg` later holds from
-    then on. `owner` is the bridge.
-    """
+    """A Hugging Face tokenizer, left as it is, with the special tokens of the model's config behind it; `owner` is the
+    bridge. Everything is read when it is needed, so what is set later on any of them holds from then on."""
 
     def __init__(self, tokenizer: Any, owner: Any) -> None:
         self.tokenizer = tokenizer
         self.owner = owner
         self.said_cut = False
 
-    @property
-    def bos(self) -> int | None:
-        return self._special("bos_token_id")
-
-    @property
-    def eos(self) -> int | None:
-        return self._special("eos_token_id")
+    bos = property(lambda adapter: adapter._special("bos_token_id"))
+    eos = property(lambda adapter: adapter._special("eos_token_id"))
 
     @property
     def pad(self) -> int | None:
@@ -115,24 +96,24 @@ class TokenAdapter:
     ) -> Reading:
         """Tokens of several texts, padded to the longest; arguments as in `rows`."""
         side = self.side(padding_side)
-        found = self.rows(input, prepend_bos=prepend_bos, truncate=truncate, after=after)
-        longest = max(map(len, found.rows))
+        rows, texts, several = self.rows(input, prepend_bos=prepend_bos, truncate=truncate, after=after)
+        longest = max(map(len, rows))
         if not longest:
             raise ValueError("texts: they hold no tokens; pass some text, or prepend_bos=True")
-        if self.pad is None and any(len(row) < longest for row in found.rows):
+        if self.pad is None and any(len(row) < longest for row in rows):
             raise ValueError("texts of different lengths need padding, and the tokenizer has no pad, eos or bos token")
-        ids = torch.full((len(found.rows), longest), self.pad if self.pad is not None else 0)
+        ids = torch.full((len(rows), longest), self.pad if self.pad is not None else 0)
         mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(found.rows):
+        for i, row in enumerate(rows):
             where = slice(longest - len(row), None) if side == "left" else slice(len(row))
             ids[i, where] = torch.tensor(row, dtype=torch.long)
             mask[i, where] = True
-        return Reading(TOKENS, ids, mask, found.texts, found.several)
+        return Reading(TOKENS, ids, mask, texts, several)
 
     def rows(
         self, input: Texts, *, prepend_bos: bool | None = None, truncate: bool = True, after: bool = False
-    ) -> TokenRows:
-        """The tokens of each text.
+    ) -> tuple[list[list[int]], list[str], bool]:
+        """The tokens of each text, not padded; the texts, as templates write conversations; whether they are several.
 
         A text that begins with BOS gets no other, and `prepend_bos=None` gives none to conversations, whose template
         says all. `after`: the texts go on from others, so left to itself nothing is put in front of them.
@@ -158,7 +139,7 @@ class TokenAdapter:
                 f"texts: the tokenizer makes token {most} of them, and the model has {self.owner.cfg.d_vocab} tokens; "
                 "take the model's own tokenizer, or resize the model's embeddings"
             )
-        return TokenRows(self.cut(rows) if truncate else rows, texts, several)
+        return self.cut(rows) if truncate else rows, texts, several
 
     def _texts(self, input: Texts) -> tuple[list[str], bool, bool]:
         """The texts, whether a chat template wrote them, and whether they came as a list."""
@@ -189,18 +170,13 @@ class TokenAdapter:
             )
         return [row[:most] for row in rows]
 
-    @property
-    def pad_token(self) -> PadToken | None:
-        """What fills up rows; `None` where the tokenizer has no special token for that."""
-        own = self.tokenizer.pad_token_id
-        return None if self.pad is None else PadToken(self.pad, own is None or own in (self.bos, self.eos))
-
     def mask_of(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"] | None:
         """Which ids are not padding, as `PadToken` judges; `None` where none can be."""
-        pad = self.pad_token
-        if pad is None or (pad.in_texts and len(ids) == 1) or not bool((ids[:, [0, -1]] == pad.id).any()):
+        pad, own = self.pad, self.tokenizer.pad_token_id
+        in_texts = own is None or own in (self.bos, self.eos)
+        if pad is None or (in_texts and len(ids) == 1) or not bool((ids[:, [0, -1]] == pad).any()):
             return None
-        return pad.mask(ids, sides)
+        return PadToken(pad, in_texts).mask(ids, sides)
 
     def known(self, ids: Sequence[int]) -> list[int]:
         """The same ids. Raises `ValueError` for one that neither the tokenizer nor the model has."""

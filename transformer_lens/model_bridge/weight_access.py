@@ -36,7 +36,12 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
         return adapted_weight(module, name, partial(read_weight, shard=shard))
     if not isinstance(name, str) or not hasattr(module, name):
         raise ValueError(f"name: got {in_words(name)}, expected the name of a weight of {type(module).__name__}")
-    weight = _brought_back(module, name)
+    weight: Tensor = getattr(module, name)
+    if weight.is_meta and offloading_hook(module) is not None:
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            weight = getattr(module, name)
     if weight.is_meta:
         raise ValueError(
             f"the {name} of {type(module).__name__} is on the meta device: it has a shape and no numbers; load the "
@@ -47,18 +52,6 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
         local: Tensor = weight.to_local() if shard else weight.full_tensor()
         return local
     return dequantised(module, weight)
-
-
-def _brought_back(module: nn.Module, name: str) -> Tensor:
-    """The weight, through accelerate's hook where that has put it away."""
-    weight: Tensor = getattr(module, name)
-    hook = offloading_hook(module)
-    if not weight.is_meta or hook is None:
-        return weight
-    from accelerate.utils import align_module_device
-
-    with align_module_device(module):
-        return getattr(module, name)  # type: ignore[no-any-return]
 
 
 def offloading_hook(module: nn.Module) -> Any | None:

@@ -6,23 +6,23 @@ What is stacked here is an explicit copy: changing it changes nothing in the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from transformer_lens.checks import is_one_of
+from transformer_lens.direct_logits import Tokens
 from transformer_lens.factored_matrix import FactoredMatrix, composition_scores
 from transformer_lens.model_bridge.config import BridgeConfig
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import BlockBridge, Branch
-    from transformer_lens.model_bridge.places import Layers
+    from transformer_lens.model_bridge.tree import Layers
 
-Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
 READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
     "Q": lambda attention: attention.QK,
     "K": lambda attention: attention.QK.T,

@@ -19,7 +19,7 @@ MODEL = "original_model"
 
 
 class ModelFacts:
-    """What can change in a model, as it is now; nothing is read before it is asked for."""
+    """What can change in a model, as it is now; nothing is read before it is asked for. `None`: it is not known."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -87,10 +87,8 @@ class WrappedModel(nn.Module):
 
     def input_device(self) -> torch.device:
         """The device on which the token embedding runs, also of a replica that `DataParallel` made."""
-        model: Any = self.original_model
-        embedding = model.get_input_embeddings()
-        device: torch.device = embedding.weight.device if is_replica(embedding) else self.cfg.device
-        return device
+        embedding = self.get_input_embeddings()
+        return embedding.weight.device if is_replica(embedding) else self.cfg.device
 
     config = HandedOn("The model's own Hugging Face config.")
     generation_config = HandedOn("What `generate` does unless told otherwise.")

@@ -228,11 +228,7 @@ class Record:
                 stacklevel=4,
             )
         swap_all(exchanges)
-        for change in changes:
-            change.record = None
-            self.changes.remove(change)
-        if not self.changes:
-            self.base.__dict__.pop(RECORD, None)
+        self._forget(changes)
 
     def _check_in_place(self, exchanges: list[Exchange]) -> None:
         """Refuse to put originals where other parameters sit by now."""
@@ -257,22 +253,22 @@ class Record:
         finally:
             self.suspended = False
             replaced = _replaced(exchanges)
-            if replaced:
-                self._forget(replaced[0])
-            else:
+            if not replaced:
                 swap_all(exchanges)
+            else:  # processed values of before do not fit any more
+                self._forget([*self.changes])
+                warnings.warn(
+                    f"{replaced[0]} was replaced while the model's own weights were lent back, so the model keeps "
+                    "these, and is not processed any more; call process_weights() again",
+                    stacklevel=3,
+                )
 
-    def _forget(self, what: str) -> None:
-        """Leave the model's own weights where they are: processed values of before do not fit any more."""
-        for changes in self.changes:
+    def _forget(self, forgotten: Iterable[WeightChanges]) -> None:
+        for changes in forgotten:
             changes.record = None
-        self.changes.clear()
-        self.base.__dict__.pop(RECORD, None)
-        warnings.warn(
-            f"{what} was replaced while the model's own weights were lent back, so the model keeps these, and is not "
-            "processed any more; call process_weights() again",
-            stacklevel=4,
-        )
+            self.changes.remove(changes)
+        if not self.changes:
+            self.base.__dict__.pop(RECORD, None)
 
 
 def _replaced(exchanges: Iterable[Exchange]) -> list[str]:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from transformer_lens.model_bridge.processing.changes import Record, WeightChanges, record_of
-from transformer_lens.model_bridge.processing.draft import Draft
-from transformer_lens.model_bridge.processing.steps import STEPS, Step
+from transformer_lens.model_bridge.processing.steps import STEPS, Draft, Step
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
@@ -102,8 +101,7 @@ class ProcessingMethods:
         A step that the model has no use for (centred writing with RMSNorm) is left out with a warning; one
         that was done before, too. Raises `ValueError` where the weights cannot be rewritten.
         """
-        wanted = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
-        return self._process(tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on))
+        return self._process(_named(fold_ln, center_writing_weights, center_unembed, fold_value_biases))
 
     def enable_compatibility_mode(
         self,
@@ -122,9 +120,8 @@ class ProcessingMethods:
 
         The hook names of older scripts always work here, so `no_processing=True` leaves nothing to do.
         """
-        wanted = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
-        names = tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on and not no_processing)
-        return self._process(names, quiet=disable_warnings)
+        names = _named(fold_ln, center_writing_weights, center_unembed, fold_value_biases)
+        return self._process(() if no_processing else names, quiet=disable_warnings)
 
     # -- the state -----------------------------------------------------------------------------------
 
@@ -165,8 +162,7 @@ class ProcessingMethods:
 
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""
-        bridge = cast("TransformerBridge", self)
-        return bridge.root.in_place
+        return cast("TransformerBridge", self).root.in_place
 
     def _undo_own_processing(self) -> None:
         """Put the weights back, if this bridge changed them."""
@@ -217,9 +213,7 @@ class ProcessingMethods:
         chosen: list[Step] = []
         skipped: list[str] = []
         again = [name for name in names if name in done]
-        for step in STEPS:
-            if step.name not in names or step.name in again:
-                continue
+        for step in (step for step in STEPS if step.name in names and step.name not in again):
             late = [name for name in step.not_after if name in done]
             if late:
                 raise ValueError(f"{step.name} has to come before {late[0]}; call bridge.undo_processing() first")
@@ -231,6 +225,11 @@ class ProcessingMethods:
             else:
                 skipped.append(f"{step.name} is left out: {why}")
         return chosen, [*skipped, *([DONE.format(steps=", ".join(again))] if again else [])]
+
+
+def _named(*wanted: bool) -> tuple[str, ...]:
+    """The steps, those that are wanted."""
+    return tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on)
 
 
 def _tell(remarks: list[str], notes: tuple[str, ...] | list[str], quiet: bool) -> None:

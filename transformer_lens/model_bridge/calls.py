@@ -1,4 +1,4 @@
-"""What a call of the bridge becomes as a call of the model: the same one, wherever there is a choice."""
+"""What a call of the bridge becomes as a call of the model, the same one where it can be; and what it gives back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor
@@ -23,9 +23,37 @@ from transformer_lens.model_bridge.padding import (
 )
 from transformer_lens.model_bridge.text_methods import TokenMethods
 from transformer_lens.model_bridge.tokens import Reading, Texts, check_text
-from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
+from transformer_lens.model_bridge.upstream import (
+    CACHE,
+    EMBEDDINGS,
+    MASK,
+    POSITIONS,
+    TOKENS,
+    Arguments,
+    Word,
+    attribute,
+)
 
 ModelInput = Texts | Tensor
+RETURN_TYPES = ("logits", "loss", "both", None)
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` gives."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+def main_output(output: Any) -> Tensor:
+    """The logits; the start and end logits of question answering side by side; or the final stream."""
+    if "logits" in output:
+        logits: Tensor = output.logits
+        return logits
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    final: Tensor = attribute(output, "last_hidden_state")
+    return final
 
 
 @dataclass(frozen=True)
@@ -46,17 +74,6 @@ class Call:
     def done(self) -> None:
         """The model has run: its KV cache knows which of its positions are padding."""
         remember(self.cache, self.columns)
-
-
-def batched_embeddings(
-    embeddings: Float[Tensor, "batch pos d_model"], d_model: int, what: str
-) -> Float[Tensor, "batch pos d_model"]:
-    """Embeddings, or a residual stream, with a batch axis. Raises `ValueError` for another shape."""
-    if embeddings.ndim == 2:
-        embeddings = embeddings[None]
-    if embeddings.ndim != 3 or embeddings.shape[-1] != d_model:
-        raise ValueError(f"{what}: got shape {list(embeddings.shape)}, expected [batch, pos, {d_model}]")
-    return embeddings
 
 
 def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "batch pos"]:
@@ -141,7 +158,10 @@ class InputMethods(TokenMethods):
         if isinstance(input, Tensor) and not (input.is_meta and self.input_device().type == "meta"):
             a_tensor(what, input)
         if isinstance(input, Tensor) and input.is_floating_point():
-            return Reading(EMBEDDINGS, batched_embeddings(input, self.cfg.d_model, what), None)
+            embeddings, d_model = input[None] if input.ndim == 2 else input, self.cfg.d_model
+            if embeddings.ndim != 3 or embeddings.shape[-1] != d_model:
+                raise ValueError(f"{what}: got shape {list(embeddings.shape)}, expected [batch, pos, {d_model}]")
+            return Reading(EMBEDDINGS, embeddings, None)
         if isinstance(input, Tensor):
             ids, seen = batched_ids(input, self.cfg.d_vocab), kept_mask(input)
             if seen is None and adapter is not None:
