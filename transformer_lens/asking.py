@@ -1,7 +1,7 @@
-"""Which text, answer, layer, head, expert and position a caller means: each question has one meaning, and it is here.
+"""Resolve which text, answer, layer, head, expert and position a caller means; each question is answered here alone.
 
-Layers and positions count from 0, or from the end where they are negative. A head is `"L3H2"`, `"3.2"` or `(3, 2)`, an
-expert `"L3E2"`, `"3.2"` or `(3, 2)`: the layer first. What is not there is an error that says what is.
+Layers and positions count from 0, or from the end if negative. A head is `"L3H2"`, `"3.2"` or `(3, 2)`, an expert
+`"L3E2"`, `"3.2"` or `(3, 2)`, the layer first.
 """
 
 from __future__ import annotations
@@ -59,16 +59,13 @@ class Tokenized(Protocol):
 
 
 def refuse_embeddings(input: Any) -> None:
-    """Raise `TypeError` for what has no token ids."""
+    """Raise `TypeError` for input that has no token ids."""
     if isinstance(input, Tensor) and input.is_floating_point():
         raise TypeError(f"input: got a {input.dtype} tensor, expected text or token ids")
 
 
 def check_one_text(what: str, text: Any, ids_only: bool = False) -> None:
-    """Raise `TypeError` for anything but one text, or the token ids of one.
-
-    >>> check_one_text("text", torch.tensor([[5, 6]]))
-    """
+    """Raise `TypeError` for anything but one text or, without `ids_only`, the token ids of one."""
     ids = is_tensor(text) and text.ndim in (1, 2) and text.numel() == text.shape[-1] > 0
     if ids and not text.is_floating_point() and text.dtype != torch.bool:
         return
@@ -78,23 +75,14 @@ def check_one_text(what: str, text: Any, ids_only: bool = False) -> None:
 
 
 def check_texts(texts: Any) -> None:
-    """Raise `TypeError` for one text, whose letters would pass for texts, and for what holds no ids of texts.
-
-    >>> check_texts("Mary and John")
-    Traceback (most recent call last):
-    TypeError: texts: got 'Mary and John', expected a list of texts, or token ids [batch, pos]
-    """
+    """Raise `TypeError` for one text, whose characters would pass for texts, and for anything without token ids."""
     suits = isinstance(texts, Sequence) and not isinstance(texts, (str, bytes))
     if not suits and not (is_tensor(texts) and texts.ndim == 2 and not texts.is_floating_point()):
         raise TypeError(f"texts: got {in_words(texts)}, expected a list of texts, or token ids [batch, pos]")
 
 
 def answer_ids(model: Tokenized, what: str, answer: Answer, batch: int) -> Int[Tensor, " batch"]:
-    """The token meant in each of `batch` texts. Raises `ValueError` for a text of several, and for another number.
-
-    >>> answer_ids(bridge, "answer", " Mary", 2) == bridge.to_single_token(" Mary")
-    tensor([True, True])
-    """
+    """The id of the answer token in each text. Raises `ValueError` for several tokens, or another number of answers."""
     ids = model.token_ids(answer, what).reshape(-1)
     if len(ids) not in (1, batch):
         raise ValueError(f"{what}: got {len(ids)}, expected one, or one for each of the {batch} texts")
@@ -105,16 +93,12 @@ def answer_ids(model: Tokenized, what: str, answer: Answer, batch: int) -> Int[T
 
 
 def layer_number(cfg: BridgeConfig, layer: Any, what: str = "layer", beyond: bool = False) -> int:
-    """A layer, from 0; with `beyond` the number of layers stands for what comes after the last one.
-
-    >>> layer_number(bridge.cfg, -1), layer_number(bridge.cfg, 4, beyond=True)
-    (3, 4)
-    """
+    """A layer, counted from 0; with `beyond`, `n_layers` stands for what follows the last one."""
     return from_end(what, layer, cfg.n_layers, f" in a model of {cfg.n_layers} layers", beyond)
 
 
 def layer_numbers(cfg: BridgeConfig, layers: Layers, what: str = "layer") -> list[int]:
-    """The layers meant, from 0. Raises `ValueError` for one that is not there, and for one named twice.
+    """The chosen layers, counted from 0. Raises `ValueError` for a layer that does not exist or is named twice.
 
     >>> layer_numbers(bridge.cfg, [0, -1]), layer_numbers(bridge.cfg, None)
     ([0, 3], [0, 1, 2, 3])
@@ -129,12 +113,10 @@ def layer_numbers(cfg: BridgeConfig, layers: Layers, what: str = "layer") -> lis
 
 
 def place_name(model: Named, at: Any, what: str = "at") -> str:
-    """A hook's name; a layer stands for the stream that leaves it.
+    """A hook's name; a layer stands for the residual stream that leaves it. Raises `KeyError` for an unknown hook.
 
     >>> place_name(bridge, -1), place_name(bridge, "blocks.0.hook_in")
     ('blocks.3.hook_resid_post', 'blocks.0.hook_resid_pre')
-
-    Raises `KeyError` for an unknown hook, and `TypeError` or `ValueError` for what is no layer.
     """
     if isinstance(at, str):
         return model.canonical_name(at)
@@ -147,18 +129,16 @@ def place_name(model: Named, at: Any, what: str = "at") -> str:
 
 
 def is_pair(given: Any) -> bool:
-    """Whether these are two whole numbers: a layer, and a head or an expert of it."""
+    """Whether these are two whole numbers: a layer and one of its heads or experts."""
     several = isinstance(given, (list, tuple)) or (isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1)
     return several and len(given) == 2 and all(map(is_whole, given))
 
 
 def written_pair(kind: Literal["head", "expert"], given: Any, what: str) -> tuple[int, int]:
-    """A layer and a head or an expert of it, from any of their spellings.
+    """A layer and one of its heads or experts, from any spelling. Raises `ValueError` or `TypeError` for anything else.
 
     >>> written_pair("head", "L3H2", "head"), written_pair("head", "3.2", "head"), written_pair("head", (3, 2), "head")
     ((3, 2), (3, 2), (3, 2))
-
-    Raises `ValueError` for another spelling, and `TypeError` for what is none.
     """
     letter = LETTERS[kind]
     found = re.fullmatch(rf"(?:L([0-9]+){letter}|([0-9]+)\.)([0-9]+)", given) if isinstance(given, str) else None
@@ -171,10 +151,8 @@ def written_pair(kind: Literal["head", "expert"], given: Any, what: str) -> tupl
 
 
 def pair_in(kind: Literal["head", "expert"], given: Any, sizes: Sequence[int], what: str) -> tuple[int, int]:
-    """The same, from 0, in a model of so many layers and heads or experts in each. Raises `ValueError` beyond it.
-
-    >>> pair_in("expert", (-1, 2), (3, 4), "expert")
-    (2, 2)
+    """`written_pair`, counted from 0. Raises `ValueError` beyond `sizes`, the number of layers and of heads or
+    experts.
     """
     layer, number = written_pair(kind, given, what)
     layers, size = sizes
@@ -186,7 +164,7 @@ def pair_in(kind: Literal["head", "expert"], given: Any, sizes: Sequence[int], w
 
 
 def head_pairs(cfg: BridgeConfig, heads: Heads | None, what: str = "heads") -> list[tuple[int, int]]:
-    """The heads meant, each by its layer and its number. Raises `ValueError` for none, and for one that is not there.
+    """The chosen heads as (layer, head) pairs. Raises `ValueError` for none, and for a head that does not exist.
 
     >>> head_pairs(bridge.cfg, ["L3H2", "0.1"]), head_pairs(bridge.cfg, {1: [0, 3]}), head_pairs(bridge.cfg, (3, 2))
     ([(3, 2), (0, 1)], [(1, 0), (1, 3)], [(3, 2)])
@@ -206,11 +184,7 @@ def head_pairs(cfg: BridgeConfig, heads: Heads | None, what: str = "heads") -> l
 
 
 def part_label(label: Any) -> Any:
-    """The label of a part of the model: that of a head from any spelling, any other as it is.
-
-    >>> part_label((3, 2)), part_label("3.2"), part_label("0_mlp_out")
-    ('L3H2', 'L3H2', '0_mlp_out')
-    """
+    """The label of a part of the model: a head as `"L3H2"` from any spelling, anything else unchanged."""
     if is_pair(label) or (isinstance(label, str) and re.fullmatch(r"[0-9]+\.[0-9]+", label)):
         layer, head = written_pair("head", label, "label")
         return f"L{layer}H{head}"
@@ -218,18 +192,14 @@ def part_label(label: Any) -> Any:
 
 
 def need_experts(cfg: BridgeConfig, what: str) -> int:
-    """How many experts a layer has. Raises `ValueError`, on behalf of `what`, for a dense model."""
+    """The number of experts in a layer. Raises `ValueError`, on behalf of `what`, for a dense model."""
     if not cfg.num_experts:
         raise ValueError(f"{what} needs a mixture of experts, and {cfg.model_name} ({cfg.architecture}) has dense MLPs")
     return cfg.num_experts
 
 
 def expert_numbers(cfg: BridgeConfig, experts: Any) -> list[int]:
-    """The experts meant. Raises `ValueError` for one that is not there, and for one named twice.
-
-    >>> expert_numbers(moe.cfg, 2), expert_numbers(moe.cfg, [0, 3])
-    ([2], [0, 3])
-    """
+    """The chosen experts. Raises `ValueError` for an expert that does not exist or is named twice."""
     n_experts = cfg.num_experts or 0
     wanted = whole_numbers("expert", experts, 0, n_experts - 1, f" in a model of {n_experts} experts a layer")
     if len(set(wanted)) < len(wanted):
@@ -238,21 +208,15 @@ def expert_numbers(cfg: BridgeConfig, experts: Any) -> list[int]:
 
 
 def one_expert(sizes: Sequence[int], layer: Any, expert: Any) -> tuple[int, int]:
-    """One expert of a layer, both in one or each for itself, in a model of so many layers and experts in each.
-
-    >>> one_expert((3, 4), "L0E2", None), one_expert((3, 4), -1, 2)
-    ((0, 2), (2, 2))
-    """
+    """One expert of a layer, given as a pair or as two numbers, in a model with these numbers of layers and experts."""
     return pair_in("expert", layer if expert is None else (layer, expert), sizes, "expert")
 
 
 def experts_by_layer(cfg: BridgeConfig, layer: Any, expert: Any) -> dict[int, list[int]]:
-    """The experts meant in each layer, from pairs or from layers that all have the same ones.
+    """The chosen experts by layer. Raises `ValueError` for a missing or repeated one, and unless given exactly once.
 
     >>> experts_by_layer(moe.cfg, ["L0E2", (2, 1)], None), experts_by_layer(moe.cfg, [0, 1], 3)
     ({0: [2], 2: [1]}, {0: [3], 1: [3]})
-
-    Raises `ValueError` for one that is not there, for one named twice, and unless experts are given just once.
     """
     several = list(layer) if is_several(layer) else [layer]
     if expert is not None:
@@ -277,11 +241,7 @@ def experts_by_layer(cfg: BridgeConfig, layer: Any, expert: Any) -> dict[int, li
 
 
 def checked_positions(positions: Any) -> Positions:
-    """Positions as they can be used: numbers in a list. Raises `TypeError` for what cannot mean any.
-
-    >>> checked_positions(-1), checked_positions(slice(2, None))
-    ([-1], slice(2, None, None))
-    """
+    """Positions in usable form, numbers as a list. Raises `TypeError` for anything that cannot be positions."""
     if positions is None or (isinstance(positions, slice) and (positions.step or 1) > 0):
         return positions
     if is_tensor(positions) and positions.dtype == torch.bool and positions.ndim == 2:
@@ -297,11 +257,11 @@ def checked_positions(positions: Any) -> Positions:
 
 
 def position_mask(positions: Positions, like: Tensor, hook: HookPoint) -> Bool[Tensor, "batch pos"]:
-    """Checked positions as a mask over the first two axes of an activation.
+    """The mask over the first two axes of an activation that checked positions choose.
 
-    In a plain run they are columns. In `generate` they count in each text without its padding, negative ones from the
-    end of the prompt, an open slice goes on into what is generated, and a mask is over the prompt. Raises `ValueError`
-    for a mask of another shape, and in a plain run for a position beyond it.
+    In a plain run positions are columns. In `generate` they count within each text, padding excluded: negative ones
+    from the end of the prompt, an open slice into the generated text, a mask over the prompt. Raises `ValueError` for
+    a mask of another shape and, in a plain run, a position out of range.
     """
     (batch, pos), step = like.shape[:2], hook.generation
     if positions is None:
@@ -335,26 +295,22 @@ def position_mask(positions: Positions, like: Tensor, hook: HookPoint) -> Bool[T
 
 
 def _counted(position: int, length: Tensor) -> Tensor:
-    """A position of each row, negative ones counted from the end."""
+    """One position in each row; a negative one counts from the end."""
     return length + position if position < 0 else torch.full_like(length, position)
 
 
 def position_number(position: Any, length: int, what: str = "position") -> int:
-    """A position of one run, from 0.
-
-    >>> position_number(-1, 5)
-    4
-    """
+    """One position of a run of `length` tokens, counted from 0."""
     return from_end(what, position, length, f" in a run of {length} positions")
 
 
 def columns(mask: Bool[Tensor, "batch pos"], position: Any, first: int = 0) -> Int[Tensor, " batch"]:
-    """The column of one token of each text, padding not counted: one number for all texts, or one for each.
+    """The column of one token in each text, padding excluded: one number for all texts, or one for each.
 
     >>> columns(torch.tensor([[False, True, True], [True, True, True]]), -2)
     tensor([1, 1])
 
-    Raises `ValueError` for a position that a text does not have; `first` is the number of the first text.
+    Raises `ValueError` for a position a text does not have, naming the text by its number from `first`.
     """
     numbers = [position] * len(mask) if not is_several(position) else position
     found = []

@@ -1,6 +1,6 @@
-"""What a caller means by a number, a word, a tensor: checked here, in one form of words.
+"""Checks of numbers, words, tensors and paths, with errors in one form.
 
-Every function takes the name under which the value was passed, and returns the value as the code wants it.
+Each function takes the name under which the value was passed, and returns the value in the form the code needs.
 """
 
 from __future__ import annotations
@@ -21,38 +21,30 @@ import torch
 from torch import Tensor
 
 MOST_WHOLE = torch.iinfo(torch.long).max
-"""The largest whole number that a tensor holds."""
+"""The largest integer a tensor holds."""
 LONGEST_NAME = 255
-"""Bytes in the name of a file or a directory, on every file system in use."""
+"""The most bytes in a file or directory name on common file systems."""
 UNUSABLE: Mapping[str, Callable[[Tensor], bool]] = {
     "nested": lambda tensor: tensor.is_nested,
     "sparse": lambda tensor: tensor.layout != torch.strided,
     "quantised": lambda tensor: tensor.is_quantized,
     "meta": lambda tensor: tensor.is_meta,
 }
-"""The kinds of tensor that most of torch does not compute with: each by the word for it."""
+"""Kinds of tensor that most torch operations reject, each with the word for it."""
 
 
 def unusable(tensor: Tensor) -> str:
-    """What keeps a tensor from being computed with, in a word; "" for a dense one with numbers.
-
-    >>> unusable(torch.ones(2)), unusable(torch.ones(2).to_sparse()), unusable(torch.ones(2, device="meta"))
-    ('', 'sparse', 'meta')
-    """
+    """Why a tensor cannot be computed with, in a word ("sparse", "meta"); "" for a dense one with values."""
     return next((kind for kind, is_so in UNUSABLE.items() if is_so(tensor)), "")
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor that can be computed with: dense, and on a device that holds numbers.
-
-    >>> is_tensor(torch.ones(2)), is_tensor(torch.ones(2).to_sparse()), is_tensor([1.0])
-    (True, False, False)
-    """
+    """Whether a value is a dense tensor on a device that holds values."""
     return isinstance(value, Tensor) and not unusable(value)
 
 
 def in_words(value: object) -> str:
-    """What an error says it got: a tensor by its dtype and shape, anything else as it is written, if that is short.
+    """How an error describes a value: a tensor by dtype and shape, anything else by its `repr` if that is short.
 
     >>> in_words(torch.zeros(2, 3)), in_words("left"), in_words(list(range(100)))
     ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
@@ -67,20 +59,13 @@ def in_words(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str], most: int = 3) -> str:
-    """The names most like this one, itself never among them, as an error lists them.
-
-    >>> nearest("verbos", ["verbose", "top_k", "verbos"], most=1)
-    "'verbose'"
-    """
+    """The known names most similar to `name`, itself excluded, as an error lists them."""
     near = get_close_matches(name, sorted(set(known) - {name}), n=most, cutoff=0.0)
     return ", ".join(map(repr, near))
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `TypeError` for a keyword that nothing takes, with the nearest that something does.
-
-    >>> refuse_unknown("boot_transformers", ["dtype"], ["device", "dtype"])
-    """
+    """Raise `TypeError` for an unknown keyword, with the nearest known ones."""
     names = set(known)
     for name in given:
         if name not in names:
@@ -88,7 +73,7 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is one whole number: Python's, NumPy's or a tensor's, and no truth value."""
+    """Whether a value is one integer (Python's, NumPy's or a tensor's) and not a bool."""
     if isinstance(value, Tensor):
         numbers = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
         return numbers and value.ndim == 0 and is_tensor(value)
@@ -98,12 +83,10 @@ def is_whole(value: object) -> bool:
 
 
 def whole(what: str, value: Any, least: int | None = None, most: int | None = None, where: str = "") -> int:
-    """A whole number within bounds, as a Python one.
+    """An integer within bounds, as a Python `int`. Raises `TypeError` for anything else, `ValueError` out of bounds.
 
     >>> whole("layer", torch.tensor(2), 0, 3)
     2
-
-    Raises `TypeError` for what is none and `ValueError` for one beyond the bounds.
     """
     bounds = "a whole number" if least is None else f"{least} to {most}" if most is not None else f"{least} or more"
     if not is_whole(value):
@@ -117,43 +100,32 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
 
 
 def from_end(what: str, value: Any, size: int, where: str = "", beyond: bool = False) -> int:
-    """One of `size` places, counted from the end where it is negative, as a number from 0.
+    """An index below `size`, counted from the end if negative; `beyond` also allows `size` itself.
 
     >>> from_end("layer", -1, 4), from_end("layer", 4, 4, beyond=True)
     (3, 4)
-
-    With `beyond`, `size` itself may be meant: what comes after the last.
     """
     number = whole(what, value, -size, size if beyond else size - 1, where)
     return number + size if number < 0 else number
 
 
 def is_one_of(value: object, options: Iterable[Any]) -> bool:
-    """Whether a value is one of a few, whatever it is: a list or an array is none of them, and no error.
-
-    >>> is_one_of("first", ("first", "last")), is_one_of(["first"], ("first", "last"))
-    (True, False)
-    """
+    """Whether a value is among the options; a list or an array never is, and is no error."""
     return any(type(value) is type(option) and value == option for option in options)
 
 
 def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
-    """Raise `ValueError` unless a value is one of a few.
-
-    >>> one_of("mode", "first", ("first", "last"))
-    """
+    """Raise `ValueError` unless a value is one of the options."""
     if not is_one_of(value, options):
         listed = ", ".join(map(repr, options[:-1])) + f" or {options[-1]!r}"
         raise ValueError(f"{what}: got {in_words(value)}, expected {listed}")
 
 
 def a_number(what: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
-    """A finite number within bounds (with `above`, larger than the lower one), as a Python one.
+    """A finite number within bounds (above the lower one with `above`), as a Python number.
 
     >>> a_number("scale", torch.tensor(0.5), least=0)
     0.5
-
-    Raises `TypeError` for what is no number and `ValueError` for one beyond the bounds.
     """
     one = value.item() if (is_tensor(value) or isinstance(value, np.generic)) and value.ndim == 0 else value
     end = f" to {most:g}" if most < math.inf else "" if above else " on"
@@ -167,7 +139,7 @@ def a_number(what: str, value: Any, least: float = -math.inf, most: float = math
 
 
 def a_path(what: str, value: Any) -> Path:
-    """A path. Raises `TypeError` for what is none, and `ValueError` for names that nothing on a disk has."""
+    """A path. Raises `TypeError` for anything else, and `ValueError` for names that no file can have."""
     if not isinstance(value, (str, PathLike)) or not isinstance(written := os.fspath(value), str):
         raise TypeError(f"{what}: got {in_words(value)}, expected a path")
     try:
@@ -180,11 +152,7 @@ def a_path(what: str, value: Any) -> Path:
 
 
 def file_to_write(what: str, value: Any) -> Path:
-    """The path of a file that can be written. Raises `ValueError` for a directory, or where there is none for it.
-
-    >>> file_to_write("path", "picture.png").name
-    'picture.png'
-    """
+    """The path of a file to write. Raises `ValueError` for a directory, or if its directory does not exist."""
     path = a_path(what, value)
     if path.is_dir():
         raise ValueError(f"{what}: {str(path)!r} is a directory, expected the name of a file")
@@ -194,11 +162,7 @@ def file_to_write(what: str, value: Any) -> Path:
 
 
 def directory_to_write(what: str, value: Any) -> Path:
-    """The path of a directory that is there or can be made. Raises `ValueError` where a file is in its way.
-
-    >>> directory_to_write("directory", "lens").name
-    'lens'
-    """
+    """The path of a directory that exists or can be made. Raises `ValueError` if a file is in its way."""
     path = a_path(what, value)
     taken = next((place for place in (path, *path.parents) if place.exists()), None)
     if taken is not None and not taken.is_dir():
@@ -207,28 +171,28 @@ def directory_to_write(what: str, value: Any) -> Path:
 
 
 def a_text(what: str, value: Any) -> str:
-    """A text. Raises `TypeError` for what is none."""
+    """A text. Raises `TypeError` for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"{what}: got {in_words(value)}, expected a str")
     return value
 
 
 def is_several(value: object) -> bool:
-    """Whether a value can be gone through, and is no text: a list, a tuple, a tensor with an axis..."""
+    """Whether a value can be iterated over and is not text: a list, a tuple, a tensor with an axis..."""
     if isinstance(value, Tensor):
         return is_tensor(value) and value.ndim > 0
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
 
 
 def a_list(what: str, value: Any) -> Any:
-    """What holds several and has a length. Raises `TypeError` for anything else, and for text."""
+    """A collection with a length. Raises `TypeError` for anything else, and for text."""
     if not is_several(value) or not isinstance(value, Sized):
         raise TypeError(f"{what}: got {in_words(value)}, expected a list")
     return value
 
 
 def listed(what: str, value: Any) -> list[Any]:
-    """What is in a list, an array or a generator, as a list. Raises `TypeError` for what is not several."""
+    """The items of a list, an array or a generator, as a list. Raises `TypeError` for anything else."""
     if not is_several(value):
         raise TypeError(f"{what}: got {in_words(value)}, expected a list")
     return list(value)
@@ -243,18 +207,15 @@ def a_tensor(what: str, value: Any) -> Tensor:
 
 
 def function(what: str, value: Any, form: str) -> Callable[..., Any]:
-    """Raise `TypeError` unless a value can be called; `form` shows how it will be."""
+    """Raise `TypeError` unless a value can be called; `form` shows how it will be called."""
     if not callable(value):
         raise TypeError(f"{what}: got {in_words(value)}, expected a function {form}")
     return value  # type: ignore[no-any-return]
 
 
 def as_array(what: str, value: Any, expected: str) -> np.ndarray:
-    """A NumPy array of a tensor, an array or lists; bfloat16, which NumPy has not, becomes float32. Raises `TypeError`
-    for rows of different lengths, and for a tensor that cannot be computed with.
-
-    >>> as_array("ids", torch.ones(2, dtype=torch.bfloat16), "ids")
-    array([1., 1.], dtype=float32)
+    """A NumPy array of a tensor, an array or lists; bfloat16 becomes float32. Raises `TypeError` for ragged rows and
+    for tensors that cannot be computed with.
     """
     if isinstance(value, Tensor):
         value = a_tensor(what, value).detach().cpu()
@@ -266,11 +227,7 @@ def as_array(what: str, value: Any, expected: str) -> np.ndarray:
 
 
 def as_numbers(what: str, value: Any) -> Tensor:
-    """A tensor of real numbers, made of a list or an array where it is none. Raises `TypeError` for what holds none.
-
-    >>> as_numbers("values", [1.0, 2.0])
-    tensor([1., 2.], dtype=torch.float64)
-    """
+    """A tensor of real numbers, made from a list or an array if need be. Raises `TypeError` for anything else."""
     expected = "a tensor, an array or a list of numbers"
     array = None if isinstance(value, Tensor) else as_array(what, value, expected)
     if array is not None and (array.dtype.kind not in "biufc" or not isinstance(value, (np.ndarray, list, tuple))):
@@ -284,11 +241,7 @@ def as_numbers(what: str, value: Any) -> Tensor:
 def whole_numbers(
     what: str, value: Any, least: int | None = None, most: int | None = None, where: str = ""
 ) -> list[int]:
-    """One whole number or several, each within bounds, as a list.
-
-    >>> whole_numbers("layer", np.arange(2), 0, 3), whole_numbers("layer", -1)
-    ([0, 1], [-1])
-    """
+    """One integer or several, each within bounds, as a list."""
     if is_whole(value):
         return [whole(what, value, least, most, where)]
     if not is_several(value) or isinstance(value, dict) or getattr(value, "ndim", 1) != 1:
@@ -298,11 +251,7 @@ def whole_numbers(
 
 
 def needed(module: str, why: str) -> Any:
-    """A module of an optional library. Raises `ImportError`, saying why it is needed, where it is not installed.
-
-    >>> needed("json", "settings need json").loads("1")
-    1
-    """
+    """An optional module. Raises `ImportError`, with the reason it is needed, if it is not installed."""
     library = module.partition(".")[0]
     try:
         import_module(library)
@@ -312,13 +261,7 @@ def needed(module: str, why: str) -> Any:
 
 
 def device_of(what: str, value: Any) -> torch.device:
-    """A device that is there.
-
-    >>> device_of("device", "cpu")
-    device(type='cpu')
-
-    Raises `ValueError` for one that is not, and for what names none.
-    """
+    """A device that exists. Raises `ValueError` for one that does not, and for what names none."""
     try:
         return torch.empty(0, device=value).device
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:

@@ -1,7 +1,7 @@
 """`FactoredMatrix`: a product of two thin matrices that is never multiplied out.
 
-A head's QK and OV circuits are `[d_model, d_model]` matrices of rank `d_head`; their products, norms and
-decompositions are computed from the factors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
+A head's QK and OV circuits are `[d_model, d_model]` matrices of rank `d_head`; products, norms and decompositions come
+from the factors (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class FactoredMatrix:
     >>> matrix.norm().shape
     torch.Size([7])
 
-    `A` is `[..., ldim, mdim]` and `B` `[..., mdim, rdim]`; leading axes broadcast, as views. The factors are
-    those it was given, not copies. `svd`, `eigenvalues` and `norm` of half precision are computed in float32.
-    Raises `TypeError` for what is no tensor, and `ValueError` for factors that do not fit.
+    `A` is `[..., ldim, mdim]` and `B` is `[..., mdim, rdim]`; leading axes broadcast. Factors are kept, not copied.
+    `svd`, `eigenvalues` and `norm` compute half precision in float32. Raises `ValueError` for factors that do not fit.
     """
 
     def __init__(self, A: Float[Tensor, "*#leading ldim mdim"], B: Float[Tensor, "*#leading mdim rdim"]) -> None:
@@ -66,11 +65,7 @@ class FactoredMatrix:
 
     @property
     def ldim(self) -> int:
-        """The number of rows.
-
-        >>> FactoredMatrix(torch.ones(5, 2), torch.ones(2, 4)).ldim
-        5
-        """
+        """The number of rows."""
         return self.A.shape[-2]
 
     @property
@@ -95,7 +90,7 @@ class FactoredMatrix:
 
     @property
     def has_leading_dims(self) -> bool:
-        """Whether it is a batch of matrices."""
+        """Whether there are leading axes, that is, a batch of matrices."""
         return self.ndim > 2
 
     @property
@@ -120,7 +115,7 @@ class FactoredMatrix:
 
     @property
     def BA(self) -> Float[Tensor, "*leading mdim mdim"]:
-        """The factors the other way round; it has the eigenvalues of `AB` that are not zero."""
+        """The product of the factors in reverse; its nonzero eigenvalues are those of `AB`."""
         self._square("BA")
         return self.B @ self.A
 
@@ -138,8 +133,7 @@ class FactoredMatrix:
     @overload
     def __matmul__(self, other: Tensor) -> Any: ...
     def __matmul__(self, other: Any) -> Any:
-        """With a matrix or a `FactoredMatrix`: a `FactoredMatrix` with the shorter inner axis. With a vector
-        `[rdim]`: a tensor `[..., ldim]`. Leading axes broadcast."""
+        """Times a matrix or `FactoredMatrix`: a `FactoredMatrix`; times a vector `[rdim]`: a tensor `[..., ldim]`."""
         if isinstance(other, FactoredMatrix):
             _check_fit(self.B, other.A, self.shape, other.shape)
             return (self @ other.A) @ other.B
@@ -154,7 +148,7 @@ class FactoredMatrix:
         return FactoredMatrix(self.AB, other)
 
     def __rmatmul__(self, other: Tensor) -> Any:
-        """A matrix or vector from the left, as `__matmul__` does from the right."""
+        """A matrix or a vector times this one."""
         if not isinstance(other, Tensor):
             return NotImplemented
         a_tensor("@ FactoredMatrix", other)
@@ -164,7 +158,7 @@ class FactoredMatrix:
         return (self.T @ other.mT).T
 
     def __mul__(self, scalar: float | Tensor) -> FactoredMatrix:
-        """Times a number, or a tensor that holds one."""
+        """Times a number, or a tensor that holds one number."""
         if isinstance(scalar, Tensor):
             a_tensor("FactoredMatrix *", scalar)
             if scalar.numel() != 1:
@@ -184,14 +178,15 @@ class FactoredMatrix:
     # -- decompositions --------------------------------------------------------------------------------
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values from the factors alone: `(U, S, V)` with `AB == U @ diag(S) @ V.mT`.
+        """The singular value decomposition, computed from the factors: `(U, S, V)` with `AB == U @ diag(S) @ V.mT`.
 
         >>> U, S, V = FactoredMatrix(torch.randn(50, 3), torch.randn(3, 40)).svd()
         >>> U.shape, S.shape, V.shape
         (torch.Size([50, 3]), torch.Size([3]), torch.Size([40, 3]))
 
-        `k = min(ldim, mdim, rdim)` values, the largest first; `U` is `[..., ldim, k]` and `V` `[..., rdim, k]`, both
-        with orthonormal columns: as in TransformerLens, while `torch.linalg.svd` gives `V.mT`, which is `Vh` here.
+        `k = min(ldim, mdim, rdim)` singular values, largest first; `U` is `[..., ldim, k]` and `V` is `[..., rdim, k]`,
+        with orthonormal columns. This is `V` as in TransformerLens; `torch.linalg.svd` returns `V.mT`, which is `Vh`
+        here.
         """
         left, inner, right = self._reduced()
         U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
@@ -199,16 +194,12 @@ class FactoredMatrix:
 
     @property
     def U(self) -> Float[Tensor, "*leading ldim k"]:
-        """The left singular vectors, as columns. For several of U, S and V call `svd()` once."""
+        """The left singular vectors, as columns. For several of U, S and V, call `svd()` once."""
         return self.svd()[0]
 
     @property
     def S(self) -> Float[Tensor, "*leading k"]:
-        """The singular values, the largest first.
-
-        >>> FactoredMatrix(torch.eye(3)[:, :2], torch.diag(torch.tensor([3.0, 4.0]))).S
-        tensor([4., 3.])
-        """
+        """The singular values, largest first."""
         return torch.linalg.svdvals(self._reduced()[1])  # type: ignore[no-any-return]
 
     @property
@@ -223,20 +214,19 @@ class FactoredMatrix:
 
     @property
     def eigenvalues(self) -> Inexact[Tensor, "*leading k"]:
-        """The eigenvalues of a square `AB` that may differ from zero, complex and in no order.
+        """The complex eigenvalues of a square `AB` that may be nonzero, in no order. Raises `ValueError` if not square.
 
         >>> FactoredMatrix(torch.ones(4, 1), torch.ones(1, 4)).eigenvalues
         tensor([4.+0.j])
 
-        `k = min(ldim, mdim)`: they are those of `BA`; the other `ldim - k` are zero. Raises `ValueError`
-        unless `ldim == rdim`.
+        These are the `k = min(ldim, mdim)` eigenvalues of `BA`; the other `ldim - k` are zero.
         """
         self._square("eigenvalues")
         smaller = self.BA if self.mdim <= self.ldim else self.AB
         return torch.linalg.eigvals(wide(smaller))  # type: ignore[no-any-return]
 
     def norm(self) -> Float[Tensor, "*leading"]:
-        """The Frobenius norm of each matrix: the root of the sum of its squared entries.
+        """The Frobenius norm of each matrix: the square root of the sum of its squared entries.
 
         >>> FactoredMatrix(3 * torch.eye(4)[:, :1], 2 * torch.eye(4)[:1]).norm()
         tensor(6.)
@@ -244,17 +234,17 @@ class FactoredMatrix:
         return torch.linalg.matrix_norm(self._reduced()[1])  # type: ignore[no-any-return]
 
     def collapse_l(self) -> Float[Tensor, "*leading k rdim"]:
-        """`diag(S) @ Vh`: the matrix without its left rotation. Norms of products from the right stay the same."""
+        """`diag(S) @ Vh`: the matrix without its left rotation, which keeps the norm of every `matrix @ x`."""
         _, S, V = self.svd()
         return S[..., :, None] * V.mT
 
     def collapse_r(self) -> Float[Tensor, "*leading ldim k"]:
-        """`U @ diag(S)`: the matrix without its right rotation. Norms of products from the left stay the same."""
+        """`U @ diag(S)`: the matrix without its right rotation, which keeps the norm of every `x @ matrix`."""
         U, S, _ = self.svd()
         return U * S[..., None, :]
 
     def make_even(self) -> FactoredMatrix:
-        """The same matrix with the singular values shared by both factors: `(U sqrt(S)) @ (sqrt(S) Vh)`.
+        """The same matrix with its singular values split evenly between the factors: `(U sqrt(S)) @ (sqrt(S) Vh)`.
 
         >>> even = FactoredMatrix(100 * torch.ones(3, 2), torch.ones(2, 3)).make_even()
         >>> torch.allclose(even.A.norm(), even.B.norm())
@@ -273,9 +263,9 @@ class FactoredMatrix:
         >>> matrix[0].shape, matrix[np.eye(2, 3) > 0, :, 1].shape
         (torch.Size([3, 4, 5]), torch.Size([2, 4, 1]))
 
-        A number on a leading axis drops it; on the matrix axes it keeps an axis of length one, since a
-        factored matrix has two. A list, array or tensor on rows and on columns chooses each on its own. A mask
-        goes along as many axes as it has, whatever it is made of. Raises `IndexError` for what is beyond an axis.
+        An integer drops a leading axis but keeps a matrix axis with length one, since the result is still factored.
+        Lists, arrays and tensors for rows and columns choose independently; a mask covers as many axes as it has.
+        Raises `IndexError` out of range.
         """
         leading, rows, columns = self._parts_of(index if isinstance(index, tuple) else (index,))
         A = self.A[(*leading, ...)][..., rows, :]
@@ -283,12 +273,10 @@ class FactoredMatrix:
         return FactoredMatrix(A, B)
 
     def unsqueeze(self, dim: int) -> FactoredMatrix:
-        """A new leading axis of length one.
+        """Insert a leading axis of length one. Raises `IndexError` for a place after the rows or columns.
 
         >>> FactoredMatrix(torch.ones(7, 3, 2), torch.ones(7, 2, 3)).unsqueeze(0).shape
         torch.Size([1, 7, 3, 3])
-
-        Raises `IndexError` for a place after the rows or columns.
         """
         dim = whole("unsqueeze: dim", dim)
         place = dim + self.ndim + 1 if dim < 0 else dim
@@ -297,7 +285,7 @@ class FactoredMatrix:
         return FactoredMatrix(self.A.unsqueeze(place), self.B.unsqueeze(place))
 
     def get_corner(self, k: int = 3) -> Float[Tensor, "*leading rows columns"]:
-        """The first `k` rows and columns (and entries of leading axes), multiplied out: something to look at."""
+        """The first `k` rows and columns (and entries of leading axes), multiplied out, to look at."""
         k = whole("get_corner: k", k, 0)
         leading = (slice(k),) * (self.ndim - 2)
         return self.A[leading][..., :k, :] @ self.B[leading][..., :, :k]
@@ -311,7 +299,7 @@ class FactoredMatrix:
         return left, left_inner @ right_inner.mT, right
 
     def _parts_of(self, index: tuple[Index, ...]) -> tuple[list[Entry], AxisIndex, AxisIndex]:
-        """An index as what it says of the leading axes, the rows and the columns."""
+        """Split an index into its entries for the leading axes, the rows and the columns."""
         entries: list[Entry] = [
             entry if entry is None or entry is Ellipsis else axis_index("FactoredMatrix", entry, EXPECTED)
             for entry in index
@@ -338,14 +326,14 @@ class FactoredMatrix:
 
 
 def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Tensor, "*left_leading *right_leading"]:
-    """How much of what each `left` writes each `right` reads: `|left @ right| / (|left| |right|)`.
+    """How much of `left`'s output lies in what `right` reads: `|left @ right| / (|left| |right|)`.
 
     >>> one = FactoredMatrix(torch.eye(4)[:, :2], torch.eye(4)[:2])
     >>> composition_scores(one, one)
     tensor(0.7071)
 
-    Frobenius norms, for every pair of a matrix of `left` and one of `right`. Formula: Elhage et al. 2021, with
-    matrices that act on rows (`x @ W`), as everywhere here. A matrix of zeros scores zero.
+    Norms are Frobenius norms, for every pair of matrices from the two batches, which act on rows (`x @ W`). A zero
+    matrix scores zero. Formula: Elhage et al. 2021.
     """
     for name, matrix in (("left", left), ("right", right)):
         if not isinstance(matrix, FactoredMatrix):
@@ -359,7 +347,7 @@ def composition_scores(left: FactoredMatrix, right: FactoredMatrix) -> Float[Ten
 
 
 def _broadcast(*shapes: Sequence[int]) -> torch.Size | None:
-    """The shape of all together; `None` where they do not fit."""
+    """The common broadcast shape, or `None` if there is none."""
     try:
         return torch.broadcast_shapes(*shapes)  # type: ignore[no-any-return]
     except RuntimeError:
@@ -367,7 +355,7 @@ def _broadcast(*shapes: Sequence[int]) -> torch.Size | None:
 
 
 def _check_fit(left: Tensor, right: Tensor, left_shape: torch.Size, right_shape: torch.Size) -> None:
-    """Raise `ValueError` unless `left @ right` can be; the shapes are those of what is multiplied, for the error."""
+    """Raise `ValueError` unless `left @ right` is possible; the error shows the given shapes."""
     columns = left.shape[-1] if left.ndim else 0
     rows = 0 if not right.ndim else right.shape[-2] if right.ndim > 1 else right.shape[0]
     if columns != rows:
@@ -386,23 +374,19 @@ def _batched(x: Tensor) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
-    """A tensor in float32 at least: half precision rounds too much, and LAPACK has none.
-
-    >>> wide(torch.ones(1, dtype=torch.bfloat16)).dtype, wide(torch.ones(1, dtype=torch.float64)).dtype
-    (torch.float32, torch.float64)
-    """
+    """A tensor in at least float32: half precision rounds too much, and LAPACK does not support it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _axes_of(entry: Entry) -> int:
-    """How many axes an entry of an index takes."""
+    """The number of axes an index entry takes."""
     if entry is None or entry is Ellipsis:
         return 0
     return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1
 
 
 def _check_together(leading: Sequence[Entry]) -> None:
-    """Raise `IndexError` for lists along several leading axes, which are read in step, of lengths that do not fit."""
+    """Raise `IndexError` for lists on several leading axes, which are read in step, if their lengths differ."""
     lists = [entry for entry in leading if isinstance(entry, Tensor)]
     shapes = [[int(entry.sum())] if entry.dtype == torch.bool else list(entry.shape) for entry in lists]
     if _broadcast(*shapes) is None:

@@ -1,4 +1,4 @@
-"""Hooks that see and edit some rows of the batch: many different interventions in one forward."""
+"""Hooks that see and edit some rows of the batch, for many different interventions in one forward."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformer_lens.checks import in_words, is_tensor, listed, whole, whole_nu
 from transformer_lens.hook_point import HookFunction, HookPoint
 
 Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
-"""Rows of the batch: one, a slice, several numbers, or a mask; negative numbers count from the end."""
+"""Rows of the batch: one, a slice, several or a mask; negative numbers count from the end."""
 
 
 def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
-    """A hook that runs `fn` on some rows of the batch and leaves the others alone.
+    """A hook that runs `fn` on some rows of the batch and leaves the others unchanged.
 
     >>> def without_head_0(z, hook):
     ...     z[:, :, 0] = 0
@@ -27,15 +27,15 @@ def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
     >>> [torch.equal(row, plain) for row, plain in zip(logits, bridge(twice))]
     [True, False]
 
-    `fn` gets `tensor[rows]`, with the batch axis kept, and may edit it in place or return a replacement of its shape,
-    as any hook may, forward and backward. Rows of a list come in the order of the list. Raises `TypeError` and
-    `ValueError` for rows that mean nothing or occur twice and, in the run, for rows that the batch does not have.
+    `fn` gets `tensor[rows]`, batch axis included, in the order of the list, and may edit it in place or return a
+    replacement of its shape, like any forward or backward hook. Raises `TypeError` or `ValueError` for rows that mean
+    nothing or repeat and, in the run, for rows that the batch does not have.
     """
     return _OnRows(((_checked(rows), _checked_function("on_rows", fn)),))
 
 
 def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
-    """A hook that gives each function rows of its own: the first `rows_each` rows, the next ones, and so on.
+    """A hook that gives each function its own rows: the first `rows_each` rows, the next ones, and so on.
 
     >>> tokens = bridge.to_tokens("Mary and John")
     >>> def ablation(head):
@@ -44,8 +44,8 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     >>> bridge.run_with_hooks(tokens.repeat(4, 1), fwd_hooks=[("blocks.0.attn.hook_z", each_head)]).shape
     torch.Size([4, 5, 735])
 
-    It costs what one hook costs, however many functions it serves. Raises `ValueError` for no function,
-    and in a run whose batch is not `len(fns) * rows_each`.
+    It costs the same as one hook. Raises `ValueError` for no functions and, in the run, unless the batch has
+    `len(fns) * rows_each` rows.
     """
     fns = listed("fns", fns)
     rows_each = whole("rows_each", rows_each, 1)
@@ -76,7 +76,7 @@ class _OnRows:
 
 
 def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint) -> bool:
-    """Let `fn` edit some rows of `tensor`, in place; says whether it returned something."""
+    """Let `fn` edit some rows of `tensor` in place; returns whether it returned something."""
     part = tensor[rows]  # a slice shares the tensor's memory, numbers make a copy
     before = None if part.is_inference() else part._version
     result: Any = fn(part, hook=hook)
@@ -108,7 +108,7 @@ def _checked_function(what: str, fn: HookFunction) -> HookFunction:
 
 
 def _checked(rows: Rows) -> slice | Tensor:
-    """Rows as an index. Raises for what cannot be one, before any model runs."""
+    """Rows as an index. Raises for invalid ones before any model runs."""
     if isinstance(rows, slice):
         return rows
     if isinstance(rows, int) and not isinstance(rows, bool):
@@ -126,7 +126,7 @@ def _checked(rows: Rows) -> slice | Tensor:
 
 
 def _within(rows: slice | Tensor, tensor: Tensor, hook: HookPoint) -> slice | Tensor:
-    """The rows as an index of this batch. Raises `ValueError` for rows that it does not have."""
+    """The rows as an index into this batch. Raises `ValueError` for rows it does not have."""
     batch = tensor.shape[0]
     where = f"hook on rows at {hook.name!r}: got a batch of {batch}"
     if isinstance(rows, slice):

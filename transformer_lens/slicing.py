@@ -1,4 +1,4 @@
-"""`Slice`: which positions of an axis to keep, written the ways people write it; and what may index one axis."""
+"""`Slice`: which positions of an axis to keep, in any common spelling; and what may index one axis."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from transformer_lens.checks import in_words, is_tensor, is_whole
 
 SliceInput = int | slice | tuple[int | None, ...] | Sequence[int] | np.ndarray | Tensor | None
 AxisIndex = int | slice | Tensor
-"""What chooses along one axis, as torch takes it: a number, a slice, whole numbers, or truth values."""
+"""An index along one axis as torch takes it: an integer, a slice, integers or a mask."""
 EXPECTED = "an int, slice, tuple, list or None"
 
 
 def axis_index(what: str, entry: Any, expected: str = EXPECTED) -> AxisIndex:
-    """A number, a slice, a list or an array of numbers or of truth values, as torch takes it.
+    """Convert an integer, a slice, a list or an array to an index torch takes.
 
     >>> axis_index("rows", np.int64(2)), axis_index("rows", [True, False])
     (2, tensor([ True, False]))
 
-    Raises `TypeError` for what cannot choose along an axis, and `ValueError` for a slice that goes backwards.
+    Raises `TypeError` for anything that cannot index an axis, and `ValueError` for a slice with a negative step.
     """
     if is_whole(entry):
         return int(entry)
@@ -49,7 +49,7 @@ def axis_index(what: str, entry: Any, expected: str = EXPECTED) -> AxisIndex:
 
 
 def check_within(what: str, index: AxisIndex, sizes: Sequence[int]) -> None:
-    """Raise `IndexError` for an index that is beyond the axis, or a mask that is not as long as the axes it is for."""
+    """Raise `IndexError` for an index out of range, or a mask whose shape differs from the axes it covers."""
     if isinstance(index, slice):
         return
     if isinstance(index, Tensor) and index.dtype == torch.bool:
@@ -69,13 +69,10 @@ def check_within(what: str, index: AxisIndex, sizes: Sequence[int]) -> None:
 class Slice:
     """A choice along one axis: an int (drops the axis), a `(start, stop[, step])` tuple, a list, a mask or None.
 
-    >>> Slice((1, 3)).apply(torch.arange(5), dim=0)
-    tensor([1, 2])
-    >>> Slice(-1).apply(torch.arange(5), dim=0)
-    tensor(4)
+    >>> Slice((1, 3)).apply(torch.arange(5), dim=0), Slice(-1).apply(torch.arange(5), dim=0)
+    (tensor([1, 2]), tensor(4))
 
-    Numbers may be NumPy's or a tensor's; a list, array or tensor of truth values is a mask as long as the axis.
-    Raises `TypeError` for anything else.
+    Integers may be NumPy's or a tensor's; a mask has the length of the axis. Raises `TypeError` for anything else.
     """
 
     def __init__(self, input_slice: SliceInput | Slice = None) -> None:
@@ -90,7 +87,7 @@ class Slice:
             raise TypeError(f"slice: got {in_words(given)}, expected one axis of numbers or truth values")
 
     def apply(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """Keep the chosen entries of axis `dim`. Raises `IndexError` for one that is not there."""
+        """Keep the chosen entries of axis `dim`. Raises `IndexError` for one that is out of range."""
         if not is_tensor(tensor) or not is_whole(dim) or not -tensor.ndim <= dim < tensor.ndim:
             raise ValueError(
                 f"Slice.apply: got {in_words(tensor)} and dim {dim!r}, expected a tensor and one of its axes"

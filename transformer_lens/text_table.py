@@ -1,4 +1,4 @@
-"""Tables of text that print, show as HTML in a notebook and render with rich: one way for all of the package."""
+"""Tables of text that print, show as HTML in a notebook and render with rich."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class TextTable:
 
     title: str
     columns: Sequence[str]
-    """Their names; without any of them there is no head."""
+    """Column names; if all are empty, there is no header."""
     rows: Sequence[Sequence[str]]
     ruled: bool = False
-    """Whether text has a line under the head."""
+    """Whether the text form has a line under the header."""
     colours: Sequence[str] = ()
-    """The colour of each row in HTML, nothing for the page's own."""
+    """The colour of each row in HTML; empty for the page's own."""
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows] if any(self.columns) else self.rows
@@ -66,7 +66,7 @@ class TextTable:
 
 
 class Tabular(ABC):
-    """What has a table, and shows as it."""
+    """Anything with a table, which is how it is shown."""
 
     @abstractmethod
     def table(self) -> TextTable:

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 USE_DEFAULT_VALUE = None
-"""What a keyword is given to mean "as the model does"."""
+"""The default of a keyword that then follows the model."""
 
 
 def lm_cross_entropy_loss(
@@ -44,14 +44,14 @@ def lm_cross_entropy_loss(
     attention_mask: Int[Tensor, "#batch pos"] | Bool[Tensor, "#batch pos"] | None = None,
     per_token: bool = False,
 ) -> Float[Tensor, ""] | Float[Tensor, "batch pos_minus_1"]:
-    """Next-token cross entropy in nats, computed in float32.
+    """The next-token cross-entropy loss in nats, computed in float32.
 
     >>> lm_cross_entropy_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]))
     tensor(1.3863)
 
-    A prediction counts where both its own token and the next one are unmasked; a mask `[1, pos]` holds for every
-    text. `per_token` gives one value per prediction, zero where it does not count. Raises `ValueError` if none counts,
-    and for shapes that do not fit.
+    A prediction counts if its own token and the next one are both unmasked; a mask `[1, pos]` holds for every text.
+    `per_token` returns each prediction's loss, zero where it does not count. Raises `ValueError` if none counts or
+    shapes do not fit.
     """
     a_tensor("logits", logits)
     a_tensor("tokens", tokens)
@@ -80,7 +80,7 @@ def lm_cross_entropy_loss(
 
 
 def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
-    """A NumPy array of anything that holds numbers; bfloat16, which NumPy has not, becomes float32.
+    """Convert anything that holds numbers to a NumPy array; bfloat16, which NumPy lacks, becomes float32.
 
     >>> to_numpy(torch.ones(2, dtype=torch.bfloat16))
     array([1., 1.], dtype=float32)
@@ -92,7 +92,7 @@ def to_numpy(tensor: Tensor | np.ndarray | list[float] | float) -> np.ndarray:
 
 
 def get_device() -> str:
-    """The accelerator PyTorch has, else the CPU, by name: "cuda", "mps", "cpu"."""
+    """The name of the device to use: an accelerator that PyTorch sees ("cuda", "mps"), else "cpu"."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
@@ -126,13 +126,12 @@ def batch_addmm(
 def get_attention_mask(
     tokenizer: Any, tokens: Int[Tensor, "batch pos"], prepend_bos: bool, padding_side: str | None = None
 ) -> Int[Tensor, "batch pos"]:
-    """1 where a row has a token, 0 where it is padded: as `to_tokens` knows it, else told by the pad token at one end.
+    """The attention mask of token ids, as `to_tokens` recorded it, else inferred from pad tokens at one end.
 
     >>> get_attention_mask(bridge.tokenizer, bridge.to_tokens(["Mary", "Mary and John"]), prepend_bos=True).sum(-1)
     tensor([3, 5])
 
-    Where padding and beginning are one token, and `prepend_bos`, the last one of the padding on the left is the
-    beginning.
+    If BOS is also the pad token, `prepend_bos` counts the last token of the padding on the left as BOS.
     """
     a_tensor("tokens", tokens)
     known = kept_mask(tokens)
@@ -161,7 +160,7 @@ def _side(tokenizer: Any, padding_side: str | None) -> str:
 def get_tokens_with_bos_removed(
     tokenizer: Any, tokens: Int[Tensor, "batch pos"], padding_side: str | None = None
 ) -> Int[Tensor, "batch pos_minus_1"]:
-    """The rows without their first token, wherever padding puts it.
+    """Remove the first token of each row, wherever the padding is.
 
     >>> get_tokens_with_bos_removed(bridge.tokenizer, torch.tensor([[1, 5, 6]]))
     tensor([[5, 6]])
@@ -185,15 +184,14 @@ def tokenize_and_concatenate(
     num_proc: int | None = None,
     set_format: bool = True,
 ) -> Any:
-    """A `datasets` data set of texts as one of rows of tokens, `max_length` long: the texts joined by EOS, and cut.
+    """Turn a `datasets` data set of texts into rows of `max_length` tokens: texts joined by EOS, then cut.
 
     >>> texts = datasets.Dataset.from_dict({"text": ["Mary and John"] * 9})  # doctest: +SKIP
     >>> tokenize_and_concatenate(texts, bridge.tokenizer, max_length=8)[0]["tokens"].shape  # doctest: +SKIP
     torch.Size([8])
 
-    With `add_bos_token` each row begins with it. What is left over at the end of a batch of texts is dropped.
-    `num_proc` does not go with `streaming`. `set_format` gives tensors. Raises `ValueError` for a tokenizer without
-    the tokens it needs.
+    `add_bos_token` starts each row with BOS. Leftover tokens of a batch of texts are dropped. `num_proc` does not work
+    with `streaming`. `set_format` gives tensors. Raises `ValueError` if the tokenizer lacks a token that is needed.
     """
     library = sys.modules.get("datasets")  # whoever passes one of its data sets has imported it
     if library is None or not isinstance(dataset, (library.Dataset, library.IterableDataset)):
@@ -220,7 +218,7 @@ def tokenize_and_concatenate(
 def test_prompt(
     prompt: str, answer: str, model: TransformerBridge, prepend_space_to_answer: bool = True, top_k: int = 10
 ) -> str:
-    """How well the model expects `answer` after `prompt`: rank, probability, and the likeliest tokens, as text.
+    """Report how well the model predicts `answer` after `prompt`: its rank, its probability and the top tokens.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> print(test_prompt(prompt, "Mary", bridge, top_k=2))
@@ -228,9 +226,8 @@ def test_prompt(
       0   99.99%  ' Mary'
       1    0.00%  ' Tom'
 
-    An answer of several tokens is scored as a sequence: each token after the prompt and those before it, and the
-    probability of them all. The likeliest tokens are those after the prompt. Raises `ValueError` for an empty answer
-    and `TypeError` for several.
+    If the answer has several tokens, each is scored given those before it, and so is the whole sequence; the top tokens
+    are those right after the prompt. Raises `ValueError` for an empty answer, `TypeError` for several answers.
     """
     if not callable(getattr(model, "to_answer_tokens", None)):
         raise TypeError(f"model: got {in_words(model)}, expected a TransformerBridge")

@@ -1,7 +1,7 @@
-"""What analysis asks of its arguments, by their names, before anything runs: one table for all functions.
+"""The checks of analysis arguments, by argument name: one table for all functions.
 
-A name means the same everywhere, so a function says `@checked` and no more. What depends on a model (layers, heads,
-experts, positions) is asked by `transformer_lens.asking`.
+A name means the same everywhere, so a function only needs `@checked`. Checks that depend on a model (layers, heads,
+experts, positions) are in `transformer_lens.asking`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Rule = Callable[[str, Any], Any]
 
 
 def a_bridge(what: str, value: Any) -> TransformerBridge:
-    """A bridge. Raises `TypeError` for what is none, such as a Hugging Face model itself."""
+    """A bridge. Raises `TypeError` for anything else, such as a bare Hugging Face model."""
     if not isinstance(value, TransformerBridge):
         raise TypeError(f"{what}: got a {type(value).__name__}, expected a TransformerBridge")
     return value
 
 
 def a_mapping(what: str, value: Any) -> Mapping[Any, Any]:
-    """Activations by name. Raises `TypeError` for what holds none."""
+    """Activations by name. Raises `TypeError` for anything that is no mapping."""
     if not isinstance(value, Mapping):
         raise TypeError(f"{what}: got {in_words(value)}, expected an ActivationCache, or activations by name")
     return value
 
 
 def metric_number(value: Any) -> Float[Tensor, ""]:
-    """What a metric returned, as a tensor of no axes."""
+    """A metric's result as a tensor without axes."""
     number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
     if number is None or number.numel() != 1 or number.is_complex():
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -71,11 +71,11 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("pair", "separator", "placeholder"), a_text),
     **dict.fromkeys(("scores", "change", "gradient", "log_probs", "logits", "following"), a_tensor),
 }
-"""What each name asks for, and how the function gets it; a default is always right."""
+"""The check and conversion for each name; defaults are never checked."""
 
 
 def checked(wrapped: F) -> F:
-    """The function, its arguments checked and converted by `RULES`.
+    """Check and convert a function's arguments by `RULES`.
 
     >>> @checked
     ... def draw(samples, seed=None):

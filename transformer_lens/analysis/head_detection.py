@@ -1,4 +1,4 @@
-"""`detect_head`: how well each head's attention fits a pattern, under the names and scores that people know."""
+"""`detect_head`: how well each head's attention pattern matches a known pattern, as in TransformerLens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tokens = Int[Tensor, " pos"] | Int[Tensor, "1 pos"]
 
 
 def get_previous_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """1 where a query (row) looks at the token before it.
+    """1 where a query (row) attends to the previous token.
 
     >>> get_previous_token_head_detection_pattern(torch.tensor([5, 6, 5]))
     tensor([[0., 0., 0.],
@@ -36,7 +36,7 @@ def get_previous_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "
 
 
 def get_duplicate_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """1 where a query looks at an earlier occurrence of its own token.
+    """1 where a query attends to an earlier occurrence of its own token.
 
     >>> get_duplicate_token_head_detection_pattern(torch.tensor([5, 6, 5]))
     tensor([[0., 0., 0.],
@@ -48,8 +48,8 @@ def get_duplicate_token_head_detection_pattern(tokens: Tokens) -> Float[Tensor, 
 
 
 def get_induction_head_detection_pattern(tokens: Tokens) -> Float[Tensor, "pos pos"]:
-    """1 where a query looks at a token that followed an earlier occurrence of its own. A token that repeats at once
-    would point at itself, which counts too.
+    """1 where a query attends to a token that followed an earlier occurrence of its own; an immediate repeat, which
+    points at itself, counts too.
 
     >>> get_induction_head_detection_pattern(torch.tensor([5, 6, 7, 5]))[3]
     tensor([0., 1., 0., 0.])
@@ -85,22 +85,20 @@ def detect_head(
     error_measure: ErrorMeasure = "mul",
     batch_size: int = 8,
 ) -> Float[Tensor, "layer head"]:
-    """How well each head's attention fits a pattern: one that is named, or your own `[pos, pos]`, zero above its
-    diagonal, also one for each text. `heads` are some heads (`["L3H2", "0.1", (1, 0)]`) or the heads of each layer
-    (`{3: [0, 2]}`); all others score -1.
+    """How well each head's attention matches a pattern: a named one, or your own lower-triangular `[pos, pos]`, also
+    one for each text. `heads` limits it to some heads (`["L3H2", "0.1", (1, 0)]`, `{3: [0, 2]}`); all others score -1.
 
     >>> text = "The ball is for Mary. The cup is for John. The ball is for"
     >>> scores = detect_head(bridge, text, "previous_token_head")
     >>> scores.shape, (scores > 0.5).nonzero().tolist()
     (torch.Size([4, 4]), [[0, 2], [0, 3]])
 
-    "mul": the share of a head's attention that falls where the pattern is (0 to 1); attention that was excluded counts
-    nowhere, and a head that has none left scores 0. "abs": 1 less the absolute difference to the pattern, mean over
-    queries (-1 to 1). `exclude_bos` leaves out attention to the first token, `exclude_current_token` that of each token
-    to itself. For several texts every option holds, and the score is the mean over texts. Padding is left out,
-    `batch_size` texts run at a time, and a `cache` of `run_with_cache(seq)` saves the run; it is not changed.
-
-    Raises `ValueError` for patterns, measures, heads and texts that do not fit.
+    "mul": the fraction of a head's attention that lies on the pattern (0 to 1), ignoring excluded attention; a head
+    with none left scores 0. "abs": 1 minus the absolute difference from the pattern, averaged over queries (-1 to 1).
+    `exclude_bos` drops attention to the first token, `exclude_current_token` each token's attention to itself. For
+    several texts the score is the mean over texts, without padding, `batch_size` of them at a time. A `cache` of
+    `run_with_cache(seq)` saves the run; it is not changed. Raises `ValueError` for patterns, measures, heads and texts
+    that do not fit.
     """
     one_of("error_measure", error_measure, get_args(ErrorMeasure))
     wanted = head_pairs(model.cfg, heads)
@@ -141,7 +139,7 @@ def _scores(
     exclude_current_token: bool,
     measure: ErrorMeasure,
 ) -> Float[Tensor, " head"]:
-    """The score of each head of a layer on one text."""
+    """The scores of a layer's heads on one text."""
     counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
     if exclude_bos:
         counts[:, 0] = 0
@@ -153,7 +151,7 @@ def _scores(
 
 
 def _of_batch(cache: Any, layer: int, mask: Tensor) -> Float[Tensor, "batch head pos pos"]:
-    """A layer's patterns with a batch axis. Raises `ValueError` for a cache of other texts."""
+    """A layer's patterns with a batch axis. Raises `ValueError` if the cache is of other texts."""
     if not isinstance(cache, ActivationCache):
         raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
     found = cache["pattern", layer]

@@ -1,4 +1,6 @@
-"""Heads: what they do on repeated random tokens, taking them away, and how alike the spaces they read and write."""
+"""Attention heads: scores on repeated random tokens, ablation, and the similarity of the subspaces they read and
+write.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,7 @@ MATRICES: tuple[Matrix, ...] = ("W_Q", "W_K", "W_V", "W_O")
 def random_repeats(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Int[Tensor, "batch pos"]:
-    """A first token (BOS where the model has one), `length` random tokens, and the same once more. Special tokens are
-    left out where the bridge has a tokenizer.
+    """BOS (if the model has one), then `length` random tokens, twice. With a tokenizer, special tokens are left out.
 
     >>> tokens = random_repeats(bridge, length=3, batch=2)
     >>> tokens.shape, torch.equal(tokens[:, 1:4], tokens[:, 4:])
@@ -45,9 +46,9 @@ def random_repeats(
 def induction_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """Each head's mean attention, over the second half of repeated random tokens, to the token that followed the same
-    token the first time: 0 to 1. Source: the prefix-matching score of Olsson et al. 2022, "In-context Learning and
-    Induction Heads".
+    """Each head's induction score, 0 to 1: its mean attention, over the second half of repeated random tokens, to the
+    token after the previous occurrence (the prefix-matching score of Olsson et al. 2022, "In-context Learning and
+    Induction Heads").
 
     >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
     [[1, 0], [1, 1], [1, 2], [1, 3]]
@@ -59,7 +60,7 @@ def induction_scores(
 def previous_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """Each head's mean attention to the token before, over all tokens but the first of repeated random tokens: 0 to 1.
+    """Each head's mean attention to the previous token, over all but the first of repeated random tokens: 0 to 1.
 
     >>> (previous_token_scores(bridge) > 0.5).nonzero().tolist()
     [[0, 2], [0, 3]]
@@ -71,7 +72,7 @@ def previous_token_scores(
 def duplicate_token_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
-    """Each head's mean attention, over the second half of repeated random tokens, to the same token in the first.
+    """Each head's mean attention, over the second half of repeated random tokens, to the same token in the first half.
 
     >>> duplicate_token_scores(bridge).shape
     torch.Size([4, 4])
@@ -83,7 +84,7 @@ def duplicate_token_scores(
 def _mean_attention(
     bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], first: int, back: int
 ) -> Float[Tensor, "layer head"]:
-    """Of each query from `first` on to the key that is `back` positions before it."""
+    """Each head's mean attention, for queries from `first` on, to the key `back` positions earlier."""
     rows = []
     queries = torch.arange(first, tokens.shape[1])
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
@@ -99,9 +100,9 @@ def _mean_attention(
 def ablate_heads(
     bridge: TransformerBridge, heads: Heads, positions: Positions = None, *, mean: bool = False
 ) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks that let some heads write nothing, or with `mean` what they write on average over the batch and the
-    positions of that forward: what they read (`attn.hook_z`) is replaced, everywhere or at some positions (those of
-    `bridge.steer`). Heads as in `detect_head`. Raises `ValueError` for a head that is not there.
+    """Hooks that ablate heads by replacing `attn.hook_z` with zero, or with its mean over the batch and positions of
+    that forward (`mean=True`), at all or some positions (as in `bridge.steer`). Heads as in `detect_head`. Raises
+    `ValueError` for a head that does not exist.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> hooks = ablate_heads(bridge, ["L3H0", "3.1", (3, 2), "L3H3"])
@@ -128,8 +129,9 @@ def ablate_heads(
 def principal_angles(
     first: Float[Tensor, "d_model rank"], second: Float[Tensor, "d_model other_rank"]
 ) -> Float[Tensor, " k"]:
-    """The angles between the spaces that the columns of two matrices span, in radians from 0 to pi/2, the smallest
-    first; as many as the lower rank. Computed in float64 as Björck and Golub 1973 do, from sines where they are small.
+    """The principal angles between the column spaces of two matrices, in radians from 0 to pi/2, smallest first, as
+    many as the lower rank. Computed in float64 with the method of Björck and Golub 1973: from sines where angles are
+    small.
 
     >>> x, y, z = torch.eye(3).unbind()
     >>> principal_angles(torch.stack([x, y], 1), torch.stack([y, z], 1)).rad2deg()
@@ -154,19 +156,19 @@ def principal_angles(
 def head_similarity(
     bridge: TransformerBridge, matrix: Matrix = "W_O", other: Matrix | None = None
 ) -> Float[Tensor, "layer head other_layer other_head"]:
-    """How much of one head's subspace of the residual stream lies in another's: the mean squared cosine of their
-    principal angles, 1 for equal spaces, 0 for orthogonal ones, about `d_head / d_model` for random ones. It is 1 also
-    where the smaller space lies inside the larger.
+    """How much one head's subspace of the residual stream overlaps another's: the mean squared cosine of their
+    principal angles. 1 for equal subspaces (or one inside the other), 0 for orthogonal ones, about `d_head / d_model`
+    for random.
 
-    >>> same = head_similarity(bridge, "W_O")
+    >>> same = head_similarity(bridge)
     >>> same.shape, torch.allclose(same[0, 1, 0, 1], torch.tensor(1.0))
     (torch.Size([4, 4, 4, 4]), True)
     >>> head_similarity(bridge, "W_O", "W_K").shape  # what heads write, and what keys read: one key per group
     torch.Size([4, 4, 4, 2])
 
-    "W_O" is the space a head writes; "W_Q", "W_K" and "W_V" those it reads, with the weight of the norm before it, as
-    the stream has them. W_K and W_V have one head for each group: query head `h` uses
-    `h // (n_heads / n_key_value_heads)`. It keeps a basis of every head, as large as the weights.
+    "W_O" is the subspace a head writes to; "W_Q", "W_K" and "W_V" are those it reads, with the preceding norm's weight
+    folded in. W_K and W_V have one head per group: query head `h` uses `h // (n_heads / n_key_value_heads)`. Memory
+    holds a basis of every head, as large as the weights.
     """
     for what, name in (("matrix", matrix), ("other", matrix if other is None else other)):
         one_of(what, name, MATRICES)
@@ -185,7 +187,7 @@ def head_similarity(
 @checked
 @torch.no_grad()
 def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[Tensor, "head d_model d_head"]:
-    """An orthonormal basis of the space that each head of a layer reads or writes, in float32 at least.
+    """An orthonormal basis of the subspace each head of a layer reads or writes, in at least float32.
 
     >>> bases = head_bases(bridge, "W_V", 0)
     >>> bases.shape, torch.allclose(bases[0].mT @ bases[0], torch.eye(32), atol=1e-5)
@@ -204,7 +206,7 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
 def _basis(
     columns: Float[Tensor, "*head d_model rank"], rounding: float | None = None
 ) -> Float[Tensor, "*head d_model rank"]:
-    """Orthonormal columns that span the same space. Raises `ValueError` where the columns depend on one another."""
+    """Orthonormal columns with the same span. Raises `ValueError` if the columns are linearly dependent."""
     U, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     floor = sizes[..., :1] * (rounding or _rounding(columns)) * max(columns.shape[-2:])
     if columns.shape[-1] > columns.shape[-2] or bool((sizes <= floor).any()):
@@ -213,5 +215,5 @@ def _basis(
 
 
 def _rounding(x: Tensor) -> float:
-    """The relative error of what was computed in this precision; below it a singular value is zero."""
+    """The relative rounding error of this precision; singular values below it count as zero."""
     return torch.finfo(wide(x).dtype).eps

@@ -1,6 +1,6 @@
-"""Linear probes with controls: what can be read off an activation, and how much of that is the probe's own doing.
+"""Linear probes with controls: what is linearly readable from an activation, and how much of it the probe memorised.
 
-Needs the extra `[probes]` (scikit-learn). `probe` judges any features, `probe_layers` those of a model's layers.
+Needs the extra `[probes]` (scikit-learn). `probe` takes any features, `probe_layers` a model's layers.
 """
 
 from __future__ import annotations
@@ -26,34 +26,38 @@ Task = Literal["classification", "regression"]
 Values = np.ndarray[Any, np.dtype[Any]]
 RESAMPLES = 1000
 FEWEST_TYPES = 10
-"""A control task over fewer types can be learnt from almost nothing, and says nothing."""
+"""A control task over fewer types is too easy to mean anything."""
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeScore:
-    """What cross-validation says of one probe. Every score is on examples that the probe was not trained on."""
+    """A probe's cross-validated scores, each on examples the probe was not trained on."""
 
     task: Task
     score: float
-    """Accuracy; R2 for a regression."""
+    """Accuracy, or R2 for a regression."""
     interval: tuple[float, float]
-    """Its bootstrap confidence interval, over groups (over examples without groups)."""
+    """The score's bootstrap confidence interval, over groups (or examples)."""
     auc: float
-    """The area under the ROC curve, mean over folds and, with several classes, over classes; NaN for a regression."""
+    """The area under the ROC curve, averaged over folds and, with several classes, over classes; NaN for a
+    regression.
+    """
     control: float
-    """The score of the same probe on the control task, a random label for each type (Hewitt and Liang 2019); NaN where
-    there are too few types."""
+    """The same probe's score on the control task, a random label for each type (Hewitt and Liang 2019); NaN with too
+    few.
+    """
     shuffled: float
-    """The score on labels shuffled over all examples: what chance gives."""
+    """The score on shuffled labels: chance level."""
     direction: Float[Tensor, "*class features"]
-    """The probe's direction in the space of the activation, one long: towards the second of two classes, towards each
-    of several, or towards larger values. Trained on every example."""
+    """The probe's unit direction in activation space, trained on all examples: towards the second of two classes,
+    towards each of several, or towards larger values.
+    """
     classes: tuple[Any, ...]
     """The labels, in the order of `direction`; empty for a regression."""
 
     @property
     def selectivity(self) -> float:
-        """`score - control`: how much of the score is in the activation, and not in what a probe can learn by heart."""
+        """`score - control`: how much of the score is due to the activation and not to the probe's memory."""
         return self.score - self.control
 
 
@@ -70,22 +74,21 @@ def probe(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ProbeScore:
-    """Cross-validate a linear probe: logistic regression, or ridge regression where labels are floats (`task` says
-    which), on features scaled by the training folds alone.
+    """Cross-validate a linear probe, logistic regression or, for float labels, ridge regression (or as `task` says), on
+    features standardised by the training folds alone.
 
     >>> x = torch.randn(200, 8)
     >>> found = probe(x, (x[:, 2] > 0).tolist())
     >>> found.score > 0.9, found.shuffled < 0.65, int(found.direction.argmax())
     (True, True, 2)
 
-    `groups` keeps examples that belong together (of one text, one name) in one fold, so that a probe cannot score by
-    recognising them. `types` are what the control task gives random labels to, drawn as often as the real ones: a
-    token, mostly. Without them each example is its own type, and the control is chance; fewer than 10 give NaN.
-    `strength` is the inverse of the regularisation (scikit-learn's C; ridge takes alpha = 1 / strength). Sources: Alain
-    and Bengio 2016; Hewitt and Liang 2019, "Designing and Interpreting Probes with Control Tasks".
-
-    Raises `ImportError` without scikit-learn, and `ValueError` for features that are not finite, labels of one class,
-    lengths that differ, and too few examples or groups for the folds.
+    `groups` keeps related examples (of one text, one name) in one fold, so that a probe cannot score by recognising
+    them. `types`, usually tokens, get the random labels of the control task, in the proportions of the real ones;
+    without them each example is its own type and the control is chance; fewer than 10 give NaN. `strength` is the
+    inverse regularisation (scikit-learn's C; ridge takes alpha = 1 / strength). Sources: Alain and Bengio 2016; Hewitt
+    and Liang 2019, "Designing and Interpreting Probes with Control Tasks". Raises `ImportError` without scikit-learn,
+    and `ValueError` for features that are not finite, labels of one class, lengths that differ, and too few examples or
+    groups for the folds.
     """
     x, y, task = _checked(features, labels, task, folds, strength, confidence)
     classes, targets = (np.unique(y, return_inverse=True)) if task == "classification" else (np.array([]), y)
@@ -111,7 +114,7 @@ def probe(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProbeTable(Tabular):
-    """Probes of several places, by hook name. Prints as a table."""
+    """Probes at several hooks, by name. Prints as a table."""
 
     scores: dict[str, ProbeScore]
 
@@ -123,11 +126,11 @@ class ProbeTable(Tabular):
 
     @property
     def best(self) -> str:
-        """The place with the highest score."""
+        """The hook with the highest score."""
         return max(self.scores, key=lambda name: self.scores[name].score)
 
     def table(self) -> TextTable:
-        """One row for each place."""
+        """One row for each hook."""
         rows = [
             [
                 name,
@@ -163,9 +166,9 @@ def probe_layers(
     verbose: bool = False,
     **options: Any,
 ) -> ProbeTable:
-    """Probe the activation that each text has at `position`, at each place `at`: hooks, or layers (the stream that
-    leaves them); every layer and `hook_embed` by default. One label for each text. `types` default to the token at
-    `position` (none for "mean"). `options` are those of `probe`; `position` and `batch_size` those of `activations_at`.
+    """Probe each text's activation at `position` at each place `at`: hooks, or layers (the stream that leaves them); by
+    default every layer and `hook_embed`. `labels` has one label per text. `types` default to the token at `position`
+    (none for "mean"). `options` are those of `probe`; `position` and `batch_size` those of `activations_at`.
 
     >>> texts = [f"{a} and {b} went to the" for a in ("Mary", "Tom", "Alice") for b in ("John", "Paul", "Anna", "Emma")]
     >>> labels = [text.startswith("Mary") for text in texts]
@@ -189,7 +192,7 @@ def probe_layers(
 
 
 def _sklearn(part: str) -> Any:
-    """A part of scikit-learn. Raises `ImportError`, and says what to install, where it is not there."""
+    """A part of scikit-learn. Raises `ImportError`, saying what to install, if it is missing."""
     why = "probes need scikit-learn; install it: pip install 'transformer-lens-bridge[probes]'"
     return needed(f"sklearn.{part}", why)
 
@@ -207,7 +210,7 @@ def _model(task: Task, strength: float) -> Any:
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
-    """Training and test rows of each fold."""
+    """The training and test rows of each fold."""
     selection = _sklearn("model_selection")
     kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
         ("classification", False): selection.StratifiedKFold,
@@ -230,7 +233,7 @@ def _splits(
 def _predicted(
     x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float
 ) -> tuple[Values, float]:
-    """Each example's prediction by the probe that did not see it, and the area under the ROC curve."""
+    """Each example's prediction by the probe that did not train on it, and the area under the ROC curve."""
     roc_auc_score = _sklearn("metrics").roc_auc_score
     predictions = np.empty_like(y)
     areas = []
@@ -261,7 +264,7 @@ def _score(y: Values, predictions: Values, task: Task) -> float:
 def _interval(
     y: Values, predictions: Values, groups: Values | None, task: Task, confidence: float, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """A percentile bootstrap over groups, which are drawn whole."""
+    """A percentile bootstrap that resamples whole groups."""
     group_of = np.arange(len(y)) if groups is None else groups
     members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
     found = []
@@ -273,7 +276,7 @@ def _interval(
 
 
 def _control_labels(types: Values | None, y: Values, rng: np.random.Generator) -> Values:
-    """A label for each type at random, as often over types as the real labels are over examples."""
+    """A random label for each type, in the proportions of the real labels."""
     kinds = np.arange(len(y)) if types is None else types
     evenly = np.linspace(0, len(y) - 1, int(kinds.max()) + 1).round().astype(int)
     drawn: Values = rng.permutation(np.sort(y)[evenly])[kinds]

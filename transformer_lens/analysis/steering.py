@@ -1,4 +1,4 @@
-"""Activations of texts at one token each, and steering vectors: what two sets of texts differ by on average."""
+"""Activations of texts at one token each, and steering vectors: the mean difference between two sets of texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from transformer_lens.model_bridge import InputAndMask
 
 __all__ = ["steering_vector"]
 Position = int | Sequence[int] | Literal["mean"]
-"""A token of each text, padding not counted: one number for all, one for each text, or the mean over all of them."""
+"""A token of each text, padding excluded: one number for all, one for each text, or the mean over all tokens."""
 
 
 def batches_of(bridge: TransformerBridge, texts: Texts) -> Callable[[Sequence[int]], InputAndMask]:
-    """Gives any of the texts as a batch. Which ids of a batch are padding is told once, by all of its rows together.
+    """A function that returns any of the texts as a batch; padding is inferred once, from all texts together.
 
     >>> some = batches_of(bridge, ["Mary", "Mary and John", "John"])
     >>> some([0, 1]).mask.sum(-1)
@@ -45,9 +45,9 @@ def activations_at(
     batch_size: int = 16,
     verbose: bool = False,
 ) -> dict[str, Float[Tensor, "text features"]]:
-    """What each text has at each place, at `position`, by hook name: on the CPU, in float32 (float64 stays), axes after
-    the position flattened into one. Only the wanted positions of `batch_size` texts are kept at a time, and no layer
-    above the places runs.
+    """Each text's activation at each place and one position, by hook name: on the CPU, in float32 (float64 stays), with
+    later axes flattened. Only the wanted positions of `batch_size` texts are held at a time, and layers above the
+    places do not run.
 
     >>> found = activations_at(bridge, ["Mary and John", "Mary"], [0, "blocks.1.attn.hook_z"])
     >>> {name: tuple(x.shape) for name, x in found.items()}
@@ -81,7 +81,7 @@ def activations_at(
         def keep(x: Tensor, hook: HookPoint, mask: Tensor = mask, one: Tensor | None = one) -> None:
             flat = wide(x.flatten(2))
             if one is None:
-                # What padding holds is left out before the sum: it may be anything, and times zero is not zero then.
+                # Padding is dropped before the sum: it may hold anything, and times zero need not be zero.
                 each = flat.masked_fill(~mask.bool().to(x.device)[..., None], 0)
                 kept = each.sum(1) / mask.sum(-1, keepdim=True).to(x.device, flat.dtype)
             else:
@@ -95,7 +95,7 @@ def activations_at(
 
 
 def tokens_at(bridge: TransformerBridge, texts: Texts, position: int | Sequence[int]) -> list[int]:
-    """The token of each text at a position.
+    """The token id of each text at a position.
 
     >>> tokens_at(bridge, [" Mary and John"], -1) == [bridge.to_single_token(" John")]
     True
@@ -118,8 +118,8 @@ def steering_vector(
     normalize: Literal["unit", "stream"] | None = None,
     batch_size: int = 16,
 ) -> Float[Tensor, "*heads width"]:
-    """The mean of an activation over the positive texts less its mean over the negative ones, at `position` of each
-    text: shaped as `bridge.steer(vector, at)` takes it, float32, on the bridge's device.
+    """The mean activation of the positive texts minus that of the negative ones, at `position` of each text: shaped for
+    `bridge.steer(vector, at)`, float32, on the bridge's device.
 
     >>> place = " went to the store,"
     >>> vector = steering_vector(bridge, [f"When Mary{place}"], [f"When John{place}"], at=1)
@@ -127,13 +127,11 @@ def steering_vector(
     ...     bridge("When Tom went to the store,").shape
     torch.Size([1, 8, 735])
 
-    `at` is a hook or a layer (the stream that leaves it). `normalize` None keeps the difference as it is, "unit" makes
-    it one long, "stream" as long as the activations are on average at this place, so that a scale means the same in
-    every layer. Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation
-    Addition"; Marks and Tegmark 2023.
-
-    Raises `ValueError` for no texts, a position that a text has not, and a difference of zero that was to be
-    normalised.
+    `at` is a hook or a layer (the stream that leaves it). `normalize` None keeps the difference, "unit" scales it to
+    length one, "stream" to the mean length of the activations there, so that a scale means the same in every layer.
+    Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition"; Marks and
+    Tegmark 2023. Raises `ValueError` for no texts, a position that a text does not have, and normalising a zero
+    difference.
     """
     if not is_one_of(normalize, NORMALIZATIONS):
         raise ValueError(f"normalize: got {normalize!r}, expected None, 'unit' or 'stream'")

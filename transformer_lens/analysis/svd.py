@@ -1,4 +1,4 @@
-"""Singular vectors of a model's weights, read through the vocabulary.
+"""Singular vectors of a model's weights, read through the unembedding.
 
 Source: Millidge and Black 2022, "The Singular Value Decompositions of Transformer Weight Matrices are Highly
 Interpretable".
@@ -29,11 +29,11 @@ class SingularVectors(NamedTuple):
     values: Float[Tensor, " vector"]
     """The largest first."""
     directions: Float[Tensor, "vector d_model"]
-    """Orthonormal rows. The sign of each is free; here its largest entry is positive."""
+    """Orthonormal rows; the sign of each, which is arbitrary, makes its largest entry positive."""
 
 
 class SVDInterpreter:
-    """What the singular vectors of a weight matrix say about tokens: each direction's product with the unembedding.
+    """Read the singular vectors of a weight matrix as tokens: each direction times the unembedding.
 
     >>> svd = SVDInterpreter(bridge)
     >>> svd.get_singular_vectors("OV", layer_index=3, num_vectors=5, head_index=3).shape
@@ -46,9 +46,9 @@ class SVDInterpreter:
     | "w_in", "w_gate" | `W_in.T`, `W_gate.T` | what neurons read | none in the stream |
     | "w_out" | `W_out` | what neurons write | none in the stream |
 
-    With `fold_ln` (the default) each matrix that reads the stream has the weight of its norm in it, and the unembedding
-    that of the final norm, as after `bridge.fold_ln()`, where this changes nothing. A norm's bias and centring are left
-    out. Computed in float32 at least. Nothing of the model is changed or kept.
+    `fold_ln` (default) folds the norm's weight into each matrix that reads the stream, and the final norm's into the
+    unembedding, as `bridge.fold_ln()` does; norm biases and centring are ignored. Computed in at least float32; the
+    model is not changed.
     """
 
     @checked
@@ -68,14 +68,14 @@ class SVDInterpreter:
         expert_index: int | None = None,
         side: Side = "right",
     ) -> Float[Tensor, "d_vocab 1 num_vectors"]:
-        """What each of the first `num_vectors` singular directions adds to each token's logit, per unit of length:
-        column `i` belongs to the `i`-th largest singular value.
+        """What each of the first `num_vectors` singular directions adds to each token's logit, per unit length; column
+        `i` belongs to the `i`-th largest singular value.
 
         >>> SVDInterpreter(moe).get_singular_vectors("w_out", 0, num_vectors=3, expert_index=1).shape
         torch.Size([735, 1, 3])
 
         "OV" and "QK" need `head_index`, an MLP with experts needs `expert_index`. Raises `ValueError` for a type,
-        layer, head, expert or number of vectors that is not there.
+        layer, head, expert or number of vectors that does not exist.
         """
         found = self.singular_vectors(
             vector_type, layer_index, num_vectors, head_index, expert_index=expert_index, side=side
@@ -99,8 +99,8 @@ class SVDInterpreter:
         expert_index: int | None = None,
         side: Side = "right",
     ) -> SingularVectors:
-        """The singular values and their directions in the stream; arguments and errors as in `get_singular_vectors`. A
-        direction can be given to `bridge.steer` and `bridge.project_out`.
+        """The singular values and their directions in the residual stream, for `bridge.steer` and `bridge.project_out`;
+        arguments and errors as in `get_singular_vectors`.
 
         >>> values, directions = SVDInterpreter(bridge).singular_vectors("w_in", layer_index=1, num_vectors=4)
         >>> values.shape, directions.shape
@@ -174,7 +174,7 @@ class SVDInterpreter:
         return matrix.mT
 
     def _norm_before(self, layer: int, mixer: str) -> Float[Tensor, " d_model"]:
-        """The weight of the norm that a branch reads through; ones where it reads the stream as it is."""
+        """The weight of the norm before a branch, or ones if there is none."""
         block: Any = self.model.blocks[layer]
         norm = block.branch(mixer).norm
         return self._norm(f"{block.name}.{norm}") if norm else torch.ones(self.cfg.d_model)

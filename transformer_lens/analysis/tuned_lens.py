@@ -1,3 +1,3 @@
-"""The tuned lens under its known import path; `analysis.lenses` has the code."""
+"""The tuned lens under its short import path; the code is in `analysis.lenses`."""
 
 from transformer_lens.analysis.lenses import TunedLens as TunedLens

@@ -1,6 +1,6 @@
-"""The command line: `transformer-lens COMMAND`, or `python -m transformer_lens COMMAND`. On the public API alone.
+"""The command line: `transformer-lens COMMAND`, or `python -m transformer_lens COMMAND`, on the public API alone.
 
-`app` has the commands; what each does is in a module of its own, which is imported when the command runs.
+`app` has the commands; each is implemented in its own module, which is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ MISSING = "the command line needs typer and rich: pip install 'transformer-lens-
 
 
 def main() -> None:
-    """Run the command line; says what to install where its libraries are missing."""
+    """Run the command line, or say what to install if its libraries are missing."""
     try:
         import rich
         import typer

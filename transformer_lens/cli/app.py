@@ -1,6 +1,6 @@
-"""The commands. Each reads its options, calls the public API and shows what it returns.
+"""The commands: each reads its options, calls the public API and shows what it returns.
 
-Nothing here imports torch until a command runs, so that `--help` and the TAB key answer at once.
+Nothing here imports torch until a command runs, so that `--help` and completion answer at once.
 """
 
 from __future__ import annotations

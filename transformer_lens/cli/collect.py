@@ -1,4 +1,4 @@
-"""`collect`: the activations of a data set, to disk; a command that was killed goes on when it is given again."""
+"""`collect`: write the activations of a data set to disk; an interrupted command resumes when it is run again."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def collect(
 
 
 def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str]:
-    """The hooks that names and wildcards stand for.
+    """The hooks that names and wildcards match.
 
     >>> chosen_hooks(bridge, ["hook_embed", "blocks.[01].attn.hook_z"])
     ['hook_embed', 'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z']
@@ -124,13 +124,13 @@ def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str
     found = []
     for pattern in patterns:
         fitting = [name for name in bridge.hook_dict if fnmatchcase(name, pattern)]
-        # What fits nothing is left to the bridge: another spelling of a hook, or an error with the nearest names.
+        # A pattern without a match goes to the bridge: another spelling of a hook, or an error with the nearest names.
         found += fitting or [bridge.canonical_name(pattern)]
     return found
 
 
 def read_data(data: Data) -> Any:
-    """What the data options name. Raises typer's `BadParameter`, exit code 2, unless it is one thing."""
+    """The data set the options name. Raises typer's `BadParameter`, exit code 2, unless they name exactly one."""
     from transformer_lens.checks import needed
 
     paths, name = data.data or [], data.dataset
@@ -148,12 +148,7 @@ def read_data(data: Data) -> Any:
 
 
 def rank_of(text: str) -> tuple[int, int]:
-    """
-    >>> rank_of("3/8")
-    (3, 8)
-
-    Raises typer's `BadParameter`, exit code 2, for anything else than two numbers with a stroke between.
-    """
+    """Rank and world size from a text such as "3/8". Raises typer's `BadParameter`, exit code 2, for any other form."""
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise typer.BadParameter(f"got {text!r}, expected RANK/WORLD such as 0/4", param_hint="--shard")

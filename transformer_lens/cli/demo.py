@@ -1,4 +1,4 @@
-"""The main job, shown: hooks, cache, induction heads, a patched circuit, and experts at work."""
+"""The demo: hooks, cache, induction heads, a patched circuit, and the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = (
     "loss rise when\nmean-ablated\n(nats/token)",
 )
 FIRST_HOOKS = 5
-"""So many rows of the hook table, before the demo goes on."""
+"""Rows of the hook table that the demo shows."""
 SENTENCE = "When Mary and John went to the store, John gave a drink to Mary."
 
 
@@ -71,16 +71,16 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """What a head does when a random sequence repeats."""
+    """What a head does on a repeated random sequence."""
 
     layer: int
     head: int
     induction: float
-    """Mean attention, over the repeat, to the token that followed the same token before."""
+    """Mean attention, over the repeat, to the token after the previous occurrence."""
     previous: float
-    """Mean attention to the token before."""
+    """Mean attention to the previous token."""
     loss_rise: float
-    """How much the loss on the repeat rises when the head's output is replaced by its mean, in nats per token."""
+    """The rise in loss on the repeat when the head is mean-ablated, in nats per token."""
 
 
 def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], **hooks: Any) -> Tensor:
@@ -90,7 +90,7 @@ def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
 
 
 def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 6) -> list[HeadEffect]:
-    """The heads that attend most to induction targets and previous tokens, each ablated to see what it is worth."""
+    """The top induction and previous-token heads, each with the effect of ablating it."""
     tokens = random_repeats(bridge)
     induction, previous = induction_scores(bridge), previous_token_scores(bridge)
     tops = [scores.flatten().topk(min(candidates, scores.numel())).indices for scores in (induction, previous)]
@@ -107,7 +107,7 @@ def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates:
 
 
 def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> IOIPair:
-    """An indirect-object pair whose two prompts have as many of this model's tokens, and whose answers are one."""
+    """An indirect-object pair with prompts of equal token length and answers of one token for this model."""
     for seed in range(tries):
         pair = ioi_pair(seed)
         right, wrong = (bridge.to_answer_tokens(answer) for answer in (pair.answer, pair.wrong_answer))
@@ -118,7 +118,7 @@ def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> IOIPair:
 
 
 def patch_residual_stream(bridge: TransformerBridge) -> tuple[IOIPair, Sweep]:
-    """Put the clean residual stream into the corrupted run, one layer and position at a time."""
+    """Patch the clean residual stream into the corrupted run, one layer and position at a time."""
     pair = suitable_pair(bridge)
     return pair, sweep(bridge, pair.clean, pair.corrupted, pair.answer, pair.wrong_answer)
 
@@ -127,7 +127,7 @@ def patch_residual_stream(bridge: TransformerBridge) -> tuple[IOIPair, Sweep]:
 
 
 def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:
-    """The first rows of the hook table, and the command that shows all."""
+    """Show the first rows of the hook table, and the command for the rest."""
     table = bridge.hook_table()
     whole = len(table.present())
     table.rows = table.present()[:FIRST_HOOKS]
@@ -137,7 +137,7 @@ def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:
 
 
 def show_next(model: str, heads: Sequence[tuple[int, int]], pages: Sequence[Path], console: Console) -> None:
-    """Where to go from here: the pictures, a notebook and a page, a command."""
+    """Say where to go next: the pictures, a notebook and a page, a command."""
     pictures = ", ".join(map(str, pages)) or "none was drawn"
     prompt = "When Mary and John went to the store, John gave a drink to"
     command = f"{_program()} generate {shlex.quote(model)} {prompt!r} -n 1"
@@ -151,7 +151,7 @@ def show_next(model: str, heads: Sequence[tuple[int, int]], pages: Sequence[Path
 
 
 def _program() -> str:
-    """How this program is called where the demo ran: `make demo` activates no environment."""
+    """The command that starts this program: `make demo` activates no environment."""
     found = shutil.which("python")
     if found is not None and Path(found) == Path(sys.executable):
         return "python -m transformer_lens"
@@ -170,7 +170,7 @@ def describe(bridge: TransformerBridge) -> str:
 
 
 def show_cache(bridge: TransformerBridge, console: Console) -> None:
-    """Cache everything on one sentence, and show that looking changed nothing."""
+    """Cache every activation of one sentence, and show that the logits did not change."""
     with torch.no_grad():
         plain = bridge(SENTENCE)
         logits, cache = bridge.run_with_cache(SENTENCE)
@@ -183,7 +183,7 @@ def show_cache(bridge: TransformerBridge, console: Console) -> None:
 
 
 def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
-    """The heads that make up induction: those that look at previous tokens, and those that use it."""
+    """Show the heads of the induction circuit: previous-token heads and induction heads."""
     table = Table(title="Heads on a random sequence that repeats", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("head", "kind") else "right")
@@ -195,7 +195,7 @@ def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
 
 
 def show_patching(pair: IOIPair, found: Sweep, stem: Path, console: Console) -> None:
-    """The table of restored answers, and its picture."""
+    """Show the patching result as a table and save its picture."""
     console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {found.clean:+.2f}")
     console.print(f"corrupted: {pair.corrupted!r}: logit difference {found.corrupted:+.2f}")
     console.print("The share of the clean answer that one clean stream restores in the corrupted run:")
@@ -208,7 +208,7 @@ def show_patching(pair: IOIPair, found: Sweep, stem: Path, console: Console) -> 
 
 
 def show_routing(bridge: TransformerBridge, console: Console, prompts: int = 100) -> None:
-    """Which experts one sentence goes to, and which tokens each expert gets most over many."""
+    """Show which experts one sentence is routed to, and each expert's most frequent tokens over many."""
     console.print(experts.routing(bridge, SENTENCE))
     texts = [example.prompt + example.answer for example in ioi_examples(prompts)]
     statistics = experts.routing_statistics(bridge, [texts], progress=False)

@@ -1,4 +1,4 @@
-"""`generate`: a model continues prompts, as it is or with heads taken out and a vector added."""
+"""`generate`: continue prompts, with or without ablated heads and a steering vector."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Choice:
     )
 
     def given(self) -> dict[str, Any]:
-        """The keywords of `generate` that were given a value."""
+        """The keywords of `generate` that were set."""
         own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "num_beams", "stop_at_eos")}
         found = {"do_sample": self.sample, **own}
         return {name: value for name, value in found.items() if value is not None} | more_of(self.options or [])
@@ -131,12 +131,7 @@ def generate(
 
 
 def more_of(options: Sequence[str]) -> dict[str, Any]:
-    """
-    >>> more_of(["repetition_penalty=1.2", "cache_implementation=static"])
-    {'repetition_penalty': 1.2, 'cache_implementation': 'static'}
-
-    Further keywords of Hugging Face's `generate`; a value is JSON where it reads as that, else text.
-    """
+    """Further keywords of Hugging Face's `generate`, from texts such as "repetition_penalty=1.2"."""
     from transformer_lens import TransformerBridge
 
     own = {*inspect.signature(TransformerBridge.generate).parameters, "num_beams", "return_dict_in_generate"}
@@ -157,7 +152,7 @@ def more_of(options: Sequence[str]) -> dict[str, Any]:
 
 
 def prompts_of(prompts: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts of the command line, then those of a file, one on each line. Raises where there is none."""
+    """The prompts of the command line, then those of a file, one on each line. Raises if there are none."""
     found = list(prompts)
     if file is not None:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
@@ -171,7 +166,7 @@ def prompts_of(prompts: Sequence[str], file: Path | None) -> list[str]:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Random numbers that begin at a seed; afterwards the generator is where it was."""
+    """Seed the random numbers inside the block, and restore the generator's state afterwards."""
     import torch
 
     with torch.random.fork_rng(enabled=seed is not None):
@@ -183,11 +178,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 def continued(
     bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """What the model makes of each prompt.
-
-    >>> [one["continuation"] for one in continued(bridge, ["Mary and John went", "Mary and"], 2, {"max_new_tokens": 1})]
-    [' to', ' Jason']
-    """
+    """Each prompt with the model's continuation."""
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
         for prompt, text in zip(batch, bridge.generate(batch, **how), strict=True):
@@ -195,7 +186,7 @@ def continued(
 
 
 def show(pieces: Iterable[tuple[str, Iterable[str]]]) -> None:
-    """Each prompt, paler than what follows, and its text as soon as a piece of it is there."""
+    """Show each prompt dimmed, then its continuation as it is generated."""
     for number, (prompt, text) in enumerate(pieces):
         typer.secho(("\n" if number else "") + prompt, dim=True, nl=False)
         for piece in text:
@@ -208,12 +199,7 @@ def show(pieces: Iterable[tuple[str, Iterable[str]]]) -> None:
 
 
 def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """
-    >>> heads_of(["L1H2", "0.3"])
-    [(1, 2), (0, 3)]
-
-    Layers and heads. Raises typer's `BadParameter`, exit code 2, for anything else.
-    """
+    """Layers and heads. Raises typer's `BadParameter`, exit code 2, for anything else."""
     from transformer_lens.asking import written_pair
 
     try:
@@ -226,15 +212,14 @@ def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
 def edited(
     bridge: TransformerBridge, heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
 ) -> Iterator[None]:
-    """A `with` block in which the model is changed.
+    """Edit the model in a `with` block: heads ablated (`attn.hook_z` set to zero), a vector added at a layer or hook.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> with edited(bridge, [(3, head) for head in range(4)], None, "", 1.0):
     ...     bridge.generate(prompt, max_new_tokens=1).removeprefix(prompt)
     ' John'
 
-    Heads write zero in place of what they read (`attn.hook_z`). `at` is a layer or a hook. Raises `ValueError` for a
-    head, a file, a vector or a place that does not fit the model.
+    Raises `ValueError` for a head, a file, a vector or a place that does not fit the model.
     """
     from transformer_lens.analysis.heads import ablate_heads
 
@@ -247,7 +232,7 @@ def edited(
 
 
 def read_vector(path: Path) -> Tensor:
-    """The one tensor of a safetensors file. Raises `ValueError` for other files, and for none or several tensors."""
+    """The one tensor of a safetensors file. Raises `ValueError` for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""`hooks`: the hook table of a model, from its config alone, whole or the rows that match."""
+"""`hooks`: a model's hook table, whole or filtered, from its config alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from transformer_lens.cli.running import load_package
 
 
 def complete_hook(context: Context, incomplete: str) -> list[str]:
-    """Names of the model's hooks, at layer 0; nothing for a model that would have to be fetched."""
-    # After an option that still lacks its value, arguments are not told apart yet.
+    """Names of the model's hooks, at layer 0; none for a model that would have to be downloaded."""
+    # While an option still lacks its value, arguments cannot be told apart.
     model = context.params.get("model") or next(iter(context.args), "")
     if model not in (*PUBLISHED, *complete_model(model)):
         return []
@@ -93,13 +93,12 @@ def hooks(
 
 
 def matches(pattern: str, name: str, layers: int) -> bool:
-    """
+    """Whether a name in the hook table contains the pattern; `*`, `?` and `[...]` are wildcards.
+
     >>> matches("hook_q", "blocks.{i}.attn.hook_q", 4), matches("blocks.7.attn", "blocks.{i}.attn.hook_q", 4)
     (True, False)
     >>> matches("*.hook_[qk]", "blocks.{i}.attn.hook_q", 4), matches("blocks.3.*_q", "blocks.{i}.attn.hook_q", 4)
     (True, True)
-
-    Whether a name of the table contains the pattern; `*`, `?` and `[...]` are wildcards.
     """
     general = re.sub(
         r"^blocks\.(\d+)(?=\.|$)", lambda found: "blocks.{i}" if int(found[1]) < layers else found[0], pattern

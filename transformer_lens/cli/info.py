@@ -44,10 +44,7 @@ def info(
 
 
 def lengths(text: str) -> list[int]:
-    """
-    >>> lengths("2048, 8192")
-    [2048, 8192]
-    """
+    """The numbers in a text such as "2048,8192"."""
     parts: list[Any] = [part.strip().replace("_", "") for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise typer.BadParameter(
@@ -57,12 +54,7 @@ def lengths(text: str) -> list[int]:
 
 
 def cache_dtype(text: str) -> str:
-    """
-    >>> cache_dtype("fp16")
-    'fp16'
-
-    The dtype as it was given. Raises typer's `BadParameter`, exit code 2, for what names none.
-    """
+    """The dtype as given. Raises typer's `BadParameter`, exit code 2, for an unknown one."""
     if text in SHORT_DTYPES:
         return text
     try:

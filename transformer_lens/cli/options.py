@@ -1,4 +1,4 @@
-"""The options that several commands have, once; and what they do: load a model, write JSON."""
+"""The options that several commands share, and what they do: load a model, write JSON."""
 
 from __future__ import annotations
 
@@ -26,16 +26,11 @@ PUBLISHED = (
     "gpt2", "llama-2-7b", "llama-3-8b", "mistral-7b", "mixtral-8x7b", "mixtral-8x22b",
     "pythia-6.9b", "qwen2-7b", "qwen3-8b", "qwen3-30b-a3b",
 )  # fmt: skip
-"""The built-in shapes, for completion: importing them would import torch."""
+"""The built-in shapes, for completion; importing them would import torch."""
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """
-    >>> complete_model("tiny-m")
-    ['tiny-mixtral']
-
-    The shipped models, and the directories that hold a model or lead to one.
-    """
+    """The shipped models, and directories that hold a model or lead to one."""
     base, _, start = incomplete.rpartition("/")
     here = Path(base or ("/" if incomplete.startswith("/") else ".")).expanduser()
     places = sorted(here.iterdir()) if here.is_dir() else []
@@ -46,12 +41,7 @@ def complete_model(incomplete: str) -> list[str]:
 
 
 def complete_shape(incomplete: str) -> list[str]:
-    """
-    >>> complete_shape("falcon-1")
-    ['falcon-11b', 'falcon-180b']
-
-    As `complete_model`, and the built-in shapes.
-    """
+    """The completions of `complete_model`, and the built-in shapes."""
     return [name for name in PUBLISHED if name.startswith(incomplete)] + complete_model(incomplete)
 
 
@@ -71,12 +61,7 @@ Model = Annotated[
 
 
 def device_of(text: str | None) -> str | None:
-    """
-    >>> device_of("cuda:1")
-    'cuda:1'
-
-    The device as it was given. Raises typer's `BadParameter`, exit code 2, for what names none.
-    """
+    """The device as given. Raises typer's `BadParameter`, exit code 2, for an unknown one."""
     import torch
 
     try:
@@ -87,12 +72,7 @@ def device_of(text: str | None) -> str | None:
 
 
 def dtype_of(text: str | None) -> str | None:
-    """
-    >>> dtype_of("bfloat16")
-    'bfloat16'
-
-    The dtype as it was given. Raises typer's `BadParameter`, exit code 2, for what names none.
-    """
+    """The dtype as given. Raises typer's `BadParameter`, exit code 2, for an unknown one."""
     import torch
 
     if text not in (None, "auto") and not isinstance(getattr(torch, str(text), None), torch.dtype):
@@ -101,7 +81,7 @@ def dtype_of(text: str | None) -> str | None:
 
 
 def torch_dtype(name: str | None) -> Any:
-    """The dtype of a name that `dtype_of` let pass; `None` for the model's own."""
+    """The dtype of a name that `dtype_of` accepted; `None` for the model's own."""
     import torch
 
     return None if name in (None, "auto") else getattr(torch, str(name))
@@ -153,11 +133,7 @@ class Loading(LoadingPart):
 
 
 def load_bridge(model: str, **loading: Any) -> TransformerBridge:
-    """`boot_transformers`, quietly; an error says which model could not be read.
-
-    >>> load_bridge("tiny-falcon", dtype="bfloat16", revision=None, allow_pickle=False).cfg.dtype
-    torch.bfloat16
-    """
+    """Call `boot_transformers` quietly; errors say which model could not be read."""
     from transformer_lens import TransformerBridge
 
     with quiet(), named(model):
@@ -166,10 +142,7 @@ def load_bridge(model: str, **loading: Any) -> TransformerBridge:
 
 
 def need_device(device: str | None) -> None:
-    """Raise `ValueError` for a device that this computer or this torch does not have.
-
-    >>> need_device("cpu")
-    """
+    """Raise `ValueError` for a device that this computer or this torch does not have."""
     import torch
 
     try:
@@ -180,7 +153,7 @@ def need_device(device: str | None) -> None:
 
 @contextmanager
 def named(model: str) -> Iterator[None]:
-    """Say which model could not be read, and what a name may be: Hugging Face's own errors do not always."""
+    """Add to Hugging Face's errors which model could not be read, and what a name may be."""
     try:
         yield
     except OSError as error:
@@ -195,7 +168,7 @@ def named(model: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no remarks from transformers where nobody watches: output that is no terminal."""
+    """Silence transformers' progress bars and remarks unless the output is a terminal."""
     from transformers.utils import logging
 
     if sys.stdout.isatty():
@@ -217,5 +190,5 @@ def write_json(data: Any) -> None:
 
 
 def output() -> Output:
-    """Standard output for tables: numbers and paths in them get no colours of rich's own."""
+    """Standard output for tables, without rich's own colours for numbers and paths."""
     return Output(highlight=False)

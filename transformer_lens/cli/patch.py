@@ -1,4 +1,4 @@
-"""`patch`: which activations of a clean run bring its answer back in a corrupted one, as a table and a picture."""
+"""`patch`: which clean activations restore the answer in a corrupted run, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -33,15 +33,12 @@ SWEEPS = {
     "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "head", "a head's attention pattern"),
     "expert_out": ("get_act_patch_expert_out", "expert", "what an expert adds to the stream"),
 }
-"""What can be patched: the sweep of `transformer_lens.patching`, its axis beside the layer, and its meaning."""
+"""What can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning."""
 SUFFIXES = (".html", ".png")
 
 
 def complete_what(incomplete: str) -> list[tuple[str, str]]:
-    """
-    >>> complete_what("mlp")
-    [('mlp_out', 'what the MLP adds to the stream')]
-    """
+    """The sweeps whose name begins with the text, each with its meaning."""
     return [(name, meaning) for name, (_, _, meaning) in SWEEPS.items() if name.startswith(incomplete)]
 
 
@@ -100,16 +97,16 @@ one position at a time; heads and experts at all positions.
 
 @dataclass(frozen=True)
 class Sweep:
-    """What patching restores, and the two runs it is measured by."""
+    """A patching result, with the metric of the clean and the corrupted run."""
 
     what: str
     measure: str
     tokens: list[str]
-    """Those of the clean prompt."""
+    """The clean prompt's tokens."""
     clean: float
     corrupted: float
     restored: Tensor
-    """The share of the way from the corrupted run's measure to the clean one's: [layer pos], or [layer head]."""
+    """How far each patch moves the metric from the corrupted (0) to the clean run (1): [layer pos] or [layer head]."""
 
     @property
     def axis(self) -> str:
@@ -129,14 +126,14 @@ def sweep(
     wrong: str | None = None,
     what: str = "resid_pre",
 ) -> Sweep:
-    """
+    """Run one of the sweeps of `transformer_lens.patching`.
+
     >>> prompt = "When Noah and Adam went to the church, {} bought a ball for"
     >>> found = sweep(bridge, prompt.format("Adam"), prompt.format("Noah"), " Noah", " Adam", "mlp_out")
     >>> found.restored.shape
     torch.Size([4, 15])
 
-    One of the sweeps of `transformer_lens.patching`. Raises `ValueError` for prompts of different lengths or with
-    the same result, and for answers that are not one token.
+    Raises `ValueError` for prompts of different lengths or with the same metric, and answers that are not one token.
     """
     import torch
 
@@ -180,7 +177,7 @@ def save(found: Sweep, path: Path, model: str) -> None:
 
 
 def show(found: Sweep) -> None:
-    """The table: positions (or heads) down, layers across, in as many parts as the width asks for."""
+    """Show the table: positions (or heads) down, layers across, in as many parts as the width requires."""
     console = output()
     console.print(f"{found.measure}: {signed(found.clean)} clean, {signed(found.corrupted)} corrupted", markup=False)
     labels = list(map(repr, found.tokens)) if found.axis == "pos" else None
@@ -195,7 +192,7 @@ def show(found: Sweep) -> None:
 
 
 def share_table(restored: Tensor, names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
-    """Restored shares [layer place]: places down, with their labels, and layers, of these names, across."""
+    """A table of restored shares [layer place]: labelled places down, named layers across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(axis, justify="right")
     if labels is not None:
@@ -209,14 +206,11 @@ def share_table(restored: Tensor, names: Sequence[str], axis: str, labels: Seque
 
 
 def signed(value: float) -> str:
-    """
-    >>> signed(0.5), signed(-0.001)
-    ('+0.50', '+0.00')
-    """
+    """A number with its sign and two decimals, never "-0.00"."""
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def shaded(value: float) -> Text:
-    """A restored share, the more of a colour the more it is."""
+    """A restored share, coloured more strongly the larger it is."""
     style = "bold white on blue" if value > 0.5 else "white on blue" if value > 0.1 else "dim"
     return Text(signed(value), style="white on red" if value < -0.1 else style)

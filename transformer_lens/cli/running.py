@@ -1,7 +1,7 @@
 """How every command runs: errors as sentences on stderr, exit codes, broken pipes, Ctrl-C.
 
-0: done. 1: it could not be done, or a check failed. 2: the command line was not understood. 130: Ctrl-C. 141: whoever
-read the output stopped reading. With `--debug` an error keeps its traceback.
+Exit codes: 0 done, 1 failed or a check failed, 2 command line not understood, 130 Ctrl-C, 141 the reader of the output
+went away. With `--debug` an error keeps its traceback.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typer.models import OptionInfo
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 PROGRAM, COMPLETE = "transformer-lens", "_TRANSFORMER_LENS_COMPLETE"
 ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError)
-"""What the package raises for what its user can put right; anything else is a fault of its own."""
+"""Errors that the user can fix; anything else is a bug in the package."""
 _DEBUG = "transformer_lens.debug"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,11 +38,11 @@ def _remember(context: typer.Context, value: bool) -> bool:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_remember)]
-"""Every command has it, and so has the program before its command."""
+"""The `--debug` option, of every command and of the program itself."""
 
 
 class Command(TyperCommand):
-    """A command whose errors are sentences."""
+    """A command that reports errors as sentences."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -65,7 +65,7 @@ class Command(TyperCommand):
 
 
 class Commands(typer.Typer):
-    """An application whose commands are all `Command`s, with `--debug`, and with options in groups."""
+    """An application of `Command`s, with `--debug` and grouped options."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
         register = super().command(name, **{"cls": Command, **options})
@@ -78,9 +78,9 @@ class Commands(typer.Typer):
 
 
 def with_single_options(function: Callable[..., None]) -> Callable[..., None]:
-    """A command as typer wants it: a parameter that is a dataclass becomes one option for each of its fields.
+    """A command for typer in which each dataclass parameter becomes one option per field, and `--debug` comes last.
 
-    They stand under a heading in the help, which is the docstring of the dataclass. `--debug` comes last.
+    The dataclass's docstring is the options' heading in the help.
     """
     given = inspect.signature(function, eval_str=True).parameters
     groups: dict[str, Any] = {name: p.annotation for name, p in given.items() if is_dataclass(p.annotation)}
@@ -113,21 +113,21 @@ def with_single_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Output(Console):
-    """Standard output. A reader that stops early is `BrokenPipeError`, like anywhere else in Python."""
+    """Standard output; a reader that stops early raises `BrokenPipeError`, as elsewhere in Python."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def run(app: typer.Typer) -> None:
-    """Run the program, and leave the process with its exit code."""
+    """Run the program and exit with its exit code."""
     if "--debug" not in sys.argv:
         sys.excepthook = explain
     typer.main.get_command(app).main(prog_name=PROGRAM, complete_var=COMPLETE)
 
 
 def load_package() -> None:
-    """Run the package's `__init__`, which imports torch, where the program began without it."""
+    """Run the package's `__init__`, which imports torch, if the program started without it."""
     package = sys.modules["transformer_lens"]
     if "TransformerBridge" not in vars(package):
         assert package.__spec__ is not None and package.__spec__.loader is not None
@@ -139,7 +139,7 @@ def load_package() -> None:
 
 
 def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What to say of an error that no user can have meant; Python leaves with 1 after it."""
+    """Report an unexpected error; Python exits with 1 after it."""
     if not issubclass(kind, KeyboardInterrupt):
         say(
             f"{kind.__name__}: {error}\nThis is a fault of transformer_lens; --debug shows where.",
@@ -149,25 +149,20 @@ def explain(kind: type[BaseException], error: BaseException, trace: TracebackTyp
 
 
 def sentence(error: BaseException) -> str:
-    """
-    >>> sentence(KeyError("no hook 'a'")), sentence(RuntimeError())
-    ("no hook 'a'", 'RuntimeError')
-
-    The text of an error. A `KeyError` would show its text in quotes.
-    """
+    """The text of an error, without the quotes that a `KeyError` puts around it."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return text or type(error).__name__
 
 
 def say(text: str, label: str = "", style: str = "") -> None:
-    """Write to stderr; a file gets one line for one line."""
+    """Write to stderr; in a file, each message stays on one line."""
     console = Console(stderr=True, highlight=False)
     console.print(Text.assemble((label, style), text), soft_wrap=not console.is_terminal)
 
 
 @contextmanager
 def warnings_in_a_line() -> Iterator[None]:
-    """Show warnings as sentences, without the line of code they come from."""
+    """Show warnings as sentences, without the line of code that raised them."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         say(str(message), "warning: ", "bold yellow")
@@ -178,7 +173,7 @@ def warnings_in_a_line() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Let what is still to be written go nowhere, or Python complains about the pipe when it ends."""
+    """Discard remaining output, or Python complains about the broken pipe at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

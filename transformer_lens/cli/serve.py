@@ -1,4 +1,4 @@
-"""`serve`: a span of a model's blocks for other machines, until a signal says to leave."""
+"""`serve`: run a span of a model's blocks for other machines, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -39,12 +39,7 @@ class Connection:
 
 
 def span_of(text: str) -> range:
-    """
-    >>> span_of("0:16")
-    range(0, 16)
-
-    The blocks of an option. Raises typer's `BadParameter`, exit code 2, for anything but a first block and an end.
-    """
+    """The blocks of a text such as "0:16". Raises typer's `BadParameter`, exit code 2, for any other form."""
     found = re.fullmatch(r"\s*(\d{1,5})\s*:\s*(\d{1,5})\s*", text)
     if found is None or int(found[1]) >= int(found[2]):
         raise typer.BadParameter(f"got {text!r}, expected a first block and an end, such as 0:16")
@@ -52,7 +47,7 @@ def span_of(text: str) -> range:
 
 
 LEAST = 0.001
-"""Seconds, where zero would be no time at all."""
+"""The shortest time an option takes, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class ServerLimits:
     message_bytes: int | None = Option(None, min=1, help="The largest message.")
 
     def given(self) -> dict[str, Any]:
-        """Those that were given, by their names in `Limits`."""
+        """The limits that were set, by their names in `Limits`."""
         limits: dict[str, Any] = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
         limits["message"] = self.message_bytes
         return {name: value for name, value in limits.items() if value is not None}
@@ -150,7 +145,7 @@ def serve(
 
 
 def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
-    """Addresses on standard output, and in a file that is there only when it is whole."""
+    """Print addresses, and write them to a file that appears only once it is complete."""
     text = "".join(f"{address}\n" for address in addresses)
     if file is not None:
         begun = file.with_name(f"{file.name}.part")
@@ -162,7 +157,7 @@ def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
 
 @contextmanager
 def log_to_stderr() -> Iterator[logging.Logger]:
-    """What the server does, a line each, on standard error."""
+    """Log what the server does to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(FORMAT))
     log = logging.getLogger("transformer_lens")
@@ -177,7 +172,7 @@ def log_to_stderr() -> Iterator[logging.Logger]:
 
 
 def warn_if_open(host: str, allow: Sequence[str] | None) -> None:
-    """Say so where everybody who reaches this machine could use it."""
+    """Warn if anyone who can reach this machine could use the server."""
     if not ipaddress.ip_address(host).is_loopback and not allow:
         say(
             f"{host} can be reached from other machines, and whoever reaches it may use this server; --allow PEER "
@@ -189,7 +184,7 @@ def warn_if_open(host: str, allow: Sequence[str] | None) -> None:
 
 @contextmanager
 def signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Two events: the first SIGINT or SIGTERM sets one, the next the other."""
+    """Two events: the first SIGINT or SIGTERM sets one, the next sets the other."""
     stop, now = threading.Event(), threading.Event()
 
     def received(number: int, frame: Any) -> None:

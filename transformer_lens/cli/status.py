@@ -34,13 +34,7 @@ def status(model: Model, network: Connection, json: AsJson = False) -> None:
 def look(
     model: str, initial_peers: Sequence[str], *, identity: Path | None = None, prefix: str | None = None
 ) -> dict[str, Any]:
-    """What can be found out about a model's servers.
-
-    >>> look("tiny-falcon", ["/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..."])["missing"]  # doctest: +SKIP
-    []
-
-    Raises `SpanUnreachable` if none of the peers answers.
-    """
+    """Everything known about a model's servers. Raises `SpanUnreachable` if no peer answers."""
     from transformer_lens.distributed import AutoDistributedConfig
     from transformer_lens.distributed.client.swarm import Swarm
 
@@ -69,7 +63,7 @@ COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms 
 
 
 def show(found: dict[str, Any]) -> None:
-    """A table of servers, and a line about blocks that nobody serves."""
+    """Show a table of servers, and the blocks that nobody serves."""
     from transformer_lens.text_table import TextTable
 
     rows = [
@@ -88,7 +82,7 @@ def show(found: dict[str, Any]) -> None:
     for column in table.columns:
         column.no_wrap = True
     console = output()
-    # A peer id that is cut or broken over lines is of no use, so a narrow terminal breaks the lines itself.
+    # A peer id broken over lines is useless, so a narrow terminal wraps the lines itself.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)
     console.print(table)
     if found["missing"]:
@@ -96,10 +90,5 @@ def show(found: dict[str, Any]) -> None:
 
 
 def number(value: float | None, scale: float = 1) -> str:
-    """
-    >>> number(1234567), number(0.0023456, 1000), number(None)
-    ('1,234,567', '2.346', '')
-
-    A number as a cell; nothing where nobody told it.
-    """
+    """A number as a table cell; empty if unknown."""
     return "" if value is None else f"{value * scale:,.4g}" if scale != 1 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""Activations of whole data sets, to disk and back: `collect`, and the `ActivationStore` that reads them."""
+"""Write the activations of a whole data set to disk with `collect`, and read them with `ActivationStore`."""
 
 from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.run import collect

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformer_lens.collect.store import ActivationStore
 
 RUN = 256
-"""Tokens that are read together: long enough for a disk, short beside any buffer."""
+"""Tokens read together: enough for an efficient disk read, few compared with any buffer."""
 
 Batch = Tensor | dict[str, Tensor]
 
@@ -24,8 +24,8 @@ Batch = Tensor | dict[str, Tensor]
 class ActivationBatches(IterableDataset[Batch]):
     """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
 
-    The order depends on `seed`, the epoch and the number of workers alone. In a `DataLoader(batches,
-    batch_size=None, num_workers=n)` each worker reads its own part.
+    The order depends only on `seed`, the epoch and the number of workers. In a `DataLoader(batches, batch_size=None,
+    num_workers=n)` each worker reads its own part.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ActivationBatches(IterableDataset[Batch]):
             yield rest
 
     def _mixed(self, runs: np.ndarray, part: int) -> Iterator[dict[str, Tensor]]:
-        """Take a random batch out of the buffer, and put the next tokens into its places."""
+        """Take a random batch out of the buffer, and refill its places with the next tokens."""
         random = np.random.default_rng([self.seed, self.epoch, part])
         tokens = sum(min(RUN, len(self.store) - int(run)) for run in runs)
         size = min(self.buffer_tokens, tokens)
@@ -111,7 +111,7 @@ class ActivationBatches(IterableDataset[Batch]):
 
 
 class _Coming:
-    """Runs of tokens, handed out in any portions."""
+    """A stream of token runs, handed out in portions of any size."""
 
     def __init__(self, runs: Iterator[dict[str, Tensor]]) -> None:
         self._runs = runs

@@ -1,4 +1,4 @@
-"""One batch through the model, stopped after the last hook that is needed, and the values of the kept tokens."""
+"""Run one batch through the model, stopping after the last hook needed, and keep the values of the stored tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hook:
-    """What is stored of a hook: its axes with the token in place of batch and position."""
+    """What is stored of a hook, with one token axis in place of batch and position."""
 
     axes: str
     column: Column
@@ -29,11 +29,7 @@ class Hook:
 
 
 def stop_after(names: Sequence[str]) -> int | None:
-    """The smallest `stop_at_layer` in which all these hooks fire; `None` for the whole model.
-
-    >>> stop_after(["hook_embed", "blocks.2.attn.hook_z"])
-    3
-    """
+    """The smallest `stop_at_layer` at which all these hooks fire; `None` for the whole model."""
     stop = 0
     for name in names:
         place = name.split(".")
@@ -45,7 +41,7 @@ def stop_after(names: Sequence[str]) -> int | None:
 
 
 def probe(bridge: TransformerBridge, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
-    """Run two tokens to see what each hook gives. Raises `ValueError` for hooks that have no value for each token."""
+    """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
     for name in names:
         axes = bridge.hook_dict[name].axes
         if "key_pos" in axes:
@@ -80,13 +76,13 @@ def probe(bridge: TransformerBridge, names: Sequence[str], dtype: torch.dtype | 
 
 @dataclass(frozen=True)
 class Captured:
-    """The values of one batch, perhaps still being computed by a GPU."""
+    """The values of one batch, which a GPU may still be computing."""
 
     values: Mapping[str, Tensor]
     ready: torch.cuda.Event | None
 
     def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
-        """Each hook's values, copied beside whatever the GPU goes on with."""
+        """Each hook's values on the CPU, copied while the GPU goes on."""
         if self.ready is None:
             yield from self.values.items()
             return
@@ -108,9 +104,9 @@ class Capturing:
         self.stop_at_layer = stop_after(list(hooks))
 
     def run(self, batch: Batch) -> Captured:
-        """The kept tokens' values at every hook, in the dtype they are stored in."""
+        """The stored tokens' values at every hook, in the dtype they are stored in."""
         device = self.bridge.input_device()
-        # Padding stands on the right, where it changes nothing before it: the call stays the model's plain one.
+        # Padding is on the right and affects nothing before it, so the call needs no mask.
         _, cache = self.bridge.run_with_cache(
             torch.from_numpy(batch.ids).to(device),
             names_filter=list(self.hooks),

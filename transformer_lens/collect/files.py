@@ -1,6 +1,6 @@
-"""Files that are whole or not there: written aside, flushed to the disk, then renamed; and the safetensors layout.
+"""Atomic files (written to a temporary file, flushed, renamed), and the safetensors layout.
 
-A shard's place for every tensor is known before its first value, so it is written as the batches come.
+Every tensor's place in a shard is known in advance, so shards are written batch by batch.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""How safetensors calls each dtype."""
+"""The safetensors name of each dtype."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor of a shard: a value, or an array, for each token."""
+    """One tensor of a shard: a value or an array for each token."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Of one token."""
+    """The shape for one token."""
 
     @property
     def token_bytes(self) -> int:
@@ -58,11 +58,11 @@ ABOUT_TOKENS = {
     "positions": Column(torch.int32, ()),
     "document_positions": Column(torch.int32, ()),
 }
-"""What is stored about each token: its context, its document, its id, and its position in context and document."""
+"""What is stored about each token: its context, document, id, and positions in context and document."""
 
 
 def header_of(columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and where in the file each tensor begins."""
+    """A safetensors header, and the offset of each tensor."""
     # The widest first, so that each begins at a multiple of its item size.
     order = sorted(columns, key=lambda name: -columns[name].dtype.itemsize)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
@@ -80,7 +80,7 @@ def header_of(columns: Mapping[str, Column], tokens: int, about: Mapping[str, st
 
 
 class ShardFile:
-    """A shard being written, in a file aside that no other process may write."""
+    """A shard being written, to a temporary file that no other process writes."""
 
     def __init__(self, path: Path, columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> None:
         self.path = path
@@ -91,7 +91,7 @@ class ShardFile:
         self._file: int | None = None
 
     def open(self) -> None:
-        """Make the file, with room for all of it. Raises `OSError` where the disk has not that much."""
+        """Create the file at its full size. Raises `OSError` if the disk has too little room."""
         handle = os.open(self.aside, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +110,7 @@ class ShardFile:
         self._write(memoryview(self.header), 0)
 
     def write(self, name: str, values: Tensor) -> None:
-        """The next tokens of one tensor."""
+        """Write the next tokens of one tensor."""
         column = self.columns[name]
         if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
             raise ValueError(
@@ -129,7 +129,7 @@ class ShardFile:
             raw, place = raw[written:], place + written
 
     def finish(self) -> str:
-        """Flush the file to the disk and give it its name; returns its sha256."""
+        """Flush the file to disk and rename it into place; returns its sha256."""
         assert self._file is not None
         os.fsync(self._file)
         with os.fdopen(os.dup(self._file), "rb") as written:
@@ -142,7 +142,7 @@ class ShardFile:
         return found
 
     def abandon(self) -> None:
-        """Drop a file that will not be finished; its room is free again."""
+        """Delete an unfinished file."""
         if self._file is not None:
             with suppress(FileNotFoundError):
                 self.aside.unlink()
@@ -151,7 +151,7 @@ class ShardFile:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make a rename last."""
+    """Make a rename durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -161,7 +161,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of a job waiting; the lock leaves nothing behind, however this process ends."""
+    """Lock out a job's other processes; the lock vanishes however this process ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -171,7 +171,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file that is either whole or as it was before."""
+    """Write a JSON file atomically."""
     aside = path.with_name(path.name + ".part")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -188,7 +188,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as `sha256sum` gives it."""
+    """The sha256 of a file, as from `sha256sum`."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
@@ -205,7 +205,7 @@ ADVICE: Mapping[int, str] = {
 
 
 def advised(error: OSError, out_dir: Path, finished: int) -> OSError:
-    """The same error with what to do, and what is kept."""
+    """The same error with advice, and what is kept."""
     advice = ADVICE.get(error.errno or 0, str(error))
     kept = f"{finished} finished shard{'s are' if finished != 1 else ' is'} kept"
     return OSError(error.errno, f"{advice}; {kept}, and the same call goes on from there", str(out_dir))

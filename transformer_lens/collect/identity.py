@@ -1,6 +1,6 @@
-"""What identifies a job: the model with everything in it that changes its numbers, the tokenizer, the environment.
+"""What identifies a job: everything that changes the model's numbers, the tokenizer and the environment.
 
-A job that goes on has to find all of it as it was, so whatever can change in a model between two calls is written down.
+A resumed job has to find all of it unchanged.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 SAMPLED = 256
-"""Values of each parameter that go into the fingerprint of the weights, beside the sum of all its bits."""
+"""Values per parameter in the fingerprint of the weights, in addition to the sum of all its bits."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNHEEDED = frozenset(
     {"training", "gradient_checkpointing", "layer_idx", "name_or_path", "max_seq_len_cached", "preparations"}
 )
-"""Settings of modules that change no number of a forward, or follow from its length."""
+"""Module settings that change no number of a forward, or follow from its length."""
 ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})
-"""The settings of PEFT's layers whose names begin with an underscore."""
+"""The PEFT layer settings whose names begin with an underscore."""
 WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"})
-"""Entries of a config that are a part of the job or of its environment, or say nothing of what runs."""
+"""Config entries recorded elsewhere, or without effect on the computation."""
 
 
 def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
-    """What model ran: its name and revision, and a fingerprint of its weights."""
+    """The model's name and revision, with a fingerprint of its weights."""
     model: Any = bridge.original_model
     config = model.config
     return {
@@ -55,13 +55,10 @@ def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
 
 
 def model_state(bridge: TransformerBridge) -> dict[str, Any]:
-    """What else of a model changes its numbers, by name: its config, the class and the settings of every module.
+    """Everything else that changes a model's numbers, by name: its config, and every module's class and settings.
 
-    >>> model_state(bridge)["transformer.ln_f.eps"]
-    1e-05
-
-    Where adapters are, which of them are active, disabled or merged, and how they are scaled, are such settings. What
-    every layer has alike stands once, under a `*`.
+    Adapters and whether they are active, disabled, merged or scaled are such settings. Settings that all layers share
+    are recorded once, under a `*`.
     """
     model: Any = bridge.original_model
     config = model.config.to_diff_dict()
@@ -80,7 +77,7 @@ def model_state(bridge: TransformerBridge) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value can be written down: a number, a text, or a collection of these."""
+    """Whether a value is a number, a text, or a collection of these."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _plain(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
@@ -89,23 +86,19 @@ def _plain(value: Any) -> bool:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A checksum of every parameter and buffer: name, shape, the sum of its bits, and some of its values.
-
-    >>> weights_fingerprint(model) == weights_fingerprint(TransformerBridge.boot_transformers("tiny-falcon").detach())
-    True
-    """
+    """A checksum of every parameter and buffer: name, shape, the sum of its bits, and some of its values."""
     found = sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
-        # What is offloaded is not here to be read. Of what processes divide, each has its part.
+        # Offloaded weights are not here to read; of sharded ones, each process has its part.
         if type(here) is Tensor and not here.is_meta and here.numel():
             found.update(_content(here.detach()))
     return found.hexdigest()
 
 
 def _content(tensor: Tensor) -> bytes:
-    """The sum of a tensor's bits, in which every value counts, and a sample of them, in which their order does."""
+    """The sum of a tensor's bits, which depends on every value, and a sample, which depends on their order."""
     flat = tensor.reshape(-1)
     some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
     total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
@@ -113,7 +106,7 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
-    """What turned texts into tokens; of a fast tokenizer also how it normalises, splits and merges."""
+    """What turned texts into tokens; for a fast tokenizer also its normaliser, splitting and merges."""
     if tokenizer is None:
         return None
     rules = None
@@ -135,7 +128,7 @@ def _checksum(document: Any) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What else decides the last bits of a number."""
+    """What else affects the last bits of a number."""
     versions = {name: version(name) for name in LIBRARIES}
     threads = torch.get_num_threads() if device.type == "cpu" else None
     precision = torch.get_float32_matmul_precision()

@@ -1,6 +1,6 @@
-"""The manifest of a job: what was asked of which model and data, and the shards with their checksums.
+"""A job's manifest: what was asked of which model and data, and the shards with their checksums.
 
-Nothing in it depends on when, or in how many goes, the job ran.
+It does not depend on when, or in how many runs, the job ran.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformer_lens.collect.plan import Cursor
 FORMAT = 2
 MANIFEST = "manifest.json"
 SHOWN = 6
-"""How many differences an error lists."""
+"""The most differences an error lists."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class ShardRecord:
     bytes: int
     sha256: str
     tokens: int
-    """How many are stored, after the filters."""
+    """The number of stored tokens, after the filters."""
     contexts: int
     first_document: int
     last_document: int
     begin: Cursor
     end: Cursor
     last: bool
-    """Whether the data end with it."""
+    """Whether the data end with this shard."""
     data_sha256: str
-    """Of the token ids that were read for it."""
+    """The checksum of the token ids read for it."""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> ShardRecord:
@@ -47,7 +47,7 @@ class ShardRecord:
         return cls(**{**entry, "begin": Cursor(**entry["begin"]), "end": Cursor(**entry["end"])})
 
     def problem(self, out_dir: Path, checksum: bool = True) -> str:
-        """What is wrong with the shard's file, in words; nothing if it is whole."""
+        """What is wrong with the shard's file, in words; empty if nothing is."""
         path = out_dir / self.file
         if not path.is_file():
             return f"{self.file} is missing"
@@ -59,12 +59,12 @@ class ShardRecord:
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard; its record has the same name with another ending."""
+    """The file name of a shard; its record has another extension."""
     return f"shard-{number:06d}.safetensors"
 
 
 def record_path(out_dir: Path, number: int) -> Path:
-    """Where the record of a finished shard is."""
+    """The path of a finished shard's record."""
     return (out_dir / shard_name(number)).with_suffix(".json")
 
 
@@ -84,7 +84,7 @@ class Manifest:
 
     @classmethod
     def read(cls, out_dir: Path) -> Manifest:
-        """The manifest of a folder. Raises `ValueError` if there is none, or it was changed by hand."""
+        """Read a folder's manifest. Raises `ValueError` if there is none, or if it was edited by hand."""
         path = out_dir / MANIFEST
         if not path.is_file():
             raise ValueError(f"{out_dir} holds no {MANIFEST}: nothing was collected there")
@@ -102,7 +102,7 @@ class Manifest:
         return manifest
 
     def start(self, same_environment: bool) -> None:
-        """Write the manifest, or go on with one that asks for the same. Raises `ValueError` naming what differs."""
+        """Write the manifest, or continue one of the same job. Raises `ValueError` naming what differs."""
         with locked(self.out_dir):
             if not (self.out_dir / MANIFEST).exists():
                 self._write([])
@@ -124,7 +124,7 @@ class Manifest:
         self.complete, self._shards = before.complete, before._shards
 
     def _changed_state(self, before: Manifest) -> list[str]:
-        """How the model's state differs. What a setting is called may change between versions of a library."""
+        """How the model's state differs; setting names may change between library versions."""
         names = dict.fromkeys([*before.state, *self.state])
         if before.environment["versions"] != self.environment["versions"]:
             names = {name: None for name in names if name in before.state and name in self.state}
@@ -145,11 +145,11 @@ class Manifest:
         write_json(self.out_dir / MANIFEST, document)
 
     def keep(self, record: ShardRecord) -> None:
-        """Write the record of a shard: from here on it counts as finished."""
+        """Write a shard's record, which marks it finished."""
         write_json(record_path(self.out_dir, record.shard), asdict(record))
 
     def records(self) -> dict[int, ShardRecord]:
-        """The finished shards by number, whether or not all are."""
+        """The finished shards by number."""
         if self.complete:
             return {entry["shard"]: ShardRecord.of(entry) for entry in self._shards}
         found = {}
@@ -162,7 +162,7 @@ class Manifest:
         return found
 
     def finish(self) -> bool:
-        """State that the job is complete, if every shard is there; returns whether it is."""
+        """Mark the job complete if every shard exists; returns whether it is."""
         if self.complete:
             return True
         with locked(self.out_dir):
@@ -176,11 +176,7 @@ class Manifest:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The keys in which two nested documents differ, with both values.
-
-    >>> differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-    ['b.c was 2, now 3']
-    """
+    """The keys in which two nested documents differ, with both values: "b.c was 2, now 3"."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys([*before, *now]))
         return [

@@ -1,6 +1,6 @@
-"""Which tokens go into which context, batch and shard: a function of the data and the options alone.
+"""Which tokens go into which context, batch and shard, as a function of data and options alone.
 
-So a run that goes on from the end of any shard makes the very batches that an uninterrupted one makes.
+A job resumed at any shard therefore makes the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ TOGETHER = 32
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the data: the next token to be read."""
+    """A position in the data: the next token to read."""
 
     document: int = 0
     offset: int = 0
     tokens: int = 0
-    """How many tokens lie before it."""
+    """The number of tokens before it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How tokens are laid out; all of it is written into the manifest."""
+    """How tokens are laid out; the manifest records all of it."""
 
     context_size: int
     batch_size: int
@@ -55,7 +55,7 @@ CONTEXT_SIZE = 1024
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that a job puts around texts and into padding."""
+    """The ids that a job adds around texts and as padding."""
 
     bos: int | None
     eos: int | None
@@ -64,7 +64,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Options:
-    """How `collect` reads, filters and stores; see there."""
+    """How `collect` reads, filters and stores; documented there."""
 
     context_size: int | None = None
     batch_size: int = 8
@@ -98,7 +98,7 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """Options from keywords. Raises `TypeError` for one that does not exist, with the nearest that does."""
+        """Options from keywords. Raises `TypeError` for an unknown one, with the nearest known ones."""
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
@@ -106,7 +106,7 @@ class Options:
         return cls(**given)
 
     def special_tokens(self, bridge: TransformerBridge) -> SpecialTokens:
-        """The special tokens of a model for this job. Raises `ValueError` for one that it does not have."""
+        """A model's special tokens for this job. Raises `ValueError` for one that it lacks."""
         adapter: Any = bridge.token_adapter
         bos = adapter.bos if adapter is not None else None
         eos = adapter.eos if adapter is not None else None
@@ -122,7 +122,7 @@ class Options:
         return SpecialTokens(bos if wanted else None, eos if self.append_eos else None, pad)
 
     def layout(self, bridge: TransformerBridge, special: SpecialTokens) -> Layout:
-        """How tokens go into contexts and shards. Raises `ValueError` for contexts the model cannot take."""
+        """The layout of contexts and shards. Raises `ValueError` for contexts the model cannot take."""
         longest = bridge.cfg.n_ctx
         context = min(longest, CONTEXT_SIZE) if self.context_size is None else self.context_size
         if context > longest:
@@ -131,7 +131,7 @@ class Options:
             raise ValueError(
                 f"drop_first: got {self.drop_first} of contexts of {context} tokens, so none would be left"
             )
-        # Whole batches, so that where a shard ends changes no batch.
+        # Whole batches, so that the end of a shard changes no batch.
         batches = max(1, round(self.shard_tokens / (context * self.batch_size)))
         bos = bridge.token_adapter.bos if bridge.token_adapter is not None else None
         kept = {name: getattr(self, name) for name in ("batch_size", "packing", "drop_bos", "drop_first", "max_tokens")}
@@ -149,13 +149,13 @@ class TokenStream:
         self._held: deque[tuple[int, np.ndarray]] = deque()
 
     def at(self, document: int) -> tuple[int, np.ndarray] | None:
-        """The first document from this number on that has tokens, or `None` at the end."""
+        """The first document from this number on with any tokens, or `None` at the end."""
         while True:
             while self._held and (self._held[0][0] < document or not len(self._held[0][1])):
                 self._held.popleft()
             if self._held:
                 return self._held[0]
-            # Documents that are gone over are not tokenised.
+            # Skipped documents are not tokenised.
             wanted = (pair for pair in self._documents if pair[0] >= document)
             some = list(islice(wanted, TOGETHER))
             if not some:
@@ -165,12 +165,12 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some contexts, padded on the right to the longest, and which of their positions are kept."""
+    """Some contexts, padded on the right to the longest, and a mask of the stored positions."""
 
     ids: np.ndarray
     keep: np.ndarray
     tokens: int
-    """How many are not padding."""
+    """The number of tokens, padding excluded."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class ShardPlan:
     first_context: int
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """The batches in which the model reads them."""
+        """The batches in which the model reads the contexts."""
         for start in range(0, len(self.ids), size):
             rows = slice(start, start + size)
             longest = int(self.lengths[rows].max())
@@ -197,7 +197,7 @@ class ShardPlan:
             yield Batch(self.ids[rows, :longest], self.keep[rows, :longest], tokens)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """What is stored about each token that is kept, beside its activations."""
+        """The columns stored about each kept token, in addition to its activations."""
         contexts, positions = np.broadcast_arrays(np.arange(len(self.ids))[:, None], np.arange(self.ids.shape[1]))
         return {
             "context_ids": (contexts + self.first_context)[self.keep].astype(np.int64),
@@ -208,7 +208,7 @@ class ShardPlan:
         }
 
     def digest(self) -> str:
-        """A checksum of what was read, by which a later run knows the same data."""
+        """A checksum of the data read, by which a later run recognises it."""
         found = sha256()
         for array in (self.ids, self.documents, self.document_positions, self.lengths):
             found.update(np.ascontiguousarray(array, np.int64).tobytes())
@@ -254,7 +254,7 @@ def plan_shard(stream: TokenStream, number: int, begin: Cursor, layout: Layout) 
 
 
 def _context(stream: TokenStream, cursor: Cursor, layout: Layout) -> Iterator[tuple[int, int, np.ndarray]]:
-    """The pieces of documents that fill one context: (document, position in it, token ids)."""
+    """The pieces of documents in one context: (document, position in it, token ids)."""
     room = layout.context_size
     while room:
         found = _next(stream, cursor, layout)
@@ -268,7 +268,7 @@ def _context(stream: TokenStream, cursor: Cursor, layout: Layout) -> Iterator[tu
 
 
 def _next(stream: TokenStream, cursor: Cursor, layout: Layout) -> tuple[int, int, np.ndarray] | None:
-    """The document a cursor is in, or the one after it: its number, the position in it, and its tokens from there."""
+    """The document at a cursor, or the next one: its number, the position in it, and its tokens from there."""
     left = None if layout.max_tokens is None else layout.max_tokens - cursor.tokens
     if left == 0:
         return None

@@ -1,7 +1,7 @@
-"""`collect`: the activations of a whole data set, to disk, in shards that are whole or not there.
+"""`collect`: write the activations of a whole data set to disk, in shards that are either whole or absent.
 
-The model runs in this thread, a second one writes. What a shard holds depends on data and options alone, so a job
-that was killed goes on with its next shard, and ends with the bytes it would have had.
+The model runs in this thread, a second one writes. A shard depends on data and options alone, so a killed job resumes
+at its next shard, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -40,19 +40,13 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 WAITING = 4
-"""Batches that may wait for the writer, which is all that memory holds of a job."""
+"""Batches that may wait for the writer, which bounds a job's memory."""
 
 
 class Background:
-    """Calls made in another thread; the first error stops it, and is raised in the thread that gives the calls.
+    """Runs calls in another thread; the first error stops it, and is raised in the calling thread.
 
-    >>> done = []
-    >>> with Background(waiting=2) as thread:
-    ...     thread.call(lambda: done.append(1))
-    >>> done
-    [1]
-
-    Leaving the block waits for the calls, also when it is left by an error: what was given is done.
+    Leaving the block, even by an error, waits for the calls already made.
     """
 
     def __init__(self, waiting: int) -> None:
@@ -62,14 +56,14 @@ class Background:
         self._stopped = False
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have a function called; waits while too many are waiting already."""
+        """Have a function called; blocks while too many calls are waiting."""
         while self._given and (len(self._given) >= self._waiting or self._given[0].done()):
             self._given.popleft().result()
         self._given.append(self._thread.submit(self._run, function))
 
     def _run(self, function: Callable[[], None]) -> None:
         if not self._stopped:
-            # Nothing is called after a call that did not return: a shard that misses values must not be finished.
+            # Nothing runs after a failed call: a shard that lacks values must not be finished.
             self._stopped = True
             function()
             self._stopped = False
@@ -85,7 +79,7 @@ class Background:
 
 
 class Job:
-    """One process's part of a job. Making it checks everything that can be checked before the first batch."""
+    """One process's part of a job. The constructor checks everything that can be checked before the first batch."""
 
     def __init__(self, bridge: TransformerBridge, data: Any, names: Any, out_dir: Path, options: Options) -> None:
         if not isinstance(bridge, HookedRootModule):
@@ -114,12 +108,12 @@ class Job:
         }
         self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
         self.sharing = bridge.attachment.sharding.shards
-        """The processes that share the model, and this one's place among them; the first has the files."""
+        """The processes that share the model, and this one's rank; the first has the files."""
         self.done: dict[int, ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
-        """Compute what is missing of this process's shards."""
+        """Compute this process's missing shards."""
         self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
@@ -137,7 +131,7 @@ class Job:
         return bool(self.sharing.rank == 0)
 
     def _agreed(self, function: Callable[[], T]) -> T:
-        """What `function` returns, or raises, in the first process: in every process."""
+        """Run `function` in the first process; every process returns its result or raises its error."""
         if self.sharing.size == 1:
             return function()
         answer: list[Any] = [None, None]
@@ -152,7 +146,7 @@ class Job:
         return answer[0]  # type: ignore[no-any-return]
 
     def _start(self) -> tuple[dict[int, ShardRecord], list[int], bool]:
-        """The finished shards, those of them that are broken, and whether nothing is left to do."""
+        """The finished shards, the broken ones among them, and whether nothing is left to do."""
         with self._advising():
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self.manifest.start(self.options.same_environment)
@@ -176,7 +170,7 @@ class Job:
     # -- what is missing ---------------------------------------------------------------------------
 
     def _missing(self, kept: set[int]) -> Iterator[ShardPlan]:
-        """The shards this process has to compute. What lies in finished ones is not read."""
+        """The shards this process has to compute; the data of finished ones are not read."""
         rank, world = self.options.shard
         stream: TokenStream | None = None
         cursor, number, last = Cursor(), 0, False
@@ -198,7 +192,7 @@ class Job:
             number += 1
 
     def _open(self, number: int) -> TokenStream:
-        """The data, read from the shard before `number` on: that one has to be what it was."""
+        """The data, read from the shard before `number`, which has to be unchanged."""
         before = self.done.get(number - 1)
         if before is None:
             return TokenStream(self.source, self.encoder, 0)
@@ -210,7 +204,7 @@ class Job:
 
     def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
         if not (self.options.progress and self._writes):
-            # Not even a hidden bar: it would wait for the lock that tqdm shares among forked processes.
+            # Not even a hidden bar, which would wait for the lock that tqdm shares among forked processes.
             return nullcontext()
         rank, world = self.options.shard
         done = sum(r.end.tokens - r.begin.tokens for r in self.done.values() if r.shard % world == rank)
@@ -218,7 +212,7 @@ class Job:
         return cast("AbstractContextManager[tqdm[Any]]", bar)
 
     def _expected_tokens(self, plan: ShardPlan) -> int | None:
-        """How many tokens this process will have read, judged by the documents behind; `None` if unknown."""
+        """An estimate of this process's total tokens, from the documents so far; `None` if unknown."""
         most, documents = self.layout.max_tokens, self.source.documents
         if plan.last:
             most = plan.end.tokens
@@ -287,7 +281,7 @@ class Job:
 
 
 def changed_data(out_dir: Path, number: int) -> ValueError:
-    """The error for data that are not those a job was begun with."""
+    """The error for data that differ from those the job began with."""
     return ValueError(
         f"data: shard {number} of {out_dir} was made from other tokens; pass the documents of the first call, in their "
         "order, or choose another out_dir"
@@ -297,7 +291,7 @@ def changed_data(out_dir: Path, number: int) -> ValueError:
 def collect(
     bridge: TransformerBridge, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
 ) -> ActivationStore:
-    """Write the activations of a data set at some hooks to disk, and open them.
+    """Write a data set's activations at some hooks to disk, and open them.
 
     >>> import tempfile
     >>> from transformer_lens.collect import collect
@@ -307,10 +301,10 @@ def collect(
     >>> store["blocks.1.hook_resid_post"].shape
     (11, 128)
 
-    `dataset` is a `.txt` file (each line a document), a `.jsonl` file, a folder or list of such paths, a list of texts
-    or of token ids, a token tensor [document, pos], a Hugging Face data set, or any iterable of documents that gives
-    them in the same order again. `names` are as in `run_with_cache`. A call that was killed goes on where it was when
-    it is made again, and the finished files are byte for byte those of a run that was not.
+    `dataset` is a `.txt` file (one document per line), a `.jsonl` file, a folder or list of such paths, a list of texts
+    or of token ids, a token tensor [document, pos], a Hugging Face data set, or any iterable that yields the same
+    documents in the same order each time. `names` are as in `run_with_cache`. Make the same call again to resume a
+    killed job; the finished files are byte for byte those of an uninterrupted one.
 
     - `context_size` tokens are a context (default: the model's, at most 1024), `batch_size` contexts a batch.
     - `packing` fills contexts with one document after another; without it each document has its own, padded.
@@ -318,16 +312,15 @@ def collect(
     - `drop_bos`, `drop_first` (positions of each context) are not stored; padding never is.
     - `max_tokens` ends the data early; `text_key` names the text in a row.
     - `dtype` to store floats in (default: as computed); `shard_tokens` is about how many tokens a file has.
-    - `shard=(rank, world)`: this process computes every `world`-th shard; the last one to end completes the manifest.
-    - `check` compares finished shards with their checksums first, and computes again those that differ.
-    - `same_environment=False` goes on under other library versions, device or threads.
+    - `shard=(rank, world)`: this process computes every `world`-th shard; the last to finish completes the manifest.
+    - `check` first compares finished shards with their checksums, and recomputes those that differ.
+    - `same_environment=False` resumes under other library versions, device or threads.
     - `progress` shows tokens per second and the time left.
 
-    Processes that share a model make the same call together, and the first of them writes.
-
-    Raises `ValueError` for another job's folder, naming what differs (in the model, too: weights, config, adapters,
-    settings of its modules), for other data than before, and for hooks without a value for each token; `OSError` for
-    a full or read-only disk. Finished shards stay valid.
+    Processes that share a model make the same call together, and the first of them writes. Raises `ValueError` for
+    another job's folder, naming what differs (including the model's weights, config, adapters and module settings), for
+    changed data, and for hooks without a value for each token; `OSError` for a full or read-only disk. Finished shards
+    stay valid.
     """
     Job(bridge, dataset, names, directory_to_write("out_dir", out_dir), Options.of(options)).run()
     return ActivationStore(out_dir)

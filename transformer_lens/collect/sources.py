@@ -1,6 +1,6 @@
 """Where documents come from: files, data sets, lists of texts, token ids.
 
-A source gives its documents in an order that stays, from any number on, and holds no more than a few of them.
+A source gives its documents in a fixed order, from any number on, and holds only a few of them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,17 @@ class Source:
     """Documents by number: texts, rows of a table, or token ids."""
 
     read: Callable[[int], Iterator[Any]]
-    """The documents from this number on."""
+    """Yields the documents from a number on."""
     about: Mapping[str, Any]
     """What identifies the data in a manifest."""
     documents: int | None = None
-    """How many there are, where that is known without reading them."""
+    """The number of documents, if known without reading them."""
 
 
 def open_source(data: Any) -> Source:
-    """The documents of whatever `collect` takes.
+    """The documents of anything `collect` takes.
 
-    >>> list(open_source(["one", "two", "three"]).read(1))
-    ['two', 'three']
-
-    Raises `ValueError` for a path that is not there or of an unknown kind, and `TypeError` for other things.
+    Raises `ValueError` for a path that does not exist or is of an unknown kind, and `TypeError` for other things.
     """
     if isinstance(data, (str, Path)):
         return _files([Path(data)])
@@ -107,7 +104,7 @@ def _inside(path: Path) -> list[Path]:
 
 
 def _documents(files: Sequence[Path]) -> Iterator[Any]:
-    """Each line that is not blank is a document: a text, or a JSON object."""
+    """The documents of files, one for each line that is not blank: a text, or a JSON object."""
     for file in files:
         with file.open(encoding="utf-8") as lines:
             numbered = enumerate(lines, 1)
@@ -128,14 +125,14 @@ def _parsed(line: str, file: Path, number: int) -> Any:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns documents into token ids: texts by the tokenizer, token ids as they are."""
+    """Turns documents into token ids: tokenizes texts, and takes token ids unchanged."""
 
     tokenizer: Any
     text_key: str
     bos: int | None
-    """Put in front of each text that does not begin with it, or `None`."""
+    """Prepended to each text that does not begin with it, unless `None`."""
     eos: int | None
-    """Put behind each text, or `None`."""
+    """Appended to each text, unless `None`."""
     d_vocab: int
 
     def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Mean, variance and norms of activations that never lie in memory together."""
+"""Mean, variance and norms of activations, computed batch by batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformer_lens.checks import in_words, is_tensor
 
 
 class RunningStatistics:
-    """Statistics of vectors that come in batches, in float64.
+    """Statistics of vectors that arrive in batches, in float64.
 
     >>> from transformer_lens.collect import RunningStatistics
     >>> running = RunningStatistics()
@@ -18,8 +18,8 @@ class RunningStatistics:
     >>> running.mean.tolist(), running.variance.tolist(), running.norm_mean.item()
     ([1.5, 2.0], [2.25, 4.0], 2.5)
 
-    The variance is that of the tokens seen (divided by their number); batches are merged by the formula of
-    Chan, Golub and LeVeque (1979), which does not cancel. Norms are Euclidean, over the last axis.
+    The variance divides by the number of tokens; batches are merged with the formula of Chan, Golub and LeVeque (1979),
+    which does not cancel. Norms are Euclidean, over the last axis.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class RunningStatistics:
         self._norms: Tensor | None = None
 
     def update(self, values: Shaped[Tensor, "token ..."]) -> None:
-        """Count a batch in. Raises `ValueError` for one of another shape than those before it."""
+        """Add a batch. Raises `ValueError` if its shape differs from earlier ones."""
         if not is_tensor(values) or values.ndim < 1:
             raise TypeError(f"statistics: got {in_words(values)}, expected a tensor [token, ...]")
         if not len(values):
@@ -55,7 +55,7 @@ class RunningStatistics:
 
     @property
     def variance(self) -> Float[Tensor, " *shape"]:
-        """The mean squared distance from the mean, for each coordinate."""
+        """The mean squared distance from the mean, per coordinate."""
         return self._seen(self._squares) / self.count
 
     @property

@@ -1,4 +1,4 @@
-"""`ActivationStore`: what `collect` wrote, read in place by token, document or hook."""
+"""`ActivationStore`: memory-mapped access to what `collect` wrote, by token, document or hook."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from transformer_lens.utilities import get_act_name
 Names = str | Sequence[str | tuple[str, int]] | None
 Index = int | slice | Sequence[int] | Tensor | np.ndarray
 CHUNK = 8192
-"""Tokens that a statistic reads at a time."""
+"""Tokens a statistic reads at a time."""
 OPEN = 128
-"""Shards that are mapped at a time, far below the files a process may have open."""
+"""Shards mapped at a time, far below the limit of open files per process."""
 
 
 class Shards:
-    """The files of a store, mapped when they are read."""
+    """The files of a store, mapped when first read."""
 
     def __init__(self, out_dir: Path, records: Sequence[ShardRecord]) -> None:
         self.out_dir = out_dir
         self.records = list(records)
         self.starts = np.cumsum([0, *(record.tokens for record in records)])
-        """The number of each shard's first token, and the number of tokens."""
+        """The number of each shard's first token, then the total number of tokens."""
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Shards:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def tensors(self, place: int) -> dict[str, Tensor]:
-        """The tensors of the shard at a place in `records`. Raises `ValueError` for a file that is not as written."""
+        """The tensors of the shard at a place in `records`. Raises `ValueError` for a damaged file."""
         if place not in self._open:
             record = self.records[place]
             trouble = record.problem(self.out_dir, checksum=False)
@@ -66,7 +66,7 @@ class Shards:
         return self._open[place]
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, slice]]:
-        """Where the tokens of a range lie: places in `records`, and slices in those shards."""
+        """Where a range of tokens lies: places in `records`, and slices of those shards."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         found = []
         for place in range(first, len(self.records)):
@@ -78,7 +78,7 @@ class Shards:
 
 
 class StoredTensor:
-    """One tensor over all tokens of a store, indexed along the tokens; what is indexed is read.
+    """One tensor over all tokens of a store; indexing along the tokens reads them.
 
     >>> store["blocks.0.hook_resid_post"][3:5].shape, store["token_ids"][0].item()  # doctest: +SKIP
     (torch.Size([2, 128]), 1)
@@ -131,7 +131,7 @@ class StoredTensor:
 
 
 class ActivationStore:
-    """The activations in a folder. Nothing is read before it is indexed; a job that still runs shows what is finished.
+    """The activations in a folder, read when indexed. While a job still runs, its finished shards are shown.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -139,10 +139,10 @@ class ActivationStore:
     >>> store["hook_embed"][2:4].shape, bridge.to_string(store.document(1)["token_ids"])
     (torch.Size([2, 128]), '<|bos|>went to the store')
 
-    `store[name]` is a tensor over all tokens (`StoredTensor`), under a hook's name, a short key such as
-    `("resid_post", 1)`, or one of `context_ids`, `document_ids`, `token_ids`, `positions` and
-    `document_positions`. `store[i]`, `store[a:b]` and `store[[i, j]]` are everything about some tokens. Raises
-    `ValueError` for a folder without a manifest, and for a shard that is missing or damaged, saying what to do.
+    `store[name]` is a tensor over all tokens (`StoredTensor`), by hook name, short key such as `("resid_post", 1)`, or
+    one of `context_ids`, `document_ids`, `token_ids`, `positions` and `document_positions`. `store[i]`, `store[a:b]`
+    and `store[[i, j]]` give everything about some tokens. Raises `ValueError` for a folder without a manifest, and for
+    a missing or damaged shard, saying what to do.
     """
 
     def __init__(self, out_dir: str | Path) -> None:
@@ -150,7 +150,7 @@ class ActivationStore:
         self.manifest = Manifest.read(self.out_dir)
         records = self.manifest.records()
         numbers = sorted(records)
-        # Of a job that several processes share, later shards may be finished before earlier ones.
+        # If several processes share a job, later shards may be finished before earlier ones.
         self._shards = Shards(self.out_dir, [records[number] for number in numbers])
         about = {name: StoredTensor(self._shards, name, c.dtype, c.shape, "token") for name, c in ABOUT_TOKENS.items()}
         hooks = {
@@ -161,12 +161,12 @@ class ActivationStore:
 
     @property
     def hooks(self) -> list[str]:
-        """The names of the hooks that were collected."""
+        """The names of the collected hooks."""
         return list(self.manifest.job["hooks"])
 
     @property
     def complete(self) -> bool:
-        """Whether all shards of the job are there."""
+        """Whether all shards of the job exist."""
         return self.manifest.complete
 
     def __len__(self) -> int:
@@ -193,7 +193,7 @@ class ActivationStore:
         return self._tensors[name]
 
     def _several(self, given: Names) -> list[str]:
-        """The tensors meant: one name, several (short keys too), or every hook for `None`."""
+        """The chosen tensors: one name, several (short keys too), or every hook for `None`."""
         if given is None:
             return self.hooks
         several = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
@@ -202,10 +202,7 @@ class ActivationStore:
         return [self._named(one).name for one in several]
 
     def document(self, number: int) -> dict[str, Tensor]:
-        """Everything about the tokens of one document, by its number in the data.
-
-        Raises `KeyError` if none of its tokens is stored.
-        """
+        """Everything about the tokens of one document. Raises `KeyError` if none of its tokens is stored."""
         number = whole("document", number)
         parts: list[dict[str, Tensor]] = []
         for place, record in enumerate(self._shards.records):
@@ -233,18 +230,18 @@ class ActivationStore:
         seed: int = 0,
         drop_last: bool = False,
     ) -> ActivationBatches:
-        """Batches of tokens as a torch `IterableDataset`, each token once in an epoch.
+        """Batches of tokens as a torch `IterableDataset`, each token once per epoch.
 
-        One name gives tensors [token, ...], several give dictionaries of them; `None` stands for all hooks.
-        Shuffling mixes short runs of tokens in a buffer of `buffer_tokens`, which is all that is held. `seed` and
-        `set_epoch(n)` choose the order. Goes into `DataLoader(batches, batch_size=None, num_workers=n)`.
+        One name gives tensors [token, ...], several (`None`: all hooks) give dictionaries of them. Shuffling mixes
+        short runs of tokens in a buffer of `buffer_tokens`, which bounds memory; `seed` and `set_epoch(n)` choose the
+        order. Use it as `DataLoader(batches, batch_size=None, num_workers=n)`.
         """
         several = self._several(names)
         chosen = several[0] if isinstance(names, str) else several
         return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
 
     def statistics(self, names: Names = None) -> dict[str, RunningStatistics]:
-        """Mean, variance and mean norm of hooks over all tokens, read once.
+        """The mean, variance and mean norm of hooks over all tokens, in one pass.
 
         >>> store.statistics()["hook_embed"].mean.shape  # doctest: +SKIP
         torch.Size([128])
@@ -260,26 +257,24 @@ class ActivationStore:
     # -- out of here -------------------------------------------------------------------------------
 
     def to_numpy(self, name: str, index: Index = slice(None)) -> np.ndarray:
-        """Some tokens of one tensor as an array; bfloat16, which numpy lacks, becomes float32."""
+        """Some tokens of one tensor as an array; bfloat16, which NumPy lacks, becomes float32."""
         values: Tensor = self._named(name)[index]
         return (values.float() if values.dtype == torch.bfloat16 else values.clone()).numpy()
 
     def to_dataset(self, names: Names = None, **options: Any) -> Any:
-        """A Hugging Face `Dataset` with a row for each token; `options` go to its `from_generator`.
-
-        Raises `ImportError` without the extra `[data]`.
+        """A Hugging Face `Dataset`, one row per token; `options` go to its `from_generator`. Needs the extra
+        `[data]`.
         """
         made = needed("datasets", "to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'").Dataset
         chosen = list(self._tensors) if names is None else self._several(names)
-        # The library caches by these arguments, so they say what is in the folder; a list it would divide into shards.
+        # The library caches by these arguments, so they identify the content; it would split a list into shards.
         version = f"{self.manifest.job_sha256} {len(self)}"
         arguments = {"out_dir": str(self.out_dir), "chosen": tuple(chosen), "version": version}
         return made.from_generator(_rows, gen_kwargs=arguments, **options)
 
     def check(self) -> list[str]:
-        """Read every shard and compare its checksum: what is wrong, in words; nothing if all are whole.
-
-        The same `collect` call with `check=True` computes damaged shards again.
+        """Verify every shard's checksum: what is wrong, in words, or nothing. `collect(..., check=True)` repairs
+        damage.
         """
         return [trouble for record in self._shards.records if (trouble := record.problem(self.out_dir))]
 

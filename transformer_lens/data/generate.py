@@ -1,7 +1,7 @@
 """Generated English with known circuits: indirect objects, repeats, successors and copies.
 
-Everything is drawn from a `random.Random`, so a seed fixes the text on every machine. Name pairs are split once and for
-all into training and held-out pairs; `tiny-falcon` and `tiny-mixtral` never saw a sentence with a held-out pair.
+A seed fixes the text on every machine. Name pairs are split once into training and held-out pairs; `tiny-falcon` and
+`tiny-mixtral` never saw a sentence with a held-out pair.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _SPLIT_SALT = "tiny-name-pairs"
 
 @dataclass(frozen=True)
 class TextExample:
-    """A prompt and the completion that follows from it."""
+    """A prompt and its completion.
+
+    >>> TextExample("Days: Monday Tuesday", " Wednesday Thursday.").text
+    'Days: Monday Tuesday Wednesday Thursday.'
+    """
 
     prompt: str
     completion: str
@@ -41,8 +45,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class IOIExample:
-    """An indirect-object sentence without its last word. In order "ABB" the indirect object is named first and the
-    subject second and third; in "BAB" the subject comes first."""
+    """An indirect-object sentence without its last word, in order "ABB" (the indirect object first) or "BAB"."""
 
     prompt: str
     indirect_object: str
@@ -54,7 +57,7 @@ class IOIExample:
 
     @property
     def answer(self) -> str:
-        """The indirect object as the token that follows the prompt: with its leading space."""
+        """The indirect object as the next token, with its leading space."""
         return f" {self.indirect_object}"
 
     @property
@@ -65,8 +68,9 @@ class IOIExample:
 
 @dataclass(frozen=True)
 class IOIPair:
-    """A clean prompt and the same prompt with the second subject swapped for the indirect object, so that `answer`
-    follows the clean prompt and `wrong_answer` the corrupted one."""
+    """A clean prompt, which `answer` follows, and a corrupted one, whose second subject is swapped for the indirect
+    object so that `wrong_answer` follows.
+    """
 
     clean: str
     corrupted: str
@@ -90,13 +94,13 @@ def name_pairs(held_out: bool = False) -> tuple[tuple[str, str], ...]:
 
 
 def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
-    """A pair from one side of the split, in either order with equal chance."""
+    """A random pair from one side of the split, in random order."""
     first, second = rng.choice(name_pairs(held_out))
     return (first, second) if rng.random() < 0.5 else (second, first)
 
 
 def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None) -> IOIExample:
-    """One indirect-object prompt, with a name pair from the held-out or the training side."""
+    """A random indirect-object prompt with a held-out or a training name pair."""
     if order is not None and order not in ORDERS:
         raise ValueError(f"order: got {order!r}, expected one of {', '.join(ORDERS)}")
     drawn: Order = rng.choice(ORDERS) if order is None else order
@@ -108,8 +112,7 @@ def ioi_example(rng: Random, held_out: bool = False, order: Order | None = None)
 
 
 def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -> IOIPair:
-    """Clean and corrupted prompts of equal token length (every name is one token) for activation patching. Only the
-    second mention of the subject differs.
+    """Clean and corrupted prompts of equal token length for activation patching; only the second subject differs.
 
     >>> pair = ioi_pair(seed=3, order="BAB")
     >>> pair.clean != pair.corrupted and pair.answer != pair.wrong_answer
@@ -125,11 +128,7 @@ def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -
 
 
 def ioi_examples(count: int, seed: int = 0, held_out: bool = True) -> list[IOIExample]:
-    """A list of indirect-object prompts, by default with unseen name pairs, in alternating orders.
-
-    >>> len(ioi_examples(4))
-    4
-    """
+    """Indirect-object prompts in alternating orders, by default with held-out name pairs."""
     rng = Random(seed)
     return [ioi_example(rng, held_out, ORDERS[index % 2]) for index in range(count)]
 
@@ -151,8 +150,10 @@ def repeated_random_tokens(
 
 
 def padded_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """BOS (where the tokenizer has one) and the texts, padded on the right, and the position of each last token. The
-    attention is causal, so right padding needs no mask, and any token will do."""
+    """The texts with BOS (if the tokenizer has one), padded on the right, and the position of each last token.
+
+    Attention is causal, so right padding needs no mask, and any token will do.
+    """
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [[*front, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0
@@ -165,7 +166,7 @@ _SERIES = (("Days:", DAYS), ("Months:", MONTHS), ("Numbers:", NUMBERS), ("Letter
 
 
 def successor_example(rng: Random) -> TextExample:
-    """Days, months, numbers or letters counted up from anywhere; days and months wrap around."""
+    """Days, months, numbers or letters in order from a random start; days and months wrap around."""
     label, items = rng.choice(_SERIES)
     shown, follow = rng.randint(1, 3), rng.randint(2, 4)
     wraps = items in (DAYS, MONTHS)
@@ -175,7 +176,7 @@ def successor_example(rng: Random) -> TextExample:
 
 
 def copying_example(rng: Random) -> TextExample:
-    """A fact stated and asked for again: an owner's object, an object's color, or a list of words."""
+    """A fact stated and then asked for: an owner's object, an object's color, or a list of words."""
     kind = rng.randrange(3)
     if kind == 2:
         words = rng.sample(OBJECTS + PLACES + COLORS, rng.randint(2, 5))
@@ -193,7 +194,7 @@ def copying_example(rng: Random) -> TextExample:
 
 
 def training_example(rng: Random, task: Task) -> TextExample:
-    """One training sentence of a task; indirect-object sentences use training pairs only."""
+    """A random training sentence of a task; indirect-object sentences use training pairs only."""
     if task == "ioi":
         example = ioi_example(rng, held_out=False)
         return TextExample(example.prompt, f"{example.answer}.")

@@ -1,6 +1,6 @@
-"""What it costs to run a model over servers: bytes of messages and memory, seconds of a token and of a recovery.
+"""The costs of running a model over servers: message sizes and memory in bytes, times in seconds.
 
-Sizes are in bytes, times in seconds. Tests compare the bytes with messages and sessions of real servers.
+Tests compare the bytes with the messages and sessions of real servers.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FRAME = 512
-"""At most this much of a message is not tensors, where no hooks go with it: the head, and names and shapes."""
+"""The most bytes of a message without hooks that are not tensor data."""
 INTEGER = 8
-"""Masks, positions and rows are sent as int64."""
+"""Bytes of an int64, in which masks, positions and rows are sent."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model's measures, as far as they cost anything.
+    """The dimensions of a model that determine its costs.
 
     >>> FALCON_180B.kv_bytes(positions=1, rows=1, blocks=80) // 1000
     163
@@ -25,29 +25,29 @@ class Sizes:
     n_layers: int
     d_model: int
     kv_heads: int
-    """Keys of each position in a layer's cache: one for each group, also where transformers would keep more."""
+    """Key-value heads in a layer's cache: one per group, even where transformers keeps more."""
     d_head: int
     itemsize: int = 2
-    """Bytes of a number: 2 for bfloat16."""
+    """Bytes per number: 2 for bfloat16."""
 
     def stream_bytes(self, positions: int, rows: int = 1) -> int:
         """The residual stream, [rows, positions, d_model]."""
         return positions * rows * self.d_model * self.itemsize
 
     def request_bytes(self, new: int, before: int = 0, rows: int = 1) -> int:
-        """The tensors of a step of `new` positions after `before` others: stream, position ids, and the mask of all."""
+        """The tensors of a step of `new` positions after `before` others: stream, position ids and the whole mask."""
         return self.stream_bytes(new, rows) + INTEGER * (new + (before + new) * rows)
 
     def reply_bytes(self, new: int, rows: int = 1) -> int:
-        """The tensors of its answer, where nothing is captured."""
+        """The tensors of its reply, if nothing is captured."""
         return self.stream_bytes(new, rows)
 
     def kv_bytes(self, positions: int, rows: int = 1, blocks: int = 1) -> int:
-        """Keys and values on a server, and as many again on another one that takes over."""
+        """Keys and values on a server, and again on one that takes over."""
         return 2 * positions * rows * blocks * self.kv_heads * self.d_head * self.itemsize
 
     def kept_bytes(self, positions: int, rows: int = 1, spans: int = 1) -> int:
-        """What the client keeps of a text to replay it: the stream that went into each span."""
+        """What the client keeps to replay a text: the stream that entered each span."""
         return spans * self.stream_bytes(positions, rows)
 
 
@@ -58,29 +58,21 @@ MIXTRAL_8X22B = Sizes(n_layers=56, d_model=6144, kv_heads=8, d_head=128)
 
 
 def hop_seconds(latency: float, compute: float, size: float = 0.0, bandwidth: float = float("inf")) -> float:
-    """One call: a round trip, what the blocks take, and the bytes of question and answer at `bandwidth` per second.
-
-    >>> hop_seconds(latency=0.125, compute=0.0625, size=62_500, bandwidth=1_000_000)
-    0.25
-    """
+    """The time of one call: a round trip, the blocks, and `size` bytes sent and received at `bandwidth` per second."""
     return latency + compute + size / bandwidth
 
 
 def token_seconds(hops: Sequence[float]) -> float:
-    """One token: the calls of its hops, each of which needs the answer of the one before.
-
-    >>> 1 / token_seconds([0.25, 0.25])  # tokens each second
-    2.0
-    """
+    """The time of one token: its hops in sequence."""
     return sum(hops)
 
 
 def replay_seconds(chunks: Sequence[int], latency: float, compute: float, per_position: float = 0.0) -> float:
-    """Filling another server's cache: every chunk of the text again, one call after the other, in the same chunks.
+    """The time to refill another server's cache: every chunk of the text again, in sequence.
 
     >>> replay_seconds([65, 1, 1, 1], latency=0.125, compute=0.0625, per_position=0.015625)
     1.75
 
-    A call of these blocks takes `compute` for one position and `per_position` for each further one.
+    A call takes `compute` for one position and `per_position` for each further one.
     """
     return sum(hop_seconds(latency, compute + (chunk - 1) * per_position) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""`Node` and `peer_of` under the name that scripts know; they are in `network`."""
+"""`Node` and `peer_of` under their short import path; the code is in `network`."""
 
 from transformer_lens.distributed.network.node import Node, peer_of
 

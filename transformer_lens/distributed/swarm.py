@@ -1,4 +1,4 @@
-"""`Swarm` under the name that scripts know; it is in `client`."""
+"""`Swarm` under its short import path; the code is in `client`."""
 
 from transformer_lens.distributed.client.swarm import Swarm
 

@@ -1,4 +1,4 @@
-"""`Heatmap`, a labelled matrix, and `Heatmaps`, several of the same axes to pick from."""
+"""`Heatmap`, a labelled matrix, and `Heatmaps`, several with a menu."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_NUMBERS = 400
-"""A PNG shows each cell's value up to this many cells."""
+"""The most cells whose values a PNG shows."""
 MOST_PANELS = 24
-"""A PNG shows up to this many panels side by side."""
+"""The most panels a PNG shows side by side."""
 COLUMNS = 4
 
 
 def _are_ends(limits: object) -> bool:
-    """Whether these are two numbers, the lower first."""
+    """Whether these are two numbers in ascending order."""
     if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not all(isinstance(end, Real) for end in limits):
         return False
     return bool(-math.inf < limits[0] < limits[1] < math.inf)
@@ -55,9 +55,9 @@ class Heatmap(Picture):
     >>> picture
     Heatmap 'identity' of 2 x 2
 
-    `value` says what a cell means, with its unit. Colours are centred on zero; `limits=(low, high)` with
-    `low >= 0` makes them run from little to much. `texts` are written into the cells, `notes` show on
-    hover. NaN leaves a cell blank. Raises `ValueError` if labels or texts do not fit.
+    `value` says what a cell means, with its unit. Colours are centred on zero; `limits=(low, high)` with `low >= 0`
+    makes them sequential. `texts` are written into the cells, `notes` show on hover, NaN leaves a cell blank. Raises
+    `ValueError` if labels or texts do not fit.
     """
 
     values: Float[Tensor, "row column"]
@@ -93,12 +93,12 @@ class Heatmap(Picture):
 
     @property
     def matrix(self) -> np.ndarray:
-        """The values as numpy, in single precision."""
+        """The values as a float32 NumPy array."""
         return to_numpy(self.values.float())
 
     @property
     def range(self) -> tuple[float, float]:
-        """The values at the two ends of the colours."""
+        """The values at the ends of the colour scale."""
         if self.limits is not None:
             return self.limits
         finite = np.abs(self.matrix[np.isfinite(self.matrix)])
@@ -112,7 +112,7 @@ class Heatmap(Picture):
     # -- HTML --------------------------------------------------------------------------------------
 
     def trace(self) -> Any:
-        """The cells as a plotly trace. Positions, not labels, are the coordinates: a token may occur twice."""
+        """The cells as a plotly trace, with positions as coordinates since a label may occur twice."""
         low, high = self.range
         rows, columns = escaped(self.rows), escaped(self.columns)
         notes = self.notes or [[""] * len(columns)] * len(rows)
@@ -185,7 +185,7 @@ class Heatmap(Picture):
         picture = axes.imshow(matrix, cmap=self.colours, vmin=low, vmax=high, aspect="auto")
         x, y = ticks(self.columns), ticks(self.rows)
         labels = [visible(self.columns[place]) for place in x]
-        # Labels lie as long as the longest has room; a letter is about 0.009 inches wide for each point of its size.
+        # Labels lie flat while the longest has room; a letter is about 0.009 inches wide per point of its size.
         room = width / max(1, len(x)) / (0.009 * size)
         lying = max(map(len, labels), default=0) + 1 <= room
         turn: dict[str, Any] = {} if lying else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
@@ -204,7 +204,7 @@ class Heatmap(Picture):
 
     @property
     def _written(self) -> bool:
-        """Whether a PNG has something written in its cells."""
+        """Whether a PNG has text in its cells."""
         return self.texts is not None or self.matrix.size <= MOST_NUMBERS
 
     def drawing(self) -> Drawing:
@@ -218,7 +218,7 @@ class Heatmap(Picture):
 
 
 def _ink(share: float, colours: str) -> str:
-    """Black or white, whichever reads better on a colour `share` of the way up."""
+    """Black or white, whichever contrasts better with a colour `share` of the way up."""
     if colours == SEQUENTIAL:
         return "w" if share > 0.55 else "k"
     return "w" if abs(share - 0.5) > 0.3 else "k"
@@ -226,20 +226,20 @@ def _ink(share: float, colours: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Heatmaps(Picture):
-    """Several heat maps, one of which shows at a time: a menu picks it. A PNG shows them side by side,
-    with one colour bar where their colours mean the same, else one for each.
+    """Several heat maps with a menu that picks one. A PNG shows them side by side, with one colour bar if they share a
+    scale.
 
     >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
     >>> Heatmaps(panels, title="heads")
     Heatmaps 'heads': 3 panels, head 0 to head 2
 
-    Raises `ValueError` for no panel, and for a `first` that is none of them.
+    Raises `ValueError` for no panels, and for an unknown `first`.
     """
 
     panels: Mapping[str, Heatmap]
     title: str
     first: str = ""
-    """The panel that shows at the start; by default the first."""
+    """The panel shown at the start; by default the first."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.panels, Mapping) or not all(isinstance(one, Heatmap) for one in self.panels.values()):

@@ -1,4 +1,4 @@
-"""Pictures of what a model did: attention patterns, heads by layer, a logit lens, routing, losses by token."""
+"""Pictures of runs: attention patterns, heads by layer, a logit lens, routing, losses by token."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from transformer_lens.viz.waterfall import Waterfall
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
 Numbers = int | Sequence[int] | None
-"""One number, several, or `None` for all there are."""
+"""One number, several, or `None` for all."""
 Limits = tuple[float, float] | None
-"""The values at the two ends of the colours; `None` takes them from the data, centred on zero."""
+"""The ends of the colour scale; `None` takes them from the data, centred on zero."""
 
 
 def attention_patterns(
@@ -33,20 +33,17 @@ def attention_patterns(
     heads: Numbers | Heads = None,
     layers: Numbers = None,
 ) -> Heatmaps:
-    """How much each position attends to each earlier one, one head at a time, with a menu of heads.
+    """Attention patterns, one head at a time, with a menu of heads.
 
     >>> tokens = bridge.to_str_tokens("Mary and John")
     >>> attention_patterns(tokens, cache, first="L1H2")
     Heatmaps 'Attention patterns': 16 panels, L0H0 to L3H3
 
-    >>> attention_patterns(tokens, cache["pattern", 1][0, [2, 3]], heads=["L1H2", "L1H3"])
-    Heatmaps 'Attention patterns': 2 panels, L1H2 to L1H3
-
-    `attention` is a cache of one text, or a tensor `[layer head query_pos key_pos]`, `[head query_pos key_pos]` or,
-    with one head, `[query_pos key_pos]`. Of a cache, `heads` and `layers` choose what is shown; of a tensor they say
-    which heads it holds, else they count from 0. `heads` are numbers in each of the layers, or heads with their
-    layers: `"L3H2"`, `"3.2"`, several of these or of pairs `[(3, 2)]`. `first` shows first. Raises `ValueError` where
-    tokens and positions do not fit, and for heads or layers that are not there.
+    `attention` is a cache of one text, or a tensor `[layer head query_pos key_pos]`, `[head query_pos key_pos]` or, for
+    one head, `[query_pos key_pos]`. `heads` and `layers` choose from a cache, or name the heads of a tensor, which
+    otherwise count from 0. `heads` are numbers in each layer, or heads with their layers: `"L3H2"`, `"3.2"`, several of
+    these or of pairs `[(3, 2)]`. `first` is shown first. Raises `ValueError` where tokens and positions do not fit, and
+    for heads or layers that do not exist.
     """
     tokens = listed("tokens", tokens)
     wanted = _label(*written_pair("head", first, "first"))
@@ -112,7 +109,7 @@ def _heads(
 def _of_tensor(
     pattern: Pattern, layers: Numbers, heads: Any, pairs: list[tuple[int | None, int]]
 ) -> dict[tuple[int | None, int], Float[Tensor, "query_pos key_pos"]]:
-    """The heads of a tensor under the names given, or counted from 0."""
+    """The heads of a tensor under the given names, or counted from 0."""
     if pattern.ndim not in (3, 4) and not (pattern.ndim == 2 and heads is not None):
         raise ValueError(
             f"attention_patterns: got a tensor of {list(pattern.shape)}, expected [head query_pos key_pos] or "
@@ -152,12 +149,10 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
 
 
 def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value", limits: Limits = None) -> Heatmap:
-    """A number for each head, by layer.
+    """A number for each head, by layer; `limits=(low, high)` fixes the ends of the colours, to compare maps.
 
     >>> head_map(torch.zeros(4, 4), "score of previous-token heads").columns
     ['0', '1', '2', '3']
-
-    `limits=(low, high)` are the values at the ends of the colours, so that several maps can be compared.
     """
     values = _with_axes("head_map", values, "layer head")
     rows, columns = (list(map(str, range(size))) for size in values.shape)
@@ -171,20 +166,18 @@ def patching_map(
     value: str = "restored",
     limits: Limits = None,
 ) -> Heatmap:
-    """A number for each layer and position, as a sweep of patches gives it.
+    """A number for each layer and position, such as the result of a patching sweep; `limits` as in `head_map`.
 
     >>> tokens = bridge.to_str_tokens("Mary and John")
     >>> patching_map(torch.zeros(4, 5), tokens, "patching the residual stream").rows
     ['0', '1', '2', '3']
-
-    `limits` as in `head_map`.
     """
     values = _with_axes("patching_map", values, "layer pos")
     return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value, limits)
 
 
 def _with_axes(what: str, values: Any, axes: str) -> Tensor:
-    """Values as a tensor. Raises `ValueError` for other axes than those named."""
+    """Values as a tensor. Raises `ValueError` for any other axes."""
     made = as_numbers(f"{what}: values", values)
     if made.ndim != len(axes.split()):
         raise ValueError(f"{what}: got values of shape {list(made.shape)}, expected [{axes}]")
@@ -193,13 +186,11 @@ def _with_axes(what: str, values: Any, axes: str) -> Tensor:
 
 @checked
 def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
-    """The likeliest next token of each position as each layer's stream would predict it.
+    """The logit lens's top token at each layer and position, coloured by its probability; hovering lists `top` tokens.
 
     >>> grid = logit_lens_grid(bridge, "Mary and John")
     >>> grid.rows, len(grid.columns)
     (['0_pre', '1_pre', '2_pre', '3_pre', 'final_post'], 5)
-
-    Colour is its probability; hovering lists the `top` tokens.
     """
     check_one_text("logit_lens_grid", text)
     top = whole("logit_lens_grid: top", top, 1, bridge.W_U.shape[1])
@@ -233,13 +224,13 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
 def logit_waterfall(
     cache: ActivationCache, token: str | int, wrong: str | int | None = None, position: int = -1, most: int = 24
 ) -> Waterfall:
-    """What each head, MLP and the embedding add to a logit at one position, or to a difference of two.
+    """What each head, each MLP and the embedding add to a logit or a logit difference at one position.
 
     >>> logit_waterfall(cache, " Mary", " John").labels[:2]
     ['L0H0', 'L0H1']
 
-    `cache` holds one text. Tokens are text or ids; the title shows their text. The parts sum to the logit less
-    what the final norm's bias and the unembedding's add.
+    `cache` holds one text. Tokens are text or ids. The parts sum to the logit minus what the biases of the final norm
+    and the unembedding add.
     """
     if not isinstance(cache, ActivationCache):
         raise TypeError(f"cache: got {in_words(cache)}, expected an ActivationCache")
@@ -253,7 +244,7 @@ def logit_waterfall(
 
 
 def _named(cache: ActivationCache, token: str | int) -> str:
-    """A token's text in quotes, also where its number is given; the number if the model has no tokenizer."""
+    """A token's text in quotes, also for an id; the id if the model has no tokenizer."""
     if isinstance(token, str):
         return repr(token)
     bridge = cast(TransformerBridge, cache.model)
@@ -262,12 +253,10 @@ def _named(cache: ActivationCache, token: str | int) -> str:
 
 @checked
 def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
-    """Which experts each token of one text goes to and how much each counts, one layer at a time.
+    """Each token's experts and their weights, one layer at a time. Raises `TypeError` for several texts.
 
     >>> routing_map(moe, "Mary and John")
     Heatmaps 'Routing': 3 panels, layer 0 to layer 2
-
-    `text` may be token ids, [pos] or [1, pos]. Raises `TypeError` for several texts.
     """
     check_one_text("routing_map", text)
     experts = list(map(str, range(need_experts(bridge.cfg, "routing_map"))))
@@ -283,12 +272,10 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
 
 @checked
 def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> TokenText:
-    """Running text, each token coloured by how much it surprised the model.
+    """Running text, each token coloured by the model's loss on it; the first token has none.
 
     >>> token_losses(bridge, "Mary and John")
     TokenText 'Loss by token': 5 tokens, coloured by loss
-
-    The first token is predicted by nothing and has no colour.
     """
     check_one_text("token_losses", text)
     with torch.no_grad():

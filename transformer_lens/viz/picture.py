@@ -1,7 +1,7 @@
-"""`Picture`: something that shows in Jupyter and saves to one file, HTML or PNG.
+"""`Picture`: something that shows in Jupyter and saves as one HTML or PNG file.
 
-A picture is data; plotly draws it for HTML and matplotlib for PNG. Both are imported where they draw,
-so that importing this costs nothing without them. HTML needs no script from outside.
+A picture is data; plotly draws it for HTML and matplotlib for PNG, each imported only when it draws. HTML is
+self-contained.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 MISSING = "drawing needs plotly and matplotlib: pip install 'transformer-lens-bridge[viz]'"
 DIVERGING = "RdBu"
-"""Around zero; told apart by the common kinds of colour blindness."""
+"""Colours around zero, distinguishable with the common kinds of colour blindness."""
 SEQUENTIAL = "Blues"
-"""From nothing to much; one hue from white on, so it reads without colour vision and in print."""
+"""Colours from little to much, in one hue that also works without colour vision and in print."""
 RISE, FALL, TOTAL = "#0072B2", "#D55E00", "#777777"
 """From the palette of Okabe and Ito (2008), safe for the common kinds of colour blindness."""
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
 MOST_LABELS = 60
-"""More labels than this along an axis are thinned out, or nobody can read them."""
+"""More labels than this along an axis are thinned out to stay readable."""
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
 def visible(token: str) -> str:
-    """A token as a label: line breaks and tabs get a sign, nothing becomes a sign too, other control characters a code.
+    """A token as a label: line breaks, tabs and an empty token become signs, other control characters codes.
 
     >>> visible("a\\n"), visible(""), visible("\\x03")
     ('a⏎', '∅', '\\\\x03')
@@ -44,7 +44,7 @@ def visible(token: str) -> str:
 
 
 def escaped(labels: Sequence[str]) -> list[str]:
-    """Labels for plotly, which reads `<b>` and its like as formatting."""
+    """Labels for plotly, which interprets `<b>` and the like."""
     return [html.escape(visible(label), quote=False) for label in labels]
 
 
@@ -59,19 +59,19 @@ class Picture(ABC):
 
     @abstractmethod
     def figure(self) -> Figure:
-        """The picture as a plotly figure, to change before it is shown."""
+        """The picture as a plotly figure, which you can change before showing it."""
 
     @abstractmethod
     def drawing(self) -> Drawing:
         """The picture as a matplotlib figure."""
 
     def html(self) -> str:
-        """A whole page that needs nothing from outside."""
+        """A complete, self-contained page."""
         found: str = self.figure().to_html(include_plotlyjs=True, full_html=True, config={"responsive": True})
         return found
 
     def save(self, path: str | Path) -> Path:
-        """Write one file, HTML or PNG by the ending of its name. Raises `ValueError` for other endings."""
+        """Write one file, HTML or PNG by its extension. Raises `ValueError` for other extensions."""
         suffix = a_path("path", path).suffix.lower()
         if suffix == ".html":
             return self.save_html(path)
@@ -80,13 +80,13 @@ class Picture(ABC):
         raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html or .png")
 
     def save_html(self, path: str | Path) -> Path:
-        """Write one HTML file; values show on hover."""
+        """Write one HTML file, in which values show on hover."""
         path = file_to_write("path", path)
         path.write_text(self.html(), encoding="utf-8")
         return path
 
     def save_png(self, path: str | Path) -> Path:
-        """Write a PNG that is readable at 900 pixels."""
+        """Write a PNG that is readable 900 pixels wide."""
         path = file_to_write("path", path)
         path.write_bytes(self.png())
         return path
@@ -98,7 +98,7 @@ class Picture(ABC):
         return file.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """For Jupyter: live where the front end knows plotly, an image elsewhere."""
+        """For Jupyter: interactive if the front end supports plotly, else an image."""
         return {
             "application/vnd.plotly.v1+json": self.figure().to_plotly_json(),
             "image/png": base64.b64encode(self.png()).decode(),
@@ -107,13 +107,13 @@ class Picture(ABC):
 
 
 def new_drawing(width: float, height: float) -> Drawing:
-    """An empty matplotlib figure, in inches; no window and no global state."""
+    """An empty matplotlib figure, sized in inches, without a window or global state."""
     make: type[Drawing] = needed("matplotlib.figure", MISSING).Figure
     return make(figsize=(max(7.5, width), height), layout="constrained")
 
 
 def entitle(figure: Drawing, title: str) -> None:
-    """A title from the left edge, in as many lines as it needs: an inch holds about 11 letters of this size."""
+    """Add a left-aligned title, wrapped as needed: an inch holds about 11 letters of this size."""
     lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=11, parse_math=False)
 

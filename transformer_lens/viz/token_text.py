@@ -1,4 +1,4 @@
-"""`TokenText`: running text, each token coloured by a number, with a menu where there are several."""
+"""`TokenText`: running text, each token coloured by a number, with a menu if there are several."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 Line = list[tuple[int, int, str]]
-"""Tokens of a line: which one, its first column, and what it looks like."""
+"""The tokens of a line: index, first column and visible text."""
 COLUMNS, MOST_LINES = 80, 150
-"""A PNG has lines of so many characters, and so many lines."""
+"""Characters per line, and lines, of a PNG."""
 WIDTH, LINE, HEAD, FONT_SIZE = 8.0, 0.27, 0.3, 9.5
-"""Of a PNG, a line in it and a title, in inches; points. So a character of a monospaced font fills its column."""
+"""Inches: PNG width, line height, title height; then the font size in points, at which one character fills a column."""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>{title}</title></head><body>{body}</body></html>"""
 FRAGMENT = """<figure class="token-text" style="margin:1em;font-family:{font};max-width:60em">
@@ -63,8 +63,8 @@ class TokenText(Picture):
     >>> TokenText([" Mary", " and"], {"loss": torch.tensor([2.0, 0.5])}, title="loss by token", unit="nats")
     TokenText 'loss by token': 2 tokens, coloured by loss
 
-    `values` has a row of numbers (a tensor, an array or a list), one for each token, under each name. Raises
-    `ValueError` if they do not fit, for a value that is not finite, and for no tokens.
+    `values` maps names to rows with one number per token (a tensor, an array or a list). Raises `ValueError` if they do
+    not fit, for a value that is not finite, and for no tokens.
     """
 
     tokens: Sequence[str]
@@ -93,7 +93,7 @@ class TokenText(Picture):
         return f"TokenText {self.title!r}: {len(self.tokens)} tokens, coloured by {', '.join(self.values)}"
 
     def fragment(self) -> str:
-        """The text as a piece of HTML, with its own few lines of script."""
+        """The text as an HTML fragment, with its own few lines of script."""
         rows = [[round(float(v), 6) for v in row.double().tolist()] for row in self.values.values()]
         most = max(map(abs, rows[0]))
         colours = [_tint(value, most) for value in rows[0]]  # a page that may run no script has the first row's
@@ -115,7 +115,7 @@ class TokenText(Picture):
         return Heatmap(rows, list(self.values), self.tokens, self.title, "", "token", self.unit or "value").figure()
 
     def drawing(self) -> Drawing:
-        """The text once for each row of values, up to `MOST_LINES` lines in all."""
+        """The text once per row of values, up to `MOST_LINES` lines in all."""
         lines = _lines(self.tokens)
         each = max(1, MOST_LINES // len(lines))
         names, lines = list(self.values)[:each], lines[:MOST_LINES]
@@ -127,7 +127,7 @@ class TokenText(Picture):
         return figure
 
     def _write(self, axes: Axes, name: str, lines: Sequence[Line]) -> None:
-        """One row of values: its name and largest value, then the text on its colours."""
+        """One row of values: its name and largest value, then the coloured text."""
         values = self.values[name].double().tolist()
         axes.set(xlim=(0, COLUMNS), ylim=(len(lines), 0))
         axes.set_axis_off()
@@ -143,7 +143,7 @@ class TokenText(Picture):
                 axes.text(start, y + 0.5, shown, family="monospace", fontsize=FONT_SIZE, va="center", parse_math=False)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """For Jupyter: with a script where it may run, coloured HTML without, an image where HTML is not shown."""
+        """For Jupyter: HTML with a script where scripts run, coloured HTML elsewhere, else an image."""
         return {
             "text/html": self.fragment(),
             "image/png": base64.b64encode(self.png()).decode(),
@@ -152,7 +152,7 @@ class TokenText(Picture):
 
 
 def _lines(tokens: Sequence[str]) -> list[Line]:
-    """Tokens as they stand in lines of `COLUMNS` characters, each broken where a token would not fit."""
+    """Tokens in lines of `COLUMNS` characters, broken where a token would not fit."""
     lines: list[Line] = [[]]
     column = 0
     for place, token in enumerate(tokens):
@@ -168,7 +168,7 @@ def _lines(tokens: Sequence[str]) -> list[Line]:
 
 
 def _share(value: float, most: float) -> float:
-    """How strong a value's colour is; black text can be read on the strongest."""
+    """How strong a value's colour is; black text stays readable on the strongest."""
     return 0.75 * abs(value) / (most or 1.0)
 
 

@@ -1,4 +1,4 @@
-"""`Waterfall`: how parts add up to a whole, one bar for each."""
+"""`Waterfall`: how parts add up to a whole, one bar each."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Waterfall(Picture):
-    """The parts of a logit (or of anything that is a sum), each bar starting where the last one ended.
+    """The parts of a logit (or of any other sum), each bar starting where the previous one ended.
 
     >>> Waterfall(torch.tensor([1.0, -0.5, 0.25]), ["embed", "L0H0", "bias"], title="logit of ' Mary'")
     Waterfall "logit of ' Mary'": 3 parts, 0.750 in all
 
-    `most` keeps that many of the largest parts, in their order, and sums the others to one bar, so that
-    the bars still end at the whole. Raises `ValueError` if labels do not fit, or for a NaN.
+    `most` keeps the largest parts, in their order, and sums the rest into one bar, so that the bars still end at the
+    whole. Raises `ValueError` if labels do not fit, or for a NaN.
     """
 
     values: Float[Tensor, " component"]
@@ -62,7 +62,7 @@ class Waterfall(Picture):
         return f"Waterfall {self.title!r}: {len(self.labels)} parts, {float(self.values.double().sum()):.3f} in all"
 
     def bars(self) -> tuple[list[str], list[float]]:
-        """The labels and values that show: the largest, and the sum of the others."""
+        """The labels and values shown: the largest, and the sum of the others."""
         values: list[float] = self.values.double().tolist()
         order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
         kept = sorted(order[: self.most])

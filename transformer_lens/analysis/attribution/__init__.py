@@ -1,4 +1,4 @@
-"""Attribution: how much each activation, edge and path of the model counts for a metric, by gradients or exactly."""
+"""Attribution: how much each activation, edge and path contributes to a metric, by gradients or exactly."""
 
 from transformer_lens.analysis.attribution.activations import (
     AttributionScores,

@@ -1,4 +1,4 @@
-"""Attribution to activations: attribution patching (activation patching to first order), and integrated gradients.
+"""Attribution to activations: attribution patching (first-order activation patching) and integrated gradients.
 
 Sources: Nanda 2023, "Attribution Patching"; Syed et al. 2023, "Attribution Patching Outperforms Automated Circuit
 Discovery"; Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks". A positive score means that the clean
@@ -35,18 +35,18 @@ from transformer_lens.factored_matrix import wide
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttributionScores:
-    """Scores of single numbers of activations; `by` and `stacked` sum them over the axes that do not matter."""
+    """Scores for every element of some activations; `by` and `stacked` sum them over the axes you do not need."""
 
     scores: dict[str, Tensor]
-    """By hook: (clean - corrupted) * gradient, of the activation's shape, in float32 at least."""
+    """By hook: (clean - corrupted) * gradient, shaped like the activation, in at least float32."""
     axes: dict[str, tuple[str, ...]]
-    """By hook: what the axes are."""
+    """By hook: the names of the axes."""
     value: Float[Tensor, ""]
     """The metric in the run whose gradient was taken."""
 
     def by(self, axes: str) -> dict[str, Tensor]:
-        """The score of each hook by some of its axes, in their order in `axes`; the others are summed, the batch too.
-        Raises `ValueError` for an axis that a hook does not have.
+        """Sum each hook's scores over all axes (the batch too) except those named, in the order named. Raises
+        `ValueError` for an axis that a hook does not have.
 
         >>> metric = lambda logits: logits[0, -1, 5]
         >>> found = attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, "blocks.0.attn.hook_z")
@@ -57,13 +57,7 @@ class AttributionScores:
         return {name: self._by(name, axes.split()) for name in self.scores}
 
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
-        """`by`, with the hooks as the first axis.
-
-        >>> metric = lambda logits: logits[0, -1, 5]
-        >>> names = [f"blocks.{i}.attn.hook_z" for i in range(4)]
-        >>> attribution_patching(bridge, "Mary and John", "Mary and Mary", metric, names).stacked("head").shape
-        torch.Size([4, 4])
-        """
+        """`by`, stacked along a first axis of hooks: `found.stacked("head")` is [hook, head]."""
         return torch.stack(list(self.by(axes).values()))
 
     def _by(self, name: str, wanted: list[str]) -> Tensor:
@@ -89,8 +83,8 @@ def attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> AttributionScores:
-    """What the metric would change, to first order, if an activation of the clean run were put into the corrupted one:
-    `(clean - corrupted) * d metric / d activation`, for every number of every named hook.
+    """Estimate, to first order, how the metric changes when a clean activation is patched into the corrupted run:
+    `(clean - corrupted) * d metric / d activation`, for every element of every named hook.
 
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
@@ -101,14 +95,14 @@ def attribution_patching(
     >>> divmod(int(heads.argmax()), 4)  # the layer and head whose clean output helps most
     (3, 3)
 
-    It costs two forwards and one backward, however many hooks. `at` says where the gradient is taken. In the corrupted
-    run (default) a score estimates `metric(corrupted with the clean value) - metric(corrupted)`, which the sweeps of
-    `transformer_lens.patching` measure; in the clean run, `metric(clean) - metric(clean with the corrupted value)`. It
-    is exact where the metric is linear in the activation.
+    It costs two forwards and one backward, however many hooks. `at` says in which run the gradient is taken. In the
+    corrupted run (default) a score estimates `metric(corrupted with the clean value) - metric(corrupted)`, as the
+    sweeps of `transformer_lens.patching` measure it; in the clean run, `metric(clean) - metric(clean with the corrupted
+    value)`. It is exact where the metric is linear in the activation.
 
-    Inputs are a text, tokens or embeddings, of one shape and padded alike. The metric gets logits [batch pos d_vocab]
-    and makes one number of them, with torch. Raises `ValueError` for inputs that do not fit, for a metric that autograd
-    cannot follow or that is not finite, and for hooks of integers or of chosen experts.
+    Inputs are text, tokens or embeddings, of one shape and with the same padding. The metric maps logits [batch pos
+    d_vocab] to one number, with torch. Raises `ValueError` for inputs that do not fit, a metric that is not finite or
+    has no gradient, and hooks of integers or of chosen experts.
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     found = differentiable_names(bridge, names)
@@ -134,8 +128,8 @@ def expert_attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> Float[Tensor, "layer batch pos expert"]:
-    """Attribution patching of what each expert adds to the stream: its output times its weight, nothing where it was
-    not chosen. An estimate of `get_act_patch_expert_out`; arguments and errors as in `attribution_patching`. Raises
+    """Attribution patching of each expert's contribution to the residual stream: its weighted output, zero where it was
+    not chosen. It estimates `get_act_patch_expert_out`; arguments and errors as in `attribution_patching`, and
     `ValueError` for a dense model.
 
     >>> metric = lambda logits: logits[0, -1, 5]
@@ -163,17 +157,17 @@ def expert_attribution_patching(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IntegratedGradients:
-    """Attributions to one activation, and how far their sum is from what it should be."""
+    """Attributions to one activation, with the error of their sum."""
 
     scores: Float[Tensor, "batch pos ..."]
-    """One for each number of the activation, in float32 at least."""
+    """One score for each element of the activation, in at least float32."""
     axes: tuple[str, ...]
     total: Float[Tensor, ""]
-    """The metric with the activation as it is, less that with the baseline in its place."""
+    """The metric with the actual activation minus the metric with the baseline."""
 
     @property
     def completeness_error(self) -> float:
-        """The sum of the scores less `total`: zero but for rounding and too few steps."""
+        """The sum of the scores minus `total`: zero up to rounding and too few steps."""
         return float(self.scores.sum() - self.total)
 
     def __repr__(self) -> str:
@@ -182,8 +176,8 @@ class IntegratedGradients:
 
 @checked
 def line_steps(steps: int) -> tuple[list[float], list[float]]:
-    """Points between 0 and 1, and weights that sum to one: Gauss-Legendre quadrature, exact for polynomials of degree
-    `2 * steps - 1`.
+    """Points between 0 and 1 with weights that sum to one: Gauss-Legendre quadrature, exact up to degree `2 * steps -
+    1`.
 
     >>> line_steps(1)
     ([0.5], [1.0])
@@ -204,19 +198,19 @@ def integrated_gradients(
     steps_per_batch: int = 8,
     attention_mask: Tensor | None = None,
 ) -> IntegratedGradients:
-    """`(activation - baseline) * mean gradient` on the straight line from the baseline to the activation, for every
-    number of one hook. The baseline is a number, or a tensor of the activation's shape (that of another run, or a mean
-    over many). The scores sum to what the metric loses by the baseline, and `completeness_error` says how nearly.
+    """Integrated gradients for one hook: `(activation - baseline) * mean gradient` along the straight line between
+    them, for every element. The baseline is a number or a tensor shaped like the activation (from another run, or a
+    mean over many). The scores sum to the change in the metric, up to `completeness_error`.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> found = integrated_gradients(bridge, "Mary and John", metric, "blocks.2.hook_mlp_out")
     >>> found.scores.sum(-1).shape, abs(found.completeness_error) < 1e-3
     (torch.Size([1, 5]), True)
 
-    It costs two forwards, and `steps` forwards and backwards of the layers from the hook on, `steps_per_batch` at a
-    time; the points are those of `line_steps`. Sharp bends on the line want more steps: a norm bends near a stream of
-    zeros, so a residual stream wants another baseline. Where a router changes its choice the metric jumps, which no
-    gradient sees, and the error stays. Other arguments and errors as in `attribution_patching`.
+    It costs two forwards, and `steps` forwards and backwards of the layers above the hook, `steps_per_batch` at a time;
+    the points are those of `line_steps`. Sharp bends need more steps: a norm bends near a zero stream, so choose
+    another baseline for a residual stream. Where a router switches experts the metric jumps, which no gradient sees,
+    and the error stays. Other arguments and errors as in `attribution_patching`.
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected the name of one hook")
@@ -255,8 +249,9 @@ def summed_gradients(
     line: Float[Tensor, "step batch pos ..."],
     layer: int | None = None,
 ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-    """The gradient at some hooks, by the weights of points on a line: values of the hook `moved`, which run as copies
-    of the batch."""
+    """The weighted gradient at some hooks over points on a line: values of the hook `moved`, run as copies of the
+    batch.
+    """
     copies, batch = line.shape[:2]
 
     def total(logits: Tensor) -> Tensor:

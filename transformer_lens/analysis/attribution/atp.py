@@ -1,7 +1,7 @@
-"""AtP*: attribution patching with two of its failures repaired (Kramár et al. 2024).
+"""AtP*: attribution patching with two of its failure modes fixed (Kramár et al. 2024).
 
-QK fix: a saturated softmax hides what a query or key does, so it is recomputed and not linearised. GradDrop:
-effects that cancel between layers show when the gradient skips one layer after another.
+QK fix: the softmax is recomputed instead of linearised, since a saturated one hides the effect of queries and keys.
+GradDrop: the gradient skips one layer after another, which reveals effects that cancel between layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HOOKS = {
     "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
 }
-"""The parts that can be asked for; a part is scored by position, and by head or neuron where it has those."""
+"""The components that can be scored, by position and, where they have them, by head or neuron."""
 SUMMED = ("d_head", "d_model")
 WRITES = ("hook_attn_out", "hook_mlp_out")
 SOFTMAX = ("attn.hook_attn_scores", "attn.hook_pattern")
@@ -51,21 +51,20 @@ def atp_star(
     grad_drop: bool = True,
     attention_mask: Tensor | None = None,
 ) -> Scores:
-    """Attribution patching of queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and neurons
-    (`mlp_post`), by layer, text and position; keys and values by key-value head.
+    """Attribution patching with AtP* fixes for queries, keys, values, head outputs (`z`), `attn_out`, `mlp_out` and
+    neurons (`mlp_post`), by layer, text and position; keys and values by key-value head.
 
     >>> metric = lambda logits: logits[0, -1, 5] - logits[0, -1, 6]
     >>> found = atp_star(bridge, "Mary and John", "Mary and Mary", metric)
     >>> found["q"].shape, found["k"].shape, found["mlp_out"].shape
     (torch.Size([4, 1, 5, 4]), torch.Size([4, 1, 5, 2]), torch.Size([4, 1, 5]))
 
-    `qk_fix`: a query or key is scored by `sum over the pattern of d metric / d pattern * change of the pattern`, with
-    the softmax recomputed. `grad_drop`: the mean size of the scores over backward passes each of which stops the
-    gradient at what one layer writes, `sum over l of |score without layer l| / (layers - 1)`. Sizes have no sign;
-    without `grad_drop` the scores keep theirs, and those of v, z and MLPs are plain attribution patching. Where one
-    metric serves several texts, each has a score of its own.
+    `qk_fix` scores a query or key by `sum over the pattern of d metric / d pattern * change of the pattern`,
+    recomputing the softmax. `grad_drop` averages the absolute score over backward passes that each stop the gradient at
+    one layer's output: `sum over l of |score without layer l| / (layers - 1)`. Without it scores are signed, and those
+    of v, z and MLPs are plain attribution patching. Where one metric covers several texts, each has its own score.
 
-    It costs two forwards and one backward, or one backward for each layer with `grad_drop`. Errors as in
+    It costs two forwards and one backward, or one backward per layer with `grad_drop`. Errors as in
     `attribution_patching`; `KeyError` for `mlp_post` in a mixture of experts.
     """
     layers = range(bridge.cfg.n_layers)
@@ -110,7 +109,7 @@ def _in_layers(bridge: TransformerBridge, names: Sequence[str]) -> list[str]:
 
 
 class _Dropping:
-    """A backward hook that stops the gradient at what one layer writes."""
+    """A backward hook that stops the gradient at one layer's output."""
 
     layer: int | None = None
 
@@ -118,14 +117,15 @@ class _Dropping:
         return torch.zeros_like(gradient) if hook.layer() == self.layer else None
 
     def hidden(self, gradients: Tensors) -> Tensors:
-        """The gradients, those at the stop itself zero: torch shows them as they were before or after a hook on them,
-        depending on what else is asked for."""
+        """The gradients, zero at the stop itself: torch shows them there as before or after a hook, depending on what
+        else is asked for.
+        """
         stops = [f"blocks.{self.layer}.{name}" for name in WRITES]
         return {name: torch.zeros_like(one) if name in stops else one for name, one in gradients.items()}
 
 
 def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
-    """Where they are as attention multiplies them."""
+    """The hooks of queries and keys as attention multiplies them."""
     rotated = "rot_" if "blocks.0.attn.hook_rot_q" in bridge.hook_dict else ""
     return [f"attn.hook_{rotated}{part}" for part in "qk"]
 
@@ -133,7 +133,7 @@ def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
 def _linear(
     bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
 ) -> Float[Tensor, "batch pos ..."]:
-    """Plain attribution patching of one part."""
+    """Plain attribution patching of one component."""
     name = block + HOOKS[part]
     product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
     return product.sum(-1) if bridge.hook_dict[name].axes.split()[-1] in SUMMED else product
@@ -142,7 +142,7 @@ def _linear(
 def _softmaxed(
     bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
 ) -> Float[Tensor, "batch pos head"]:
-    """The QK fix of queries or of keys."""
+    """The QK fix for queries or keys."""
     cfg, names = bridge.cfg, [block + name for name in _queries_and_keys(bridge)]
     (q, k), (other_q, other_k) = (
         [_per_head(run[name].double(), cfg.n_heads) for name in names] for run in (ours, theirs)
@@ -161,7 +161,7 @@ def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float
 
 
 def _check_shapes(scores: Tensor, change: Tensor, gradient: Tensor) -> None:
-    """Raise `ValueError` unless all three are about the same queries and keys."""
+    """Raise `ValueError` unless all three have one shape."""
     if scores.ndim != 4 or not scores.shape == change.shape == gradient.shape:
         shapes = ", ".join(str(list(one.shape)) for one in (scores, change, gradient))
         raise ValueError(
@@ -170,7 +170,7 @@ def _check_shapes(scores: Tensor, change: Tensor, gradient: Tensor) -> None:
 
 
 def _hidden(scores: Tensor) -> Tensor:
-    """Where the mask lets no query look: scores near the lowest number there is."""
+    """Where the mask blocks attention: scores near the lowest representable number."""
     return scores < torch.finfo(torch.float16).min * 0.9
 
 
@@ -180,8 +180,8 @@ def query_effects(
     change: Float[Tensor, "batch head query_pos key_pos"],
     gradient: Float[Tensor, "batch head query_pos key_pos"],
 ) -> Float[Tensor, "batch head query_pos"]:
-    """`gradient . (softmax(scores + change) - softmax(scores))`: what one query at a time does, with the gradient at
-    the pattern (Kramár et al. 2024, the query part of their QK fix).
+    """The effect of patching one query at a time: `gradient . (softmax(scores + change) - softmax(scores))`, with the
+    gradient at the pattern (Kramár et al. 2024, the query half of the QK fix).
 
     >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
     >>> query_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))  # softmax(2, 0)[0] - softmax(0, 0)[0]
@@ -200,10 +200,10 @@ def key_effects(
     change: Float[Tensor, "batch head query_pos key_pos"],
     gradient: Float[Tensor, "batch head query_pos key_pos"],
 ) -> Float[Tensor, "batch head key_pos"]:
-    """What one key at a time does: only its own column of the scores changes, for every query (the key part of the QK
-    fix). With `p` the pattern and `c` the change, a column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`: `G_n` is the
-    gradient averaged by the pattern over the other keys, and `p'_n = sigmoid(logit(p_n) + c_n)`, so no softmax is
-    computed anew for each key.
+    """The effect of patching one key at a time, which changes only its own column of the scores (the key half of the QK
+    fix). With pattern `p` and change `c`, column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`, where `G_n` is the
+    gradient averaged by the pattern over the other keys and `p'_n = sigmoid(logit(p_n) + c_n)`, so no softmax is
+    recomputed for each key.
 
     >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
     >>> key_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))

@@ -1,7 +1,7 @@
-"""Direct logit attribution: what each part of the stream adds to a logit without a detour.
+"""Direct logit attribution: what each component adds to a logit directly, through the unembedding.
 
-With the final norm's scale taken as it was, a logit is a sum over the parts of the stream. Source: Elhage et al. 2021,
-"A Mathematical Framework for Transformer Circuits".
+With the final norm's scale held fixed, a logit is a sum over the components of the residual stream (Elhage et al. 2021,
+"A Mathematical Framework for Transformer Circuits").
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = ["DirectLogitAttribution", "direct_logit_attribution"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DirectLogitAttribution:
-    """What each part adds to a logit, or to a logit difference: the parts sum to `logit`, but for rounding."""
+    """What each component adds to a logit or a logit difference; the values sum to `logit`, up to rounding."""
 
     labels: list[str]
     """`embed`, `L0H1`, `0_attn_out`, `0_mlp_out`, `L0E2`, `L0N3`; `bias` of layers, and `final_bias`."""
     values: Float[Tensor, "component batch"]
     logit: Float[Tensor, " batch"]
-    """What the model computed."""
+    """The model's own logit or logit difference."""
 
     def __getitem__(self, label: str | tuple[int, int]) -> Float[Tensor, " batch"]:
-        """What one part adds in each text. Raises `KeyError` for a label that is not there."""
+        """What one component adds in each text. Raises `KeyError` for an unknown label."""
         label = part_label(label)
         a_text("label", label)
         if label not in self.labels:
@@ -55,7 +55,7 @@ class DirectLogitAttribution:
 
     @checked
     def top(self, n: int) -> list[tuple[str, float]]:
-        """The `n` parts that add most by size, on average over the texts."""
+        """The `n` components with the largest mean contribution by size."""
         means = self.values.mean(1)
         order = means.abs().argsort(descending=True, stable=True)[: max(n, 0)]
         return [(self.labels[int(at)], float(means[at])) for at in order]
@@ -89,10 +89,10 @@ def direct_logit_attribution(
     *,
     parts: str = "head",
 ) -> DirectLogitAttribution:
-    """Split the logit of `answer`, less that of `wrong_answer`, at one position of every text. `parts` says into what:
-    "component" (attention and MLP of each layer), "head" (heads and whole MLPs), "neuron" (heads and neurons), "expert"
-    (heads and experts). With the final norm's scale as it was, the parts sum to the logit; `final_bias` is what that
-    norm's bias and the unembedding's add.
+    """Split the logit of `answer` (minus that of `wrong_answer`) at one position of every text into components: `parts`
+    is "component" (attention and MLP of each layer), "head" (heads and whole MLPs), "neuron" (heads and neurons) or
+    "expert" (heads and experts). With the final norm's scale held fixed they sum to the logit; `final_bias` is what the
+    biases of the final norm and the unembedding add.
 
     >>> prompt = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> _, cache = bridge.run_with_cache(prompt)
@@ -100,9 +100,9 @@ def direct_logit_attribution(
     >>> adds.top(1)[0][0], torch.allclose(adds.values.sum(0), adds.logit, atol=1e-4)
     ('L3H3', True)
 
-    The cache is that of a whole run (the default filter). Pad on the left, so that -1 is each text's last token. For
-    experts `transformer_lens.analysis.experts.logit_attribution` also reads several positions. Raises `ValueError` for
-    parts that the model does not have, and for a cache without its batch axis.
+    The cache has to be that of a whole run (the default filter). Pad on the left, so that -1 is each text's last token.
+    `transformer_lens.analysis.experts.logit_attribution` also reads several positions. Raises `ValueError` for parts
+    that the model does not have, and for a cache without its batch axis.
     """
     one_of("parts", parts, tuple(PARTS))
     if not isinstance(cache, ActivationCache):
@@ -124,7 +124,7 @@ def direct_logit_attribution(
 
 
 def _of_answers(one: Callable[[Tensor], Tensor], right: Tensor, wrong: Tensor | None) -> Tensor:
-    """Something of the right answers, less the same of the wrong ones."""
+    """The right answers' result minus that of the wrong ones."""
     return one(right) if wrong is None else one(right) - one(wrong)
 
 
@@ -137,23 +137,23 @@ def _logit(logits: Float[Tensor, "row d_vocab"], right: Tensor, wrong: Tensor | 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution:
-    """The parts of a logit, or of a logit difference: one row for each text and position read."""
+    """The components of a logit or a logit difference: one row for each text and position read."""
 
     batch: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     logit: Float[Tensor, " row"]
-    """What the model computed: the answer's logit, less that of the wrong answer."""
+    """The model's own logit, or logit difference."""
     embedding: Float[Tensor, " row"]
     attention: Float[Tensor, "row layer"]
     experts: Float[Tensor, "row layer expert"]
     """Zero where an expert was not chosen."""
     chosen: Int[Tensor, "row layer chosen"]
-    """The experts chosen, best first."""
+    """The experts chosen, highest weight first."""
     by_choice: Float[Tensor, "row layer chosen"]
-    """What each of them adds."""
+    """What each chosen expert adds."""
 
     def total(self) -> Float[Tensor, " row"]:
-        """The sum of all parts: `logit`, but for rounding."""
+        """The sum of all components: `logit`, up to rounding."""
         return self.embedding + self.attention.sum(-1) + self.experts.sum((-1, -2))
 
     def __repr__(self) -> str:
@@ -172,23 +172,19 @@ def logit_attribution(
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
 ) -> LogitAttribution:
-    """Split the logit of `answer`, less that of `wrong_answer` where one is given, into what the embedding, each
-    attention and each chosen expert add to it, in logits. An answer is a token id, a text of one token, or one of these
-    for each text of a batch.
+    """Split the logit of `answer`, or the logit difference with `wrong_answer`, into what the embedding, each attention
+    layer and each chosen expert add. An answer is a token id, a text of one token, or one of these for each text.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> parts = logit_attribution(moe, prompt, " Mary", " John")
     >>> torch.allclose(parts.total(), parts.logit, atol=1e-4)
     True
 
-    `position` counts among the tokens of each text that are not padding, so -1 is its last one; `None` reads every such
-    token. The formula is direct logit attribution (Elhage et al. 2021, "A Mathematical Framework for Transformer
-    Circuits"): `part / scale * ln_final.weight @ (W_U[answer] - W_U[wrong])`, with `scale` that of the run. The parts
-    sum to the logit but for the model's own rounding: on tiny-mixtral, whose logits reach 15, within 1e-5 in float32
-    and 0.3 in bfloat16.
-
-    Raises `ValueError` for a dense model, for an answer of several tokens or outside the vocabulary, and for a position
-    that a text does not have.
+    `position` counts each text's tokens, padding excluded, so -1 is its last one; `None` reads every token. The formula
+    is direct logit attribution (Elhage et al. 2021): `part / scale * ln_final.weight @ (W_U[answer] - W_U[wrong])`,
+    with the run's `scale`. The parts sum to the logit up to the model's own rounding: on tiny-mixtral, whose logits
+    reach 15, within 1e-5 in float32 and 0.3 in bfloat16. Raises `ValueError` for a dense model, an answer of several
+    tokens or outside the vocabulary, and a position that a text does not have.
     """
     need_experts(bridge.cfg, "expert logit attribution")
     refuse_embeddings(input)
@@ -225,9 +221,9 @@ def expert_logit_attribution(
     prepend_bos: bool | None = None,
     padding_side: str | None = None,
 ) -> Float[Tensor, "layer expert"]:
-    """What each expert's weighted output adds to the logit of `answer`, less that of `wrong_answer`, at one position,
-    in logits; zero where an expert was not chosen; over a batch, the mean. `logit_attribution` has the rest: attention
-    and embedding, each text, all positions; and says how it is computed.
+    """What each expert's weighted output adds to the logit of `answer`, or to the logit difference, at one position, as
+    a mean over the batch; zero where an expert was not chosen. See `logit_attribution` for the formula and the other
+    parts.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> adds = expert_logit_attribution(moe, prompt, " Mary", " John")
@@ -247,7 +243,7 @@ def _attribution(
     right: Int[Tensor, " row"],
     wrong: Int[Tensor, " row"] | None,
 ) -> LogitAttribution:
-    """The parts at the rows to read; `column` is where their position is in what the cache kept."""
+    """The contributions at the rows to read; `column` is their position within what the cache kept."""
     layers = range(bridge.cfg.n_layers)
     norm, head = (cast(Any, bridge.get_submodule(name)).original_component for name in ("ln_final", "unembed"))
 
@@ -259,7 +255,7 @@ def _attribution(
         return torch.stack([at(f"blocks.{i}.{name}") for i in layers], 1)
 
     def along(part: Float[Tensor, "row ... d_model"]) -> Float[Tensor, "row ..."]:
-        """What a part of the stream adds to the logit."""
+        """What a component of the stream adds to the logit."""
         between = [1] * (part.ndim - 2)
         return (part * direction.reshape(len(part), *between, -1)).sum(-1)
 

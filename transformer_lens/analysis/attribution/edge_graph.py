@@ -1,7 +1,7 @@
-"""The graph that edges live in: what writes into the residual stream, what reads from it, and who comes before whom.
+"""The graph of edges: what writes to the residual stream, what reads from it, and in which order.
 
-Senders are the embedding, each head and each MLP or expert. Receivers are the query, key and value input
-of each query head, each MLP's input, and the stream that the final norm reads.
+Senders are the embedding, each head and each MLP or expert. Receivers are the query, key and value input of each query
+head, each MLP's input, and the final norm's input.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Place:
 
     label: str
     hook: str
-    """The hook where its vectors are seen."""
+    """The hook that shows its vectors."""
     index: int | None
-    """Which head or expert of that hook it is."""
+    """The head or expert of that hook."""
     stage: int
-    """Senders reach receivers of later stages. Branches that are side by side have one stage."""
+    """Senders reach receivers of later stages; parallel branches share a stage."""
     node: str
-    """Heads of one layer are nodes of their own, an MLP or a layer's experts together are one."""
+    """Each head is its own node; an MLP, or all experts of a layer together, is one."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeGraph:
-    """Labels: senders `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out`, or `L0E2` for an expert; receivers
-    `L1H2.q`, `.k`, `.v`, `1_mlp_in` (which a layer's router and experts read together) and `logits`.
+    """The graph of a model. Senders are labelled `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out` and `L0E2` (an
+    expert); receivers `L1H2.q`, `.k`, `.v`, `1_mlp_in` (the router's and experts' shared input) and `logits`.
 
     >>> graph = EdgeGraph.of(bridge)
     >>> graph
@@ -74,7 +74,7 @@ class EdgeGraph:
 
     @cached_property
     def exists(self) -> Bool[Tensor, "sender receiver"]:
-        """Which edges there are."""
+        """Which edges exist."""
         sent = torch.tensor([one.stage for one in self.senders])
         read = torch.tensor([one.stage for one in self.receivers])
         return sent[:, None] < read
@@ -88,15 +88,15 @@ class EdgeGraph:
         return {one.label: number for number, one in enumerate(self.receivers)}
 
     def sender(self, label: str | tuple[int, int]) -> int:
-        """The number of a sender. Raises `KeyError` for a label that is not there."""
+        """The number of a sender. Raises `KeyError` for an unknown label."""
         return _number(label, self._sender_numbers, "sender")
 
     def receiver(self, label: str) -> int:
-        """The number of a receiver. Raises `KeyError` for a label that is not there."""
+        """The number of a receiver. Raises `KeyError` for an unknown label."""
         return _number(label, self._receiver_numbers, "receiver")
 
     def has_edge(self, sender: str | tuple[int, int], receiver: str) -> bool:
-        """Whether what this sender writes is in what this receiver reads."""
+        """Whether this receiver reads what this sender writes."""
         return bool(self.exists[self.sender(sender), self.receiver(receiver)])
 
     def edges(self) -> list[Edge]:
@@ -104,13 +104,13 @@ class EdgeGraph:
         return [(self.senders[s].label, self.receivers[r].label) for s, r in self.exists.nonzero().tolist()]
 
     def columns(self, places: Sequence[Place], hook: str) -> slice:
-        """Where the senders or receivers of a hook stand: next to one another."""
+        """The slice of a hook's senders or receivers, which are adjacent."""
         found = [number for number, one in enumerate(places) if one.hook == hook]
         return slice(found[0], found[-1] + 1)
 
     @checked
     def mask(self, edges: Iterable[Edge]) -> Bool[Tensor, "sender receiver"]:
-        """Edges as a table. Raises `ValueError` for a pair without an edge."""
+        """The mask of some edges. Raises `ValueError` for a pair without an edge."""
         kept = torch.zeros_like(self.exists)
         for edge in edges:
             sender, receiver = _pair(edge)
@@ -129,7 +129,7 @@ def _node(layer: int, branch: Branch, head: int) -> str:
 
 
 def _writing(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) -> list[Place]:
-    """Each head or expert of a branch, or the whole branch where a norm or a number is between them and the stream."""
+    """Each head or expert of a branch, or the whole branch if a norm or scale lies between them and the stream."""
     block, mixer = f"blocks.{layer}.", branch.mixer
     if branch.direct and mixer == "attn":
         hook, label, many = "attn.hook_result", "H", bridge.cfg.n_heads
@@ -141,7 +141,7 @@ def _writing(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) 
 
 
 def _reading(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) -> list[Place]:
-    """Each head's query, key and value, or what the branch reads as a whole."""
+    """Each head's query, key and value input, or the branch's input as a whole."""
     block = f"blocks.{layer}."
     if branch.mixer != "attn":
         label = f"{branch.mixer}_in"
@@ -171,7 +171,7 @@ def _number(label: Any, numbers: dict[str, int], what: str) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
-    """Some edges of a graph.
+    """A subset of a graph's edges.
 
     >>> circuit = Circuit.of(EdgeGraph.of(bridge), [("embed", "L0H1.v"), ("L0H1", "logits"), ("embed", "L3H0.q")])
     >>> circuit, circuit.connected().edges()
@@ -184,7 +184,7 @@ class Circuit:
     @classmethod
     @checked
     def of(cls, graph: EdgeGraph, edges: Iterable[Edge]) -> Self:
-        """A circuit of edges by label. Raises `KeyError` and `ValueError` for edges that are not there."""
+        """A circuit from edge labels. Raises `KeyError` and `ValueError` for edges that do not exist."""
         if not isinstance(graph, EdgeGraph):
             raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
         return cls(graph, graph.mask(edges))
@@ -196,11 +196,11 @@ class Circuit:
 
     @checked
     def without(self, edges: Iterable[Edge]) -> Circuit:
-        """The circuit less some edges."""
+        """The circuit minus some edges."""
         return Circuit(self.graph, self.kept & ~self.graph.mask(edges))
 
     def connected(self) -> Circuit:
-        """The circuit without edges that no path from the embedding to the logits goes along."""
+        """The circuit without edges that lie on no path from the embedding to the logits."""
         same = torch.tensor([[s.node == r.node for s in self.graph.senders] for r in self.graph.receivers])
         kept = self.kept
         while True:
@@ -220,7 +220,7 @@ class Circuit:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeScores:
-    """A score of every edge: zero where there is none."""
+    """A score for every edge; zero for pairs without an edge."""
 
     graph: EdgeGraph
     scores: Float[Tensor, "sender receiver"]
@@ -231,12 +231,12 @@ class EdgeScores:
         return float(self.scores[self.graph.sender(sender), self.graph.receiver(receiver)])
 
     def values(self) -> Float[Tensor, " edge"]:
-        """The scores of the edges there are, in the order of `graph.edges()`."""
+        """The scores of all edges, in the order of `graph.edges()`."""
         return self.scores[self.graph.exists]
 
     @checked
     def top(self, n: int) -> list[tuple[str, str, float]]:
-        """The `n` edges with the largest scores by size, the largest first."""
+        """The `n` edges with the largest absolute scores, largest first."""
         order = self._order()[:n] if n >= 0 else self._order()
         width = len(self.graph.receivers)
         places = [divmod(int(at), width) for at in order]
@@ -245,7 +245,7 @@ class EdgeScores:
         ]
 
     def keep(self, n: int) -> Circuit:
-        """The circuit of the `n` edges with the largest scores by size."""
+        """The circuit of the `n` edges with the largest absolute scores."""
         n = whole("keep", n, 0, int(self.graph.exists.sum()), " edges")
         kept = torch.zeros_like(self.graph.exists).flatten()
         kept[self._order()[:n]] = True
@@ -253,7 +253,7 @@ class EdgeScores:
 
     @checked
     def prune(self, threshold: float) -> Circuit:
-        """The circuit of edges whose score is at least `threshold` in size, those that lead nowhere taken out."""
+        """The circuit of edges with an absolute score of at least `threshold`, without dead ends."""
         return Circuit(self.graph, self.graph.exists & (self.scores.abs().cpu() >= threshold)).connected()
 
     def _order(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Edge attribution patching: the effect of patching each edge of the model, to first order, all at once.
+"""Edge attribution patching: a first-order estimate of the effect of patching each edge, for all edges at once.
 
 Sources: Syed et al. 2023 (EAP); Hanna et al. 2024, "Have Faith in Faithfulness" (EAP-IG).
 """
@@ -35,9 +35,8 @@ def edge_attribution_patching(
     at: At = "corrupted",
     attention_mask: Tensor | None = None,
 ) -> EdgeScores:
-    """The score of an edge from a sender to a receiver:
-    `(what the sender writes in the clean run - in the corrupted run) . d metric / d what the receiver reads`, summed
-    over texts and positions. With `at` as in `attribution_patching`, it estimates what `edge_effects` measures.
+    """Score every edge by `(sender's clean output - corrupted output) . d metric / d receiver's input`, summed over
+    texts and positions. With `at` as in `attribution_patching`, it estimates what `edge_effects` measures.
 
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
@@ -48,9 +47,9 @@ def edge_attribution_patching(
     >>> sender, receiver
     ('embed', '0_mlp_in')
 
-    Senders and receivers are those of `EdgeGraph`, queries, keys and values by query head also where heads share keys.
-    It costs two forwards and one backward, and one product for each layer's receivers. Memory: what every head and
-    expert writes, texts x positions x senders x d_model numbers. Errors as in `attribution_patching`.
+    Senders and receivers are those of `EdgeGraph`, with queries, keys and values by query head even where heads share
+    keys. It costs two forwards and one backward, and one product per layer of receivers. Memory holds every head's and
+    expert's output: texts x positions x senders x d_model numbers. Errors as in `attribution_patching`.
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     graph = EdgeGraph.of(bridge)
@@ -74,10 +73,10 @@ def edge_attribution_patching_ig(
     steps_per_batch: int = 5,
     attention_mask: Tensor | None = None,
 ) -> EdgeScores:
-    """As `edge_attribution_patching`, with the gradient at each receiver averaged over runs whose embeddings lie on the
-    line from the corrupted to the clean ones (EAP-IG), at the points of `line_steps`: Hanna et al. average over evenly
-    spaced points, which tends to the same integral. Scores of edges into the logits, of a model whose final norm were
-    linear, would sum to the difference of the metric.
+    """`edge_attribution_patching` with integrated gradients (EAP-IG): the gradient at each receiver is averaged over
+    embeddings between the corrupted and the clean ones, at the points of `line_steps` (Hanna et al. space them evenly,
+    which tends to the same integral). If the final norm were linear, the scores of edges into the logits would sum to
+    the metric's difference.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> edge_attribution_patching_ig(bridge, "Mary and John", "Mary and Mary", metric, steps=2)
@@ -107,7 +106,7 @@ def _receiver_hooks(graph: EdgeGraph) -> list[str]:
 
 
 def _scores(graph: EdgeGraph, change: Tensor, gradients: dict[str, Tensor]) -> EdgeScores:
-    """Every sender's change along every receiver's gradient, one product for each hook of receivers."""
+    """Every sender's change times every receiver's gradient, one product for each hook of receivers."""
     parts = []
     for hook in _receiver_hooks(graph):
         gradient = wide(gradients[hook]).to(change.device)

@@ -1,6 +1,6 @@
-"""The runs that attribution makes: one whose gradient is taken, and one in which what every sender writes is read.
+"""The runs behind attribution: one that takes gradients, and one that records every sender's output.
 
-Nothing is left on the parameters: gradients are taken with `torch.autograd.grad`.
+Gradients come from `torch.autograd.grad`, so parameters keep none.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
 
 
 class PromptPair(NamedTuple):
-    """Two inputs that fit token by token, and the mask that both need."""
+    """Two inputs that match token by token, and their common mask."""
 
     clean: Tensor
     corrupted: Tensor
     mask: Tensor | None
 
     def base(self, at: At) -> Tensor:
-        """The input that gradients are taken in."""
+        """The input at which gradients are taken."""
         return self.clean if at == "clean" else self.corrupted
 
     def other(self, at: At) -> Tensor:
-        """The input whose values are compared with those of the base."""
+        """The input whose values are compared with the base's."""
         return self.corrupted if at == "clean" else self.clean
 
 
 def prompt_pair(
     bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None, at: str
 ) -> PromptPair:
-    """Raises `ValueError` for prompts that do not fit one another."""
+    """Check two prompts. Raises `ValueError` if they do not match."""
     if not is_one_of(at, ("corrupted", "clean")):
         raise ValueError(f"at: got {at!r}, expected 'corrupted' or 'clean': the run whose gradient is taken")
     (x, seen, mask), (y, seen_too, other) = (
@@ -61,7 +61,7 @@ def prompt_pair(
 
 
 def one_number(value: Any) -> Float[Tensor, ""]:
-    """What a metric returned, as a finite tensor of no axes."""
+    """A metric's result, as a finite tensor without axes."""
     number = metric_number(value)
     if not bool(number.isfinite()):
         raise ValueError(f"metric: it returned {number.item()}, and what is not finite has no attribution")
@@ -70,14 +70,14 @@ def one_number(value: Any) -> Float[Tensor, ""]:
 
 @dataclass(frozen=True, eq=False)
 class GradientRun:
-    """A forward whose graph is still there."""
+    """A forward that keeps its graph."""
 
     value: Float[Tensor, ""]
     """The metric."""
     tensors: dict[str, Tensor]
 
     def gradients(self, keep_graph: bool = False) -> dict[str, Tensor]:
-        """The gradient of the metric at every kept activation; zero where it does not depend on one."""
+        """The gradient of the metric at every kept activation; zero where it does not depend on it."""
         found = torch.autograd.grad(
             self.value, list(self.tensors.values()), retain_graph=keep_graph, materialize_grads=True
         )
@@ -98,7 +98,7 @@ def gradient_run(
     bwd_hooks: HookList = (),
     start_at_layer: int | None = None,
 ) -> GradientRun:
-    """Run the model, `fwd_hooks` first at their points, and keep the named activations in the graph."""
+    """Run the model with `fwd_hooks` first at their points, and keep the named activations in the graph."""
     if torch.is_inference_mode_enabled():
         raise ValueError("attribution needs gradients, which torch.inference_mode() rules out; leave it")
     kept: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ def gradient_run(
 
 
 def differentiable_names(bridge: TransformerBridge, names: str | Sequence[str]) -> list[str]:
-    """Canonical names, in the order of the model. Raises `ValueError` for hooks that have no gradient to speak of."""
+    """Canonical names, in the order of the model. Raises `ValueError` for hooks without a gradient."""
     found = bridge.select_names(names)
     if not found:
         raise ValueError("names: got none, expected the name of at least one hook")
@@ -141,13 +141,13 @@ def differentiable_names(bridge: TransformerBridge, names: str | Sequence[str]) 
 
 Vectors = Float[Tensor, "batch pos sender d_model"]
 Receive = Callable[[slice, Vectors], None]
-"""Takes what some senders wrote, and which they are."""
+"""Takes the outputs of some senders, with their numbers."""
 
 
 def sender_hooks(
     bridge: TransformerBridge, graph: EdgeGraph, receive: Receive, first_layer: int | None = None
 ) -> list[Any]:
-    """Hooks that hand over what each sender writes, or each sender in the layers from `first_layer` on."""
+    """Hooks that pass on each sender's output, for layers from `first_layer` on."""
     hooks: list[Any] = []
     for hook in dict.fromkeys(one.hook for one in graph.senders):
         layer = bridge.hook_dict[hook].layer() if hook.startswith("blocks.") else -1
@@ -169,7 +169,7 @@ def _handing(columns: slice, receive: Receive) -> Callable[..., None]:
 
 
 def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive: Receive) -> list[Any]:
-    """An expert writes its output times its weight; the output fires after the weights and choices."""
+    """An expert writes its weighted output, which fires after the weights and choices."""
     seen: dict[str, Tensor] = {}
     names = {part: f"blocks.{layer}.mlp.hook_{part}" for part in PARTS}
 
@@ -183,7 +183,7 @@ def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive
 
 
 class SenderValues:
-    """Keeps what every sender writes in one run."""
+    """Collects every sender's output in one run."""
 
     def __init__(self, graph: EdgeGraph) -> None:
         self.parts: dict[int, Tensor] = {}
@@ -201,7 +201,7 @@ class SenderValues:
 def read_senders(
     bridge: TransformerBridge, graph: EdgeGraph, input: Tensor, mask: Tensor | None, names: Iterable[str] = ()
 ) -> tuple[Tensor, Vectors, dict[str, Tensor]]:
-    """One forward: the logits, what every sender writes, and other activations by name."""
+    """One forward: the logits, every sender's output, and other activations by name."""
     written = SenderValues(graph)
     others: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Path patching, the effect of single edges, and the faithfulness of circuits: exact, by running the model.
+"""Path patching, edge effects and circuit faithfulness, measured exactly by running the model.
 
 Sources: Wang et al. 2022 (path patching); Goldowsky-Dill et al. 2023, "Localizing Model Behavior with Path
 Patching"; Hanna et al. 2024 (faithfulness).
@@ -30,7 +30,7 @@ from transformer_lens.checks import in_words
 from transformer_lens.factored_matrix import wide
 
 Stop = str | Sequence[int] | Sequence[str | tuple[int, int]]
-"""A sender or a receiver by its label, a head also as `"3.2"` or `(3, 2)`; or several side by side."""
+"""The label of a sender or a receiver, a head also as `"3.2"` or `(3, 2)`; or several in parallel."""
 
 
 @checked
@@ -44,7 +44,7 @@ def path_patching(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " path"]:
-    """The metric of the corrupted run when what the clean run changes travels along one path alone.
+    """The metric of the corrupted run when the clean run's change travels along one path only.
 
     >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
     >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
@@ -54,15 +54,14 @@ def path_patching(
     >>> path_patching(bridge, clean, corrupted, metric, paths).shape
     torch.Size([4])
 
-    A path begins with a sender, which writes what it writes in the clean run, and goes on with receivers. On the way to
-    the last of them only the path is live; what comes after the last is computed anew (so a path that ends at
-    `"logits"` is that path and no other). Each step may be a list of senders or receivers; a head as receiver
-    (`"L3H2"`, `"3.2"`, `(3, 2)`) means its query, key and value inputs together. Labels as in `EdgeGraph`; an MLP's
-    input leads to all experts of its layer.
+    A path starts at a sender, which writes its clean output, and goes on through receivers. Up to the last of them only
+    the path carries the change; everything after it is recomputed (so a path that ends at `"logits"` is that path
+    alone). Each step may be a list of senders or receivers; a head as receiver (`"L3H2"`, `"3.2"`, `(3, 2)`) means its
+    query, key and value inputs. Labels as in `EdgeGraph`; an MLP's input leads to all experts of its layer.
 
-    It is exact: each head's input is edited for itself, also where heads share keys, and the final norm, the softmaxes
-    and the routers are run. It costs two forwards, and one row of a batch for each path and text, from the first layer
-    on that reads the path. Raises `KeyError` for unknown labels, `ValueError` for a step that has no edge.
+    It is exact: each head's input is edited separately, even where heads share keys, and the final norm, softmaxes and
+    routers run. It costs two forwards, and one batch row per path and text from the first layer that reads the path.
+    Raises `KeyError` for unknown labels, `ValueError` for a step without an edge.
     """
     runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     experiments = [along_path(runs.graph, path) for path in paths]
@@ -80,9 +79,9 @@ def edge_effects(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> EdgeScores:
-    """What each edge does by itself: the metric when its sender's clean value goes along it and what follows is
-    computed anew, less the metric of the corrupted run. `edges=None` means every edge; those left out have the score 0.
-    It is what `edge_attribution_patching` estimates, at a row of a batch for each edge.
+    """The exact effect of each edge alone: the metric when the edge carries its sender's clean output and everything
+    after is recomputed, minus the corrupted run's metric. `edges=None` means every edge; the others score 0. It is what
+    `edge_attribution_patching` estimates, at one batch row per edge.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> effects = edge_effects(bridge, "Mary and John", "Mary and Mary", metric, [("embed", "L3H2.k")])
@@ -111,8 +110,8 @@ def circuit_metric(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """The metric of the clean run when only a circuit's edges carry what the model computes, and every other edge what
-    it carries in the corrupted run. All of them run as rows of one batch.
+    """The metric of the clean run when only a circuit's edges carry clean values and every other edge carries its value
+    from the corrupted run. All circuits run as rows of one batch.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)
@@ -135,9 +134,9 @@ def faithfulness(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """`(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 where the circuit does all that
-    the model does, 0 where it does nothing (Hanna et al. 2024). Raises `ValueError` where clean and corrupted runs have
-    the same metric.
+    """The faithfulness of circuits, `(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 if
+    a circuit does all the model does, 0 if nothing (Hanna et al. 2024). Raises `ValueError` if both runs' metrics are
+    equal.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> graph = EdgeGraph.of(bridge)
@@ -166,7 +165,7 @@ def _of_circuits(graph: EdgeGraph, circuits: Sequence[Circuit]) -> list[_Experim
 
 @checked
 def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
-    """The experiment in which one path is live, and all that comes after it."""
+    """The experiment in which one path, and everything after it, is live."""
     if not isinstance(graph, EdgeGraph):
         raise TypeError(f"graph: got {in_words(graph)}, expected an EdgeGraph")
     if len(path) < 2:
@@ -193,7 +192,7 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
 
 
 def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
-    """A receiver, or the three of a head."""
+    """A receiver, or a head's three."""
     label = part_label(label)
     if any(one.label == label for one in graph.receivers):
         return [graph.receiver(label)]
@@ -202,13 +201,13 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
 
 
 # -- the runs: many experiments as rows of one forward ---------------------------------------------------
-# Every receiver reads the corrupted run's stream, plus what changed of the senders whose edge to it is live. A sender
-# is computed from what it reads, or forced to what it writes in the clean run.
+# Every receiver reads the corrupted run's stream, plus the change of each sender whose edge to it is live. A sender
+# is computed from what it reads, or forced to its clean output.
 
 
 @dataclass(frozen=True, eq=False)
 class _Experiment:
-    """Which edges are live, and which senders write what they write in the clean run."""
+    """Which edges are live, and which senders are forced to their clean output."""
 
     live: Bool[Tensor, "sender receiver"]
     forced: Bool[Tensor, " sender"]
@@ -216,26 +215,26 @@ class _Experiment:
 
 @dataclass(frozen=True, eq=False)
 class _EdgeRuns:
-    """A clean and a corrupted run, and what it takes to patch edges between them."""
+    """A clean and a corrupted run, for patching edges between them."""
 
     bridge: TransformerBridge
     graph: EdgeGraph
     input: Tensor
-    """The corrupted one."""
+    """The corrupted input."""
     mask: Tensor | None
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     corrupted_logits: Float[Tensor, "batch pos d_vocab"]
     clean: Vectors
     corrupted: Vectors
-    """What every sender writes in either run."""
+    """Every sender's output in the corrupted run."""
     streams: dict[str, Float[Tensor, "batch pos d_model"]]
-    """Of the corrupted run, by the hook that reads it."""
+    """The corrupted run's stream at each hook that reads it."""
 
     @classmethod
     def of(
         cls, bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None = None
     ) -> _EdgeRuns:
-        """Run the model on both. Raises `ValueError` for inputs that do not fit one another."""
+        """Run the model on both inputs. Raises `ValueError` if they do not match."""
         pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
         graph = EdgeGraph.of(bridge)
         entering = [f"blocks.{i}.hook_resid_pre" for i in range(bridge.cfg.n_layers)]
@@ -250,7 +249,7 @@ class _EdgeRuns:
         self, experiments: Sequence[_Experiment], metric: Metric, memory_budget: int = DEFAULT_BUDGET
     ) -> Float[Tensor, " experiment"]:
         """The metric of every experiment."""
-        # Those that begin at the same layer go together, and none runs the layers below.
+        # Experiments that start at the same layer share a batch, and skip the layers below.
         order = sorted(range(len(experiments)), key=lambda number: self.first_layer(experiments[number]))
         size = max(1, memory_budget // (8 * self.corrupted.nbytes))
         values: dict[int, Tensor] = {}
@@ -264,14 +263,14 @@ class _EdgeRuns:
         return torch.stack([values[number] for number in range(len(experiments))])
 
     def first_layer(self, experiment: _Experiment) -> int:
-        """The first layer in which anything reads what changed."""
+        """The first layer that reads a change."""
         readers = (experiment.live & experiment.forced[:, None] & self.graph.exists).any(0).nonzero()
         last = self.bridge.cfg.n_layers - 1
         hooks = [self.graph.receivers[int(number)].hook for number in readers]
         return min([last, *(self.bridge.hook_dict[hook].layer() for hook in hooks)])
 
     def logits(self, experiments: Sequence[_Experiment]) -> Float[Tensor, "experiment_batch pos d_vocab"]:
-        """The logits of some experiments, one after the other along the batch axis."""
+        """The logits of some experiments, concatenated along the batch axis."""
         layer, copies = min(map(self.first_layer, experiments)), len(experiments)
         stream = self.streams[f"blocks.{layer}.hook_resid_pre"]
         logits: Tensor = self.bridge.run_with_hooks(
@@ -284,13 +283,14 @@ class _EdgeRuns:
 
 
 def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> list[Any]:
-    """Experiments in one forward from a layer on, in the order of the model: writers note what changed of them, readers
-    are given their own streams."""
+    """Run experiments in one forward from a layer on, in model order: writers record their change, readers get their
+    own stream.
+    """
     graph, bridge = runs.graph, runs.bridge
     device, dtype = runs.corrupted.device, runs.corrupted.dtype
     live = torch.stack([one.live & graph.exists for one in experiments]).to(device, dtype)
     forced = torch.stack([one.forced for one in experiments]).to(device)[:, None, None, :, None]
-    # Of each sender in each experiment: known where it is forced, nothing yet elsewhere.
+    # Each sender's change in each experiment: known if forced, unknown at first otherwise.
     changed = torch.where(forced, (runs.clean - runs.corrupted)[None], 0)
 
     def note(columns: slice, written: Vectors) -> None:

@@ -1,4 +1,4 @@
-"""What each expert of a mixture does: take it away, route to it, count who chose it, see what it adds to a logit."""
+"""Experts of a mixture: ablate them, route to them, count their tokens, and measure their direct logit contribution."""
 
 from transformer_lens.analysis.attribution.direct_logits import (
     LogitAttribution,

@@ -1,7 +1,7 @@
-"""Hooks that take an expert away, or send tokens past it or to it.
+"""Hooks that ablate experts, or steer routing away from them or to them.
 
-Each function returns (name, function) pairs for `run_with_hooks` and `hooks`. They run in the order of
-the list: put those that route before those that ablate.
+Each function returns (name, function) pairs for `run_with_hooks` and `hooks`, which run in the order of the list: put
+routing hooks before ablations.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def ablate_expert(
     positions: Positions = None,
     renormalize: bool = False,
 ) -> Hooks:
-    """Take the weighted output of one expert, or of several, out of the stream where it was chosen, everywhere or at
-    some positions. Routing stays as it is, so the other chosen experts keep their weights; `renormalize` scales those
-    to sum to one (where the experts taken away had all the weight, nothing is left to scale).
+    """Zero-ablate the weighted output of one or several experts wherever they were chosen, at all or some positions.
+    Routing is unchanged, so the other chosen experts keep their weights, unless `renormalize` rescales those to sum to
+    one (if the ablated experts had all the weight, nothing is rescaled).
 
     >>> hooks = ablate_expert(bridge, layer=0, expert=2)
     >>> text = "When Mary and John went to the store"
@@ -51,8 +51,8 @@ def ablate_expert(
     >>> several = ablate_expert(bridge, ["L0E2", "0.3", (2, 1)])  # a layer and its expert, in three spellings
     >>> everywhere = ablate_expert(bridge, layer=None, expert=[2, 3])  # two experts of every layer
 
-    `layer=None` stands for all layers, also in a pair `(None, 2)`. Positions are those of `bridge.steer`. Raises
-    `ValueError` for a dense model, for a layer, an expert or a position that is not there or named twice.
+    `layer=None` means all layers, also in a pair `(None, 2)`. Positions as in `bridge.steer`. Raises `ValueError` for a
+    dense model, and for a layer, expert or position that does not exist or is named twice.
     """
     need_experts(bridge.cfg, "ablate_expert")
     gone_of = experts_by_layer(bridge.cfg, layer, expert)
@@ -93,8 +93,8 @@ def ablate_expert(
 def forbid_experts(
     bridge: TransformerBridge, layer: Layers, experts: int | Sequence[int], positions: Positions = None
 ) -> Hooks:
-    """Send tokens past some experts: their router logits become the lowest number there is, so the router chooses among
-    the others, whose weights sum to one.
+    """Route tokens away from some experts: their router logits become the lowest finite number, so the router chooses
+    among the others, whose weights sum to one.
 
     >>> hooks = forbid_experts(bridge, layer=0, experts=[2, 3])
     >>> from transformer_lens.analysis.experts import routing
@@ -103,8 +103,8 @@ def forbid_experts(
     >>> sorted(found.indices[0].unique().tolist())
     [0, 1]
 
-    `layer=None` stands for all layers. Positions are those of `bridge.steer`. Raises `ValueError` for a dense model, if
-    fewer experts are left than the model chooses, and for a layer, an expert or a position that is not there.
+    `layer=None` means all layers. Positions as in `bridge.steer`. Raises `ValueError` for a dense model, if fewer
+    experts remain than the model chooses, and for a layer, expert or position that does not exist.
     """
     n_experts = need_experts(bridge.cfg, "forbid_experts")
     forbidden = expert_numbers(bridge.cfg, experts)
@@ -126,9 +126,8 @@ def force_experts(
     positions: Positions = None,
     weights: Sequence[float] | None = None,
 ) -> Hooks:
-    """Send tokens to these experts. Without `weights` each counts as the router weighs it against the others forced
-    (their weights sum to one); with `weights`, one for each expert, they count as given, whatever they sum to, and
-    stand in the order given.
+    """Route tokens to these experts. Without `weights`, the router weighs them against each other, and the weights sum
+    to one; with `weights`, one per expert, they are used as given, in that order.
 
     >>> hooks = force_experts(bridge, layer=0, experts=[0, 3], weights=[0.25, 0.75])
     >>> from transformer_lens.analysis.experts import routing
@@ -137,9 +136,9 @@ def force_experts(
     >>> found.indices[0, 0, -1].tolist(), found.weights[0, 0, -1].tolist()
     ([0, 3], [0.25, 0.75])
 
-    Fewer experts than the model chooses leave places over: those hold others, with weight zero. More are refused.
-    `layer=None` stands for all layers. Positions are those of `bridge.steer`. Raises `ValueError` for a dense model,
-    and for numbers that do not fit.
+    If you force fewer experts than the model chooses, others fill the remaining slots with weight zero; more are
+    refused. `layer=None` means all layers. Positions as in `bridge.steer`. Raises `ValueError` for a dense model, and
+    for numbers that do not fit.
     """
     n_experts = need_experts(bridge.cfg, "force_experts")
     forced = expert_numbers(bridge.cfg, experts)
@@ -171,12 +170,12 @@ def _mlp(layer: int) -> str:
 
 
 def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
-    """A hook on the router's logits after which nobody chooses these experts while there are others."""
+    """A hook on the router logits after which these experts are chosen last."""
 
     def lower(logits: Float[Tensor, "batch pos expert"], hook: HookPoint) -> None:
         concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
         concerned[list(experts)] = True
-        # Not minus infinity: a row of nothing else would become nan.
+        # Not minus infinity: a row of nothing else would become NaN.
         logits.masked_fill_(
             position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min
         )
@@ -185,7 +184,7 @@ def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
 
 
 def _put(values: Sequence[int] | Sequence[float], positions: Positions) -> Callable[..., Any]:
-    """A hook that puts the same values at every place of some positions."""
+    """A hook that writes the same values at some positions."""
 
     def put(places: Tensor, hook: HookPoint) -> Tensor:
         where = position_mask(positions, places, hook)[..., None]

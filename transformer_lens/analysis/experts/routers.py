@@ -1,4 +1,4 @@
-"""Which experts a model chooses for the tokens of an input, how much each counts, and counts of that over data."""
+"""Routing: which experts each token is sent to and with what weight, for one input or counted over a data set."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ HOOKS = ("hook_router_logits", "hook_expert_weights", "hook_expert_indices")
 
 
 class RoutedToken(NamedTuple):
-    """One token at one of the experts it was sent to."""
+    """One token at one of its chosen experts."""
 
     batch: int
     position: int
     token: int
     text: str
-    """The token as text; its number where the bridge has no tokenizer."""
+    """The token's text, or its id if the bridge has no tokenizer."""
     place: int
-    """0 where the expert was the first choice."""
+    """0 if the expert was the first choice."""
     weight: float
     probability: float
-    """The router's probability of this expert, before the chosen ones are scaled to sum to one."""
+    """The router's probability of this expert, before the chosen experts' weights are normalised."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing(Tabular):
-    """The choices of every router for every token. Prints as a table; tensors are on the CPU."""
+    """Every router's choices for every token. Prints as a table; tensors are on the CPU."""
 
     bridge: TransformerBridge
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
-    """False at padding."""
+    """False at padding tokens."""
     indices: Int[Tensor, "layer batch pos chosen"]
-    """The experts chosen, best first."""
+    """The experts chosen, highest weight first."""
     weights: Float[Tensor, "layer batch pos chosen"]
-    """How much each counts: they sum to one."""
+    """The weights of the chosen experts, which sum to one."""
     probabilities: Float[Tensor, "layer batch pos expert"]
     """The softmax of the router's logits over all experts."""
 
@@ -60,8 +60,7 @@ class Routing(Tabular):
         return [list(map(str, self.bridge.to_str_tokens(row))) for row in self.tokens]
 
     def tokens_of(self, layer: int | Pair, expert: int | None = None) -> list[RoutedToken]:
-        """The tokens sent to one expert, in reading order, padding left out. Raises `ValueError` for a layer or an
-        expert that is not there.
+        """The tokens sent to one expert, in reading order, without padding. Raises `ValueError` for an unknown expert.
 
         >>> found = routing(bridge, "When Mary and John went to the store")
         >>> [(token.position, token.text, round(token.weight, 2)) for token in found.tokens_of(0, expert=2)]
@@ -86,7 +85,7 @@ class Routing(Tabular):
         ]
 
     def table(self) -> TextTable:
-        """One row for each token, padding left out, and one column for each layer.
+        """A table with one row per token, without padding, and one column per layer.
 
         >>> print(routing(bridge, "Mary and").table())
         Experts chosen for each token: expert (weight)
@@ -123,15 +122,13 @@ def routing(
     padding_side: str | None = None,
     attention_mask: Int[Tensor, "batch pos"] | None = None,
 ) -> Routing:
-    """Run the model once and keep what its routers choose, in every layer. Hooks that are attached count: under
-    `bridge.hooks(...)` this is the routing they lead to.
+    """Run the model once and record the routers' choices in every layer, including the effect of attached hooks.
 
     >>> found = routing(bridge, ["When Mary and John", "Mary"])
     >>> found.indices.shape, found.mask.sum(-1).tolist()
     (torch.Size([3, 2, 5, 2]), [5, 3])
 
-    `prepend_bos`, `padding_side` and `attention_mask` as in `bridge.forward`. Raises `ValueError` for a dense model and
-    `TypeError` for embeddings.
+    Keywords as in `bridge.forward`. Raises `ValueError` for a dense model and `TypeError` for embeddings.
     """
     need_experts(bridge.cfg, "routing")
     refuse_embeddings(input)
@@ -146,7 +143,7 @@ def routing(
 
 
 SUMMED = ("n_tokens", "load", "weight", "entropy_sum", "together", "onward")
-"""The counts of two data sets that simply add up."""
+"""The counts that simply add up over data sets."""
 
 
 class ExpertToken(NamedTuple):
@@ -156,53 +153,48 @@ class ExpertToken(NamedTuple):
     text: str
     times: int
     share: float
-    """The part of this token's occurrences that were sent to the expert, from 0 to 1."""
+    """The fraction of this token's occurrences sent to the expert."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RoutingStatistics(Tabular):
-    """Counts over all tokens that are not padding. `a + b` are those of both data sets.
+    """Routing counts over all tokens but padding; `a + b` combines two data sets.
 
     A token counts once at each expert chosen for it, whatever its weight.
     """
 
     n_tokens: int
     n_chosen: int
-    """How many experts are chosen for each token."""
+    """Experts chosen per token."""
     load: Int[Tensor, "layer expert"]
     """Tokens sent to each expert."""
     weight: Float[Tensor, "layer expert"]
-    """The weights with which they count, summed."""
+    """The sum of their weights at each expert."""
     entropy_sum: Float[Tensor, " layer"]
     together: Int[Tensor, "layer expert expert"]
     """Tokens sent to both experts of the layer; `load` on the diagonal."""
     onward: Int[Tensor, "layer-1 expert next_expert"]
-    """Tokens sent to one expert of a layer and to the other of the next layer."""
+    """Tokens sent to one expert of a layer and to another of the next layer."""
     tokens: Int[Tensor, " token"]
-    """The different tokens seen, by number."""
+    """The distinct token ids seen."""
     token_counts: Int[Tensor, " token"]
-    """How often each occurred."""
+    """Occurrences of each."""
     token_load: Int[Tensor, "token layer expert"]
     """How often each was sent to each expert."""
     texts: dict[int, str] = field(default_factory=dict)
 
     @property
     def load_share(self) -> Float[Tensor, "layer expert"]:
-        """The part of the tokens each expert sees; a layer's sum to `n_chosen`."""
+        """The fraction of tokens each expert gets; a layer's fractions sum to `n_chosen`."""
         return self.load.double() / self.n_tokens
 
     @property
     def entropy(self) -> Float[Tensor, " layer"]:
-        """Mean entropy of the router's distribution over all experts of a layer, in nats; at most ln(experts)."""
+        """Mean entropy of the router's distribution over all experts, in nats; at most ln(experts)."""
         return self.entropy_sum / self.n_tokens
 
     def cooccurrence(self, d_vocab: int) -> Int[Tensor, "layer d_vocab expert"]:
-        """How often each token of the vocabulary was sent to each expert, as one dense tensor.
-
-        >>> found = routing_statistics(bridge, ["Mary and John"], progress=False)
-        >>> found.cooccurrence(bridge.cfg.d_vocab).shape
-        torch.Size([3, 735, 4])
-        """
+        """How often each vocabulary token was sent to each expert, as one dense tensor."""
         layers, experts = self.load.shape
         d_vocab = whole("d_vocab", d_vocab, 1 + int(self.tokens.max()))
         dense = torch.zeros(layers, d_vocab, experts, dtype=torch.long)
@@ -211,8 +203,7 @@ class RoutingStatistics(Tabular):
 
     @checked
     def top_tokens(self, layer: int | Pair, expert: int | None = None, n: int = 10) -> list[ExpertToken]:
-        """The tokens sent most often to an expert, the most frequent first. The expert is a layer and a number, or both
-        in one as "L0E2".
+        """The tokens sent most often to an expert, most frequent first; the expert is a layer and a number, or "L0E2".
 
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
         >>> [(token.text, token.times, token.share) for token in found.top_tokens(0, expert=0, n=2)]
@@ -233,9 +224,9 @@ class RoutingStatistics(Tabular):
         ]
 
     def mutual_information(self) -> Float[Tensor, " layer"]:
-        """What a token alone tells about the expert it is sent to, in nats: 0 where experts do not care about the
-        token, ln(experts) where it decides. One of the chosen experts is drawn with equal chance (Cover and Thomas,
-        Elements of Information Theory, equation 2.28). Few occurrences of a token bias it upwards.
+        """The mutual information of token and expert in nats: 0 if routing ignores the token, ln(experts) if the token
+        decides it. One of the chosen experts is drawn uniformly (Cover and Thomas, Elements of Information Theory,
+        equation 2.28). Tokens with few occurrences bias it upwards.
 
         >>> found = routing_statistics(bridge, ["Mary and John went to the store"], progress=False)
         >>> bool((found.mutual_information() <= torch.log(torch.tensor(4.0))).all())
@@ -265,7 +256,7 @@ class RoutingStatistics(Tabular):
         )
 
     def table(self) -> TextTable:
-        """One row for each layer: the part of the tokens each expert sees, and the router's entropy.
+        """A table with one row per layer: the fraction of tokens each expert gets, and the router's entropy.
 
         >>> print(routing_statistics(bridge, ["Mary and John went to the store"], progress=False).table())
         Share of 9 tokens at each expert, 2 chosen for each token (even: 50.0%; ln 4 = 1.386 nats)
@@ -324,17 +315,17 @@ def _counted(found: Routing) -> RoutingStatistics:
 
 @checked
 def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], progress: bool = True) -> RoutingStatistics:
-    """Run the model over a data set, one batch after the other, and count where its routers send tokens. A batch is a
-    text, a list of texts, or token ids `[batch, pos]`; padding is left out. Memory grows with the number of different
-    tokens alone. `progress` shows a bar.
+    """Run the model over a data set, batch by batch, and count where its routers send tokens. A batch is a text, a list
+    of texts, or token ids `[batch, pos]`; padding is ignored. Memory grows only with the number of distinct tokens.
+    `progress` shows a bar.
 
     >>> texts = ["When Mary and John went to the store", "Days: Monday Tuesday Wednesday"]
     >>> found = routing_statistics(bridge, [texts], progress=False)
     >>> found.n_tokens, found.load.sum(-1).tolist()
     (15, [30, 30, 30])
 
-    Raises `ValueError` for a dense model and for no batches, `TypeError` for embeddings, and for one text where a list
-    of batches belongs.
+    Raises `ValueError` for a dense model or no batches, `TypeError` for embeddings, and for one text in place of
+    batches.
     """
     need_experts(bridge.cfg, "routing_statistics")
     if not is_several(batches):

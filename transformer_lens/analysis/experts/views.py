@@ -1,4 +1,4 @@
-"""`ExpertView`: one expert's activations, for the tokens that chose it and for no others.
+"""`ExpertView`: one expert's activations, for only the tokens that were routed to it.
 
 The cache holds them by choice, `[batch pos chosen ...]`; here a row is one token at this expert.
 """
@@ -24,18 +24,18 @@ HOOKS = {
     "hook_post": "hook_post",
     "hook_out": "hook_expert_out",
 }
-"""The names under `blocks.{i}.mlp.experts.{e}`, and the hooks under `blocks.{i}.mlp` whose rows they are."""
+"""The names under `blocks.{i}.mlp.experts.{e}`, with the hooks under `blocks.{i}.mlp` they take rows of."""
 _NAME = re.compile(rf"blocks\.(-?\d+)\.mlp\.experts\.(\d+)\.({'|'.join(HOOKS)})(_grad)?")
 
 
 def _rows(hook: str, meaning: str) -> Any:
-    """A property of an expert: its rows of a hook."""
+    """A property that gives an expert's rows of a hook."""
     return property(lambda view: view.rows(hook), doc=meaning)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertView:
-    """The rows of one expert in one layer, in reading order; what a cache does not hold raises its `KeyError`."""
+    """The rows of one expert in one layer, in reading order; `KeyError` for activations the cache lacks."""
 
     cache: ActivationCache
     layer: int
@@ -43,7 +43,7 @@ class ExpertView:
     batch: Int[Tensor, " row"]
     position: Int[Tensor, " row"]
     place: Int[Tensor, " row"]
-    """0 where the expert was the first choice."""
+    """0 if the expert was the first choice."""
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -52,7 +52,7 @@ class ExpertView:
         return f"ExpertView of {len(self)} tokens at expert {self.expert} of layer {self.layer}"
 
     def rows(self, hook: str) -> Float[Tensor, "row ..."]:
-        """This expert's rows of a hook under `blocks.{i}.mlp` that has the axes `batch pos chosen`.
+        """This expert's rows of a hook under `blocks.{i}.mlp` with the axes `batch pos chosen`.
 
         >>> _, cache = bridge.run_with_cache("When Mary and John")
         >>> expert_view(cache, layer=0, expert=2).rows("hook_pre").shape
@@ -71,9 +71,9 @@ class ExpertView:
 def expert_view(
     cache: ActivationCache, layer: int | Pair, expert: int | None = None, mask: Bool[Tensor, "batch pos"] | None = None
 ) -> ExpertView:
-    """The tokens of a run that chose an expert: a layer and a number, or both in one as `"L0E2"`. The cache has to hold
-    `mlp.hook_expert_indices` of that layer, and the hooks that are then read. `mask` leaves tokens out, such as
-    padding, of which a cache knows nothing. Positions are those the cache kept.
+    """The tokens of a run that were routed to an expert: a layer and a number, or `"L0E2"`. The cache has to hold that
+    layer's `mlp.hook_expert_indices` and any hook then read. `mask` excludes tokens such as padding, which a cache does
+    not record. Positions are those the cache kept.
 
     >>> _, cache = bridge.run_with_cache("When Mary and John")
     >>> view = expert_view(cache, layer=0, expert=2)
@@ -97,9 +97,9 @@ def expert_view(
 
 @checked
 def expert_activation(cache: ActivationCache, name: str) -> Tensor:
-    """One expert's rows by a name of their own: `blocks.{i}.mlp.experts.{e}.` and `hook_weight`, `hook_pre`,
-    `hook_pre_linear`, `hook_post` or `hook_out`; with `_grad` after it, their gradient. Raises `KeyError` for any other
-    name, and for what the cache does not hold.
+    """One expert's rows under `blocks.{i}.mlp.experts.{e}.`: `hook_weight`, `hook_pre`, `hook_pre_linear`, `hook_post`
+    or `hook_out`, or their gradient with `_grad` appended. Raises `KeyError` for any other name, and for what the cache
+    lacks.
 
     >>> _, cache = bridge.run_with_cache("When Mary and John")
     >>> expert_activation(cache, "blocks.0.mlp.experts.2.hook_post").shape

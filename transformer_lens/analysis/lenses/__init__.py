@@ -1,4 +1,4 @@
-"""Lenses: a layer's stream in words, through a learnt map and the model's own head, or as the model explains it."""
+"""Lenses: decode a layer's residual stream through a learnt map and the unembedding, or by asking the model itself."""
 
 from transformer_lens.analysis.lenses.patchscope import Patchscope, identity_prompt
 from transformer_lens.analysis.lenses.tuned_lens import LensScores, TunedLens

@@ -1,4 +1,4 @@
-"""Patchscopes: a stream of one prompt, put into a run of another prompt that makes the model talk about it.
+"""Patchscopes: inject a residual stream from one prompt into another prompt that makes the model describe it.
 
 Source: Ghandeharioun et al. 2024, "Patchscopes: A Unifying Framework for Inspecting Hidden Representations of
 Language Models".
@@ -28,7 +28,7 @@ def identity_prompt(
     words: Sequence[str], *, pair: str = "{word} -> {word}", separator: str = "; ", placeholder: str = "?"
 ) -> str:
     """The few-shot prompt of the token-identity patchscope: inject at the placeholder, its last token, and the model
-    goes on with the token that the injected stream stands for.
+    names the token that the injected stream represents.
 
     >>> identity_prompt(["cat", "1135", "hello"])
     'cat -> cat; 1135 -> 1135; hello -> hello; ?'
@@ -42,19 +42,18 @@ def identity_prompt(
 
 @dataclass(frozen=True, eq=False)
 class Patchscope:
-    """A target prompt with the place where streams of other prompts are put.
+    """A target prompt and the place where streams of other prompts are injected.
 
     >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", position=2)
     >>> logits = scope.sweep("When Alice and Tom went to the park, Tom gave a ball to", position=2)
     >>> logits.shape, bridge.to_str_tokens(logits.argmax(-1), prepend_bos=False)
     (torch.Size([5, 735]), ['...', '...', '...', '...', '...'])
 
-    Layers are streams: `layer` 0 to `n_layers - 1` is the stream that enters that layer, `n_layers` the one that leaves
-    the last; negative ones count from there (-1 enters the last layer). `layer=None` injects each stream at the layer
-    that it was taken from. `mapping` is applied to the stream first, such as an affine map learnt between layers or
-    models. Positions count the prompt's tokens, BOS included, negative ones from the end.
-
-    Raises `ValueError` for layers and positions that are not there, and for a mapping whose answer is no stream.
+    `layer` 0 to `n_layers - 1` is the stream that enters that layer, `n_layers` the stream after the last one; negative
+    ones count back from there (-1 enters the last layer). `layer=None` injects each stream at the layer it came from.
+    `mapping`, such as an affine map between layers or models, is applied to the stream first. Positions count the
+    prompt's tokens, BOS included, negative ones from the end. Raises `ValueError` for layers and positions that do not
+    exist, and for a mapping whose result is no stream.
     """
 
     bridge: TransformerBridge
@@ -79,8 +78,8 @@ class Patchscope:
     def logits(
         self, source: Prompt | Float[Tensor, " d_model"], layer: int, position: int = -1
     ) -> Float[Tensor, "1 pos d_vocab"]:
-        """The target's logits with the stream of `source` at `layer` and `position` in its place. `source` may be such
-        a stream itself, and `layer` then only says where it goes if the target has no layer of its own.
+        """The target's logits with the stream of `source` at `layer` and `position` injected. `source` may also be a
+        stream; then `layer` only says where to inject it if the target has no layer of its own.
 
         >>> prompt = "When Mary and John went to the store"
         >>> same = Patchscope(bridge, prompt, position=4).logits(prompt, layer=2, position=4)
@@ -99,8 +98,8 @@ class Patchscope:
         max_new_tokens: int = 10,
         **options: Any,
     ) -> Any:
-        """The target prompt continued with the stream injected: text for a prompt of text, else token ids. `options`
-        are those of `bridge.generate`.
+        """Continue the target prompt with the stream injected: text for a text prompt, else token ids. `options` are
+        those of `bridge.generate`.
 
         >>> prompt = "When Mary and John went to the store, John gave a drink to"
         >>> Patchscope(bridge, prompt).generate(prompt, layer=1, max_new_tokens=1)
@@ -115,8 +114,8 @@ class Patchscope:
     def sweep(
         self, source: Prompt, position: int = -1, layers: Sequence[int] | None = None, *, batch_size: int = 16
     ) -> Float[Tensor, "layer d_vocab"]:
-        """The next-token logits of the target for streams of many layers (all of them by default), `batch_size` of them
-        in each forward: what `logits(source, layer, position)[0, -1]` gives one by one, to rounding.
+        """The target's next-token logits for streams of many layers (default: all), `batch_size` at a time; each row
+        equals `logits(source, layer, position)[0, -1]`, up to rounding.
 
         >>> scope = Patchscope(bridge, "When Mary and John went to the store, John gave a drink to", layer=1)
         >>> scope.sweep("Mary and John", layers=[0, 4]).shape
@@ -141,7 +140,7 @@ class Patchscope:
     # -- inside --------------------------------------------------------------------------------------
 
     def _hook(self, source: Prompt | Tensor, layer: int, position: int) -> tuple[str, Callable[..., None]]:
-        """Where the stream of one source goes, and the hook that puts it there."""
+        """The hook point for one source's stream, and the hook that injects it."""
         number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)
         if not isinstance(source, Tensor) or not source.is_floating_point():
             source = _streams(self.bridge, source, [number], position)[0]
@@ -170,18 +169,14 @@ class Patchscope:
 
 @checked
 def stream_name(bridge: TransformerBridge, layer: int) -> str:
-    """The hook at which the stream below `layer` is: `n_layers` means the stream after the last one.
-
-    >>> stream_name(bridge, 0), stream_name(bridge, 4)
-    ('blocks.0.hook_resid_pre', 'blocks.3.hook_resid_post')
-    """
+    """The hook of the stream that enters `layer`; for `n_layers`, the stream after the last layer."""
     number, layers = layer_number(bridge.cfg, layer, "layer", beyond=True), bridge.cfg.n_layers
     return f"blocks.{number}.hook_resid_pre" if number < layers else f"blocks.{layers - 1}.hook_resid_post"
 
 
 @torch.no_grad()
 def _streams(bridge: TransformerBridge, source: Prompt, layers: Sequence[int], position: int) -> list[Tensor]:
-    """The streams of a prompt at some layers and one position."""
+    """A prompt's streams at some layers and one position."""
     tokens = _one_row(bridge, source)
     place = position_number(position, tokens.shape[1], "source position")
     names = [stream_name(bridge, layer) for layer in layers]

@@ -1,4 +1,4 @@
-"""Tuned lens: a learnt affine map for each layer, after which the logit lens reads that layer's stream rightly.
+"""Tuned lens: a learnt affine map per layer that improves the logit lens.
 
 Source: Belrose et al. 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens".
 """
@@ -34,8 +34,7 @@ from transformer_lens.text_table import Tabular, TextTable
 def divergence(
     log_probs: Float[Tensor, "token d_vocab"], logits: Float[Tensor, "token d_vocab"]
 ) -> Float[Tensor, " token"]:
-    """KL(p || q) of each token in nats: the sum of p (log p - log q), where p is given by its log-probabilities and q
-    by logits.
+    """KL(p || q) of each token in nats, with p given by log-probabilities and q by logits.
 
     >>> divergence(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log())
     tensor([0.1438])
@@ -49,7 +48,7 @@ def divergence(
 def next_token_loss(
     logits: Float[Tensor, "token d_vocab"], following: Int[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
-    """The cross-entropy of each token's prediction with the token that follows, in nats; zero where none does (-1).
+    """The cross-entropy loss of each token's prediction of the next token, in nats; zero if there is none (-1).
 
     >>> next_token_loss(torch.zeros(2, 4), torch.tensor([3, -1]))
     tensor([1.3863, 0.0000])
@@ -63,7 +62,7 @@ def next_token_loss(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LensScores(Tabular):
-    """Each layer's prediction under a tuned lens and under the logit lens. The last row is the model itself.
+    """How well each layer predicts under a tuned lens and the logit lens. The last row is the model itself.
 
     >>> zeros = torch.zeros(2)
     >>> print(LensScores(zeros, zeros + 1, zeros + 2, zeros + 3))
@@ -99,8 +98,8 @@ SAMPLE = 64
 
 class TunedLens:
     """One affine map for the stream that enters each layer: `x + W x + b`, then the final norm and the unembedding. `W`
-    and `b` start at zero, and the lens as the logit lens; `fit` trains them until the lens predicts what the model
-    predicts. The model is not changed. Parameters are float32, `n_layers * d_model * (d_model + 1)` of them.
+    and `b` start at zero, which is the logit lens; `fit` trains them to match the model's prediction. The model is
+    unchanged. Parameters are float32, `n_layers * d_model * (d_model + 1)` of them.
 
     >>> lens = TunedLens(bridge)
     >>> _, cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
@@ -119,8 +118,7 @@ class TunedLens:
             nn.init.zeros_(parameter)
 
     def translate(self, stream: Stream, layer: int) -> Stream:
-        """The stream that enters `layer` as the final stream that the lens takes it for; that of `n_layers` is the
-        final stream, and stays.
+        """Map the stream that enters `layer` to an estimate of the final stream; `n_layers` returns it unchanged.
 
         >>> lens = TunedLens(bridge)
         >>> torch.equal(lens.translate(cache["resid_pre", 2], 2), cache["resid_pre", 2])
@@ -137,9 +135,9 @@ class TunedLens:
     def logits(
         self, source: ActivationCache | Stream, layer: int | None = None, *, pos_slice: Any = None
     ) -> Float[Tensor, "*component_batch_and_pos d_vocab"]:
-        """The logits that each layer's stream of a cache would give, [component, batch, pos, d_vocab], the rows of
+        """Each layer's logits under the lens, [component, batch, pos, d_vocab], in the rows of
         `cache.accumulated_resid` (the last is the model's own); or those of one stream [..., d_model] that enters
-        `layer`. Gradients flow to streams and to the lens unless `torch.no_grad()` is on.
+        `layer`. Gradients flow to streams and lens unless `torch.no_grad()` is on.
 
         >>> lens = TunedLens(bridge)
         >>> lens.logits(cache, pos_slice=-1).shape, lens.logits(cache["resid_pre", 1], layer=1).shape
@@ -156,7 +154,7 @@ class TunedLens:
         return self._unembed(self.translate(source, layer)[None])[0]
 
     def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
-        """The final norm and the unembedding, as `ActivationCache.logit_lens` computes them."""
+        """The final norm and the unembedding, as in `ActivationCache.logit_lens`."""
         normed = ActivationCache({}, self.bridge).apply_ln_to_stack(stack, recompute_ln=True)
         norm: Any = self.bridge.get_submodule("ln_final")
         bias = norm.b.detach().to(normed.device, normed.dtype)
@@ -180,8 +178,8 @@ class TunedLens:
         seed: int = 0,
         verbose: bool = False,
     ) -> Float[Tensor, "step layer"]:
-        """Train every layer's map to give the model's own distribution: the loss is the mean over tokens, padding left
-        out, of KL(model || lens), in nats. Returns it, one row for each step.
+        """Train every layer's map to predict the model's own distribution, and return the loss of each step: KL(model
+        || lens) in nats, averaged over tokens without padding.
 
         >>> from transformer_lens.data.generate import training_text
         >>> texts = list(training_text(16, seed=3))
@@ -190,11 +188,10 @@ class TunedLens:
         (torch.Size([8, 4]), True)
 
         `texts` are texts or token ids, shuffled by `seed` in every epoch. "adamw" starts at `lr` 1e-3, "muon" (for the
-        matrices; AdamW for the biases) at 2e-2; both fall linearly to zero. `weight_decay` pulls towards the logit
-        lens. Logits of one layer and `tokens_at_once` tokens exist at a time, beside the model's own for a batch.
-        `verbose` shows a progress bar.
-
-        After an exception, an interrupt or a loss that is not finite (`ValueError`) the lens is as it was before.
+        matrices; AdamW for the biases) at 2e-2; both decay linearly to zero. `weight_decay` pulls towards the logit
+        lens. Memory holds the logits of one layer and `tokens_at_once` tokens, and the model's own for a batch.
+        `verbose` shows a progress bar. After an exception, an interrupt or a loss that is not finite (`ValueError`),
+        the lens is unchanged.
         """
         check_texts(texts)
         one_of("optimizer", optimizer, ("adamw", "muon"))
@@ -232,7 +229,7 @@ class TunedLens:
     def _step(
         self, batch: InputAndMask, optimizers: list[torch.optim.Optimizer], tokens_at_once: int
     ) -> Float[Tensor, " layer"]:
-        """One step of the optimisers on one batch. Returns each layer's loss."""
+        """One optimiser step on one batch. Returns each layer's loss."""
         streams, logits, _ = self._run(batch)
         wanted = logits.log_softmax(-1)
         losses = torch.zeros(len(self.translators))
@@ -254,9 +251,9 @@ class TunedLens:
 
     @torch.no_grad()
     def _run(self, batch: InputAndMask) -> tuple[list[Tensor], Tensor, Int[Tensor, " token"]]:
-        """One run of the model: each layer's stream, the final one and the logits, at every token that is no padding.
+        """Run the model once: each layer's stream, the final one and the logits, at every token except padding.
 
-        Third: the token that follows each of them, -1 where none does.
+        The third item is the next token of each, -1 if there is none.
         """
         tokens, mask, attention_mask = batch
         layers = self.bridge.cfg.n_layers
@@ -273,8 +270,8 @@ class TunedLens:
     @checked
     @torch.no_grad()
     def evaluate(self, texts: Texts, *, batch_size: int = 8, tokens_at_once: int = 2048) -> LensScores:
-        """How far each layer's prediction is from the model's, under this lens and under the logit lens: KL(model ||
-        lens) and the cross-entropy with the next token, in nats, mean over tokens. The last row is the model itself.
+        """How far each layer's prediction is from the model's, under this lens and the logit lens: mean KL(model ||
+        lens) and cross-entropy loss on the next token, in nats. The last row is the model itself.
 
         >>> scores = TunedLens(bridge).evaluate(["When Mary and John went to the store"])
         >>> torch.equal(scores.kl, scores.kl_logit_lens), scores.kl.shape
@@ -322,8 +319,8 @@ class TunedLens:
     @classmethod
     @checked
     def load(cls, directory: str | Path, bridge: TransformerBridge) -> TunedLens:
-        """A lens that `save` wrote. Raises `FileNotFoundError` where there is none, and `ValueError` for a lens of
-        another model, told by its sizes, final norm and unembedding; the model's name may differ.
+        """Load a lens that `save` wrote. Raises `FileNotFoundError` if there is none, and `ValueError` for another
+        model's lens, judged by sizes, final norm and unembedding; the model's name may differ.
 
         >>> lens = TunedLens.load("lens", bridge)  # doctest: +SKIP
         """
@@ -333,7 +330,7 @@ class TunedLens:
 
 
 def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator[list[int]]:
-    """The numbers of the texts of each batch, in every epoch in an order of its own."""
+    """The indices of each batch's texts, reshuffled in every epoch."""
     for _ in range(epochs):
         order = rng.sample(range(texts), texts)
         for start in range(0, texts, batch_size):
@@ -344,7 +341,7 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
 
 
 def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a lens. Raises `ValueError` for one that was made for another model."""
+    """The parameters of a lens. Raises `ValueError` if it was made for another model."""
     for name in (WEIGHTS, ABOUT):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory}: no {name} there; a tuned lens is a directory that `save` wrote")
@@ -378,7 +375,7 @@ def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str
 
 @torch.no_grad()
 def _sample(bridge: TransformerBridge) -> Float[Tensor, " sampled"]:
-    """Some numbers of the unembedding and the final norm, always from the same places."""
+    """Some values of the unembedding and the final norm, always from the same places."""
     norm: Any = bridge.get_submodule("ln_final")
     pieces = []
     for weight in (bridge.W_U, norm.w):

@@ -1,4 +1,4 @@
-"""Activation patching: run with some activations of another run, in every layer, position and head, in few batches."""
+"""Activation patching: patch activations from another run into every layer, position and head, in few batches."""
 
 from transformer_lens.analysis.patching.engine import run_interventions
 from transformer_lens.analysis.patching.experts import (

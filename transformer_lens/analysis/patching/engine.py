@@ -1,7 +1,7 @@
-"""The engine of patching: many interventions on one run, as few batched forwards.
+"""The patching engine: many interventions on one run, as few batched forwards.
 
-A forward begins at the first layer and the first position that an intervention changes; what lies below
-and before is the base run's. Interventions on higher layers join the batch when it reaches their layer.
+A forward starts at the first layer and position that an intervention changes; everything before comes from the base
+run. Interventions on higher layers join the batch when it reaches their layer.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from transformer_lens.checks import in_words
 from transformer_lens.model_bridge import PrefixCache
 
 SweepInput = str | Int[Tensor, "batch pos"] | Float[Tensor, "batch pos d_model"]
-"""Text, token ids, or embeddings such as noised ones."""
+"""Text, token ids, or embeddings (for example noised ones)."""
 Metric = Callable[[Float[Tensor, "batch pos d_vocab"]], Any]
-"""Makes one number of the logits; any Python function."""
+"""Any Python function from logits to one number."""
 Intervention = tuple[str, Callable[..., Any]]
 """The name of a hook inside a block, and a hook function `fn(tensor, hook)`."""
 
 DEFAULT_BUDGET = 1 << 30
-"""Bytes a batch of interventions may take beside the model."""
+"""Bytes a batch of interventions may take in addition to the model."""
 ENOUGH_TOKENS = 192
-"""A batch of this many tokens uses the processor well, and need not be filled with longer rows than it has."""
+"""A batch of this many tokens keeps the processor busy, and is not padded with longer rows."""
 
 
 @checked
@@ -48,11 +48,11 @@ def run_interventions(
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = False,
 ) -> Float[Tensor, " intervention"]:
-    """The metric of the model's logits under each of many interventions: what
-    `run_with_hooks(tokens, fwd_hooks=[intervention])` gives one after the other, to rounding. An intervention is the
-    name of a hook inside a block and a hook function, which is called once, on the whole activation of the run without
-    interventions. The metric is called once for each, in no particular order, under `torch.no_grad()`, with logits of
-    its own, [batch pos d_vocab]; those at positions it never looks at are not computed (`LazyLogits`).
+    """The metric of the logits under each of many interventions, equal up to rounding to a loop over
+    `run_with_hooks(tokens, fwd_hooks=[intervention])`. An intervention is the name of a hook inside a block and a hook
+    function, called once, on the whole activation of the run without interventions. The metric is called once for each,
+    in no particular order, under `torch.no_grad()`, with its own logits [batch pos d_vocab]; positions it never reads
+    are not computed (`LazyLogits`).
 
     >>> tokens = bridge.to_tokens("When Mary and John went to the store")
     >>> def without(head):
@@ -64,12 +64,10 @@ def run_interventions(
     >>> found.shape, torch.allclose(found[2], alone, atol=1e-5)
     (torch.Size([4]), True)
 
-    `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` is what a batch may take, in
-    bytes, by an estimate from the model's numbers (one intervention at a time is the least; the base run's own
-    activations come on top). `verbose` shows a progress bar.
-
-    While user hooks are attached, and in a model that predicts no next token, each intervention is a forward of its
-    own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
+    `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` limits a batch, in bytes, by an
+    estimate from the model's sizes (at least one intervention runs; the base run's activations come on top). `verbose`
+    shows a progress bar. While user hooks are attached, and in a model that predicts no next token, each intervention
+    is a forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
     """
     for one in interventions:
         if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):
@@ -107,10 +105,10 @@ class _Sweep:
         self.bridge = base.bridge
         self.cfg = base.bridge.cfg
         self.read: Tensor | None = None
-        """The positions that the metric has looked at so far; `None` before its first call."""
+        """The positions that the metric has read so far; `None` before its first call."""
 
     def run(self, interventions: Sequence[Intervention]) -> Iterator[tuple[int, Tensor]]:
-        """The number of each intervention, and its metric."""
+        """Each intervention's number and metric."""
         waiting: list[_Change] = []
         for number, (name, fn) in enumerate(interventions):
             found = _change(self.base, number, name, fn)
@@ -124,7 +122,7 @@ class _Sweep:
         yield from self.run_changes(waiting)
 
     def run_changes(self, changes: list[_Change]) -> Iterator[tuple[int, Tensor]]:
-        """Changes as batches of rows that begin at about the same position."""
+        """Run changes as batches of rows that start at about the same position."""
         left = sorted(changes, key=lambda one: (one.first, one.layer))
         while left:
             start, most = left[0].first, self.most_rows(left[0].first)
@@ -135,7 +133,7 @@ class _Sweep:
             left = left[size:]
 
     def fits(self, first: int, start: int, size: int) -> bool:
-        """Whether a row that could begin at `first` goes with `size` others that begin at `start`."""
+        """Whether a row that could start at `first` may join `size` others that start at `start`."""
         rows = self.base.pos - start
         return first == start or size * self.base.batch * rows < ENOUGH_TOKENS or self.base.pos - first > 0.9 * rows
 
@@ -154,7 +152,7 @@ class _Sweep:
         yield from self.metrics(ordered, stream, start)
 
     def layer(self, stream: Any, layer: int, start: int, joining: Sequence[_Change]) -> Tensor:
-        """One layer of the model, with the changes that join there written in its last rows."""
+        """One layer of the model, with the joining changes written into its last rows."""
         batch = self.base.batch
         copies = len(stream) // batch
         row = len(stream) - len(joining) * batch
@@ -175,18 +173,18 @@ class _Sweep:
         return out
 
     def metrics(self, changes: Sequence[_Change], stream: Any, start: int) -> Iterator[tuple[int, Tensor]]:
-        """The metric of each change, from the stream that leaves the last layer."""
+        """Each change's metric, from the stream after the last layer."""
         rows = stream.unflatten(0, (len(changes), self.base.batch))
         left = [(one, resid[:, one.first - start :]) for one, resid in zip(changes, rows, strict=True)]
         most = max(1, self.budget // (4 * self.cfg.d_vocab_out * stream.element_size() * stream[0, :, 0].numel()))
         while left:
-            # Which positions the metric looks at is known after its first call.
+            # The positions that the metric reads are known after its first call.
             size = 1 if self.read is None else max(1, most // self.base.batch)
             yield from self.group_metrics(left[:size])
             left = left[size:]
 
     def group_metrics(self, group: Sequence[tuple[_Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """The metrics of some changes; the logits they are expected to need are computed together."""
+        """The metrics of some changes, whose expected logits are computed together."""
         pos = self.base.pos
         expected = torch.zeros(pos, dtype=torch.bool) if self.read is None else self.read
         needed = [expected & (torch.arange(pos) >= one.first) for one, _ in group]
@@ -203,7 +201,7 @@ class _Sweep:
             )
 
     def rest(self, one: _Change, resid: Tensor) -> Callable[[Tensor], Tensor]:
-        """Computes the logits of one change at more positions."""
+        """Computes the logits of one change at further positions."""
 
         def compute(wanted: Tensor) -> Tensor:
             part = resid[:, wanted[one.first :]]
@@ -213,16 +211,16 @@ class _Sweep:
         return compute
 
     def unembed(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """The logits of vectors of the final stream."""
+        """The logits of final-stream vectors."""
         if not len(vectors):
             return vectors.new_empty(0, self.cfg.d_vocab_out)
-        # Each as a text of one token: nothing mixes positions any more.
+        # Each as a text of one token: nothing mixes positions here.
         logits: Tensor = self.bridge(vectors[:, None], start_at_layer=self.cfg.n_layers)
         moved: Tensor = logits[:, 0].to(self.base.logits.device)
         return moved
 
     def looked_at(self, logits: LazyLogits) -> Tensor:
-        """The metric of logits that are not all there."""
+        """The metric of partly computed logits."""
         value = self.measured(logits, done=False)
         missed = bool(value.isnan()) and not logits.there.all()
         if missed or not logits.read.any():  # it may have gone around torch's functions, as vmap and dlpack do
@@ -237,7 +235,7 @@ class _Sweep:
         return value
 
     def most_rows(self, start: int) -> int:
-        """How many interventions the budget holds at once, at least one: an estimate from the model's numbers."""
+        """How many interventions fit the budget at once, at least one, estimated from the model's sizes."""
         cfg, base = self.cfg, self.base
         new = base.pos - start
         mlp = 4 * cfg.d_mlp * (cfg.experts_per_token or 1)
@@ -251,23 +249,23 @@ class _Sweep:
 
 @dataclass(frozen=True, eq=False)
 class _BaseRun:
-    """One run without interventions, and what it takes to run its upper layers and later positions again."""
+    """One run without interventions, and what is needed to rerun its upper layers and later positions."""
 
     bridge: TransformerBridge
     input: Tensor
     mask: Int[Tensor, "batch pos"] | None
-    """Only where the padding is on the left, or the caller gave one: as in a plain call of the bridge."""
+    """Set only if the padding is on the left or the caller gave a mask, as in a plain call of the bridge."""
     seen: Bool[Tensor, "batch pos"]
-    """Which positions are not padding."""
+    """False at padding."""
     logits: Float[Tensor, "batch pos d_vocab"]
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
-    """The stream that enters each layer in which something is changed."""
+    """The stream that enters each layer with an intervention."""
     activations: dict[str, Tensor]
     past: DynamicCache
 
     @classmethod
     def of(cls, bridge: TransformerBridge, input: SweepInput, mask: Tensor | None, names: Iterable[str]) -> _BaseRun:
-        """Run the model once; keeps the activations named and the streams below them."""
+        """Run the model once, keeping the named activations and the streams that enter their layers."""
         input, seen, mask = bridge.input_and_mask(input, attention_mask=mask)
         wanted = list(dict.fromkeys(names))
         layers = dict.fromkeys(bridge.hook_dict[name].layer() for name in wanted)
@@ -284,9 +282,9 @@ class _BaseRun:
         return cls(bridge, input, mask, seen, logits, kept, {name: cache[name] for name in wanted}, past)
 
     def mask_of_copies(self, copies: int, start: int) -> Int[Tensor, "copies_batch pos"] | None:
-        """What a run of as many copies from position `start` on is given; what lies before is in a KV cache.
+        """The mask for so many copies run from position `start` on; earlier positions are in a KV cache.
 
-        It attends to what the base run attended to: where that was given no mask, also behind the end of texts.
+        It matches the base run: if that had no mask, copies also attend beyond the end of texts.
         """
         everything = start and self.mask is None and not bool(self.seen.all())
         mask = torch.ones_like(self.seen, dtype=torch.long) if everything else self.mask
@@ -302,27 +300,27 @@ class _BaseRun:
 
 
 def _position_axis(axes: str) -> int:
-    """The axis along which an activation's positions are: of its queries, where it has two."""
+    """The axis of positions in an activation; of queries, if it has two."""
     names = axes.split()
     return names.index("pos" if "pos" in names else "query_pos")
 
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    """One intervention on one activation: what it makes of it, at the positions where that is anything else."""
+    """One intervention's new values for an activation, at the positions where they differ."""
 
     number: int
-    """Which of the interventions this is."""
+    """The intervention's number."""
     name: str
     layer: int
     axis: int
     positions: Int[Tensor, " changed"]
     values: Shaped[Tensor, "batch ..."]
-    """The new values at those positions: [batch ... changed ...] along `axis`."""
+    """The new values at those positions, [batch ... changed ...] along `axis`."""
 
     @property
     def first(self) -> int:
-        """The first position that is changed; a causal model computes the ones before as it did."""
+        """The first changed position; a causal model computes earlier ones as before."""
         return int(self.positions[0])
 
     @property
@@ -330,7 +328,7 @@ class _Change:
         return self.values.nbytes
 
     def writer(self, start: int) -> Any:
-        """A hook that writes the values, in a run that begins at position `start`."""
+        """A hook that writes the values, in a run that starts at position `start`."""
 
         def write(activation: Tensor, hook: Any) -> None:
             activation.index_copy_(self.axis, self.positions - start, self.values)
@@ -339,10 +337,7 @@ class _Change:
 
 
 def _change(base: _BaseRun, number: int, name: str, fn: Any) -> _Change | None:
-    """What an intervention changes in the base run; `None` if that is nothing.
-
-    `fn` is a hook function: it gets its own copy of the activation, and edits it or returns another.
-    """
+    """What an intervention changes in the base run, or `None`; `fn` gets its own copy of the activation."""
     point = base.bridge.hook_dict[name]
     before = base.activations[name]
     own = before.clone()

@@ -1,4 +1,4 @@
-"""Activation patching in a mixture of experts: what an expert adds to the stream, and where the router sends tokens."""
+"""Activation patching for mixtures of experts: expert outputs and routing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert
 
 @checked
 def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tensor, "batch pos expert d_model"]:
-    """What each expert of a layer adds to the stream: its output times its weight, zero where it was not chosen. They
-    sum to `hook_mlp_out`.
+    """What each expert of a layer adds to the residual stream: its weighted output, zero if not chosen. The
+    contributions sum to `hook_mlp_out`.
 
     >>> _, cache = bridge.run_with_cache("Mary and John")
     >>> parts = expert_contributions(cache, layer=0, n_experts=4)
@@ -51,8 +51,7 @@ def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tens
 
 @dataclass(frozen=True)
 class ExpertSweep:
-    """What each expert adds to the stream, at every position, replaced by what it adds in the clean run; `by_pos`: one
-    position at a time.
+    """Patch each expert's clean contribution into the corrupted run, at every position or (`by_pos`) one at a time.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> metric = lambda logits: logits[0, -1].max()
@@ -61,11 +60,10 @@ class ExpertSweep:
     >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 5, 4])
 
-    An expert adds its output times its weight, and nothing where it is not chosen: so a patch takes an expert away
-    where only the corrupted run chose it, and brings it in where only the clean run did. The other experts, and the
-    routing, stay those of the corrupted run. The clean cache has to hold `mlp.hook_expert_out`, `hook_expert_weights`
-    and `hook_expert_indices`, as a default cache does. Keywords as in `run_interventions`. Raises `ValueError` for a
-    dense model.
+    A contribution is zero where an expert is not chosen, so a patch removes an expert that only the corrupted run chose
+    and inserts one that only the clean run chose. Other experts and the routing stay corrupted. The clean cache has to
+    hold `mlp.hook_expert_out`, `hook_expert_weights` and `hook_expert_indices`, as a default cache does. Keywords as in
+    `run_interventions`. Raises `ValueError` for a dense model.
     """
 
     by_pos: bool
@@ -109,7 +107,7 @@ class ExpertSweep:
 
 
 def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice) -> Callable[..., None]:
-    """A hook that adds what changes of one expert at some positions."""
+    """A hook that adds one expert's change at some positions."""
 
     def add(mlp_out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
         mlp_out[:, where] += change[:, where, expert]

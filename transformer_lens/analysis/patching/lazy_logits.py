@@ -1,6 +1,6 @@
-"""Logits that are computed where somebody looks: a metric mostly reads one position of twenty.
+"""Logits that are computed when read, since most metrics read one position.
 
-Whatever is done with them, but picking positions, computes the rest first, so they are the full logits.
+Any operation but indexing positions computes the rest first, so they behave as the full logits.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ KNOWN_WITHOUT_VALUES = {
         for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
     ),
 }
-"""What can be asked of a tensor whose values are not there yet."""
+"""What can be asked of a tensor before its values are computed."""
 
 
 class LazyLogits(Tensor):
-    """A tensor [batch pos d_vocab] some positions of which are computed when they are first read. What one makes of it
-    are plain tensors.
+    """A tensor [batch pos d_vocab] whose positions are computed when first read; operations on it return plain tensors.
 
     >>> full = torch.arange(6.0).reshape(1, 3, 2)
     >>> nothing = full.new_full((1, 3, 2), torch.nan)
@@ -45,7 +44,7 @@ class LazyLogits(Tensor):
 
     @classmethod
     def of(cls, values: Tensor, there: Tensor, compute: Callable[[Tensor], Tensor]) -> Self:
-        """`values` hold the logits at the positions that are `there`; `compute` gives those at others."""
+        """`values` hold the logits at the positions marked in `there`; `compute` gives the others."""
         made: Self = values.as_subclass(cls)
         made.there = there.clone()
         made.read = torch.zeros_like(there)
@@ -53,7 +52,7 @@ class LazyLogits(Tensor):
         return made
 
     def plain(self, positions: Bool[Tensor, " pos"]) -> Tensor:
-        """The values, right at these positions at least."""
+        """The values, correct at least at these positions."""
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
             values = self.as_subclass(Tensor)
             missing = positions & ~self.there
@@ -79,7 +78,7 @@ class LazyLogits(Tensor):
 
 
 def _positions_used(func: Any, args: tuple[Any, ...], logits: LazyLogits) -> Bool[Tensor, " pos"]:
-    """Which positions a function may look at: all of them, unless it is known to pick some."""
+    """The positions a function may read: all of them, unless it is known to index some."""
     positions = torch.ones_like(logits.there)
     if func in KNOWN_WITHOUT_VALUES:
         return ~positions
@@ -96,7 +95,7 @@ def _positions_used(func: Any, args: tuple[Any, ...], logits: LazyLogits) -> Boo
 
 
 def _picks_one_axis(index: Any) -> bool:
-    """Whether an index goes along one axis, and is no mask over several."""
+    """Whether an index covers one axis and is no mask over several."""
     if isinstance(index, Tensor):
         return (
             not index.is_floating_point()

@@ -1,7 +1,7 @@
-"""Activation patching: what of a clean run's result comes back when one activation of it is put into a corrupted run.
+"""Activation patching: how much of the clean result each clean activation restores when patched into a corrupted run.
 
-Sources: Vig et al. 2020 (causal mediation), Meng et al. 2022 (causal tracing), Wang et al. 2022 (indirect
-objects). The sweeps run on `engine`; each equals a loop over `run_with_hooks` to rounding.
+Sources: Vig et al. 2020 (causal mediation), Meng et al. 2022 (causal tracing), Wang et al. 2022 (indirect objects).
+The sweeps run on `engine`; each equals a loop over `run_with_hooks`, up to rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformer_lens.utilities import get_act_name
 
 @dataclass(frozen=True)
 class IndexTable:
-    """Rows of integers under names: what a sweep patches, one row for each intervention.
+    """Named columns of integers: what a sweep patches, one row per intervention.
 
     >>> table = IndexTable(("layer", "pos"), ((0, 0), (0, 1)))
     >>> len(table), list(table), table.columns
@@ -52,8 +52,8 @@ class IndexTable:
 
 @checked
 def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence[str]) -> Any:
-    """Every combination of the integers below each maximum, the last column running fastest: a pandas DataFrame if
-    pandas is installed, an `IndexTable` if not. Raises `ValueError` if the lengths differ.
+    """Every combination of the integers below each maximum, the last column fastest: a pandas DataFrame if pandas is
+    installed, else an `IndexTable`. Raises `ValueError` if the lengths differ.
 
     >>> table = make_df_from_ranges([2, 3], ["layer", "pos"])
     >>> len(table), list(table.columns)
@@ -71,8 +71,8 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
 
 @checked
 def index_rows(index_df: Any) -> list[list[int]]:
-    """The rows of a DataFrame, an `IndexTable` or any sequence of sequences of integers; a head or an expert in the
-    words of its layer, such as `"L3H2"`, is a row of two.
+    """The rows of a DataFrame, an `IndexTable` or nested sequences of integers; a label such as `"L3H2"` is a row of
+    two.
 
     >>> index_rows([(0, 1), "L3H2"])
     [[0, 1], [3, 2]]
@@ -93,23 +93,21 @@ PatchSetter = Callable[[Tensor, Index, Tensor], Any]
 
 @dataclass(frozen=True)
 class PartSetter:
-    """Copies one part of the clean activation into the corrupted one, which it edits and returns.
+    """Copies one part of the clean activation into the corrupted one, in place, and returns it.
 
     >>> layer_pos_patch_setter(torch.zeros(1, 3, 1), [0, 2], torch.ones(1, 3, 1)).flatten()
     tensor([0., 0., 1.])
-    >>> layer_head_vector_patch_setter(torch.zeros(1, 2, 2, 1), [0, 1], torch.ones(1, 2, 2, 1)).flatten()
-    tensor([0., 1., 0., 1.])
     >>> zeros, ones = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
     >>> layer_head_dest_src_pos_pattern_patch_setter(zeros, [0, 0, 1, 0], ones).flatten()
     tensor([0., 0., 1., 0.])
 
-    `index` is a row of the sweep's table. Raises `ValueError` for one of another length.
+    `index` is a row of the sweep's table. Raises `ValueError` for a row of another length.
     """
 
     index_axis_names: tuple[str, ...]
-    """What the numbers of an index are, the layer first."""
+    """The names of an index's numbers, the layer first."""
     first_axis: int = 1
-    """The activation's axis that the number after the layer goes along; those after it take the next axes."""
+    """The activation axis of the number after the layer; later numbers take the next axes."""
 
     def __call__(
         self,
@@ -133,7 +131,7 @@ layer_head_vector_patch_setter = PartSetter(("layer", "head"), first_axis=2)
 layer_head_pattern_patch_setter = PartSetter(("layer", "head_index"))
 """One head's whole pattern, of `[batch head query_pos key_pos]`."""
 layer_head_pos_pattern_patch_setter = PartSetter(("layer", "head_index", "dest_pos"))
-"""The row of one head's pattern that belongs to one query."""
+"""One query's row of a head's pattern."""
 layer_head_dest_src_pos_pattern_patch_setter = PartSetter(("layer", "head_index", "dest_pos", "src_pos"))
 """One entry of one head's pattern."""
 layer_expert_patch_setter = PartSetter(("layer", "expert"), first_axis=2)
@@ -142,9 +140,9 @@ layer_expert_patch_setter = PartSetter(("layer", "expert"), first_axis=2)
 
 Cache = Mapping[str, Tensor]
 KEY_VALUE = ("k", "v", "rot_k")
-"""Activations with an axis of key-value heads, of which grouped models have fewer."""
+"""Activations with key-value heads, which grouped-query models have fewer of."""
 HEADS = ("head", "head_index")
-"""What an axis of heads is called: both names mean the same."""
+"""Two names for an axis of heads."""
 
 
 @checked
@@ -163,9 +161,8 @@ def generic_activation_patch(
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = True,
 ) -> Any:
-    """The metric under each patch of a sweep: row by row of an index table,
-    `patch_setter(corrupted_activation, index, clean_activation)` says what the activation `activation_name` of layer
-    `index[0]` becomes.
+    """The metric under each patch of a sweep. For each row of an index table, `patch_setter(corrupted_activation,
+    index, clean_activation)` gives the patched `activation_name` of layer `index[0]`.
 
     >>> _, clean_cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
     >>> corrupted = bridge.to_tokens("When Mary and John went to the store, Mary gave a drink to")
@@ -177,14 +174,12 @@ def generic_activation_patch(
     >>> generic_activation_patch(*sweep, index_df=[(0, 9), (2, 14)], verbose=False).shape
     torch.Size([2])
 
-    Give `index_axis_names` for every combination, in the result's shape; the axes are `layer`, `pos`, `src_pos`,
+    Give `index_axis_names` for every combination, in the result's shape; axes are `layer`, `pos`, `src_pos`,
     `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`. Or give `index_df`, a table whose
-    first column is the layer, for a flat result. `return_index_df` returns the table as well. `corrupted_tokens` may be
-    embeddings. The other keywords are those of `run_interventions`.
-
-    The metric gets logits [batch pos d_vocab] and makes one number of them, once for each row, in no particular order.
-    Raises `KeyError` for an activation that this model or the clean cache does not have, with the reason, and
-    `ValueError` for axes and shapes that do not fit.
+    first column is the layer, for a flat result. `return_index_df` returns the table too. `corrupted_tokens` may be
+    embeddings. The metric maps logits [batch pos d_vocab] to one number, and is called once per row, in no particular
+    order. Other keywords as in `run_interventions`. Raises `KeyError` for an activation that the model or the clean
+    cache lacks, with the reason, and `ValueError` for axes and shapes that do not fit.
     """
     if (index_axis_names is None) == (index_df is None):
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
@@ -212,7 +207,7 @@ def generic_activation_patch(
 def _interventions(
     model: TransformerBridge, clean_cache: Cache, patch_setter: PatchSetter, activation_name: str, rows: list[list[int]]
 ) -> list[Intervention]:
-    """Each row of an index table as a hook on that layer's activation."""
+    """A hook on its layer's activation for each row of an index table."""
     names = {layer: _full_name(model, activation_name, layer) for layer in dict.fromkeys(row[0] for row in rows)}
     missing = next((name for name in names.values() if name not in clean_cache), None)
     if missing:
@@ -242,7 +237,7 @@ def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: i
 
 
 def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> str:
-    """The hook of an activation: `resid_pre`, `q`, or, in full, `ln1.hook_scale`."""
+    """The full hook name of an activation such as `resid_pre`, `q` or `ln1.hook_scale`."""
     if not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
     full = "hook_" in activation_name
@@ -250,7 +245,7 @@ def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> st
 
 
 def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
-    """The runs have to fit position by position; a clean batch of one serves every corrupted row."""
+    """Raise unless the runs match in shape; a clean batch of one serves every corrupted row."""
     fits = clean.ndim == corrupted.ndim and clean.shape[1:] == corrupted.shape[1:]
     if not fits or len(clean) not in (1, len(corrupted)):
         raise ValueError(
@@ -261,7 +256,7 @@ def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PatchSweep:
-    """A ready-made sweep: a tensor with the axes `index_axis_names`. Keywords as in `generic_activation_patch`.
+    """A ready-made sweep whose result has the axes `index_axis_names`. Keywords as in `generic_activation_patch`.
 
     >>> get_act_patch_resid_pre.index_axis_names
     ('layer', 'pos')
@@ -291,7 +286,7 @@ class PatchSweep:
 
 @dataclass(frozen=True)
 class PatchSweeps:
-    """Several sweeps, stacked: `[patch_type layer ...]`, heads last. Keywords as in `generic_activation_patch`.
+    """Several sweeps stacked as `[patch_type layer ...]`, heads last. Keywords as in `generic_activation_patch`.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> metric = lambda logits: logits[0, -1].max()
@@ -300,8 +295,8 @@ class PatchSweeps:
     >>> get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([5, 4, 5, 4])
 
-    Heads are query heads. Where several share a key and a value, each of them shows what patching that shared key or
-    value does. A pattern's position is that of the query.
+    Heads are query heads; where several share a key or value head, each shows the effect of patching the shared one. A
+    pattern's position is that of the query.
     """
 
     sweeps: tuple[PatchSweep, ...]
@@ -314,7 +309,7 @@ class PatchSweeps:
 
 
 def _heads_last(found: Tensor, sweep: PatchSweep, model: TransformerBridge) -> Tensor:
-    """A sweep with its heads as the last axis; shared keys or values as the query heads that read them."""
+    """A sweep with heads as the last axis, key-value heads repeated for their query heads."""
     heads = [axis for axis, name in enumerate(sweep.index_axis_names) if name in HEADS]
     for axis in heads:
         found = found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis).movedim(axis, -1)
@@ -338,7 +333,7 @@ get_act_patch_attn_head_pattern_by_pos = PatchSweep("pattern", layer_head_pos_pa
 get_act_patch_attn_head_pattern_dest_src_pos = PatchSweep("pattern", layer_head_dest_src_pos_pattern_patch_setter)
 
 get_act_patch_block_every = PatchSweeps((get_act_patch_resid_pre, get_act_patch_attn_out, get_act_patch_mlp_out))
-"""The stream that enters each block, attention's output and the MLP's: `[3 layer pos]`."""
+"""The stream that enters each block, the attention output and the MLP output: `[3 layer pos]`."""
 get_act_patch_attn_head_all_pos_every = PatchSweeps(
     (*(PatchSweep(part, layer_head_vector_patch_setter) for part in "zqkv"), get_act_patch_attn_head_pattern_all_pos)
 )
@@ -359,9 +354,8 @@ def noised_embeddings(
     samples: int = 10,
     seed: int = 0,
 ) -> Float[Tensor, "sample pos d_model"]:
-    """The embeddings of one prompt, with Gaussian noise at some positions, several times over: the corrupted input of a
-    causal trace. Give it to a sweep as `corrupted_tokens`; the metric then takes the mean over the batch, which is the
-    mean over the noise.
+    """Copies of one prompt's embeddings with Gaussian noise at some positions: the corrupted input of causal tracing.
+    Pass it to a sweep as `corrupted_tokens`; a metric that averages over the batch averages over the noise.
 
     >>> tokens = bridge.to_tokens("When Mary and John went to the store")
     >>> noised = noised_embeddings(bridge, tokens, positions=[1, 2], samples=3)
@@ -369,8 +363,8 @@ def noised_embeddings(
     >>> noised.shape, (noised != clean).any(-1)[0].nonzero().flatten().tolist()
     (torch.Size([3, 9, 128]), [1, 2])
 
-    `noise` is in standard deviations of the model's token embeddings (Meng et al. take three). Raises `ValueError` for
-    a batch of several prompts and for positions that are not there.
+    `noise` is in standard deviations of the model's token embeddings (Meng et al. use three). Raises `ValueError` for
+    several prompts, and for positions that do not exist.
     """
     ids, _, _ = bridge.input_and_mask(tokens)
     if ids.is_floating_point():

@@ -1,6 +1,6 @@
-"""The LM head of a distributed model: one product, or one for each part of the vocabulary.
+"""The LM head of a distributed model: one product, or one per part of the vocabulary.
 
-Parts are for 16-bit weights on a CPU, converted to float32 one by one: no more than one part is ever held twice.
+Parts are for 16-bit weights on a CPU, converted to float32 one at a time to save memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from torch.nn import functional as F
 
 CONVERTED = (torch.bfloat16, torch.float16)
 FEWEST_POSITIONS = 32
-"""From where on parts were faster on a CPU without instructions for the dtype (16 were not): benchmarks/lm_head.py."""
+"""From this many positions on, parts were faster on a CPU without native 16-bit support: benchmarks/lm_head.py."""
 
 
 def converts(weight: Tensor) -> bool:
-    """Whether parts of this weight are converted to float32: 16-bit weights on a CPU.
-
-    >>> converts(torch.ones(2, 2, dtype=torch.bfloat16)), converts(torch.ones(2, 2))
-    (True, False)
-    """
+    """Whether parts of this weight are converted to float32: 16-bit weights on a CPU."""
     return weight.device.type == "cpu" and weight.dtype in CONVERTED
 
 
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of this 16-bit dtype on this CPU; else torch's own slower loops do."""
+    """Whether oneDNN has kernels for this 16-bit dtype on this CPU; otherwise torch falls back to slower loops."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     ops: Any = torch.ops.mkldnn
@@ -38,16 +34,12 @@ def has_instructions(dtype: torch.dtype) -> bool:
 
 
 def parts_are_faster(weight: Tensor, positions: int) -> bool:
-    """What "auto" chooses: parts, where weights are converted, the CPU has nothing for them, and the text is long.
-
-    >>> parts_are_faster(torch.ones(2, 2), 1000)
-    False
-    """
+    """The choice of "auto": parts for weights that are converted, on a CPU without kernels for them, for long texts."""
     return converts(weight) and positions >= FEWEST_POSITIONS and not has_instructions(weight.dtype)
 
 
 class LMHead(nn.Linear):
-    """A linear map to the vocabulary that may be computed in parts.
+    """The unembedding, optionally computed in parts of the vocabulary.
 
     >>> from transformer_lens.distributed import AutoDistributedModelForCausalLM
     >>> options = {"use_chunked_forward": True, "chunked_forward_step": 100}
@@ -55,9 +47,9 @@ class LMHead(nn.Linear):
     >>> model.lm_head(torch.ones(1, 1, 128)).shape
     torch.Size([1, 1, 735])
 
-    Where nothing has to be converted (float32, a GPU) it is the one product, bit for bit. 16-bit weights on a CPU are
-    multiplied in float32 and rounded once: beyond what float32 loses in a sum, at most one rounding step from a product
-    in 16 bits that sums in float32 as well. A weight is read when it is used, so tied and trained ones work as ever.
+    Without conversion (float32, a GPU) it is the single product, bit for bit. 16-bit weights on a CPU are multiplied in
+    float32 and rounded once, within one rounding step of a 16-bit product with float32 sums. A weight is read when
+    used, so tied and trained ones work.
     """
 
     chunked: bool | str
@@ -65,7 +57,7 @@ class LMHead(nn.Linear):
 
     @classmethod
     def put(cls, head: nn.Linear, config: Any) -> None:
-        """Make a model's head one of these; weights stay where they are."""
+        """Replace a model's head by an `LMHead` with the same weights."""
         head.__class__ = cls
         assert isinstance(head, cls)
         head.chunked = config.use_chunked_forward
@@ -75,7 +67,7 @@ class LMHead(nn.Linear):
         return f"{super().extra_repr()}, chunked={self.chunked!r}, step={self.step}"
 
     def in_parts(self, x: Tensor) -> bool:
-        """Whether the logits of these positions are computed in parts."""
+        """Whether these logits are computed in parts."""
         if x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):  # torch's to refuse, or to cast
             return False
         if self.chunked == "auto":
@@ -90,7 +82,7 @@ class LMHead(nn.Linear):
 
 
 class _InParts(torch.autograd.Function):
-    """A linear map in float32, part by part of its rows, which are converted again on the way back."""
+    """A linear map in float32, by parts of its rows, which the backward pass converts again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: int) -> Tensor:
@@ -121,7 +113,7 @@ class _InParts(torch.autograd.Function):
 
 
 def _converted(weight: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows of a weight after others, all in one memory of `step` rows."""
+    """Successive rows of a weight, all in one buffer of `step` rows."""
     memory = weight.new_empty(min(step, len(weight)), weight.shape[1], dtype=torch.float32)
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)

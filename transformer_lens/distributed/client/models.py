@@ -1,4 +1,4 @@
-"""Models whose blocks run elsewhere: embeddings, final norm and head are here, in the family's own code."""
+"""Models with remote blocks: the embedding, final norm and unembedding run here, in the family's own code."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ INSTEAD = {
     "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
-"""What transformers would collect inside the blocks, and how to ask for it here."""
+"""What transformers would collect inside the blocks, and how to get it here."""
 HEADS = ("lm_head.weight", "embed_out.weight")
-"""What checkpoints call the head, which is not always what the installed release calls it."""
+"""Names of the head in checkpoints, which may differ from the installed release's."""
 
 
 class RemoteBlocks:
-    """A base model whose blocks are remote: notes each forward's mask and positions for the servers."""
+    """A base model with remote blocks, which records each forward's mask and positions for the servers."""
 
     route: Route
     arguments: Arguments
-    """What the family's own forward calls its arguments."""
+    """The argument names of the family's forward."""
     config: Any
     training: bool
     prompts: TrainedPrompts | None
@@ -116,9 +116,8 @@ class RemoteBlocks:
 
 
 class DistributedCausalLM:
-    """What the causal models share: blocks that are placed, loading in part, servers, trained prompts.
-
-    It is a context manager that closes itself.
+    """The common base of distributed causal models, a context manager: remote blocks, partial loading, servers and
+    trained prompts.
 
     >>> from transformer_lens.distributed import LocalSpan
     >>> spans = [LocalSpan("tiny-falcon", range(0, 4))]
@@ -130,7 +129,7 @@ class DistributedCausalLM:
     config: Any
     base_model: Any
     _swarm: Swarm | None = None
-    """What `from_pretrained` made of `initial_peers`, to be closed with the model."""
+    """Made by `from_pretrained` from `initial_peers`, and closed with the model."""
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]
     """The family's model without its head, over remote blocks."""
@@ -154,14 +153,14 @@ class DistributedCausalLM:
         self._freeze()
 
     def _freeze(self) -> None:
-        """In a tuned model nothing trains but its prompts."""
+        """Freeze everything but the prompts of a tuned model."""
         if self.prompts is not None:
             self.requires_grad_(False)  # type: ignore[attr-defined]
             self.prompts.requires_grad_()
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The places of the blocks."""
+        """The modules in place of the blocks."""
         found: nn.ModuleList = self.get_submodule(self.config.block_prefix)  # type: ignore[attr-defined]
         return found
 
@@ -176,7 +175,7 @@ class DistributedCausalLM:
         attn_implementation: str | None = None,
         **options: Any,
     ) -> Any:
-        """A model by hub name or directory: of its weights, only those outside the blocks are opened and read.
+        """Load a model by hub name or directory, reading only the weights outside the blocks.
 
         >>> from transformer_lens.distributed import LocalSpan
         >>> spans = [LocalSpan("tiny-falcon", range(0, 2)), LocalSpan("tiny-falcon", range(2, 4))]
@@ -184,9 +183,9 @@ class DistributedCausalLM:
         >>> TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
         torch.Size([1, 3, 735])
 
-        `spans`, or those that a source finds, run the blocks; without them it is the servers that `initial_peers` lead
-        to, and without these too call `connect` later. `options` are settings of the config and say where
-        files come from. Raises `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
+        `spans`, or a source of them, run the blocks; without them, the servers found through `initial_peers` do, and
+        without those call `connect` later. `options` are config settings and say where files come from. Raises
+        `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
         """
         name = pretrained_model_name_or_path
         dtype, options = one_dtype(dtype, options)
@@ -214,7 +213,7 @@ class DistributedCausalLM:
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: what is here is not the whole model."""
+        """Refuses: this is not the whole model."""
         raise ValueError(
             "save_pretrained: the weights of the blocks are on other machines, and what is here is not the model; "
             "its config is saved by model.config.save_pretrained, its trained prompts by model.save_prompts"
@@ -224,14 +223,7 @@ class DistributedCausalLM:
 
     @property
     def route(self) -> Route:
-        """Where the blocks run; `route.recoveries` lists the failures that were repaired.
-
-        >>> from transformer_lens.distributed import LocalSpan
-        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
-        >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
-        >>> list(model.route.recoveries)
-        []
-        """
+        """Where the blocks run; `route.recoveries` lists the repaired failures."""
         found: Route = self.base_model.route
         return found
 
@@ -242,18 +234,14 @@ class DistributedCausalLM:
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
 
-        Raises `ValueError` if a block is missing, or if a server of a list has another model (its prefix, number of
-        blocks, width, dtype or attention); then what was connected stays. A source's servers that do not fit are
-        logged and never used. Spans and sources belong to the caller, who closes them.
+        Raises `ValueError`, and keeps the connection as it was, if a block is missing or a listed server has another
+        model (prefix, number of blocks, width, dtype or attention); such servers of a source are logged and not used.
+        The caller closes spans and sources.
         """
         self.route.connect(spans, self.config.facts(self))
 
     def close(self) -> None:
-        """Close the sessions of texts that are gone and leave the swarm of `initial_peers`; `connect` begins anew.
-
-        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon")
-        >>> model.close()
-        """
+        """Close all sessions and leave the swarm of `initial_peers`; `connect` starts again."""
         self.route.close()
         if self._swarm is not None:
             self._swarm.close()
@@ -269,7 +257,7 @@ class DistributedCausalLM:
 
     @property
     def prompts(self) -> TrainedPrompts | None:
-        """The trained prompts; `None` in a model without a `tuning_mode`."""
+        """The trained prompts; `None` without a `tuning_mode`."""
         found: TrainedPrompts | None = self.base_model.prompts
         return found
 
@@ -282,7 +270,7 @@ class DistributedCausalLM:
         return self.prompts
 
     def save_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Write the trained prompts to a safetensors file; nothing else of a tuned model has changed.
+        """Write the trained prompts, all that tuning changes, to a safetensors file.
 
         >>> tuning = {"tuning_mode": "ptune", "pre_seq_len": 4}
         >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", **tuning)
@@ -296,10 +284,10 @@ class DistributedCausalLM:
         self._tuned("save_prompts").save(path)
 
     def load_prompts(self, path: str | os.PathLike[str]) -> None:
-        """Take the values of such a file, in place.
+        """Load such a file into the prompts, in place.
 
-        Raises `ValueError` for a file that is no such file, for values that are not finite, and for prompts of another
-        model, mode or length; then nothing has changed. Raises `FileNotFoundError` where there is none.
+        Raises `FileNotFoundError` if there is none, and `ValueError`, changing nothing, for another kind of file,
+        values that are not finite, and prompts of another model, mode or length.
         """
         prompts = self._tuned("load_prompts")
         prompts.take(TrainedPrompts.load(path), path)
@@ -318,15 +306,11 @@ class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
 
 
 MODELS: dict[str, type[Any]] = {"falcon": DistributedFalconForCausalLM, "mixtral": DistributedMixtralForCausalLM}
-"""`model_type` -> its distributed causal model, as far as it was made."""
+"""`model_type` -> its distributed causal model, if already made."""
 
 
 def causal_lm_class(model_type: str) -> type[Any]:
-    """The distributed causal model of a family, made of its adapter when it is first asked for.
-
-    >>> causal_lm_class("llama").__name__
-    'DistributedLlamaForCausalLM'
-    """
+    """The distributed causal model class of a family, made from its adapter on first use."""
     if model_type not in MODELS:
         kind = config_class(model_type)
         plain = MODEL_FOR_CAUSAL_LM_MAPPING[kind.base_class.config_class]
@@ -336,11 +320,11 @@ def causal_lm_class(model_type: str) -> type[Any]:
 
 
 class AutoDistributedModelForCausalLM:
-    """Loads the distributed model of whatever family a checkpoint is of."""
+    """Loads the distributed causal model of any supported family."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: Any, *, config: Any = None, **options: Any) -> Any:
-        """The distributed causal model of a hub name or a directory; keywords as for each family's own class.
+        """Load the distributed causal model of a hub name or a directory; keywords as in the family's own class.
 
         >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralForCausalLM'

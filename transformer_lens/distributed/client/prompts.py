@@ -1,7 +1,7 @@
-"""Trained prompts: embeddings in front of the text, and what each block's input gains at their positions.
+"""Trained prompts: embeddings before the text, and additions to each block's input at their positions.
 
-They are all that trains. Servers are sent them as `add` edits, so they need to know nothing of them. They go in front
-where no cache holds positions yet; outside the model only the text's positions are counted.
+Only they are trained. Servers receive them as `add` edits and need not know of them. They go in front while no cache
+holds positions; outside the model only the text's positions count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = "transformer_lens.trained_prompts.1"
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What trained prompts are, and of which model: two that differ here do not fit each other."""
+    """What trained prompts are, and for which model; prompts that differ here are incompatible."""
 
     dht_prefix: str
     model_type: str
@@ -39,7 +39,7 @@ class PromptFacts:
 
     @classmethod
     def of(cls, config: Any) -> Self:
-        """What a config's prompts are. Raises `ValueError` for more of them than the model has positions."""
+        """The facts of a config's prompts. Raises `ValueError` if the model has too few positions for them."""
         longest = config.max_position_embeddings
         if config.pre_seq_len >= longest:
             raise ValueError(
@@ -51,7 +51,7 @@ class PromptFacts:
 
 
 class TrainedPrompts(nn.Module):
-    """The values of prompt tuning: `embeddings`, and under `deep_ptune` also `deep`.
+    """The parameters of prompt tuning: `embeddings`, and with `deep_ptune` also `deep`.
 
     >>> from transformer_lens.distributed import AutoDistributedConfig
     >>> config = AutoDistributedConfig.from_pretrained("tiny-falcon", tuning_mode="deep_ptune", pre_seq_len=3)
@@ -59,11 +59,11 @@ class TrainedPrompts(nn.Module):
     >>> prompts.embeddings.shape, prompts.deep.shape
     (torch.Size([3, 128]), torch.Size([4, 3, 128]))
 
-    `ptune` is prompt tuning (Lester et al. 2021, arXiv:2104.08691): the embeddings stand in front of the text's own.
-    `deep_ptune` also adds `deep[i]` to the stream at their positions where it enters block `i`, as Petals does. That is
-    P-tuning v2 (Liu et al. 2022, arXiv:2110.07602) with sums: there each layer's prompts replace what came before.
-    Embeddings begin as the family draws its own, normal with `initializer_range`; deep values begin at zero, so that
-    `deep_ptune` begins as `ptune`. Both are float32 in a 16-bit model, and are cast where they are used.
+    `ptune` is prompt tuning (Lester et al. 2021, arXiv:2104.08691): the embeddings go before the text's own.
+    `deep_ptune` also adds `deep[i]` to the stream at their positions where it enters block `i`, as in Petals; in
+    P-tuning v2 (Liu et al. 2022, arXiv:2110.07602) each layer's prompts replace it instead. Embeddings are initialised
+    normally with `initializer_range`, deep values with zero. Both are float32 even in a 16-bit model, and are cast when
+    used.
     """
 
     def __init__(self, facts: PromptFacts, std: float = 0.02) -> None:
@@ -88,44 +88,32 @@ class TrainedPrompts(nn.Module):
     def in_front(
         self, embeddings: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pre_seq_len+pos d_model"]:
-        """The embeddings of a text with the trained ones in front of every row."""
+        """A text's embeddings with the trained ones in front of every row."""
         mine = self.embeddings.to(device=embeddings.device, dtype=embeddings.dtype)
         return torch.cat([mine.expand(len(embeddings), -1, -1), embeddings], dim=1)
 
     def edits(self, dtype: torch.dtype | None = None) -> list[Edit]:
-        """What is added to the input of each block, in the order of the blocks; nothing under `ptune`."""
+        """The edit of each block's input, in order of the blocks; none with `ptune`."""
         if self.deep is None:
             return []
         positions = range(self.facts.pre_seq_len)
         return [Edit("add", value, positions=positions) for value in self.deep.to(dtype or self.deep.dtype).unbind()]
 
     def hooks(self, dtype: torch.dtype | None = None) -> list[tuple[str, Edit]]:
-        """`edits` with the names where they belong: hooks that make a local bridge run these prompts.
-
-        >>> prompts = TrainedPrompts(PromptFacts("tiny-falcon", "falcon", "deep_ptune", 3, 128, 4))
-        >>> stream = prompts.in_front(bridge.W_E[bridge.to_tokens("Mary and John")])
-        >>> logits = bridge.run_with_hooks(stream, fwd_hooks=prompts.hooks())[:, 3:]
-        """
+        """`edits` with their hook names: hooks that run these prompts on a local bridge."""
         return [(f"blocks.{layer}.hook_resid_pre", edit) for layer, edit in enumerate(self.edits(dtype))]
 
     # -- files -------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write them to a safetensors file, with what they are and of which model.
-
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "prompts.safetensors"
-        >>> TrainedPrompts(PromptFacts("tiny-falcon", "falcon", "ptune", 3, 128, 4)).save(file)
-        >>> TrainedPrompts.load(file).facts.pre_seq_len
-        3
-        """
+        """Write the prompts to a safetensors file, with their facts."""
         values = {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
         facts = {name: str(fact) for name, fact in asdict(self.facts).items()}
         save_file(values, path, metadata={"format": FORMAT, **facts})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Prompts from a file, without their model. Raises `ValueError` for a file that holds something else."""
+        """Load prompts without their model. Raises `ValueError` for any other file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file; expected one that save_prompts wrote")
         try:
@@ -156,7 +144,7 @@ class TrainedPrompts(nn.Module):
         return prompts
 
     def take(self, other: TrainedPrompts, path: str | os.PathLike[str]) -> None:
-        """Take another's values. Raises `ValueError`, and changes nothing, where they are another model's."""
+        """Copy another's values. Raises `ValueError`, changing nothing, if they are for another model."""
         mine, theirs = asdict(self.facts), asdict(other.facts)
         differing = [f"{name} {theirs[name]!r}, here {mine[name]!r}" for name in mine if mine[name] != theirs[name]]
         if differing:
@@ -171,22 +159,18 @@ class TrainedPrompts(nn.Module):
 
 
 def mask_in_front(mask: Tensor | None, count: int) -> Tensor | None:
-    """A mask of the text with `count` columns of ones in front: prompts are attended to, also before left padding.
-
-    >>> mask_in_front(torch.tensor([[0, 1, 1]]), 2)
-    tensor([[1, 1, 0, 1, 1]])
-    """
+    """A mask of the text with `count` columns of ones in front: prompts are attended to, even before left padding."""
     return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
 
 
 def positions_in_front(positions: Tensor | None, mask: Tensor | None, count: int, first: bool) -> Tensor | None:
-    """Positions of the text, counted on from those of the prompts, which are theirs in front where it is the `first`.
+    """Positions of the text shifted behind the prompts, which come before them in the `first` call.
 
     >>> positions_in_front(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]), 2, first=True)
     tensor([[0, 1, 0, 2, 3]])
 
-    They are what transformers and the bridge count from a mask that has the prompts: first those, then each row's
-    tokens. Padding between the two, which nobody attends to, keeps the position it came with.
+    They match what transformers and the bridge derive from a mask with the prompts; padding between prompts and text,
+    which nobody attends to, keeps its position.
     """
     if positions is None:
         return None
@@ -200,20 +184,20 @@ def positions_in_front(positions: Tensor | None, mask: Tensor | None, count: int
 
 @dataclass(frozen=True)
 class PromptedCall:
-    """One forward of a base model: what its own code is given, and what the servers are."""
+    """One forward of a base model with prompts: the arguments of its own code, and those of the servers."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mask: Tensor | None
     position_ids: Tensor | None
     ahead: int = 0
-    """Positions in front of the text's, here and in what comes out."""
+    """Positions before the text's, in the arguments and in the output."""
     edits: Sequence[Edit] = ()
 
 
 @dataclass(frozen=True)
 class ModelCall:
-    """One forward of a base model as it came; the model takes its arguments after the first by name."""
+    """One forward of a base model as called; arguments after the first are passed by name."""
 
     arguments: Arguments
     args: tuple[Any, ...]
@@ -223,7 +207,7 @@ class ModelCall:
         return self.arguments.value(word, self.args, self.kwargs)
 
     def check(self, given: Tensor, held: int) -> None:
-        """Raise `ValueError` for a mask or positions that are not those of the text."""
+        """Raise `ValueError` if mask or positions do not fit the text."""
         if given.ndim < 2:
             raise ValueError(f"input_ids: got shape {list(given.shape)}, expected [batch, pos]")
         rows, new = given.shape[:2]
@@ -238,7 +222,7 @@ class ModelCall:
 
 
 def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> PromptedCall:
-    """The call of a base model with its prompts, where it has any: it begins with them, or goes on behind them."""
+    """The call of a base model with its prompts, if it has any: before the text, or already in the cache."""
     tokens, embeddings, mask, positions = (call[word] for word in (TOKENS, EMBEDDINGS, MASK, POSITIONS))
     plain, prompts = PromptedCall(call.args, call.kwargs, mask, positions), model.prompts
     if prompts is None or (tokens is None) == (embeddings is None):  # the latter is the family's to refuse
@@ -246,7 +230,7 @@ def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> Prompt
     given = tokens if embeddings is None else embeddings
     call.check(given, 0 if text is None else text.length - text.ahead)
     if text is not None and text.length:
-        # The model's own code is told nothing of the prompts: of what it computes of positions, nothing is used.
+        # The model's own code does not see the prompts: the positions it computes are not used.
         positions = positions_in_front(positions, mask, text.ahead, first=False)
         return replace(plain, mask=mask_in_front(mask, text.ahead), position_ids=positions)
     count, new, longest = prompts.facts.pre_seq_len, given.shape[1], model.config.max_position_embeddings

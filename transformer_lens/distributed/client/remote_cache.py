@@ -1,6 +1,6 @@
-"""A text that is being generated over remote blocks: keys and values are on the servers, the way to make them is here.
+"""A text generated over remote blocks: servers hold the keys and values, the client holds what recreates them.
 
-Each server's inputs are kept, so that a server that lost a session, or another one, is sent them in the same chunks.
+Each server's inputs are kept, so that they can be replayed in the same chunks to a server that lost the session.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ class _Segment:
     leg: Leg
     session: str
     source: SpanSource
-    """Where the leg is from."""
+    """The source of its leg."""
     streams: list[Tensor] = field(default_factory=list)
-    """What came in at each step, as far as it is known."""
+    """Each step's input, as far as known."""
     done: int = 0
-    """How many steps the session holds, as far as its server answered."""
+    """Steps the session holds, as far as its server confirmed."""
 
 
 @dataclass
 class _Mask:
-    """The mask of a step and of those before it, as long as each only adds columns to the one before."""
+    """The mask of a step and of those before it, as long as each step only adds columns."""
 
     columns: Tensor
 
 
 def _end(step: Request) -> int:
-    """How many positions there are after a step."""
+    """The number of positions after a step."""
     return step.start + step.tensors["stream"].shape[1]
 
 
 @dataclass
 class _Stretch:
-    """Blocks that are called together: every step so far, and who holds their keys and values."""
+    """Blocks that are called together: every step so far, and the sessions with their keys and values."""
 
     steps: list[Request] = field(default_factory=list)
-    """Without what is in `masks`."""
+    """The steps, without what is in `masks`."""
     masks: list[_Mask | None] = field(default_factory=list)
-    """Of each step. One for all, mostly: a mask of its own for each would take the square of their number."""
+    """Each step's mask, mostly one shared object: separate ones would take quadratic memory."""
     segments: list[_Segment] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
@@ -78,7 +78,7 @@ class _Stretch:
         return replace(step, tensors={**step.tensors, "mask": mask.columns[:, : _end(step)]})
 
     def forget_from(self, length: int) -> None:
-        """A step that failed further up is done again, perhaps with other hooks."""
+        """Forget steps that will be run again after a failure, perhaps with other hooks."""
         self.steps = [step for step in self.steps if step.start < length]
         del self.masks[len(self.steps) :]
         for segment in self.segments:
@@ -87,31 +87,31 @@ class _Stretch:
 
 
 class RemoteText:
-    """How far a text has come, and what made its keys and values on each stretch of blocks."""
+    """The length of a text, and the inputs behind its keys and values on each stretch of blocks."""
 
     def __init__(self, route: Route) -> None:
         self.route = route
         self.length = 0
-        """Positions that the servers hold, those of trained prompts too."""
+        """Positions that the servers hold, including trained prompts."""
         self.ahead = 0
-        """How many of them are in front of the text."""
+        """The number of prompt positions among them."""
         self.rows: Tensor | None = None
-        """Which of the rows so far each row goes on from, if that changed since the last step."""
+        """The earlier row that each row continues, if that changed since the last step."""
         self.stretches: dict[tuple[int, int], _Stretch] = {}
         self._sessions: deque[tuple[Span, str]] = deque()
         weakref.finalize(self, route.closing.extend, self._sessions).atexit = False
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with other rows, as beam search does."""
+        """Reorder the rows, as beam search does."""
         self.rows = rows.long() if self.rows is None else self.rows[rows]
 
     def end_of_leg(self, layer: int) -> int:
-        """Where a call that begins with this block ends; a text keeps its stretches."""
+        """The end of a call that begins with this block; a text keeps its stretches."""
         known = [end for first, end in self.stretches if first == layer and self.length]
         return known[0] if known else self.route.end_of_leg(layer)
 
     def step(self, request: Request) -> Reply:
-        """One more step of a stretch. A server that does not hold what came before is sent that first."""
+        """One more step of a stretch, replaying earlier ones to a server that lacks them."""
         stretch = self._stretch(request.first, request.end)
         stretch.forget_from(self.length)
         rows = {} if self.rows is None else {"rows": self.rows}
@@ -122,7 +122,7 @@ class RemoteText:
         stretch.add(request)
         whole, nth = Reply(), 0
         while nth < len(stretch.segments):
-            # A text stays on its servers, unless one failed in another call or the model was connected anew.
+            # A text stays on its servers, unless one failed in another call or the model was reconnected.
             segment, source = stretch.segments[nth], self.route.connected()
             leg, moved = segment.leg, segment.source is not source
             self._exchange(stretch, nth, tries.legs(leg.first, leg.end) if moved else tries.instead_of(leg))
@@ -136,7 +136,7 @@ class RemoteText:
         return whole
 
     def advance(self, positions: int, ahead: int = 0) -> None:
-        """All blocks are through with these positions, of which `ahead` are in front of the text."""
+        """Count positions that passed all blocks, `ahead` of them prompts."""
         self.length += positions
         self.ahead += ahead
         self.rows = None
@@ -150,14 +150,14 @@ class RemoteText:
                 "server holds their keys and values; attach a function at the edge of a block before the prompt is "
                 "read (it may return None until it is needed), and leave it until the end"
             )
-        # Of a prompt that failed, and whose blocks are called in other stretches now.
+        # From a failed prompt, whose blocks are now called in other stretches.
         for old in [old for old in self.stretches if old[0] < end and first < old[1]]:
             for segment in self.stretches.pop(old).segments:
                 self._close(segment)
         return self.stretches.setdefault((first, end), _Stretch())
 
     def _catch_up(self, stretch: _Stretch, nth: int, whole: Reply, tries: Tries) -> bool:
-        """Send a segment all steps that its session does not hold, in the same chunks. `False`: its server is lost."""
+        """Replay the steps that a segment's session lacks, in the same chunks. `False` if its server is lost."""
         segment, last = stretch.segments[nth], len(stretch.steps) - 1
         following = stretch.segments[nth + 1] if nth + 1 < len(stretch.segments) else None
         while segment.done <= last:
@@ -185,7 +185,7 @@ class RemoteText:
         return True
 
     def _exchange(self, stretch: _Stretch, nth: int, legs: list[Leg]) -> None:
-        """Let other servers run the blocks of a segment, from the first step on."""
+        """Move a segment's blocks to other servers, from the first step on."""
         old = stretch.segments[nth]
         if legs and legs != [old.leg]:  # if nobody else is there, the session may be there still
             stretch.segments[nth : nth + 1] = self._segments(legs, old.streams)
@@ -202,14 +202,14 @@ class RemoteText:
         return session
 
     def _close(self, segment: _Segment) -> None:
-        """Nobody will ask for this session again."""
+        """Let the server forget this session."""
         known = (segment.leg.span, segment.session)
         self._sessions.remove(known)
         self.route.closing.append(known)
 
 
 class RemoteLayer(CacheLayerMixin):
-    """One layer of a transformers cache whose keys and values are on a server."""
+    """A layer of a transformers cache whose keys and values are on a server."""
 
     def __init__(self, text: RemoteText, first: bool) -> None:
         super().__init__()
@@ -217,16 +217,16 @@ class RemoteLayer(CacheLayerMixin):
         self.first = first
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is held here."""
+        """Does nothing: no keys or values are held here."""
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Never called: no attention runs here."""
+        """Never called, since no attention runs here."""
         raise ValueError(
             "keys and values of this cache are on servers; it serves the distributed model it was made for"
         )
 
     def get_seq_length(self) -> int:
-        """How many positions of the text the servers hold."""
+        """The number of the text's positions that the servers hold."""
         return self.text.length - self.text.ahead
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -236,20 +236,17 @@ class RemoteLayer(CacheLayerMixin):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with other rows; all layers do so together, the first one tells."""
+        """Reorder the rows; all layers do so together, and the first one tells the text."""
         if self.first:
             self.text.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: servers only go on."""
+        """Refuses: servers cannot go back."""
         raise ValueError("a cache on servers cannot be cropped, so assisted generation is not available")
 
 
 def remote_text(cache: Any, route: Route, n_layers: int) -> RemoteText:
-    """The text behind a cache; an empty cache becomes one of remote layers.
-
-    Raises `ValueError` for a cache that holds keys and values of its own, or is another model's.
-    """
+    """The text behind a cache; an empty cache gets remote layers. Raises `ValueError` for any other cache."""
     if not isinstance(cache, Cache):
         raise TypeError(
             f"past_key_values: got {type(cache).__name__}, expected a transformers Cache, such as DynamicCache()"

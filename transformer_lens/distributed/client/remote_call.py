@@ -1,6 +1,6 @@
-"""`RemoteBlock` stands where a block is; one call goes out for each stretch between two places with work to do here.
+"""`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them.
 
-A `StretchCall` says what is sent, what its hooks are given, and how gradients go through it.
+A `StretchCall` determines what is sent, what its hooks get, and how gradients flow through it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def action_of(request: HookRequest) -> Action:
         return Action(request.name, fn.operation, number, **fn.chosen)
     if request.direction == "bwd":
         return Action(request.name, "gradient")
-    # A hook that is not known to read only may write on a local bridge too.
+    # A hook that is not known to be read-only may write on a local bridge too.
     return Action(request.name, "look" if request.entry.reads_only else "keep")
 
 
@@ -55,7 +55,7 @@ def refusal(name: str, entry: HookEntry, direction: str) -> Exception | None:
 
 @dataclass
 class StretchCall:
-    """Blocks `first` to `end` of one forward, with the hooks that wait in them."""
+    """Blocks `first` to `end` of one forward, with the hooks in them."""
 
     route: Route
     request: Request
@@ -64,15 +64,15 @@ class StretchCall:
     kept: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
     text: RemoteText | None = None
-    """The text that this goes on with, where keys and values are kept."""
+    """The text that this continues, if keys and values are kept."""
 
     def values(self) -> dict[int, Tensor]:
-        """The tensors that edits bring along, by the number of their action."""
+        """The tensors of edits, by the number of their action."""
         found = {n: hook.entry.fn.value for n, hook in enumerate(self.waiting) if isinstance(hook.entry.fn, Edit)}
         return {n: value for n, value in found.items() if isinstance(value, Tensor)}
 
     def run(self, stream: Tensor) -> Tensor:
-        """The stream after these blocks; every hook in them is given what it asked for."""
+        """The stream after these blocks; every hook in them gets its activation."""
         values = self.values()
         self.kept = [n for n, action in enumerate(self.request.actions) if action.do == "keep"]
         backward = any(action.do == "gradient" for action in self.request.actions)
@@ -84,7 +84,7 @@ class StretchCall:
                 "torch.no_grad(), or on the whole text without past_key_values"
             )
         if self.text is None and (flows or (backward and torch.is_grad_enabled())):
-            # As through local blocks, whose parameters require one, a gradient can be asked for at any hook.
+            # As with local blocks, whose parameters require gradients, a gradient can be taken at any hook.
             begin = stream if stream.requires_grad else stream.detach().requires_grad_(backward)
             outputs = _Through.apply(self, begin, *values.values())  # type: ignore[no-untyped-call]
         else:
@@ -99,7 +99,7 @@ class StretchCall:
         return outputs[0]
 
     def forward(self, stream: Tensor, values: list[Tensor], grad: bool) -> tuple[Tensor, ...]:
-        """The stream after these blocks, then what is kept of them."""
+        """The stream after these blocks, then the activations kept."""
         request = self._request(stream, values, grad=grad)
         reply = forward(self.route, request) if self.text is None else self.text.step(request)
         self.turns = reply.turns
@@ -109,7 +109,7 @@ class StretchCall:
         return (reply.tensors["stream"].to(stream.device), *(seen[n] for n in self.kept))
 
     def backward(self, stream: Tensor, values: list[Tensor], gradients: tuple[Tensor | None, ...]) -> list[Any]:
-        """Gradients at the stream and at the edits' values; those at hooks are handed to them."""
+        """Gradients at the stream and the edits' values; hooks get theirs directly."""
         names = ["grad.stream", *(f"grad.{n}" for n in self.kept)]
         given = {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
         reply = backward(self.route, self._request(stream, values, grad=True), given)
@@ -120,7 +120,7 @@ class StretchCall:
         return [reply.tensors[name].to(like.device) if name in reply.tensors else None for name, like in wanted]
 
     def _check_seen(self, reply: Reply, stream: Tensor) -> None:
-        """Raise `SpanError` for an activation that cannot be that of its hook, before any hook is given one."""
+        """Raise `SpanError` for an activation that cannot be its hook's, before any hook gets one."""
         rows, new, width = stream.shape
         keys = new + (self.text.length if self.text is not None else 0)
         known = {"batch": rows, "pos": new, "query_pos": new, "key_pos": keys, "d_model": width, "1": 1}
@@ -141,9 +141,9 @@ class StretchCall:
 
 
 def forward(route: Route, request: Request) -> Reply:
-    """Blocks of a forward, on one server or on several, as many as it takes.
+    """Run blocks forward on one or several servers.
 
-    A part that is done stays done: where a later one fails, its input is here, and another server goes on from it.
+    Finished parts are kept: if a later one fails, another server continues from its input.
     """
     tries = Tries(route, "forward", request.first, request.end)
     whole, at = Reply(), request.first
@@ -160,9 +160,10 @@ def forward(route: Route, request: Request) -> Reply:
 
 
 def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Reply:
-    """Gradients through the blocks of a forward: `grad.stream` at its end and `grad.n` at what was kept come in.
+    """Run gradients back through the blocks of a forward, given `grad.stream` at its end and `grad.n` at kept
+    activations.
 
-    Where servers are cut otherwise than in the forward, the stream between them is computed again on the way.
+    If servers are split differently from the forward, the stream between them is recomputed.
     """
     tries = Tries(route, "backward", request.first, request.end)
     whole, end = Reply(), request.end
@@ -185,7 +186,7 @@ def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Re
             if reply is None:
                 continue
             part.add_to(whole, reply)
-            # What came in was used up; what comes back enters the blocks before.
+            # The gradient that came in is consumed; the one that comes back enters the blocks before.
             gradients.pop("grad.stream", None)
             gradients |= {name: found for name, found in reply.tensors.items() if name == "grad.stream"}
         end = leg.first
@@ -196,7 +197,7 @@ def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Re
 
 
 class _Through(torch.autograd.Function):
-    """A stretch of remote blocks in autograd's graph: the server computes the forward again to go back."""
+    """A stretch of remote blocks in autograd's graph, whose server recomputes the forward in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, call: StretchCall, stream: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
@@ -219,29 +220,29 @@ class _Through(torch.autograd.Function):
 
 @dataclass
 class Pass:
-    """One forward of a model: what the servers have to know of it, and how many blocks are done."""
+    """One forward of a model: what the servers need of it, and how many blocks are done."""
 
     route: Route
     tensors: dict[str, Tensor]
     use_cache: bool
     text: RemoteText | None
     edits: Sequence[Edit] = ()
-    """What trained prompts add to the input of each block."""
+    """What trained prompts add to each block's input."""
     done: int = 0
 
     def prompts_at(self, layer: int) -> list[HookRequest]:
-        """The same as hooks that wait at a block's input."""
+        """The same as hook requests at a block's input."""
         name = f"blocks.{layer}.hook_resid_pre"
         return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
 
 
 _passes = threading.local()
-"""`stack`: the forwards that a thread is in, the innermost last."""
+"""`stack`: the forwards this thread is in, innermost last."""
 
 
 @contextmanager
 def passing(current: Pass) -> Iterator[None]:
-    """The forward of a model that this thread is in, for its blocks to find."""
+    """Make a model's forward the current one in this thread, for its blocks to find."""
     stack: list[Pass] = vars(_passes).setdefault("stack", [])
     stack.append(current)
     try:
@@ -251,10 +252,10 @@ def passing(current: Pass) -> Iterator[None]:
 
 
 class RemoteBlock(BlockElsewhere):
-    """Stands where a block is that a server runs. The first of a stretch sends the call, the others hand on."""
+    """Stands in for a block on a server. The first of a stretch sends the call, the others pass the stream on."""
 
     blocks: Any
-    """All blocks of the model, this one among them."""
+    """All blocks of the model, including this one."""
 
     def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         super().__init__()
@@ -268,7 +269,9 @@ class RemoteBlock(BlockElsewhere):
         return refusal(name, entry, direction)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The block on the stream with its prompts: they are there before any torch hook of this module sees it."""
+        """Call the block on the stream with its prompts, which are added before any torch hook of this module sees
+        it.
+        """
         current = self._current()
         if current is not None and self.layer >= current.done:
             for prompt in current.prompts_at(self.layer):
@@ -276,16 +279,16 @@ class RemoteBlock(BlockElsewhere):
         return super().__call__(hidden_states, *args, **kwargs)
 
     def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
-        """A hook that multiplies by a value, or sets it, in servers too."""
+        """A hook that scales by a value or sets it, on servers too."""
         return Edit(operation, value)
 
     def _current(self) -> Pass | None:
-        """The forward that this thread is in, if it is one of this model."""
+        """This thread's forward, if it is one of this model."""
         stack: list[Pass] = vars(_passes).get("stack", [])
         return stack[-1] if stack and stack[-1].route is self.route else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The stream after this block, or as it is where an earlier call went through this block."""
+        """The stream after this block, or unchanged if an earlier call included this block."""
         current = self._current()
         if current is None:
             raise ValueError(f"block {self.layer} runs on another machine; call the model, not its block")
@@ -308,7 +311,7 @@ class RemoteBlock(BlockElsewhere):
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
     def _end_of_stretch(self, end: int) -> int:
-        """Where this call ends: with a server's blocks, or where torch hooks, of whoever, wait at a block's edge."""
+        """The end of this call: that of a server's blocks, or the first block edge with torch hooks."""
         block: RemoteBlock
         for block in list(self.blocks)[self.layer : end]:
             if block.layer > self.layer and (block._forward_pre_hooks or block._backward_hooks):

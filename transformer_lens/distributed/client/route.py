@@ -1,6 +1,6 @@
-"""`Route`: gets a model's calls done. It chooses servers, goes elsewhere where one fails, and gives up in bounded time.
+"""`Route`: runs a model's calls on chosen servers, switches servers on failure, and gives up in bounded time.
 
-What it tries for one call is in `Tries`; the choice itself is in `routing`.
+`Tries` holds the attempts of one call; `routing` makes the choice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Leg:
-    """Blocks `first` to `end` of a way through the model, and the span that runs them."""
+    """Blocks `first` to `end` of a path, and the span that runs them."""
 
     span: Span
     first: int
@@ -33,24 +33,24 @@ class Leg:
 
 @dataclass(frozen=True)
 class Recovery:
-    """A call that failed somewhere and was done all the same."""
+    """A call that failed at first and succeeded in the end."""
 
     kind: str
     """`forward`, `backward` or `step`."""
     blocks: range
     peers: tuple[str, ...]
-    """Who failed, in order; one that failed twice is there twice."""
+    """The peers that failed, in order, with repeats."""
     seconds: float
-    """From the first failure to the answer, with all that was waited, computed and replayed."""
+    """From the first failure to the answer, including all waiting and replay."""
     replayed: int
-    """Steps of a text that were sent again, summed over servers."""
+    """Replayed steps, summed over servers."""
 
 
 class Route:
-    """Where a model's blocks run, and what its servers did so far.
+    """Where a model's blocks run, and the servers' record so far.
 
-    `settings` are the model's `ClientSettings`; time limits are read at each call. `clock` and `sleep` are replaced
-    in tests.
+    `settings` are the model's `ClientSettings`, whose time limits are read at each call. Tests replace `clock` and
+    `sleep`.
     """
 
     def __init__(self, n_layers: int, settings: Any) -> None:
@@ -58,30 +58,30 @@ class Route:
         self.settings = settings
         self.source: SpanSource | None = None
         self.expected: dict[str, Any] = {}
-        """What a server has to say of itself."""
+        """What a server has to report of itself."""
         self.clock: Callable[[], float] = time.monotonic
         self.sleep: Callable[[float], None] = time.sleep
         self.health = Health.of(settings, lambda: self.clock())
         self.recoveries: deque[Recovery] = deque(maxlen=1000)
-        """What went wrong and was repaired, the latest last."""
+        """Repaired failures, latest last."""
         self.closing: deque[tuple[Span, str]] = deque()
-        """Sessions of texts that are gone, to be closed with the next call."""
+        """Sessions of deleted texts, to be closed with the next call."""
         self._looked_at: dict[int, _Look] = {}
         """Spans whose server was asked what it is, by identity."""
         self._shown: list[Leg] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Route:
-        """A copy of a model asks the same servers."""
+        """Copies of a model share the servers."""
         other = Route(self.n_layers, self.settings)
         other.source, other.expected, other.health = self.source, self.expected, self.health
         other.clock, other.sleep = self.clock, self.sleep
         return other
 
     def connect(self, spans: Sequence[Span] | SpanSource, expected: dict[str, Any]) -> None:
-        """Use these spans from now on; who failed before is forgotten.
+        """Use these spans from now on, and forget earlier failures.
 
-        Raises `ValueError` if a block is missing, or a server of a list has another model. Servers of a source that
-        have another model, or do not answer, are passed over.
+        Raises `ValueError` if a block is missing, or a listed server has another model; a source's servers that have
+        another model, or do not answer, are skipped.
         """
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
@@ -103,12 +103,12 @@ class Route:
         self._looked_at = trial._looked_at
 
     def close(self) -> None:
-        """Tell the servers that the texts are done, and be connected to none."""
+        """Close all sessions and disconnect."""
         self.close_sessions()
         self.source = None
 
     def close_sessions(self) -> None:
-        """Tell the servers which keys and values nobody will ask for again. Those that do not answer forget by time."""
+        """Tell the servers which sessions are over; servers that do not answer expire them."""
         for _ in range(len(self.closing)):
             span, session = self.closing.popleft()
             if span.peer in self.health.banned():
@@ -124,7 +124,7 @@ class Route:
     # -- who is there ----------------------------------------------------------------------------------
 
     def misfit(self, span: Span, timeout: float) -> str:
-        """Why a span's server cannot be used, empty if it can. It is asked once, and again after a failure."""
+        """Why a span's server cannot be used, or "". It is asked once, and again after a failure."""
         seen = self._looked_at.get(id(span))
         if seen is None or (seen.misfit and self.clock() - seen.when > LONGEST_BAN * self.health.ban_timeout):
             told = ask(span, Request("info", 0, 0), timeout=timeout).info
@@ -146,7 +146,7 @@ class Route:
         return ""
 
     def forget(self, span: Span) -> None:
-        """A server failed: when it comes back it may be another one."""
+        """After a failure, a server that returns may be another one."""
         self._looked_at.pop(id(span), None)
 
     def connected(self, layer: int = 0) -> SpanSource:
@@ -159,21 +159,21 @@ class Route:
         return self.source
 
     def usable(self) -> list[Span]:
-        """The spans that may be asked, as far as is known."""
+        """The spans not known to be unusable."""
         known = self.connected().spans()
         self._looked_at = {key: look for key, look in self._looked_at.items() if any(look.span is s for s in known)}
         misfits = {key for key, look in self._looked_at.items() if look.misfit}
         return [span for span in known if self.health.permits(span.peer) and id(span) not in misfits]
 
     def plan(self, first: int, end: int, banned: dict[str, float]) -> list[Leg]:
-        """The way through some blocks that is expected to take the least time. Raises `NoPath`."""
+        """The fastest expected path through some blocks. Raises `NoPath`."""
         source = self.connected(first)
         spans = self.usable()
         hops = best_path([source.facts(span) for span in spans], first, end, banned)
         return [Leg(next(s for s in spans if hop.fits(s.peer, s.blocks)), hop.first, hop.end) for hop in hops]
 
     def end_of_leg(self, layer: int) -> int:
-        """Where a call that begins with this block goes on to another server, if all goes well."""
+        """The block at which a call that begins with this one should move to another server."""
         legs = Tries(self, "search for servers", layer, self.n_layers).legs(layer, self.n_layers)
         self._show(legs)
         return legs[0].end
@@ -188,7 +188,7 @@ class Route:
 
 @dataclass(frozen=True)
 class _Look:
-    """What was found when a server was asked what it is."""
+    """What a server answered when asked what it is."""
 
     span: Span
     misfit: str
@@ -196,10 +196,10 @@ class _Look:
 
 
 class Tries:
-    """What was tried to get one call done, and what may still be tried.
+    """The attempts of one call so far, and what may still be tried.
 
-    There are `max_retries` tries after the first, and as many waits for somebody to be there. Every request has
-    `request_timeout`, and all of them and the waits together `Health.longest(request_timeout)`.
+    After the first there are `max_retries` more, and as many waits for a server. Every request has `request_timeout`,
+    and everything together `Health.longest(request_timeout)`.
     """
 
     def __init__(self, route: Route, kind: str, first: int, end: int, waits: bool = True) -> None:
@@ -208,7 +208,7 @@ class Tries:
         self.name = f"{kind} of blocks {first} to {end}"
         self.waits = waits
         self.failures: list[tuple[str, str]] = []
-        """Who failed, and what was said."""
+        """The peers that failed, and their errors."""
         self.replayed = 0
         self._began = route.clock()
         self._deadline = self._began + route.health.longest(route.settings.request_timeout)
@@ -217,15 +217,15 @@ class Tries:
         self._losses = 0
         self._waited = 0
         self._looked = False
-        """Whether the source was asked again, or waited for, since the last failure."""
+        """Whether the source was refreshed since the last failure."""
         self._rested = False
         self._excused: set[str] = set()
-        """Who is asked in spite of a ban, since nobody else is there."""
+        """Peers asked in spite of a ban, for lack of others."""
 
     def ask(self, span: Span, request: Request) -> Reply | None:
-        """A server's answer, or `None` if there was none and another one has to be found.
+        """A server's answer, or `None` if another server has to be found.
 
-        Raises `SpanError` where a server refuses for a reason that others would have too, and when all was tried.
+        Raises `SpanError` if a server refuses for a reason that others share, and when all attempts are used up.
         """
         timeout = self._timeout()
         try:
@@ -240,7 +240,7 @@ class Tries:
         return reply
 
     def failed(self, span: Span, error: SpanError) -> None:
-        """Leave a server out for a while. Raises `SpanError` when nothing may be tried any more."""
+        """Ban a server for a while. Raises `SpanError` when no attempt is left."""
         self.route.health.failed(span.peer)
         self.route.forget(span)
         self._excused.discard(span.peer)
@@ -250,7 +250,7 @@ class Tries:
         self._check_number(self._tried)
 
     def lost(self, span: Span, error: SpanError) -> None:
-        """A server that answers has not the text's beginning any more: it may be asked again at once."""
+        """Note that a server lost the text's beginning; it may be asked again at once."""
         self._note(span.peer, error)
         self._losses += 1
         self._check_number(self._losses - 1)  # the first time is no failure: keys and values may be forgotten
@@ -267,7 +267,7 @@ class Tries:
             raise self._given_up(f"{failures} failures, and max_retries is {most}")
 
     def legs(self, first: int, end: int) -> list[Leg]:
-        """A way through these blocks; where nobody is there, it is waited for. Raises `SpanError` in the end."""
+        """A path through these blocks, waiting for servers if need be. Raises `SpanError` in the end."""
         while True:
             banned = {peer: left for peer, left in self.route.health.banned().items() if peer not in self._excused}
             try:
@@ -279,7 +279,7 @@ class Tries:
                 return legs
 
     def instead_of(self, leg: Leg) -> list[Leg]:
-        """Others for the blocks of a server that failed lately, in another call; none if there are none."""
+        """Other legs for the blocks of a server that recently failed in another call, or none."""
         banned = self.route.health.banned()
         if leg.span.peer not in banned:
             return []
@@ -301,7 +301,7 @@ class Tries:
             return False
 
     def _nobody(self, error: NoPath) -> None:
-        """Nobody has these blocks: look again, then wait, then ask who failed longest ago."""
+        """Without a server for these blocks: refresh, then wait, then ask the peer that failed longest ago."""
         if self._rested and error.banned:
             self._excused.add(min(error.banned, key=lambda peer: (error.banned[peer], peer)))
             return
@@ -318,11 +318,11 @@ class Tries:
             self._note("the search for servers", lost)
 
     def _timeout(self) -> float:
-        """Seconds for one request."""
+        """The seconds for one request."""
         return min(self._left(), float(self.route.settings.request_timeout))
 
     def _left(self) -> float:
-        """Seconds that are left for all tries. Raises `SpanError` if there are none."""
+        """The seconds left for all attempts. Raises `SpanError` if there are none."""
         left = self._deadline - self.route.clock()
         if left <= 0:
             raise self._given_up("the time for all tries is over")
@@ -338,7 +338,7 @@ class Tries:
         )
 
     def done(self) -> None:
-        """The call is done; if anything failed on the way, note how long that took."""
+        """Finish the call; if anything failed on the way, record the recovery."""
         if not self.failures:
             return
         seconds = self.route.clock() - self._first_failure

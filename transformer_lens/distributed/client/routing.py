@@ -1,6 +1,6 @@
-"""Which servers run which blocks: the fastest path over their spans, and who is left out after a failure.
+"""Which servers run which blocks: the fastest path over their spans, and bans after failures.
 
-Pure Python without a clock of its own, so that a simulation runs the same code as a client.
+Pure Python without its own clock, so that simulations run the client's code.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ LONGEST_BAN = 16
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What is known of a server's speed. Times are in seconds.
-
-    >>> ServerFacts("near", range(0, 4), latency=0.25, seconds_per_block=0.125).seconds(0, 4)
-    0.75
-    """
+    """What is known of a server's speed, in seconds."""
 
     peer: str
     blocks: range
     latency: float = 0.0
-    """A measured round trip, as a moving average."""
+    """The measured round trip, as a moving average."""
     seconds_per_block: float = 0.0
-    """Measured and announced by the server."""
+    """As measured and announced by the server."""
     load: float = 0.0
-    """Calls that wait or run there, announced by the server."""
+    """Calls that wait or run there, as announced by the server."""
 
     def __post_init__(self) -> None:
         for name in ("latency", "seconds_per_block", "load"):
@@ -38,17 +34,17 @@ class ServerFacts:
                 raise ValueError(f"{self.peer}: {name} is {getattr(self, name)}, expected a finite number, at least 0")
 
     def seconds_of_block(self) -> float:
-        """How long one block is expected to take, where as many calls as `load` are served in turn with it."""
+        """The expected time of one block, taking turns with `load` other calls."""
         return self.seconds_per_block * (1 + self.load)
 
     def seconds(self, first: int, end: int) -> float:
-        """How long a call of these blocks is expected to take: one round trip, and its turn at each block."""
+        """The expected time of a call: one round trip, and its turn at each block."""
         return self.latency + (end - first) * self.seconds_of_block()
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One call of a path: a server, and the blocks that it runs of its span."""
+    """One call of a path: a server, and which of its blocks it runs."""
 
     peer: str
     first: int
@@ -60,12 +56,12 @@ class Hop:
 
 
 class NoPath(LookupError):
-    """Some blocks are on no server that may be asked."""
+    """No server that may be asked has some blocks."""
 
     def __init__(self, missing: list[int], banned: dict[str, float], known: Collection[str]) -> None:
         self.missing = missing
         self.banned = banned
-        """Servers that have these blocks and are left out for a while, and for how many seconds."""
+        """Banned servers with these blocks, and the seconds left."""
         text = f"no server that may be asked has the blocks {missing}"
         if banned:
             waits = ", ".join(f"{peer} for {seconds:.1f} s" for peer, seconds in banned.items())
@@ -76,21 +72,20 @@ class NoPath(LookupError):
 def best_path(
     servers: Iterable[ServerFacts], first: int, end: int, banned: Mapping[str, float] | None = None
 ) -> list[Hop]:
-    """The path through blocks `first` to `end` that is expected to take the least time.
+    """The path through blocks `first` to `end` with the least expected time.
 
     >>> servers = [ServerFacts("a", range(0, 3), 0.01, 0.001), ServerFacts("b", range(2, 4), 0.02, 0.002)]
     >>> best_path(servers, 0, 4)
     [Hop(peer='a', first=0, end=3), Hop(peer='b', first=3, end=4)]
 
-    A hop may be any part of a server's span, and costs `ServerFacts.seconds`. Paths of equal time: the one with fewer
-    hops, then the one whose peers' names come first; the order of `servers` does not count. `banned` maps peers that
-    are left out to the seconds that this still lasts. Raises `NoPath` where a block is on no other server.
+    A hop may be any part of a server's span, and costs `ServerFacts.seconds`. Ties go to fewer hops, then to peer names
+    in order, whatever the order of `servers`. `banned` maps excluded peers to the seconds left. Raises `NoPath`.
     """
     banned = banned or {}
     everybody = list(servers)
     asked = [server for server in everybody if server.peer not in banned]
-    # Riding on a server from where it was entered costs a fixed sum for each block. So one sweep over the blocks,
-    # which keeps the best way to be on each server, finds what a search over all pairs of boundaries would find.
+    # Staying on a server costs a fixed sum per block, so one sweep over the blocks, which keeps the best way to be on
+    # each server, finds the same path as a search over all pairs of boundaries.
     arrived: _Way = (0.0, 0, ())
     riding: dict[int, _Way] = {}
     for layer in range(first, end):
@@ -117,26 +112,17 @@ _Way = tuple[float, int, tuple[tuple[str, int], ...]]
 
 
 def permitted(settings: Any, peer: str) -> bool:
-    """Whether `allowed_servers` and `blocked_servers` let this peer be asked at all."""
+    """Whether `allowed_servers` and `blocked_servers` permit this peer."""
     allowed, blocked = settings.allowed_servers, settings.blocked_servers or ()
     return peer not in blocked and (allowed is None or peer in allowed)
 
 
 @dataclass(kw_only=True, eq=False)
 class Health:
-    """Who failed lately, and how long to wait.
+    """Bans of peers that failed lately, and waiting times.
 
-    >>> now = [0.0]
-    >>> health = Health(ban_timeout=15, clock=lambda: now[0])
-    >>> health.failed("far")
-    >>> health.banned()
-    {'far': 15.0}
-    >>> now[0] = 20
-    >>> health.banned()
-    {}
-
-    Each failure in a row bans a peer for twice as long as the last, from `ban_timeout` to `LONGEST_BAN` times it; a
-    success forgets them. Times are in seconds.
+    Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it. Times
+    are in seconds.
     """
 
     ban_timeout: float = 15
@@ -147,43 +133,43 @@ class Health:
     blocked_servers: Collection[str] | None = None
     clock: Callable[[], float] = time.monotonic
     failures: dict[str, int] = field(default_factory=dict, init=False)
-    """Failures in a row of each peer."""
+    """Each peer's failures in a row."""
     _until: dict[str, float] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, settings: Any, clock: Callable[[], float] = time.monotonic) -> Health:
-        """With the values of `ClientSettings`."""
+        """Health with the values of `ClientSettings`."""
         names = ("ban_timeout", "min_backoff", "max_backoff", "max_retries", "allowed_servers", "blocked_servers")
         return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
 
     def anew(self) -> Health:
-        """The same settings, and nobody has failed."""
+        """The same settings, without failures."""
         return replace(self)
 
     def permits(self, peer: str) -> bool:
         return permitted(self, peer)
 
     def failed(self, peer: str) -> None:
-        """A call failed: leave the peer out for a while."""
+        """Ban a peer after a failed call."""
         self.failures[peer] = self.failures.get(peer, 0) + 1
         times = min(2 ** (self.failures[peer] - 1), LONGEST_BAN)
         self._until[peer] = self.clock() + self.ban_timeout * times
 
     def succeeded(self, peer: str) -> None:
-        """A call succeeded: what was before is forgotten."""
+        """Forget a peer's failures after a successful call."""
         self.failures.pop(peer, None)
         self._until.pop(peer, None)
 
     def banned(self) -> dict[str, float]:
-        """The peers that are left out, and for how many seconds more."""
+        """The banned peers, and the seconds left."""
         now = self.clock()
         return {peer: until - now for peer, until in self._until.items() if until > now}
 
     def backoff(self, nth: int) -> float:
-        """Seconds to wait before the `nth` time (from 1) that a call is tried again with nobody else there."""
+        """The seconds to wait before the `nth` retry (from 1) for lack of another server."""
         return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))
 
     def longest(self, request_timeout: float) -> float:
-        """The most seconds that a call may take with all that is tried for it: every try, and every wait between."""
+        """The most seconds a call may take, with every attempt and every wait."""
         tries, waits = self.max_retries + 1, range(1, self.max_retries + 1)
         return tries * request_timeout + sum(self.backoff(nth) for nth in waits)

@@ -1,6 +1,6 @@
-"""Spans as a client sees them: some blocks, and a way to send messages to whoever runs them.
+"""Spans as a client sees them: some blocks, and a way to send messages to their server.
 
-A call is cut into parts, each with some of the blocks, the actions in them, and their tensors under new numbers.
+A call is cut into parts, each with some of the blocks, the actions in them, and their renumbered tensors.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Span(Protocol):
 
     blocks: range
     peer: str
-    """Who runs them: a libp2p peer id, or a name such as `local-1`."""
+    """The server: a libp2p peer id, or a name such as `local-1`."""
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """The answer to one message. Raises `SpanUnreachable` if none comes within `timeout` seconds."""
+        """Send one message and return the answer. Raises `SpanUnreachable` if none comes within `timeout` seconds."""
 
 
 class SpanSource(Protocol):
-    """Where a route gets its spans from."""
+    """A route's source of spans."""
 
     def spans(self) -> Sequence[Span]:
-        """What is known now; a quick call."""
+        """The spans known now, quickly."""
 
     def refresh(self) -> None:
-        """Look again, as after a failure."""
+        """Look for spans again, as after a failure."""
 
     def facts(self, span: Span) -> ServerFacts:
         """What is known of a span's speed."""
@@ -55,43 +55,30 @@ class SpanSource(Protocol):
 
 
 class StaticSpans:
-    """Spans that somebody listed; where two have a block, the earlier one is asked first.
-
-    >>> from transformer_lens.distributed import LocalSpan
-    >>> source = StaticSpans([LocalSpan("tiny-falcon", range(0, 4))])
-    >>> source.given.append(LocalSpan("tiny-falcon", range(0, 4)))
-    >>> [source.facts(span).latency for span in source.spans()]
-    [0.0, 1.0]
-    """
+    """A list of spans; where two have a block, the earlier one is asked first."""
 
     def __init__(self, given: Iterable[Span]) -> None:
         self.given: list[Span] = list(given)
-        """Spans may be added and removed at any time."""
+        """May be changed at any time."""
 
     def spans(self) -> Sequence[Span]:
         return tuple(self.given)
 
     def refresh(self) -> None:
-        """Nothing to do: the list is all there is."""
+        """Does nothing: the list is complete."""
 
     def facts(self, span: Span) -> ServerFacts:
-        """Nothing was measured, so a span's place in the list stands for its latency."""
+        """Without measurements, a span's place in the list serves as its latency."""
         return ServerFacts(span.peer, span.blocks, latency=float(self.given.index(span)))
 
     def close(self) -> None:
-        """The spans belong to whoever made them."""
+        """Does nothing: the spans belong to the caller."""
 
 
 def ask(span: Span, request: Request, limits: Limits | None = None, timeout: float | None = None) -> Reply:
-    """One call: a request and its reply. Raises `SpanError` with the server's words if it refused.
+    """Send one request and return its reply; `timeout` is in seconds.
 
-    `timeout` is in seconds. Raises `SpanUnreachable` if no answer came, or one that cannot be read.
-
-    >>> from transformer_lens.distributed import LocalSpan
-    >>> ask(LocalSpan("tiny-falcon", range(0, 2)), Request("forward", 0, 4))
-    Traceback (most recent call last):
-    ...
-    transformer_lens.distributed.protocol.messages.SpanError: blocks 0 to 2 on local-...: MessageError: blocks ...
+    Raises `SpanError` with the server's words if it refuses, `SpanUnreachable` if no readable answer comes.
     """
     limits = limits or Limits()
     where = f"blocks {span.blocks.start} to {span.blocks.stop} on {span.peer}"
@@ -109,7 +96,7 @@ def ask(span: Span, request: Request, limits: Limits | None = None, timeout: flo
 
 
 def check_answer(request: Request, reply: Reply) -> None:
-    """Raise `SpanUnreachable` unless a reply has what this request asked for, so that nonsense counts as no answer."""
+    """Raise `SpanUnreachable` unless a reply contains what was requested, so that nonsense counts as no answer."""
     back, stream = request.kind == "backward", request.tensors["stream"]
     reads = [n for n, action in enumerate(request.actions) if (action.do == "gradient") == back and action.do in READS]
     like = {"grad.stream" if back else "stream": stream}
@@ -134,29 +121,23 @@ def check_answer(request: Request, reply: Reply) -> None:
 
 @dataclass(frozen=True)
 class RequestPart:
-    """Some blocks of a call: what is asked of them, and which numbers its actions have in the whole call."""
+    """Some blocks of a call: the request, and its actions' numbers in the whole call."""
 
     request: Request
     numbers: list[int]
 
     def add_to(self, whole: Reply, reply: Reply) -> None:
-        """Note what a server answered, with the numbers of the whole call, after what is there."""
+        """Append a server's answer to the whole reply, with the whole call's numbers."""
         back = dict(enumerate(self.numbers))
         whole.tensors.update(_renumbered(reply.tensors, back))
         whole.turns.extend(back[turn] for turn in reply.turns)
 
 
 def part_of(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> RequestPart:
-    """The part of a call on blocks `first` to `end`, where `changed` stands for tensors of the whole.
+    """The part of a call on blocks `first` to `end`, where `changed` replaces tensors of the whole.
 
-    >>> from transformer_lens.distributed.protocol.messages import Action
-    >>> look = [Action(f"blocks.{layer}.hook_resid_pre", "look") for layer in range(3)]
-    >>> part = part_of(Request("forward", 0, 3, actions=look), 1, 3, {"stream": torch.zeros(1, 2, 8)})
-    >>> [action.name for action in part.request.actions], part.numbers
-    (['blocks.1.hook_resid_pre', 'blocks.2.hook_resid_pre'], [1, 2])
-
-    An action goes with the block that its name has, so the end of one block and the beginning of the next, which are
-    the same tensor, go to different parts where the cut is between them.
+    An action goes with the block in its name, so the end of one block and the start of the next, which are the same
+    tensor, go to different parts if the cut is between them.
     """
     numbers = [n for n, action in enumerate(request.actions) if first <= int(action.name.split(".")[1]) < end]
     tensors = _renumbered(request.tensors, {old: new for new, old in enumerate(numbers)})
@@ -166,7 +147,7 @@ def part_of(request: Request, first: int, end: int, changed: Mapping[str, Tensor
 
 
 def _renumbered(tensors: Mapping[str, Tensor], numbers: Mapping[int, int]) -> dict[str, Tensor]:
-    """Tensors under their new names: `value.3` is of action 3. Those of other actions are left out."""
+    """The tensors of these actions under their new numbers, such as `value.3`."""
     found = {}
     for name, tensor in tensors.items():
         what, _, number = name.rpartition(".")

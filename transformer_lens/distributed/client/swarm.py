@@ -1,6 +1,6 @@
-"""Servers that are found on the network: who is there, how fast each answers, and spans that send messages to them.
+"""Servers found on the network: their blocks and latency, and spans that send messages to them.
 
-What servers announce is asked for every `update_period`; a few of each block are pinged then.
+Announcements are read every `update_period`, and a few servers of each block pinged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformer_lens.distributed.protocol.messages import (
 logger = logging.getLogger(__name__)
 
 WEIGHT = 0.3
-"""Of the latest ping, in the moving average."""
+"""The weight of the latest ping in the moving average."""
 
 
 class RemoteSpan:
@@ -45,7 +45,7 @@ class RemoteSpan:
         return f"RemoteSpan({self.peer!r}, {self.blocks})"
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """The answer to one message. Raises `SpanUnreachable` if none comes within `timeout` seconds.
+        """Send one message and return the answer. Raises `SpanUnreachable` if none comes within `timeout` seconds.
 
         The first time, and after a failure, the peer has to answer a ping within `connect_timeout`.
         """
@@ -69,23 +69,23 @@ class Server:
     announcement: Announcement
     span: RemoteSpan
     latency: float | None = None
-    """In seconds, as a moving average; `None`: never measured."""
+    """In seconds, as a moving average; `None` if never measured."""
     failed: bool = False
-    """Whether the last ping was not answered."""
+    """Whether the last ping failed."""
     pinged: float = float("-inf")
     info: dict[str, Any] = field(default_factory=dict)
-    """What it told of itself when it was pinged."""
+    """The server's answer to the ping."""
 
     @property
     def state(self) -> str:
-        """What it does, as far as is known."""
+        """Its last known state."""
         if self.failed:
             return "no answer"
         told = self.info.get("state")
         return told if told in STATES else self.announcement.state
 
     def describe(self) -> dict[str, Any]:
-        """What is known, as plain data. Times are in seconds; what nobody told is `None`."""
+        """What is known, as plain data, with times in seconds and `None` for the unknown."""
         there = self.announcement
         return {
             "peer": there.peer,
@@ -101,7 +101,7 @@ class Server:
         }
 
     def number(self, name: str, otherwise: Any = None) -> Any:
-        """A number out of what it told, or what it announced."""
+        """A number from its answer, else from its announcement."""
         value = self.info.get(name)
         fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e18
         return value if fits else otherwise
@@ -114,8 +114,8 @@ class Swarm:
     >>> Swarm(config).spans()  # doctest: +SKIP
     [RemoteSpan('12D3KooW...', range(0, 2)), RemoteSpan('12D3KooW...', range(2, 4))]
 
-    `node` is a connection to use; without one, its own is made, with the key of the file `identity` if given. Raises
-    `ValueError` for a config without peers, and `SpanUnreachable` if none of them answers.
+    `node` is a connection to use, else one is made, with the key of the file `identity` if given. Raises `ValueError`
+    for a config without peers, and `SpanUnreachable` if none of them answers.
     """
 
     def __init__(self, config: Any, node: Node | None = None, identity: str | os.PathLike[str] | None = None) -> None:
@@ -140,15 +140,15 @@ class Swarm:
                 self.close()
 
     def spans(self) -> Sequence[RemoteSpan]:
-        """The spans of servers that take calls, as far as is known now."""
+        """The spans of servers that take calls, as far as known."""
         return [server.span for server in self.known() if server.state != "draining"]
 
     def known(self) -> list[Server]:
-        """The servers that may be used, also those that are leaving."""
+        """The servers that may be used, including those that are leaving."""
         return [server for peer, server in list(self._servers.items()) if permitted(self.config, peer)]
 
     def facts(self, span: Any) -> ServerFacts:
-        """How fast a span's server is: of one that was never pinged, as fast as the others are on average."""
+        """The speed of a span's server; if never pinged, the others' average."""
         server = self._servers.get(span.peer)
         if server is None:
             return ServerFacts(span.peer, span.blocks, latency=self.config.ping_timeout)
@@ -166,7 +166,7 @@ class Swarm:
         )
 
     def refresh(self) -> None:
-        """Look again now, and wait for what is found. Raises `SpanUnreachable` if this process has lost its daemon."""
+        """Look again now, and wait for the result. Raises `SpanUnreachable` if this process lost its daemon."""
         with self._lock:  # several callers wait for one look
             if self._looking is None or self._looking.done():
                 self._looking = self.node.begin(self._look())
@@ -208,7 +208,7 @@ class Swarm:
         await asyncio.gather(*(self._ping(server) for server in self._to_ping()))
 
     def _to_ping(self) -> list[Server]:
-        """Of the servers of each block, `max_pinged`; those that were pinged longest ago first."""
+        """At most `max_pinged` servers of each block, those pinged longest ago first."""
         chosen: dict[str, Server] = {}
         known = sorted(self.known(), key=lambda server: server.pinged)
         for layer in range(len(self.uids)):

@@ -1,7 +1,7 @@
-"""Calls of any size, cut into pieces that each fit one small message and its answer: who sends what next.
+"""Calls of any size, cut into pieces that each fit one small message and its answer.
 
-Pure bytes, without a network. `conversation` is the client's side, `Exchange` the server's: it checks the sizes that
-a piece declares before it keeps anything, holds at most what `Room` allows, and runs a repeated call once.
+Pure bytes, without a network. `conversation` is the client's side, `Exchange` the server's: it checks declared sizes
+before it stores anything, holds at most what `Room` allows, and runs a repeated call once.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 from transformer_lens.distributed.protocol.messages import Limits
 
 PIECE = 3 * 2**20
-"""Bytes of a piece. The engine's messages end at 4 MiB; from 1 MiB on, its throughput does not depend on the size."""
+"""Bytes of a piece. The engine's messages end at 4 MiB; above 1 MiB its throughput is constant."""
 MAGIC = b"TLF1"
 REQUEST = struct.Struct("<4sB16sQQd")
-"""Magic, what is wanted, the call, how many bytes it has in all, where this piece begins, seconds left for the call."""
+"""Magic, the request kind, the call, its total bytes, this piece's offset, seconds left for the call."""
 REPLY = struct.Struct("<4sBQQ")
-"""Magic, the status, how many bytes the answer has in all, where this piece begins (or how many bytes have come)."""
+"""Magic, the status, the answer's total bytes, this piece's offset (or the bytes received)."""
 
 PING, SEND, FETCH = range(3)
 PONG, MORE, ANSWER, REFUSED, NOT_NOW = range(5)
 LONGEST = 7 * 24 * 3600.0
-"""The longest time limit that a call may declare, in seconds."""
+"""The longest time limit of a call, in seconds."""
 
 
 class FrameError(ValueError):
-    """An answer that is none, or is larger than allowed."""
+    """A malformed or oversized answer."""
 
 
 class FrameRefused(ValueError):
-    """The other side takes no such piece. `retry`: later, or somebody else, may."""
+    """The other side rejects a piece; with `retry`, it or another may take it later."""
 
     def __init__(self, text: str, retry: bool) -> None:
         super().__init__(text)
@@ -45,16 +45,12 @@ class FrameRefused(ValueError):
 
 
 def ping() -> bytes:
-    """A piece that asks whether somebody is there; the answer's data is what the server tells of itself.
-
-    >>> pong(Exchange(about=lambda: b"here").take("me", ping()))
-    b'here'
-    """
+    """A piece that asks whether a server is there; the answer's data describe it."""
     return REQUEST.pack(MAGIC, PING, bytes(16), 0, 0, 1.0)
 
 
 def pong(reply: bytes) -> bytes:
-    """What a server tells of itself. Raises `FrameError` and `FrameRefused`."""
+    """A server's description of itself. Raises `FrameError` and `FrameRefused`."""
     status, _, _, data = _read_reply(reply)
     if status != PONG:
         raise FrameError("a ping was answered with something else")
@@ -64,7 +60,7 @@ def pong(reply: bytes) -> bytes:
 def conversation(
     message: bytes, seconds: float, most: int, piece: int = PIECE, call: bytes | None = None
 ) -> Generator[bytes, bytes, bytes]:
-    """Yields the pieces of a call, is sent the answer to each, and returns the answer to the whole.
+    """Yield the pieces of a call, receive the answer to each, and return the answer to the whole.
 
     >>> exchange, talk = Exchange(), conversation(b"a long message", 60, most=100, piece=4)
     >>> frame = next(talk)
@@ -78,8 +74,8 @@ def conversation(
     ...
     StopIteration: b'yes'
 
-    `seconds` are left for the call, `most` is how many bytes an answer may have, `piece` how many a piece has.
-    Raises `FrameError` for answers that are none, and `FrameRefused` with the server's words.
+    `seconds` are left for the call, `most` and `piece` are the largest answer and a piece in bytes. Raises `FrameError`
+    for malformed answers, and `FrameRefused` with the server's words.
     """
     call = call or uuid.uuid4().bytes
     sent = 0
@@ -122,42 +118,42 @@ def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
 
 @dataclass(frozen=True)
 class Room:
-    """What a server holds for calls that are under way. Sizes are in bytes."""
+    """What a server holds for pending calls, in bytes."""
 
     message: int = Limits().message
     """The largest message."""
     receiving: int = 2 * Limits().message
-    """What the half-received messages of one peer may declare."""
+    """The declared size of one peer's incomplete messages."""
     receiving_all: int = 8 * Limits().message
-    """What has come of the half-received messages of all peers."""
+    """The received bytes of all peers' incomplete messages."""
     answers: int = Limits().answer
-    """Answers of one peer that it did not fetch yet."""
+    """One peer's unfetched answers."""
     answers_all: int = 4 * Limits().answer
     kept: int = 16 * 2**20
-    """Answers of one peer that it fetched, kept in case it asks again."""
+    """One peer's fetched answers, kept in case it asks again."""
     calls: int = 32
-    """Calls of one peer, from their first piece until their answer was fetched."""
+    """One peer's calls, from their first piece until the answer is fetched."""
     seconds: float = 60
-    """A half-received message, or an answer, that nobody asked for this long is forgotten."""
+    """An incomplete message or an answer is forgotten after this long without a request."""
 
 
 @dataclass(eq=False)
 class Call:
-    """One call on the server: its message as it comes, then its answer until that was fetched."""
+    """One call on the server: its message as it arrives, then its answer until that is fetched."""
 
     peer: str
     call: bytes
     total: int
     used: float
     deadline: float = 0.0
-    """When nobody waits for the answer any more, on the exchange's clock."""
+    """When the caller stops waiting, on the exchange's clock."""
     received: bytearray = field(default_factory=bytearray)
-    """One memory, so that many small pieces take no more than few large ones."""
+    """One buffer, so that many small pieces take no more memory than few large ones."""
     have: int = 0
     answer: bytes | None = None
     fetched: bool = False
     task: Any = None
-    """Whatever computes the answer; for the transport to set, and to look at when a call is repeated."""
+    """What computes the answer; set by the transport, and read when a call is repeated."""
 
     @property
     def message(self) -> bytes:
@@ -165,9 +161,9 @@ class Call:
 
 
 class Exchange:
-    """The calls of all peers, as their pieces come in any order and as often as they like.
+    """The calls of all peers, whose pieces may arrive in any order and repeatedly.
 
-    `about` is what a ping is answered with, `clock` gives seconds.
+    `about` gives the answer to a ping, `clock` the time in seconds.
     """
 
     def __init__(
@@ -184,7 +180,7 @@ class Exchange:
         self.of_peer: dict[str, dict[bytes, Call]] = {}
 
     def take(self, peer: str, frame: bytes) -> bytes | Call:
-        """The answer to a piece, or the call whose answer has to be computed, or is being computed, first."""
+        """The answer to a piece, or the call whose answer is still to be computed."""
         try:
             if len(frame) < REQUEST.size or frame[:4] != MAGIC:
                 raise FrameRefused("not a piece of this protocol", retry=False)
@@ -205,7 +201,7 @@ class Exchange:
             return refused(str(error), error.retry)
 
     def finish(self, call: Call, answer: bytes) -> None:
-        """The answer of a call, which is kept until it was fetched."""
+        """Set the answer of a call, which is kept until it is fetched."""
         call.answer, call.received, call.task = answer, bytearray(), None
         call.used = self.clock()
         self._make_room(call.peer)
@@ -226,17 +222,17 @@ class Exchange:
             self.of_peer.pop(call.peer, None)
 
     def forget(self) -> None:
-        """Forget what nobody asked for in time. A call that is being computed stays until it is answered."""
+        """Forget what nobody asked for in time, except calls still being computed."""
         oldest = self.clock() - self.room.seconds
         for call in [call for call in self._all() if call.task is None and call.used < oldest]:
             self.drop(call)
 
     def bytes_held(self, peer: str | None = None) -> int:
-        """How many bytes of messages and answers are here, of one peer or of all."""
+        """The bytes of messages and answers held, for one peer or for all."""
         return sum(call.have + len(call.answer or b"") for call in self._all() if peer in (None, call.peer))
 
     def unfetched(self) -> int:
-        """Calls that are whole, and whose answer was not fetched yet."""
+        """The number of complete calls whose answer was not fetched."""
         return sum(call.have == call.total and not call.fetched for call in self._all())
 
     # -- inside ------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ class Exchange:
         return REPLY.pack(MAGIC, MORE, 0, offset + len(data))
 
     def _make_room(self, peer: str) -> None:
-        """Forget the oldest answers where there are more than there is room for."""
+        """Forget the oldest answers beyond the limit."""
         for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
             held = sorted(
                 (call for call in self._all() if call.answer is not None and (call.peer == peer or not mine)),
@@ -297,7 +293,7 @@ class Exchange:
                     self.drop(call)
 
     def _keep_little(self, peer: str) -> None:
-        """Of the answers that a peer has fetched, keep the last ones."""
+        """Keep only the latest of a peer's fetched answers."""
         done = [call for call in self.of_peer.get(peer, {}).values() if call.fetched]
         done.sort(key=lambda call: call.used)
         total = sum(len(call.answer or b"") for call in done)
@@ -308,5 +304,5 @@ class Exchange:
 
 
 def refused(text: str, retry: bool) -> bytes:
-    """The answer to a piece that is not taken."""
+    """The answer to a rejected piece."""
     return REPLY.pack(MAGIC, NOT_NOW if retry else REFUSED, 0, 0) + text[:2000].encode()

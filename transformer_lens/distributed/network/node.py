@@ -1,7 +1,7 @@
 """One libp2p peer in this process: hivemind's daemon as a child process, and a thread that talks to it.
 
-Unary calls only: a pending one fails at once when the other side dies. Nothing leaves the addresses that were given:
-no relays, no NAT mapping, no public peers. Needs the extra `[swarm]`.
+Only unary calls, which fail at once when the other side dies. Nothing leaves the given addresses: no relays, no NAT
+mapping, no public peers. Needs the extra `[swarm]`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from transformer_lens.distributed.protocol.messages import Limits, SpanError, Sp
 logger = logging.getLogger(__name__)
 
 HANDLER = "transformer_lens.span.1"
-"""The name of the call in libp2p; its number changes when older peers would not understand."""
+"""The call's name in libp2p, whose number changes with incompatible versions."""
 MISSING = "servers on other machines need hivemind: pip install 'transformer-lens-bridge[swarm]'"
 GRACE = 3.0
 """Seconds for the daemon to end before it is killed."""
 AFTER_FAILURE = 0.2
-"""Seconds until asyncio has seen the end of a daemon that did not start; without them it complains."""
+"""Seconds for asyncio to notice that a daemon failed to start; without them it complains."""
 ADDRESS = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d+(/[\w-]+)*/p2p/{PEER.pattern}")
 Result = TypeVar("Result")
 Handler = Callable[[bytes, str], Awaitable[bytes]]
@@ -51,17 +51,13 @@ def _engine() -> Any:
 
 
 def need_engine() -> None:
-    """Raise `ImportError`, with what to install, where the network library is missing."""
+    """Raise `ImportError`, saying what to install, if the network library is missing."""
     _engine()
 
 
 def address_of(host: str, port: int) -> str:
-    """The address to listen on, in libp2p's words.
-
-    >>> address_of("127.0.0.1", 0), address_of("::1", 4000)
-    ('/ip4/127.0.0.1/tcp/0', '/ip6/::1/tcp/4000')
-
-    Raises `ValueError` for what is no IP address or port.
+    """The libp2p address to listen on: "/ip4/127.0.0.1/tcp/0". Raises `ValueError` for an invalid IP address or
+    port.
     """
     try:
         found = ipaddress.ip_address(host)
@@ -73,14 +69,14 @@ def address_of(host: str, port: int) -> str:
 
 
 class Node:
-    """A peer that calls others and keeps records with them; with `listen` it can be called, too.
+    """A peer that calls others and stores records with them; with `listen`, others can call it.
 
     >>> node = Node(listen="/ip4/127.0.0.1/tcp/0")  # doctest: +SKIP
     >>> other = Node(node.addresses)  # doctest: +SKIP
 
-    `initial_peers` are addresses of peers to join; none: it is the first. `identity` is a file with its key, made
-    when missing, so that its peer id stays the same. Raises `SpanUnreachable` when no initial peer answers, and
-    `RuntimeError` when the daemon does not start.
+    `initial_peers` are addresses of peers to join, or empty for the first peer. `identity` is a key file, made if
+    missing, which keeps the peer id the same. Raises `SpanUnreachable` if no initial peer answers, and `RuntimeError`
+    if the daemon does not start.
     """
 
     def __init__(
@@ -102,9 +98,9 @@ class Node:
         self.peer = ""
         self.addresses: list[str] = []
         self.dead = ""
-        """Why nothing can be called any more; empty while all is well."""
+        """Why nothing can be called any more; empty while it works."""
         self.ended = threading.Event()
-        """Set when the daemon is gone, whether it was asked to or not."""
+        """Set when the daemon is gone, for whatever reason."""
         self._pid = os.getpid()
         self._closing = False
         self._identity: bytes | None = None
@@ -133,7 +129,7 @@ class Node:
     # -- starting and stopping -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        # The daemon inherits this: Ctrl-C is for this process alone, which then stops in good order.
+        # The daemon inherits this: Ctrl-C is for this process alone, which then shuts down in order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
@@ -168,7 +164,7 @@ class Node:
                 p2p=self._p2p,
                 initial_peers=self.initial_peers or None,
                 client_mode=listen is None,
-                # What others announce is asked for anew each time, or a server that joins would be seen late.
+                # Announcements are fetched anew each time, or a server that joins would be seen late.
                 cache_locally=False,
                 cache_nearest=0,
                 record_validator=validator(engine.dht.validation.RecordValidatorBase, self._identity),
@@ -223,14 +219,14 @@ class Node:
     # -- the thread ----------------------------------------------------------------------------------
 
     def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Let the node's thread do something."""
+        """Start work in the node's thread."""
         if self._closing:
             work.close()
             raise SpanUnreachable(self.dead)
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Let the node's thread do something, and wait for it."""
+        """Run work in the node's thread, and wait for it."""
         future = self.begin(work)
         try:
             return future.result()
@@ -241,7 +237,7 @@ class Node:
             del future  # its error holds this frame, and so the text whose sessions are closed once it is gone
 
     def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task that is held until it is done."""
+        """A task that is referenced until it is done."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -250,14 +246,14 @@ class Node:
     # -- calls ---------------------------------------------------------------------------------------
 
     def call(self, peer: str, message: bytes, seconds: float, most: int = Limits().answer) -> bytes:
-        """The answer of a peer to a message, both of any size.
+        """Send a peer a message of any size and return its answer.
 
         Raises `SpanUnreachable` if none comes within `seconds`, `SpanError` with the peer's words if it refuses.
         """
         return self.wait(self._converse(peer, message, time.monotonic() + seconds, seconds, most))
 
     def ping(self, peer: str, seconds: float) -> tuple[float, bytes]:
-        """How long a small message and its answer take, and what the peer tells of itself."""
+        """The round-trip time of a small message, and the peer's description of itself."""
         return self.wait(self.pinged(peer, seconds))
 
     async def pinged(self, peer: str, seconds: float) -> tuple[float, bytes]:
@@ -283,7 +279,7 @@ class Node:
                     return bytes(done.value)
 
     async def _once(self, peer: str, frame: bytes, left: float, seconds: float) -> bytes:
-        """One unary call. Raises `ConnectionError` where it broke, `SpanUnreachable` where there is no more time."""
+        """One unary call. Raises `ConnectionError` if it breaks, `SpanUnreachable` if time is up."""
         if self.dead:
             raise SpanUnreachable(self.dead)
         engine = _engine()
@@ -304,7 +300,7 @@ class Node:
         raise SpanUnreachable(f"peer {peer}: no answer within {seconds:g} s")
 
     def serve(self, handler: Handler) -> None:
-        """Answer pieces of calls: `handler(piece, peer id of the caller)` gives each one's answer."""
+        """Answer pieces of calls with `handler(piece, peer id of the caller)`."""
 
         async def answer(request: Any, context: Any) -> Any:
             return _value()(value=await handler(request.value, context.remote_id.to_base58()))
@@ -314,7 +310,7 @@ class Node:
     # -- records -------------------------------------------------------------------------------------
 
     def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
-        """Keep a value under each of these names with this peer's id, for some seconds; whether somebody did."""
+        """Store a value under each name and this peer's id for some seconds; returns whether any peer did."""
         keys = list(uids)
         stored: Mapping[Any, bool] = self.wait(
             self._dht.store_many(
@@ -324,7 +320,7 @@ class Node:
         return all(stored.values())
 
     async def found(self, uids: Sequence[str]) -> dict[str, dict[Any, Any]]:
-        """What anybody keeps under these names: name -> peer id -> (value, when it ends)."""
+        """What peers stored under these names: name -> peer id -> (value, expiry)."""
         got = await self._dht.get_many(list(uids), sufficient_expiration_time=float("inf"))
         rows = {uid: entry.value for uid, entry in got.items() if entry is not None}
         return {uid: dict(row.items()) for uid, row in rows.items() if isinstance(row, Mapping)}
@@ -332,7 +328,7 @@ class Node:
 
 @contextmanager
 def _errors_of(peer: str) -> Iterator[None]:
-    """What a failed call means for the caller of a peer."""
+    """Translate a failed call into the caller's errors."""
     try:
         yield
     except (ConnectionError, FrameError) as error:
@@ -342,7 +338,7 @@ def _errors_of(peer: str) -> Iterator[None]:
 
 
 def make_identity(path: str | os.PathLike[str]) -> None:
-    """A new key in this file, which only its owner may read; a file that is there stays."""
+    """Write a new key to this file, readable by its owner only; an existing file stays."""
     if os.path.exists(path):
         return
     engine = _engine()
@@ -351,7 +347,7 @@ def make_identity(path: str | os.PathLike[str]) -> None:
 
 
 def peer_of(identity: str | os.PathLike[str]) -> str:
-    """The peer id of an identity file, which is made if it is not there: what a server's `--allow` takes.
+    """The peer id of an identity file, made if missing: what a server's `--allow` takes.
 
     >>> peer_of("me.key")  # doctest: +SKIP
     'QmNiBr4s9Cr9vNE2yLcbVLcMVoLC4jUcXgQuSKuzfHyyyV'
@@ -368,6 +364,6 @@ def _value() -> Any:
 
 
 def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:
-    """What a call over the daemon may raise for reasons of the network."""
+    """The network errors that a call over the daemon may raise."""
     bindings = engine.p2p.p2p_daemon_bindings.utils
     return (bindings.P2PDaemonError, bindings.P2PHandlerError, OSError, EOFError)

@@ -1,7 +1,7 @@
-"""What a server announces: which blocks it has, under each block's uid and its own peer id. Read as a stranger's word.
+"""A server's announcements: which blocks it has, under each block's uid and its own peer id.
 
-A record that does not fit is passed over. It is a hint only: a client asks the server itself before it sends anything.
-What is kept under a peer id was signed by the key that the id is the hash of, which needs the extra `[swarm]`.
+They are untrusted: malformed ones are skipped, and a client asks the server itself before it sends anything. A value
+under a peer id is signed with the key that the id is the hash of, which needs the extra `[swarm]`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 STATES = ("serving", "draining", "gone")
-"""`gone` takes the place of a record until that would have ended."""
+"""`gone` replaces a record until it would have expired."""
 LIVES = 2.5
-"""How many times the announcing period a record stays, so that one lost announcement does no harm."""
+"""A record's lifetime in announcing periods, so that one lost announcement does no harm."""
 MAX_BYTES = 512
 MAX_SERVERS = 4096
-"""Servers of one model that a client looks at."""
+"""The most servers of one model that a client considers."""
 PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 """A libp2p peer id in base 58."""
 FIELDS = ("blocks", "state", "seconds_per_block", "load", "version")
@@ -27,12 +27,7 @@ FIELDS = ("blocks", "state", "seconds_per_block", "load", "version")
 
 @dataclass(frozen=True)
 class Announcement:
-    """A server, as it announced itself.
-
-    >>> here = Announcement("12D3KooWSDoCAofrZc2bysLM1WbuvujxsPhdtRtyU1vTJvwpagEQ", range(0, 2))
-    >>> read_record(here.peer, here.record(), 4) == here
-    True
-    """
+    """A server as it announced itself."""
 
     peer: str
     blocks: range
@@ -42,13 +37,13 @@ class Announcement:
     version: str = ""
 
     def record(self) -> dict[str, Any]:
-        """What is kept under a block's uid."""
+        """What is stored under a block's uid."""
         values = ([self.blocks.start, self.blocks.stop], self.state, self.seconds_per_block, self.load, self.version)
         return dict(zip(FIELDS, values, strict=True))
 
 
 def read_record(peer: Any, value: Any, n_layers: int | None = None) -> Announcement | None:
-    """An announcement out of a record; `None` for what is none."""
+    """The announcement in a record; `None` if malformed."""
     if not isinstance(peer, str) or not PEER.fullmatch(peer):
         return None
     if not isinstance(value, dict) or set(value) != set(FIELDS):
@@ -67,13 +62,7 @@ def read_record(peer: Any, value: Any, n_layers: int | None = None) -> Announcem
 
 
 def announced(found: Mapping[str, Mapping[Any, Any]], uids: Iterable[str]) -> list[Announcement]:
-    """The servers of a model, one announcement of each, the latest. `found`: uid -> peer id -> (record, when it ends).
-
-    >>> peer = "12D3KooWSDoCAofrZc2bysLM1WbuvujxsPhdtRtyU1vTJvwpagEQ"
-    >>> record = Announcement(peer, range(0, 2)).record()
-    >>> [found.blocks for found in announced({"m.0": {peer: (record, 60.0)}, "m.1": {peer: (7, 9.0)}}, ["m.0", "m.1"])]
-    [range(0, 2)]
-    """
+    """The latest announcement of each of a model's servers. `found`: uid -> peer id -> (record, expiry)."""
     uids = list(uids)
     latest: dict[str, tuple[float, Announcement]] = {}
     for layer, uid in enumerate(uids):
@@ -89,7 +78,7 @@ def announced(found: Mapping[str, Mapping[Any, Any]], uids: Iterable[str]) -> li
 
 
 def may_be_kept(peer: bytes, value: bytes) -> bool:
-    """Whether this is the record of an announcement, in msgpack, as peers send it to be kept for others."""
+    """Whether a value that a peer wants stored is the record of an announcement, in msgpack."""
     import msgpack
 
     if len(peer) > MAX_BYTES or len(value) > MAX_BYTES:
@@ -104,11 +93,11 @@ def may_be_kept(peer: bytes, value: bytes) -> bool:
 # -- signatures ----------------------------------------------------------------------------------------
 
 SIGNED_BYTES = 2048
-"""Of a record with its key and signature; a key of 2048 bits and its signature have 550."""
+"""The most bytes of a record with key and signature; a 2048-bit key and its signature take 550."""
 
 
 def sign(identity: bytes, place: bytes, peer: bytes, record: bytes, ends: float) -> bytes:
-    """A record with the signature of a peer's key, as its identity file holds it."""
+    """A record signed with the key of an identity file."""
     import msgpack
     from cryptography.hazmat.primitives import serialization
     from hivemind.proto import crypto_pb2
@@ -121,7 +110,7 @@ def sign(identity: bytes, place: bytes, peer: bytes, record: bytes, ends: float)
 
 
 def signed(place: bytes, peer: bytes, value: bytes, ends: float) -> bytes | None:
-    """The record in a value, if the owner of this peer id has signed it for this place and time; else `None`."""
+    """The record in a value if the peer's owner signed it for this place and time; else `None`."""
     import msgpack
 
     if len(value) > SIGNED_BYTES:
@@ -168,14 +157,14 @@ def _scheme() -> tuple[Any, Any]:
 
 
 def _text(place: bytes, peer: bytes, record: bytes, ends: float) -> bytes:
-    """What is signed: an old record cannot be given a longer life, or be put under another block."""
+    """The signed text, so that an old record can neither live longer nor move to another block."""
     import msgpack
 
     return bytes(msgpack.packb(["transformer_lens.announcement.1", place, peer, record, ends]))
 
 
 def validator(base: type[Any], identity: bytes | None) -> Any:
-    """For hivemind's table: this peer keeps and believes announcements that their owners signed, and no others."""
+    """A validator for hivemind's table that accepts only announcements signed by their owners."""
 
     class Announcements(base):
         def sign_value(self, record: Any) -> bytes:

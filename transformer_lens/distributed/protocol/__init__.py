@@ -1,1 +1,1 @@
-"""What a client and a server agree on: which model and blocks, which edits, and what a message says."""
+"""What client and server agree on: models and blocks, edits, and the format of messages."""

@@ -1,6 +1,6 @@
-"""Reading a part of a safetensors checkpoint: only the files and tensors that one side needs are opened.
+"""Partial reading of safetensors checkpoints: only the files and tensors that one side needs.
 
-The client needs all but the blocks, a server the blocks of its span. Nothing else is downloaded or read.
+A client needs everything outside the blocks, a server the blocks of its span.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WHOLE, LISTED = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass
 class PartOfCheckpoint:
-    """Tensors by their names in the checkpoint, and what was opened for them."""
+    """Tensors by their checkpoint names, and the files opened for them."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -35,25 +35,21 @@ class PartOfCheckpoint:
 
 
 def block_of(name: str, block_prefix: str) -> int | None:
-    """The block that a tensor of a checkpoint belongs to; `None` for the ends of the model.
-
-    >>> block_of("transformer.h.3.mlp.dense_h_to_4h.weight", "transformer.h")
-    3
-    """
+    """The block that a checkpoint's tensor belongs to; `None` outside the blocks."""
     place = re.escape(block_prefix.rpartition(".")[2])  # a checkpoint of the model without its head has no prefix
     found = re.search(rf"(?:^|\.){place}\.(\d+)\.", name)
     return None if found is None else int(found.group(1))
 
 
 def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartOfCheckpoint:
-    """The tensors of a checkpoint whose names are wanted.
+    """Read a checkpoint's tensors whose names are wanted.
 
     >>> part = read_part("tiny-falcon", lambda name: ".h.2." in name)
     >>> len(part.tensors), part.files
     (8, ['model.safetensors'])
 
     `options` say where files come from (`revision`, `cache_dir`, `token`, ...). Raises `ValueError` for a checkpoint
-    that is not safetensors, `OSError` for one that is not there.
+    that is not safetensors, `OSError` for one that does not exist.
     """
     source = source_of(name)
     hub = {key: value for key, value in of_files(options).items() if key != "trust_remote_code"}
@@ -81,9 +77,9 @@ def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartO
 
 
 def filled(load: Callable[..., Any], config: Any, tensors: Mapping[str, Tensor], whose: str, **options: Any) -> Any:
-    """A model of these tensors, by its class's `from_pretrained`; its dtype is given, the config's, or the first one's.
+    """Load these tensors with a class's `from_pretrained`, in the given dtype, the config's, or the first tensor's.
 
-    Raises `ValueError` for tensors that it lacks, has no place for, or has in another shape; `whose` says of what.
+    Raises `ValueError`, naming `whose`, for missing or unexpected tensors and for wrong shapes.
     """
     if options["dtype"] in (None, "auto"):
         options["dtype"] = config.dtype or next(iter(tensors.values())).dtype

@@ -1,6 +1,6 @@
-"""The configurations of distributed models: a family's own config, and how a client uses servers for it.
+"""Configs of distributed models: a family's own config, and how a client uses servers.
 
-None needs the network library. Settings of the client are not written into a saved `config.json`.
+None needs the network library. Client settings are not saved to `config.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Name = str | os.PathLike[str]
 POSITIONAL = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-"""What transformers takes after the name, in its order."""
+"""The arguments that transformers takes after the name, in order."""
 FILE_OPTIONS = (*POSITIONAL, "proxies", "subfolder", "trust_remote_code")
 COLLECTED = ("output_hidden_states", "output_attentions")
 
@@ -44,15 +44,15 @@ COLLECTED = ("output_hidden_states", "output_attentions")
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class ClientSettings:
-    """How a client finds and uses servers. Times are in seconds. None of this is written into a saved config."""
+    """How a client finds and uses servers, with times in seconds; never saved."""
 
     initial_peers: Sequence[str] = ()
-    """Addresses of peers to start from. Empty: none; never a public swarm."""
+    """Addresses of peers to start from. Empty means none; never a public swarm."""
     dht_prefix: str | None = None
-    """The name under which servers announce this model's blocks; `None`: from the model's name."""
+    """The name under which servers announce this model's blocks; `None` derives it from the model's name."""
     daemon_startup_timeout: float = 60
     show_route: bool | str = "inference"
-    """When to log which servers were chosen: always, never, or in inference alone."""
+    """When to log the chosen servers: always, never, or only in inference."""
     allowed_servers: Sequence[str] | None = None
     blocked_servers: Sequence[str] | None = None
     connect_timeout: float = 5
@@ -69,7 +69,7 @@ class ClientSettings:
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class ModelSettings:
-    """Trained prompts in front of the text, and how the LM head is computed on the client."""
+    """Trained prompts, and how the client computes the LM head."""
 
     pre_seq_len: int = 0
     tuning_mode: str | None = None
@@ -94,7 +94,7 @@ def _is_list(value: Any) -> bool:
 
 
 COUNTS = {"max_retries": 0, "max_pinged": 1, "pre_seq_len": 0, "chunked_forward_step": 1}
-"""Whole numbers, and the least each may be."""
+"""Integer settings, with the minimum of each."""
 CHOICES: dict[str, tuple[Any, ...]] = {
     "show_route": (True, False, "inference"),
     "tuning_mode": (None, "ptune", "deep_ptune"),
@@ -115,17 +115,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         for name, allowed in CHOICES.items()
     },
 }
-"""What each setting may hold."""
+"""The check of each setting."""
 
 
 def check_settings(config: Any) -> None:
-    """Raise `ValueError` or `TypeError` for the first setting that does not fit.
-
-    >>> check_settings(ClientSettings(max_retries=-1))
-    Traceback (most recent call last):
-    ...
-    ValueError: max_retries: got -1, expected a whole number, at least 0
-    """
+    """Raise `ValueError` or `TypeError` for the first setting that does not fit."""
     here, prefix = vars(config), config.dht_prefix
     if prefix is not None and not isinstance(prefix, str):
         raise TypeError(f"dht_prefix: got {type(prefix).__name__}, expected a str or None")
@@ -148,22 +142,22 @@ def check_settings(config: Any) -> None:
 
 
 class DistributedConfig(ClientSettings, ModelSettings):
-    """What the configurations share: loading by name, the prefix of the blocks, saving without the client."""
+    """The common base of the configs: loading by name, the blocks' prefix, saving without client settings."""
 
     block_prefix: ClassVar[str]
-    """Where the blocks are in the model: a block is the module `{block_prefix}.{layer}`."""
+    """A block is the module `{block_prefix}.{layer}`."""
     block_class: ClassVar[type[nn.Module]]
-    """The class of the blocks that a server hosts."""
+    """The class of a block."""
     attn_class: ClassVar[type[nn.Module]]
-    """The class of the attention in them."""
+    """The class of a block's attention."""
     base_class: ClassVar[type[PreTrainedModel]]
-    """The family's model without its head: what runs the blocks on a server."""
+    """The family's model without its head, which runs the blocks on a server."""
     collects: ClassVar[tuple[str, ...]]
-    """What the family's models would collect inside their blocks when the config asks for it."""
+    """What the family's models would collect inside their blocks if the config asks for it."""
     dropouts: ClassVar[tuple[str, ...]]
-    """What is random in its blocks in training."""
+    """The config's dropout settings for its blocks."""
     returns_tuple: ClassVar[bool]
-    """Whether its blocks return their stream as the first item of a tuple."""
+    """Whether its blocks return a tuple that starts with their stream."""
     full_name_in_prefix: ClassVar[bool] = True
     """Whether the prefix keeps the owner of a hub name."""
 
@@ -173,12 +167,12 @@ class DistributedConfig(ClientSettings, ModelSettings):
 
     @property
     def num_key_value_groups(self) -> int:
-        """How many query heads share a key, as Petals documents it."""
+        """The number of query heads per key-value head, as Petals documents it."""
         return self.query_heads_per_key
 
     @property
     def query_heads_per_key(self) -> int:
-        """How many query heads share a key: what memory and length are sized by."""
+        """The number of query heads per key-value head, which determines memory and length."""
         cfg = adapter_for(self).cfg
         return cfg.n_heads // cfg.n_key_value_heads
 
@@ -186,15 +180,15 @@ class DistributedConfig(ClientSettings, ModelSettings):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Name, *args: Any, dht_prefix: str | None = None, **kwargs: Any
     ) -> Any:
-        """The config of a hub name or a directory, with any setting as a keyword.
+        """Load the config of a hub name or a directory, with settings as keywords.
 
         >>> config = DistributedFalconConfig.from_pretrained("tiny-falcon", request_timeout=30)
         >>> config.dht_prefix, config.request_timeout
         ('tiny-falcon', 30)
 
-        `dht_prefix` is kept as it is; without one it comes from the hub name. `return_unused_kwargs=True` gives
-        `(config, unused)`. Raises `ValueError` for `None`, a config of another family, a setting that does not
-        fit, and a local directory whose config names no prefix; `TypeError` for a keyword that nothing takes.
+        `dht_prefix` is kept as given; without one it comes from the hub name. `return_unused_kwargs=True` returns
+        `(config, unused)`. Raises `ValueError` for `None`, another family's config, a setting that does not fit, and a
+        local directory whose config names no prefix; `TypeError` for an unknown keyword.
         """
         name = plain_name(pretrained_model_name_or_path)
         source = source_of(name)
@@ -228,16 +222,14 @@ class DistributedConfig(ClientSettings, ModelSettings):
 
     @classmethod
     def get_config_dict(cls, name: Name, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What a `config.json` says of the model: peers and limits that somebody saved in it are left out."""
+        """The model's part of a `config.json`, without any saved peers and limits."""
         written, unused = super().get_config_dict(name, **kwargs)  # type: ignore[misc]
         return {key: value for key, value in written.items() if key not in CLIENT_SETTINGS}, unused
 
     @classmethod
     def prefix_of(cls, name: Name) -> str:
-        """The prefix of a hub name. Raises `ValueError` for a local directory, whose name says nothing of the model.
+        """The prefix of a hub name. Raises `ValueError` for a local directory, whose name does not identify the model.
 
-        >>> DistributedFalconConfig.prefix_of("tiiuae/falcon-180B")
-        'falcon-180B'
         >>> DistributedMixtralConfig.prefix_of("mistralai/Mixtral-8x7B-v0.1")
         'mistralai/Mixtral-8x7B-v0-1'
         """
@@ -251,17 +243,13 @@ class DistributedConfig(ClientSettings, ModelSettings):
         return kept.replace(".", "-")
 
     def block_uid(self, layer: int) -> str:
-        """The name under which a block is announced.
-
-        >>> DistributedFalconConfig.from_pretrained("tiny-falcon").block_uid(2)
-        'tiny-falcon.2'
-        """
+        """The name under which a block is announced, such as "tiny-falcon.2"."""
         if self.dht_prefix is None:
             raise ValueError("this config has no dht_prefix; load it by name, or pass dht_prefix='...'")
         return f"{self.dht_prefix}.{layer}"
 
     def facts(self, model: Any) -> dict[str, Any]:
-        """What a client's model and that of its servers have to agree on."""
+        """What the client's and the servers' models have to agree on."""
         return {
             "dht_prefix": self.dht_prefix,
             "model_type": self.model_type,  # type: ignore[attr-defined]
@@ -272,13 +260,13 @@ class DistributedConfig(ClientSettings, ModelSettings):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data, without the settings of the client: what is saved."""
+        """The config as saved: plain data without client settings."""
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
 
 
 def made_from_adapter(kind: type[Any], like: Any = None) -> type[Any]:
-    """Fill in what the adapter and the model of a config, or of its defaults, say of the family's blocks."""
+    """Fill in what the adapter and the model of a config (or its defaults) say of the family's blocks."""
     plain: Any = next(base for base in kind.__mro__ if base in MODEL_MAPPING)
     config = plain() if like is None else like
     adapter = adapter_for(config)
@@ -297,18 +285,14 @@ def made_from_adapter(kind: type[Any], like: Any = None) -> type[Any]:
 
 @made_from_adapter
 class DistributedFalconConfig(DistributedConfig, FalconConfig):
-    """The config of a Falcon whose blocks are on other machines.
-
-    >>> DistributedFalconConfig().num_key_value_groups
-    71
-    """
+    """The config of a Falcon with remote blocks."""
 
     full_name_in_prefix: ClassVar[bool] = False
 
 
 @made_from_adapter
 class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
-    """The config of a Mixtral whose blocks are on other machines.
+    """The config of a Mixtral with remote blocks.
 
     >>> config = DistributedMixtralConfig()
     >>> config.num_key_value_groups, config.query_heads_per_key
@@ -317,21 +301,18 @@ class DistributedMixtralConfig(DistributedConfig, MixtralConfig):
 
     @property
     def num_key_value_groups(self) -> int:
-        """Always 1, as Petals documents it for Mixtral; `query_heads_per_key` is the true number."""
+        """Always 1, as Petals documents it for Mixtral; see `query_heads_per_key`."""
         return 1
 
 
 CONFIGS: dict[str, type[Any]] = {"falcon": DistributedFalconConfig, "mixtral": DistributedMixtralConfig}
-"""`model_type` -> its distributed config, as far as it was made."""
+"""`model_type` -> its distributed config, if already made."""
 
 
 def config_class(model_type: Any, like: Any = None) -> type[Any]:
-    """The distributed config of a family, made of its adapter when it is first asked for, of a config `like` that one.
+    """The distributed config class of a family, made on first use from its adapter, for a config such as `like`.
 
-    >>> config_class("llama")().block_prefix
-    'model.layers'
-
-    Raises `ValueError` for a family that has none.
+    Raises `ValueError` for an unsupported family.
     """
     if model_type not in CONFIGS:
         if model_type not in CONFIG_MAPPING:
@@ -344,16 +325,16 @@ def config_class(model_type: Any, like: Any = None) -> type[Any]:
 
 
 class AutoDistributedConfig:
-    """Loads the distributed config of whatever family a checkpoint is of."""
+    """Loads the distributed config of any supported family."""
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: Name, *args: Any, **kwargs: Any) -> Any:
-        """The distributed config of a hub name or a directory; keywords as in `DistributedFalconConfig`.
+        """Load the distributed config of a hub name or a directory; keywords as in `DistributedFalconConfig`.
 
         >>> type(AutoDistributedConfig.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralConfig'
 
-        Raises `ValueError` for a family that is not supported.
+        Raises `ValueError` for an unsupported family.
         """
         name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
@@ -362,21 +343,21 @@ class AutoDistributedConfig:
 
 
 def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:
-    """The config of a name with these settings. Raises `TypeError` for a keyword that is no setting."""
+    """The config of a name with these settings. Raises `TypeError` for an unknown setting."""
     config, unused = kind.from_pretrained(name, return_unused_kwargs=True, **options)
     refuse_unknown(name, unused)
     return config
 
 
 def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The dtype, under whichever name it was given, and the other options. Raises `TypeError` for two of them."""
+    """The dtype, under either of its names, and the other options. Raises `TypeError` if both are given."""
     given = {} if dtype in (None, "auto") else {"dtype": dtype}
     rest = spelled({**options, **given}, DTYPE, "dtype")
     return rest.pop("dtype", dtype), rest
 
 
 def refuse_unknown(name: Name, options: dict[str, Any]) -> None:
-    """Raise `TypeError` for keywords that say nothing about where files come from."""
+    """Raise `TypeError` for keywords that do not say where files come from."""
     unknown = sorted(set(options) - set(FILE_OPTIONS))
     if unknown:
         raise TypeError(f"{name}: got the keywords {', '.join(unknown)}, which nothing here takes")
@@ -388,11 +369,7 @@ def of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_name(name: Name) -> str:
-    """A name or path as text, without a trailing slash. Raises `ValueError` for none.
-
-    >>> plain_name(Path("tiiuae/falcon-180B")), plain_name("tiiuae/falcon-180B/")
-    ('tiiuae/falcon-180B', 'tiiuae/falcon-180B')
-    """
+    """A name or path as text, without a trailing slash. Raises `ValueError` for an empty one."""
     if name is None:
         raise ValueError("pretrained_model_name_or_path: got None, expected a hub name or a directory")
     text = os.fspath(name)
@@ -400,7 +377,7 @@ def plain_name(name: Name) -> str:
 
 
 def source_of(name: str) -> str:
-    """Where the files of a name are: the directory of a shipped model, or the name as it is."""
+    """Where a name's files are: a shipped model's directory, or the name itself."""
     return str(tiny_model_path(name)) if name in TINY_MODELS and not _is_local(name) else name
 
 

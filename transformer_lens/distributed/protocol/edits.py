@@ -1,6 +1,6 @@
-"""`Edit` and `Keep`: the hooks that also work inside blocks on other machines, because they can be sent there.
+"""`Edit` and `Keep`: hooks that also work inside remote blocks, since they can be sent there.
 
-They are ordinary hook functions, so the very same objects run on a local bridge.
+They are ordinary hook functions, so the same objects run on a local bridge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Operation = Literal["set", "add", "scale", "zero", "project_out"]
 
 
 def _project_out(x: Tensor, direction: Float[Tensor, "... width"]) -> Tensor:
-    """What is left of `x` at right angles to a direction of its last axis."""
+    """The component of `x` orthogonal to a direction of its last axis."""
     unit = direction / direction.norm(dim=-1, keepdim=True)
     rest: Tensor = x - (x * unit).sum(-1, keepdim=True) * unit
     return rest
@@ -31,22 +31,22 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "zero": lambda x, _: torch.zeros_like(x),
     "project_out": _project_out,
 }
-"""Operation -> what becomes of the chosen part of the activation, given the edit's value."""
+"""Operation -> the new value of the chosen part, given the edit's value."""
 
 AXES = {"positions": ("pos", "query_pos"), "heads": ("head", "kv_head"), "experts": ("expert",)}
-"""What an edit can choose, and the axes of the hook table that it chooses along."""
+"""What an edit can choose, with the axes in the hook table."""
 
 
 class Edit:
-    """An edit of an activation: an operation of a closed list, on chosen positions, heads or experts.
+    """An edit of an activation: one of a few operations, on chosen positions, heads or experts.
 
     >>> ablate = Edit("zero", heads=[1], positions=[-1])
     >>> logits = bridge.run_with_hooks("Mary and John", fwd_hooks=[("blocks.0.attn.hook_z", ablate)])
 
-    `set`, `add` and `scale` take a number, or a tensor that broadcasts to the chosen part; `project_out` a direction
-    along the last axis, which it removes; `zero` takes nothing. A negative position counts from the end of the text.
-    Gradients flow to `value` where it requires one. Raises `ValueError` for an unknown operation, a value that does
-    not fit, and for a choice along an axis that the hook has not.
+    `set`, `add` and `scale` take a number or a tensor that broadcasts to the chosen part; `project_out` takes a
+    direction along the last axis and removes it; `zero` takes nothing. Negative positions count from the end of the
+    text. Gradients flow to `value` if it requires them. Raises `ValueError` for an unknown operation, a value that does
+    not fit, and a choice along an axis that the hook lacks.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Edit:
         return tensor.index_put(index, change(part, value))
 
     def _places(self, hook: HookPoint, axis: str, size: int) -> list[int] | None:
-        """The chosen places along one axis, counted from its beginning; `None` for all."""
+        """The chosen indices along one axis, from 0; `None` for all."""
         what = next((what for what, axes in AXES.items() if axis in axes), None)
         chosen = None if what is None else self.chosen[what]
         if chosen is None:
@@ -125,14 +125,14 @@ class Edit:
 
 
 class Keep:
-    """A hook that keeps the activation with its graph, so that a loss on it can be differentiated.
+    """A hook that keeps the activation with its graph, so that a loss on it has gradients.
 
     >>> pattern = Keep()
     >>> logits = bridge.run_with_hooks("Mary and John", fwd_hooks=[("blocks.0.attn.hook_pattern", pattern)])
     >>> pattern.value.shape
     torch.Size([1, 4, 5, 5])
 
-    `run_with_cache` keeps activations without it. `value` is the last run's.
+    `value` is the last run's. `run_with_cache` keeps activations without their graph.
     """
 
     value: Tensor | None = None

@@ -1,6 +1,6 @@
-"""Messages between a client and the server of a span: a msgpack head and safetensors, nothing that can run.
+"""Messages between a client and a span's server: a msgpack head and safetensors, nothing executable.
 
-Everything about a message is checked against `Limits` before a tensor is made of it. Needs the extra `[swarm]`.
+Everything is checked against `Limits` before a tensor is made. Needs the extra `[swarm]`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from torch import Tensor
 
 MAGIC = b"TLB1"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
-"""What a tensor in a message may be, in the words of safetensors."""
+"""The dtypes of tensors in a message, by safetensors name."""
 FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 INTEGER = DTYPES["I64"]
 
 KINDS = ("forward", "backward", "step", "close", "info")
 READS = ("look", "keep", "gradient")
-"""What an action brings back: the activation, the activation in the graph, the gradient at it."""
+"""Actions that return the activation, the activation in the graph, or its gradient."""
 EDITS = ("set", "add", "scale", "zero", "project_out")
 
 
 class MessageError(ValueError):
-    """A message that is not one, or is larger than allowed."""
+    """A malformed or oversized message."""
 
 
 class FullError(ValueError):
-    """There is no room for a call that is fine in itself; another server may have it, or this one later."""
+    """No room for a valid call; another server may have it, or this one later."""
 
 
 class SpanError(RuntimeError):
-    """A server answered that it cannot do what was asked, or answered something else; `info` is what it added."""
+    """A server refused, or answered something else; `info` is what it added."""
 
     def __init__(self, text: str, info: dict[str, Any] | None = None) -> None:
         super().__init__(text)
@@ -46,12 +46,12 @@ class SpanError(RuntimeError):
 
 
 class SpanUnreachable(SpanError):
-    """No answer came that can be used: the peer is gone, too slow, or broke off. Another server may do it."""
+    """No usable answer came: the peer is gone, too slow, or broke off. Another server may answer."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest message that is read, and the largest answer that is computed. Sizes are in bytes."""
+    """The largest message read, and the largest answer computed, in bytes."""
 
     message: int = 256 * 2**20
     head: int = 256 * 2**10
@@ -63,7 +63,7 @@ class Limits:
     answer: int = 2**30
     rows: int = 256
     memory: int = 16 * 2**30
-    """What a call may take while it runs, by an estimate from its shapes."""
+    """What a running call may take, estimated from its shapes."""
     work: int = 2**36
     """Numbers that a call may compute in its streams and at its hooks."""
     sessions: int = 16
@@ -73,21 +73,21 @@ class Limits:
     """Keys and values of one peer."""
     session_bytes_of_all: int = 4 * 2**30
     session_seconds: float = 600
-    """A session that nobody asked for this long is forgotten."""
+    """A session is forgotten after this long without a request."""
     kept: int = 2**28
-    """Answers of one peer that are kept in case they have to be given again."""
+    """One peer's answers, kept in case they are asked for again."""
     kept_of_all: int = 2**30
     calls: int = 8
-    """Calls of one peer that wait or run."""
+    """One peer's waiting or running calls."""
     calls_of_all: int = 64
     waiting: int = 2**29
-    """Messages of one peer that wait or run."""
+    """One peer's messages of waiting or running calls."""
     waiting_of_all: int = 2**31
 
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that happens at a hook on the server; actions at one name happen in their order."""
+    """One action at a hook on the server; actions at one name run in order."""
 
     name: str
     do: str
@@ -99,7 +99,7 @@ class Action:
 
 @dataclass
 class Request:
-    """What a client asks of a span: run blocks `first` to `end`, with these actions inside."""
+    """A client's request to a span: run blocks `first` to `end`, with these actions inside."""
 
     kind: str
     first: int
@@ -114,13 +114,13 @@ class Request:
 
 @dataclass
 class Reply:
-    """What comes back: tensors by name, facts about the server, or why there is no answer."""
+    """The reply: tensors by name, facts about the server, or an error."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     turns: list[int] = field(default_factory=list)
-    """The actions that read, in the order in which the model came to them."""
+    """The reading actions, in the order in which the model reached them."""
 
 
 def _msgpack() -> Any:
@@ -135,11 +135,7 @@ def _msgpack() -> Any:
 
 
 def printable(text: str, most: int = 2000) -> str:
-    """A text of another process without control characters, and not longer than `most`.
-
-    >>> printable("a\\x1b[2Jb")
-    'a\\\\x1b[2Jb'
-    """
+    """Another process's text without control characters, cut to `most`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])[:most]
 
 
@@ -148,17 +144,13 @@ def printable(text: str, most: int = 2000) -> str:
 
 def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     packed = _msgpack().packb(head)
-    # One memory for each tensor: safetensors refuses shared and strided ones.
+    # One buffer for each tensor: safetensors refuses shared and strided ones.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return b"".join([MAGIC, struct.pack("<I", len(packed)), packed, save(plain)])
 
 
 def pack_request(request: Request) -> bytes:
-    """The bytes of a request.
-
-    >>> unpack_request(pack_request(Request("info", 0, 0)), Limits()).kind
-    'info'
-    """
+    """The bytes of a request."""
     head = {**vars(request), "actions": [vars(action) for action in request.actions]}
     tensors = head.pop("tensors")
     return _frame(head, tensors)
@@ -169,11 +161,7 @@ def pack_reply(reply: Reply) -> bytes:
 
 
 def too_much(message: bytes, limits: Limits) -> str:
-    """Why a message of ours would not be read for its size; empty if it would.
-
-    >>> too_much(pack_request(Request("info", 0, 0)), Limits(head=9))
-    'the hooks of the request take 65 bytes, and a message has room for 9; ...'
-    """
+    """Why the size of our own message would be refused; empty if it would not."""
     if len(message) > limits.message:
         return f"the request has {len(message)} bytes, and a message has at most {limits.message}"
     (head,) = struct.unpack_from("<I", message, 4)
@@ -204,11 +192,11 @@ REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "session": lambda value: isinstance(value, str) and len(value) <= 64 and (value.isalnum() or not value),
     "start": lambda value: _is_int(value) and 0 <= value < 2**31,
 }
-"""The fields of a request, and what each may hold."""
+"""The fields of a request, with their types."""
 
 
 REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
-"""The fields of a reply, and what each holds."""
+"""The fields of a reply, with their types."""
 
 
 def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
@@ -221,7 +209,7 @@ def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
         raise MessageError(f"the head says it has {size} bytes; at most {limits.head}, and what is there, are read")
     msgpack = _msgpack()
     try:
-        # A list says how long it is before what is in it: without a limit, lists in lists reserve much memory.
+        # A list declares its length before its content: without a limit, nested lists reserve much memory.
         most = {"max_array_len": 2 * max(limits.actions, limits.places), "max_map_len": 64, "max_ext_len": 0}
         head = msgpack.unpackb(message[8 : 8 + size], strict_map_key=True, **most)
     except (ValueError, msgpack.UnpackException) as error:
@@ -232,7 +220,7 @@ def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
 
 
 def _tensors(data: memoryview, limits: Limits) -> dict[str, Tensor]:
-    """The tensors of a message, after all that their header says was checked."""
+    """The tensors of a message, after checking their whole header."""
     if len(data) < 8:
         raise MessageError("the tensors are cut off")
     (size,) = struct.unpack_from("<Q", data)
@@ -257,7 +245,7 @@ def _tensors(data: memoryview, limits: Limits) -> dict[str, Tensor]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON map; readers differ in which of two equal keys they believe."""
+    """A JSON map without duplicate keys, of which readers choose differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise MessageError("the header of the tensors names something twice")
@@ -269,7 +257,7 @@ def _no_number(word: str) -> None:
 
 
 def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
-    """How large a tensor says it is."""
+    """The declared size of a tensor."""
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise MessageError(f"tensor {name[:64]!r} has other facts than dtype, shape and data_offsets")
     dtype, shape = row["dtype"], row["shape"]
@@ -282,12 +270,12 @@ def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
 
 
 def _shown(value: Any) -> str:
-    """A value of a stranger in an error's text: a short one as it is, of others their kind."""
+    """An untrusted value in an error: a short one as it is, otherwise its type."""
     return repr(value)[:66] if isinstance(value, (str, int, float)) else type(value).__name__
 
 
 def unpack_request(message: bytes, limits: Limits) -> Request:
-    """A request from bytes. Raises `MessageError` before anything is allocated for what it declares."""
+    """Read a request. Raises `MessageError` before anything declared is allocated."""
     head, data = _split(message, limits)
     if set(head) != set(REQUEST_FIELDS):
         raise MessageError(f"a request has the fields {', '.join(REQUEST_FIELDS)}")
@@ -316,7 +304,7 @@ def _action(row: Any, limits: Limits) -> Action:
 
 
 def unpack_reply(message: bytes, limits: Limits) -> Reply:
-    """A reply from bytes. Raises `MessageError` as `unpack_request` does; it may be as large as an answer."""
+    """Read a reply, which may be as large as an answer. Raises `MessageError` as `unpack_request` does."""
     limits = replace(limits, message=max(limits.message, limits.answer))
     head, data = _split(message, limits)
     if set(head) != set(REPLY_FIELDS) or not all(isinstance(head[name], kind) for name, kind in REPLY_FIELDS.items()):

@@ -1,4 +1,4 @@
-"""What a server checks of a request before anything runs: its blocks, tensors and actions, and what it would cost."""
+"""A server's checks of a request before anything runs: its blocks, tensors and actions, and their cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 NUMBER = 8
-"""Bytes of the largest number in an activation."""
+"""The most bytes of a number in an activation."""
 
 
 class Checks:
@@ -29,7 +29,7 @@ class Checks:
         self.neurons = max(math.prod(size for size in row.shape if isinstance(size, int)) for row in of_neurons)
 
     def check(self, request: Request) -> None:
-        """Raise for what does not fit these blocks, and for what is too much."""
+        """Raise for requests that do not fit these blocks, or are too expensive."""
         if not self.blocks.start <= request.first < request.end <= self.blocks.stop:
             raise MessageError(
                 f"blocks {request.first} to {request.end} were asked for, and this server has {self.blocks}"
@@ -41,7 +41,7 @@ class Checks:
         self._check_cost(request)
 
     def point(self, name: str) -> HookPoint:
-        """The hook of a name of the whole model."""
+        """The hook of a name in the whole model."""
         found = re.fullmatch(r"blocks\.(\d{1,5})\.([\w.]+)", name, re.ASCII)
         layer = int(found.group(1)) if found else -1
         if found is None or layer not in self.blocks:
@@ -75,7 +75,7 @@ class Checks:
         if request.kind == "step" and not request.use_cache:
             raise MessageError("use_cache: a step keeps keys and values")
         _check_integers(request, "mask", [[rows, new + request.start]], most=1)
-        # Rotary frequencies of some kinds change with the highest position seen, for every later call.
+        # Some kinds of rotary frequencies change with the highest position seen, for every later call.
         _check_integers(request, "position_ids", [[rows, new], [1, new]], most=longest - 1)
         _check_integers(request, "rows", [[rows]], most=rows - 1)
 
@@ -116,18 +116,18 @@ class Checks:
                 )
 
     def _check_cost(self, request: Request) -> None:
-        """Bound the answer's size, and estimates of the memory and the work of a call, all from shapes alone."""
+        """Bound the answer's size, and estimates of a call's memory and work, all from shapes alone."""
         rows, new = request.tensors["stream"].shape[:2]
         cfg, blocks = self.bridge.cfg, request.end - request.first
         sizes = [math.prod(self.shape(request, action)) for action in request.actions]
         answer = NUMBER * sum(n for n, a in zip(sizes, request.actions, strict=True) if a.do not in EDITS)
         if answer > self.limits.answer:
             raise MessageError(f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made")
-        # One block's activations, a few of each width, with scores of every head as attention that is looked into has.
+        # One block's activations, a few of each width, with every head's scores, as hooked attention computes them.
         scores = cfg.n_heads * (new + request.start)
         block = rows * new * (12 * cfg.d_model + 4 * self.neurons + 3 * scores)
         graph = blocks if request.grad or request.kind == "backward" else 1
-        # An edit's activation lives three times while it is made, and as long as the graph.
+        # An edit's activation exists three times while it is made, and as long as the graph.
         edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]
         edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
         memory = answer + (block * graph + edited) * NUMBER

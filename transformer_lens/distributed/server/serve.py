@@ -1,6 +1,6 @@
-"""A server of a span on the network: answers calls, announces itself, and leaves in good order.
+"""A span's server on the network: it answers calls, announces itself, and shuts down in order.
 
-`ServedSpan` ties a `SpanServer` to a `Node`; what a message means is decided in the one, how it travels in the other.
+`ServedSpan` connects a `SpanServer`, which interprets messages, to a `Node`, which transports them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from transformer_lens.distributed.server.server import SpanServer
 logger = logging.getLogger(__name__)
 
 QUIET = 3.0
-"""A text whose last step is this many seconds ago does not keep a leaving server."""
+"""A text whose last step is this many seconds old does not delay shutdown."""
 LOOKS = 0.1
-"""Seconds between two looks at whether a leaving server is done."""
+"""Seconds between two checks of whether a draining server is done."""
 
 
 class ServedSpan:
@@ -32,8 +32,8 @@ class ServedSpan:
 
     >>> served = ServedSpan(SpanServer("tiny-falcon", range(0, 2)), Node(listen=address))  # doctest: +SKIP
 
-    `allow` are the peer ids that are answered; `None`: all. It announces itself every `update_period` seconds while
-    `run` runs.
+    `allow` are the peer ids that get answers; `None` means all. While `run` runs, it announces itself every
+    `update_period` seconds.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class ServedSpan:
             about=lambda: pack_reply(Reply(info=server.info())),
         )
         self.calls = 0
-        """Calls that were answered."""
+        """The number of answered calls."""
         self._seen: set[str] = set()
-        # One that waits for its turn holds a thread; beyond its limits, the server refuses at once.
+        # A waiting call holds a thread; beyond its limits, the server refuses at once.
         self._threads = ThreadPoolExecutor(server.limits.calls_of_all + 1, thread_name_prefix="call")
         node.serve(self._answer)
 
@@ -94,7 +94,7 @@ class ServedSpan:
     # -- announcing ----------------------------------------------------------------------------------
 
     def announce(self, state: str = "serving") -> bool:
-        """Tell the others what is here, whether it worked or not."""
+        """Announce the span and its state; returns whether it worked."""
         info = self.server.info()
         here = Announcement(
             self.node.peer, self.server.blocks, state, info["seconds_per_block"], info["load"], info["version"]
@@ -118,8 +118,7 @@ class ServedSpan:
     ) -> bool:
         """Serve until `stop`, drain for at most `drain_seconds` or until `now`, and leave.
 
-        `ready` is called when the blocks are announced. Returns whether it left in good order; `False` when the
-        daemon ended by itself.
+        `ready` is called once the blocks are announced. Returns `False` if the daemon ended by itself, else `True`.
         """
         self.announce()
         ready()
@@ -135,7 +134,7 @@ class ServedSpan:
         return True
 
     def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Take nothing new, let what runs come to its end, and withdraw the announcement."""
+        """Refuse new work, let running work finish, and withdraw the announcement."""
         self.server.draining = True
         logger.info("leaving: nothing new is taken, what runs has %g s", seconds)
         self.announce("draining")
@@ -146,7 +145,7 @@ class ServedSpan:
         logger.info("left after %d calls, %d sessions were open", self.calls, self.server.info()["sessions"])
 
     def busy(self) -> bool:
-        """Whether a call waits or runs, an answer was not fetched, or a text took a step a moment ago."""
+        """Whether a call waits or runs, an answer is unfetched, or a text took a step a moment ago."""
         self.server.tidy()
         latest = self.server.sessions.clock() - QUIET
         texts = [text for sessions in list(self.server.sessions.of_peer.values()) for text in list(sessions.values())]
@@ -162,13 +161,7 @@ class ServedSpan:
 
 
 def check_options(limits: Mapping[str, Any], update_period: float, drain_seconds: float, allow: Any) -> None:
-    """Raise `ValueError` for the first that does not fit.
-
-    >>> check_options({"message": 0}, 60, 30, None)
-    Traceback (most recent call last):
-    ...
-    ValueError: message: got 0, expected a number above 0 and finite
-    """
+    """Raise `ValueError` for the first option that does not fit."""
     for name, number in {**limits, "update_period": update_period}.items():
         if not 0 < number < float("inf"):
             raise ValueError(f"{name}: got {number}, expected a number above 0 and finite")

@@ -1,6 +1,6 @@
-"""`SpanServer`: runs a span of unchanged blocks for whoever sends messages, with the bridge's ports and seams inside.
+"""`SpanServer`: runs a span of unchanged blocks on request, with the bridge's ports and seams inside.
 
-It keeps nothing between calls but the keys and values of sessions. A bad message gets an answer that says why.
+It keeps nothing between calls but sessions' keys and values. A bad message gets an answer that says why.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
 TOLD = (ValueError, TypeError)
-"""Errors whose text is for the client; a `MessageError` is a `ValueError`."""
+"""Errors whose text is sent to the client; a `MessageError` is a `ValueError`."""
 ANSWERABLE = (
     *TOLD,
     ArithmeticError,
@@ -53,20 +53,20 @@ ANSWERABLE = (
     RuntimeError,
     struct.error,
 )
-"""What a call may raise for its content. Other texts may name files and states of this machine, and stay in its log."""
+"""Errors a call may raise for its content. Other texts may name this machine's files and stay in its log."""
 
 VERSION = version("transformer-lens-bridge")
-"""Read once: looking it up opens files."""
+"""Read once, since looking it up opens files."""
 
 logger = logging.getLogger(__name__)
 
 WEIGHT = 0.2
-"""Of the latest call, in moving averages."""
+"""The weight of the latest call in moving averages."""
 
 
 @dataclass(eq=False)
 class Seen:
-    """A hook that keeps a tensor, in the graph or apart from it, and notes that it was its turn."""
+    """A hook that keeps a tensor, in the graph or detached, and records the order of hooks."""
 
     number: int
     turns: list[int]
@@ -79,7 +79,7 @@ class Seen:
 
 
 class SpanServer:
-    """Serves the blocks of a span; `handle` is all that a transport needs.
+    """Serves the blocks of a span; a transport only needs `handle`.
 
     >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
     >>> server = SpanServer("tiny-falcon", range(1, 3))
@@ -87,8 +87,8 @@ class SpanServer:
     [1, 3]
     >>> server.close()
 
-    `name` is a hub name or a directory, of which only the tensors of `blocks` are read. `options` as in
-    `load_span`. Its blocks run in evaluation mode, one call at a time, in a thread of their own.
+    `name` is a hub name or a directory, of which only the tensors of `blocks` are read; `options` as in `load_span`.
+    The blocks run in evaluation mode, one call at a time, in their own thread.
     """
 
     def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
@@ -100,24 +100,24 @@ class SpanServer:
         self.sessions = Sessions(self.limits)
         self.queue = CallQueue(self.limits)
         self.draining = False
-        """Whether it takes nothing new; texts whose keys and values it holds go on."""
+        """Whether it refuses new texts; texts whose keys and values it holds go on."""
         self.seconds_per_block = 0.0
-        """How long a block took of late, in forwards and steps: a moving average."""
+        """The recent time per block in forwards and steps, as a moving average."""
         self._told = self._held()
         self._given: dict[str, Any] = {}
         self.model.register_forward_pre_hook(
             lambda _, args, kwargs: (args, {**kwargs, **self._given}), with_kwargs=True
         )
-        # Another thread, so that nothing of a caller's state (gradient mode, hooks, partial runs) reaches the blocks.
+        # Its own thread, so that no state of a caller (gradient mode, hooks, partial runs) reaches the blocks.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="span")
 
     def close(self) -> None:
-        """Answer what was asked, and stop."""
+        """Answer pending calls, and stop."""
         self.queue.finish()
         self._worker.shutdown()
 
     def tidy(self) -> None:
-        """Forget the sessions that nobody asked for in time, as every call does; for a server that has none."""
+        """Forget expired sessions, as every call does; for a server that gets no calls."""
         self._worker.submit(self._tidy).result()
 
     def _tidy(self) -> None:
@@ -125,9 +125,8 @@ class SpanServer:
         self._told = self._held()
 
     def handle(self, message: bytes, peer: str = "local", deadline: float | None = None) -> bytes:
-        """The answer to a message, which is an error's text where there is none.
-
-        Nothing is computed after `deadline`, by `time.monotonic()`: nobody waits for it any more.
+        """Answer a message, with an error's text if need be; nothing is computed after `deadline`, by
+        `time.monotonic()`.
         """
         try:
             with self.queue.turn(peer, len(message)):
@@ -168,7 +167,9 @@ class SpanServer:
             self._given = {}  # nothing of a call stays here: these may be a whole session's keys and values
 
     def info(self) -> dict[str, Any]:
-        """What a client has to know before it sends anything, and how busy the server is; from any thread."""
+        """What a client needs to know before it sends anything, and how busy the server is; callable from any
+        thread.
+        """
         return {
             **self.config.facts(self.model),
             "blocks": [self.blocks.start, self.blocks.stop],
@@ -180,7 +181,7 @@ class SpanServer:
         }
 
     def _held(self) -> dict[str, int]:
-        """What sessions take; read where no other thread changes them."""
+        """What sessions take; read in the one thread that changes them."""
         held = self.sessions.held()
         return {
             "sessions": sum(map(len, self.sessions.of_peer.values())),
@@ -191,7 +192,7 @@ class SpanServer:
     # -- running ---------------------------------------------------------------------------------------
 
     def _run(self, request: Request, stream: Tensor, cache: Any = None) -> Tensor:
-        """The blocks of a request on its stream."""
+        """Run a request's blocks on its stream."""
         mask, positions = request.tensors.get("mask"), request.tensors.get("position_ids")
         given = {MASK: mask, POSITIONS: positions, USE_CACHE: request.use_cache}
         if cache is not None:
@@ -202,7 +203,7 @@ class SpanServer:
 
     @contextmanager
     def _attached(self, request: Request, values: dict[int, Tensor], looking: bool = True) -> Iterator[list[Seen]]:
-        """The hooks of a request's actions on the bridge, in their order, while it runs. Gives those that read."""
+        """Attach the hooks of a request's actions to the bridge, in order, while it runs. Yields those that read."""
         turns: list[int] = []
         reading: list[Seen] = []
         entries = []
@@ -239,7 +240,7 @@ class SpanServer:
         return _reply({"stream": output}, hooks)
 
     def _backward(self, request: Request) -> Reply:
-        """The forward pass once more, with its graph, and the gradients that come back through it."""
+        """Run the forward again with its graph, and the gradients back through it."""
         stream = request.tensors["stream"].requires_grad_()
         values = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in self._values(request).items()}
         with torch.enable_grad(), self._attached(request, values, looking=False) as hooks:
@@ -261,7 +262,7 @@ class SpanServer:
         return _reply(gradients, [hook for hook in hooks if not hook.in_graph])
 
     def _step(self, request: Request, peer: str, digest: bytes) -> bytes:
-        """The next positions of a session; the same request again gets the same answer, and computes nothing."""
+        """The next positions of a session; a repeated request gets the same answer without computing."""
         if any(action.do == "gradient" for action in request.actions):
             raise MessageError("a step has no gradients; use forward and backward")
         stream = request.tensors["stream"]
@@ -303,13 +304,13 @@ class SpanServer:
         blocks = request.end - request.first
         each = 2 * blocks * cfg.n_key_value_heads * cfg.d_head * self.model.dtype.itemsize
         cache = GroupedCache(self.model.config)  # bitwise transformers' own, and 1/29 of it for Falcon-180B
-        # The model asks its first layer how long the text is, and blocks below the first of these do not run.
+        # The model asks its first layer for the length of the text, and blocks below the first of these do not run.
         cache.layers = [cache.layers[request.first]] * request.first + cache.layers[request.first : request.end]
         return Session(cache, bytes_per_position=each, rows=request.tensors["stream"].shape[0])
 
 
 def _reply(tensors: dict[str, Tensor], hooks: list[Seen]) -> Reply:
-    """Tensors, and what the hooks saw, in the order in which it was their turn."""
+    """A reply with tensors and what the hooks saw, in the order in which they fired."""
     seen = {f"seen.{hook.number}": hook.value for hook in hooks if hook.value is not None}
     turns = hooks[0].turns if hooks else []
     return Reply({**tensors, **seen}, turns=[turn for turn in turns if f"seen.{turn}" in seen])
@@ -327,15 +328,13 @@ def _refusal(error: Exception, peer: str) -> bytes:
 
 
 class LocalSpan:
-    """A span whose server is in this process.
+    """A span whose server is in this process; arguments as for `SpanServer`.
 
     >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
     >>> span = LocalSpan("tiny-falcon", range(0, 2))
     >>> unpack_reply(span.send(pack_request(Request("info", 0, 0))), Limits()).info["n_layers"]
     4
     >>> span.close()
-
-    Arguments as for `SpanServer`.
     """
 
     _numbers = itertools.count(1)
@@ -347,7 +346,7 @@ class LocalSpan:
         self.closed = False
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """The answer to one message; a server in this process is waited for without a limit."""
+        """Answer one message, without a time limit."""
         if self.closed:
             raise SpanUnreachable(f"{self.peer} was closed")
         return self.server.handle(message)

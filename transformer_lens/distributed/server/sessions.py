@@ -1,7 +1,7 @@
-"""What each peer may take of a server: its turn, and sessions, the keys and values of texts that are being generated.
+"""What each peer may take of a server: turns, and sessions, the keys and values of texts being generated.
 
-Each peer has a budget, and all of them together have one, of which nobody gets more than is left for the others.
-Calls run one at a time, the peers in turn, so that many calls of one delay its own alone.
+Each peer has a budget within a common one that leaves room for others. Calls run one at a time, peers taking turns, so
+that many calls of one peer delay only its own.
 """
 
 from __future__ import annotations
@@ -20,26 +20,19 @@ from transformer_lens.distributed.protocol.messages import FullError, Limits
 def has_room(more: int, mine: int, most: int, everyone: int, most_of_all: int) -> bool:
     """Whether a peer that has `mine` of what `everyone` has may have `more`.
 
-    Beside its own limit, it may have as much as is left for the others: one peer alone half of it all, two equal ones
-    a third each. So somebody new always finds room, until very many have come.
-
-    >>> has_room(1, mine=49, most=100, everyone=49, most_of_all=100)
-    True
-    >>> has_room(1, mine=50, most=100, everyone=50, most_of_all=100)
-    False
-    >>> has_room(50, mine=0, most=100, everyone=50, most_of_all=100)
-    True
+    Besides its own limit, it may have as much as is left for the others: half if alone, a third each for two equal
+    peers. So a newcomer finds room, until there are very many.
     """
     return mine + more <= min(most, most_of_all - everyone)
 
 
 @dataclass
 class Session:
-    """One text: its cache, how many positions that holds, and the last answer in case it has to be given again."""
+    """One text: its cache, the cache's length, and the last answer in case it is asked for again."""
 
     cache: Any
     bytes_per_position: int
-    """Of one row."""
+    """For one row."""
     rows: int
     length: int = 0
     used: float = 0
@@ -55,7 +48,7 @@ class Session:
 
 
 class Sessions:
-    """The sessions of every peer. Raises `FullError` at the end of a budget."""
+    """The sessions of every peer. Raises `FullError` when a budget is used up."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
@@ -72,7 +65,7 @@ class Sessions:
                 del self.of_peer[peer]
 
     def open(self, peer: str, name: str, make: Callable[[], Session]) -> Session:
-        """The session of this name, made if it is new."""
+        """The session of this name, made if new."""
         sessions = self.of_peer.get(peer, {})
         if name not in sessions:
             if len(sessions) >= self.limits.sessions:
@@ -86,11 +79,11 @@ class Sessions:
         return sessions[name]
 
     def held(self, peer: str | None = None) -> int:
-        """Bytes of the keys and values of a peer, or of all."""
+        """The bytes of keys and values of a peer, or of all."""
         return sum(session.held() for session in self._sessions(peer))
 
     def kept(self, peer: str | None = None) -> int:
-        """Bytes of the answers that are kept for a peer, or for all."""
+        """The bytes of answers kept for a peer, or for all."""
         return sum(session.kept() for session in self._sessions(peer))
 
     def check_room(self, peer: str, session: Session, positions: int) -> None:
@@ -108,14 +101,14 @@ class Sessions:
             )
 
     def keep(self, peer: str, session: Session, digest: bytes, answer: bytes) -> None:
-        """Keep an answer in place of the session's last one, if it fits; without it, the client starts again."""
+        """Replace the session's last answer, if the new one fits; without it, the client starts again."""
         session.last = None
         limits = self.limits
         if has_room(len(answer), self.kept(peer), limits.kept, self.kept(), limits.kept_of_all):
             session.last = digest, answer
 
     def drop(self, peer: str, name: str) -> None:
-        """Forget a session, on whichever of the blocks; its memory is free at once."""
+        """Forget a session, on whichever blocks, and free its memory."""
         sessions = self.of_peer.get(peer, {})
         for found in [found for found in sessions if found == name or found.startswith(f"{name}:")]:
             del sessions[found]
@@ -129,35 +122,29 @@ class Sessions:
 
 @dataclass(eq=False)
 class Call:
-    """A call that waits or runs, and the bytes of its message."""
+    """A waiting or running call, and its message's bytes."""
 
     peer: str
     size: int
 
 
 class CallQueue:
-    """Calls of every peer. Raises `FullError` at the end of a budget.
-
-    >>> queue = CallQueue(Limits(calls=1))
-    >>> with queue.turn("one", 100):
-    ...     queue.load()
-    1
-    """
+    """The calls of every peer. Raises `FullError` when a budget is used up."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._changed = threading.Condition()
         self._queues: dict[str, deque[Call]] = {}
-        """The call that runs is the first of the first peer."""
+        """The running call is the first of the first peer."""
 
     def load(self) -> int:
-        """Calls that wait or run."""
+        """The number of calls that wait or run."""
         with self._changed:
             return sum(map(len, self._queues.values()))
 
     @contextmanager
     def turn(self, peer: str, size: int) -> Iterator[None]:
-        """Wait until it is this call's turn, which it is inside."""
+        """Wait for this call's turn, which lasts as long as the block."""
         call = Call(peer, size)
         with self._changed:
             self._check(call)

@@ -1,4 +1,4 @@
-"""The model of a server: a family's own base model that holds the blocks of one span and nothing else of weight."""
+"""A server's model: a family's own base model with the blocks of one span and almost no other weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from transformer_lens.model_bridge import BlockElsewhere
 
 
 class SpanOf:
-    """A base model in which other blocks than those of a span are elsewhere; these keep their numbers."""
+    """A base model whose blocks outside a span are elsewhere; blocks keep their numbers."""
 
     place: ClassVar[str]
-    """What the base model calls its blocks."""
+    """The base model's attribute for its blocks."""
     here: ClassVar[range]
 
     def __init__(self, config: Any) -> None:
@@ -38,15 +38,14 @@ def load_span(
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
-    """A base model that has the blocks of a span, the whole model's config, and what was read for them.
+    """Load a base model with a span's blocks; returns it, the whole model's config, and what was read.
 
     >>> model, config, part = load_span("tiny-falcon", range(1, 3))
     >>> [len(list(block.parameters())) for block in model.h], len(part.tensors)
     ([0, 8, 8, 0], 16)
 
-    `options` are settings of the config, and say where files come from. Weights keep the checkpoint's dtype unless
-    `dtype` is given; `device` is where they run. Raises `ValueError` for blocks the model has not, or tensors the
-    checkpoint has not.
+    `options` are config settings and say where files come from. Weights keep the checkpoint's dtype unless `dtype` is
+    given. Raises `ValueError` for blocks the model lacks, or tensors the checkpoint lacks.
     """
     dtype, options = one_dtype(dtype, options)
     config = config_with(AutoDistributedConfig, name, options)
@@ -61,7 +60,7 @@ def load_span(
     kind: Any = type(base.__name__, (SpanOf, base), {"place": place, "here": blocks, "__module__": base.__module__})
     with torch.device("meta"):
         whole = dict(kind(here).named_parameters())
-    # What is around the blocks never runs: an embedding of one row, a final norm.
+    # The parts around the blocks never run: a one-row embedding, a final norm.
     tensors = {end: torch.zeros(p.shape) for end, p in whole.items() if not end.startswith(f"{place}.")}
     for tensor, weight in part.tensors.items():  # a checkpoint of the model with its head has a prefix
         tensors[re.sub(rf"^.*?\b(?={re.escape(place)}\.\d)", "", tensor)] = weight
