@@ -41,8 +41,6 @@ class DirectLogits(ABC):
     @abstractmethod
     def __getitem__(self, key: Any, /) -> Tensor: ...
 
-    # -- the final norm and the logits -------------------------------------------------------------
-
     def apply_ln_to_stack(
         self,
         residual_stack: Stack,
@@ -122,8 +120,6 @@ class DirectLogits(ABC):
         # One token for each text stands for every position of it.
         wanted = wanted.reshape(*given, *[1] * (len(leading) - len(given)), -1).expand(*leading, -1)
         return (scaled * wanted.to(scaled.device, scaled.dtype)).sum(-1)
-
-    # -- shared ------------------------------------------------------------------------------------
 
     @property
     def _bridge(self) -> TransformerBridge:

@@ -167,8 +167,6 @@ class HookPoint(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.name) if self.name else ""
 
-    # -- attaching ---------------------------------------------------------------------------------
-
     def add_hook(
         self,
         hook: HookFunction,
@@ -265,8 +263,6 @@ class HookPoint(nn.Module):
         if not is_one_of(dir, ("fwd", "bwd")):
             raise ValueError(f"hook at {self.name!r}: got direction {dir!r}, expected 'fwd' or 'bwd'")
         return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
-
-    # -- firing ------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the hooks on `x`; returns `x` itself where none of them changed anything."""

@@ -101,8 +101,6 @@ class HookedRootModule(nn.Module):
     _points: dict[str, HookPoint] | None = None
     _spellings: tuple[dict[str, HookPoint], list[tuple[str, str]]] | None = None
 
-    # -- names -------------------------------------------------------------------------------------
-
     def setup(self) -> None:
         """Name every hook point by its place in the module tree."""
         self._points = {}
@@ -190,8 +188,6 @@ class HookedRootModule(nn.Module):
             return [name for name in names if not self.hook_dict[name].integer]
         return names
 
-    # -- hooks that stay ---------------------------------------------------------------------------
-
     def add_hook(
         self,
         name: str | Callable[[str], bool] | Sequence[str],
@@ -240,8 +236,6 @@ class HookedRootModule(nn.Module):
         if clear_contexts:
             self.clear_contexts()
         self.remove_all_hook_fns(direction, including_permanent, level)
-
-    # -- hooks for a while -------------------------------------------------------------------------
 
     def _entries(self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None) -> list[Prepared]:
         """Resolve names to points, before anything is attached."""
@@ -334,8 +328,6 @@ class HookedRootModule(nn.Module):
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
         """Whether a point has to fire in a call with these keywords; then a hook there that did not is an error."""
         return False
-
-    # -- caching -----------------------------------------------------------------------------------
 
     def get_caching_hooks(
         self,

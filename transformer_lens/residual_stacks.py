@@ -44,8 +44,6 @@ class ResidualStacks(DirectLogits):
     its attention added, in a parallel block without. `pos_slice` as in `Slice`; an int drops the position axis.
     """
 
-    # -- the stream itself -------------------------------------------------------------------------
-
     def accumulated_resid(
         self,
         layer: int | None = None,
@@ -96,8 +94,6 @@ class ResidualStacks(DirectLogits):
         rows = self._embeds(Slice()) if incl_embeds else []
         rows += [(f"{i}_{mixer}_out", self[f"{mixer}_out", i]) for i, mixer in added if mode in ("all", mixer)]
         return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
-
-    # -- heads, neurons, experts -------------------------------------------------------------------
 
     def compute_head_results(self) -> None:
         """Add every layer's `attn.hook_result`, `z @ W_O` of each head, to the cache where it is not yet.
@@ -269,8 +265,6 @@ class ResidualStacks(DirectLogits):
         logits = (normed + bias) @ weight + offset
         return (logits, labels) if return_labels else logits
 
-    # -- rows: a label and a part of the stream ----------------------------------------------------
-
     def _added(self, stop: int, mlp_input: bool = False) -> Added:
         """Layer and branch of everything that was added below a layer, or below what its MLP reads."""
         added = [(i, branch) for i in range(stop) for branch in self._block(i).branches]
@@ -382,8 +376,6 @@ class ResidualStacks(DirectLogits):
     def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
         keep = Slice(pos_slice)
         return [(label, keep.apply(row, -2)) for label, row in rows]
-
-    # -- how rows become a stack -------------------------------------------------------------------
 
     def _stack(
         self,

@@ -120,8 +120,6 @@ class TransformerBridge(
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._follow_model()
 
-    # -- making ------------------------------------------------------------------------------------
-
     @classmethod
     def boot_transformers(
         cls,
@@ -245,8 +243,6 @@ class TransformerBridge(
         """Every component: the embedding, each block and its parts, the final norm, the head."""
         return components_in(self)
 
-    # -- giving back -------------------------------------------------------------------------------
-
     def detach(self) -> nn.Module:
         """Take every hook off and give the model back exactly as it came; the bridge is spent."""
         if not self._detached:
@@ -265,8 +261,6 @@ class TransformerBridge(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    # -- names -------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         """List the hook points again, after modules were put in places of hooks or components."""
@@ -319,8 +313,6 @@ class TransformerBridge(
         """
         title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
         return make_table(title, self.cfg, self.root_hooks, self.components(), self.absent_names)
-
-    # -- running -----------------------------------------------------------------------------------
 
     def forward(
         self,

@@ -168,8 +168,6 @@ class GenerationMethods(InputMethods, HookedRootModule):
         """
         return self.generate(input, max_new_tokens, **options)
 
-    # -- its parts ---------------------------------------------------------------------------------
-
     def _generation_call(
         self,
         what: str,

@@ -56,8 +56,6 @@ class GenerationRun:
         """Keep what this point shows, of every forward."""
         self.add(point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named)
 
-    # -- its length --------------------------------------------------------------------------------
-
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             undo.callback(self._remove)
@@ -116,8 +114,6 @@ class GenerationRun:
             text = still_text(self.written[:, self.prompt.read :], self.chosen)[:, : text.shape[1]]
         mask = torch.cat([prompt, text], dim=1)
         remember(self.cache, Columns(mask, ~mask))
-
-    # -- its forwards ------------------------------------------------------------------------------
 
     @contextmanager
     def forwards(self) -> Iterator[None]:

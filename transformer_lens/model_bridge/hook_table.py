@@ -151,9 +151,6 @@ class HookTable(Tabular):
         return table
 
 
-# -- making one ------------------------------------------------------------------------------------------
-
-
 def layers_in_words(layers: Iterable[int]) -> str:
     """
     >>> layers_in_words([0]), layers_in_words([1, 2, 3, 5])

@@ -61,8 +61,6 @@ class OldNames(InputMethods, HookedRootModule):
         """`hook_mlp_in` is always there."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
-    # -- weights ---------------------------------------------------------------------------------------
-
     def get_params(self) -> dict[str, Tensor]:
         """Every weight under TransformerLens's name, `blocks.0.attn.W_Q` and so on, one key and value for each group.
 
@@ -85,8 +83,6 @@ class OldNames(InputMethods, HookedRootModule):
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of `get_params`."""
         return iter(self.get_params().items())
-
-    # -- running ---------------------------------------------------------------------------------------
 
     def input_to_embed(
         self,
@@ -150,8 +146,6 @@ class OldNames(InputMethods, HookedRootModule):
     def list_hooks(self) -> list[str]:
         """The name of every hook."""
         return list(self.hook_dict)
-
-    # -- what SAELens asks a model for -------------------------------------------------------------------
 
     @property
     def hook_aliases(self) -> dict[str, str]:

@@ -30,9 +30,6 @@ MIXING = 0x1E3779B97F4A7C15
 """An odd number whose multiples have bits all over; integers wrap around."""
 
 
-# -- masks --------------------------------------------------------------------------------------------
-
-
 def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
     """Whether a token follows a masked position: only then does a causal model see the mask.
 
@@ -65,8 +62,6 @@ def ends(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """The runs of masked positions that each row begins and ends with."""
     return leading(mask) | leading(mask.flip(-1)).flip(-1)
 
-
-# -- ids ----------------------------------------------------------------------------------------------
 
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -159,9 +154,6 @@ def _end_tokens(chosen: GenerationConfig) -> list[int]:
     return [] if ends_with is None else [ends_with] if isinstance(ends_with, int) else list(ends_with)
 
 
-# -- cached and new positions of a call ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Columns:
     """The cached and new positions of a call."""
@@ -216,9 +208,6 @@ def columns_of_call(
         old = Columns(tokens, ~tokens)
     seen = torch.ones(rows, new, dtype=torch.bool, device=device) if seen is None else seen.to(device)
     return old.then(seen, ends(seen))
-
-
-# -- caches -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,6 @@ class FirstCall(TorchCalls):
         return self.act(function, args, kwargs)
 
 
-# -- attention functions -----------------------------------------------------------------------------
-
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
 
@@ -243,8 +241,6 @@ def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
     return get_interface
 
 
-# -- keys and values ---------------------------------------------------------------------------------
-
 KeysAndValues = tuple[Tensor, Tensor]
 
 
@@ -281,9 +277,6 @@ def cache_update(
             del cache.__dict__["update"]
         else:
             cache.__dict__["update"] = had
-
-
-# -- a module beside itself --------------------------------------------------------------------------
 
 
 class Handed(nn.Module):

@@ -168,9 +168,6 @@ def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
     return [path for path, linear in linears if type(model.get_submodule(path)) is not type(linear)]
 
 
-# -- whether a state fits a model, said with names, before anything is loaded ---------------------------
-
-
 class StateError(ValueError, RuntimeError):
     """A state that does not fit. torch raises `RuntimeError` for it, the rest of this package `ValueError`."""
 

@@ -107,8 +107,6 @@ class SteeringMethods(HookedRootModule):
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
         return self.hooks([(names, _WithoutDirection(basis, _where(positions, rows, on)))])
 
-    # -- inside --------------------------------------------------------------------------------------
-
     def _steered(self, what: str, at: Places) -> list[str]:
         """The hooks meant, each once. Raises for those that hold no activation of every position."""
         if callable(at):
@@ -201,9 +199,6 @@ class _WithoutDirection:
 def _written(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
     """`after` where the mask says so; everything else bit for bit as it was."""
     return after if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (before.ndim - 2)), after, before)
-
-
-# -- what callers may pass ---------------------------------------------------------------------------
 
 
 def _check_numbers(what: str, value: Tensor) -> None:

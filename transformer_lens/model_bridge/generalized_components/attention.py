@@ -58,8 +58,8 @@ from transformer_lens.model_bridge.upstream import (
 )
 
 NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
-NO_POSITIONS = "attention in this layer is told no positions: it compares queries and keys as they are"
-TO_NOTHING = "attention probabilities; what a row lacks of one goes to its sink"
+NO_POSITIONS = "this layer has no position encoding: it compares queries and keys as they are"
+TO_NOTHING = "attention probabilities; the rest of each row goes to its sink"
 PROBABILITIES = ("hook_attn_scores", "hook_pattern")
 LEARNED = "positions are added to the embeddings, and nothing is rotated"
 

@@ -50,7 +50,7 @@ def qkv_hooks(places: Places) -> tuple[Hook, ...]:
     z = Hook(
         "hook_z",
         "batch pos head d_head",
-        "what each head read: the values averaged by its pattern",
+        "each head's output before W_O: the values averaged by its pattern",
         Port("o", "in", query_heads),
         aliases=("o.hook_in",),
     )
@@ -58,8 +58,8 @@ def qkv_hooks(places: Places) -> tuple[Hook, ...]:
 
 
 ROTATED = (
-    Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
-    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
+    Hook("hook_rot_q", "batch pos head d_head", "the queries after rotary position encoding", Inside()),
+    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after rotary position encoding", Inside()),
 )
 
 
@@ -82,12 +82,17 @@ NORMED = normed(q=whole, k=whole)
 NORMED_HEADS_FIRST = normed(q=heads_first, k=heads_first)
 NORMED_WHOLE = normed(q=query_heads, k=key_value_heads)
 SCORES = (
-    Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
+    Hook(
+        "hook_attn_scores",
+        "batch head query_pos key_pos",
+        "attention scores, scaled and masked, before the softmax",
+        Inside(),
+    ),
     Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
     Hook(
         "hook_result",
         "batch pos head d_model",
-        "what each head adds to the stream; with the bias they sum to hook_attn_out",
+        "what each head adds to the residual stream; they sum to hook_attn_out less the bias",
         Inside(kind="formula"),
         on_request=True,
     ),

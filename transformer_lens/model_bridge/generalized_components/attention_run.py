@@ -65,8 +65,6 @@ class AttentionRun:
         """Whether one of them may change what it sees, or needs a gradient through it."""
         return any(map(self.call.writes, names))
 
-    # -- single query heads' inputs ------------------------------------------------------------------
-
     def amend_queries(self) -> None:
         """Add what hooks at the stream as single query heads read it change of q, before any hook sees that.
 
@@ -145,8 +143,6 @@ class AttentionRun:
         parts = {name: unhooked(part) for name, part in self.call.module._modules.items() if part is not None}
         return beside(self.call.module, parts | {names[role]: Handed(value) for role, value in handed.items()})
 
-    # -- the cache ---------------------------------------------------------------------------------------
-
     def open_cache(self) -> None:
         """Show the rotated keys before they are cached, and keep what comes back."""
         self.cache = self.call.argument(CACHE)
@@ -181,8 +177,6 @@ class AttentionRun:
             return keys
         layer = layer_of_cache(self.cache, getattr(self.call.module, self.component.number))
         return min(keys, int(layer.get_seq_length()))
-
-    # -- scores, pattern, results --------------------------------------------------------------------------
 
     def queries(self, value: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H Q D"]:
         """What multiplies the keys."""

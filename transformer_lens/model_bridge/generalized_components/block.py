@@ -47,9 +47,6 @@ def feeds(stages: Stages) -> dict[str, tuple[str, ...]]:
     return found
 
 
-# -- rows of the hook table ------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=64)
 def hooks_of(stages: Stages) -> tuple[Hook, ...]:
     """The hooks of a block, in the order of its branches."""
@@ -70,13 +67,13 @@ def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) ->
     if branch.mixer == "attn":
         before = ", before the norm" if branch.norm else ""
         port, axes = Inside("attn", stream_of=stream), "batch pos head d_model"
-        meanings = {name: f"the residual stream as {who} of each query head reads it" for name, who in PER_HEAD.items()}
+        meanings = {name: f"the residual stream that {who} of each query head reads" for name, who in PER_HEAD.items()}
         return [
             Hook(name, axes, meaning + before, port, aliases=(f"attn.{name}",), on_request=True)
             for name, meaning in meanings.items()
         ]
     name = f"hook_{branch.mixer}_in"
-    meaning = f"the residual stream as {READERS[branch.mixer]} reads it" + (", before its norm" if branch.norm else "")
+    meaning = f"the residual stream that {READERS[branch.mixer]} reads" + (", before its norm" if branch.norm else "")
     if len(fed.get(branch.norm, ())) > 1:
         if branch.scale_in != 1.0:
             raise ValueError(
@@ -91,7 +88,7 @@ def _writing(branch: Branch) -> Hook:
     """What a branch adds to the stream."""
     view = whole if branch.scale == 1.0 else partial(scaled, branch.scale)
     aliases = (f"{branch.returns}.hook_out",) if branch.scale == 1.0 else ()
-    meaning = f"what {READERS[branch.mixer]} adds to the stream"
+    meaning = f"what {READERS[branch.mixer]} adds to the residual stream"
     return Hook(f"hook_{branch.mixer}_out", STREAM, meaning, Port(branch.returns, "out", view), aliases=aliases)
 
 

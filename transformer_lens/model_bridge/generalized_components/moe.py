@@ -96,27 +96,27 @@ class MoEBridge(ExpertWeights, ComponentBridge):
         Hook(
             "hook_router_logits",
             "batch pos expert",
-            "the router's score of every expert; a write re-routes",
+            "the router's logit for every expert; writing re-routes tokens",
             Inside("gate", rows_of=""),
         ),
         # Before the weights, so that a hook on those can know which expert each counts.
         Hook(
             "hook_expert_indices",
             "batch pos chosen",
-            "which experts were chosen; a write re-routes",
+            "which experts were chosen; writing re-routes tokens",
             FlatTokensPort("gate", "out", item=2, rows_of=""),
             integer=True,
         ),
         Hook(
             "hook_expert_weights",
             "batch pos chosen",
-            "how much each chosen expert counts",
+            "the weight of each chosen expert's output in their sum",
             FlatTokensPort("gate", "out", item=1, rows_of=""),
         ),
         _inside_experts("hook_pre", "batch pos chosen d_mlp", "each chosen expert's gate before its activation"),
-        _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's ungated hidden layer"),
+        _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's hidden layer before gating"),
         _inside_experts(
-            "hook_post", "batch pos chosen d_mlp", "each chosen expert's neurons: activated gate times linear"
+            "hook_post", "batch pos chosen d_mlp", "each chosen expert's neurons: activated gate times hidden layer"
         ),
         _inside_experts(
             "hook_expert_out", "batch pos chosen d_model", "each chosen expert's output, before its weight"
@@ -127,7 +127,7 @@ class MoEBridge(ExpertWeights, ComponentBridge):
 class SharedExpertBridge(GatedMLPBridge):
     """An expert that every token passes, beside the chosen ones: roles `gate`, `in`, `out`."""
 
-    hooks = (*GatedMLPBridge.hooks, Hook("hook_out", "batch pos d_model", "what the shared expert computes", Port()))
+    hooks = (*GatedMLPBridge.hooks, Hook("hook_out", "batch pos d_model", "the shared expert's output", Port()))
 
 
 class FlatSharedExpertBridge(GatedMLPBridge):
@@ -148,7 +148,7 @@ class WeighedSharedExpertBridge(FlatSharedExpertBridge):
         Hook(
             "hook_gate",
             "batch pos 1",
-            "how much the shared expert counts, before a sigmoid",
+            "the shared expert's weight, before its sigmoid",
             FlatTokensPort("parent.shared_gate", rows_of="parent"),
         ),
     )
@@ -165,7 +165,7 @@ class LinearRoutedMoEBridge(SharedMoEBridge):
     """The same whose router is a `LinearRouterBridge` (Hunyuan)."""
 
     reads = (StreamMatrix("gate.w"), *SharedMoEBridge.reads[1:])
-    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate.w"))
+    W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate.w"))
 
 
 class WeighedSharedMoEBridge(SharedMoEBridge):

@@ -17,16 +17,16 @@ from transformer_lens.model_bridge.views import Shifted
 SCALE = Hook(
     "hook_scale",
     "batch pos 1",
-    "what the stream is divided by: its standard deviation, or root mean square",
+    "the norm's divisor: the standard deviation (LayerNorm) or root mean square (RMSNorm)",
     Inside(kind="formula"),
 )
 NORMALIZED = Hook(
     "hook_normalized",
     "batch pos d_model",
-    "the stream divided by its scale, before weight and bias",
+    "the residual stream divided by its scale, before weight and bias",
     Inside(kind="formula"),
 )
-FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final norm, as the head reads it", Port())
+FINAL_OUT = Hook("hook_out", "batch pos d_model", "the residual stream after the final norm", Port())
 
 
 class NormalizationBridge(ComponentBridge):

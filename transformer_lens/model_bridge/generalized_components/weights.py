@@ -158,9 +158,6 @@ def _out_features(module: Any) -> int:
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
-# -- attention ---------------------------------------------------------------------------------------------
-
-
 def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> Callable[[Any], Place]:
     """Where q, k or v is in the weight, or the bias, of the module that projects it."""
 
@@ -202,15 +199,15 @@ class AttentionWeights:
 
     cfg: Any
 
-    W_Q = Weight("head d_model d_head", "what each query reads of the stream", _projection("q"))
+    W_Q = Weight("head d_model d_head", "maps the normalised stream to each head's query", _projection("q"))
     W_Q_grouped = Weight(
         "kv_group heads_per_group d_model d_head",
         "W_Q by groups that share a key and value",
         _projection("q", grouped=True),
     )
-    W_K = Weight("kv_head d_model d_head", "what each key reads of the stream", _projection("k"))
-    W_V = Weight("kv_head d_model d_head", "what each value reads of the stream", _projection("v"))
-    W_O = Weight("head d_head d_model", "what each head writes into the stream", _output)
+    W_K = Weight("kv_head d_model d_head", "maps the normalised stream to each key", _projection("k"))
+    W_V = Weight("kv_head d_model d_head", "maps the normalised stream to each value", _projection("v"))
+    W_O = Weight("head d_head d_model", "maps each head's z to the residual stream", _output)
     b_Q = Weight("head d_head", "added to the queries", _projection("q", "bias"))
     b_Q_grouped = Weight("kv_group heads_per_group d_head", "b_Q by groups", _projection("q", "bias", grouped=True))
     b_K = Weight("kv_head d_head", "added to the keys", _projection("k", "bias"))
@@ -256,9 +253,6 @@ class AttentionWeights:
         return per_group[:, None].expand(-1, per, -1, -1)
 
 
-# -- the rest ------------------------------------------------------------------------------------------------
-
-
 def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridge], Place]:
     """The stacked weights of the experts as `[expert, in, out]`; `half` is 0 or 1 of two maps side by side."""
 
@@ -298,10 +292,10 @@ class DenseWeights:
     (torch.Size([128, 256]), torch.Size([256, 128]))
     """
 
-    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("in"))
-    W_out = Weight("d_mlp d_model", "what each neuron writes into the stream", linear("out"))
+    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("in"))
+    W_out = Weight("d_mlp d_model", "each neuron's output weights", linear("out"))
     b_in = Weight("d_mlp", "added before the activation function", linear("in", "bias"))
-    b_out = Weight("d_model", "added to what the neurons write", linear("out", "bias"))
+    b_out = Weight("d_model", "added to the sum over neurons", linear("out", "bias"))
     W_gate: Any = property(lambda self: None)
     b_gate: Any = property(lambda self: None)
 
@@ -309,7 +303,7 @@ class DenseWeights:
 class GatedWeights(DenseWeights):
     """The weights of a dense gated MLP: `W_gate` is read through the activation function, `W_in` as it is."""
 
-    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate"))
+    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate"))
     b_gate = Weight("d_mlp", "added to the gate", linear("gate", "bias"))
 
 
@@ -320,8 +314,8 @@ class FusedGatedWeights(DenseWeights):
     'd_model d_mlp'
     """
 
-    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate_up", view=Half(0)))
-    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("gate_up", view=Half(1)))
+    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate_up", view=Half(0)))
+    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("gate_up", view=Half(1)))
     b_gate = Weight("d_mlp", "added to the gate", linear("gate_up", "bias", Half(0)))
     b_in = Weight("d_mlp", "added before the activation function", linear("gate_up", "bias", Half(1)))
 
@@ -336,12 +330,12 @@ class ExpertWeights:
     An expert computes `(act(x @ W_gate) * (x @ W_in)) @ W_out` (source: `MixtralExperts` in transformers).
     """
 
-    W_gate = Weight("expert d_model d_mlp", "what each neuron's gate reads of the stream", experts("gate_up_proj", 0))
-    W_in = Weight("expert d_model d_mlp", "what each neuron reads of the stream", experts("gate_up_proj", 1))
-    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", experts("down_proj"))
+    W_gate = Weight("expert d_model d_mlp", "each neuron's gate weights", experts("gate_up_proj", 0))
+    W_in = Weight("expert d_model d_mlp", "each neuron's input weights", experts("gate_up_proj", 1))
+    W_out = Weight("expert d_mlp d_model", "each neuron's output weights", experts("down_proj"))
     b_in = Weight("expert d_mlp", "added before the activation function", no_bias("d_mlp"))
-    b_out = Weight("expert d_model", "added to what the neurons write", no_bias("d_model"))
-    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate"))
+    b_out = Weight("expert d_model", "added to the sum over neurons", no_bias("d_model"))
+    W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate"))
 
 
 def stacked(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
@@ -359,8 +353,8 @@ class InterleavedExpertWeights(ExpertWeights):
     W_gate = Weight(
         "expert d_model d_mlp", "what each neuron's gate reads", stacked("gate_up_proj", view=EveryOther(0))
     )
-    W_in = Weight("expert d_model d_mlp", "what each neuron reads", stacked("gate_up_proj", view=EveryOther(1)))
-    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", stacked("down_proj"))
+    W_in = Weight("expert d_model d_mlp", "each neuron's input weights", stacked("gate_up_proj", view=EveryOther(1)))
+    W_out = Weight("expert d_mlp d_model", "each neuron's output weights", stacked("down_proj"))
     b_gate = Weight("expert d_mlp", "added to the gate", stacked("gate_up_proj_bias", view=EveryOther(0)))
     b_in = Weight("expert d_mlp", "added to the hidden layer", stacked("gate_up_proj_bias", view=EveryOther(1)))
-    b_out = Weight("expert d_model", "added to what the neurons write", stacked("down_proj_bias"))
+    b_out = Weight("expert d_model", "added to the sum over neurons", stacked("down_proj_bias"))

@@ -51,8 +51,6 @@ class Draft:
         self.unembed = ends[-1]
         self.dtypes: set[torch.dtype] = set()
 
-    # -- reading and writing -------------------------------------------------------------------------
-
     def weight(self, owner: ComponentBridge, matrix: StreamMatrix, axis: int) -> Tensor:
         """A weight as `[out, in]`, that has d_model on this axis."""
         component = owner.role(matrix.role)
@@ -108,8 +106,6 @@ class Draft:
             value = value.mT.contiguous()
         self.values[f"{component.path}.{name}"] = module, name, value.to(like.dtype)
 
-    # -- refusing ------------------------------------------------------------------------------------
-
     def refusal(self, component: ComponentBridge, name: str, why: str) -> ValueError:
         """Nothing was changed, and why."""
         return ValueError(f"weights cannot be processed: {component.path}.{name}: {why}. Nothing was changed")
@@ -131,8 +127,6 @@ class Draft:
         others = [path for path in self.owners[parameter.data_ptr()] if path != f"{component.path}.{name}"]
         if others and not {f"{component.path}.{name}", *others} <= set(self.ends):
             raise self.refusal(component, name, f"it is shared with {', '.join(others)}; give each a weight of its own")
-
-    # -- becoming real -------------------------------------------------------------------------------
 
     def exchanges(self) -> tuple[list[Exchange], list[str]]:
         """What has to be exchanged for this draft to be the model, and sentences about it. Changes nothing."""

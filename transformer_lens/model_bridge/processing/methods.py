@@ -32,8 +32,6 @@ class ProcessingMethods:
     _processing: Record | None = None
     """What this bridge did; `processed` tells what any bridge did."""
 
-    # -- the steps -----------------------------------------------------------------------------------
-
     def fold_ln(self) -> WeightChanges:
         """Move each norm's weight and bias into the weights that read it; the norm keeps ones and zeros.
 
@@ -126,8 +124,6 @@ class ProcessingMethods:
         names = tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on and not no_processing)
         return self._process(names, quiet=disable_warnings)
 
-    # -- the state -----------------------------------------------------------------------------------
-
     @property
     def processed(self) -> tuple[str, ...]:
         """The steps that the model's weights have gone through, by whichever bridge; `()` for its own weights.
@@ -160,8 +156,6 @@ class ProcessingMethods:
         """
         record = record_of(self._base())
         return nullcontext() if record is None else record.lent_back()
-
-    # -- inside --------------------------------------------------------------------------------------
 
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""

@@ -34,9 +34,6 @@ def norms(bridge: TransformerBridge) -> Iterator[tuple[NormalizationBridge, list
     yield cast("NormalizationBridge", bridge._component("ln_final")), heads
 
 
-# -- the algebra -------------------------------------------------------------------------------------
-
-
 def fold_ln(bridge: TransformerBridge, draft: Draft) -> None:
     """`W (w * x + b) == (W * w) x + W b`: a norm's weight and bias move into every weight that reads it."""
     for norm, readers in norms(bridge):
@@ -126,9 +123,6 @@ def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
         extra = torch.einsum("mhd,hd->m", weight.unflatten(-1, (cfg.n_heads, cfg.d_head)), per_query_head)
         draft.write(attention, writing.role, writing.bias, extra if bias is None else bias + extra)
         draft.write(attention, role, reading.bias, view.put(fused, torch.zeros_like(b_V)))
-
-
-# -- where each is possible --------------------------------------------------------------------------
 
 
 def _needs_layer_norm(bridge: TransformerBridge) -> str | None:
