@@ -1,4 +1,4 @@
-"""The two ends of the model: token embedding, position rotation, unembedding, and other heads."""
+"""The two ends of the model: token and position embeddings, RoPE's table, unembedding, and other heads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class PositionEmbeddingBridge(ComponentBridge):
 
 
 class RotaryEmbeddingBridge(ComponentBridge):
-    """The table of rotations that RoPE attention applies to q and k. It adds nothing to the stream."""
+    """The table of angles that RoPE attention applies to q and k; it adds nothing to the stream."""
 
 
 class UnembeddingBridge(ComponentBridge):
-    """The map from the final stream to the vocabulary."""
+    """The map from the final residual stream to logits."""
 
     reads = (StreamMatrix(),)
     W_U = Weight("d_model d_vocab", "maps the final residual stream to logits", linear(""))
@@ -37,7 +37,7 @@ class UnembeddingBridge(ComponentBridge):
 
 
 class HeadBridge(ComponentBridge):
-    """A head that is no unembedding: classification of sequences or tokens, or question answering."""
+    """A task head: classification of sequences or tokens, or question answering."""
 
     reads = (StreamMatrix(),)
     hooks = (Hook("hook_out", "batch pos d_vocab_out", "the head's output at every position", Port(side="out")),)
@@ -62,7 +62,7 @@ LOGITS_HOOK = Hook(
     "the logits, after the model's soft cap or scale",
     Port(at=WHOLE_MODEL, item=LOGITS),
 )
-"""Beside `ROOT_HOOKS` in a model whose logits are not its head's output."""
+"""Added to `ROOT_HOOKS` where the logits differ from the head's output."""
 
 POSITION_HOOK = Hook(
     "hook_pos_embed",
@@ -71,4 +71,4 @@ POSITION_HOOK = Hook(
     Port(at="pos_embed"),
     aliases=("pos_embed.hook_out",),
 )
-"""Beside `ROOT_HOOKS` in a model that adds positions to its embeddings."""
+"""Added to `ROOT_HOOKS` where positions are added to the embeddings."""
