@@ -1,8 +1,4 @@
-"""`GenerationRun`: hooks and captures for the length of one generation, however many forwards it takes.
-
-It follows the forwards by two torch hooks on the model, there only meanwhile: they tell the user's hooks
-which part of the text is being read, exchange the hooks of prompt and continuation, and keep what was captured.
-"""
+"""`GenerationRun`: hooks and captures of one generation, however many forward passes it takes."""
 
 from __future__ import annotations
 
@@ -43,17 +39,17 @@ class GenerationRun:
         self.cache: Any = None
         self.rows = 0
         self.written: Tensor | None = None
-        """The tokens, as far as they are known, those of the prompt in front."""
+        """The known tokens, those of the prompt first."""
         self.captured: dict[str, Tensor] = {}
         self.pieces: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
 
     def add(self, point: HookPoint, entry: HookEntry, phase: Phase, named: bool) -> None:
-        """A user's hook; one that was asked for by name has to fire in its phase."""
+        """Add a user's hook; one that was asked for by name has to fire in its phase."""
         self.entries.append((point, entry, phase, named))
 
     def capture(self, point: HookPoint, named: bool) -> None:
-        """Keep what this point shows, of every forward."""
+        """Keep this point's value in every forward pass."""
         self.add(point, HookEntry(Capture(self.captured), run=self.run, reads_only=True), "all", named)
 
     def __enter__(self) -> Self:
@@ -89,7 +85,7 @@ class GenerationRun:
         self._detach(*PHASES)
 
     def _refuse_silence(self) -> None:
-        """A phase that was never reached, because the text ended before, is no fault of its hooks."""
+        """Raise for a hook that never fired, unless the text ended before its phase."""
         reached = ("prompt", "all", "continuation") if self.read > self.prompt_mask.shape[1] else ("prompt", "all")
         silent = [
             repr(point.name)
@@ -103,7 +99,7 @@ class GenerationRun:
             )
 
     def _remember(self) -> None:
-        """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""
+        """Let the KV cache know its padding: in prompts, and after texts that ended before others."""
         length = cached_length(self.cache)
         prompt = self.prompt_mask.bool()
         if not self.rows or length < prompt.shape[1]:
@@ -117,7 +113,7 @@ class GenerationRun:
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
-        """While this is entered, forwards of the model in this thread belong to the generation."""
+        """While entered, forward passes of the model in this thread belong to the generation."""
         outer = state.generation
         try:
             with self.run:
@@ -126,7 +122,7 @@ class GenerationRun:
             state.generation = outer
 
     def _ours(self) -> bool:
-        """Not a forward that a user's hook runs, nor one between the steps of a stream."""
+        """Whether this is a forward pass of ours, not of a user's hook, nor between the steps of a stream."""
         return state.run is self.run and not state.depth
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -158,10 +154,9 @@ class GenerationRun:
 
 
 def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoint]) -> dict[str, Tensor]:
-    """What was captured forward by forward, as one forward over the whole text captures it.
+    """What was captured pass by pass, as one forward pass over the whole text captures it.
 
-    Scores and patterns of earlier queries get the keys that came later: masked ones. A model with trained prompts has
-    more positions inside than its text.
+    Scores and patterns of earlier queries get later keys, masked. Prompt tuning makes more positions than the text has.
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():

@@ -1,7 +1,7 @@
 """Generation as an iterator, in the caller's own thread.
 
-Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
-loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
+Hugging Face's `generate` prepares everything and calls our loop (`custom_generate`), which is `GenerationMixin._sample`
+with a `yield` in it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def refuse_unless_streamable(call: GenerationCall) -> None:
 
 
 def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
-    """New token ids, or pieces of text, as they are chosen."""
     with run, progress(call.chosen.max_new_tokens, verbose) as watching:
         with run.forwards():
             steps = call(custom_generate=loop_of(run), **_with_stop_strings(call, watching))
@@ -60,7 +59,7 @@ def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[
 
 
 def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
-    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
+    """Join the pieces of as many steps: texts concatenated, ids as `[batch, steps]`."""
     if each == 1:
         yield from pieces
         return
@@ -74,7 +73,7 @@ def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
 
 
 def _with_stop_strings(call: GenerationCall, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords with a criterion for `stop_strings`: handed a loop, `generate` forgets the tokenizer for it."""
+    """Keywords with a criterion for `stop_strings`, as a custom loop does not get the tokenizer for it."""
     if not call.chosen.stop_strings:
         return dict(more)
     criterion = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
@@ -82,7 +81,7 @@ def _with_stop_strings(call: GenerationCall, more: Mapping[str, Any]) -> dict[st
 
 
 def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
-    """The decoding loop, to be called by `generate`."""
+    """The decoding loop that `generate` calls."""
 
     def loop(
         model: Any,

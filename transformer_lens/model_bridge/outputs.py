@@ -1,4 +1,4 @@
-"""What a call of the bridge gives back."""
+"""What a call of the bridge returns."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ RETURN_TYPES = ("logits", "loss", "both", None)
 
 
 class Output(NamedTuple):
-    """What `return_type="both"` gives."""
+    """The output of `return_type="both"`."""
 
     logits: Tensor
     loss: Tensor
 
 
 def main_output(output: Any) -> Tensor:
-    """The logits; the start and end logits of question answering side by side; or the final stream."""
+    """The logits; for question answering start and end logits side by side; or the final residual stream."""
     if "logits" in output:
         logits: Tensor = output.logits
         return logits
