@@ -1,7 +1,7 @@
-"""Modules put in components' places: `bridge.blocks[3].mlp = module` exchanges the model's own module for it.
+"""Modules put in components' places: `bridge.blocks[3].mlp = module` has the model run that module.
 
-The new module is what the model runs and what the tree shows; the component that was there goes on standing for the
-module it stood for, so that the new one may call it. Putting the component back, or `detach()`, undoes it.
+The old component still stands for its own module, so that the new one may call it. Putting it back, or `detach()`,
+undoes the exchange.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Place:
         self.prepare, self.changed = prepare, changed
         self.preparation = Preparation()
         self.hidden: dict[str, nn.Module | None] = {}
-        """The owner's own hook points that look into the component, while something else is in its place."""
+        """The owner's hook points inside the component, while something else is in its place."""
 
     @property
     def taken(self) -> bool:
@@ -43,13 +43,12 @@ class Place:
 
     @property
     def module(self) -> nn.Module:
-        """What is in the place now."""
         found = self.owner._modules[self.role]
         assert found is not None
         return found
 
     def put(self, module: Any) -> None:
-        """Have the model run a module in the component's place, or the component's own again."""
+        """Have the model run a module in the component's place, or its own again."""
         if module is self.module:
             return
         if not isinstance(module, nn.Module):
@@ -87,17 +86,16 @@ class Place:
         self.changed(self)
 
     def _in_model(self, module: nn.Module) -> None:
-        """Exchange the module in the model."""
         host, _, name = self.component.path.rpartition(".")
         setattr(self.component.model.get_submodule(host), name, module)
 
     def _looks_in(self, port: Any) -> bool:
-        """Whether a hook of the owner shows what is inside the component, rather than what enters or leaves it."""
+        """Whether a hook of the owner shows a value inside the component."""
         inside = port.at.startswith(f"{self.role}.")
         return inside or (port.at == self.role and not isinstance(port, Port))
 
     def ends(self) -> dict[str, HookPoint]:
-        """The component's hook points at its input and its output, by name; they see any module in its place."""
+        """The component's hook points at its input and output, by name; they see any module in its place."""
         found = {}
         for name, row in self.component.rows.items():
             point = self.component._modules.get(name)
@@ -106,7 +104,7 @@ class Place:
         return found
 
     def _inside(self) -> Iterable[tuple[HookOwner, str]]:
-        """The hooks inside the component, which are gone while another module is there."""
+        """The hooks inside the component, absent while another module is there."""
         for owner in self.component.modules():
             if isinstance(owner, ComponentBridge):
                 for name, row in owner.rows.items():
@@ -114,7 +112,7 @@ class Place:
                         yield owner, name
 
     def gone(self) -> set[str]:
-        """The names of hooks that are not there while another module is."""
+        """The names of those absent hooks."""
         names = {owner.full_names[name] for owner, name in self._inside()}
         return names | {self.owner.full_names[name] for name in self.hidden}
 
@@ -136,7 +134,7 @@ class Place:
 
 
 class Exchanged:
-    """The components of a bridge that have another module in their place, by name."""
+    """The replaced components of a bridge, by name."""
 
     def __init__(
         self,
@@ -152,7 +150,7 @@ class Exchanged:
                     owner.exchanges[role] = Place(owner, role, child, prepare, self.tell)
 
     def tell(self, place: Place) -> None:
-        """Another module is in a component's place, or the component is back."""
+        """Note that a component was replaced, or put back."""
         self.places.pop(place.component.name, None)
         if place.taken:
             self.places[place.component.name] = place
@@ -164,7 +162,7 @@ class Exchanged:
             place.undo()
 
     def listed(self, points: dict[str, HookPoint]) -> dict[str, HookPoint]:
-        """The hook points of a tree: without those of displaced components, with those at the ends of their places."""
+        """The hook points of a tree, except those of replaced components, with those at the ends of their places."""
         silent = {module for place in self.places.values() for module in place.component.modules()}
         found = {name: point for name, point in points.items() if point not in silent}
         for place in self.places.values():
@@ -173,7 +171,7 @@ class Exchanged:
         return found
 
     def why_gone(self, name: str) -> str | None:
-        """Why a hook is not there while its component is not, in words."""
+        """Why a hook is absent while its component is replaced, in words."""
         for place in self.places.values():
             if name in place.gone():
                 return (
@@ -183,7 +181,7 @@ class Exchanged:
         return None
 
     def refuse(self, name: str | None = None) -> None:
-        """Raise `ValueError` if another module is in the place of this component, or of any."""
+        """Raise `ValueError` if this component, or any, is replaced."""
         for place in self.places.values():
             if name in (None, place.component.name):
                 raise ValueError(
@@ -196,7 +194,7 @@ def _is_end(port: Any) -> bool:
 
 
 class Layers(nn.ModuleList):
-    """A model's blocks. The list is the model's; what is in it is changed in the model, or inside a block."""
+    """A model's blocks, a list that cannot be changed here."""
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         super().__init__()

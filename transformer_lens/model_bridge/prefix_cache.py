@@ -1,4 +1,4 @@
-"""`PrefixCache`: the keys and values of the first positions of a run, for runs that go on from there."""
+"""`PrefixCache`: the keys and values of the first positions of a run, for runs that continue from there."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class PrefixCache(DynamicCache):  # type: ignore[misc]
     >>> torch.allclose(rest, logits[:, 4:], atol=1e-4)
     True
 
-    `copies` repeats the batch: row `i * batch + b` continues row `b`. With `layer` only that one is repeated,
-    which is enough for a run of that layer alone. What such a run adds is lost with this cache; `whole` stays
-    as it is, and what is known of its padding goes along. Raises `ValueError` for a `whole` that does not hold
-    `length` positions in full.
+    `copies` repeats the batch: row `i * batch + b` continues row `b`. With `layer` only that one is repeated, enough
+    for a run of that layer. `whole` stays as it is, and its padding is known here too. Raises `ValueError` for a
+    `whole` that does not hold `length` positions in full.
     """
 
     def __init__(self, whole: Cache, length: int, copies: int = 1, layer: int | None = None) -> None:

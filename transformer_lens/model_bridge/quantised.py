@@ -1,6 +1,6 @@
 """Quantised weights: recognising them, reading them as numbers, and quantising the layers that loading skips.
 
-bitsandbytes and torchao are optional. What they made is looked up in what is imported already.
+bitsandbytes and torchao are optional, and only looked up if they are imported already.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ from transformer_lens.model_bridge.upstream import attribute
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is held as something else than its numbers.
-
-    >>> is_quantised(model.lm_head.weight)
-    False
-    """
+    """Whether a weight is stored as something else than its numbers."""
     torchao = sys.modules.get("torchao.utils")
     if torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor):
         return True
@@ -26,7 +22,7 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
-    """The numbers that a quantised weight stands for, in memory of their own; a write there changes nothing.
+    """The numbers of a quantised weight, in memory of their own.
 
     >>> torch.equal(dequantised(model.lm_head, model.lm_head.weight), model.lm_head.weight)
     True
@@ -58,16 +54,15 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def complete_quantisation(model: nn.Module) -> list[str]:
-    """Make good what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
+    """Complete what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
 
     >>> complete_quantisation(model)  # not loaded by bitsandbytes
     []
 
-    transformers replaces `torch.nn.Linear` itself by bitsandbytes' layers and skips every subclass, and all
-    of Falcon's projections are `FalconLinear`: a Falcon loaded "in 4 bits" has no 4-bit weight. Their
-    formula is a linear layer's, so bitsandbytes' layers compute it. And on some CPUs a 4-bit layer packs
-    its weight at the first forward for a kernel that gives no gradient; that is switched off. Raises
-    `ValueError` for layers that torchao quantised and cannot run.
+    transformers replaces `torch.nn.Linear` by bitsandbytes' layers but skips subclasses such as `FalconLinear`, so a
+    Falcon loaded "in 4 bits" has no 4-bit weight; their formula is a linear layer's, so bitsandbytes' layers replace
+    them here. On some CPUs a 4-bit layer packs its weight at the first forward for a kernel without gradients; that is
+    switched off. Raises `ValueError` for layers that torchao quantised and cannot run.
     """
     _refuse_what_torchao_cannot_run(model)
     config: Any = model.config
@@ -87,7 +82,7 @@ def complete_quantisation(model: nn.Module) -> list[str]:
 
 
 def _refuse_what_torchao_cannot_run(model: nn.Module) -> None:
-    """FalconLinear multiplies by a transposed weight, and torchao's tensors know no transpose."""
+    """FalconLinear multiplies by a transposed weight, and torchao's tensors cannot be transposed."""
     torchao = sys.modules.get("torchao.utils")
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -111,7 +106,7 @@ def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[st
 
 
 def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
-    """The layer that transformers would have made, had it seen this one."""
+    """The layer that transformers would have made of this one."""
     import bitsandbytes as bnb
 
     sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight

@@ -1,7 +1,7 @@
-"""Models that several processes share: which tensors are shards, and how they become whole, and shards again.
+"""Models sharded over several processes: which tensors are shards, and how to gather and slice them.
 
-Read from the plan that transformers applied (`DistributedConfig`). A hook is shown the whole tensor, the
-same in every process, and an edit goes back as shards: here, and nowhere else. Axes are counted from the end.
+Read from the plan that transformers applied (`DistributedConfig`). Hooks see the whole tensor, the same in every
+process, and an edit is sliced back into shards. Axes are counted from the end.
 """
 
 from __future__ import annotations
@@ -31,47 +31,43 @@ DIVIDED_SIDES: Mapping[str, str | None] = {
     "ep_dispatch_experts": None,
     "replicate": None,
 }
-"""transformers' parallel styles of a module: the side on which it handles shards of the last axis, if any."""
+"""transformers' parallel styles, and the side on which each has shards of the last axis, if any."""
 
 INSIDE_EXPERTS: Mapping[str, str] = {"moe_tp_experts": "d_mlp", "ep_dispatch_experts": "expert"}
-"""The axis along which a style of the experts divides their weights."""
+"""The axis along which a style of the experts shards their weights."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes that share a tensor, and this one's place among them. One alone has it whole.
-
-    >>> ALONE.gather(torch.ones(2), dim=-1)
-    tensor([1., 1.])
-    """
+    """The processes that share a tensor, and this one's rank. One alone has it whole."""
 
     group: Any = None
     rank: int = 0
     size: int = 1
 
     def even(self, total: int) -> list[int]:
-        """How `total` entries are divided: as `torch.chunk` does, the last process may have fewer."""
+        """The sizes of `total` entries' shards, as `torch.chunk` makes them: the last may be smaller."""
         each = -(-total // self.size)
         return [min(each, max(0, total - each * rank)) for rank in range(self.size)]
 
     def gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """The whole tensor from everybody's shards; the gradient of the whole is sliced. Called by all together."""
+        """Gather the whole tensor; its gradient is sliced. A collective call."""
         if self.size == 1:
             return x
         return _apply(_Gather, x, self, dim, sizes or [x.shape[dim]] * self.size)
 
     def slice(self, whole: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """This process's shard; the gradients of all shards are gathered. Called by all together."""
+        """This process's shard; the gradients of all shards are gathered. A collective call."""
         if self.size == 1:
             return whole
         return _apply(_Slice, whole, self, dim, sizes or self.even(whole.shape[dim]))
 
     def summed(self, part: Tensor) -> Tensor:
-        """The sum of everybody's part. The gradient of the sum is that of each part."""
+        """The sum over processes, each with the gradient of the sum."""
         return part if self.size == 1 else _apply(_Summed, part, self)
 
     def entering(self, x: Tensor) -> Tensor:
-        """A whole tensor as it enters work that is divided: each process's gradient is a part of its gradient."""
+        """A whole tensor that enters sharded work, so that gradients are summed over processes."""
         return x if self.size == 1 else _apply(_Entering, x, self)
 
 
@@ -79,7 +75,6 @@ ALONE = Shards()
 
 
 def _apply(function: Any, *args: Any) -> Tensor:
-    """An autograd function, applied."""
     result: Tensor = function.apply(*args)
     return result
 
@@ -141,20 +136,20 @@ class _Entering(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Interior:
-    """How the inside of one module is divided: along which named axes, and the numbers of one process's part."""
+    """How processes share the inside of one module: the sharded axes, and the config of one process's part."""
 
     cfg: BridgeConfig
     shards: Shards = ALONE
     axes: tuple[str, ...] = ()
 
     def dim(self, axes: str) -> int | None:
-        """The divided axis of a tensor with these axes, counted from the end; `None` where it is whole."""
+        """The sharded axis of a tensor with these axes, counted from the end; `None` if it is whole."""
         names = axes.split()
         return next((at - len(names) for at, name in enumerate(names) if name in self.axes), None)
 
 
 class Sharding:
-    """What a plan means for the hooks of a model: the style of each module, and the processes that share it."""
+    """What a plan means for a model's hooks: the style of each module, and the processes that share it."""
 
     def __init__(self, styles: Mapping[str, str], shards: Shards, cfg: BridgeConfig) -> None:
         self.styles = styles
@@ -162,7 +157,7 @@ class Sharding:
         self.cfg = cfg
 
     def style(self, path: str) -> str | None:
-        """The style of a module. Raises `ValueError` for one whose tensors the bridge cannot make whole."""
+        """The style of a module. Raises `ValueError` for one whose tensors the bridge cannot gather."""
         style = self.styles.get(_any_layer(path))
         if style is not None and style not in DIVIDED_SIDES:
             raise ValueError(
@@ -172,7 +167,7 @@ class Sharding:
         return style
 
     def divides(self, path: str, side: str) -> bool:
-        """Whether a module's input ("in") or output ("out") is a shard of the whole."""
+        """Whether a module's input ("in") or output ("out") is a shard."""
         style = self.style(path)
         return style is not None and DIVIDED_SIDES[style] == side
 
@@ -181,12 +176,12 @@ class Sharding:
         return self.shards if self.divides(path, side) else ALONE
 
     def of_experts(self, path: str) -> Interior:
-        """How the inside of experts is divided: the neurons of each, or whole experts."""
+        """How processes share experts: the neurons of each, or whole experts."""
         axis = INSIDE_EXPERTS.get(self.style(path) or "")
         return Interior(self.cfg) if axis is None else Interior(self.cfg, self.shards, (axis,))
 
     def of_attention(self, path: str, inputs: Sequence[str], output: str) -> Interior:
-        """How the inside of attention is divided: by heads, where its projections are."""
+        """How processes share attention: by heads, if its projections are sharded."""
         divided = {self.divides(at, "out") for at in inputs} | {self.divides(output, "in")}
         if divided == {False}:
             return Interior(self.cfg)
@@ -203,7 +198,7 @@ class Sharding:
 
 
 def sharding_of(model: nn.Module, cfg: BridgeConfig) -> Sharding:
-    """What the model's plan means, or that it has none. Raises `ValueError` for a division that is not understood."""
+    """What the model's plan, if any, means. Raises `ValueError` for an unknown division."""
     config: Any = getattr(model.config, "distributed_config", None)
     if config is not None and (config.pp_size > 1 or config.dp_size > 1):
         raise ValueError(
@@ -223,12 +218,12 @@ def sharding_of(model: nn.Module, cfg: BridgeConfig) -> Sharding:
 
 
 def _styles(model: Any, config: Any) -> dict[str, str]:
-    """The style of each module; the rules of expert parallelism go before those of tensor parallelism."""
+    """The style of each module; rules of expert parallelism precede those of tensor parallelism."""
     experts = dict(model.ep_plan) if config.ep_size > 1 else {}
     tensors = dict(model.tp_plan) if config.tp_size > 1 else {}
     return {**tensors, **experts}
 
 
 def _any_layer(path: str) -> str:
-    """A module's path as a plan writes it: `layers.*.mlp`."""
+    """A module's path as in a plan: `layers.*.mlp`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)

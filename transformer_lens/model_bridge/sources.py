@@ -1,8 +1,4 @@
-"""What a checkpoint would make Python run, code in its repository and pickles: refused unless asked for by name.
-
-transformers reads a pickle where it finds no safetensors, and where a safetensors index or an adapter leads it to one;
-for code it does not know it asks on the terminal. Here both are settled before any weight is read.
-"""
+"""Code and pickles in a checkpoint, which loading refuses to run or read unless asked for by name."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import cached_file, has_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
-"""Keywords that say where a file comes from; config, weights and tokenizer take the same ones."""
+"""Keywords that say where a file comes from; config, weights and tokenizer share them."""
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
     "adapter_config.json",
@@ -26,13 +22,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE = (
 
 
 class Source:
-    """A hub name or a directory, and what is in it.
-
-    >>> from transformer_lens.data import tiny_model_path
-    >>> from transformer_lens.model_bridge.sources import Source
-    >>> Source(tiny_model_path("tiny-falcon")).has("model.safetensors")
-    True
-    """
+    """A hub name or a directory, and what is in it."""
 
     def __init__(self, name: str | Path, *, revision: str | None = None, **options: Any) -> None:
         self.name = str(name)
@@ -45,10 +35,7 @@ class Source:
         return bool(has_file(self.name, f"{folder}/{filename}" if folder else filename, **options))
 
     def base(self) -> Source:
-        """The model below: where this source is an adapter alone, the one its config names; else this source.
-
-        Raises `OSError` for a path with nothing there.
-        """
+        """The base model of an adapter alone; otherwise this source. Raises `OSError` for a path with nothing there."""
         here = Path(self.name)
         if not (here.is_dir() or here.is_file()) and (here.is_absolute() or self.name.startswith(".")):
             raise OSError(f"{self.name}: there is no such directory or file")
@@ -63,7 +50,7 @@ class Source:
         return Source(below, **self.hub)
 
     def _small_file(self, filename: str) -> str | None:
-        """Where a file lies on this machine, after a download if it has to be; `None` if the source has none."""
+        """The local path of a file, downloaded if necessary; `None` if the source has none."""
         found: str | None = cached_file(
             self.name,
             filename,
@@ -75,11 +62,10 @@ class Source:
         return found
 
     def read_json(self, filename: str) -> Any:
-        """The content of a small JSON file."""
         return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
 
     def config(self, trust_remote_code: bool = False) -> Any:
-        """The config, read with transformers' own class. Raises `ValueError` where only code in the repository can."""
+        """The config, read with transformers' own class. Raises `ValueError` if only code in the repository can."""
         self._need_within_reach()
         if not trust_remote_code:
             written, _ = PreTrainedConfig.get_config_dict(self.name, **self.hub)

@@ -1,6 +1,6 @@
-"""New values for a model's weights, collected beside it before anything is changed.
+"""New values for a model's weights, collected before anything is changed.
 
-Every weight is checked when it is read, so a model that cannot be processed is refused as it stands.
+Every weight is checked when it is read, so a model that cannot be processed is left as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPUTED_IN = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-"""The dtypes of weights that can be processed, and the ones in which the sums are made."""
+"""The dtypes of weights that can be processed, and the dtype of the sums."""
 HALF = (torch.bfloat16, torch.float16)
 
 UNTIED = (
@@ -38,7 +38,7 @@ ROUNDED = (
 
 
 class Draft:
-    """The weights as they will be. Reads give a wider dtype (`COMPUTED_IN`), writes round to the weight's own."""
+    """The new weights. Reads give a wider dtype (`COMPUTED_IN`), writes round to the weight's own."""
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.d_model = bridge.cfg.d_model
@@ -52,7 +52,7 @@ class Draft:
         self.dtypes: set[torch.dtype] = set()
 
     def weight(self, owner: ComponentBridge, matrix: StreamMatrix, axis: int) -> Tensor:
-        """A weight as `[out, in]`, that has d_model on this axis."""
+        """A weight as `[out, in]`, which has d_model on this axis."""
         component = owner.role(matrix.role)
         found = self.optional(component, matrix.weight)
         module = component.original_component
@@ -71,11 +71,10 @@ class Draft:
         return found
 
     def bias(self, owner: ComponentBridge, matrix: StreamMatrix) -> Tensor | None:
-        """The bias beside a weight, if there is one."""
         return self.optional(owner.role(matrix.role), matrix.bias) if matrix.bias else None
 
     def optional(self, component: ComponentBridge, name: str) -> Tensor | None:
-        """A parameter of a component's module, or `None` where the module does without."""
+        """A parameter of a component's module, or `None` if the module has none."""
         module, what = component.original_component, f"{component.path}.{name}"
         if what in self.values:
             return _wide(self.values[what][2])
@@ -96,7 +95,7 @@ class Draft:
         return _wide(parameter.detach())
 
     def write(self, owner: ComponentBridge, role: str, name: str, value: Tensor) -> None:
-        """Note a new value, for a parameter that was read, or for a bias that the module does not have yet."""
+        """Set a new value for a parameter that was read, or for a missing bias."""
         component = owner.role(role)
         module = component.original_component
         like = module._parameters[name]
@@ -107,7 +106,7 @@ class Draft:
         self.values[f"{component.path}.{name}"] = module, name, value.to(like.dtype)
 
     def refusal(self, component: ComponentBridge, name: str, why: str) -> ValueError:
-        """Nothing was changed, and why."""
+        """The error for weights that cannot be processed."""
         return ValueError(f"weights cannot be processed: {component.path}.{name}: {why}. Nothing was changed")
 
     def _check(self, component: ComponentBridge, name: str, parameter: nn.Parameter) -> None:
@@ -129,7 +128,7 @@ class Draft:
             raise self.refusal(component, name, f"it is shared with {', '.join(others)}; give each a weight of its own")
 
     def exchanges(self) -> tuple[list[Exchange], list[str]]:
-        """What has to be exchanged for this draft to be the model, and sentences about it. Changes nothing."""
+        """The exchanges that make this draft the model's weights, and sentences about them. Changes nothing."""
         exchanges: list[Exchange] = []
         notes: list[str] = []
         values, tied = dict(self.values), self._tied()
@@ -150,7 +149,7 @@ class Draft:
         return exchanges, notes
 
     def rounding(self) -> str | None:
-        """A sentence if the weights are too short for the promise about log-probabilities."""
+        """A sentence if the weights' dtype is too coarse for unchanged log-probabilities."""
         half = sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype in HALF)
         return ROUNDED.format(dtype=half[0]) if half else None
 
@@ -169,7 +168,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Where each piece of memory is a parameter, by Hugging Face's names."""
+    """The parameters that share each piece of memory, by Hugging Face's names."""
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if type(parameter) is nn.Parameter:
