@@ -50,9 +50,8 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
     >>> isinstance(bridge, HookedTransformer)
     True
 
-    `HookedTransformer(cfg)` makes a random model of a `HookedTransformerConfig`, as `boot_native` does;
-    `HookedTransformer(hf_model)` wraps one. The model underneath is Hugging Face's, and `undo_processing()` gives its
-    own weights back.
+    `HookedTransformer(cfg)` makes a random model as `boot_native` does, `HookedTransformer(hf_model)` wraps one, and
+    `undo_processing()` restores the original weights.
     """
 
     def __init__(
@@ -94,10 +93,10 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         >>> HookedTransformer.from_pretrained("tiny-falcon", fold_ln=False, center_unembed=False).processed
         ('center_writing_weights', 'fold_value_biases')
 
-        Log-probabilities are those of the model. A step that a family has no use for is left out. Further keywords are
-        those of `boot_transformers`. Raises `ValueError` for what is not there: checkpoints of a training run by
-        number (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (`attn.QK`
-        and `attn.OV` have the circuits).
+        Log-probabilities do not change, and a step that does not apply to the family is left out. Further keywords are
+        those of `boot_transformers`. Raises `ValueError` for what is not supported: training checkpoints by number
+        (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (use `attn.QK` and
+        `attn.OV`).
         """
         asked = (checkpoint_index, checkpoint_value, n_devices - 1, refactor_factored_attn_matrices)
         for (name, instead), value in zip(INSTEAD.items(), asked, strict=True):
@@ -125,7 +124,7 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
 
     @classmethod
     def from_pretrained_no_processing(cls, model_name: str | Path, **options: Any) -> Self:
-        """`from_pretrained` with the weights as they are, unless a keyword asks for a step.
+        """Load a model without processing its weights, unless a keyword asks for a step.
 
         >>> HookedTransformer.from_pretrained_no_processing("tiny-falcon").processed
         ()

@@ -24,9 +24,9 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
     >>> cache["q", 0].shape, cache["resid_post", -1] is cache["blocks.3.hook_resid_post"]
     (torch.Size([1, 5, 4, 32]), True)
 
-    Iteration lists each captured tensor once, under its canonical name, in the order the model computed
-    them; gradients are under `name + "_grad"`. Tensors are detached, and share memory with the run's
-    activations unless `clone=True` was asked for. Raises `KeyError` for what is not there, and says why.
+    Iteration lists each tensor once, under its canonical name, in the order of computation; gradients are under `name +
+    "_grad"`. Tensors are detached, and share memory with the run unless `clone=True` was given. Raises `KeyError` for
+    an activation that is not in the cache, and says why.
     """
 
     def __init__(self, cache_dict: dict[str, Tensor], model: Names, has_batch_dim: bool = True) -> None:
@@ -96,7 +96,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         return f"ActivationCache with {len(self)} tensors: [{some}]"
 
     def _ipython_key_completions_(self) -> list[str]:
-        """What Tab offers inside the brackets: the names of all tensors, and the short ones that take a layer."""
+        """What Tab completes inside the brackets."""
         inside = [name.split(".") for name in self.cache_dict if name.startswith("blocks.")]
         shorts = {(parts[-1].removeprefix("hook_"), int(parts[1])) for parts in inside}
         held: Any = self
@@ -114,12 +114,12 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> ActivationCache:
-        """A cache of some of the texts; an int keeps one and drops the batch axis.
+        """A cache of some batch items; an int keeps one and drops the batch axis.
 
         >>> cache.apply_slice_to_batch_dim(0)["q", 0].shape
         torch.Size([5, 4, 32])
 
-        Raises `ValueError` for a cache without a batch axis, and `IndexError` for a text that is not there.
+        Raises `ValueError` for a cache without a batch axis, and `IndexError` for an index out of range.
         """
         if not self.has_batch_dim:
             raise ValueError("apply_slice_to_batch_dim: this cache has no batch axis")
@@ -134,7 +134,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         return self
 
     def stack_activation(self, name: str, layer: int = -1, sublayer_type: str | None = None) -> Tensor:
-        """One activation of the first `layer` layers, stacked; -1 stands for all layers.
+        """One activation of the first `layer` layers, stacked; -1 means all layers.
 
         >>> cache.stack_activation("resid_post").shape
         torch.Size([4, 1, 5, 128])

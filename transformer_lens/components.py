@@ -1,4 +1,4 @@
-"""The names of TransformerLens's components, for scripts that ask what a module is; here they are classes of parts."""
+"""TransformerLens's component classes under their known names, for scripts that use `isinstance`."""
 
 from transformer_lens.model_bridge import generalized_components as _parts
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace

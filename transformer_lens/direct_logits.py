@@ -23,7 +23,7 @@ Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos
 
 
 class Names(Protocol):
-    """What a cache asks of the model whose activations it holds."""
+    """What a cache needs from the model whose activations it holds."""
 
     def canonical_name(self, name: str) -> str: ...
 
@@ -32,7 +32,7 @@ class Names(Protocol):
 
 
 class DirectLogits(ABC):
-    """What `ActivationCache` knows about the way from the stream to the logits."""
+    """The methods of `ActivationCache` that map the residual stream to logits."""
 
     model: Names
     has_batch_dim: bool
@@ -40,8 +40,6 @@ class DirectLogits(ABC):
 
     @abstractmethod
     def __getitem__(self, key: Any, /) -> Tensor: ...
-
-    # -- the final norm and the logits -------------------------------------------------------------
 
     def apply_ln_to_stack(
         self,
@@ -53,16 +51,16 @@ class DirectLogits(ABC):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Stack:
-        """Each part as the norm before `layer` (the final norm by default) passes it on, with that run's scale.
+        """Each component through the norm before `layer` (default: the final norm), with that run's scale.
 
         >>> normed = cache.apply_ln_to_stack(cache.decompose_resid())
         >>> torch.allclose(normed.sum(0) + bridge.ln_final.b, cache["ln_final.hook_out"], atol=1e-4)
         True
 
-        With its scale taken as it was, a norm is linear: centre (LayerNorm only), divide, times the weight.
-        Its bias belongs to no part and is left out. `recompute_ln` scales each part by its own size, as a
-        logit lens does. `pos_slice` is the one that the stack was made with. `batch_slice` chooses texts of the whole
-        stack `[component, batch, ...]`; with `has_batch_dim=False` the stack is that of the one text it names.
+        With its scale fixed, a norm is linear: centre (LayerNorm only), divide, multiply by the weight; its bias
+        belongs to no component and is left out. `recompute_ln` scales each component by its own size, as a logit lens
+        does. `pos_slice` is the one that the stack was made with; `batch_slice` selects from the whole stack
+        `[component, batch, ...]`, or, with `has_batch_dim=False`, names the batch item that the stack belongs to.
         Raises `ValueError` where stack and slices do not fit.
         """
         self._need_stack(residual_stack)
@@ -90,15 +88,15 @@ class DirectLogits(ABC):
         batch_slice: Slice | SliceInput = None,
         has_batch_dim: bool = True,
     ) -> Float[Tensor, "component ..."]:
-        """What each part adds to the logit of `tokens`, less that of `incorrect_tokens`.
+        """Each component's contribution to the logit of `tokens`, minus that of `incorrect_tokens`.
 
         >>> parts = cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=-1)
         >>> cache.logit_attrs(parts, " Mary", " John", pos_slice=-1).shape
         torch.Size([22, 1])
 
-        `tokens` is one token for all, one for each text (`[batch]`), or one for each position (`[batch, pos]`): of the
-        texts that `batch_slice` chooses. Slices as in `apply_ln_to_stack`. The sum over parts is the logit, less what
-        the final norm's bias and `b_U` add. Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical
+        `tokens` is one token for all, one per batch item (`[batch]`) or one per position (`[batch, pos]`), for the
+        items that `batch_slice` selects; slices as in `apply_ln_to_stack`. The contributions sum to the logit, up to
+        the final norm's bias and `b_U`. Formula: direct logit attribution (Elhage et al. 2021, "A Mathematical
         Framework for Transformer Circuits").
         """
         self._need_stack(residual_stack)
@@ -118,11 +116,9 @@ class DirectLogits(ABC):
                 f"logit_attrs: got tokens of {list(given)}, expected one for all, or as many as the stack has: "
                 f"{list(leading)}"
             )
-        # One token for each text stands for every position of it.
+        # One token for each batch item applies to every position of it.
         wanted = wanted.reshape(*given, *[1] * (len(leading) - len(given)), -1).expand(*leading, -1)
         return (scaled * wanted.to(scaled.device, scaled.dtype)).sum(-1)
-
-    # -- shared ------------------------------------------------------------------------------------
 
     @property
     def _bridge(self) -> TransformerBridge:
@@ -136,7 +132,6 @@ class DirectLogits(ABC):
         return cast("BlockBridge", self._bridge.blocks[layer])
 
     def _layer(self, layer: int | None, mlp_input: bool = False) -> int:
-        """The number of layers below the wanted stream."""
         if mlp_input and is_one_of(layer, (None, -1, self._layers)):
             raise ValueError("mlp_input=True: no MLP reads the stream after the last block; name a layer")
         if is_one_of(layer, (None, -1)):
@@ -144,7 +139,7 @@ class DirectLogits(ABC):
         return whole("layer", layer, 0, self._layers, " (the number of layers below the stream), -1 or None for all")
 
     def _norm(self, layer: int | None, mlp_input: bool) -> str:
-        """The norm that reads the stream which enters `layer`."""
+        """The norm on the residual stream before `layer`."""
         stop = self._layer(layer, mlp_input)
         if stop == self._layers:
             return "ln_final"
@@ -172,7 +167,6 @@ class DirectLogits(ABC):
             raise ValueError(f"residual_stack: got {in_words(stack)}, expected [component, ..., {width}]")
 
     def _chosen_texts(self, stack: Stack, norm: str, chosen: Slice, has_batch_dim: bool) -> Stack:
-        """The texts of a stack that a slice names, in its order."""
         if chosen.raw is None or (self.has_batch_dim and not has_batch_dim):
             return stack
         if not self.has_batch_dim:

@@ -1,4 +1,4 @@
-"""`GenerationStep`: which part of a text one forward of a generation reads, so that hooks can tell."""
+"""`GenerationStep`: which part of the text one forward pass of a generation reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class GenerationStep:
-    """Where one forward of `bridge.generate` stands; hooks find it at `hook.generation`.
+    """Which part of the text one forward pass of `bridge.generate` reads; hooks find it at `hook.generation`.
 
     >>> seen = []
     >>> def look(z, hook):
@@ -21,32 +21,32 @@ class GenerationStep:
     >>> seen
     [(True, [[0, 1, 2, 3]]), (False, [[4]])]
 
-    The newest token has not been read by any forward yet, so two new tokens are two forwards: one reads
-    the prompt, one the first new token.
+    No forward pass has read the newest token yet, so two new tokens take two: one reads the prompt, one the first new
+    token.
     """
 
     step: int
-    """The number of this forward in the generation, from 0."""
+    """The index of this forward pass in the generation."""
     columns: range
-    """The columns it reads of the sequences that `generate` returns tokens for, padding counted."""
+    """The columns it reads of the returned sequences, padding included."""
     prompt_mask: Int[Tensor, "batch prompt"]
-    """1 where the prompt has a token, 0 where it is padded."""
+    """1 for a token, 0 for padding."""
     rows: int
-    """The batch of this forward: a multiple of the prompts with beams or several sequences of each."""
+    """The batch size of this forward pass: a multiple of the prompts with beams or several sequences per prompt."""
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it reads the prompt, or a chunk of it (without a KV cache every forward does)."""
+        """Whether it reads the prompt, or a chunk of it (without a KV cache, every forward pass does)."""
         return self.columns.start < self.prompt_mask.shape[1]
 
     @property
     def new_tokens(self) -> int:
-        """How many generated tokens have been read when this forward is done: 0 in the prompt, then 1, 2, ..."""
+        """How many generated tokens have been read after this forward pass: 0 in the prompt, then 1, 2, ..."""
         return max(0, self.columns.stop - self.prompt_mask.shape[1])
 
     @cached_property
     def positions(self) -> Int[Tensor, "rows pos"]:
-        """The place of each token it reads in its own text: 0 is the first that is no padding, and padding is -1."""
+        """The position of each token it reads in its own text; padding is -1."""
         mask = self.prompt_mask.long().repeat_interleave(self.rows // len(self.prompt_mask), dim=0)
         counted = mask.cumsum(-1)
         prompt = (counted - 1).masked_fill(mask == 0, -1)

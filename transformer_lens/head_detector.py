@@ -1,4 +1,4 @@
-"""Head detection under its known import path; `transformer_lens.analysis.head_detection` has the code."""
+"""Head detection under its known import path; see `transformer_lens.analysis.head_detection`."""
 
 from transformer_lens.analysis.head_detection import (
     HEAD_NAMES,

@@ -10,7 +10,6 @@ PLACES = {
     "attn": ("q", "k", "v", "z", "q_normed", "k_normed", "rot_q", "rot_k", "result", "pattern", "attn_scores"),
     "mlp": ("pre", "pre_linear", "post", "router_logits", "expert_weights", "expert_indices", "expert_out"),
 }
-"""The component that owns a hook whose short name does not say so."""
 
 OWNER = {name: owner for owner, names in PLACES.items() for name in names}
 SYNONYMS = {
@@ -27,7 +26,7 @@ FINAL_NORM = ("scale", "normalized")
 
 
 def get_act_name(name: str, layer: int | str | None = None, layer_type: str | None = None) -> str:
-    """The full name of a hook.
+    """The full name of a hook; a full name is returned as it is.
 
     >>> get_act_name("q", 0)
     'blocks.0.attn.hook_q'
@@ -35,8 +34,6 @@ def get_act_name(name: str, layer: int | str | None = None, layer_type: str | No
     ('blocks.3.hook_resid_post', 'hook_embed', 'ln_final.hook_scale')
     >>> get_act_name("normalized", 2, "ln2"), get_act_name("k6")
     ('blocks.2.ln2.hook_normalized', 'blocks.6.attn.hook_k')
-
-    A full name comes back as it is.
     """
     for what, given in (("name", name), *((("layer_type", layer_type),) if layer_type is not None else ())):
         a_text(what, given)

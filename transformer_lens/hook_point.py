@@ -1,7 +1,6 @@
 """`HookPoint`: a named place where a tensor can be read, edited and differentiated.
 
-Every user hook is handed a tensor of its own, so no hook can change what another one, or a cache, has
-already kept. Hooks of a `Run` fire in that run alone.
+Every user hook gets its own tensor, so no hook can change what another one, or a cache, has kept.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ HookFunction = Callable[..., Any]
 
 
 class Listener(Protocol):
-    """What has to know when the hooks of a point came or went."""
+    """What is told when hooks are added or removed."""
 
     def refresh(self) -> None: ...
 
 
 class _ThreadState(threading.local):
-    """What this thread is running: the innermost run, and the user hooks being executed now."""
+    """What this thread is running: the innermost run, and the user hooks that it is executing."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -40,16 +39,16 @@ class _ThreadState(threading.local):
         self.pending: dict[Listener, None] | None = None
         self.generation: GenerationStep | None = None
         self.memo: dict[Any, Any] | None = None
-        """What a forward with hooks made once and its layers share; gone with it."""
+        """What layers of one forward pass with hooks share."""
 
 
 state = _ThreadState()
 
 
 class Run:
-    """One `run_with_hooks` or `run_with_cache`: hooks that belong to it fire in it alone.
+    """One `run_with_hooks` or `run_with_cache`: its hooks fire in it alone.
 
-    Neither another thread's forward nor a forward that a hook starts sees them.
+    Neither another thread's forward pass nor one that a hook starts sees them.
     """
 
     def __enter__(self) -> Self:
@@ -66,7 +65,7 @@ class Run:
 
 @contextmanager
 def changing_together() -> Iterator[None]:
-    """While many hooks come or go, tell each listener once, at the end."""
+    """Tell each listener once, at the end, while many hooks are added or removed."""
     if state.pending is not None:
         yield
         return
@@ -81,7 +80,7 @@ def changing_together() -> Iterator[None]:
 
 
 def tell(listeners: Iterable[Listener]) -> None:
-    """Let listeners know, now or when the hooks that change together have changed."""
+    """Tell listeners now, or at the end of `changing_together`."""
     pending = state.pending
     for listener in listeners:
         if pending is None:
@@ -92,7 +91,7 @@ def tell(listeners: Iterable[Listener]) -> None:
 
 @contextmanager
 def nested_forward() -> Iterator[None]:
-    """While a user hook runs the model again, the hooks of the outer run stay silent."""
+    """Silence the outer run's hooks while a user hook runs the model again."""
     if not state.depth:
         yield
         return
@@ -106,7 +105,7 @@ def nested_forward() -> Iterator[None]:
 
 @dataclass(eq=False, slots=True)
 class HookEntry:
-    """One function attached to one hook point; `with entry:` is the time in which the user's function runs."""
+    """One function attached to one hook point; `with entry:` marks the time in which the user's function runs."""
 
     fn: HookFunction
     is_permanent: bool = False
@@ -117,7 +116,7 @@ class HookEntry:
     removed: bool = False
 
     def applies(self) -> bool:
-        """Whether it fires in what this thread is doing now."""
+        """Whether it fires in what this thread is running."""
         return (self.run is None or self.run is state.run) and self not in state.executing
 
     def __enter__(self) -> None:
@@ -131,21 +130,21 @@ class HookEntry:
 
 
 def checked_level(level: int | None) -> int | None:
-    """A level of hooks. Raises `TypeError` for what is no whole number."""
+    """A level of hooks. Raises `TypeError` unless it is an integer."""
     return None if level is None else whole("level", level)
 
 
 class HookPoint(nn.Module):
-    """A named place: calling it runs its hooks on a tensor and gives back what they made of it.
+    """A named place in the model: calling it runs its hooks on a tensor and returns the result.
 
     >>> point = HookPoint("doubled")
     >>> handle = point.add_hook(lambda tensor, hook: tensor * 2)
     >>> point(torch.ones(2))
     tensor([2., 2.])
 
-    A hook is `fn(tensor, hook)`. It may return a replacement, or edit its tensor in place and return
-    nothing; returning nothing without an edit leaves the computation as it is, bit for bit. A backward
-    hook gets the gradient and may return another one, bare or as a 1-tuple.
+    A hook is `fn(tensor, hook)`. It may return a replacement, or edit its tensor in place and return `None`; without an
+    edit the computation is unchanged, bit for bit. A backward hook gets the gradient and may return another, bare or as
+    a 1-tuple.
     """
 
     name: str | None
@@ -167,8 +166,6 @@ class HookPoint(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.name) if self.name else ""
 
-    # -- attaching ---------------------------------------------------------------------------------
-
     def add_hook(
         self,
         hook: HookFunction,
@@ -177,16 +174,14 @@ class HookPoint(nn.Module):
         level: int | None = None,
         prepend: bool = False,
     ) -> HookEntry:
-        """Attach `hook`; `prepend` puts it before those already here. Returns the entry for `remove`."""
+        """Attach `hook`, before those already there if `prepend`; returns the entry for `remove`."""
         return self.attach(HookEntry(hook, is_permanent, checked_level(level)), dir, prepend)
 
     def attach(self, entry: HookEntry, dir: Direction = "fwd", prepend: bool = False) -> HookEntry:
-        """Attach an entry."""
         self.check(entry, dir)
         return self.put(entry, dir, prepend)
 
     def put(self, entry: HookEntry, dir: Direction, prepend: bool = False) -> HookEntry:
-        """Attach an entry that was checked."""
         hooks = self.fwd_hooks if dir == "fwd" else self.bwd_hooks
         hooks.insert(0 if prepend else len(hooks), entry)
         if self.on_change is not None:
@@ -210,7 +205,7 @@ class HookPoint(nn.Module):
         return self.add_hook(hook, dir, is_permanent=True)
 
     def remove(self, entry: HookEntry, *, silence: bool = True) -> None:
-        """Take one entry off; `silence` it also in graphs that still wait for their backward pass."""
+        """Remove one entry; `silence` it also in graphs that still wait for their backward pass."""
         entry.removed = silence
         for hooks in (self.fwd_hooks, self.bwd_hooks):
             if entry in hooks:
@@ -221,7 +216,7 @@ class HookPoint(nn.Module):
     def remove_hooks(
         self, dir: Direction | Literal["both"] = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
-        """Take hooks off; permanent ones only when asked, and only those of `level` if one is given."""
+        """Remove hooks: permanent ones only if asked, and only those of `level` if given."""
         checked_level(level)
         for entry in self._fitting(dir, including_permanent, level):
             self.remove(entry)
@@ -229,24 +224,20 @@ class HookPoint(nn.Module):
     def has_hooks(
         self, dir: Direction | Literal["both"] = "both", including_permanent: bool = True, level: int | None = None
     ) -> bool:
-        """Whether any hook that fits is attached."""
         checked_level(level)
         return bool(self._fitting(dir, including_permanent, level))
 
     def clear_context(self) -> None:
-        """Empty `ctx`, the dictionary in which hooks keep what they want to find again."""
+        """Empty `ctx`, the dictionary in which hooks keep their state."""
         self.ctx.clear()
 
     @property
     def generation(self) -> GenerationStep | None:
-        """In a hook during `bridge.generate`: what this forward reads of the text; `None` at other times."""
+        """In a hook during `bridge.generate`: which part of the text this forward pass reads; otherwise `None`."""
         return state.generation
 
     def layer(self) -> int:
-        """The layer this point belongs to: `blocks.3.attn.hook_q` -> 3.
-
-        Raises `ValueError` for a point outside the blocks.
-        """
+        """The layer of this point: `blocks.3.attn.hook_q` -> 3. Raises `ValueError` for a point outside the blocks."""
         parts = (self.name or "").split(".")
         if len(parts) < 2 or not parts[1].isdigit():
             raise ValueError(f"hook point {self.name!r} is not inside a block, so it has no layer number")
@@ -266,10 +257,8 @@ class HookPoint(nn.Module):
             raise ValueError(f"hook at {self.name!r}: got direction {dir!r}, expected 'fwd' or 'bwd'")
         return self.fwd_hooks if dir == "fwd" else self.bwd_hooks
 
-    # -- firing ------------------------------------------------------------------------------------
-
     def forward(self, x: Tensor) -> Tensor:
-        """Run the hooks on `x`; returns `x` itself where none of them changed anything."""
+        """Run the hooks on `x`; returns `x` itself if none of them changed anything."""
         value = x
         for entry in tuple(self.fwd_hooks):
             if not entry.applies():
@@ -303,7 +292,7 @@ class HookPoint(nn.Module):
                     f"hook at {self.name!r}: its function returned {type(result).__name__}, expected a Tensor or None"
                 )
             return result
-        # In a graph the hook's own tensor goes on, so that retain_grad() and autograd.grad reach it.
+        # The hook's own tensor goes on in the graph, so that retain_grad() and autograd.grad reach it.
         return own if edited or before is None or own.requires_grad else value
 
     def _watch_gradient(self, value: Tensor, original: Tensor) -> Tensor:
@@ -311,7 +300,7 @@ class HookPoint(nn.Module):
         if not entries or not value.requires_grad:
             return value
         if value is original:
-            # A name of its own in the graph: the gradient of this reading, not of its neighbours.
+            # A tensor of its own in the graph, so that the gradient is of this reading and not of its neighbours.
             value = value.view_as(value)
         for entry in entries:
             value.register_hook(partial(_backward, entry, self))
@@ -319,7 +308,7 @@ class HookPoint(nn.Module):
 
 
 def _backward(entry: HookEntry, point: HookPoint, grad: Tensor) -> Tensor | None:
-    """A tensor hook: gives the gradient to the user's function, and its answer to autograd."""
+    """A tensor hook that gives the gradient to the user's function, and its answer to autograd."""
     if entry.removed or entry in state.executing:
         return None
     if entry.reads_only:

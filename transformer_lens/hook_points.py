@@ -1,4 +1,4 @@
-"""Hooks on any module: `HookPoint`, a named place, and `HookedRootModule`, a module that has some."""
+"""`HookPoint` and `HookedRootModule` under their known import path."""
 
 from transformer_lens.hook_point import HookEntry, HookPoint
 from transformer_lens.hooked_root import Capture, HookedRootModule

@@ -1,7 +1,6 @@
 """`HookedRootModule`: running a module with hooks, and with a cache.
 
-Names are resolved before anything is attached, so a wrong one changes nothing; whatever a run
-attaches is taken off again when it ends, however it ends.
+Names are resolved before anything is attached, so a wrong one changes nothing; a run always removes what it attached.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from transformer_lens.slicing import Slice, SliceInput
 NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
 HookSpec = tuple[str | Callable[[str], bool] | Sequence[str], HookFunction]
 Prepared = tuple[HookPoint, HookEntry, Direction, bool]
-"""An entry, where it goes, and whether its hook was asked for by name."""
+"""An entry, its hook point and direction, and whether its hook was asked for by name."""
 SUFFIXES: dict[Direction, str] = {"fwd": "", "bwd": "_grad"}
-"""What a captured tensor's name has behind it."""
+"""What is appended to a captured tensor's name."""
 
 
 class Capture:
-    """A hook that keeps what it sees, under the hook's name, in `store`."""
+    """A hook that keeps what it sees in `store`, under the hook's name."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class Capture:
 
 
 def _position_axis(axes: str) -> int:
-    """The axis of the positions; a hook point that declares no axes has them after the batch."""
+    """The position axis; after the batch where a hook point declares no axes."""
     names = axes.split()
     for wanted in ("pos", "query_pos"):
         if wanted in names:
@@ -101,8 +100,6 @@ class HookedRootModule(nn.Module):
     _points: dict[str, HookPoint] | None = None
     _spellings: tuple[dict[str, HookPoint], list[tuple[str, str]]] | None = None
 
-    # -- names -------------------------------------------------------------------------------------
-
     def setup(self) -> None:
         """Name every hook point by its place in the module tree."""
         self._points = {}
@@ -113,7 +110,6 @@ class HookedRootModule(nn.Module):
 
     @property
     def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by name."""
         if self._points is None:
             self.setup()
         assert self._points is not None
@@ -121,15 +117,13 @@ class HookedRootModule(nn.Module):
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
-        """Every module by name."""
         return dict(self.named_modules())
 
     def hook_points(self) -> Iterable[HookPoint]:
-        """Every hook point."""
         return self.hook_dict.values()
 
     def unknown_hook(self, name: str) -> KeyError:
-        """The error for a name that is not here: it offers the nearest ones."""
+        """The `KeyError` for an unknown name, with the nearest ones."""
         return KeyError(f"no hook is named {name!r}; the nearest names are {nearest(name, self.hook_dict)}")
 
     def canonical_name(self, name: str) -> str:
@@ -141,26 +135,26 @@ class HookedRootModule(nn.Module):
         return name
 
     def names_of(self, name: str) -> tuple[str, ...]:
-        """Every spelling of a canonical name, itself first."""
+        """Every spelling of a canonical name, starting with itself."""
         return (name,)
 
     def _spelled(self) -> list[tuple[str, str]]:
-        """Every hook with each of its spellings; made once for a tree, as predicates ask for all of them."""
+        """Every hook with each of its spellings."""
         points = self.hook_dict
         if self._spellings is None or self._spellings[0] is not points:
             self._spellings = (points, [(name, spelling) for name in points for spelling in self.names_of(name)])
         return self._spellings[1]
 
     def default_names(self) -> list[str]:
-        """What a cache holds when nothing is asked for by name."""
+        """What a cache holds by default."""
         return list(self.hook_dict)
 
     def select_names(self, names_filter: NamesFilter, *, may_be_none: bool = False) -> list[str]:
-        """The canonical names that a filter stands for, in the order of the model.
+        """The canonical names that a filter selects, in the order of the model.
 
-        A string or a list of strings names hooks; a predicate is asked for every spelling of every
-        hook; `None` stands for all but those taken on request. Raises `KeyError` for an unknown name
-        and, unless `may_be_none`, `ValueError` for a predicate that fits nothing.
+        A string or a list of strings names hooks, a predicate is asked for every spelling of every hook, and `None`
+        selects all but those taken on request. Raises `KeyError` for an unknown name and, unless `may_be_none`,
+        `ValueError` for a predicate that fits nothing.
         """
         if names_filter is None:
             return self.default_names()
@@ -184,13 +178,11 @@ class HookedRootModule(nn.Module):
         return [name for name in self.hook_dict if name in named]
 
     def _names_for(self, where: NamesFilter, dir: Direction) -> list[str]:
-        """The names a hook goes to; for a gradient, a predicate means those that can have one."""
+        """The names a hook is attached to; for a gradient, a predicate selects those that can have one."""
         names = self.select_names(where)
         if callable(where) and is_one_of(dir, ("bwd",)):
             return [name for name in names if not self.hook_dict[name].integer]
         return names
-
-    # -- hooks that stay ---------------------------------------------------------------------------
 
     def add_hook(
         self,
@@ -220,7 +212,7 @@ class HookedRootModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take the hooks off every point."""
+        """Remove the hooks of every point."""
         for point in self.hook_points():
             point.remove_hooks(direction, including_permanent, level)
 
@@ -236,12 +228,10 @@ class HookedRootModule(nn.Module):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take the hooks off every point and, by default, empty their contexts."""
+        """Remove the hooks of every point and, by default, empty their contexts."""
         if clear_contexts:
             self.clear_contexts()
         self.remove_all_hook_fns(direction, including_permanent, level)
-
-    # -- hooks for a while -------------------------------------------------------------------------
 
     def _entries(self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None) -> list[Prepared]:
         """Resolve names to points, before anything is attached."""
@@ -269,7 +259,7 @@ class HookedRootModule(nn.Module):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Self]:
-        """Attach hooks for the length of a `with` block, whichever way, and in whichever thread, the model runs.
+        """Attach hooks for the length of a `with` block, however and in whichever thread the model runs.
 
         Hooks are `(name | predicate | list of names, fn)`. `reset_hooks_end=False` leaves them attached.
         """
@@ -294,8 +284,8 @@ class HookedRootModule(nn.Module):
     ) -> Any:
         """Run the model with hooks that fire in this run alone, and return its output.
 
-        A backward hook fires in the backward pass through this run's output, also after the call.
-        Raises `ValueError` if a hook asked for by name did not fire.
+        A backward hook fires in the backward pass of this run's output, also after the call. Raises `ValueError` if a
+        hook asked for by name did not fire.
         """
         if not reset_hooks_end:
             with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end=False, clear_contexts=clear_contexts):
@@ -307,7 +297,6 @@ class HookedRootModule(nn.Module):
     def _run(
         self, run: Run, entries: Sequence[Prepared], clear_contexts: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """One forward with `entries` attached for its length."""
         completed = False
         try:
             _attach(entries)
@@ -332,10 +321,8 @@ class HookedRootModule(nn.Module):
         return output
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
-        """Whether a point has to fire in a call with these keywords; then a hook there that did not is an error."""
+        """Whether a point has to fire in a call with these keywords; a hook there that did not is then an error."""
         return False
-
-    # -- caching -----------------------------------------------------------------------------------
 
     def get_caching_hooks(
         self,
@@ -346,7 +333,7 @@ class HookedRootModule(nn.Module):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Slice | SliceInput = None,
     ) -> tuple[dict[str, Tensor], list[HookSpec], list[HookSpec]]:
-        """A dictionary, and the forward and backward hooks that fill it when they are attached."""
+        """A dictionary, and the forward and backward hooks that fill it."""
         store: dict[str, Tensor] = {} if cache is None else cache
         if not isinstance(store, dict):
             raise TypeError(f"cache: got {in_words(cache)}, expected a dict to fill, or None for a new one")
@@ -370,11 +357,11 @@ class HookedRootModule(nn.Module):
     ) -> tuple[Any, Any]:
         """Run the model and keep activations: returns `(output, cache)`.
 
-        `names_filter` chooses hooks (`select_names`; a predicate that fits none gives an empty cache),
-        `device` moves them, `remove_batch_dim` drops a batch of one, `pos_slice` keeps some positions (one
-        number keeps the axis, `Slice(-1)` drops it), `clone` gives each captured tensor memory of its own (a q
-        captured without it keeps the whole fused QKV alive). `incl_bwd` calls `backward()` on the output, which
-        has to be one number, and keeps gradients under `name + "_grad"`.
+        `names_filter` selects hooks (as in `select_names`; a predicate that fits none gives an empty cache), `device`
+        moves them, `remove_batch_dim` drops a batch of one, `pos_slice` keeps some positions (an int keeps the axis,
+        `Slice(-1)` drops it), and `clone` copies each captured tensor (a q captured without it keeps the whole fused
+        QKV alive). `incl_bwd` calls `backward()` on the output, which has to be a scalar, and keeps gradients under
+        `name + "_grad"`.
         """
         store: dict[str, Tensor] = {}
         run = Run()
@@ -398,7 +385,7 @@ class HookedRootModule(nn.Module):
 
 
 def keywords_of(*functions: Callable[..., Any]) -> inspect.Signature:
-    """What a method that hands its arguments on takes by name, for whoever reads its signature.
+    """The signature of a method that passes its arguments on to these functions.
 
     >>> def first(self, *args, names=None, **kwargs): ...
     >>> def second(self, input, loss=False): ...

@@ -1,4 +1,4 @@
-"""Names of models under TransformerLens's import path: here any name or directory that transformers can load is one."""
+"""TransformerLens's names for loading; any name or directory that transformers can load is a model name here."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformer_lens.model_bridge.supported_architectures.published import PUBL
 __all__ = ["MODEL_ALIASES", "OFFICIAL_MODEL_NAMES", "get_official_model_name", "get_pretrained_model_config"]
 
 OFFICIAL_MODEL_NAMES: tuple[str, ...] = (*TINY_MODELS, *PUBLISHED)
-"""The models that are shipped, and those whose sizes are known without a network."""
+"""The shipped models, and those whose sizes are known without a network."""
 MODEL_ALIASES: dict[str, tuple[str, ...]] = {}
 """TransformerLens's short names for hub names: there are none."""
 
 
 def get_official_model_name(model_name: str) -> str:
-    """The name itself: every hub name of a supported family is one.
+    """Return the name: every hub name of a supported family is official.
 
     >>> get_official_model_name("mistralai/Mixtral-8x7B-v0.1")
     'mistralai/Mixtral-8x7B-v0.1'
@@ -30,7 +30,7 @@ def get_official_model_name(model_name: str) -> str:
 
 
 def get_pretrained_model_config(model_name: str, **options: Any) -> BridgeConfig:
-    """A model's numbers; of the model itself its config alone is read.
+    """A model's config; its weights are not read.
 
     >>> get_pretrained_model_config("tiny-mixtral").num_experts
     4

@@ -22,5 +22,5 @@ class HookedTransformerKeyValueCache(DynamicCache):  # type: ignore[misc]
 
     @classmethod
     def init_cache(cls, *_: Any, **__: Any) -> HookedTransformerKeyValueCache:
-        """An empty cache; it takes sizes and devices from what is put into it."""
+        """An empty cache, whose sizes and device follow from what is put into it."""
         return cls()

@@ -1,7 +1,6 @@
-"""The residual stream of a cached run taken apart: by layer, by head, by neuron, by expert.
+"""Decompositions of the residual stream of a cached run: by layer, head, neuron and expert.
 
-Every stack has its component axis first. Its parts sum to the stream they were taken from, but for
-rounding; `tests/bridge/test_residual_stacks.py` holds that on every layout.
+The component axis comes first. The components sum to the stream that they decompose, up to rounding.
 """
 
 from __future__ import annotations
@@ -29,23 +28,21 @@ Rows = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What of each part is wanted in its place: its product with some vectors, divided by a norm's scale."""
+    """A projection of each component in its place: its product with some vectors, divided by a norm's scale."""
 
     matrix: Float[Tensor, "d_model out"]
     divisor: Tensor | None
     single: bool
-    """Whether it came as one vector, and has no axis."""
+    """Whether it was one vector, and has no axis."""
 
 
 class ResidualStacks(DirectLogits):
-    """What `ActivationCache` knows about sums in the residual stream.
+    """The methods of `ActivationCache` that decompose the residual stream.
 
-    `layer=None` (or -1, or the number of layers) stands for the stream after the last block; another `layer` for the
-    stream that enters it. `mlp_input=True` means the stream as that layer's MLP reads it: in a sequential block with
-    its attention added, in a parallel block without. `pos_slice` as in `Slice`; an int drops the position axis.
+    `layer=None` (or -1, or the number of layers) means the stream after the last block; another `layer` the stream that
+    enters it. `mlp_input=True` means the stream that this layer's MLP reads: with its attention added in a sequential
+    block, without in a parallel one. `pos_slice` as in `Slice`; an int drops the position axis.
     """
-
-    # -- the stream itself -------------------------------------------------------------------------
 
     def accumulated_resid(
         self,
@@ -56,13 +53,13 @@ class ResidualStacks(DirectLogits):
         mlp_input: bool = False,
         return_labels: bool = False,
     ) -> Stack | Labelled:
-        """The stream as it enters each layer up to `layer`, for a logit lens.
+        """The residual stream that enters each layer up to `layer`, for a logit lens.
 
         >>> cache.accumulated_resid(return_labels=True, pos_slice=-1)[1]
         ['0_pre', '1_pre', '2_pre', '3_pre', 'final_post']
 
-        `incl_mid` adds the stream between attention and MLP; a parallel block has none, and `KeyError`
-        says so. `apply_ln` divides each by the scale of the norm that reads the last one.
+        `incl_mid` adds the stream between attention and MLP, and raises `KeyError` in a parallel block, which has none.
+        `apply_ln` divides each by the scale of the norm that reads the last one.
         """
         stop = self._layer(layer, mlp_input)
         rows: Rows = []
@@ -84,7 +81,7 @@ class ResidualStacks(DirectLogits):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Stack | Labelled:
-        """What the embedding, each attention and each MLP wrote below `layer`; `mode` "attn" or "mlp" leaves one out.
+        """The embedding and each attention and MLP output below `layer`; `mode` "attn" or "mlp" leaves one out.
 
         >>> stack, labels = cache.decompose_resid(layer=2, return_labels=True)
         >>> labels, torch.allclose(stack.sum(0), cache["resid_pre", 2], atol=1e-4)
@@ -98,10 +95,8 @@ class ResidualStacks(DirectLogits):
         rows += [(f"{i}_{mixer}_out", self[f"{mixer}_out", i]) for i, mixer in added if mode in ("all", mixer)]
         return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
 
-    # -- heads, neurons, experts -------------------------------------------------------------------
-
     def compute_head_results(self) -> None:
-        """Add every layer's `attn.hook_result`, `z @ W_O` of each head, to the cache where it is not yet.
+        """Add every layer's `attn.hook_result`, each head's `z @ W_O`, to the cache if it is not there.
 
         >>> cache.compute_head_results()
         >>> cache["result", 0].shape
@@ -118,7 +113,7 @@ class ResidualStacks(DirectLogits):
         pos_slice: Slice | SliceInput = None,
         apply_ln: bool = False,
     ) -> Stack | Labelled:
-        """What each head below `layer` wrote, without the output bias; `incl_remainder` adds the rest of the stream.
+        """The output of each head below `layer`, without the output bias; `incl_remainder` adds the rest of the stream.
 
         >>> stack, labels = cache.stack_head_results(layer=1, return_labels=True)
         >>> stack.shape, labels
@@ -135,15 +130,15 @@ class ResidualStacks(DirectLogits):
         pos_slice: Slice | SliceInput = None,
         project_output_onto: Float[Tensor, "d_model ..."] | None = None,
     ) -> Float[Tensor, "*batch_and_pos neuron d_model"]:
-        """What each MLP neuron of a layer wrote: its activation times its output weights.
+        """The output of each MLP neuron of a layer: its activation times its output weights.
 
         >>> cache.get_neuron_results(0, neuron_slice=(0, 3), pos_slice=-1).shape
         torch.Size([1, 3, 128])
 
-        With experts the neurons of all experts follow one another, each times its expert's weight, zero
-        where the expert was not chosen; `neuron_slice` chooses within each expert. `project_output_onto` is a vector of
-        the stream, or several as columns: then its product with each neuron's part takes the place of the last axis,
-        and the parts themselves are never made.
+        With experts, the neurons of all experts follow one another, each times its expert's weight, zero where the
+        expert was not chosen; `neuron_slice` selects within each expert. `project_output_onto` is a vector in the
+        residual stream, or several as columns: its product with each neuron's output replaces the last axis, and the
+        outputs themselves are never made.
         """
         read = self._reading(project_output_onto)
         found = self._neurons(layer, Slice(neuron_slice), Slice(pos_slice), read)
@@ -172,12 +167,13 @@ class ResidualStacks(DirectLogits):
         project_output_onto: Float[Tensor, "d_model ..."] | None = None,
         mlp_input: bool = False,
     ) -> Stack | Labelled:
-        """`get_neuron_results` of every layer below `layer`: `L0N3`, or `L0E1N3` with experts, `L0SN3` of a shared one.
+        """`get_neuron_results` of every layer below `layer`, labelled `L0N3`; with experts `L0E1N3`, or `L0SN3` if
+        shared.
 
         >>> cache.stack_neuron_results(2, pos_slice=-1, neuron_slice=(0, 2), return_labels=True)[1]
         ['L0N0', 'L0N1', 'L1N0', 'L1N1']
 
-        Its size is layers x neurons x d_model for every position, so give `pos_slice`, `neuron_slice` or
+        Its size is layers x neurons x d_model per position, so give `pos_slice`, `neuron_slice` or
         `project_output_onto`.
         """
         keep = Slice(pos_slice)
@@ -193,7 +189,7 @@ class ResidualStacks(DirectLogits):
         pos_slice: Slice | SliceInput = None,
         apply_ln: bool = False,
     ) -> Stack | Labelled:
-        """What each expert below `layer` wrote, times its weight; zero where it was not chosen.
+        """The output of each expert below `layer`, times its weight; zero where it was not chosen.
 
         >>> _, of_experts = moe.run_with_cache("Mary and John")
         >>> of_experts.stack_expert_results(layer=1, return_labels=True)[1]
@@ -221,7 +217,7 @@ class ResidualStacks(DirectLogits):
         return_labels: bool = False,
         project_output_onto: Float[Tensor, "d_model ..."] | None = None,
     ) -> Stack | Labelled:
-        """The stream as heads, neurons (or whole MLPs), embedding and biases: the parts sum to it.
+        """The residual stream as heads, neurons (or whole MLPs), embedding and biases, which sum to it.
 
         >>> stack, labels = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
         >>> labels[-3:], torch.allclose(stack.sum(0), cache["resid_post", -1], atol=1e-4)
@@ -253,14 +249,14 @@ class ResidualStacks(DirectLogits):
         pos_slice: Slice | SliceInput = None,
         return_labels: bool = False,
     ) -> Float[Tensor, "component *batch_and_pos d_vocab"] | tuple[Tensor, list[str]]:
-        """The logits that the stream at each layer would give, through the final norm and the unembedding.
+        """The logits of the residual stream at each layer, through the final norm and the unembedding.
 
         >>> lens, labels = cache.logit_lens(pos_slice=-1, return_labels=True)
         >>> lens.shape, torch.allclose(lens[-1], cache["unembed.hook_out"][:, -1], atol=1e-3)
         (torch.Size([5, 1, 735]), True)
 
-        `accumulated_resid` says which streams; each is scaled by its own size. Source: nostalgebraist 2020,
-        "interpreting GPT: the logit lens". Raises `ValueError` for a model class without an unembedding.
+        The streams are those of `accumulated_resid`, each scaled by its own size. Raises `ValueError` for a model class
+        without an unembedding. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
         bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)
@@ -269,15 +265,13 @@ class ResidualStacks(DirectLogits):
         logits = (normed + bias) @ weight + offset
         return (logits, labels) if return_labels else logits
 
-    # -- rows: a label and a part of the stream ----------------------------------------------------
-
     def _added(self, stop: int, mlp_input: bool = False) -> Added:
-        """Layer and branch of everything that was added below a layer, or below what its MLP reads."""
+        """Layer and branch of everything that was added below a layer, or below its MLP's input."""
         added = [(i, branch) for i in range(stop) for branch in self._block(i).branches]
         return added + [(stop, branch) for branch in (self._block(stop).before("mlp") if mlp_input else ())]
 
     def _embeds(self, keep: Slice) -> Rows:
-        """What the stream begins with."""
+        """The embeddings that the stream starts from."""
         embed = self._at("hook_embed", None, keep)
         if "hook_pos_embed" not in self.model.hook_dict:
             return [("embed", embed)]
@@ -304,7 +298,7 @@ class ResidualStacks(DirectLogits):
         return rows
 
     def _expert_bias_rows(self, layer: int, keep: Slice, read: Reading | None) -> Rows:
-        """What the biases of chosen experts write, where they have any: `L0E1bias`."""
+        """The biases of the chosen experts, where they have any: `L0E1bias`."""
         bias = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.mlp").b_out).detach()
         if not bool(bias.any()):
             return []
@@ -322,7 +316,7 @@ class ResidualStacks(DirectLogits):
         keep: Slice,
         read: Reading | None,
     ) -> Tensor:
-        """What neurons of an MLP add to the stream, or what is wanted of that."""
+        """The outputs of an MLP's neurons, or their projection."""
         if read is None:
             return self._as_added(acts[..., None] * weight, layer, "mlp", keep)
         branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
@@ -340,7 +334,7 @@ class ResidualStacks(DirectLogits):
         apply_ln: bool = False,
         keep: Slice | None = None,
     ) -> Reading | None:
-        """What `project_output_onto` and `apply_ln` come to for a part of the stream before the norm, in float32."""
+        """`project_output_onto` and `apply_ln` as vectors that apply before the norm, in float32."""
         if vectors is None:
             return None
         width = self._bridge.cfg.d_model
@@ -353,15 +347,14 @@ class ResidualStacks(DirectLogits):
         return Reading(matrix, divisor, vectors.ndim == 1)
 
     def _before(self, norm: str, matrix: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
-        """The vectors that read before a norm what these read after it, but for its scale."""
+        """Vectors before a norm that read what these read after it, up to its scale."""
         weight = cast(Tensor, self._bridge.get_submodule(norm).w).detach()
         return self._centred((matrix * weight.to(matrix)[:, None]).mT).mT
 
     def _as_added(
         self, parts: Tensor, layer: int, mixer: str, keep: Slice
     ) -> Float[Tensor, "*batch_and_pos part d_model"]:
-        """Parts of what a mixer returns as they reach the stream: through its later norm, as that run scaled, and times
-        its multiplier."""
+        """A mixer's output as it reaches the stream: after its post-norm (with that run's scale) and multiplier."""
         branch = self._block(layer).branch(mixer)
         if branch.post_norm:
             norm = f"blocks.{layer}.{branch.post_norm}"
@@ -371,8 +364,6 @@ class ResidualStacks(DirectLogits):
 
     def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
         return [(label, Slice(pos_slice).apply(row, -2)) for label, row in rows]
-
-    # -- how rows become a stack -------------------------------------------------------------------
 
     def _stack(
         self,
@@ -385,7 +376,7 @@ class ResidualStacks(DirectLogits):
         incl_remainder: bool = False,
         read: Reading | None = None,
     ) -> Stack | Labelled:
-        """The rows as one tensor; `incl_remainder` adds what they leave over of the stream."""
+        """The rows as one tensor; `incl_remainder` adds the rest of the stream."""
         if incl_remainder:
             stop = self._layer(layer, mlp_input)
             entering = "hook_resid_mid" if mlp_input and self._block(stop).before("mlp") else "hook_resid_pre"
@@ -418,7 +409,7 @@ class ResidualStacks(DirectLogits):
     def _by_expert(
         self, chosen_values: Float[Tensor, "*batch_and_pos chosen width"], layer: int, keep: Slice
     ) -> Float[Tensor, "*batch_and_pos expert width"]:
-        """Values of the chosen experts, times their weights, at their experts' places; zero elsewhere."""
+        """Values of the chosen experts, times their weights, on an axis of all experts; zero elsewhere."""
         weights = self._at("mlp.hook_expert_weights", layer, keep)
         chosen = self._at("mlp.hook_expert_indices", layer, keep)
         weighted = chosen_values * weights[..., None].to(chosen_values.dtype)

@@ -1,4 +1,4 @@
-"""The older name of `transformer_lens.utilities`."""
+"""`transformer_lens.utilities` under its older name."""
 
 from transformer_lens.utilities import *  # noqa: F403
 from transformer_lens.utilities import __all__ as __all__

@@ -21,7 +21,7 @@ UNROTATED = {
     **dict.fromkeys(("smollm3", "cohere2", "exaone4", "exaone_moe", "jamba"), (1,)),
     **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo"), (0, 1)),
 }
-"""The layers whose attention is told no positions."""
+"""The layers without position encoding."""
 MIXER = "MixerBridge does not say which of its weights read the stream"
 UNFOLDED = {
     "gpt_oss": "its shape is",
@@ -108,7 +108,7 @@ def test_rotated_queries_and_keys_are_what_enters_attention(name: str, monkeypat
             assert torch.equal(next(cache[hook] for hook in shown if hook in cache), qk[part])
         assert rotates == (layer not in UNROTATED.get(name, ()))
         if not rotates:
-            with pytest.raises(KeyError, match="positions are added to the embeddings|is told no positions"):
+            with pytest.raises(KeyError, match="positions are added to the embeddings|has no position encoding"):
                 bridge.run_with_cache(ids, names_filter=f"{attention}.hook_rot_q")
 
 

@@ -1,8 +1,4 @@
-"""`ArchitectureAdapter`: the vocabulary in which a family of models is described.
-
-An adapter is data: where the components live, what the config's numbers are called, which
-configurations the model class cannot run, and what has to be made safe for hooks.
-"""
+"""`ArchitectureAdapter`: the vocabulary in which a family of models is described."""
 
 from __future__ import annotations
 
@@ -36,19 +32,18 @@ HEADS: Mapping[str, tuple[str, Part]] = {
     "classifier": ("head", Part(HeadBridge, "classifier")),
     "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
 }
-"""The heads of Hugging Face's task classes: attribute of the model -> component."""
+"""Task heads: attribute of the Hugging Face model -> component."""
 
 Blocks = Callable[[int], Part]
-"""The block of each layer, by its number."""
 
 KEYS = ("model_type", "architectures", "name_or_path", "_attn_implementation")
-"""What is read from every config."""
+"""What every adapter reads from a config."""
 
 EVERYWHERE = frozenset(
     {"rope_parameters", "initializer_range", "use_cache", "tie_word_embeddings"}
     | {f"{which}_token_id" for which in ("bos", "eos", "pad")}
 )
-"""Fields of configs whose values the model's own code sees to, or that name tokens."""
+"""Config fields that the model's own code handles, or that name tokens."""
 
 
 def head_of(model: nn.Module) -> str | None:
@@ -60,14 +55,14 @@ NO_HEAD = "this model class has no {missing}; its output is {present}"
 
 
 class Preparation:
-    """What `prepare_model` did to a model, and its exact inverse."""
+    """What `prepare_model` did to a model; `undo()` reverses it, and does nothing when called again."""
 
     def undo(self) -> None:
         """Give the model back as it was. Further calls do nothing."""
 
 
 class ArchitectureAdapter:
-    """Describes one family; subclass it, give it a config, and fill `component_mapping`.
+    """Describes one family: subclass it and fill `cfg_names` and `components`.
 
     >>> adapter = FalconArchitectureAdapter(FalconConfig(num_hidden_layers=2))
     >>> adapter.cfg.n_key_value_heads
@@ -78,19 +73,19 @@ class ArchitectureAdapter:
 
     model_type: ClassVar[str]
     since: ClassVar[str] = OLDEST
-    """The oldest release of transformers whose modules it describes."""
+    """The oldest release of transformers with the modules that it describes."""
     cfg_names: ClassVar[Mapping[str, str]] = {}
-    """Fields of `BridgeConfig` and the config attribute each is read from."""
+    """Fields of `BridgeConfig`, and the config attribute of each."""
     config_keys: ClassVar[tuple[str, ...]] = ()
-    """Attributes of the config that the family reads beside these."""
+    """Further attributes of the config that the family reads."""
     block_returns_tuple: ClassVar[bool] = False
-    """Whether a block of the model returns its stream as the first item of a tuple."""
+    """Whether a block returns its stream as the first item of a tuple."""
     dropouts: ClassVar[tuple[str, ...]] = ()
-    """The numbers in the config that make its blocks random in training."""
+    """Config attributes that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()
-    """Further fields of the config: whatever is there, every hook shows what its row in the table says."""
+    """Further fields of the config that change nothing in what hooks mean."""
     scales_given_embeddings: ClassVar[bool] = True
-    """Whether `embed_scale` also multiplies embeddings that the model is called with; else no hook shows those."""
+    """Whether `embed_scale` also multiplies embeddings that the model is called with; if not, no hook shows those."""
     root_hooks: tuple[Hook, ...] = ROOT_HOOKS
     """The hooks outside every component; `Port.at` names a role of `components`."""
     absent: ClassVar[Mapping[str, str]] = {
@@ -119,11 +114,11 @@ class ArchitectureAdapter:
         self.cfg.use_normalization_before_and_after = any(branch.norm and branch.post_norm for branch in branches)
 
     def family(self) -> Any:
-        """The class of transformers that the config has, or inherits from."""
+        """The transformers config class that the config has, or inherits from."""
         return next(kind for kind in type(self.config).__mro__ if kind.__module__.startswith("transformers."))
 
     def refuse_unknown_fields(self) -> None:
-        """Raise `ValueError` for a field of the family's config that is not at its default and not known here."""
+        """Raise `ValueError` for a config field of the family that is unknown here and not at its default."""
         family = self.family()
         known = {*self.cfg_names.values(), *self.config_keys, *self.dropouts, *self.harmless, *EVERYWHERE}
         known |= {field.name for field in fields(PreTrainedConfig)}
@@ -138,15 +133,15 @@ class ArchitectureAdapter:
                 )
 
     def refusals(self) -> list[str]:
-        """A sentence for everything in the config that the model class cannot run."""
+        """A sentence for each setting in the config that the model class cannot run."""
         return []
 
     def cautions(self) -> list[str]:
-        """A sentence for everything in the config that runs, and that a user should know about."""
+        """A sentence for each setting in the config that runs and that a user should know about."""
         return []
 
     def attentions_fault(self) -> str | None:
-        """What goes wrong in a call that asks transformers for its attentions, where it then computes other numbers."""
+        """What goes wrong in a call with `output_attentions`, where transformers then computes something else."""
         return None
 
     def variant(self) -> Mapping[str, Any]:
@@ -154,41 +149,40 @@ class ArchitectureAdapter:
         return {}
 
     def cached_heads(self) -> int:
-        """How many keys (and values) of each position transformers' own KV cache holds in a layer."""
+        """How many keys (and values) per position transformers' own KV cache holds in a layer."""
         return self.cfg.n_key_value_heads
 
     def window(self, layer: int) -> int | None:
-        """How many of the latest positions a layer's attention sees, itself included; `None` for all of them."""
+        """How many of the latest positions a layer attends to, itself included; `None` for all of them."""
         types = self.config.layer_types if "layer_types" in self.config_keys else None
         return self.cfg.sliding_window if types is None or types[layer] == "sliding_attention" else None
 
     def embed_scale(self) -> float:
-        """What the model multiplies embeddings by, after their module: `hook_embed` is what the first block reads."""
+        """The factor on embeddings after their module; `hook_embed` is what the first block reads."""
         return 1.0
 
     def _multiplied(self, hook: Hook) -> Hook:
-        """A row whose value the model multiplies by a number before anything reads it."""
+        """A hook whose value the model multiplies by a number before anything reads it."""
         port = hook.port
         assert isinstance(port, Port)
         instead = port.instead if self.scales_given_embeddings else None
         return replace(hook, port=replace(port, view=partial(scaled, self.embed_scale()), instead=instead), aliases=())
 
     def logit_cap(self) -> float | None:
-        """What the model caps its logits at softly, after the head; `None` where the head's output is its logits."""
+        """The soft cap on the logits, after the head; `None` where the head's output is the logits."""
         return None
 
     def changes_logits(self) -> bool:
-        """Whether the model's logits are something else than its head's output."""
+        """Whether the logits differ from the head's output."""
         return self.logit_cap() is not None
 
     def layout_name(self) -> str:
-        """What the family calls its layout."""
         return str(self.family().__name__.removesuffix("Config"))
 
     def components(self) -> Mapping[str, Part | Blocks]:
-        """The components of the base model, by role: `embed`, `rotary_emb`, `blocks`, `ln_final`.
+        """The components of the base model by role: `embed`, `rotary_emb`, `blocks`, `ln_final`.
 
-        `blocks` is the Part of every layer, or a function of the layer's number where layers differ.
+        `blocks` is the `Part` of every layer, or a function of the layer number where layers differ.
         """
         raise NotImplementedError(f"{type(self).__name__} has to say where its components live")
 
@@ -202,13 +196,12 @@ class ArchitectureAdapter:
         return blocks if isinstance(blocks, Part) else blocks(layer)
 
     def outside(self) -> dict[str, Part]:
-        """The parts outside the blocks, by role."""
         return {
             role: part for role, part in self.component_mapping.items() if isinstance(part, Part) and role != "blocks"
         }
 
     def read_config(self) -> BridgeConfig:
-        """The model's numbers under the field's names."""
+        """The config's values under the names of `BridgeConfig`."""
         read = {name: attribute(self.config, theirs) for name, theirs in self.cfg_names.items()}
         architectures = self.config.architectures or [""]
         known = {"architecture": architectures[0], "model_name": self.config.name_or_path or self.model_type}
@@ -231,16 +224,16 @@ class ArchitectureAdapter:
 
     @staticmethod
     def prepare_model(hf_model: nn.Module) -> Preparation:  # noqa: ARG004
-        """Make the model safe for anybody's hooks. Nothing to do unless the family adds in place."""
+        """Make the model safe for hooks; only needed for families that add in place."""
         return Preparation()
 
     def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
-        """The same for a module that is put in a component's place."""
+        """`prepare_model` for a module that replaces a component."""
         return Preparation()
 
 
 def refuse_unless_divisible(heads: int, key_value_heads: int) -> list[str]:
-    """The sentence for heads that do not fall into equal groups."""
+    """The sentence for heads that cannot be divided into equal groups."""
     if heads % key_value_heads:
         return [f"{heads} query heads do not fall into {key_value_heads} equal key-value groups"]
     return []

@@ -1,7 +1,4 @@
-"""Ports on and off an unchanged model: one torch hook for each place, there only while it is needed.
-
-A torch hook is put on when the first user hook arrives at one of its ports, and taken off with the last.
-"""
+"""Ports on and off an unchanged model: one torch hook per place, there only while a user hook needs it."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ class Tap:
                 self.tell(self, False)
 
     def follow(self) -> None:
-        """Move to the module that is at this place now, if another one was put there."""
+        """Move to the module that is at this place now."""
         if self.module is not self.component.in_place:
             with attaching:
                 self._take_off()
@@ -79,13 +76,13 @@ class Tap:
         self.handle.remove()
         self.handle, self.module = None, None
 
-    # What follows runs for every tensor, so it reads state where a helper would read better; a hook is four frames of
+    # The code below runs for every tensor, so it reads state where a helper would read better; a hook is four frames of
     # ours from the module: here, the port's `fire`, and two of the hook point's.
 
     def on_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The forward pre-hook: may exchange the module's input."""
+        """The forward pre-hook: may replace the module's input."""
         if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
             return None
         if not covered(self.layer):
@@ -114,7 +111,7 @@ class Tap:
         return arguments.with_value(self.arg, new, args, kwargs)
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The forward hook: may exchange the module's output, or one item of it."""
+        """The forward hook: may replace the module's output, or one item of it."""
         if not covered(self.layer):
             return None
         if state.depth:
@@ -135,7 +132,7 @@ class Tap:
 
 
 class BoundPort(Slot):
-    """A port of one component: between the model's tensor and what sits in the hook's place."""
+    """A port of one component: connects the model's tensor with the hook point."""
 
     def __init__(
         self,
@@ -153,11 +150,10 @@ class BoundPort(Slot):
         self.recalls = port.recalls is not None
 
     def remember(self, x: Tensor) -> None:
-        """Keep what a later place has to know."""
         state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
 
     def fire(self, x: Tensor) -> Tensor:
-        """Show the view of a tensor, and put back what became of it; returns it as it is unless a hook changed it."""
+        """Show the view of a tensor to the hook; returns the tensor itself unless a hook changed it."""
         known = None
         if self.recalls:
             known = recalled(self, len(state.executing), "input")
@@ -180,12 +176,12 @@ class EdgePort(BoundPort):
         self.elsewhere = elsewhere
 
     def wanted(self) -> bool:
-        """Whether anything needs the tensor here: hooks that the other process runs do not."""
+        """Whether any hook here needs the tensor; those that the other process runs do not."""
         return super().wanted() and not self.elsewhere.takes_all()
 
 
 class DividedPort(BoundPort):
-    """A port whose tensor several processes have a part of each: hooks are shown the whole."""
+    """A port whose tensor is sharded across processes: hooks see the whole."""
 
     def __init__(self, shards: Shards, *here: Any) -> None:
         super().__init__(*here)
@@ -200,23 +196,23 @@ class DividedPort(BoundPort):
 
 
 class KnownModules:
-    """Which module is at each place of a model, as last seen: one look at each tells whether any was exchanged."""
+    """The module at each place of a model when last seen, to notice replaced ones."""
 
     def __init__(self) -> None:
         self.at: dict[str, int] = {}
         self.links: list[tuple[weakref.ref[nn.Module], str, int]] = []
-        """Module, name of a child, and the child by its id: what was exchanged is not kept."""
+        """Module, child name, and the child's id, so that replaced modules are not kept alive."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KnownModules, ()  # a copy of a bridge has modules of its own
 
     def check(self, path: str, module: nn.Module | None) -> None:
-        """Forget everything if another module is at a place than the one known."""
+        """Forget everything if another module is at this place."""
         if self.at.get(path) != id(module):
             self.links.clear()
 
     def all_in_place(self) -> bool:
-        """Whether every module known hangs where it did."""
+        """Whether every known module is still at its place."""
         for parent, name, child in self.links:
             module = parent()
             if module is None or id(module._modules.get(name)) != child:
@@ -224,7 +220,6 @@ class KnownModules:
         return bool(self.links)
 
     def note(self, components: Iterable[ComponentBridge | Root]) -> None:
-        """Look where everything hangs now."""
         self.at, links = {}, {}
         for component in components:
             found: nn.Module = component.model
@@ -240,7 +235,7 @@ class KnownModules:
 
 
 class Attachment:
-    """All ports of a bridge, and the taps they share."""
+    """All ports of a bridge, and the torch hooks they share."""
 
     def __init__(
         self,
@@ -262,7 +257,7 @@ class Attachment:
         self.known = KnownModules()
 
     def tell(self, place: Tap | BoundModule, attached: bool) -> None:
-        """Something was put on the model or taken off; the model is watched as long as anything is there."""
+        """Something was put on the model or taken off; the model is watched while anything is on it."""
         before = bool(self.attached)
         if attached:
             self.attached[place] = None
@@ -273,7 +268,7 @@ class Attachment:
             (watch if attached else unwatch)(self.model, self)
 
     def follow(self) -> None:
-        """Move everything that is attached to the modules that are in the model now."""
+        """Move everything to the modules that are in the model now."""
         if not self.known.all_in_place():
             for place in tuple(self.attached):
                 place.follow()
@@ -348,20 +343,20 @@ class Attachment:
         return bound
 
     def _recall(self, bound: BoundPort | BoundInside, component: ComponentBridge | Root, layer: int) -> None:
-        """Let a hook know the input of another place, from before its own."""
+        """Keep the input of another place for a hook."""
         tap = self.tap(component, Port(side="in"), layer)
         tap.recall_for.append(bound)
         bound.listeners.append(tap)
 
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
-        """The tap at a port's place, made when first needed; other arguments and shared ports have their own."""
+        """The tap at a port's place; ports of other arguments, and shared ports, have their own."""
         key = (component.path, port.side, port.arg, port.shared)
         if key not in self.taps:
             self.taps[key] = Tap(component, port, layer, self.tell)
         return self.taps[key]
 
     def remove(self) -> None:
-        """Take every torch hook and everything in place of a forward off, also under modules put in hooks' places."""
+        """Remove every torch hook and every replaced forward, also below modules put in hooks' places."""
         for module in self.opened.values():
             module.release()
         for slot in self.elsewhere:
@@ -375,7 +370,7 @@ class Attachment:
 
 
 class Root:
-    """The base model itself as a place for ports: the part of the model below its head."""
+    """The base model, the part below the head, as a place for ports."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.model = model
@@ -383,7 +378,6 @@ class Root:
 
     @property
     def in_place(self) -> nn.Module:
-        """The base model."""
         return self.model.get_submodule(self.path)
 
 

@@ -1,7 +1,6 @@
 """`TransformerBridge`: an unchanged Hugging Face model whose activations have names.
 
-With no hook attached the model runs as it stands. The bridge is a tree of hook points beside it; an
-`Attachment` connects the two only while a hook is there.
+The bridge is a tree of hook points beside the model; an `Attachment` connects the two only while a hook is there.
 """
 
 from __future__ import annotations
@@ -70,17 +69,16 @@ class TransformerBridge(
     >>> cache["q", 0].shape
     torch.Size([1, 9, 4, 32])
 
-    `TransformerBridge(hf_model, tokenizer=None)` wraps a model that is already there, of any of the
-    family's classes. The model's parameters are not copied and its code is not replaced; `detach()`,
-    or leaving a `with` block, gives it back as it was. Raises `ValueError` for a family or a
-    configuration that cannot run.
+    `TransformerBridge(hf_model, tokenizer=None)` wraps a loaded model of any of the family's classes. No parameter is
+    copied and no code replaced; `detach()`, or leaving a `with` block, gives the model back as it was. Raises
+    `ValueError` for a family or a configuration that cannot run.
     """
 
     _default: tuple[dict[str, HookPoint], frozenset[str], list[str]] | None = None
-    """The hook points and switches for which the default names were listed last, and these names."""
+    """The inputs of the last listing of default names, and its result."""
     absent_names: Mapping[str, str]
     arguments: Arguments
-    """What the model's forward calls its arguments."""
+    """The argument names of the model's forward."""
 
     def __init__(self, hf_model: nn.Module, tokenizer: Any = None) -> None:
         if not isinstance(hf_model, nn.Module):
@@ -110,14 +108,12 @@ class TransformerBridge(
         self._detached = False
 
     def _follow_model(self) -> None:
-        """Let the config read what can change from the model."""
+        """Let the config read from the model what can change."""
         self.cfg.follow(ModelFacts(self.original_model))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._follow_model()
-
-    # -- making ------------------------------------------------------------------------------------
 
     @classmethod
     def boot_transformers(
@@ -142,11 +138,10 @@ class TransformerBridge(
 
         >>> bridge = TransformerBridge.boot_transformers("tiny-mixtral", dtype=torch.bfloat16)
 
-        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name), `n_ctx` cuts texts earlier than the
-        model would, `hf_config_overrides` sets fields of its config, and `load_weights=False` gives random weights.
-        Further keywords go to Hugging Face's `from_pretrained`. Raises `TypeError` for one that nothing takes, with
-        the nearest, and `ValueError` for options that a model already loaded cannot take. `model_name` is another name
-        of the first argument.
+        `dtype` defaults to the checkpoint's own (`torch_dtype` is its old name), `n_ctx` lowers the context length,
+        `hf_config_overrides` sets fields of the config, `load_weights=False` gives random weights, and `model_name` is
+        another name of the first argument. Further keywords go to Hugging Face's `from_pretrained`. Raises `TypeError`
+        for an unknown one, with the nearest, and `ValueError` for options that a loaded model cannot take.
         """
         if model_name is not None and name_or_path is not None:
             raise TypeError("boot_transformers: got a name twice, also as model_name; pass it once")
@@ -183,15 +178,15 @@ class TransformerBridge(
         dtype: torch.dtype | str | None = None,
         model_name: str = "native",
     ) -> Self:
-        """A small random model of numbers alone, in the family of transformers that has them.
+        """A small random model made from a config, in the transformers family that matches it.
 
         >>> cfg = BridgeConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, d_vocab=50, act_fn="gelu", seed=0)
         >>> toy = TransformerBridge.boot_native(cfg)
         >>> toy.cfg.architecture, toy(torch.tensor([[1, 2]])).shape
         ('GPT2LMHeadModel', torch.Size([1, 2, 50]))
 
-        Learned positions and LayerNorm give a GPT-2, rotary ones a GPT-NeoX, with RMSNorm and a gated MLP a Llama or,
-        with `num_experts`, a Mixtral. Raises `ValueError` for what none of them has.
+        Learned positions and LayerNorm give a GPT-2, RoPE a GPT-NeoX, RoPE with RMSNorm and a gated MLP a Llama or,
+        with `num_experts`, a Mixtral. Raises `ValueError` for combinations that none of them has.
         """
         model, _ = model_and_tokenizer(
             None,
@@ -205,7 +200,6 @@ class TransformerBridge(
         return bridge
 
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:
-        """Connect every hook point to its place in the model."""
         self.attachment = Attachment(self.cfg, self._tree_changed, sharding, inner, self._blocks_elsewhere())
         for hook in self.root_hooks:
             layer = self.cfg.n_layers if hook.port.at == WHOLE_MODEL else -1
@@ -229,7 +223,7 @@ class TransformerBridge(
             self.spellings[name] = (*self.spellings.get(name, (name,)), alias)
 
     def _blocks_elsewhere(self) -> dict[int, tuple[str, BlockElsewhere]]:
-        """The blocks that another process computes, by layer, and where they stand in the model."""
+        """The blocks that another process computes, by layer, and their paths in the model."""
         blocks = [self._component(f"blocks.{i}") for i in range(self.cfg.n_layers)]
         found = [(layer, block.path, block.original_component) for layer, block in enumerate(blocks)]
         return {layer: (path, module) for layer, path, module in found if isinstance(module, BlockElsewhere)}
@@ -246,10 +240,8 @@ class TransformerBridge(
         """Every component: the embedding, each block and its parts, the final norm, the head."""
         return components_in(self)
 
-    # -- giving back -------------------------------------------------------------------------------
-
     def detach(self) -> nn.Module:
-        """Take every hook off and give the model back exactly as it came; the bridge is spent."""
+        """Remove every hook and give the model back exactly as it came; the bridge cannot be used afterwards."""
         if not self._detached:
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
@@ -265,10 +257,8 @@ class TransformerBridge(
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    # -- names -------------------------------------------------------------------------------------
-
     def setup(self) -> None:
-        """List the hook points again, after modules were put in places of hooks or components."""
+        """List the hook points again, after hooks or components were replaced."""
         points: dict[str, HookPoint] = {}
         for child, module in self.named_children():
             if child == "original_model":
@@ -280,7 +270,7 @@ class TransformerBridge(
         self._points = self.exchanged.listed(points)
 
     def canonical_name(self, name: str) -> str:
-        """The one name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
+        """The canonical name of a hook, given any of its spellings. Raises `KeyError` with the nearest names."""
         alias = isinstance(name, str) and name not in self.hook_dict
         return super().canonical_name(self.aliases.get(name, name) if alias else name)
 
@@ -311,15 +301,13 @@ class TransformerBridge(
         return list(known[2])
 
     def hook_table(self) -> HookTable:
-        """Every hook of this model with its shape, axes, meaning and spellings, and why others are absent.
+        """Every hook of this model with its shape, axes, meaning and aliases, and why others are absent.
 
         >>> next(row.shape for row in bridge.hook_table() if row.name == "blocks.{i}.attn.hook_k")
         ('batch', 'pos', 2, 32)
         """
         title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
         return make_table(title, self.cfg, self.root_hooks, self.components(), self.absent_names)
-
-    # -- running -----------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -338,11 +326,11 @@ class TransformerBridge(
         >>> bridge("Mary and John", return_type="loss").shape, bridge("Mary and John").shape
         (torch.Size([]), torch.Size([1, 5, 735]))
 
-        Token ids without padding make the very call `model(tokens)` makes; `input_and_mask` says what counts as
-        padding, and a KV cache knows which of its positions are. Text is cut at `cfg.n_ctx`, as by `to_tokens`.
         `return_type` is "logits" (the model's main output where it has no vocabulary), "loss" (next-token, float32,
-        padding left out), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
-        that enters it; `start_at_layer` takes such a stream as input. Negative layers count from the end.
+        without padding), "both" or `None`. `stop_at_layer` runs the layers below it and returns the residual stream
+        that enters it; `start_at_layer` takes such a stream as input. Negative layers count from the end. Text is cut
+        at `cfg.n_ctx`, and `input_and_mask` says what counts as padding; without any, the call is exactly
+        `model(tokens)`.
         """
         start, stop = (
             None if layer is None else layer_number(self.cfg, layer, what, beyond=True)
@@ -406,8 +394,8 @@ class TransformerBridge(
         >>> list(cache)
         ['blocks.0.attn.hook_z']
 
-        Keywords as in `HookedRootModule.run_with_cache`, and those of `forward`.
-        `return_cache_object=False` gives a plain dictionary.
+        Keywords as in `HookedRootModule.run_with_cache` and `forward`; `return_cache_object=False` gives a plain
+        dictionary.
         """
         output, store = super().run_with_cache(*model_args, **kwargs)
         if not return_cache_object:
@@ -425,7 +413,7 @@ class TransformerBridge(
         )
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
-        """Every hook of the table fires in a run of all layers; one of a module in a place fires when that calls it."""
+        """Every hook of the table fires in a run of all layers; in a replaced module, only if the module calls it."""
         layers = (model_kwargs.get(name) for name in ("start_at_layer", "stop_at_layer"))
         return all(layer is None for layer in layers) and point.name in self._declared and point.on_change is not None
 

@@ -1,4 +1,8 @@
-"""KV caches of our own: `GroupedCache` keeps one key and value for each group, `PrefixCache` the start of a run."""
+"""`GroupedCache`: a KV cache that keeps one key and value per group, and returns one per query head.
+
+Falcon's new decoder architecture repeats keys for every query head before it caches them, so transformers' own cache is
+16 times larger than necessary for 40B, and 29 times for 180B.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +19,20 @@ from transformer_lens.model_bridge.padding import BITS, inherit
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 FEW = 2**19
-"""Up to so many numbers, selecting by index is quicker than repeating: 2 and 5 µs for a few, 40 and 30 ms for many."""
+"""Up to so many numbers, selecting by index is faster than repeating: 2 and 5 µs for a few, 40 and 30 ms for many."""
 
 
 class GroupedLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's cache: takes and returns a key for each query head, and keeps one for each group.
+    """One layer's cache: takes and returns a key for each query head, and keeps one per group.
 
-    `keys` and `values` are `[batch, kv_group, pos, d_head]`. Everything else (reordering, selecting,
-    cropping, moving) is transformers' `DynamicLayer` on these.
+    >>> layer = GroupedLayer(groups=2)
+    >>> shared = torch.randn(1, 2, 1, 5, 8).expand(1, 2, 3, 5, 8).reshape(1, 6, 5, 8)
+    >>> keys, _ = layer.update(shared, shared)
+    >>> torch.equal(keys, shared), layer.keys.shape
+    (True, torch.Size([1, 2, 5, 8]))
+
+    `keys` and `values` are `[batch, kv_group, pos, d_head]`; reordering, cropping and so on are those of
+    `DynamicLayer`.
     """
 
     def __init__(self, groups: int) -> None:
@@ -39,8 +49,8 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[Float[Tensor, "batch head pos d_head"], Float[Tensor, "batch head pos d_head"]]:
         """Add new positions; returns all of them, for each query head.
 
-        Heads that do not fall into the groups (those of one part of a sharded model) are kept as they are.
-        Raises `ValueError` if the first keys or values it is given differ within a group.
+        Heads that cannot be grouped (in a shard of a model) are kept as they are. Raises `ValueError` if the first keys
+        or values it is given differ within a group.
         """
         heads = key_states.shape[1]
         share = heads // self.groups if heads % self.groups == 0 else 1
@@ -55,14 +65,14 @@ class GroupedLayer(DynamicLayer):  # type: ignore[misc]
                     )
             self.group_of_head = torch.arange(heads, device=key_states.device) // share
         keys, values = super().update(key_states[:, ::share], value_states[:, ::share])
-        # Contiguous, as what DynamicLayer returns: the same kernels with the same rounding follow.
+        # Contiguous, as what DynamicLayer returns, so that the same kernels with the same rounding follow.
         if keys.numel() * share <= FEW:
             return keys.index_select(1, self.group_of_head), values.index_select(1, self.group_of_head)
         return repeat_groups(keys, heads).contiguous(), repeat_groups(values, heads).contiguous()
 
 
 class GroupedCache(Cache):  # type: ignore[misc]
-    """A transformers cache for any supported model that never holds one key twice.
+    """A transformers cache for any supported model that never holds a key twice.
 
     Falcon's new decoder architecture gives shared keys to every query head before it caches them, so
     transformers' own cache is 16 times what the keys of a 40B model need, and 29 times for 180B.
@@ -72,10 +82,9 @@ class GroupedCache(Cache):  # type: ignore[misc]
     >>> grouped.layers[0].keys.shape  # batch kv_group pos d_head
     torch.Size([1, 2, 6, 32])
 
-    Logits and tokens are bitwise those of `DynamicCache`. Where transformers caches nothing twice (Falcon-7B
-    and RW, Mixtral), its layers are `DynamicCache`'s own. While one layer runs, its keys and values are there
-    once more, for every query head. `config` is the Hugging Face config. Raises `ValueError` for a family that
-    is not supported.
+    Logits and tokens are bitwise those of `DynamicCache`, whose own layers it has where transformers repeats no key
+    (Falcon-7B and RW, Mixtral). While a layer runs, its keys and values are also there for every query head. `config`
+    is the Hugging Face config. Raises `ValueError` for an unsupported family.
     """
 
     def __init__(self, config: Any) -> None:

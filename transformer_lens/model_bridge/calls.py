@@ -1,4 +1,4 @@
-"""What a call of the bridge becomes as a call of the model, the same one where it can be; and what it gives back."""
+"""A call of the bridge as a call of the model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main_output(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """Keyword arguments for the Hugging Face model, and what the loss and the KV cache need to know."""
+    """Keyword arguments for the Hugging Face model, and what loss and KV cache need to know."""
 
     kwargs: dict[str, Any]
     tokens: Int[Tensor, "batch pos"] | None
@@ -68,18 +68,18 @@ class Call:
 
     @property
     def loss_mask(self) -> Bool[Tensor, "batch pos"] | None:
-        """Which of the tokens count."""
+        """Which tokens the loss counts."""
         return None if self.columns is None or self.tokens is None else self.columns.mask[:, -self.tokens.shape[1] :]
 
     def done(self) -> None:
-        """The model has run: its KV cache knows which of its positions are padding."""
+        """After the run: tell the KV cache which of its positions are padding."""
         remember(self.cache, self.columns)
 
 
 def batched_ids(ids: Int[Tensor, "batch pos"], d_vocab: int) -> Int[Tensor, "batch pos"]:
-    """Token ids with a batch axis. Raises `ValueError` for another shape, for booleans, and for ids that are none.
+    """Token ids with a batch axis; raises `ValueError` for another shape, for booleans and for invalid ids.
 
-    Ids on a GPU are not looked at, which would wait for it, nor are those that `torch.compile` traces.
+    Ids on a GPU are not checked, which would wait for it, nor are those that `torch.compile` traces.
     """
     batched = ids[None] if ids.ndim == 1 else ids
     if batched.ndim != 2 or ids.dtype == torch.bool or ids.is_complex() or 0 in batched.shape:
@@ -102,11 +102,11 @@ class InputAndMask(NamedTuple):
     mask: Bool[Tensor, "batch pos"]
     """False at padding. On the CPU."""
     attention_mask: Int[Tensor, "batch pos"] | None
-    """What a run of `input` has to be given with it: `None` where the plain call computes the same."""
+    """The mask that a run of `input` needs; `None` where it makes no difference."""
 
 
 class InputMethods(TokenMethods):
-    """What a bridge takes as input, and what becomes of it."""
+    """How a bridge reads its input."""
 
     arguments: Arguments
 
@@ -123,10 +123,10 @@ class InputMethods(TokenMethods):
         >>> mask.sum(-1), ids.shape
         (tensor([3, 5]), torch.Size([2, 5]))
 
-        Of texts, and of ids from `to_tokens`, this is known. Other ids are judged by the pad token. One that stands in
-        no text is padding at either end of a row. One that is also the end or the beginning of texts, or stands in for
-        a pad token that is not there, is padding at `padding_side` (`None`: the tokenizer's), where a row has more of
-        it than the row that has fewest; so a single row has none. A given `attention_mask` always wins.
+        For texts and for ids from `to_tokens` this is known. Other ids are judged by the pad token: one that occurs in
+        no text is padding at either end of a row. One that is also BOS or EOS, or stands in for a missing pad token, is
+        padding at `padding_side` (`None`: the tokenizer's) as far as a row has more of it than the row with fewest, so
+        a single row has none. A given `attention_mask` always wins.
         """
         reading = self._read(input, prepend_bos, padding_side)
         value, mask = reading.value, reading.mask.to("cpu", copy=True)
@@ -151,8 +151,8 @@ class InputMethods(TokenMethods):
     ) -> Reading:
         """Text, ids or embeddings, and which of their positions are padding.
 
-        Texts are padded at `side` (`None`: where the tokenizer does). In ids, a pad token that texts hold as well is
-        padding at `sides` (none named: at that one). `after`: they go on from texts that were read before.
+        Texts are padded at `side` (`None`: the tokenizer's); a pad token that occurs in texts counts as padding at
+        `sides`. `after`: they continue texts that were read before.
         """
         adapter = self.token_adapter
         if isinstance(input, Tensor) and not (input.is_meta and self.input_device().type == "meta"):
@@ -184,11 +184,7 @@ class InputMethods(TokenMethods):
         attention_mask: Tensor | None,
         past_key_values: Any,
     ) -> Call:
-        """Text, token ids or embeddings as the model's own arguments.
-
-        Nothing is passed that the caller did not ask for or the padding does not require: token ids without padding
-        make the call `model(tokens)` makes, and so does padding on the right, which changes nothing before it.
-        """
+        """Text, token ids or embeddings as the model's own arguments, with nothing added unless padding requires it."""
         what = "input" if start_at_layer is None else "start_at_layer takes the residual stream, and the input"
         if start_at_layer is not None and not (isinstance(input, Tensor) and input.is_floating_point()):
             got = f"a {input.dtype} Tensor" if isinstance(input, Tensor) else type(input).__name__

@@ -1,7 +1,6 @@
-"""Gradient checkpointing: the backward pass computes a block again, and what hooks did must count again, once.
+"""Gradient checkpointing: the backward pass recomputes a block, and hooks' edits must be applied again.
 
-In the forward, hooks run and what they made of each tensor is recorded. In the recomputation the record
-stands in their place: the edits are applied again, and no user function is called a second time.
+The forward pass records what hooks made of each tensor; the recomputation replays it and calls no user function again.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformer_lens.hook_point import state
 from transformer_lens.model_bridge.upstream import attribute
 
 FUNCTION = "_gradient_checkpointing_func"
-"""Where transformers keeps the function that checkpoints a block."""
+"""The attribute in which transformers keeps the function that checkpoints a block."""
 
 
 class Replayed(Protocol):
@@ -34,19 +33,19 @@ class Replayed(Protocol):
 
 @dataclass
 class Outcome:
-    """What the hooks at one place made of a tensor; `new` is `None` where they left it as it was."""
+    """What the hooks at one place made of a tensor; `new` is `None` where they changed nothing."""
 
     new: Tensor | None = None
     leaf: Tensor | None = None
-    """Under reentrant checkpointing, the tensor the hooks were given: where their own graph begins."""
+    """Under reentrant checkpointing, the leaf tensor that the hooks were given."""
     renamed: bool = False
-    """The same numbers in a tensor of its own, as a backward hook makes it."""
+    """Whether `new` has the same numbers in another tensor, as a backward hook makes it."""
     random: Tensor | None = None
     """The state of the random generator after hooks that drew from it."""
 
 
 class _Current(threading.local):
-    """The record this thread is writing, or replaying."""
+    """The record that this thread is writing or replaying."""
 
     record: Record | None = None
 
@@ -68,7 +67,7 @@ class Record:
         self.stream: Any = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """The block: recorded the first time, and replayed whenever it is computed again."""
+        """The block: recorded the first time, and replayed when it is recomputed."""
         self.replaying, self.reentrant = self.started, self.reentrant or not torch.is_grad_enabled()
         self.started, self.at, self.stream = True, {}, args[0] if args else None
         with ExitStack() as undo:
@@ -78,14 +77,11 @@ class Record:
             return function(*args)
 
     def _changed(self) -> bool:
-        """Whether hooks made anything else of any tensor."""
+        """Whether hooks changed any tensor."""
         return any(outcome.new is not None for outcomes in self.outcomes.values() for outcome in outcomes)
 
     def recall(self, owner: int, what: str, found: Any) -> Any:
-        """What a place outside the block let a hook know: hooks there do not run again with the block.
-
-        A tensor is the stream that enters the block.
-        """
+        """The stream that enters the block, remembered for a hook inside, whose place outside does not run again."""
         if not self.replaying:
             self.recalled[owner, what] = found
             return found
@@ -94,7 +90,7 @@ class Record:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        """The places with a record on the model again, whether or not their hooks still are."""
+        """The places with a record, on the model again."""
         slots = list(self.outcomes)
         try:
             for slot in slots:
@@ -107,7 +103,7 @@ class Record:
                 slot.refresh()
 
     def show(self, slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        """Run the hooks of a place on a tensor; in a recomputation, what they made of it before."""
+        """Run the hooks of a place on a tensor, or replay them."""
         return self._replay(slot, value) if self.replaying else self._fire(slot, place, value)
 
     def _fire(self, slot: Replayed, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -131,7 +127,7 @@ class Record:
         return new
 
     def _with_graph(self, outcome: Outcome, place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-        """Reentrant checkpointing has no graph in the forward, so the hooks get a small one of their own."""
+        """Give the hooks a small graph of their own, since reentrant checkpointing has none in the forward pass."""
         with torch.enable_grad():
             leaf = value.detach().requires_grad_(value.is_floating_point())
             new = place(leaf)
@@ -139,7 +135,6 @@ class Record:
         return value if new is leaf else new
 
     def _replay(self, slot: Replayed, value: Tensor) -> Tensor:
-        """What the hooks of a place made of the tensor the first time."""
         done = self.outcomes.get(slot, [])
         nth = self.at.get(slot, 0)
         if nth >= len(done):
@@ -158,7 +153,7 @@ class Record:
 
 
 class _Again(torch.autograd.Function):
-    """Hooks that ran before, as a step of the recomputed graph: their own graph gives the gradient."""
+    """The recorded hooks as a step of the recomputed graph: their own graph gives the gradient."""
 
     @staticmethod
     def forward(ctx: Any, _value: Tensor, _anchor: Tensor, outcome: Outcome) -> Tensor:
@@ -176,7 +171,7 @@ class _Again(torch.autograd.Function):
 
 
 def _kept(place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
-    """Run hooks so that what autograd saves for them is kept, for they are not run again."""
+    """Run hooks so that what autograd saves for them is kept, since they are not run again."""
     with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
         return place(value)
 
@@ -186,7 +181,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _same_memory(new: Tensor, old: Tensor) -> bool:
-    """Whether a tensor is another name for the same one, as a backward hook makes it."""
+    """Whether a tensor shares the memory of another, as one from a backward hook does."""
     return (
         new.data_ptr() == old.data_ptr()
         and (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
@@ -204,19 +199,19 @@ def _recording(record: Record | None) -> Iterator[None]:
 
 
 def current_record() -> Record | None:
-    """The record of the checkpointed block that this thread is in."""
+    """The record of the checkpointed block that this thread runs."""
     return _current.record
 
 
 def recalled(owner: object, depth: int, what: str) -> Any:
-    """What was remembered for a hook of this call, taken out of memory."""
+    """Take what was remembered for a hook of this call."""
     found = state.recalled.pop((id(owner), depth, what), None)
     record = _current.record
     return found if record is None else record.recall(id(owner), what, found)
 
 
 class _Checkpoint:
-    """Stands in for the function that checkpoints a block, for the length of a forward."""
+    """Replaces the function that checkpoints a block, for the length of a forward pass."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -230,7 +225,7 @@ class _Checkpoint:
 
 
 _exchange = threading.Lock()
-"""Held while a block's function is exchanged: the forwards of several threads share the exchange."""
+"""Held while a block's function is replaced, which threads share."""
 
 
 @contextmanager

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 
 class CollectMethods:
-    """What a bridge inherits to collect activations."""
-
     def collect(
         self,
         dataset: Any,
@@ -28,9 +26,9 @@ class CollectMethods:
         >>> store["z", 1].shape
         (5, 4, 32)
 
-        Files, data sets, texts or token ids go in; `transformer_lens.collect.collect` lists the options and errors.
+        The data set is files, texts or token ids; `transformer_lens.collect.collect` lists the options and errors.
         """
-        # Importing the package does not load what only this needs.
+        # Loaded only when needed.
         from transformer_lens.collect import collect
 
         return collect(cast("TransformerBridge", self), dataset, names, out_dir, **options)

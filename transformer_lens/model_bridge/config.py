@@ -1,8 +1,4 @@
-"""`BridgeConfig`: a model's numbers under the field's names, read from its Hugging Face config.
-
-What can change in a model that is there (vocabulary, dtype, device) is read from it each time; a copy, a pickle or
-`to_dict()` holds the numbers of that moment.
-"""
+"""`BridgeConfig`: a model's sizes and settings under the field's names, read from its Hugging Face config."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ T = TypeVar("T")
 
 
 class FromModel(Generic[T]):
-    """A field that a config reads from the model it follows; without a model, it is what it was given."""
+    """A config field that is read from the model, if the config follows one."""
 
     def __init__(self, *default: T) -> None:
         self.default = default
@@ -53,18 +49,18 @@ class FromModel(Generic[T]):
 
 @dataclass
 class BridgeConfig:
-    """What a model is, in the names that analysis code reads; also `HookedTransformerConfig`.
+    """A model's sizes and settings; also `HookedTransformerConfig`.
 
     >>> bridge.cfg.n_heads, bridge.cfg.n_key_value_heads
     (4, 2)
 
-    `n_key_value_heads` is the number of distinct key (and value) heads the model computes, whatever
-    its checkpoint's config calls it. `d_vocab_out` is the size of the model's last axis. In a bridge's config,
-    `d_vocab`, `d_vocab_out`, `dtype` and `device` are those of the model now, and setting them to anything else
-    raises `ValueError`.
+    `n_key_value_heads` counts the distinct key (and value) heads, whatever the checkpoint's config calls it;
+    `d_vocab_out` is the size of the model's last axis. In a bridge's config, `d_vocab`, `d_vocab_out`, `dtype` and
+    `device` are those of the model now, and setting them to another value raises `ValueError`; a copy or `to_dict()`
+    holds the values of that moment.
 
-    By itself it describes a model to make (`TransformerBridge.boot_native`). What is left out then follows from the
-    rest: a key and a value for every head, `d_mlp = 4 * d_model`. A cap of -1 stands for none.
+    A config of your own describes a model to make (`TransformerBridge.boot_native`). What is left out follows from the
+    rest: a key and a value for every head, `d_mlp = 4 * d_model`. A cap of -1 means none.
     """
 
     n_layers: int
@@ -94,17 +90,17 @@ class BridgeConfig:
     default_prepend_bos: bool = True
     seed: int | None = None
     attn_scale: float = -1.0
-    """What scores are divided by, before any cap; in a GPT-2 that scales by layer, in the first one."""
+    """The divisor of the attention scores."""
     attn_scores_soft_cap: float = -1.0
     output_logits_soft_cap: float = -1.0
     use_normalization_before_and_after: bool = False
     rotary_dim: int | None = None
     rotary_base: float | None = None
-    """The base of the rotation's angles; `None` where there is none, or layers have their own."""
+    """The RoPE base; `None` without RoPE, or where layers have their own."""
     tie_word_embeddings: bool = False
     initializer_range: float = -1.0
     tokenizer_name: str | None = None
-    # Names old scripts set: what they turn on is in a cache for which nothing is asked by name.
+    # Switches of older scripts: what they turn on is in a cache of everything.
     use_attn_result: bool = False
     use_attn_in: bool = False
     use_split_qkv_input: bool = False
@@ -126,7 +122,7 @@ class BridgeConfig:
 
     @property
     def ungroup_grouped_query_attention(self) -> bool:
-        """Whether keys and values are shown once for each query head: they are shown once for each group."""
+        """Always False: keys and values are shown once per group of query heads."""
         return False
 
     @property
@@ -139,17 +135,14 @@ class BridgeConfig:
         self.__dict__["_facts"] = facts
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """A config of fields by name.
+        """A config from fields by name; raises `TypeError` for an unknown one, with the nearest.
 
         >>> BridgeConfig.from_dict({"n_layers": 2, "d_model": 32, "n_heads": 4, "n_ctx": 64}).d_head
         8
-
-        Raises `TypeError` for a field that is not there, with the nearest.
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"fields: got {in_words(fields)}, expected a mapping of names to values")

@@ -1,7 +1,6 @@
-"""Blocks that another process computes: which hooks wait inside them, and how what they ask for is handed over.
+"""Blocks that another process computes: which hooks wait inside them, and how they get their tensors.
 
-A `BlockElsewhere` stands in the model where such a block is. It asks for its hooks before each run, and
-gives each of them the tensor that came back.
+A `BlockElsewhere` replaces such a block in the model. It asks for its hooks before each run and delivers their tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from transformer_lens.model_bridge.slots import Slot
 
 @dataclass(frozen=True)
 class HookRequest:
-    """One hook that waits at a name inside a block elsewhere."""
+    """One hook that waits at a name inside a remote block."""
 
     name: str
     point: HookPoint
@@ -29,14 +28,14 @@ class HookRequest:
     direction: Direction
 
     def deliver(self, tensor: Tensor | None) -> None:
-        """The hook took effect there; what it was to see, if anything, is here."""
+        """Deliver the tensor that the hook was to see, if any."""
         self.entry.fired = True
         if tensor is not None and not self.entry.removed:
             self.entry.fn(tensor, hook=self.point)
 
 
 class BlockElsewhere(PartsElsewhere):
-    """Stands in a model where a block is whose modules are in another process."""
+    """A module in the model that stands for a block of another process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,20 +51,19 @@ class BlockElsewhere(PartsElsewhere):
 
     @staticmethod
     def begins_at_embedding() -> bool:
-        """Whether what this thread is running begins at the embedding, and not with a stream at some block."""
+        """Whether this thread's run begins at the embedding."""
         return covered(-1)
 
     def requests(self) -> list[HookRequest]:
-        """The hooks that fire inside in what this thread is running now, in their order at each name."""
+        """The hooks that fire inside in this thread's run, in their order at each name."""
         with nested_forward():
             return [request for slot in self.waiting for request in slot.requests()]
 
 
 class HookElsewhere(Slot):
-    """One declared hook of a block elsewhere. Hooks that cannot work there are refused when they are attached.
+    """One declared hook of a remote block; hooks that cannot work there are refused when they are attached.
 
-    `edge`: the tensor is also here, where the block's input or output is, so functions may run at its port. Then only
-    hooks that all work inside are asked for there.
+    `edge`: the block's input or output is also here, so functions may run at its port.
     """
 
     def __init__(
@@ -131,5 +129,4 @@ class HookElsewhere(Slot):
                     yield HookRequest(self.name, place, entry, "bwd")
 
     def release(self) -> None:
-        """Nothing waits here any more."""
         self.block.waiting.remove(self)

@@ -1,4 +1,4 @@
-"""`bridge.generate`: Hugging Face's own `generate`, with text in and out, hooks that know where they are, caches."""
+"""`bridge.generate`: Hugging Face's own `generate`, with text in and out, hooks and caches."""
 
 from __future__ import annotations
 
@@ -61,8 +61,6 @@ CHOICES = (
 
 
 class GenerationMethods(InputMethods, HookedRootModule):
-    """The generating side of `TransformerBridge`."""
-
     original_model: nn.Module
     cfg: BridgeConfig
     adapter: ArchitectureAdapter
@@ -70,7 +68,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
 
     @property
     def generation(self) -> GenerationStep | None:
-        """While this thread runs a forward of `generate`: what it reads of the text; `None` at other times."""
+        """Which part of the text this thread's forward pass of `generate` reads; otherwise `None`."""
         return state.generation
 
     def generate(
@@ -102,21 +100,22 @@ class GenerationMethods(InputMethods, HookedRootModule):
         >>> bridge.generate("When Mary and John went to the store, John gave a drink to", max_new_tokens=1)
         'When Mary and John went to the store, John gave a drink to Mary'
 
-        `options` are those of Hugging Face's `generate`: beams, stopping criteria, streamers, `generation_config`...
-        A temperature, `top_k` or `top_p` asks for sampling; `temperature=0` for the likeliest token.
+        `options` are those of Hugging Face's `generate`: beams, stopping criteria, streamers, `generation_config`... A
+        temperature, `top_k` or `top_p` asks for sampling, `temperature=0` for the likeliest token. `freq_penalty` takes
+        that much off a sampled token's logit for each time it is in the text. Texts are padded on the left. Generation
+        ends at `eos_token_id`: the model's own by default, `None` for none.
+
         `return_type` "input" gives text for text and ids for ids (embeddings: the new ids), "str" and "tokens" one of
-        them; with `return_dict_in_generate=True` Hugging Face's own output. Texts are padded on the left. Generation
-        ends at `eos_token_id`: the model's own if left out, `None` for none.
+        them; with `return_dict_in_generate=True` Hugging Face's own output is returned. `return_input_tokens=True`
+        appends the token ids that the model was given, and `return_cache=True` gives `(output, ActivationCache)` with
+        the hooks of `names_filter` at every token of the output (one more forward pass reads the last token); scores
+        and patterns have a key axis as long as the text.
 
-        A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation", "all"; `on` where it is left
-        out) says in which forwards it fires. Inside, `hook.generation` is a `GenerationStep`.
-        `return_cache=True` gives `(output, ActivationCache)`: the hooks of `names_filter` at every token of the
-        output. One more forward reads the last token for it. Scores and patterns have a key axis as long as the text.
-        `return_input_tokens=True` adds the token ids that the model was given, as the last item. `freq_penalty` takes
-        that much off a token's logit for each time it is in the text, where tokens are drawn.
+        A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation" or "all"; default `on`)
+        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`.
 
-        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases
-        where forwards have none (no KV cache, assisted generation) and for a cache of beams.
+        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases where
+        forward passes have none (no KV cache, assisted generation) and for a cache of beams.
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
         how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
@@ -155,15 +154,14 @@ class GenerationMethods(InputMethods, HookedRootModule):
         verbose: bool = False,
         **options: Any,
     ) -> Iterator[Any]:
-        """What `generate` would add, piece by piece as it is chosen; the caller's own thread runs the model.
+        """Yield what `generate` would add, piece by piece; the caller's own thread runs the model.
 
         >>> list(bridge.generate_stream("When Mary and John went to the store, John gave a drink to", 1))
         [' Mary']
 
-        Gives strings for one text, lists of strings for several, and ids `[batch]` for ids. A text's pieces together
-        are what `generate` adds to it; `max_tokens_per_yield` joins those of as many steps. A loop that is left early,
-        or fails, leaves no hook behind. Keywords as in `generate`, but for `return_cache` and `return_input_tokens`;
-        only the likeliest token or sampling, so beams and assistants raise `ValueError`.
+        Yields strings for one text, lists of strings for several, and ids `[batch]` for ids. `max_tokens_per_yield`
+        joins the pieces of as many steps. A loop that is left early, or fails, leaves no hook behind. Keywords as in
+        `generate`, except `return_cache` and `return_input_tokens`; beams and assistants raise `ValueError`.
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
         how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
@@ -173,14 +171,12 @@ class GenerationMethods(InputMethods, HookedRootModule):
         return in_portions(stream(call, self._generation_run(call, fwd_hooks, on), verbose), each)
 
     def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
-        """`generate` under the name that TransformerLens gives it where Hugging Face's options are wanted.
+        """`generate` under the name that TransformerLens uses with Hugging Face's options.
 
         >>> bridge.hf_generate("Mary and", 1, output_scores=True, return_dict_in_generate=True).scores[0].shape
         torch.Size([1, 735])
         """
         return self.generate(input, max_new_tokens, **options)
-
-    # -- its parts ---------------------------------------------------------------------------------
 
     def _generation_call(
         self,
@@ -246,7 +242,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         names = self.select_names(names_filter, may_be_none=True)
         for name in names:
             run.capture(self.hook_dict[name], named)
-        # Left to itself, `generate` asks for the logits of the last position alone.
+        # By default `generate` asks for the logits of the last position alone.
         return {"logits_to_keep": 0} if any(name.startswith("unembed.") for name in names) else {}
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:

@@ -1,4 +1,4 @@
-"""What a call of `bridge.generate` becomes as a call of Hugging Face's `generate`: prompt, mask and options."""
+"""A call of `bridge.generate` as a call of Hugging Face's `generate`: prompt, mask and options."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from transformer_lens.model_bridge.tokens import Reading, TokenAdapter, decoded,
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, Arguments
 
 MOST_TOKENS = 2**31 - 1
-"""No generation is longer: the numbers of its positions are added up in as many bits."""
+"""The longest generation: `generate` adds up its positions in 32 bits."""
 RETURN_TYPES = ("input", "str", "tokens")
 CONTROLS = ("tokenizer", "assistant_tokenizer", "trust_remote_code")
-"""Keywords of Hugging Face's `generate` that stand in none of its signatures."""
+"""Keywords of Hugging Face's `generate` that are in none of its signatures."""
 SAMPLING: Mapping[str, Callable[[str, Any], Any]] = {
     "temperature": partial(a_number, least=0.0),
     "top_k": partial(whole, least=0),
     "top_p": partial(a_number, least=0.0, most=1.0),
 }
-"""What the numbers that choose a token have to be; zero switches one off."""
+"""Checks of sampling settings; zero switches one off."""
 LISTS: Mapping[str, tuple[type[Any], type[Any]]] = {
     "stopping_criteria": (StoppingCriteria, StoppingCriteriaList),
     "logits_processor": (LogitsProcessor, LogitsProcessorList),
 }
-"""Keywords that take one or several, what each is, and the list that transformers wants."""
+"""Keywords that take one or several, the type of each, and transformers' list type."""
 PROMPTS = ("input_ids", "inputs", "inputs_embeds")
 
 
@@ -51,13 +51,13 @@ class Prompt:
     ids: Int[Tensor, "batch prompt"] | None
     """`None` for embeddings."""
     texts: list[str] | None
-    """The texts it came from, if it came as text."""
+    """The texts it came from, if any."""
     several: bool
-    """Whether it came as a list of texts, or as a batch of several rows."""
+    """Whether it was a list of texts, or a batch of several rows."""
 
     @property
     def read(self) -> int:
-        """How many of its columns stand in what `generate` returns: all, but for embeddings and a cached part."""
+        """How many of its columns `generate` returns: all, except for embeddings and a cached part."""
         return 0 if self.ids is None else self.ids.shape[1]
 
 
@@ -83,16 +83,16 @@ def prepare_prompt(
     device: torch.device,
     has_tokenizer: bool,
 ) -> Prompt:
-    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too. A mask
-    that was given is taken out of `options`.
+    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too.
 
-    Raises `ValueError` for padding behind a prompt, and for masks of another width.
+    A given mask is taken out of `options`. Raises `ValueError` for padding after a prompt, and for masks of another
+    width.
     """
     attention_mask, past_key_values = options.pop("attention_mask", None), options.get(arguments.name(CACHE))
     given, past = reading.value.to(device), cached_length(past_key_values)
     rows, columns = given.shape[:2]
     if attention_mask is not None:
-        # Beside a KV cache, a mask of the whole text says that the prompt is what follows the cached part.
+        # With a KV cache, a mask of the whole text says that the prompt is what follows the cached part.
         wide = past and isinstance(attention_mask, Tensor) and list(attention_mask.shape) == [rows, past + columns]
         mask = checked_mask(attention_mask, rows, past + columns if wide else columns, device)
         columns = mask.shape[1]
@@ -184,10 +184,7 @@ def as_list(given: Any) -> Sequence[Any]:
 
 
 def in_lists(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in which stopping criteria and logits processors, one or several, are transformers' lists.
-
-    Raises `TypeError` for what cannot be called.
-    """
+    """Stopping criteria and logits processors in transformers' lists; `TypeError` for what is not callable."""
     made = dict(options)
     for name, (kind, listed) in LISTS.items():
         given = as_list(options.get(name))
@@ -202,7 +199,7 @@ def in_lists(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: TokenAdapter | None) -> dict[str, Any]:
-    """Options with the tokenizer, where some of them need it. Raises `ValueError` where there is none."""
+    """Options with the tokenizer, if some of them need it. Raises `ValueError` without one."""
     wanting = [name for name in ("stop_strings", "token_healing") if getattr(chosen, name)]
     if not wanting or options.get("tokenizer") is not None:
         return options
@@ -217,7 +214,7 @@ def with_tokenizer(options: dict[str, Any], chosen: GenerationConfig, adapter: T
 
 
 def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
-    """The generation config that holds for a call: what was passed, over the given config, over the model's own."""
+    """The generation config of a call: what was passed, over the given config, over the model's own."""
     merged = GenerationConfig()
     for source in (model.generation_config, options.get("generation_config")):
         if source is not None:
@@ -236,16 +233,13 @@ def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any],
 
 @dataclass(frozen=True)
 class GenerationCall:
-    """A prepared call of Hugging Face's `generate`."""
-
     model: Any
     arguments: Arguments
     prompt: Prompt
     options: dict[str, Any]
     chosen: GenerationConfig
-    """Every setting that holds for it."""
     cache: dict[str, Any]
-    """The KV cache we choose for it, as an option."""
+    """The KV cache that we choose for it, as an option."""
     return_type: str
     adapter: TokenAdapter | None
 
@@ -265,7 +259,7 @@ class GenerationCall:
         return texts if self.prompt.several or len(texts) > 1 else texts[0]
 
     def text_of(self, number: int, row: list[int]) -> str:
-        """The text of a prompt as it was given, and of what was added to it, special tokens left out of that."""
+        """The text of a prompt as given, with the text that was added, without special tokens."""
         assert self.adapter is not None
         tokenizer = self.adapter.tokenizer
         special = special_tokens(tokenizer)
@@ -277,7 +271,7 @@ class GenerationCall:
         return decoded(tokenizer, [*read[first:], *new])
 
     def refuse(self, *, phased: bool, hooked: bool, captured: bool) -> None:
-        """Raise `ValueError` for hooks that the way of generating gives no clear meaning."""
+        """Raise `ValueError` for hooks without a clear meaning in this way of generating."""
         chosen, options = self.chosen, self.options
         guessing = options.get("assistant_model") is not None or bool(chosen.prompt_lookup_num_tokens)
         if phased and guessing:
@@ -310,7 +304,7 @@ class GenerationCall:
 
 @contextmanager
 def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
-    """Keywords for `generate` that move a progress bar on with every token."""
+    """Keywords for `generate` that advance a progress bar with every token."""
     if not shown:
         yield {}
         return

@@ -1,8 +1,4 @@
-"""`GenerationRun`: hooks and captures for the length of one generation, however many forwards it takes.
-
-It follows the forwards by two torch hooks on the model, there only meanwhile: they tell the user's hooks
-which part of the text is being read, exchange the hooks of prompt and continuation, and keep what was captured.
-"""
+"""`GenerationRun`: hooks and captures of one generation, however many forward passes it takes."""
 
 from __future__ import annotations
 
@@ -39,7 +35,7 @@ class GenerationRun:
         self.step = self.read = self.rows = 0
         self.cache: Any = None
         self.written: Tensor | None = None
-        """The tokens, as far as they are known, those of the prompt in front."""
+        """The known tokens, those of the prompt first."""
         self.captured: dict[str, Tensor] = {}
         self.pieces: dict[str, list[Tensor]] = {}
         self.handles: list[RemovableHandle] = []
@@ -90,7 +86,7 @@ class GenerationRun:
         self._detach()
 
     def _remember(self) -> None:
-        """Let the KV cache know its padding: that of prompts, and what stands behind texts that ended before others."""
+        """Let the KV cache know its padding: in prompts, and after texts that ended before others."""
         length = cached_length(self.cache)
         prompt = self.prompt_mask.bool()
         if not self.rows or length < prompt.shape[1]:
@@ -104,7 +100,7 @@ class GenerationRun:
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
-        """While this is entered, forwards of the model in this thread belong to the generation."""
+        """While entered, forward passes of the model in this thread belong to the generation."""
         outer = state.generation
         try:
             with self.run:
@@ -113,7 +109,7 @@ class GenerationRun:
             state.generation = outer
 
     def _ours(self) -> bool:
-        """Not a forward that a user's hook runs, nor one between the steps of a stream."""
+        """Whether this is a forward pass of ours, not of a user's hook, nor between the steps of a stream."""
         return state.run is self.run and not state.depth
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -145,10 +141,9 @@ class GenerationRun:
 
 
 def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoint]) -> dict[str, Tensor]:
-    """What was captured forward by forward, as one forward over the whole text captures it.
+    """What was captured pass by pass, as one forward pass over the whole text captures it.
 
-    Scores and patterns of earlier queries get the keys that came later: masked ones. A model with trained prompts has
-    more positions inside than its text.
+    Scores and patterns of earlier queries get later keys, masked. Prompt tuning makes more positions than the text has.
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():

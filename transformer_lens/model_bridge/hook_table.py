@@ -1,4 +1,4 @@
-"""`HookTable`: every hook of a model with its shape, meaning and spellings, for reading and for docs."""
+"""`HookTable`: every hook of a model with its shape, meaning and aliases, for reading and for docs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIZES = {
     **{name: name for name in ("d_model", "d_head", "d_mlp", "d_vocab", "d_vocab_out")},
     **{"head": "n_heads", "kv_head": "n_key_value_heads", "expert": "num_experts", "chosen": "experts_per_token"},
 }
-"""Axis -> the field of `BridgeConfig` that gives its length; other axes depend on the input."""
+"""Axis -> the field of `BridgeConfig` with its length; other axes depend on the input."""
 
 COLUMNS = ("hook", "axes", "kind", "meaning", "also called")
 
 
 def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int] = {}) -> tuple[int | str, ...]:
-    """The length of each axis, or its name where the input decides; `sizes` are a component's own.
+    """The length of each axis, or its name where it depends on the input; `sizes` are a component's own.
 
     >>> axis_sizes("batch pos head d_head", bridge.cfg), axis_sizes("pos d_mlp", bridge.cfg, {"d_mlp": 96})
     (('batch', 'pos', 4, 32), ('pos', 96))
@@ -47,7 +47,7 @@ class HookRow:
     read_only: bool
     absent: str = ""
     layers: tuple[int, ...] = ()
-    """The layers that the row holds for, where these are not all."""
+    """The layers that the row holds for, if not all."""
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
@@ -57,7 +57,7 @@ class HookRow:
         return (self.name, self.sizes(), kind, self.meaning, ", ".join(self.aliases))
 
     def where(self) -> str:
-        """The layers it holds for as the end of a phrase: `, layers 1-3`; nothing where these are all."""
+        """The layers it holds for as the end of a phrase, `, layers 1-3`; empty if all."""
         return f", {layers_in_words(self.layers)}" if self.layers else ""
 
     def sizes(self) -> str:
@@ -89,7 +89,7 @@ class HookTable(Tabular):
         return [row for row in self.rows if not row.absent]
 
     def absent(self) -> list[HookRow]:
-        """Names of other architectures, each with the reason why it is absent here."""
+        """Hooks of other architectures, and why each is absent here."""
         return [row for row in self.rows if row.absent]
 
     def row(self, name: str) -> HookRow:
@@ -107,11 +107,10 @@ class HookTable(Tabular):
         raise KeyError(f"hook table: got {name!r}, expected the full name of a hook; the nearest are {near}")
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain data."""
         return [dict(vars(row)) for row in self.rows]
 
     def table(self) -> TextTable:
-        """One line for each hook, those that are absent in grey."""
+        """One line for each hook, absent ones in grey."""
         # The reason of an absent row runs on, so the line under the head ends before it.
         grey = ["#767676" if row.absent else "" for row in self.rows]
         return TextTable(self.title, COLUMNS, [row.cells() for row in self.rows], ruled=True, colours=grey)
@@ -119,7 +118,7 @@ class HookTable(Tabular):
     __repr__ = Tabular.__str__
 
     def __rich__(self) -> Table:
-        """Two columns, readable in 80: names on the left, axes, meaning and spellings on the right."""
+        """Two columns, readable in 80: names on the left, axes, meaning and aliases on the right."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
@@ -137,9 +136,6 @@ class HookTable(Tabular):
             names = "\n".join(row.name for row in self.absent() if (row.where(), row.absent) == (where, reason))
             table.add_row(names, f"absent{where}: {reason}", style="dim")
         return table
-
-
-# -- making one ------------------------------------------------------------------------------------------
 
 
 def layers_in_words(layers: Iterable[int]) -> str:
@@ -170,7 +166,8 @@ def make_table(
     components: Iterable[ComponentBridge],
     absent: Mapping[str, str],
 ) -> HookTable:
-    """The table of a model's hooks: those that several layers declare alike are one row."""
+    """The table of a model's hooks; hooks that several layers declare alike are one row."""
+
     known: dict[Any, HookRow] = {}
     layers: dict[HookRow, list[int]] = {}
 

@@ -1,7 +1,4 @@
-"""`model_info`: what a model is and what memory it takes, from its config alone.
-
-Parameters are counted on the meta device, where a module has shapes and no numbers; the KV cache is arithmetic.
-"""
+"""`model_info`: what a model is and what memory it takes, from its config alone."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ class WeightMemory:
     bytes: int
     """By `formula`, with every matrix in the blocks in this precision."""
     bitsandbytes: int
-    """With linear layers alone in this precision, as bitsandbytes does it: experts stay in bf16."""
+    """With only linear layers in this precision, as in bitsandbytes: experts stay in bf16."""
     formula: str
 
 
@@ -59,7 +56,7 @@ class CacheMemory:
 
     context: int
     needed: int
-    """One key and value for each group of heads, at each position that attention still looks back to."""
+    """One key and value per group of heads, at each position that attention can still see."""
     allocated: int
     """What transformers' `DynamicCache` holds while it generates."""
 
@@ -89,7 +86,7 @@ class ModelInfo:
     sliding_window: int | None
     parameters: int
     active_parameters: int
-    """Those that work on one token: all but the experts that were not chosen."""
+    """The parameters that work on one token: all but the experts that were not chosen."""
     weights: tuple[WeightMemory, ...]
     cache_dtype: str
     kv_cache: tuple[CacheMemory, ...]
@@ -99,7 +96,6 @@ class ModelInfo:
         return asdict(self)
 
     def tables(self) -> Iterator[TextTable]:
-        """What there is to show."""
         active = "" if self.active_parameters == self.parameters else f", of which {billions(self.active_parameters)}"
         shape = [
             ["layout", self.layout],
@@ -182,10 +178,10 @@ def model_info(
     Falcon 40B and 180B layout (new decoder architecture): 128 query heads in 8 groups that share a key and value;
     parallel attention and MLP with two norms; RoPE
 
-    `model` is a hub name, a directory or a `config.json`, a config, or one of the built-in shapes
-    (`published.PUBLISHED`: "falcon-40b", "mixtral-8x7b", ...). `context` is in tokens, by default 2,048
-    and the model's own; `dtype` is that of the KV cache. `loading` goes to Hugging Face (`revision`,
-    `token`). Raises `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
+    `model` is a hub name, a directory or a `config.json`, a config, or a built-in shape (`published.PUBLISHED`:
+    "falcon-40b", "mixtral-8x7b", ...). `context` is in tokens, by default 2,048 and the model's own; `dtype` is that of
+    the KV cache. `loading` goes to Hugging Face (`revision`, `token`). Raises `ValueError` for a configuration that
+    cannot run, `OSError` for one that cannot be read.
     """
     config = find_config(model, loading)
     adapter = adapter_for(config)
@@ -214,7 +210,7 @@ def model_info(
 
 
 def find_config(model: str | Path | PreTrainedConfig, loading: dict[str, Any]) -> Any:
-    """The config behind a name; a path or a shipped model of a built-in's name comes first."""
+    """The config of a name; a path or a shipped model takes precedence over a built-in shape."""
     refuse_unknown("loading", loading, FILE_OPTIONS)
     if isinstance(model, PreTrainedConfig):
         return model
@@ -256,7 +252,7 @@ _COUNTS = ("no norm", "one norm", "two norms", "three norms")
 
 
 def _block_in_words(cfg: BridgeConfig, block: Part) -> str:
-    """What the branches of a block are, and which of them are side by side."""
+    """A block's branches, in words."""
     experts = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token,"
     words = {"attn": "attention", "mixer": "mixer", "mlp": "MLP"}
     if "mlp" in block.parts and "experts" in block.parts["mlp"].parts:
@@ -286,8 +282,8 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
     >>> cache_memory(adapter_for(FalconConfig()), 2048, torch.bfloat16).needed == 2 * 32 * 1 * 64 * 2048 * 2
     True
 
-    2 (key and value) * layers * heads * d_head * positions * bytes. In a layer with a sliding window attention looks
-    back to `window - 1` positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
+    2 (key and value) * layers * heads * d_head * positions * bytes. With a sliding window attention sees `window - 1`
+    earlier positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
     """
     cfg = adapter.cfg
     each = 2 * cfg.d_head * dtype.itemsize
@@ -297,9 +293,9 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
 
 
 def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, tuple[WeightMemory, ...]]:
-    """The class of the model that this config describes, its parameters, those in experts, and its weights' memory.
+    """The model class of a config, its parameters, those in experts, and its weights' memory.
 
-    Counted on the meta device; a tied parameter counts once, scales are counted for each matrix.
+    Counted on the meta device, where modules have shapes alone; a tied parameter counts once, scales for each matrix.
     """
     kind = model_class(config)
     with torch.device("meta"):

@@ -20,22 +20,22 @@ from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Wor
 from transformer_lens.model_bridge.weight_access import read_weight
 
 DISPATCHED = "_old_forward"
-"""Where accelerate keeps the forward that it found in a module, and that its own forward calls."""
+"""Where accelerate keeps the original forward that its own calls."""
 
 
 class ForwardInPlace:
-    """What sits in a module's `forward` in place of its own."""
+    """Replaces a module's `forward`."""
 
     original: Callable[..., Any]
 
     @classmethod
     def on(cls, module: nn.Module) -> Self | None:
-        """The one that is there already, in the module's forward or in the one accelerate's forward calls."""
+        """The one that is in the module's forward already, or in the one that accelerate's calls."""
         places = (module.__dict__.get(name) for name in ("forward", DISPATCHED))
         return next((forward for forward in places if isinstance(forward, cls)), None)
 
     def leave(self, module: nn.Module, had: bool) -> None:
-        """Put back what was there, at the place where this one is now; `had`: in the module's own dictionary."""
+        """Restore the original forward; `had`: it was in the module's own dictionary."""
         here = module.__dict__
         if here.get(DISPATCHED) is self:
             here[DISPATCHED] = self.original
@@ -47,18 +47,17 @@ class ForwardInPlace:
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:
-    """The module's own computation, whatever is in the place of its forward."""
+    """The module's own computation, whatever replaces its forward."""
     forward: Callable[..., Any] = module.forward
     return forward.original if isinstance(forward, ForwardInPlace) else forward
 
 
 @dataclass
 class InsideCall:
-    """The arguments of the call, the module's numbers, and the hooks that wait inside."""
+    """The arguments of the call, the model's config, and the hooks that wait inside."""
 
     module: nn.Module
     original: Callable[..., Any]
-    """The module's own forward."""
     cfg: BridgeConfig
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -67,17 +66,16 @@ class InsideCall:
     wants: Callable[[str], bool]
     """Whether a hook of this name fires in this call."""
     writes: Callable[[str], bool]
-    """Whether one may change what it sees, or needs a gradient through it."""
+    """Whether one may change its value, or needs a gradient through it."""
     stream: Tensor | None = None
     """The stream that enters the block, where a hook shows it."""
     shards: Shards = ALONE
-    """The processes that share the inside of the module; `cfg` has the numbers of this one's part."""
+    """The processes that share the inside of the module; `cfg` describes this process's part."""
     divided: tuple[str, ...] = ()
     """The axes along which they share it."""
 
     @property
     def arguments(self) -> Arguments:
-        """What the module's forward calls its arguments."""
         return arguments_of(type(self.module))
 
     def argument(self, word: Word) -> Any:
@@ -93,11 +91,10 @@ class InsideCall:
 
     @property
     def first(self) -> Any:
-        """The first argument."""
         return self.arguments.first_value(self.args, self.kwargs)
 
     def graph_of(self, name: str) -> AbstractContextManager[object]:
-        """For what is computed to be shown: it is part of the graph only where a hook of this name may write."""
+        """Record a graph only where a hook of this name may write."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and self.writes(name))
 
     def run(self) -> Any:
@@ -105,8 +102,8 @@ class InsideCall:
         return self.original(*self.args, **self.kwargs)
 
     def weight(self, role: str, name: str = "weight") -> Tensor:
-        """A weight of a part, or of the module itself (""): this process's part of it where the inside is divided."""
-        # A part's module may be a wrapper that adapts it for the length of a call: in this call it did so already.
+        """A weight of a part, or of the module itself (""): this process's shard where the inside is sharded."""
+        # A part's module may be a wrapper that adapts it during a call, and in this call it did so already.
         module = self.parts(role) if role else self.module
         weight = read_weight(module, name, shard=self.shards.size > 1)
         computed = is_adapted(module) or is_quantised(getattr(module, name))
@@ -117,7 +114,7 @@ class InsideCall:
 def on_output(
     module: nn.Module, act: Callable[[Tensor, Tensor], Tensor | None], *, first: bool = False
 ) -> Iterator[None]:
-    """Hand what a module receives and returns in this thread to `act`, whose result, if any, the model goes on with.
+    """Pass what a module receives and returns in this thread to `act`, whose result, if any, replaces the output.
 
     Before every other hook on the module, or after them.
     """

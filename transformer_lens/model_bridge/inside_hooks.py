@@ -1,7 +1,4 @@
-"""Hooks inside modules: what sits in a module's `forward` while a hook inside is there.
-
-It hands each call to the component, which knows the module's seams and formulas. Other calls are the module's own.
-"""
+"""Hooks inside modules: replaces a module's `forward` while a hook inside is attached."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ from transformer_lens.model_bridge.slots import Slot, check_replacement
 from transformer_lens.model_bridge.views import TokenRows
 
 attaching = threading.Lock()
-"""Held while something is put on a model or taken off: bridges and runs of several threads share what is there."""
+"""Held while a model is changed, which bridges and threads share."""
 
 
 class InsideForward(ForwardInPlace):
-    """Sits in a module's `forward` on behalf of every bridge that has hooks inside."""
+    """Replaces a module's `forward` on behalf of every bridge that has hooks inside."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -98,11 +95,11 @@ class BoundModule:
         self.layer = layer
         self.hooks: dict[str, BoundInside] = {}
         self.recalls = False
-        """Whether any of them has to know the input of another place."""
+        """Whether any of them needs the input of another place."""
         self.in_place: InsideForward | None = None
 
     def refresh(self) -> None:
-        """Take the place of the module's forward, or leave it, as the hooks inside need it."""
+        """Replace the module's forward, or restore it, as the hooks inside need it."""
         with attaching:
             needed = any(hook.wanted() for hook in self.hooks.values())
             if needed and self.in_place is None:
@@ -113,7 +110,7 @@ class BoundModule:
                 self.tell(self, False)
 
     def follow(self) -> None:
-        """Move to the module that is at this place now, if another one was put there."""
+        """Move to the module that is at this place now."""
         if self.in_place is not None and self.in_place.module is not self.component.computing_module:
             with attaching:
                 self._take_off()
@@ -121,7 +118,6 @@ class BoundModule:
 
     @property
     def module(self) -> nn.Module | None:
-        """The module it is in."""
         return None if self.in_place is None else self.in_place.module
 
     def _put_on(self) -> None:
@@ -141,12 +137,12 @@ class BoundModule:
         self.in_place = None
 
     def release(self) -> None:
-        """Leave the module's forward, whatever sits in the hooks' places."""
+        """Restore the module's forward."""
         self.hooks = {}
         self.refresh()
 
     def wanted(self) -> dict[str, BoundInside]:
-        """The hooks inside that fire in what this thread is running."""
+        """The hooks inside that fire in this thread's run."""
         record = current_record()
         if record is not None and record.replaying:
             again = any(hook in record.computed for hook in self.hooks.values())
@@ -154,7 +150,7 @@ class BoundModule:
         return {name: hook for name, hook in self.hooks.items() if hook.fires()} if covered(self.layer) else {}
 
     def written(self, wanted: dict[str, BoundInside]) -> list[str]:
-        """The names of those that may change what they see; a block's record keeps which."""
+        """The names of those that may change their value; a block's record keeps which."""
         record = current_record()
         if record is not None and record.replaying:
             return [name for name, hook in wanted.items() if hook in record.computed]
@@ -165,14 +161,12 @@ class BoundModule:
 
 
 def _first_recalled(users: Iterable[BoundModule], what: str) -> Any:
-    """What the hooks of any of the bridges remembered of this call, taken out of memory."""
+    """Take what the hooks of any bridge remembered of this call."""
     found = [recalled(user, len(state.executing), what) for user in users]
     return next((value for value in found if value is not None), None)
 
 
 class BoundInside(Slot):
-    """One hook inside a module."""
-
     def __init__(
         self, hook: Hook, inside: Inside, owner: HookOwner, module: BoundModule, on_replaced: Callable[[], None]
     ) -> None:
@@ -182,7 +176,7 @@ class BoundInside(Slot):
         self.divided = module.interior.dim(hook.axes)
 
     def entries(self) -> tuple[list[HookEntry], list[HookEntry]] | None:
-        """The hooks that fire now, forward and backward; `None` where another module sits in the place."""
+        """The hooks that fire now, forward and backward; `None` where another module replaces the hook point."""
         place = self.owner._modules.get(self.slot)
         if not isinstance(place, HookPoint):
             return None
@@ -194,7 +188,7 @@ class BoundInside(Slot):
         return forward, [entry for entry in place.bwd_hooks if graph and entry.applies()]
 
     def fires(self) -> bool:
-        """Whether anything here sees the value in what this thread is running."""
+        """Whether anything here sees the value in this thread's run."""
         if not self.wanted():
             return False
         record = current_record()
@@ -209,13 +203,13 @@ class BoundInside(Slot):
         return entries is None or bool(entries[1]) or not all(entry.reads_only for entry in entries[0])
 
     def remember(self, x: Tensor) -> None:
-        """Keep what the module itself does not see: batch and position, or the block's stream."""
+        """Keep what the module does not see: batch and position, or the block's stream."""
         if self.fires():
             what, value = ("stream", x) if self.inside.stream_of is not None else ("rows", TokenRows(*x.shape[:2]))
             state.recalled[id(self.module), len(state.executing), what] = value
 
     def fire(self, value: Tensor, rows: TokenRows | None) -> Tensor:
-        """Run the hook on the value, as batch and positions where the module has rows."""
+        """Run the hook on the value, with batch and position axes where the module has flat tokens."""
         shards, dim = self.module.interior.shards, self.divided
         whole = value if dim is None else shards.gather(value, dim)
         shown = whole if rows is None else rows.get(whole)

@@ -41,17 +41,17 @@ MODEL_OPTIONS = (
     *("kernel_config", "key_mapping", "max_memory", "offload_buffers", "offload_folder", "quantization_config"),
     *("state_dict", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant"),
 )
-"""What transformers' `from_pretrained` takes out of its `**kwargs` and heeds; its signature does not say."""
+"""Keywords of `from_pretrained` that are not in its signature."""
 
 
 def resolve_name(name_or_path: str | Path) -> str:
-    """The directory of a shipped model, or the name as it is."""
+    """The directory of a shipped model, or the name itself."""
     name = str(name_or_path)
     return str(tiny_model_path(name)) if name in TINY_MODELS and not Path(name).exists() else name
 
 
 def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype of a name; `None` for "auto", which leaves it as it is."""
+    """The dtype of a name; `None` for "auto"."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if is_one_of(dtype, (None, "auto")):
         return None
@@ -61,7 +61,7 @@ def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def model_class(config: Any) -> type[Any]:
-    """The class the checkpoint was saved from, where it is one of its family's; else the causal model."""
+    """The class the checkpoint was saved from, if it is one of its family's; else the causal model."""
     adapter_for(config)
     named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
     own = [kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config)]
@@ -70,19 +70,19 @@ def model_class(config: Any) -> type[Any]:
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
-    """A checkpoint's config; for an adapter alone, that of its model. Raises as `Source.config` does."""
+    """The config of a checkpoint, or of an adapter's base model.
+
+    Raises `ValueError` if it needs code from its repository and `trust_remote_code=True` was not given.
+    """
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs).base()
     return source.config(bool(kwargs.get("trust_remote_code")))
 
 
 def refuse_unknown_options(config: Any, options: Mapping[str, Any]) -> None:
-    """Raise `TypeError` for a keyword that neither loading heeds nor the config has.
-
-    What transformers drops in silence (`low_cpu_mem_usage`) is unknown, too.
-    """
+    """Raise `TypeError` for a keyword that neither loading nor the config knows, even if transformers ignores it."""
     signature = set(inspect.signature(PreTrainedModel.from_pretrained).parameters) - {"model_args", "kwargs"}
     known = {*signature, *FILE_OPTIONS, *OWN_OPTIONS, *MODEL_OPTIONS, *config.to_dict()}
-    # transformers gives a config every keyword that is the name of one of its attributes.
+    # transformers puts a keyword that is the name of a config attribute into the config.
     refuse_unknown("boot_transformers", [name for name in options if not hasattr(config, name)], known)
 
 
@@ -95,7 +95,7 @@ def model_and_tokenizer(
     options: Mapping[str, Any],
     load_weights: bool = True,
 ) -> tuple[Any, Any]:
-    """The model of a name, or the one that is there, on this device and in this dtype, and a tokenizer."""
+    """The model of a name, or the given one, on this device and in this dtype, and a tokenizer."""
     given = spelled(dict(options), DTYPE, "dtype")
     dtype = named_dtype(given.pop("dtype", None))
     if hf_model is not None and not isinstance(hf_model, nn.Module):
@@ -132,10 +132,9 @@ def load_model(
 ) -> nn.Module:
     """Load a checkpoint with Hugging Face's own code.
 
-    Raises `ValueError` before any weight is read if its family is not supported, its configuration cannot
-    run, or it would run code or read pickles that were not asked for (`trust_remote_code=True`,
-    `allow_pickle=True`); and afterwards if checkpoint and model do not fit, unless `strict=False`. Raises `TypeError`
-    for a keyword that nothing takes.
+    Raises `ValueError`, before any weight is read, for an unsupported family, a configuration that cannot run, and code
+    or pickles that were not allowed (`trust_remote_code=True`, `allow_pickle=True`); and afterwards if checkpoint and
+    model do not match, unless `strict=False`. Raises `TypeError` for an unknown keyword.
     """
     source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
     base = source.base()
@@ -169,7 +168,7 @@ def load_model(
 
 
 def random_model(name_or_path: str | Path, dtype: torch.dtype | None, **kwargs: Any) -> nn.Module:
-    """The model that a checkpoint's config describes, with weights drawn at random; none are read."""
+    """The model of a checkpoint's config, with random weights."""
     files = {key: value for key, value in kwargs.items() if key in FILE_OPTIONS}
     config = load_config(name_or_path, **files)
     attention = kwargs.get("attn_implementation")
@@ -186,8 +185,8 @@ def refuse_misfits(
 ) -> None:
     """Raise `ValueError` for weights that transformers made up, dropped, or replaced for their shape.
 
-    `other_sizes` and `other_model` say that a keyword asked for it: `ignore_mismatched_sizes`, or a field of
-    the config such as `num_hidden_layers=2`, which leaves weights over.
+    `other_sizes` and `other_model` say that a keyword asked for it: `ignore_mismatched_sizes`, or a config field such
+    as `num_hidden_layers=2`, which leaves weights over.
     """
     shapes = {} if other_sizes else {key: (got, expected) for key, got, expected in report["mismatched_keys"]}
     replaced = {key for key, *_ in report["mismatched_keys"]}

@@ -1,4 +1,4 @@
-"""A small random model of numbers alone (`boot_native`): which family of transformers has what a config describes."""
+"""Small random models from a config (`boot_native`), each in the transformers family that matches it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ READ_ALWAYS = (
     *("default_prepend_bos", "initializer_range", "tie_word_embeddings"),
     *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
 )
-"""Fields that every model heeds, or that follow from the others."""
+"""Fields that every model reads, or that follow from others."""
 
 
 def _sizes(cfg: BridgeConfig) -> dict[str, Any]:
-    """What every config of transformers has under these names, its own or others that stand for it."""
+    """What every transformers config has, under its own names."""
     named = {"num_hidden_layers": cfg.n_layers, "num_attention_heads": cfg.n_heads, "hidden_size": cfg.d_model}
     return {**named, "max_position_embeddings": cfg.n_ctx}
 
@@ -67,13 +67,16 @@ FAMILIES: Mapping[tuple[str, str, bool], Made] = {
         (*("rotary_base", "num_experts", "experts_per_token"), "sliding_window", "final_rms"),
     ),
 }
-"""What makes a model with these positions, this norm, and a gated MLP or not, and the further fields it heeds."""
+"""For each kind of positions, norm and MLP: how to make the model, and the further fields that it reads."""
 
 
 def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
-    """The Hugging Face config of the model that a config of ours describes.
+    """The Hugging Face config of the model that a `BridgeConfig` describes.
 
-    Raises `ValueError` for what no family of transformers has together, naming the fields.
+    >>> native_config(BridgeConfig(n_layers=2, d_model=32, n_heads=4, n_ctx=64, d_vocab=50)).model_type
+    'gpt2'
+
+    Raises `ValueError` for a combination that no family has, naming the fields.
     """
     kind = (cfg.positional_embedding_type, cfg.normalization_type, cfg.gated_mlp)
     if kind not in FAMILIES:
@@ -112,7 +115,7 @@ def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
 
 
 def native_model(config: BridgeConfig | Mapping[str, Any], tokenizer: Any = None) -> nn.Module:
-    """A random model in evaluation mode; the same one for the same `seed`, and then nobody's generator is moved."""
+    """A random model in evaluation mode; the same one for the same `seed`, leaving the global generator alone."""
     if not isinstance(config, (BridgeConfig, Mapping)):
         raise TypeError(f"boot_native: got {in_words(config)}, expected a HookedTransformerConfig or a dict")
     cfg = BridgeConfig.from_dict(config if isinstance(config, Mapping) else config.to_dict())

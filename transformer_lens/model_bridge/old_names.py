@@ -1,4 +1,4 @@
-"""What older scripts call: names of TransformerLens that stand for something a bridge has under another one."""
+"""TransformerLens's names for what a bridge has under another name."""
 
 from __future__ import annotations
 
@@ -22,27 +22,28 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "use_split_qkv_input": ("hook_q_input", "hook_k_input", "hook_v_input"),
     "use_hook_mlp_in": ("hook_mlp_in",),
 }
-"""Each switch in `cfg`, and the hooks that it puts into a cache for which nothing is asked by name."""
+"""Each switch in `cfg`, and the hooks that it adds to a cache of everything."""
 
 
 class OldNames(InputMethods, HookedRootModule):
-    """Naming a hook is enough to have it; a switch is for scripts that name none and expect it in their cache.
+    """TransformerLens's switches and methods.
 
     >>> bridge.set_use_attn_result(True)
     >>> bridge.run_with_cache("Mary and John")[1]["result", 0].shape
     torch.Size([1, 5, 4, 128])
     >>> bridge.set_use_attn_result(False)
+
+    A hook asked for by name is always there; a switch adds it to a cache of everything.
     """
 
     cfg: BridgeConfig
     aliases: dict[str, str]
 
     def components(self) -> Iterator[ComponentBridge]:
-        """Every component."""
         raise NotImplementedError
 
     def switched_on(self) -> frozenset[str]:
-        """The hooks that are cached where nothing is asked for by name, though they are many times the stream."""
+        """The hooks on request that a cache of everything has."""
         return frozenset(hook for switch, hooks in SWITCHES.items() if getattr(self.cfg, switch) for hook in hooks)
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
@@ -58,18 +59,16 @@ class OldNames(InputMethods, HookedRootModule):
         self.cfg.use_split_qkv_input = use_split_qkv_input
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """`hook_mlp_in` is always there."""
+        """Does nothing: `hook_mlp_in` is always there."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
-    # -- weights ---------------------------------------------------------------------------------------
-
     def get_params(self) -> dict[str, Tensor]:
-        """Every weight under TransformerLens's name, `blocks.0.attn.W_Q` and so on, one key and value for each group.
+        """Every weight under TransformerLens's name, with one key and value per group of query heads.
 
         >>> bridge.get_params()["blocks.0.attn.W_K"].shape
         torch.Size([2, 128, 32])
 
-        Views of the model's own weights where its layout has them; a bias that the model has not reads as zeros.
+        Views of the model's own weights where possible; a missing bias reads as zeros.
         """
         return {
             f"{part.name}.{row.name}": getattr(part, row.name)
@@ -85,8 +84,6 @@ class OldNames(InputMethods, HookedRootModule):
         """Pairs of `get_params`."""
         return iter(self.get_params().items())
 
-    # -- running ---------------------------------------------------------------------------------------
-
     def input_to_embed(
         self,
         input: ModelInput,
@@ -94,13 +91,13 @@ class OldNames(InputMethods, HookedRootModule):
         padding_side: str | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Int[Tensor, "batch pos"], None, Tensor | None]:
-        """The stream that enters the first block, the tokens, `None`, and the mask where anything is padded.
+        """The stream that enters the first block, the tokens, `None`, and the mask if anything is padded.
 
         >>> stream, tokens, _, mask = bridge.input_to_embed("Mary and John")
         >>> torch.equal(bridge(stream, start_at_layer=0), bridge(tokens))
         True
 
-        The third is TransformerLens's separate stream of positions, which no model here has.
+        The third is TransformerLens's separate positional stream, which no model here has.
         """
         ids, _, mask = self.input_and_mask(input, prepend_bos, padding_side, attention_mask)
         tokens = ids.to(self.input_device())
@@ -114,7 +111,7 @@ class OldNames(InputMethods, HookedRootModule):
         attention_mask: Tensor | None = None,
         per_token: bool = False,
     ) -> Tensor:
-        """`lm_cross_entropy_loss`: of the next tokens, in nats.
+        """The next-token loss, in nats: `lm_cross_entropy_loss`.
 
         >>> tokens = bridge.to_tokens("Mary and John")
         >>> torch.equal(bridge.loss_fn(bridge(tokens), tokens), bridge(tokens, return_type="loss"))
@@ -149,14 +146,11 @@ class OldNames(InputMethods, HookedRootModule):
         return store
 
     def list_hooks(self) -> list[str]:
-        """The name of every hook."""
         return list(self.hook_dict)
-
-    # -- what SAELens asks a model for -------------------------------------------------------------------
 
     @property
     def hook_aliases(self) -> dict[str, str]:
-        """Other spellings of hooks, and the names they stand for."""
+        """Aliases of hooks, and the names they stand for."""
         return dict(self.aliases)
 
     _hook_registry = property(lambda bridge: bridge.hook_dict)

@@ -1,8 +1,7 @@
-"""Which positions of a batch are padding: the one place that decides it, for texts, ids, masks and KV caches.
+"""Which positions of a batch are padding, for texts, ids, masks and KV caches alike.
 
-Padding is no token: it counts in no loss or statistic and takes no position. A zero inside a text that a given mask
-holds hides a token, which keeps its position. What cannot be known is not guessed from one row alone, and a given
-mask always wins.
+Padding is no token: it counts in no loss or statistic and has no position. A zero inside a text in a given mask hides a
+token, which keeps its position. A given mask always wins.
 """
 
 from __future__ import annotations
@@ -23,14 +22,11 @@ from transformer_lens.model_bridge.upstream import attribute
 
 SIDES = ("left", "right")
 REMEMBERED = "transformer_lens_padding"
-"""The attribute of a KV cache under which its padding is kept: it goes along into copies of the cache."""
+"""The attribute of a KV cache under which its padding is kept; copies of the cache have it too."""
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Numbers as their bits, by their size in bytes: as such a nan equals itself."""
+"""Integer types for a number's bits, by its size in bytes; as bits a nan equals itself."""
 MIXING = 0x1E3779B97F4A7C15
-"""An odd number whose multiples have bits all over; integers wrap around."""
-
-
-# -- masks --------------------------------------------------------------------------------------------
+"""An odd multiplier for hashing; integers wrap around."""
 
 
 def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
@@ -39,7 +35,7 @@ def needs_mask(mask: Shaped[Tensor, "batch pos"]) -> bool:
 
 
 def checked_mask(mask: Any, rows: int, columns: int, device: torch.device) -> Bool[Tensor, "batch columns"]:
-    """A mask that a caller gave. Raises `TypeError` and `ValueError` for what is no mask of these rows and columns."""
+    """A caller's mask. Raises `TypeError` and `ValueError` for an invalid one."""
     if not is_tensor(mask):
         raise TypeError(f"attention_mask: got {in_words(mask)}, expected a tensor {[rows, columns]} of ones and zeros")
     if list(mask.shape) != [rows, columns]:
@@ -53,28 +49,25 @@ def checked_mask(mask: Any, rows: int, columns: int, device: torch.device) -> Bo
 
 
 def leading(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """The run of masked positions that each row begins with."""
     return (~mask).cumprod(-1).bool()
 
 
 def ends(mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """The runs of masked positions that each row begins and ends with."""
+    """The runs of masked positions at the beginning and end of each row."""
     return leading(mask) | leading(mask.flip(-1)).flip(-1)
 
-
-# -- ids ----------------------------------------------------------------------------------------------
 
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def keep_mask(ids: Int[Tensor, "batch pos"], mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """These very ids, whose padding is known from now on, as long as nobody writes to them."""
+    """Ids whose padding is known from now on, as long as nobody writes to them."""
     _made[ids] = (ids.clone(), mask)
     return ids
 
 
 def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None:
-    """What `keep_mask` was told of a tensor; `None` for any other tensor, and for one that was written to."""
+    """What `keep_mask` was told of a tensor; `None` for another tensor, or after a write."""
     if torch.compiler.is_compiling():  # a graph is traced for any ids
         return None
     before, mask = _made.get(ids, (None, None))
@@ -83,7 +76,7 @@ def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None
 
 @dataclass(frozen=True)
 class PadToken:
-    """The token that fills up rows."""
+    """The token that pads rows."""
 
     id: int
     in_texts: bool
@@ -96,9 +89,9 @@ class PadToken:
         tensor([[0, 0, 1, 1],
                 [1, 1, 1, 1]])
 
-        A token that stands in no text is padding at either end of a row. One that does is padding at `sides`, as far
-        as a row has more of it there than the row that has fewest, since the longest text of a batch is not padded;
-        so a single row has none. A row of nothing else keeps one.
+        A token that occurs in no text is padding at either end of a row. Another is padding at `sides`, as far as a row
+        has more of it there than the row with fewest, since the longest text of a batch is not padded; so a single row
+        has none, and a row of nothing else keeps one.
         """
         other = ids != self.id
         if not self.in_texts:
@@ -145,9 +138,6 @@ def _end_tokens(chosen: GenerationConfig) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-# -- cached and new positions of a call ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Columns:
     """The cached and new positions of a call."""
@@ -155,32 +145,34 @@ class Columns:
     mask: Bool[Tensor, "batch total"]
     """Which of them are attended to."""
     padding: Bool[Tensor, "batch total"]
-    """Which of the others are no tokens at all."""
+    """Which of the others are padding rather than hidden tokens."""
 
     def positions(self, new: int) -> Int[Tensor, "batch new"] | None:
-        """Of the last `new` columns, each counted among the tokens of its row; `None` if a plain count is the same."""
+        """Positions of the last `new` columns, counting the tokens of each row; `None` if a plain count is the same.
+
+        >>> mask = torch.tensor([[0, 0, 1, 1]]).bool()
+        >>> Columns(mask, ~mask).positions(new=4)
+        tensor([[0, 0, 0, 1]])
+        """
         if not needs_mask(~self.padding):
             return None
         counted = (~self.padding).cumsum(-1) - 1
         return counted.masked_fill(self.padding, 0)[:, -new:]
 
     def rows(self, index: Int[Tensor, " row"], length: int) -> Columns:
-        """Some rows, and their first `length` columns."""
         return Columns(self.mask[index, :length], self.padding[index, :length])
 
     def then(self, mask: Bool[Tensor, "batch new"], padding: Bool[Tensor, "batch new"]) -> Columns:
-        """With new columns behind them."""
         return Columns(torch.cat([self.mask, mask], -1), torch.cat([self.padding, padding], -1))
 
 
 def columns_of_call(
     rows: int, new: int, *, given: Any, seen: Bool[Tensor, "batch new"] | None, cache: Any, device: torch.device
 ) -> Columns | None:
-    """What a call attends to: by the mask that was `given`, or by what is known of the new columns and of the cache.
+    """What a call attends to: by the `given` mask, or by what is known of the new columns and of the cache.
 
-    `None` where all of it is tokens. In a given mask, zeros at either end of a row are padding, as in a batch that is
-    read at once. Raises `ValueError` for a mask of another shape, and for a cache of padded texts whose rows were
-    changed in a way that cannot be followed, where no mask was given.
+    `None` if there is no padding. In a given mask, zeros at either end of a row are padding. Raises `ValueError` for a
+    mask of another shape, and for a cache of padded texts whose rows were changed in a way that cannot be followed.
     """
     past = cached_length(cache)
     held = {len(layer.keys) for layer in attribute(cache, "layers") if _has_keys(layer)} if past else {rows}
@@ -199,21 +191,18 @@ def columns_of_call(
     return old.then(seen, ends(seen))
 
 
-# -- caches -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Memory:
-    """What a cache holds, and by what it is known again after its rows or its length were changed."""
+    """The padding of a cache, and how to recognise its rows after they were reordered or cropped."""
 
     columns: Columns
     layer: int
     marks: Int[Tensor, "batch held"] | None
-    """A number for each key that the layer holds, of the last columns; `None` for keys that are not here."""
+    """A number for each key in the layer's last columns; `None` for keys that are not here."""
 
 
 def cached_length(cache: Any) -> int:
-    """How many positions a cache holds. Raises `TypeError` for what is no cache of transformers."""
+    """How many positions a cache holds. Raises `TypeError` for what is no transformers cache."""
     if cache is None:
         return 0
     if not isinstance(cache, Cache):
@@ -224,10 +213,7 @@ def cached_length(cache: Any) -> int:
 
 
 def remember(cache: Any, columns: Columns | None) -> None:
-    """Let a cache know which of the positions that it holds now are padding.
-
-    Nothing is kept where it holds others, as after a run that began above its first layer.
-    """
+    """Let a cache know which of its positions are padding, unless it holds others (a run from a later layer)."""
     if cache is None:
         return
     if columns is None or bool(columns.mask.all()):
@@ -242,7 +228,7 @@ def remember(cache: Any, columns: Columns | None) -> None:
 
 
 def recall(cache: Any, device: torch.device) -> Columns | None:
-    """What is known of the positions that a cache holds, if anything; those that others added since count as tokens.
+    """What is known of the positions that a cache holds; those that others added since count as tokens.
 
     Raises `ValueError` where what was known cannot be found again.
     """
@@ -262,7 +248,7 @@ def recall(cache: Any, device: torch.device) -> Columns | None:
 
 
 def inherit(cache: Cache, whole: Cache, length: int, copies: int, layer: int | None) -> None:
-    """`cache` is made of the first positions of `whole`, `copies` times (in one `layer` alone, if one is named)."""
+    """`cache` holds the first positions of `whole`, `copies` times (in one `layer` alone, if one is named)."""
     memory = vars(whole).get(REMEMBERED)
     if memory is None:
         return
@@ -276,7 +262,7 @@ def inherit(cache: Cache, whole: Cache, length: int, copies: int, layer: int | N
 
 
 def _found_again(memory: _Memory, cache: Cache, length: int) -> Columns | None:
-    """The remembered columns in the order of the rows that the cache has now, as far as it still has them."""
+    """The remembered columns in the current order of the cache's rows."""
     old = memory.columns
     if memory.layer >= len(cache.layers) or int(cache.layers[memory.layer].get_seq_length()) != length:
         return None
@@ -303,7 +289,7 @@ def _has_keys(layer: Any) -> bool:
 
 
 def _marks(layer: Any) -> Int[Tensor, "batch held"] | None:
-    """A number for each key that a layer of a cache holds, made of its first head's bits."""
+    """A number for each key of a cache layer, made of its first head's bits."""
     if not _has_keys(layer):
         return None
     keys: Tensor = layer.keys.detach()[:, 0, : int(layer.get_seq_length())]

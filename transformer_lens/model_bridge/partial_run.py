@@ -1,8 +1,4 @@
-"""Running some of the layers: what `start_at_layer` and `stop_at_layer` do to an unchanged model.
-
-Blocks below the start hand their input on; a run that stops leaves the model where its last tensor is.
-Both hold for the calling thread alone.
-"""
+"""Running some layers of an unchanged model: `start_at_layer` and `stop_at_layer`, in the calling thread alone."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
 
 class _Layers(threading.local):
-    """The layers this thread's run covers: from `start`, in which depth of hooks it was asked for."""
+    """The first layer of this thread's run, and the depth of hooks at which it was asked for."""
 
     start: int | None = None
     depth = 0
@@ -28,7 +24,7 @@ _layers = _Layers()
 
 
 def covered(layer: int) -> bool:
-    """Whether a hook of this layer (-1: the embedding) fires in what this thread is running."""
+    """Whether a hook of this layer (-1: the embedding) fires in this thread's run."""
     return _layers.start is None or layer >= _layers.start or len(state.executing) != _layers.depth
 
 
@@ -52,7 +48,7 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
         if threading.get_ident() == thread and len(state.executing) == depth:
             raise Stopped(arguments_of(type(module)).first_value(args, kwargs), run)
 
-    # First in line, so that no hook of this module fires: nothing of it belongs to the run.
+    # First in line, so that no hook of this module fires, as the module is not part of the run.
     handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         yield
@@ -62,7 +58,7 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
 
 @contextmanager
 def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns_tuple: bool) -> Iterator[None]:
-    """Let the blocks below `start` hand their input on, and `places[start]` read `stream`, in this thread."""
+    """In this thread, let the blocks below `start` return their input, and `places[start]` read `stream`."""
     outer = (_layers.start, _layers.depth)
     thread, depth = threading.get_ident(), len(state.executing)
 
@@ -72,7 +68,7 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
         return arguments_of(type(module)).with_first(stream, args, kwargs)
 
     def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Blocks that hand on return what this one returns, or the model would read something else of it."""
+        """Blocks that are skipped must return what this one returns, or the model would misread their output."""
         if isinstance(output, tuple) != returns_tuple and threading.get_ident() == thread:
             expected, got = ("tuple", "tensor")[:: 1 if returns_tuple else -1]
             raise UpstreamError(type(module).__name__, f"{expected} as its output, it returned a {got}", ())
@@ -82,7 +78,7 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
             undo.callback(places[start].register_forward_hook(check).remove)
         for layer, block in enumerate(places[:start]):
             undo.enter_context(_handing_on(block, layer, returns_tuple))
-        # A model may add positions to the embeddings it is called with, so what reaches this place is not the stream.
+        # A model may add positions to the embeddings it is called with, so what arrives here is not the stream.
         handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         undo.callback(handle.remove)
         _layers.start, _layers.depth = start, len(state.executing)
@@ -93,7 +89,7 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
 
 
 class _HandOn:
-    """Stands in a block's `forward`: hands the input on in threads whose run starts above the block."""
+    """Replaces a block's `forward`: returns the input in threads whose run starts above the block."""
 
     def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
         self.block, self.layer, self.returns_tuple = block, layer, returns_tuple
@@ -113,7 +109,7 @@ _exchange = threading.Lock()
 
 @contextmanager
 def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
-    """Exchange a block's forward; runs of several threads share the exchange, the last one undoes it."""
+    """Replace a block's forward; threads share it, and the last run restores it."""
     with _exchange:
         current = block.__dict__.get("forward")
         stand_in = current if isinstance(current, _HandOn) else _HandOn(block, layer, returns_tuple)

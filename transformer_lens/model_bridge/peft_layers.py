@@ -1,7 +1,4 @@
-"""What PEFT puts around a model and its modules: where the model is inside, and what an adapted weight is.
-
-PEFT is optional. Nothing of it can be in a model unless somebody imported it, so it is looked up and never imported.
-"""
+"""PEFT models: where the model is inside, and what an adapted weight is. PEFT is optional and never imported."""
 
 from __future__ import annotations
 
@@ -16,7 +13,10 @@ from torch import Tensor, nn
 def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
     """The Hugging Face model inside a `PeftModel`, and its path there; ("", model) for any other model.
 
-    Raises `ValueError` for adapters that lengthen the prompt: their positions are not the caller's.
+    >>> inner_model(model)[0]
+    ''
+
+    Raises `ValueError` for adapters that lengthen the prompt, whose positions are not the caller's.
     """
     peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, peft.PeftModel):
@@ -32,10 +32,7 @@ def inner_model(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def computing_module(module: nn.Module) -> nn.Module:
-    """The module that computes, inside the wrappers in which PEFT adapts its stacked parameters.
-
-    Those wrappers add their change to the parameters for the length of a call and hand the call on.
-    """
+    """The module inside PEFT's wrappers, which change its stacked parameters during a call."""
     lora = sys.modules.get("peft.tuners.lora.layer")
     while lora is not None and isinstance(module, lora.ParamWrapper):
         module = module.base_layer
@@ -43,16 +40,15 @@ def computing_module(module: nn.Module) -> nn.Module:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT sits around a module."""
+    """Whether PEFT wraps a module."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
     return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
 
 
 def adapted_weight(layer: Any, name: str, read: Callable[[nn.Module, str], Tensor]) -> Tensor:
-    """A weight as an adapted layer multiplies by it: the base layer's plus `scaling * B @ A` of each active adapter.
+    """The weight of an adapted layer: the base layer's plus `scaling * B @ A` of each active adapter.
 
-    Source: Hu et al. 2021 (LoRA), and PEFT's `get_delta_weight`. Raises `ValueError` for other kinds of
-    adapters, whose layers are not one matrix plus another.
+    Source: Hu et al. 2021 (LoRA), and PEFT's `get_delta_weight`. Raises `ValueError` for other kinds of adapters.
     """
     weight = read(layer.base_layer, name)
     if name != getattr(layer, "parameter_name", "weight"):  # a wrapper of another parameter, or a bias

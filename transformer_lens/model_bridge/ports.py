@@ -1,7 +1,6 @@
-"""Ports: places where a Hugging Face module hands a tensor over, and how to read and write there.
+"""Ports: where a Hugging Face module receives or returns a tensor, and how to read and write it.
 
-A port only says where and how; `attach` puts the torch hook there. The four kinds differ in what a
-write has to do so that the model goes on with the written value and with nothing else.
+The kinds differ in what a write has to do so that the model continues with the written value and nothing else.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ Side = Literal["in", "out"]
 class Port:
     """A tensor that a module receives or returns, seen through a view.
 
-    `at` is the role of the module inside the component that declares the hook ("" is its own module),
-    `item` which one of a returned tuple (or field of the model's output), `arg` which argument where it is not the
-    first.
+    `at` is the role of the module in the component that declares the hook ("": its own module), `item` the index in a
+    returned tuple (or the field of an output), `arg` the argument if not the first.
     """
 
     at: str = ""
@@ -35,18 +33,18 @@ class Port:
     item: int | Word = 0
     arg: Word | None = None
     aliased: bool = False
-    """The model writes into this tensor afterwards, so what is captured has to be a copy."""
+    """Whether the model writes into this tensor afterwards, so that a capture has to be a copy."""
     instead: Port | None = None
-    """Where the tensor comes from in calls that leave this port out."""
+    """The tensor's place in calls that skip this port."""
 
     @property
     def shared(self) -> bool:
-        """Whether a write goes into what the model itself holds, so that this port has to come before all others."""
+        """Whether a write goes into the model's own tensor, so that this port has to come before all others."""
         return isinstance(self.item, Word)
 
     @property
     def recalls(self) -> str | None:
-        """The role whose input this port has to know as well."""
+        """The role whose input this port needs as well."""
         return None
 
     def remember(self, x: Tensor) -> Any:
@@ -66,8 +64,8 @@ class Port:
 class Inside:
     """A value inside the module in role `at`: at a seam of its code, or computed by a formula of ours.
 
-    `rows_of` names a role whose input still has batch and position, where that module works on
-    flattened tokens; `stream_of` one whose input is the stream, where the hook shows that.
+    `rows_of` names a role whose input has batch and position, if that module works on flat tokens; `stream_of` one
+    whose input is the residual stream that the hook shows.
     """
 
     at: str = ""
@@ -78,7 +76,7 @@ class Inside:
 
 @dataclass(frozen=True)
 class FlatTokensPort(Port):
-    """A tensor in which batch and position were flattened; `rows_of` names a role that still has both."""
+    """A tensor with flattened batch and position; `rows_of` names a role that has both."""
 
     rows_of: str = ""
 
@@ -100,10 +98,10 @@ class FlatTokensPort(Port):
 
 @dataclass(frozen=True)
 class SharedPort(Port):
-    """A tensor that the caller goes on using after handing it over, such as the middle residual stream.
+    """A tensor that the caller uses again after passing it on, such as the middle residual stream.
 
-    A write has to go into that very tensor; what is read is therefore a copy, and the port comes before
-    any other that could hand the module another tensor.
+    A write goes into that very tensor; so a capture is a copy, and the port comes before any other that could replace
+    the tensor.
     """
 
     @property
@@ -119,10 +117,10 @@ class SharedPort(Port):
 
 @dataclass(frozen=True)
 class BranchPort(Port):
-    """The stream as one branch reads it, where one norm feeds several: what stands before that norm.
+    """The residual stream that one branch reads, where one norm feeds several, before that norm.
 
-    `stream` names the role whose input is the stream, `norm` the norm in between. A write runs the
-    model's own norm on the new stream for this branch alone.
+    `stream` names the role whose input is the stream, `norm` that norm. A write runs the model's own norm on the new
+    stream for this branch alone.
     """
 
     stream: str = ""

@@ -1,6 +1,6 @@
 """Quantised weights: recognising them, reading them as numbers, and quantising the layers that loading skips.
 
-bitsandbytes and torchao are optional. What they made is looked up in what is imported already.
+bitsandbytes and torchao are optional, and only looked up if they are imported already.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _is_torchaos(weight: Any) -> bool:
 
 
 def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
-    """The numbers that a quantised weight stands for, in memory of their own; a write there changes nothing.
+    """The numbers of a quantised weight, in memory of their own.
 
     Raises `ValueError` for a format that only its own kernel can read.
     """
@@ -52,13 +52,15 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def complete_quantisation(model: nn.Module) -> list[str]:
-    """Make good what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
+    """Complete what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
 
-    transformers replaces `torch.nn.Linear` itself by bitsandbytes' layers and skips every subclass, and all
-    of Falcon's projections are `FalconLinear`: a Falcon loaded "in 4 bits" has no 4-bit weight. Their
-    formula is a linear layer's, so bitsandbytes' layers compute it. And on some CPUs a 4-bit layer packs
-    its weight at the first forward for a kernel that gives no gradient; that is switched off. Raises
-    `ValueError` for layers that torchao quantised and cannot run.
+    >>> complete_quantisation(model)  # not loaded by bitsandbytes
+    []
+
+    transformers replaces `torch.nn.Linear` by bitsandbytes' layers but skips subclasses such as `FalconLinear`, so a
+    Falcon loaded "in 4 bits" has no 4-bit weight; their formula is a linear layer's, so bitsandbytes' layers replace
+    them here. On some CPUs a 4-bit layer packs its weight at the first forward for a kernel without gradients; that is
+    switched off. Raises `ValueError` for layers that torchao quantised and cannot run.
     """
     for path, module in model.named_modules():  # FalconLinear multiplies by a transposed weight
         transposes = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
@@ -99,7 +101,7 @@ def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[st
 
 
 def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
-    """The layer that transformers would have made, had it seen this one."""
+    """The layer that transformers would have made of this one."""
     import bitsandbytes as bnb
 
     sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight

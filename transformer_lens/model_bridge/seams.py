@@ -1,7 +1,7 @@
-"""Seams: places inside a module's own forward where it hands a value to a function.
+"""Seams: places inside a module's own forward where it passes a value to a function.
 
-For one call, in one thread, that function is exchanged: what passes is shown to hooks, or another value goes on in its
-place. The arithmetic stays the module's own, and nothing is left behind.
+For one call, in one thread, that function is replaced: hooks see the value, or another goes on in its place. The
+arithmetic stays the module's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DROPOUT = (F.dropout, torch.dropout)
 MATMUL = (F.linear, torch.matmul, Tensor.matmul)
 
 Step = Callable[[Tensor], Tensor]
-"""What happens to a value at a seam: it is looked at, or another one takes its place."""
+"""What happens to a value at a seam: it is read, or replaced."""
 
 
 IN_PLACE: dict[Any, Callable[[Tensor, Any], Tensor]] = {
@@ -33,11 +33,11 @@ IN_PLACE: dict[Any, Callable[[Tensor, Any], Tensor]] = {
     Tensor.div: Tensor.div_,
     Tensor.add: Tensor.add_,
 }
-"""What makes a sum or a multiple of a tensor, and what makes it in that tensor's memory."""
+"""Functions that make a sum or a multiple of a tensor, and their in-place versions."""
 
 
 class Enough(BaseException):
-    """Leaves a computation that runs beside the module, once everything wanted has been seen."""
+    """Ends a computation that runs beside the module, once everything wanted has been seen."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def until_enough() -> Iterator[None]:
 
 
 class TorchCalls(TorchFunctionMode):
-    """The calls of torch functions that a module makes in this thread, less those that hooks make."""
+    """The torch functions that a module calls in this thread, except those that hooks call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,19 +67,18 @@ class TorchCalls(TorchFunctionMode):
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tensor], tuple[Any, Any]]]:
-    """The tensor a torch function works on, and the arguments with another one in its place."""
+    """The tensor argument of a torch function, and a way to replace it."""
     if args:
         return args[0], lambda x: ((x, *args[1:]), kwargs)
     return kwargs["input"], lambda x: (args, {**kwargs, "input": x})
 
 
 class Probabilities(TorchCalls):
-    """Attention's one softmax: what it receives are the scores, and what goes on from it is the pattern.
+    """Attention's one softmax: its input is the scores, and its output the pattern.
 
-    `drops`: the pattern goes through dropout, after the model cut it to its dtype and to its keys; else it is what the
-    softmax returns. With `queries`, they are the first factor of the first product. With `reuses`, the steps from the
-    product to the softmax share one tensor's memory, as nothing is larger at long contexts; for a run beside the
-    module, which nothing goes on with.
+    `drops`: dropout follows, and the pattern is taken at its input, after the model cast and cropped it; else it is
+    what the softmax returns. `queries`: the first factor of the first product. `reuses`: the steps from the product to
+    the softmax share one tensor's memory, for a run beside the module.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Probabilities(TorchCalls):
         self.armed = True
         self.reuses = reuses
         self.latest: Tensor | None = None
-        """The tensor that the latest step made."""
+        """The result of the latest step."""
         self.seen = 0
         self.waits = False
 
@@ -134,7 +133,7 @@ class Probabilities(TorchCalls):
         return result if self.drops else self.pattern(result)
 
     def _step(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A step from the product to the softmax; a sum or a multiple of what the one before made, in its memory."""
+        """A step from the product to the softmax; a sum or a multiple of the latest result goes into its memory."""
         latest, in_place = self.latest, IN_PLACE.get(function)
         if in_place is not None and latest is not None and args[0] is latest and not kwargs:
             other = args[1]
@@ -154,7 +153,7 @@ class Probabilities(TorchCalls):
 
 
 class BesideSinks(Probabilities):
-    """The softmax of attention with sinks: the scores are what it puts beside them."""
+    """The softmax of attention with sinks, whose scores are what the module concatenates with them."""
 
     def __init__(self, module: nn.Module, scores: Step, pattern: Step, *, drops: bool, reuses: bool = False) -> None:
         super().__init__(module, lambda both: both, pattern, drops=drops)
@@ -168,7 +167,7 @@ class BesideSinks(Probabilities):
 
 
 class FirstCall(TorchCalls):
-    """The first call of one of some functions, which `act` makes, or another in its place."""
+    """The first call of one of some functions, which `act` makes or replaces."""
 
     def __init__(self, functions: tuple[Any, ...], act: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
@@ -183,14 +182,12 @@ class FirstCall(TorchCalls):
         return self.act(function, args, kwargs)
 
 
-# -- attention functions -----------------------------------------------------------------------------
-
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
 
 
 class _Waiting(threading.local):
-    """The calls of attention modules that this thread is in and whose attention function is exchanged."""
+    """The calls of attention modules that this thread is in and whose attention function is replaced."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[nn.Module, int, Callable[[Attend, Attend], Attend]]] = []
@@ -198,15 +195,15 @@ class _Waiting(threading.local):
 
 _waiting = _Waiting()
 _exchange = threading.Lock()
-"""Held while a registry's look-up is exchanged: calls of several threads share the exchange."""
+"""Held while a registry's look-up is replaced, which threads share."""
 _users: dict[int, int] = {}
 
 
 @contextmanager
 def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], Attend]) -> Iterator[None]:
-    """For one call of an attention module in this thread, exchange the attention function it asks transformers for.
+    """For one call of an attention module in this thread, replace the attention function it asks transformers for.
 
-    `instead` is given the function that the model's configuration names and the family's own eager one.
+    `instead` is given the function that the model's config names and the family's own eager one.
     """
     registry = attention_functions(module)
     _waiting.calls.append((module, len(state.executing), instead))
@@ -225,7 +222,7 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
 
 
 def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
-    """A look-up that gives the module whose call waits its exchanged function, and every other module the real one."""
+    """A look-up that returns the replacement for the waiting module, and the real function for every other."""
     look_up = type(registry).get_interface
 
     def get_interface(implementation: str, default: Attend) -> Attend:
@@ -243,19 +240,17 @@ def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
     return get_interface
 
 
-# -- keys and values ---------------------------------------------------------------------------------
-
 KeysAndValues = tuple[Tensor, Tensor]
 
 
 class PassingBy:
-    """What attention is handed where it is called without a KV cache: its new keys and values pass by."""
+    """A KV cache for attention without one: new keys and values pass through."""
 
     def __init__(self, step: Callable[[Tensor, Tensor], KeysAndValues]) -> None:
         self.step = step
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> KeysAndValues:
-        """The cache's only method that an attention module calls."""
+        """The only method that an attention module calls."""
         return self.step(keys, values)
 
 
@@ -263,7 +258,7 @@ class PassingBy:
 def cache_update(
     cache: Any, before: Callable[[Tensor, Tensor], KeysAndValues], after: Callable[[Tensor, Tensor], KeysAndValues]
 ) -> Iterator[Any]:
-    """What attention gets for its cache in one call: new keys and values pass `before`, all of them `after`."""
+    """A cache whose new keys and values pass `before`, and all of them `after`."""
     if cache is None:
         yield PassingBy(lambda keys, values: after(*before(keys, values)))
         return
@@ -283,12 +278,7 @@ def cache_update(
             cache.__dict__["update"] = had
 
 
-# -- a module beside itself --------------------------------------------------------------------------
-
-
 class Handed(nn.Module):
-    """A part that returns what it was made with, whatever it is called on."""
-
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = value
@@ -298,9 +288,9 @@ class Handed(nn.Module):
 
 
 def beside(module: nn.Module, parts: Mapping[str, nn.Module] | None = None, **attributes: Any) -> Any:
-    """A copy of a module that shares its parameters and parts, with some of them, or some attributes, exchanged.
+    """A copy of a module that shares its parameters and parts, with some of them, or some attributes, replaced.
 
-    No hook of the module is on the way of the copy's class's `forward`, and nothing of the module is changed.
+    The copy's `forward` is its class's, so no hook of the module fires, and the module is unchanged.
     """
     copied = type(module).__new__(type(module))
     copied.__dict__ = {**module.__dict__, **attributes, "_modules": {**module._modules, **(parts or {})}}
@@ -312,6 +302,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def unhooked(module: nn.Module) -> Any:
-    """A copy of a module and its parts that shares their parameters, and on which there are no hooks."""
+    """A copy of a module and its parts without hooks, sharing their parameters."""
     parts = {name: unhooked(part) for name, part in module._modules.items() if part is not None}
     return beside(module, parts, **{name: OrderedDict() for name in HOOKS})

@@ -1,7 +1,7 @@
-"""Models that several processes share: which tensors are shards, and how they become whole, and shards again.
+"""Models sharded over several processes: which tensors are shards, and how to gather and slice them.
 
-Read from the plan that transformers applied (`DistributedConfig`). A hook is shown the whole tensor, the
-same in every process, and an edit goes back as shards: here, and nowhere else. Axes are counted from the end.
+Read from the plan that transformers applied (`DistributedConfig`). Hooks see the whole tensor, the same in every
+process, and an edit is sliced back into shards. Axes are counted from the end.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ DIVIDED_SIDES: Mapping[str, str | None] = {
     **dict.fromkeys(("embedding_rowwise", "embedding_colwise")),
     **dict.fromkeys(("moe_tp_experts", "ep_dispatch_experts", "replicate")),
 }
-"""transformers' parallel styles of a module: the side on which it handles shards of the last axis, if any."""
+"""transformers' parallel styles, and the side on which each has shards of the last axis, if any."""
 
 INSIDE_EXPERTS: Mapping[str, str] = {"moe_tp_experts": "d_mlp", "ep_dispatch_experts": "expert"}
-"""The axis along which a style of the experts divides their weights."""
+"""The axis along which a style of the experts shards their weights."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The processes that share a tensor, and this one's place among them. One alone has it whole."""
+    """The processes that share a tensor, and this one's rank. One alone has it whole."""
 
     group: Any = None
     rank: int = 0
     size: int = 1
 
     def even(self, total: int) -> list[int]:
-        """How `total` entries are divided: as `torch.chunk` does, the last process may have fewer."""
+        """The sizes of `total` entries' shards, as `torch.chunk` makes them: the last may be smaller."""
         each = -(-total // self.size)
         return [min(each, max(0, total - each * rank)) for rank in range(self.size)]
 
     def gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """The whole tensor from everybody's shards; the gradient of the whole is sliced. Called by all together."""
+        """Gather the whole tensor; its gradient is sliced. A collective call."""
         if self.size == 1:
             return x
         rest = self, dim, sizes or [x.shape[dim]] * self.size
         return _Linear.by(x, partial(_gathered, rest), partial(_sliced, rest))
 
     def slice(self, whole: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
-        """This process's shard; the gradients of all shards are gathered. Called by all together."""
+        """This process's shard; the gradients of all shards are gathered. A collective call."""
         if self.size == 1:
             return whole
         rest = self, dim, sizes or self.even(whole.shape[dim])
@@ -117,20 +117,20 @@ def _sliced(rest: Rest, whole: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interior:
-    """How the inside of one module is divided: along which named axes, and the numbers of one process's part."""
+    """How processes share the inside of one module: the sharded axes, and the config of one process's part."""
 
     cfg: BridgeConfig
     shards: Shards = ALONE
     axes: tuple[str, ...] = ()
 
     def dim(self, axes: str) -> int | None:
-        """The divided axis of a tensor with these axes, counted from the end; `None` where it is whole."""
+        """The sharded axis of a tensor with these axes, counted from the end; `None` if it is whole."""
         names = axes.split()
         return next((at - len(names) for at, name in enumerate(names) if name in self.axes), None)
 
 
 class Sharding:
-    """What a plan means for the hooks of a model: the style of each module, and the processes that share it."""
+    """What a plan means for a model's hooks: the style of each module, and the processes that share it."""
 
     def __init__(self, styles: Mapping[str, str], shards: Shards, cfg: BridgeConfig) -> None:
         self.styles = styles
@@ -148,7 +148,7 @@ class Sharding:
         return style
 
     def divides(self, path: str, side: str) -> bool:
-        """Whether a module's input ("in") or output ("out") is a shard of the whole."""
+        """Whether a module's input ("in") or output ("out") is a shard."""
         style = self.style(path)
         return style is not None and DIVIDED_SIDES[style] == side
 
@@ -157,12 +157,12 @@ class Sharding:
         return self.shards if self.divides(path, side) else ALONE
 
     def of_experts(self, path: str) -> Interior:
-        """How the inside of experts is divided: the neurons of each, or whole experts."""
+        """How processes share experts: the neurons of each, or whole experts."""
         axis = INSIDE_EXPERTS.get(self.style(path) or "")
         return Interior(self.cfg) if axis is None else Interior(self.cfg, self.shards, (axis,))
 
     def of_attention(self, path: str, inputs: Sequence[str], output: str) -> Interior:
-        """How the inside of attention is divided: by heads, where its projections are."""
+        """How processes share attention: by heads, if its projections are sharded."""
         divided = {self.divides(at, "out") for at in inputs} | {self.divides(output, "in")}
         if divided == {False}:
             return Interior(self.cfg)

@@ -1,4 +1,4 @@
-"""`skeleton_bridge`: the names and shapes of a model from its config alone, with no weight read or allocated."""
+"""`skeleton_bridge`: the names and shapes of a model from its config alone."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from transformer_lens.model_bridge.loading import model_class
 
 
 def skeleton_bridge(model: str | Path | PreTrainedConfig, **loading: Any) -> TransformerBridge:
-    """A bridge on a model without numbers (torch's meta device): for `hook_table()`, `hook_dict` and `cfg`.
+    """A bridge on a model without weights (torch's meta device): for `hook_table()`, `hook_dict` and `cfg`.
 
     >>> from transformer_lens.model_bridge import skeleton_bridge
     >>> bridge = skeleton_bridge("falcon-40b")
     >>> next(row.sizes() for row in bridge.hook_table() if row.name.endswith("attn.hook_k"))
     'batch pos kv_head=8 d_head=64'
 
-    `model` as in `model_info`: a hub name, a directory or a `config.json`, a config, or a built-in shape such as
-    "falcon-40b". `loading` goes to Hugging Face (`revision`, `token`). It has no tokenizer and cannot run. Raises
-    `ValueError` for a configuration that cannot run, `OSError` for one that cannot be read.
+    `model` and `loading` as in `model_info`. It has no tokenizer and cannot run. Raises `ValueError` for a
+    configuration that cannot run, `OSError` for one that cannot be read.
     """
     config = find_config(model, loading)
     kind = model_class(config)

@@ -1,4 +1,4 @@
-"""A slot: where a component's hook point sits, and where any other module may be put in its place."""
+"""A slot: the place of a component's hook point, which any other module may take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.generalized_components import Hook, HookOwner
 
 
 class Slot:
-    """One declared hook of one component: what sits there now, and how a tensor is shown to it."""
+    """One declared hook of one component: what is there now, and how it is shown a tensor."""
 
     def __init__(self, hook: Hook, owner: HookOwner, on_replaced: Callable[[], None]) -> None:
         self.name = owner.full_names[hook.name]
@@ -26,32 +26,32 @@ class Slot:
 
     @property
     def place(self) -> nn.Module | None:
-        """The hook point, or the module in its place; `None` while what it looks into is not there."""
+        """The hook point, or its replacement; `None` while the component it looks into is replaced."""
         return self.owner._modules.get(self.slot)
 
     def wanted(self) -> bool:
-        """Whether anything sits here that has to see the tensor."""
+        """Whether anything here has to see the tensor."""
         place = self.owner._modules.get(self.slot)
         if isinstance(place, HookPoint):
             return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
         return place is not None
 
     def begin(self) -> None:
-        """Let the hook point that is here tell of its hooks."""
+        """Let the hook point tell of its hooks."""
         self.owner._modules[self.slot].__dict__["on_change"] = self.refresh
 
     def refresh(self) -> None:
-        """Called when a hook came or went: tells what puts the torch hooks on and off."""
+        """Called when a hook is added or removed: puts the torch hooks on and off."""
         tell(self.listeners)
 
     def replaced(self) -> None:
-        """Called when another module was put in the hook's place."""
+        """Called when another module replaces the hook point."""
         self.on_replaced()
         self.refresh()
 
 
 def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:
-    """A replacement has to be what the model expects in its place."""
+    """A replacement has to return what the model expects."""
     if not isinstance(new, Tensor):
         raise TypeError(f"{name}: the module in the hook's place returned {type(new).__name__}, not a Tensor")
     if unusable(new) not in ("", "meta"):  # another device is told below

@@ -1,4 +1,4 @@
-"""A bridge's state: in memory and on disk it is the Hugging Face model's own, under its own keys and file format."""
+"""A bridge's state: the Hugging Face model's own, under its own keys and in its own file format."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class StateMethods(WrappedModel):
         >>> list(bridge.state_dict())[:2]
         ['transformer.word_embeddings.weight', 'transformer.h.0.self_attention.query_key_value.weight']
 
-        The tensors are the model's, not copies, as with any torch module. In the state of a module around the bridge
-        they have its prefix; modules in hooks' places are a part of that state, under those hooks' names.
+        The tensors are the model's, not copies. In the state of a module around the bridge they have its prefix;
+        modules in hooks' places are part of that state, under those hooks' names.
         """
         around = destination
         destination = self.original_model.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -57,7 +57,7 @@ class StateMethods(WrappedModel):
         return cast("dict[str, Any]", destination)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A module around the bridge loads its state: what has the model's names goes to the model."""
+        """A module around the bridge loads its state: the model's names go to the model."""
         self._refuse_state()
         for name in self.original_model.state_dict(keep_vars=True):
             if prefix + name in state_dict:
@@ -84,9 +84,9 @@ class StateMethods(WrappedModel):
         <All keys matched successfully>
 
         A tensor that two keys share may be given under one of them. `strict=False` allows missing and unexpected keys
-        and returns them; values are cast to the model's dtype, as torch does. Raises an error that is both a
-        `ValueError` and torch's `RuntimeError` for keys and shapes that do not fit, for a tied tensor with two values,
-        for tensors on the meta device and for a quantised or processed model, and then nothing has changed.
+        and returns them; values are cast to the model's dtype. Raises an error that is both a `ValueError` and torch's
+        `RuntimeError`, before any change, for keys and shapes that do not fit, for a tied tensor with two values, for
+        tensors on the meta device and for a quantised or processed model.
         """
         model: Any = self.original_model
         self._refuse_state()
@@ -107,10 +107,9 @@ class StateMethods(WrappedModel):
         ...     type(AutoModelForCausalLM.from_pretrained(directory)).__name__
         'FalconForCausalLM'
 
-        Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that
-        adapter. Raises `ValueError` for a processed model, whose weights are no longer those of its
-        checkpoint, unless `allow_processed=True`; while another module is in a component's place; and for a quantised
-        Falcon, which could not be read back.
+        Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that adapter. Raises
+        `ValueError` for a processed model unless `allow_processed=True`, while another module is in a component's
+        place, and for a quantised Falcon, which could not be read back.
         """
         directory = directory_to_write("save_pretrained", save_directory)
         if kwargs.get("push_to_hub"):
@@ -141,9 +140,8 @@ class StateMethods(WrappedModel):
         >>> TransformerBridge.from_pretrained("tiny-mixtral").cfg.num_experts
         4
 
-        Code in the repository is not run and pickles are not read unless `trust_remote_code=True` or
-        `allow_pickle=True` asks for it by name. Missing, unexpected and misshapen weights raise
-        `ValueError` unless `strict=False`.
+        `trust_remote_code=True` and `allow_pickle=True` allow the repository's code and pickles. Missing, unexpected
+        and misshapen weights raise `ValueError` unless `strict=False`.
         """
         return cls.boot_transformers(name_or_path, **kwargs)
 
@@ -151,8 +149,8 @@ class StateMethods(WrappedModel):
 def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
     """The quantised layers that transformers would expect in full precision when it reads them back.
 
-    They are those whose own class is a subclass of `torch.nn.Linear`: its bitsandbytes loading takes that class
-    alone. An adapter on top is saved by itself, so nothing below it has to be read back.
+    They are instances of subclasses of `torch.nn.Linear`, which its bitsandbytes loading skips. An adapter is saved by
+    itself, so nothing below it has to be read back.
     """
     settings: Any = model
     if not isinstance(model, PreTrainedModel) or getattr(settings.config, "quantization_config", None) is None:
@@ -164,11 +162,8 @@ def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
     return [path for path, linear in other_linears(plain) if type(model.get_submodule(path)) is not type(linear)]
 
 
-# -- whether a state fits a model, said with names, before anything is loaded ---------------------------
-
-
 class StateError(ValueError, RuntimeError):
-    """A state that does not fit. torch raises `RuntimeError` for it, the rest of this package `ValueError`."""
+    """A state that does not fit: torch's `RuntimeError` and this package's `ValueError`."""
 
 
 def describe(
@@ -191,7 +186,7 @@ def describe(
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The groups of keys that are one and the same tensor."""
+    """The groups of keys that share one tensor."""
     groups: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor):
@@ -200,10 +195,7 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 
 
 def fitted_state(model: nn.Module, state: Mapping[str, Any], strict: bool, assign: bool) -> dict[str, Any]:
-    """The state as `load_state_dict` takes it: a tied tensor may be given once.
-
-    Raises `StateError` for what does not fit, so that a load either does all or changes nothing.
-    """
+    """The state as `load_state_dict` takes it, a tied tensor given once. Raises `StateError` for what does not fit."""
     if not isinstance(state, Mapping):
         raise TypeError(f"load_state_dict: got {type(state).__name__}, expected a mapping of names to tensors")
     own = model.state_dict()

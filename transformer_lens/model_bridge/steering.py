@@ -1,4 +1,4 @@
-"""`bridge.steer` and `bridge.project_out`: a vector added to an activation, or a direction taken out of it.
+"""`bridge.steer` and `bridge.project_out`: add a vector to an activation, or remove a direction from it.
 
 Both are ordinary hooks for the length of a `with` block, in plain runs and in `generate`; several of them add up.
 """
@@ -32,8 +32,6 @@ PARTS: tuple[Part, ...] = ("prompt", "continuation", "all")
 
 
 class SteeringMethods(HookedRootModule):
-    """The steering side of `TransformerBridge`."""
-
     cfg: BridgeConfig
 
     def steer(
@@ -54,16 +52,16 @@ class SteeringMethods(HookedRootModule):
         ...     bridge.generate(prompt, max_new_tokens=1)
         'When Mary and John went to the store, John gave a drink to Alice'
 
-        `at` is a hook, a layer (the stream that leaves it), several of them, or a predicate on names; `vector` has the
-        hook's shape without batch and positions. A vector that requires a gradient gets one. `scale` is
-        one number, or one for each row of the batch.
+        `at` is a hook, a layer (its `hook_resid_post`), several of them, or a predicate on names; `vector` has the
+        hook's shape without batch and positions, and gets a gradient if it requires one. `scale` is one number, or one
+        per batch row.
 
-        `positions` are columns of a plain run. In `generate` they count in each text without its padding, negative
-        ones from the end of the prompt, and an open slice goes on into what is generated; a mask is over the prompt.
-        `rows` as in `on_rows`; `on` says which part of the text is meant, and a plain run is a prompt.
+        `positions` are columns of a plain run. In `generate` they count each text's tokens without padding, negative
+        ones from the end of the prompt, and an open slice extends into the generated text; a mask covers the prompt.
+        `rows` as in `on_rows`; `on` selects prompt or continuation, and a plain run is a prompt.
 
-        Raises `KeyError` for an unknown hook, `TypeError` and `ValueError` for hooks that cannot be steered,
-        vectors that do not fit or are not finite, and, in the run, for positions that are not there.
+        Raises `KeyError` for an unknown hook, `TypeError` and `ValueError` for hooks that cannot be steered and for
+        vectors that do not fit or are not finite, and, in the run, for positions out of range.
         """
         names = self._steered("steer", at)
         _check_numbers("vector", vector)
@@ -82,7 +80,7 @@ class SteeringMethods(HookedRootModule):
         rows: Rows | None = None,
         on: Part = "all",
     ) -> AbstractContextManager[Self]:
-        """Take a direction, or a subspace, out of an activation while a `with` block runs.
+        """Remove a direction, or a subspace, from an activation while a `with` block runs.
 
         >>> direction = torch.randn(128)
         >>> with bridge.project_out(direction, 2):
@@ -91,9 +89,9 @@ class SteeringMethods(HookedRootModule):
         True
 
         `x` becomes `x - (x . d) d / |d|^2`, computed in float32 at least. `direction` has the hook's shape without
-        batch and positions; one more axis in front means the space that several of them span. Other arguments
-        and errors as in `steer`. Source: directional ablation, Arditi et al. 2024, "Refusal in Language Models
-        Is Mediated by a Single Direction".
+        batch and positions; an axis in front means the span of several. Other arguments and errors as in `steer`.
+        Source: directional ablation, Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single
+        Direction".
         """
         names = self._steered("project_out", at)
         _check_numbers("direction", direction)
@@ -107,10 +105,8 @@ class SteeringMethods(HookedRootModule):
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
         return self.hooks([(names, _WithoutDirection(basis, _where(positions, rows, on)))])
 
-    # -- inside --------------------------------------------------------------------------------------
-
     def _steered(self, what: str, at: Places) -> list[str]:
-        """The hooks meant, each once. Raises for those that hold no activation of every position."""
+        """The selected hooks, each once. Raises for those that do not hold an activation of every position."""
         if callable(at):
             names = self.select_names(at)
         else:
@@ -134,14 +130,14 @@ class SteeringMethods(HookedRootModule):
 
 @dataclass(frozen=True, eq=False)
 class _Where:
-    """Which rows and positions of an activation are meant."""
+    """Which rows and positions of an activation to edit."""
 
     positions: Positions
     rows: Rows | None
     on: Part
 
     def mask(self, tensor: Tensor, hook: HookPoint) -> Bool[Tensor, "batch pos"] | None:
-        """Where to edit; `None` means everywhere."""
+        """The mask of the edit; `None` means everywhere."""
         if self.positions is None and self.rows is None and self.on == "all":
             return None
         batch, pos = tensor.shape[:2]
@@ -186,7 +182,7 @@ class _Added:
 
 @dataclass(frozen=True, eq=False)
 class _WithoutDirection:
-    """A hook that takes the span of orthonormal rows out of an activation."""
+    """A hook that removes the span of orthonormal rows from an activation."""
 
     basis: Float[Tensor, "rank d"]
     where: _Where
@@ -199,11 +195,8 @@ class _WithoutDirection:
 
 
 def _written(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
-    """`after` where the mask says so; everything else bit for bit as it was."""
+    """`after` where the mask says so; elsewhere the activation as it was, bit for bit."""
     return after if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (before.ndim - 2)), after, before)
-
-
-# -- what callers may pass ---------------------------------------------------------------------------
 
 
 def _check_numbers(what: str, value: Tensor) -> None:
@@ -233,7 +226,7 @@ def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
 
 
 def _orthonormal(directions: Float[Tensor, "several d"]) -> Float[Tensor, "several d"]:
-    """An orthonormal basis of what the rows span, in float32 at least."""
+    """An orthonormal basis of the rows' span, in float32 at least."""
     rows = wide(directions.detach())
     norms = rows.norm(dim=-1, keepdim=True)
     if bool((norms == 0).any()):

@@ -203,7 +203,6 @@ def check_text(input: Any) -> None:
         )
 
 
-# -- what a tokenizer makes of a text, and what each token says, at its beginning and in the middle ----------------
 # The two differ where a tokenizer puts a space in front of whatever it is given, as LLaMA's does.
 
 

@@ -72,8 +72,6 @@ class WeightMethods:
     cfg: BridgeConfig
     blocks: Layers
 
-    # -- both ends: views ------------------------------------------------------------------------------
-
     W_E: Float[Tensor, "d_vocab d_model"] = at_end("embed", "W_E")
     """The token embedding: the model's own parameter."""
     W_U: Float[Tensor, "d_model d_vocab"] = at_end("unembed", "W_U")
@@ -81,8 +79,6 @@ class WeightMethods:
     model class without one."""
     b_U: Float[Tensor, " d_vocab"] = at_end("unembed", "b_U")
     """What is added to the logits; zeros where the model has no such bias."""
-
-    # -- all layers: copies ----------------------------------------------------------------------------
 
     W_Q: Float[Tensor, "layer head d_model d_head"] = stacked("attn", "W_Q")
     """Every layer's `attn.W_Q`, copied."""
@@ -113,8 +109,6 @@ class WeightMethods:
     def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"] | None:
         """Every layer's `mlp.W_gate`, copied, as `W_in`; `None` where the MLP has no gate."""
         return self._stacked("mlp", "W_gate") if self.cfg.gated_mlp else None
-
-    # -- circuits --------------------------------------------------------------------------------------
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -165,8 +159,6 @@ class WeightMethods:
             rows.append(torch.stack(row, dim=1))
         return torch.stack(rows)
 
-    # -- directions ------------------------------------------------------------------------------------
-
     def tokens_to_residual_directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
         """The direction of the final stream that raises each token's logit: its column of `W_U`.
 
@@ -209,8 +201,6 @@ class WeightMethods:
             if branch.mixer in ADDED_BIASES and (include_mlp_biases or branch.mixer != "mlp"):
                 total = total + _added_bias(block, branch).to(total.device)
         return total
-
-    # -- inside ----------------------------------------------------------------------------------------
 
     def _part(self, role: str) -> Any:
         bridge = cast("TransformerBridge", self)

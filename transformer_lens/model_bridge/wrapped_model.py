@@ -73,8 +73,6 @@ class WrappedModel(nn.Module):
     original_model: nn.Module
     cfg: BridgeConfig
 
-    # -- what transformers asks a model for ----------------------------------------------------------
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model's parameters."""
@@ -113,8 +111,6 @@ class WrappedModel(nn.Module):
                 f"{name} is the model's own module: set it there (bridge.original_model.{name} = ...), and hooks follow"
             )
         super().__setattr__(name, value)
-
-    # -- parameters and state ------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast the model, and modules in hooks' places, as `torch.nn.Module.to` does."""

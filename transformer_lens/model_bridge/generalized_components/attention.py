@@ -1,7 +1,7 @@
-"""Attention from inside: rotated queries and keys, scores, pattern, and each head's result.
+"""Attention opened: rotated queries and keys, scores, pattern, and each head's result.
 
-The module's own code computes them. Its seams are the update of the KV cache, its one softmax, and the attention
-function it asks transformers for. A formula of ours is only what each head adds to the stream.
+All are values of the module's own code, at the update of its KV cache, its softmax and its attention function; only
+each head's result is a formula of ours.
 """
 
 from __future__ import annotations
@@ -58,26 +58,26 @@ from transformer_lens.model_bridge.upstream import (
 )
 
 NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
-NO_POSITIONS = "attention in this layer is told no positions: it compares queries and keys as they are"
-TO_NOTHING = "attention probabilities; what a row lacks of one goes to its sink"
+NO_POSITIONS = "this layer has no position encoding: it compares queries and keys as they are"
+TO_NOTHING = "attention probabilities; the rest of each row goes to its sink"
 PROBABILITIES = ("hook_attn_scores", "hook_pattern")
 LEARNED = "positions are added to the embeddings, and nothing is rotated"
 
 
 class OpenAttentionBridge(AttentionWeights, AttentionPlace):
-    """Attention whose inside has names. Subclasses say where q, k and v are, and where the model's seams are."""
+    """Attention whose inside has names; subclasses say where q, k and v are, and where the module's seams are."""
 
     writes = OUTPUT
     takes: ClassVar[tuple[Word, ...]] = (STREAM, MASK, CACHE)
     attributes: ClassVar[tuple[str, ...]] = ("config", "layer_idx")
 
     def interior(self, sharding: Sharding) -> Interior:
-        """Several processes share attention by heads."""
+        """How processes share attention by heads."""
         inputs = [self.role(role).path for role, _ in self.places.values()]
         return sharding.of_attention(self.path, inputs, self.role("o").path)
 
     def inside(self, call: InsideCall) -> Any:
-        """The module's call, with its seams opened as far as hooks ask for it."""
+        """The module's call, with its seams opened as far as hooks need."""
         with ExitStack() as seams:
             run = AttentionRun(self, call, seams)
             run.amend_queries()
@@ -86,7 +86,7 @@ class OpenAttentionBridge(AttentionWeights, AttentionPlace):
             return self.attend(run)
 
     def attend(self, run: AttentionRun) -> Any:
-        """The module's call, its attention function or its softmax opened."""
+        """The module's call, with its attention function or softmax opened."""
         raise NotImplementedError(f"{type(self).__name__} has to say where its scores and its pattern pass")
 
 
@@ -94,7 +94,6 @@ class FunctionAttentionBridge(OpenAttentionBridge):
     """Attention that asks transformers for its attention function (`ALL_ATTENTION_FUNCTIONS`), as most families do."""
 
     probabilities: ClassVar[type[Probabilities]] = Probabilities
-    """The seam of its softmax."""
 
     def check_module(self) -> None:
         super().check_module()
@@ -107,7 +106,7 @@ class FunctionAttentionBridge(OpenAttentionBridge):
             return run.call.run()
 
     def _instead(self, run: AttentionRun, real: Attend, eager: Attend) -> Attend:
-        """The function to call in place of the real one: with hooks on its queries, and on its inside."""
+        """The replacement of the attention function: with hooks on its queries, and on its inside."""
 
         def attend(
             module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Any, *args: Any, **kwargs: Any
@@ -146,7 +145,7 @@ class PositionEmbeddingsAttentionBridge(FunctionAttentionBridge):
 
 
 class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """RoPE attention in which each head may also attend to nothing: a learned score stands beside those of the keys."""
+    """RoPE attention with sinks: each head has a learned score beside those of the keys."""
 
     sinks = True
     probabilities = BesideSinks
@@ -158,28 +157,28 @@ class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
 
 
 class NormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """RoPE attention that norms queries and keys first: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
+    """RoPE attention with QK-norm: roles `q`, `k`, `v`, `q_norm`, `k_norm`, `o`.
 
-    `hook_q` and `hook_k` are what the projections return; what is rotated is at the hooks added here.
+    `hook_q` and `hook_k` are what the projections return; the norms' outputs are at hooks of their own.
     """
 
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED)
 
 
 class HeadsFirstNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """The same where the norms are given heads before positions (Gemma 3, Apertus)."""
+    """QK-norm attention whose norms take heads before positions (Gemma 3, Apertus)."""
 
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_HEADS_FIRST)
 
 
 class WholeNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """The same where one norm goes over all queries, and one over all keys (OLMo 2)."""
+    """QK-norm attention with one norm over all queries, and one over all keys (OLMo 2)."""
 
     hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_WHOLE)
 
 
 class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """The same that norms queries and keys after their rotation: roles `q_late_norm`, `k_late_norm` too (Hunyuan)."""
+    """QK-norm attention whose norms follow RoPE: roles `q_late_norm`, `k_late_norm` too (Hunyuan)."""
 
     hooks = (
         *qkv_hooks(SEPARATE),
@@ -189,7 +188,7 @@ class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
 
 
 class UnrotatedAttentionBridge(FunctionAttentionBridge):
-    """Attention with separate projections that knows no positions: roles `q`, `k`, `v`, `o`."""
+    """Attention without position encoding, with separate projections: roles `q`, `k`, `v`, `o`."""
 
     places = SEPARATE
     reads = OF_PROJECTIONS
@@ -198,13 +197,13 @@ class UnrotatedAttentionBridge(FunctionAttentionBridge):
 
 
 class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
-    """The same with norms of queries and keys, which are given heads before positions (Exaone 4)."""
+    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
 
     hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
 
 
 class JointQKVAttentionBridge(FunctionAttentionBridge):
-    """RoPE attention with one fused, grouped matmul: roles `qkv`, `o` (GPT-NeoX: one head in each group)."""
+    """RoPE attention with fused, grouped QKV: roles `qkv`, `o` (GPT-NeoX: one head per group)."""
 
     places = FUSED
     reads = OF_ONE_MATMUL
@@ -212,7 +211,7 @@ class JointQKVAttentionBridge(FunctionAttentionBridge):
 
 
 class QKVBlocksAttentionBridge(FunctionAttentionBridge):
-    """Attention over learned positions with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o` (GPT-2)."""
+    """Attention with learned positions and QKV fused as `[Q | K | V]`: roles `qkv`, `o` (GPT-2)."""
 
     places = BLOCKS
     reads = OF_ONE_MATMUL
@@ -221,7 +220,7 @@ class QKVBlocksAttentionBridge(FunctionAttentionBridge):
 
 
 class RotatedQKVBlocksAttentionBridge(FunctionAttentionBridge):
-    """RoPE attention with one matmul laid out as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
+    """RoPE attention with QKV fused as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
 
     places = BLOCKS
     reads = OF_ONE_MATMUL
@@ -229,9 +228,9 @@ class RotatedQKVBlocksAttentionBridge(FunctionAttentionBridge):
 
 
 class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
-    """Falcon's attention, which writes its softmax out: one fused and grouped matmul, roles `qkv`, `o`.
+    """Falcon's attention, with a softmax in its own code and fused, grouped QKV: roles `qkv`, `o`.
 
-    Asked for its pattern the module computes it as a tensor, whatever the implementation (`FalconAttention.forward`).
+    If asked for its pattern, the module computes it, whatever the implementation (`FalconAttention.forward`).
     """
 
     places = FUSED
@@ -259,7 +258,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
         return output
 
     def _explicitly(self, run: AttentionRun, call: InsideCall, forward: Callable[..., Any]) -> Any:
-        """The module's own code for a call that asks for the pattern, with the mask it has for another implementation.
+        """The module's own code for a call that asks for the pattern, with the mask of another implementation.
 
         That mask is added here. With ALiBi it holds the bias, which the module would add a second time.
         """
@@ -278,7 +277,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
 
     @contextmanager
     def _opened(self, run: AttentionRun, scores: Step, pattern: Step) -> Iterator[None]:
-        """Open the seams of the module's products and softmax, from where its keys are there."""
+        """Open the seams of the module's products and softmax, once its keys are there."""
         seam = Probabilities(run.call.module, scores, pattern, drops=False, queries=run.queries, reuses=run.reuses)
         with ExitStack() as opened:
             run.at_keys = lambda: opened.enter_context(seam)
@@ -286,20 +285,19 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
 
 
 def _computing_pattern(module: Any) -> Callable[..., Any]:
-    """A forward of the module that can compute a pattern; the class for flash attention inherits from one."""
+    """The module's forward that can compute a pattern; the class for flash attention inherits from one."""
     flash = "flash" in module.config._attn_implementation
     forward = first_forward(type(module)) if flash else type(module).forward
     return cast("Callable[..., Any]", MethodType(forward, module))
 
 
 def _there(run: AttentionRun, _keys: Tensor, _values: Tensor) -> KeysAndValues:
-    """All keys and values that are there already."""
     run.at_keys()
     return run.keys_and_values
 
 
 class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
-    """Falcon's ALiBi attention: roles `qkv`, `o`. The mask it is given already holds the bias."""
+    """Falcon's ALiBi attention: roles `qkv`, `o`. Its mask already holds the bias."""
 
     hooks = (*qkv_hooks(FUSED), *SCORES)
     absent = {"hook_rot_q": NOT_ROTATED, "hook_rot_k": NOT_ROTATED}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:
-    """Give every query head its group's key or value."""
+    """Repeat each group's key or value for its query heads."""
     batch, groups, keys, d_head = x_BGKD.shape
     if groups == n_heads:
         return x_BGKD
@@ -22,7 +22,7 @@ def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tenso
 
 
 def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """An attention mask as a tensor: flex attention's block mask is asked for each of its entries."""
+    """An attention mask as a tensor; a flex attention block mask is evaluated at every entry."""
     if mask is None or isinstance(mask, Tensor):
         return mask
     from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -39,11 +39,10 @@ def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor 
 def additive_mask(
     mask: Tensor | None, queries: int, keys: int, first: int, dtype: torch.dtype, device: torch.device
 ) -> Shaped[Tensor, "#B #H Q K"] | None:
-    """What to add to the scores: 0 where attention may look, the lowest number where not.
+    """What to add to the scores: 0 where a query may attend, the lowest number elsewhere.
 
-    `mask` is what `entries` made of the one a transformers attention module is given: nothing (then the
-    kernel is causal), booleans, numbers to add, or flash attention's padding mask `[batch, keys]`.
-    `first` is the place of the first query among the keys.
+    `mask` is what `entries` returns: nothing (a causal kernel), booleans, numbers to add, or flash attention's padding
+    mask `[batch, keys]`. `first` is the position of the first query among the keys.
     """
     lowest = torch.finfo(dtype).min
     if mask is None or mask.ndim == 2:
@@ -61,10 +60,7 @@ def additive_mask(
 
 
 def seeing_queries(mask: Tensor | None, queries: int) -> Tensor | None:
-    """Which queries see any key, `[batch, #head, query, 1]`; `None` where all do, or the mask holds numbers to add.
-
-    A query that sees nothing (padding) reads nothing in the kernels that take such masks.
-    """
+    """Which queries attend to any key, `[batch, #head, query, 1]`; `None` if all do, or for an additive mask."""
     if mask is None or mask.is_floating_point():
         return None
     if mask.ndim == 2:  # flash attention's padding mask: padding is taken out, and comes back as zeros

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge.views import (
 )
 
 Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
-"""Where q, k and v are: the role whose output holds them, and how to see them in it."""
+"""The role whose output holds q, k or v, and the view of it there."""
 SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
 FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
 BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
@@ -33,7 +33,6 @@ OUTPUT = (StreamMatrix("o"),)
 
 
 def qkv_hooks(places: Places) -> tuple[Hook, ...]:
-    """The ports of every attention."""
     meanings = {"q": "queries", "k": "keys", "v": "values"}
     heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
     enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
@@ -50,7 +49,7 @@ def qkv_hooks(places: Places) -> tuple[Hook, ...]:
     z = Hook(
         "hook_z",
         "batch pos head d_head",
-        "what each head read: the values averaged by its pattern",
+        "each head's output before W_O: the values averaged by its pattern",
         Port("o", "in", query_heads),
         aliases=("o.hook_in",),
     )
@@ -58,13 +57,13 @@ def qkv_hooks(places: Places) -> tuple[Hook, ...]:
 
 
 ROTATED = (
-    Hook("hook_rot_q", "batch pos head d_head", "the queries after their rotation", Inside()),
-    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after their rotation", Inside()),
+    Hook("hook_rot_q", "batch pos head d_head", "the queries after rotary position encoding", Inside()),
+    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after rotary position encoding", Inside()),
 )
 
 
 def normed(**views: Callable[[BridgeConfig], View]) -> tuple[Hook, ...]:
-    """Queries and keys as they are rotated, by how to see heads in what their norms return."""
+    """The hooks after QK-norm, by the view of heads in what the norms return."""
     words = {"q": ("head", "the queries"), "k": ("kv_head", "the keys")}
     return tuple(
         Hook(
@@ -82,12 +81,17 @@ NORMED = normed(q=whole, k=whole)
 NORMED_HEADS_FIRST = normed(q=heads_first, k=heads_first)
 NORMED_WHOLE = normed(q=query_heads, k=key_value_heads)
 SCORES = (
-    Hook("hook_attn_scores", "batch head query_pos key_pos", "scaled, biased and masked scores", Inside()),
+    Hook(
+        "hook_attn_scores",
+        "batch head query_pos key_pos",
+        "attention scores, scaled and masked, before the softmax",
+        Inside(),
+    ),
     Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
     Hook(
         "hook_result",
         "batch pos head d_model",
-        "what each head adds to the stream; with the bias they sum to hook_attn_out",
+        "what each head adds to the residual stream; they sum to hook_attn_out less the bias",
         Inside(kind="formula"),
         on_request=True,
     ),
@@ -95,13 +99,13 @@ SCORES = (
 
 
 class AttentionPlace(ComponentBridge):
-    """Any attention: called by itself, it takes all that the model hands to its module."""
+    """Any attention; called by itself, it takes all arguments of its module."""
 
     places: ClassVar[Places]
     sinks: ClassVar[bool] = False
-    """Whether a row of the pattern sums to less than one, as some of it goes to no key."""
+    """Whether a row of the pattern sums to less than one because the rest goes to a sink."""
     number: ClassVar[str] = "layer_idx"
-    """The module's name for the number of its layer, by which it asks the KV cache."""
+    """The module's attribute with its layer number, by which it asks the KV cache."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) <= 1:
@@ -114,7 +118,7 @@ class AttentionPlace(ComponentBridge):
         return super().forward(*args, **kwargs)
 
     def part_names(self) -> dict[str, str]:
-        """What the module calls the parts that hand over q, k and v, by role."""
+        """The module's names for the parts that project q, k and v, by role."""
         roles = dict.fromkeys(role for role, _ in self.places.values())
         return {role: self.role(role).path.removeprefix(f"{self.path}.") for role in roles}
 

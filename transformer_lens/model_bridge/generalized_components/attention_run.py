@@ -1,6 +1,6 @@
-"""One call of an attention module: what its hooks ask for, and what passed the seams of the module so far.
+"""One call of an attention module: what its hooks ask for, and what has passed its seams so far.
 
-Whatever the family, keys and values pass the update of its cache, scores its softmax, and z its output projection.
+In every family keys and values pass the cache update, scores the softmax, and z the output projection.
 """
 
 from __future__ import annotations
@@ -32,29 +32,26 @@ from transformer_lens.model_bridge.views import View
 
 
 class AttentionRun:
-    """The state of one call, and the steps at its seams."""
-
     def __init__(self, component: AttentionPlace, call: InsideCall, seams: ExitStack) -> None:
         self.component = component
         self.call = call
         self.seams = seams
         self.cfg = call.cfg
         self.beside = False
-        """Whether what runs is beside the module, and may end once everything wanted was seen."""
+        """Whether this computation runs beside the module, and may end once everything wanted was seen."""
         self.projected: dict[str, Tensor] = {}
-        """What the projections of q, k and v handed over, by role."""
+        """The outputs of the projections of q, k and v, by role."""
         self.keys_and_values: KeysAndValues
-        """All keys and values, as they came from the cache."""
         self.at_keys: Callable[[], object] = nothing
-        """What to do once they are there."""
+        """What to do once the keys are there."""
         self.changes = self._changes()
-        """What hooks at single query heads' inputs changed of q, k and v."""
+        """The changes of q, k and v by hooks at single query heads' inputs."""
         self.widened = any(part != "q" for part in self.changes)
-        """Whether every query head has a key and a value of its own in this call."""
+        """Whether every query head has its own key and value in this call."""
 
     @property
     def reuses(self) -> bool:
-        """Whether the pattern may take the memory of the scores."""
+        """Whether the pattern may reuse the memory of the scores."""
         return self.beside and not self.call.wants("hook_attn_scores")
 
     def wants_any(self, *names: str) -> bool:
@@ -62,13 +59,11 @@ class AttentionRun:
         return any(map(self.call.wants, names))
 
     def writes_any(self, *names: str) -> bool:
-        """Whether one of them may change what it sees, or needs a gradient through it."""
+        """Whether one of them may change its value, or needs a gradient through it."""
         return any(map(self.call.writes, names))
 
-    # -- single query heads' inputs ------------------------------------------------------------------
-
     def amend_queries(self) -> None:
-        """Add what hooks at the stream as single query heads read it change of q, before any hook sees that.
+        """Add to q the changes by hooks at single query heads' inputs, before any hook sees q.
 
         Keys and values, which a group shares, are changed for that query head alone, after the cache.
         """
@@ -80,7 +75,7 @@ class AttentionRun:
             self.note_projections()
 
     def note_projections(self) -> None:
-        """Keep what the projections of q, k and v hand over, after the hooks on them."""
+        """Keep the outputs of the projections of q, k and v, after their hooks."""
         for role in self.component.part_names():
             self.seams.enter_context(on_output(self.call.parts(role), partial(self._note, role)))
 
@@ -100,7 +95,7 @@ class AttentionRun:
         return {part: self._change(part, norm(new), norm(plain)) for part, new in read.items() if new is not plain}
 
     def _change(self, part: str, after: Float[Tensor, "B Q H M"], before: Tensor) -> Float[Tensor, "B Q H D"]:
-        """Each query head's own stream through that head's (or its group's) weight; no bias, for these are changes."""
+        """Each query head's own stream through its (or its group's) weight; no bias, as these are changes."""
         role, view = self.component.places[part]
         wide = at_least_float32(after) - before
         module = self.call.parts(role)
@@ -109,8 +104,10 @@ class AttentionRun:
         return torch.einsum("bqhm,mhd->bqhd", wide, weight_MHD[:, group_of_head])
 
     def _edited(self) -> KeysAndValues:
-        """What the edits change of every query head's new keys and values: the difference that it makes for the
-        module's own code whether its projections handed over one query head of each group or the other."""
+        """The edits' changes of every query head's new keys and values.
+
+        Each is the difference between two results of the module's own code, for one query head of each group at a time.
+        """
         heads = self.cfg.n_heads
         each = heads // self.cfg.n_key_value_heads
         before = self._keys_and_values(self.projected)
@@ -126,7 +123,7 @@ class AttentionRun:
         return keys, values
 
     def _keys_and_values(self, handed: Mapping[str, Tensor]) -> KeysAndValues:
-        """The new keys and values that the module makes of what its projections hand over, with no hook on the way."""
+        """The module's new keys and values for given outputs of its projections, with no hook on the way."""
         found: list[KeysAndValues] = []
 
         def stop(keys: Tensor, values: Tensor) -> KeysAndValues:
@@ -140,15 +137,13 @@ class AttentionRun:
         return found[0]
 
     def handing(self, handed: Mapping[str, Tensor]) -> Any:
-        """The module with projections that hand over what they are told, and no hook on its other parts."""
+        """The module with projections that return fixed values, and no hook on its other parts."""
         names = self.component.part_names()
         parts = {name: unhooked(part) for name, part in self.call.module._modules.items() if part is not None}
         return beside(self.call.module, parts | {names[role]: Handed(value) for role, value in handed.items()})
 
-    # -- the cache ---------------------------------------------------------------------------------------
-
     def open_cache(self) -> None:
-        """Show the rotated keys before they are cached, and keep what comes back."""
+        """Show the rotated keys before they are cached, and keep what the cache returns."""
         self.cache = self.call.argument(CACHE)
         passing = self.seams.enter_context(cache_update(self.cache, self._before, self._after))
         self.call = self.call.given({CACHE: passing})
@@ -170,22 +165,19 @@ class AttentionRun:
         return keys, values
 
     def _changed(self, wide: Float[Tensor, "B H K D"], change: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H K D"]:
-        """All keys or values, those of the new positions changed."""
+        """All keys or values, with those of the new positions changed."""
         end, queries = self.end(wide.shape[2]), change.shape[2]
         before, new, after = wide.split([end - queries, queries, wide.shape[2] - end], dim=2)
         return torch.cat([before, new + change, after], dim=2)
 
     def end(self, keys: int) -> int:
-        """Where the new positions end among the keys: a cache of fixed size has empty places after them."""
+        """Where the new positions end among the keys; in a cache of fixed size, empty places follow."""
         if self.cache is None:
             return keys
         layer = layer_of_cache(self.cache, getattr(self.call.module, self.component.number))
         return min(keys, int(layer.get_seq_length()))
 
-    # -- scores, pattern, results --------------------------------------------------------------------------
-
     def queries(self, value: Float[Tensor, "B H Q D"]) -> Float[Tensor, "B H Q D"]:
-        """What multiplies the keys."""
         if self.call.wants("hook_rot_q"):
             shown = value.transpose(1, 2)
             new = self.call.fire("hook_rot_q", shown)
@@ -195,14 +187,14 @@ class AttentionRun:
         return value
 
     def scores(self, value: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B H Q K"]:
-        """What the softmax receives."""
+        """Show the input of the softmax."""
         new = self.call.fire("hook_attn_scores", value) if self.call.wants("hook_attn_scores") else value
         if self.beside and not self.call.wants("hook_pattern"):
             raise Enough
         return new
 
     def pattern(self, value: Float[Tensor, "B H Q K"], sees: Tensor | None = None) -> Float[Tensor, "B H Q K"]:
-        """What averages the values: nothing for a query that sees nothing."""
+        """Show the pattern; zero for a query that attends to nothing."""
         value = value if sees is None else value.masked_fill(~sees, 0)
         new = self.call.fire("hook_pattern", value) if self.call.wants("hook_pattern") else value
         if self.beside:
@@ -210,7 +202,7 @@ class AttentionRun:
         return new
 
     def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What eager attention adds to its scores for any implementation's mask, and which queries see anything."""
+        """The mask as eager attention adds it to its scores, and which queries attend to anything."""
         first, memo = self.end(keys) - queries, state.memo
         key = (id(mask), queries, keys, first, like.dtype, like.device)
         found = None if memo is None else memo.get(key)
@@ -223,7 +215,7 @@ class AttentionRun:
         return found[:2]
 
     def show_results(self) -> None:
-        """Each head's part of what the output projection makes of z; a write goes on as their sum."""
+        """Show each head's share of the output projection; a write replaces the output by their sum."""
         if self.call.wants("hook_result"):
             self.seams.enter_context(on_output(self.call.parts("o"), self._result))
 
@@ -241,7 +233,7 @@ class AttentionRun:
 
 
 def nothing() -> None:
-    """Nothing is to be done."""
+    """Do nothing."""
 
 
 def _added(out: Tensor, view: View, change: Tensor) -> Tensor:

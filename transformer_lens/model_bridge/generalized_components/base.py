@@ -1,7 +1,7 @@
-"""What a component is written in: `Hook` rows, `Part` placements, and `ComponentBridge`, their node.
+"""`Hook` rows, `Part` placements and `ComponentBridge`, the node that they describe.
 
-A component class declares its hooks once, as rows; names, axes, meanings, errors, docs and the test
-matrix all come from those rows. A `Part` says where in the Hugging Face model the component lives.
+A component class declares its hooks once; names, axes, meanings, errors, docs and tests come from these rows. A `Part`
+says where in the Hugging Face model the component is.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ FIXED = {
     "(bridge.blocks[0].mlp = module)",
     "cfg": "it describes the model and follows it; its own fields can be set (bridge.cfg.default_prepend_bos = True)",
 }
-"""What of a bridge or a component cannot be set again, and what to do instead."""
+"""Attributes of a bridge or a component that cannot be set, and what to do instead."""
 CLOSED = "it is computed inside a module, and this architecture does not say where it passes there"
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One row of the hook table. `axes` names the dimensions, `aliases` are relative to the component."""
+    """One row of the hook table: `axes` names the dimensions, `aliases` are relative to the component."""
 
     name: str
     axes: str
@@ -60,10 +60,10 @@ class Hook:
 
 @dataclass(frozen=True)
 class StreamMatrix:
-    """A weight that stands at the residual stream: the part it belongs to, and the names of its parameters.
+    """A weight that reads or writes the residual stream: its part, and the names of its parameters.
 
-    A reading weight has d_model as its last axis. A writing one has it second to last, unless each
-    row is written as it is (an embedding). `bias=""`: the module has no place for one.
+    A reading weight has d_model as its last axis, a writing one second to last or, with `rows` (an embedding), last.
+    `bias=""`: the module has no place for one.
     """
 
     role: str = ""
@@ -74,17 +74,17 @@ class StreamMatrix:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a component lives: its class, its path below its parent's module, and its own parts by role."""
+    """Where a component is: its class, its path below its parent's module, and its own parts by role."""
 
     kind: type[ComponentBridge]
     at: str = ""
     parts: Mapping[str, Part] = field(default_factory=dict)
     stages: Stages = ()
-    """In a block: its branches."""
+    """The branches of a block."""
     sizes: Mapping[str, int] = field(default_factory=dict)
-    """The lengths of axes of its hooks, such as `d_mlp`, where they are not those of the model's config."""
+    """Lengths of axes of its hooks, such as `d_mlp`, that differ from those of the model's config."""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Numbers that the module multiplies what some of its parts return by, by role."""
+    """Factors by which the module multiplies the outputs of parts, by role."""
 
     def __post_init__(self) -> None:
         unknown = {role for stage in self.stages for branch in stage for role in branch.roles} - set(self.parts)
@@ -96,7 +96,7 @@ class Part:
 
 
 def _multiplied(hook: Hook, scales: Mapping[str, float]) -> Hook:
-    """A row that shows what a part returns as the module goes on with it."""
+    """A hook that shows a part's output times the module's factor."""
     port = hook.port
     if not isinstance(port, Port) or port.side == "in" or port.at not in scales:
         return hook
@@ -104,17 +104,17 @@ def _multiplied(hook: Hook, scales: Mapping[str, float]) -> Hook:
 
 
 class Watcher(Protocol):
-    """What a hook point's owner tells about it."""
+    """What is told when a hook point changes."""
 
     def refresh(self) -> None:
-        """A hook came or went."""
+        """A hook was added or removed."""
 
     def replaced(self) -> None:
-        """Another module sits in the hook's place."""
+        """Another module replaced the hook point."""
 
 
 class Exchange(Protocol):
-    """Where a component stands, and what may be put in its place."""
+    """Replaces a component's module in the model."""
 
     component: ComponentBridge
 
@@ -122,7 +122,7 @@ class Exchange(Protocol):
     def taken(self) -> bool: ...
 
     def put(self, module: Any) -> None:
-        """Have the model run a module in the component's place, or the component's own again."""
+        """Have the model run another module in the component's place, or its own again."""
 
 
 def is_replica(module: nn.Module) -> bool:
@@ -131,10 +131,9 @@ def is_replica(module: nn.Module) -> bool:
 
 
 class HookOwner(nn.Module):
-    """A module with declared hooks: an attribute of a hook's name may be replaced by any module.
+    """A module with declared hooks; assigning a module to a hook's or a component's name replaces that.
 
-    The forward then calls that module in the hook's place; putting a `HookPoint()` there goes back. A module in a
-    component's place runs in the model in its stead, until the component is put back.
+    The forward then calls the new module instead; assigning a `HookPoint()`, or the component, undoes it.
     """
 
     full_names: dict[str, str]
@@ -150,7 +149,6 @@ class HookOwner(nn.Module):
         self.exchanges = {}
 
     def declare(self, prefix: str, hooks: tuple[Hook, ...]) -> None:
-        """Make a hook point for every row."""
         for hook in hooks:
             self.full_names[hook.name] = prefix + hook.name
             self.rows[hook.name] = hook
@@ -184,7 +182,7 @@ class HookOwner(nn.Module):
             watcher.replaced()
 
     def _set(self, name: str, value: Any) -> None:
-        """Set an attribute that is no hook's. torch would keep a module or parameter where the class's own hides it."""
+        """Set an attribute that is no hook's; torch would hide a module or parameter behind a class attribute."""
         defined = getattr_static(type(self), name, None) if isinstance(value, (nn.Module, Tensor)) else None
         if defined is None:
             super().__setattr__(name, value)
@@ -197,7 +195,7 @@ class HookOwner(nn.Module):
             )
 
     def _replicate_for_data_parallel(self) -> Any:
-        """A replica is put together by assigning its parts, which exchanges nothing."""
+        """Assign a replica's parts without replacing anything."""
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__ |= {"exchanges": {}, "full_names": {}}
         return replica
@@ -215,29 +213,27 @@ class PartsElsewhere(nn.Module):
 
 
 class ComponentBridge(HookOwner):
-    """A component in the tree: its hook points and its parts, beside the Hugging Face module it stands for."""
+    """A component: its hook points and parts, beside the Hugging Face module that it stands for."""
 
     hooks: ClassVar[tuple[Hook, ...]] = ()
     absent: ClassVar[Mapping[str, str]] = {}
-    """Names other architectures have here, and why this component has none."""
+    """Hooks that other architectures have here, and why this component has none."""
     declared: tuple[Hook, ...]
-    """The hooks of this component: those of its class, less those inside a part that is not opened."""
+    """The hooks of this component: those of its class, except those inside a part that is not opened."""
     missing: Mapping[str, str]
     """`absent`, and the hooks inside a part that is not opened."""
     parent: ComponentBridge
-    """The component this one is a part of; not a submodule, for the tree has no cycles."""
+    """The component this one is a part of; not a submodule, to avoid a cycle."""
     reads: ClassVar[tuple[StreamMatrix, ...]] = ()
-    """The weights that read what the norm in front of this component returns."""
+    """The weights that read the output of the norm in front of this component."""
     writes: ClassVar[tuple[StreamMatrix, ...]] = ()
-    """The weights whose results are added to the stream as they are."""
+    """The weights whose outputs are added to the residual stream as they are."""
     takes: ClassVar[tuple[Word, ...]] = ()
-    """The arguments that the module's forward has to have."""
+    """The arguments that the module's forward must have."""
     attributes: ClassVar[tuple[str, ...]] = ()
-    """The attributes of the module that this component reads."""
     cfg: BridgeConfig
-    """The numbers of the whole model, given by the bridge."""
     model: nn.Module
-    """The Hugging Face model; not a submodule, for its parameters are not this component's."""
+    """The Hugging Face model; not a submodule, since its parameters are not this component's."""
 
     def __init__(self, part: Part, model: nn.Module, path: str, name: str) -> None:
         super().__init__()
@@ -258,7 +254,7 @@ class ComponentBridge(HookOwner):
         self.declare(f"{name}.", self.declared)
 
     def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
-        """The hooks of this component, and the names it has not, each with the reason."""
+        """The hooks of this component, and the absent ones with their reasons."""
         return self.hooks, self.absent
 
     def _opens(self, hook: Hook) -> bool:
@@ -267,16 +263,16 @@ class ComponentBridge(HookOwner):
         return type(self.role(hook.port.at)).inside is not ComponentBridge.inside
 
     def size(self, name: str) -> int:
-        """One of this component's own sizes, or the number of that name in the model's config."""
+        """One of this component's own sizes, or that of the model's config."""
         return int(self.sizes[name] if name in self.sizes else getattr(self.cfg, name))
 
     @property
     def displaced(self) -> nn.Module | None:
-        """The module this component stands for while another one is in its place in the model."""
+        """The module this component stands for while another one replaces it in the model."""
         return self.__dict__.get("_displaced")
 
     def stand_for(self, module: nn.Module) -> None:
-        """Stand for a module that is not in the model any more, and hold it, so that its weights are where this is."""
+        """Hold a module that is no longer in the model, so that its weights stay readable here."""
         for part in self.modules():
             if isinstance(part, ComponentBridge):
                 inside = part.path.removeprefix(self.path).lstrip(".")
@@ -284,7 +280,7 @@ class ComponentBridge(HookOwner):
         self.add_module("displaced_module", module)
 
     def take_back(self) -> None:
-        """The exact inverse."""
+        """Undo `stand_for`."""
         del self._modules["displaced_module"]
         for part in self.modules():
             if isinstance(part, ComponentBridge):
@@ -297,7 +293,7 @@ class ComponentBridge(HookOwner):
 
     @property
     def in_place(self) -> nn.Module:
-        """The module at this component's place in the model: its own, or what was put there."""
+        """The module at this component's place in the model: its own, or its replacement."""
         found: nn.Module = self.model
         for part in self.path.split(".") if self.path else ():
             if isinstance(found, PartsElsewhere):
@@ -315,7 +311,7 @@ class ComponentBridge(HookOwner):
 
     @property
     def computing_module(self) -> nn.Module:
-        """That module without the wrappers that only adapt its parameters: where the hooks inside are."""
+        """That module inside wrappers that only adapt its parameters: where the hooks inside are."""
         return computing_module(self.original_component)
 
     def check_module(self) -> None:
@@ -328,24 +324,24 @@ class ComponentBridge(HookOwner):
                 attribute(module, name)
 
     def interior(self, sharding: Sharding) -> Interior:
-        """How several processes divide what is inside the module."""
+        """How processes share what is inside the module."""
         sharding.style(self.path)
         return Interior(sharding.cfg)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the Hugging Face module this component stands for; its hooks fire as they do in a run of the model.
+        """Call the Hugging Face module this component stands for; its hooks fire as in a run of the model.
 
         >>> stream = bridge.embed(bridge.to_tokens("Mary and John"))
         >>> bridge.blocks[0].ln1(stream).shape, bridge.unembed(bridge.ln_final(stream)).shape
         (torch.Size([1, 5, 128]), torch.Size([1, 5, 735]))
 
-        Arguments and results are those of that module. A block takes the stream alone and returns the stream.
-        Attention needs the mask and the positions too, and raises `ValueError` without them.
+        It takes and returns what the module does, except that a block takes and returns the residual stream alone.
+        Attention needs mask and positions too, and raises `ValueError` without them.
         """
         return self.original_component(*args, **kwargs)
 
     def inside(self, call: InsideCall) -> Any:
-        """A call of the module while hooks inside it wait: what it computes, its values shown by `call.fire`."""
+        """Compute the module's call while hooks inside it wait; `call.fire` shows them its values."""
         raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and does not open it")
 
     def role(self, role: str) -> ComponentBridge:
@@ -360,7 +356,7 @@ class ComponentBridge(HookOwner):
         return found
 
     def module_of(self, role: str) -> nn.Module:
-        """What runs in a role: a part's own module, or what was put in its place; this component's own for ""."""
+        """The module that runs in a role: a part's own or its replacement; this component's own for ""."""
         part = self.role(role)
         taken = role and "displaced_module" in part._modules
         return part.in_place if taken else part.original_component

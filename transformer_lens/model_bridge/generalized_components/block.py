@@ -1,4 +1,4 @@
-"""The transformer block: its hooks, and the names it has not, follow from the list of its branches."""
+"""The transformer block, whose hooks and absent names follow from the list of its branches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAM = "batch pos d_model"
 RESID_PRE = Hook(
     "hook_resid_pre", STREAM, "the residual stream that enters the block", Port(side="in"), aliases=("hook_in",)
 )
-"""A norm in front of attention in the first stage reads it too, so that is its `hook_in`."""
+"""In the first stage a norm in front of attention has the same input, so this is its `hook_in`."""
 RESID_POST = Hook("hook_resid_post", STREAM, "the residual stream that leaves the block", Port(), aliases=("hook_out",))
 PER_HEAD = {
     "hook_attn_in": "attention",
@@ -28,9 +28,9 @@ PER_HEAD = {
     "hook_k_input": "the key",
     "hook_v_input": "the value",
 }
-"""The hooks where attention reads the stream, and who reads there."""
+"""The hooks at single query heads' inputs, and what reads there."""
 USUAL_NORMS = {"ln1": "attn", "ln2": "mlp"}
-"""The roles of norms that other blocks have, and whom they feed there."""
+"""The norms of most blocks, and what each feeds."""
 
 
 def names(branches: tuple[Branch, ...], between: str = " and ") -> str:
@@ -40,14 +40,11 @@ def names(branches: tuple[Branch, ...], between: str = " and ") -> str:
 
 @lru_cache(maxsize=64)
 def feeds(stages: Stages) -> dict[str, tuple[str, ...]]:
-    """The role of each norm in front of a branch, and the roles that read what it returns."""
+    """Each norm in front of a branch, and the roles that read its output."""
     found: dict[str, tuple[str, ...]] = {}
     for branch in (branch for stage in stages for branch in stage if branch.norm):
         found[branch.norm] = (*found.get(branch.norm, ()), branch.mixer)
     return found
-
-
-# -- rows of the hook table ------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
@@ -66,17 +63,17 @@ def hooks_of(stages: Stages) -> tuple[Hook, ...]:
 
 
 def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) -> list[Hook]:
-    """Where a branch reads the stream; `stream` is the role that its stage's stream enters."""
+    """The hooks where a branch reads the residual stream; `stream` is the role that its stage's stream enters."""
     if branch.mixer == "attn":
         before = ", before the norm" if branch.norm else ""
         port, axes = Inside("attn", stream_of=stream), "batch pos head d_model"
-        meanings = {name: f"the residual stream as {who} of each query head reads it" for name, who in PER_HEAD.items()}
+        meanings = {name: f"the residual stream that {who} of each query head reads" for name, who in PER_HEAD.items()}
         return [
             Hook(name, axes, meaning + before, port, aliases=(f"attn.{name}",), on_request=True)
             for name, meaning in meanings.items()
         ]
     name = f"hook_{branch.mixer}_in"
-    meaning = f"the residual stream as {READERS[branch.mixer]} reads it" + (", before its norm" if branch.norm else "")
+    meaning = f"the residual stream that {READERS[branch.mixer]} reads" + (", before its norm" if branch.norm else "")
     if len(fed.get(branch.norm, ())) > 1:
         if branch.scale_in != 1.0:
             raise ValueError(
@@ -88,10 +85,9 @@ def _reading(branch: Branch, stream: str, fed: Mapping[str, tuple[str, ...]]) ->
 
 
 def _writing(branch: Branch) -> Hook:
-    """What a branch adds to the stream."""
     view = whole if branch.scale == 1.0 else partial(scaled, branch.scale)
     aliases = (f"{branch.returns}.hook_out",) if branch.scale == 1.0 else ()
-    meaning = f"what {READERS[branch.mixer]} adds to the stream"
+    meaning = f"what {READERS[branch.mixer]} adds to the residual stream"
     return Hook(f"hook_{branch.mixer}_out", STREAM, meaning, Port(branch.returns, "out", view), aliases=aliases)
 
 
@@ -129,7 +125,7 @@ class BlockBridge(ComponentBridge):
     """
 
     run: Callable[..., Any]
-    """The bridge of the whole model; not a submodule, for the tree has no cycles."""
+    """The bridge of the whole model; not a submodule, to avoid a cycle."""
 
     def __init__(self, part: Part, model: nn.Module, path: str, name: str) -> None:
         if not part.stages:
@@ -144,26 +140,26 @@ class BlockBridge(ComponentBridge):
 
     @property
     def hook_in(self) -> nn.Module:
-        """The hook at the stream that enters, under its newer name."""
+        """`hook_resid_pre` under its newer name."""
         return self.get_submodule("hook_resid_pre")
 
     @property
     def hook_out(self) -> nn.Module:
-        """The hook at the stream that leaves, under its newer name."""
+        """`hook_resid_post` under its newer name."""
         return self.get_submodule("hook_resid_post")
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """All branches, in the order in which the block calls them."""
+        """All branches, in the order of their calls."""
         return tuple(branch for stage in self.stages for branch in stage)
 
     @property
     def feeds(self) -> Mapping[str, tuple[str, ...]]:
-        """The role of each norm in front of a branch, and the roles that read what it returns."""
+        """Each norm in front of a branch, and the roles that read its output."""
         return feeds(self.stages)
 
     def branch(self, mixer: str) -> Branch:
-        """The branch of "attn", "mlp" or "mixer". Raises `ValueError` where the block has none."""
+        """The branch of "attn", "mlp" or "mixer". Raises `ValueError` if the block has none."""
         for branch in self.branches:
             if branch.mixer == mixer:
                 return branch
@@ -171,13 +167,13 @@ class BlockBridge(ComponentBridge):
         raise ValueError(f"{self.name} has no {mixer!r}; its branches are {has}")
 
     def before(self, mixer: str) -> tuple[Branch, ...]:
-        """The branches of this block whose sums are in the stream that another one reads."""
+        """The branches of this block whose outputs are in the stream that another one reads."""
         wanted = self.branch(mixer)
         after = next(number for number, stage in enumerate(self.stages) if wanted in stage)
         return tuple(branch for stage in self.stages[:after] for branch in stage)
 
     def entering(self, mixer: str) -> Callable[[Tensor], Tensor]:
-        """From a stream to what a branch's mixer is given of it: through its norm, times its number."""
+        """From a residual stream to the input of a branch's mixer: through its norm, times `scale_in`."""
         branch = self.branch(mixer)
         norm = plain_forward(self.module_of(branch.norm)) if branch.norm else nn.Identity()
         return lambda stream: norm(stream) if branch.scale_in == 1.0 else norm(stream) * branch.scale_in
@@ -188,7 +184,7 @@ class BlockBridge(ComponentBridge):
         >>> torch.equal(bridge.blocks[0](cache["resid_pre", 0]), cache["resid_post", 0])
         True
 
-        The same as `bridge(stream, start_at_layer=i, stop_at_layer=i + 1)`, whose options it takes.
+        Short for `bridge(stream, start_at_layer=i, stop_at_layer=i + 1)`, whose options it takes.
         """
         layer = int(self.name.split(".")[1])
         return self.run(stream, start_at_layer=layer, stop_at_layer=layer + 1, **options)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""What a block is made of: `Branch`es from the residual stream and back, side by side or one after the other.
+"""`Branch`es of a block, from the residual stream and back, in parallel or in sequence.
 
-Which hooks a block has, what each norm feeds and what is added to the stream all follow from this list.
+They determine a block's hooks, what each norm feeds, and what is added to the residual stream.
 """
 
 from __future__ import annotations
@@ -8,20 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 READERS = {"attn": "attention", "mlp": "the MLP", "mixer": "the mixer"}
-"""The roles that read and write the stream, in words."""
+"""The roles that read and write the residual stream, in words."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One way from the residual stream and back, its parts by role.
+    """One path from the residual stream and back, its parts by role.
 
-    What it adds to a stream is `scale * post_norm(mixer(scale_in * norm(stream)))`.
+    It adds `scale * post_norm(mixer(scale_in * norm(stream)))`. The mixer is "attn", "mlp" or "mixer"; `norm=""` and
+    `post_norm=""` mean that there is no such norm.
 
     >>> Branch("ln2", "mlp").receives, Branch("", "attn", post_norm="ln1_post").returns
     ('ln2', 'ln1_post')
-
-    `norm=""`: the mixer reads the stream as it is. `post_norm=""`: what it returns is added without a norm of its own.
-    The mixer is "attn", "mlp" or "mixer".
     """
 
     norm: str
@@ -36,31 +34,31 @@ class Branch:
 
     @property
     def receives(self) -> str:
-        """The role that the stream enters."""
+        """The role that the residual stream enters."""
         return self.norm or self.mixer
 
     @property
     def returns(self) -> str:
-        """The role whose output, times `scale`, is added to the stream."""
+        """The role whose output, times `scale`, is added to the residual stream."""
         return self.post_norm or self.mixer
 
     @property
     def direct(self) -> bool:
-        """Whether what the mixer returns is added as it is."""
+        """Whether the mixer's output is added as it is."""
         return not self.post_norm and self.scale == 1.0
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The parts of the block that it goes through."""
+        """The parts of the block on this path."""
         return tuple(role for role in (self.norm, self.mixer, self.post_norm) if role)
 
 
 Stages = tuple[tuple[Branch, ...], ...]
-"""Branches of one stage read the same stream, in the order in which the block calls them; stages follow one another."""
+"""Branches of one stage read the same stream, in the order of their calls; stages follow one another."""
 
 SEQUENTIAL: Stages = ((Branch("ln1", "attn"),), (Branch("ln2", "mlp"),))
-"""Attention, then the MLP, each with a norm in front."""
+"""Attention, then the MLP, each after a norm."""
 PARALLEL: Stages = ((Branch("ln1", "attn"), Branch("ln2", "mlp")),)
-"""Attention and the MLP side by side, each with a norm in front."""
+"""Attention and MLP in parallel, each after a norm."""
 PARALLEL_ONE_NORM: Stages = ((Branch("ln1", "attn"), Branch("ln1", "mlp")),)
-"""Attention and the MLP side by side behind one norm."""
+"""Attention and MLP in parallel after one norm."""

@@ -1,4 +1,4 @@
-"""The two ends of the model: token embedding, position rotation, unembedding, and other heads."""
+"""The two ends of the model: token and position embeddings, RoPE's table, unembedding, and other heads."""
 
 from __future__ import annotations
 
@@ -13,38 +13,34 @@ class EmbeddingBridge(ComponentBridge):
 
     attributes = ("weight",)
     writes = (StreamMatrix(bias="", rows=True),)
-    W_E = Weight("d_vocab d_model", "what each token writes into the stream", own("weight"))
+    W_E = Weight("d_vocab d_model", "each token's embedding", own("weight"))
 
 
 class PositionEmbeddingBridge(ComponentBridge):
     """A table of learned positions; its output is the model's `hook_pos_embed`."""
 
     writes = (StreamMatrix(bias="", rows=True),)
-    W_pos = Weight("pos d_model", "what each position writes into the stream", own("weight"))
+    W_pos = Weight("pos d_model", "each position's embedding", own("weight"))
 
 
 class RotaryEmbeddingBridge(ComponentBridge):
-    """The table of rotations that RoPE attention applies to q and k. It adds nothing to the stream."""
+    """The table of angles that RoPE attention applies to q and k; it adds nothing to the stream."""
 
 
 class UnembeddingBridge(ComponentBridge):
-    """The map from the final stream to the vocabulary."""
+    """The map from the final residual stream to logits."""
 
     reads = (StreamMatrix(),)
-    W_U = Weight("d_model d_vocab", "what each token's logit reads of the final stream", linear(""))
+    W_U = Weight("d_model d_vocab", "maps the final residual stream to logits", linear(""))
     b_U = Weight("d_vocab", "added to the logits", linear("", "bias"))
-    hooks = (
-        Hook(
-            "hook_out", "batch pos d_vocab", "the logits, before a cap that some families put on them", Port(side="out")
-        ),
-    )
+    hooks = (Hook("hook_out", "batch pos d_vocab", "the logits, before any soft cap or scale", Port(side="out")),)
 
 
 class HeadBridge(ComponentBridge):
-    """A head that is no unembedding: classification of sequences or tokens, or question answering."""
+    """A task head: classification of sequences or tokens, or question answering."""
 
     reads = (StreamMatrix(),)
-    hooks = (Hook("hook_out", "batch pos d_vocab_out", "what the head computes at every position", Port(side="out")),)
+    hooks = (Hook("hook_out", "batch pos d_vocab_out", "the head's output at every position", Port(side="out")),)
 
 
 ROOT_HOOKS = (
@@ -63,16 +59,16 @@ WHOLE_MODEL = "model"
 LOGITS_HOOK = Hook(
     "hook_logits",
     "batch pos d_vocab",
-    "the logits, after what the model makes of its head's output (a cap, a scale)",
+    "the logits, after the model's soft cap or scale",
     Port(at=WHOLE_MODEL, item=LOGITS),
 )
-"""Beside `ROOT_HOOKS` in a model whose logits are not its head's output."""
+"""Added to `ROOT_HOOKS` where the logits differ from the head's output."""
 
 POSITION_HOOK = Hook(
     "hook_pos_embed",
     "rows pos d_model",
-    "the position embeddings; one row where all texts count alike",
+    "the position embeddings; one row if all texts have the same positions",
     Port(at="pos_embed"),
     aliases=("pos_embed.hook_out",),
 )
-"""Beside `ROOT_HOOKS` in a model that adds positions to its embeddings."""
+"""Added to `ROOT_HOOKS` where positions are added to the embeddings."""

@@ -1,7 +1,4 @@
-"""One call of a mixture's experts, opened: by the kernel that computes them all at once, or expert by expert.
-
-The hidden layer, the neurons and the output of every chosen (token, expert) pair pass there, and nowhere else.
-"""
+"""One call of a mixture's experts, opened: by the kernel that computes them all at once, or expert by expert."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREA
 
 @dataclass(frozen=True)
 class Stage:
-    """A value on the way through each expert, and the hooks that show it."""
+    """A value inside each expert, and the hooks that show it."""
 
     name: str
     hooks: tuple[str, ...]
@@ -39,13 +36,13 @@ STAGES = (HIDDEN, NEURONS, OUTPUTS)
 def show_hidden(
     module: Any, value: Float[Tensor, "pair hidden"], fire: Callable[[str, Tensor], Tensor]
 ) -> Float[Tensor, "pair hidden"]:
-    """Show both halves of the hidden layer, which lie side by side, or entry by entry."""
+    """Show both halves of the hidden layer, side by side or interleaved."""
     aside = module.is_concatenated
     halves = value.chunk(2, dim=-1) if aside else (value[..., ::2], value[..., 1::2])
     new = [fire(name, half) for name, half in zip(HIDDEN.hooks, halves, strict=True)]
     if all(one is other for one, other in zip(new, halves, strict=True)):
         return value
-    # Laid out as the module's own hidden layer, or the activation rounds differently.
+    # In the layout of the module's own hidden layer, or the activation rounds differently.
     return torch.cat(new, dim=-1) if aside else torch.stack(new, dim=-1).flatten(-2)
 
 
@@ -54,10 +51,7 @@ SORTS = {"grouped_mm": True, "batched_mm": False}
 
 
 class KernelRun:
-    """A call of a kernel that computes the pairs of all experts at once.
-
-    Their neurons are what the module's own gate makes of their hidden layer, between the kernel's two products.
-    """
+    """A call of a kernel that computes all pairs at once, with the module's own gate between its products."""
 
     def __init__(self, call: InsideCall) -> None:
         self.call = call
@@ -66,20 +60,19 @@ class KernelRun:
         config: Any = self.module.config
         self.sorts = SORTS[config._experts_implementation]
         self.place: Tensor | None = None
-        """Where each pair of the tokens, in order, is among the kernel's."""
+        """The kernel's row of each (token, choice) pair."""
         self.order: Tensor | None = None
         self.step = "sort" if self.sorts else "gate"
 
     @staticmethod
     def fits(call: InsideCall) -> bool:
-        """Whether the module's forward, as its class has it, goes to such a kernel, and no other process has a part."""
+        """Whether the module's own forward calls such a kernel, and no other process has a shard."""
         own = isinstance(call.original, MethodType) and call.original.__func__ is type(call.module).forward
         config: Any = call.module.config
         here = call.shards.size == 1 and not any(weight.is_meta for weight in call.module.parameters(recurse=False))
         return own and here and config._experts_implementation in SORTS
 
     def run(self) -> Any:
-        """The module's output."""
         module = beside(self.module, _apply_gate=self._gate)
         with ExitStack() as self.watched:
             if self.sorts:
@@ -90,13 +83,11 @@ class KernelRun:
         return output
 
     def _sorted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kernel sorts the pairs."""
         result = function(*args, **kwargs)
         self.order, self.step = result[1], "gate"
         return result
 
     def _gate(self, hidden: Float[Tensor, "pair hidden"]) -> Float[Tensor, "pair d_mlp"]:
-        """The kernel asks the module for its neurons."""
         self.watched.close()
         if self.step != "gate":
             return self.module._apply_gate(hidden)  # type: ignore[no-any-return]
@@ -109,12 +100,11 @@ class KernelRun:
         return neurons
 
     def _weighted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kernel multiplies the outputs by their weights."""
         self.step = "done"
         return function(self._fire(OUTPUTS.hooks[0], args[0]), *args[1:], **kwargs)
 
     def _fire(self, name: str, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
-        """Show a value to its hook by token, where any hook wants it."""
+        """Show a value to its hook by token, if any hook wants it."""
         if not self.call.wants(name):
             return pairs
         with self.call.graph_of(name):
@@ -126,10 +116,10 @@ class KernelRun:
 
 
 class EagerRun:
-    """The family's eager forward of one call, and what is known of its inside: one tensor for each expert chosen.
+    """The family's eager forward of one call, expert by expert, and the values known so far.
 
-    That forward multiplies each chosen expert's tokens by two matrices. A hook is shown one value for all experts at
-    once, so the forward runs again from what a hook was shown, and takes what is known for granted.
+    A hook sees one value for all experts at once, so the forward runs again from what a hook returned, with known
+    values taken as given.
     """
 
     def __init__(self, call: InsideCall) -> None:
@@ -150,7 +140,7 @@ class EagerRun:
         self.known: dict[str, list[Tensor]] = {}
 
     def looked(self) -> Any:
-        """The module's output, hooks having looked: its own forward where that is the eager one, or that beside it."""
+        """The module's output for hooks that only read: its own eager forward, or one beside it."""
         wanted = [stage for stage in STAGES if any(map(self.call.wants, stage.hooks))]
         if self.module.config._experts_implementation == "eager" and self.call.shards.size == 1:
             with ExpertProducts(self.module, self.known, len(self.pairs.counts), wanted[-1], stops=False):
@@ -165,7 +155,7 @@ class EagerRun:
         return output
 
     def written(self) -> Float[Tensor, "row d_model"]:
-        """The output, hooks having written inside."""
+        """The module's output for hooks that write inside."""
         for stage in STAGES:
             if any(map(self.call.wants, stage.hooks)):
                 self._forward(stage)
@@ -177,7 +167,7 @@ class EagerRun:
         return self.call.shards.summed(total) if partial else total
 
     def _forward(self, until: Stage | None) -> Tensor:
-        """Run the eager forward, as far as a stage is known for every expert, or to its end."""
+        """Run the eager forward until a stage is known for every expert, or to its end."""
         forward, call = eager_forward(self.module), self.call
         with suppress(Enough), ExpertProducts(self.module, self.known, len(self.pairs.counts), until):
             return forward(self.module, *call.args, **call.kwargs)  # type: ignore[no-any-return]
@@ -196,17 +186,16 @@ class EagerRun:
             self.known[stage.name] = list(new.split(self.pairs.counts))
 
     def _width(self, stage: Stage) -> int:
-        """Of a value where no expert has a token."""
         shape = (self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj).shape[1:]
         out, into = reversed(shape) if self.module.is_transposed else shape
         return int(into if stage is NEURONS else out)
 
 
 class ExpertProducts(TorchCalls):
-    """The two products with a matrix that eager experts compute for each expert chosen, in the experts' order.
+    """The two matrix products of each chosen expert, in the experts' order.
 
-    The first returns the hidden layer, the second receives the neurons and returns the output. What is `known` takes
-    their place. `until` keeps the values up to a stage, and ends after it.
+    The first returns the hidden layer; the second receives the neurons and returns the output. `known` values replace
+    theirs, and `until` keeps the values up to a stage and ends after it.
     """
 
     def __init__(
@@ -220,7 +209,7 @@ class ExpertProducts(TorchCalls):
         self.until = until if stops else None
         self.products = 0
         self.product: Tensor | None = None
-        """What the latest product is, where a bias comes to it."""
+        """The latest product, before its bias."""
         for stage in STAGES[: STAGES.index(until) + 1] if until else ():
             known.setdefault(stage.name, [])
 
@@ -241,7 +230,7 @@ class ExpertProducts(TorchCalls):
         return self._value(stage.name, lambda: function(*args, **kwargs))
 
     def _value(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        """A value of the expert whose turn it is: the known one, or a new one, kept if its stage is to be known."""
+        """The known value of the current expert, or a new one, kept if its stage is to be known."""
         expert = (self.products - 1) // 2
         if name in self.given:
             return self.given[name][expert]
@@ -262,7 +251,7 @@ class ExpertProducts(TorchCalls):
 class Pairs:
     """The chosen (token, expert) pairs sorted by expert; within one, first choices come first.
 
-    Where processes have some experts each, `here`, `row`, `expert` and `counts` are those of this one's pairs.
+    With expert parallelism `here`, `row`, `expert` and `counts` are of this process's pairs.
     """
 
     def __init__(self, chosen: Int[Tensor, "row chosen"], experts: int, shards: Shards) -> None:
@@ -281,7 +270,6 @@ class Pairs:
         self.counts = [count for count in counts[first : first + each] if count]
 
     def whole(self, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "pair width"]:
-        """The pairs of all processes."""
         return self.shards.gather(pairs, 0, self.sizes)
 
     def by_token(self, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "row chosen width"]:
@@ -291,7 +279,7 @@ class Pairs:
         return places.unflatten(0, (chosen, rows)).transpose(0, 1)  # type: ignore[no-any-return]
 
     def fire(self, call: InsideCall, name: str, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "here width"]:
-        """Show a value to its hook by token, where any hook wants it."""
+        """Show a value to its hook by token, if any hook wants it."""
         if not call.wants(name):
             return pairs
         shown = self.by_token(self.whole(pairs))

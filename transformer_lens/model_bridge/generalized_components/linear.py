@@ -1,4 +1,4 @@
-"""A linear map inside another component: it has no hooks of its own, its owner names what matters."""
+"""A linear map inside another component, without hooks of its own."""
 
 from collections.abc import Mapping
 

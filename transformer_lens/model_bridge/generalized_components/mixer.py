@@ -1,4 +1,4 @@
-"""A mixer of positions that is not attention, such as a state-space layer: what enters and leaves it."""
+"""Mixers other than attention, such as state-space layers: what enters and leaves them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from transformer_lens.model_bridge.ports import Port
 
 
 class MixerBridge(ComponentBridge):
-    """A state-space or linear-attention module. What it adds to the stream is at the block's `hook_mixer_out`."""
+    """A state-space or linear-attention module; its output is at the block's `hook_mixer_out`."""
 
     hooks = (Hook("hook_in", "batch pos d_model", "the normalised stream that enters the mixer", Port(side="in")),)

@@ -52,8 +52,8 @@ class GatedMLPBridge(GatedWeights, ComponentBridge):
     hooks: ClassVar[tuple[Hook, ...]] = (
         MLP_IN,
         Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate", "out")),
-        Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("in", "out")),
-        Hook("hook_post", "batch pos d_mlp", "the gated hidden layer", Port("out", "in")),
+        Hook("hook_pre_linear", "batch pos d_mlp", "the hidden layer before gating", Port("in", "out")),
+        Hook("hook_post", "batch pos d_mlp", "the neurons: activated gate times hidden layer", Port("out", "in")),
     )
     absent = NO_EXPERTS
 
@@ -68,7 +68,7 @@ class FusedGatedMLPBridge(FusedGatedWeights, ComponentBridge):
         Hook(
             "hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate_up", view=first_half)
         ),
-        Hook("hook_pre_linear", "batch pos d_mlp", "the ungated hidden layer", Port("gate_up", view=second_half)),
-        Hook("hook_post", "batch pos d_mlp", "the gated hidden layer", Port("out", "in")),
+        Hook("hook_pre_linear", "batch pos d_mlp", "the hidden layer before gating", Port("gate_up", view=second_half)),
+        Hook("hook_post", "batch pos d_mlp", "the neurons: activated gate times hidden layer", Port("out", "in")),
     )
     absent = NO_EXPERTS

@@ -22,12 +22,12 @@ from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREA
 
 
 class RouterBridge(ComponentBridge):
-    """The router: chooses the experts of each token, and how much each counts."""
+    """The router, which chooses each token's experts and their weights."""
 
     attributes: ClassVar[tuple[str, ...]] = ("weight",)
 
     def inside(self, call: InsideCall) -> Any:
-        """The module's call; its first product are the logits, and by its own rule others choose other experts."""
+        """The module's call; its first product is the logits, and its own rule chooses experts by written ones."""
 
         def logits(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return call.fire("hook_router_logits", function(*args, **kwargs))
@@ -40,13 +40,13 @@ class RouterBridge(ComponentBridge):
 
 
 class LinearRouterBridge(RouterBridge):
-    """The same where a linear map inside it has the weight: role `w`."""
+    """A router whose weight is in a linear map: role `w`."""
 
     attributes = ()
 
 
 class ExpertsBridge(ComponentBridge):
-    """The experts: gated MLPs side by side, their weights stacked along the first axis."""
+    """The experts: gated MLPs whose weights are stacked along the first axis."""
 
     takes = (STREAM, CHOSEN, CHOICE_WEIGHTS)
     attributes = ("gate_up_proj", "down_proj", "config")
@@ -56,11 +56,11 @@ class ExpertsBridge(ComponentBridge):
         eager_forward(self.computing_module)
 
     def interior(self, sharding: Sharding) -> Interior:
-        """Several processes share the neurons of each expert, or have some experts each."""
+        """How processes share the experts: the neurons of each, or whole experts."""
         return sharding.of_experts(self.path)
 
     def inside(self, call: InsideCall) -> Any:
-        """The module's call, opened where its kernel computes all experts at once; else its family's eager forward."""
+        """The module's call, opened in the kernel for all experts at once, or in the family's eager forward."""
         if KernelRun.fits(call):
             return KernelRun(call).run()
         run = EagerRun(call)
@@ -76,8 +76,8 @@ def _inside_experts(name: str, axes: str, meaning: str) -> Hook:
 class MoEBridge(ExpertWeights, ComponentBridge):
     """A mixture of experts with the roles `gate` (the router) and `experts`.
 
-    The router returns `(logits, weights, indices)` over flattened tokens; the experts use the weights
-    and indices alone (source: `MixtralSparseMoeBlock` in transformers >= 5.13).
+    The router returns `(logits, weights, indices)` over flat tokens, and the experts use weights and indices alone.
+    Source: `MixtralSparseMoeBlock` in transformers >= 5.13.
     """
 
     reads: ClassVar[tuple[StreamMatrix, ...]] = (
@@ -96,27 +96,27 @@ class MoEBridge(ExpertWeights, ComponentBridge):
         Hook(
             "hook_router_logits",
             "batch pos expert",
-            "the router's score of every expert; a write re-routes",
+            "the router's logit for every expert; writing re-routes tokens",
             Inside("gate", rows_of=""),
         ),
         # Before the weights, so that a hook on those can know which expert each counts.
         Hook(
             "hook_expert_indices",
             "batch pos chosen",
-            "which experts were chosen; a write re-routes",
+            "which experts were chosen; writing re-routes tokens",
             FlatTokensPort("gate", "out", item=2, rows_of=""),
             integer=True,
         ),
         Hook(
             "hook_expert_weights",
             "batch pos chosen",
-            "how much each chosen expert counts",
+            "the weight of each chosen expert's output in their sum",
             FlatTokensPort("gate", "out", item=1, rows_of=""),
         ),
         _inside_experts("hook_pre", "batch pos chosen d_mlp", "each chosen expert's gate before its activation"),
-        _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's ungated hidden layer"),
+        _inside_experts("hook_pre_linear", "batch pos chosen d_mlp", "each chosen expert's hidden layer before gating"),
         _inside_experts(
-            "hook_post", "batch pos chosen d_mlp", "each chosen expert's neurons: activated gate times linear"
+            "hook_post", "batch pos chosen d_mlp", "each chosen expert's neurons: activated gate times hidden layer"
         ),
         _inside_experts(
             "hook_expert_out", "batch pos chosen d_model", "each chosen expert's output, before its weight"
@@ -125,13 +125,13 @@ class MoEBridge(ExpertWeights, ComponentBridge):
 
 
 class SharedExpertBridge(GatedMLPBridge):
-    """An expert that every token passes, beside the chosen ones: roles `gate`, `in`, `out`."""
+    """An expert for every token, beside the chosen ones: roles `gate`, `in`, `out`."""
 
-    hooks = (*GatedMLPBridge.hooks, Hook("hook_out", "batch pos d_model", "what the shared expert computes", Port()))
+    hooks = (*GatedMLPBridge.hooks, Hook("hook_out", "batch pos d_model", "the shared expert's output", Port()))
 
 
 class FlatSharedExpertBridge(GatedMLPBridge):
-    """The same where it is given tokens one after the other."""
+    """A shared expert that takes flat tokens."""
 
     hooks = tuple(
         replace(hook, port=FlatTokensPort(hook.port.at, hook.port.side, rows_of="parent"))
@@ -141,38 +141,38 @@ class FlatSharedExpertBridge(GatedMLPBridge):
 
 
 class WeighedSharedExpertBridge(FlatSharedExpertBridge):
-    """The same where a number for each token says how much it counts (Qwen 2's mixture)."""
+    """A shared expert with a weight for each token (Qwen 2's mixture)."""
 
     hooks = (
         *FlatSharedExpertBridge.hooks,
         Hook(
             "hook_gate",
             "batch pos 1",
-            "how much the shared expert counts, before a sigmoid",
+            "the shared expert's weight, before its sigmoid",
             FlatTokensPort("parent.shared_gate", rows_of="parent"),
         ),
     )
 
 
 class SharedMoEBridge(MoEBridge):
-    """A mixture with the role `shared` too: what that computes is added to the weighted sum of the chosen experts."""
+    """A mixture with the role `shared` too, whose output is added to the weighted sum of the chosen experts."""
 
     reads = (*MoEBridge.reads, StreamMatrix("shared.gate"), StreamMatrix("shared.in"))
     writes = (*MoEBridge.writes, StreamMatrix("shared.out"))
 
 
 class LinearRoutedMoEBridge(SharedMoEBridge):
-    """The same whose router is a `LinearRouterBridge` (Hunyuan)."""
+    """The same with a `LinearRouterBridge` (Hunyuan)."""
 
     reads = (StreamMatrix("gate.w"), *SharedMoEBridge.reads[1:])
-    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate.w"))
+    W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate.w"))
 
 
 class WeighedSharedMoEBridge(SharedMoEBridge):
-    """The same with the role `shared_gate`, which says how much the shared expert counts."""
+    """The same with the role `shared_gate`, the shared expert's weight."""
 
     reads = (*SharedMoEBridge.reads, StreamMatrix("shared_gate"))
 
 
 class InterleavedMoEBridge(InterleavedExpertWeights, MoEBridge):
-    """A mixture whose experts have biases, and keep gate and hidden layer entry by entry (GPT-OSS)."""
+    """A mixture whose experts have biases, and interleaved gate and hidden layer (GPT-OSS)."""

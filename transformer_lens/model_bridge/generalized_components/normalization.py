@@ -17,31 +17,28 @@ from transformer_lens.model_bridge.views import Shifted
 SCALE = Hook(
     "hook_scale",
     "batch pos 1",
-    "what the stream is divided by: its standard deviation, or root mean square",
+    "the norm's divisor: the standard deviation (LayerNorm) or root mean square (RMSNorm)",
     Inside(kind="formula"),
 )
 NORMALIZED = Hook(
     "hook_normalized",
     "batch pos d_model",
-    "the stream divided by its scale, before weight and bias",
+    "the residual stream divided by its scale, before weight and bias",
     Inside(kind="formula"),
 )
-FINAL_OUT = Hook("hook_out", "batch pos d_model", "the stream after the final norm, as the head reads it", Port())
+FINAL_OUT = Hook("hook_out", "batch pos d_model", "the residual stream after the final norm", Port())
 
 
 class NormalizationBridge(ComponentBridge):
-    """A norm before attention or MLP. What it returns is read at `attn.hook_in` and `mlp.hook_in`.
-
-    This class knows the places alone; `OpenNormalizationBridge` knows the formula too.
-    """
+    """A norm whose formula need not be known; its output is at `attn.hook_in` or `mlp.hook_in`."""
 
     hooks: ClassVar[tuple[Hook, ...]] = (SCALE, NORMALIZED)
     affine: ClassVar[tuple[str, ...] | None] = None
-    """The parameters that multiply, and are added to, the normalised stream; `None` where the formula is unknown."""
+    """The parameters that multiply, and are added to, the normalised stream; `None` if the formula is unknown."""
     neutral: ClassVar[float] = 1.0
     """The weight that multiplies by one."""
     centres: ClassVar[bool] = False
-    """Whether the mean over d_model is taken off, so that a constant added along d_model changes nothing."""
+    """Whether the mean over d_model is subtracted."""
 
 
 class FinalNormalizationBridge(NormalizationBridge):
@@ -51,7 +48,7 @@ class FinalNormalizationBridge(NormalizationBridge):
 
 
 class OpenNormalizationBridge(NormWeights, NormalizationBridge):
-    """A norm whose formula is known: a module computes it in one step, so there is no seam to open."""
+    """A norm whose formula is known, since a module computes it in one step and has no seam."""
 
     def inside(self, call: InsideCall) -> Any:
         """The module's call; where a hook writes, the formula in its place."""
@@ -63,11 +60,10 @@ class OpenNormalizationBridge(NormWeights, NormalizationBridge):
         return output
 
     def look(self, call: InsideCall) -> None:
-        """Show scale and normalised stream."""
         raise NotImplementedError(f"{type(self).__name__} has to say what its module computes")
 
     def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
-        """What the module computes, from its scale and its normalised stream."""
+        """The module's output, from its scale and its normalised stream."""
         raise NotImplementedError(f"{type(self).__name__} has to say what its module computes")
 
 
@@ -79,7 +75,7 @@ class LayerNormBridge(OpenNormalizationBridge):
     centres = True
 
     def look(self, call: InsideCall) -> None:
-        """One kernel gives both; it has no gradient to its scale, which only a write needs."""
+        """One kernel gives both; its scale has no gradient, which only a write needs."""
         x: Tensor = call.first
         normalized, _, reciprocal = torch.native_layer_norm(
             at_least_float32(x), (x.shape[-1],), None, None, call.cfg.eps
@@ -96,12 +92,11 @@ class LayerNormBridge(OpenNormalizationBridge):
         return self.weighted(call, normalized)
 
     def weighted(self, call: InsideCall, normalized: Tensor) -> Float[Tensor, "*batch d_model"]:
-        """The normalised stream times the weight, plus the bias."""
         return torch.addcmul(call.weight("", "bias"), normalized, call.weight(""))
 
 
 class OffsetLayerNormBridge(LayerNormBridge):
-    """LayerNorm as `NemotronLayerNorm1P` computes it: times one plus the weight."""
+    """LayerNorm as in `NemotronLayerNorm1P`: times one plus the weight."""
 
     neutral = 0.0
     w = Weight("d_model", "multiplies the normalised stream: one plus the weight", own("weight", Shifted(1.0)))
@@ -111,7 +106,7 @@ class OffsetLayerNormBridge(LayerNormBridge):
 
 
 class BiaslessLayerNormBridge(LayerNormBridge):
-    """LayerNorm as `CohereLayerNorm` computes it: without a bias, and rounded after the weight."""
+    """LayerNorm as in `CohereLayerNorm`: no bias, and rounded after the weight."""
 
     attributes = affine = ("weight",)
 
@@ -120,7 +115,7 @@ class BiaslessLayerNormBridge(LayerNormBridge):
 
 
 class BareLayerNormBridge(LayerNormBridge):
-    """LayerNorm as `OlmoLayerNorm` computes it: centred and divided, and no more."""
+    """LayerNorm as in `OlmoLayerNorm`: no weight and no bias."""
 
     attributes = affine = ()
     w = Weight("d_model", "multiplies the normalised stream: ones", constant(1.0))
@@ -131,10 +126,7 @@ class BareLayerNormBridge(LayerNormBridge):
 
 
 class RMSNormBridge(OpenNormalizationBridge):
-    """RMSNorm (Zhang and Sennrich 2019), as `LlamaRMSNorm` and its copies compute it.
-
-    In float32 whatever the model's dtype, and rounded before the weight.
-    """
+    """RMSNorm (Zhang and Sennrich 2019), as in `LlamaRMSNorm`: in float32, and rounded before the weight."""
 
     attributes = affine = ("weight",)
 
@@ -146,7 +138,6 @@ class RMSNormBridge(OpenNormalizationBridge):
         return self.weighted(call, self.divided(call), call.first.dtype)
 
     def divided(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
-        """The stream divided by its scale."""
         wide: Tensor = call.first.to(torch.float32)
         mean_square = wide.pow(2).mean(-1, keepdim=True) + call.cfg.eps
         if not call.wants(SCALE.name):
@@ -156,12 +147,11 @@ class RMSNormBridge(OpenNormalizationBridge):
         return wide * torch.rsqrt(mean_square) if scale is found else wide / scale
 
     def weighted(self, call: InsideCall, divided: Tensor, dtype: torch.dtype) -> Float[Tensor, "*batch d_model"]:
-        """The normalised stream times the weight."""
         return call.weight("") * call.fire(NORMALIZED.name, divided.to(dtype))
 
 
 class OffsetRMSNormBridge(RMSNormBridge):
-    """RMSNorm as `GemmaRMSNorm` computes it: times one plus the weight, and rounded after that."""
+    """RMSNorm as in `GemmaRMSNorm`: times one plus the weight, and rounded after that."""
 
     neutral = 0.0
     w = Weight("d_model", "multiplies the normalised stream: one plus the weight", own("weight", Shifted(1.0)))
@@ -210,5 +200,4 @@ class FinalOffsetRMSNormBridge(OffsetRMSNormBridge):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor, half precision widened."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,7 +1,7 @@
 """Weights of components under the field's names: views of the model's own parameters wherever a view exists.
 
-Each is one row: its axes, its meaning, and the parameter and view it is read through. Where q, k and v
-are is said by the attention's `places`, which serve activations and weights alike.
+A `Weight` row has axes, meaning, and the parameter and view it is read through; attention's `places` serve activations
+and weights alike.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 def has_bias(module: nn.Module) -> bool:
-    """Whether a linear map adds anything."""
+    """Whether a linear map has a bias."""
     return getattr(module, "bias", None) is not None
 
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter of a Hugging Face module, and how a weight is seen in it.
+    """A parameter of a Hugging Face module, and the view of a weight in it.
 
-    `shape` and `fill` are those of what is read where the module has no such parameter.
+    `shape` and `fill` describe what is read if the module has no such parameter.
     """
 
     module: nn.Module
@@ -55,18 +55,18 @@ class Place:
 
     @property
     def missing(self) -> bool:
-        """Whether the module has no such parameter: a bias, or a norm's weight, that this model does without."""
+        """Whether the module has no such parameter, such as a bias or a norm's weight."""
         return not self.parameter or (self.parameter == "bias" and not has_bias(self.module))
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The weight; for a missing one zeros, or ones, that take no memory and refuse to be written."""
+        """The weight; for a missing one read-only zeros, or ones, that take no memory."""
         if self.missing:
             number = torch.full((), self.fill, dtype=dtype, device=execution_device(self.module))
             return self.view.get(number.expand(self.shape))
         return self.view.get(read_weight(self.module, self.parameter))
 
     def write(self, value: Tensor, name: str) -> None:
-        """Put a value into the model's own parameter. Raises `ValueError` where there is none, or it does not fit."""
+        """Write into the model's own parameter. Raises `ValueError` if there is none, or for another shape."""
         stored = self.module._parameters.get(self.parameter)
         kind = type(self.module).__name__
         if self.missing:
@@ -96,7 +96,7 @@ class Weight:
     >>> type(attn).W_Q.axes
     'head d_model d_head'
 
-    Assigning writes the value into the model's parameter in every layout, also where reading copies.
+    Assigning writes into the model's parameter in every layout, also where reading copies.
     """
 
     def __init__(self, axes: str, meaning: str, place: Callable[[Any], Place]) -> None:
@@ -132,7 +132,7 @@ def matrix(module: nn.Module, view: View = WHOLE) -> View:
 
 
 def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
-    """The weight or bias of the linear map in a role, the weight as `[in, out]`; `view` of what it computes."""
+    """The weight `[in, out]` or bias of the linear map in a role; `view` selects from its output."""
 
     def place(component: ComponentBridge) -> Place:
         module: Any = component.module_of(role)
@@ -145,12 +145,12 @@ def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable
 
 
 def constant(value: float) -> Callable[[ComponentBridge], Place]:
-    """What stands for a parameter that the component's module has no place for, as long as d_model."""
+    """A constant of length d_model for a parameter that the module does not have."""
     return lambda component: Place(component.model, "", WHOLE, (component.cfg.d_model,), value)
 
 
 def own(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
-    """A parameter of the component's own module, as long as d_model if it is a missing bias."""
+    """A parameter of the component's own module; a missing bias is read as d_model zeros."""
     return lambda component: Place(component.original_component, parameter, view, (component.cfg.d_model,))
 
 
@@ -158,11 +158,8 @@ def _out_features(module: Any) -> int:
     return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
-# -- attention ---------------------------------------------------------------------------------------------
-
-
 def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> Callable[[Any], Place]:
-    """Where q, k or v is in the weight, or the bias, of the module that projects it."""
+    """Where q, k or v is in the weight, or the bias, of its projection."""
 
     def place(attention: Any) -> Place:
         role, make = attention.places[part]
@@ -194,23 +191,22 @@ class AttentionWeights:
     >>> attn.W_Q_grouped.shape
     torch.Size([2, 2, 128, 32])
 
-    Query head `h` reads the key and value of head `h // heads_per_group`, so `W_Q_grouped[g, i]` is query head
-    `g * heads_per_group + i`. All are views of the model's parameters, but `W_Q` and `b_Q` of a fused QKV
-    with several groups of several heads: there the heads of two groups have keys and values between
-    them, and reading copies. `W_Q_grouped` is a view in every layout.
+    Query head `h` reads the key and value of head `h // heads_per_group`, so `W_Q_grouped[g, i]` is query head `g *
+    heads_per_group + i`. All are views of the model's parameters except `W_Q` and `b_Q` of a fused QKV with several
+    groups of several heads, which are copies; `W_Q_grouped` is a view in every layout.
     """
 
     cfg: Any
 
-    W_Q = Weight("head d_model d_head", "what each query reads of the stream", _projection("q"))
+    W_Q = Weight("head d_model d_head", "maps the normalised stream to each head's query", _projection("q"))
     W_Q_grouped = Weight(
         "kv_group heads_per_group d_model d_head",
         "W_Q by groups that share a key and value",
         _projection("q", grouped=True),
     )
-    W_K = Weight("kv_head d_model d_head", "what each key reads of the stream", _projection("k"))
-    W_V = Weight("kv_head d_model d_head", "what each value reads of the stream", _projection("v"))
-    W_O = Weight("head d_head d_model", "what each head writes into the stream", _output)
+    W_K = Weight("kv_head d_model d_head", "maps the normalised stream to each key", _projection("k"))
+    W_V = Weight("kv_head d_model d_head", "maps the normalised stream to each value", _projection("v"))
+    W_O = Weight("head d_head d_model", "maps each head's z to the residual stream", _output)
     b_Q = Weight("head d_head", "added to the queries", _projection("q", "bias"))
     b_Q_grouped = Weight("kv_group heads_per_group d_head", "b_Q by groups", _projection("q", "bias", grouped=True))
     b_K = Weight("kv_head d_head", "added to the keys", _projection("k", "bias"))
@@ -219,12 +215,12 @@ class AttentionWeights:
 
     @property
     def W_K_grouped(self) -> Float[Tensor, "kv_group heads_per_group d_model d_head"]:
-        """`W_K` for each query head, beside `W_Q_grouped`: an expanded view, which cannot be written in place."""
+        """`W_K` of each query head, aligned with `W_Q_grouped`: an expanded view that cannot be written in place."""
         return self._expanded(self.W_K)
 
     @property
     def W_V_grouped(self) -> Float[Tensor, "kv_group heads_per_group d_model d_head"]:
-        """`W_V` for each query head, beside `W_Q_grouped`: an expanded view, which cannot be written in place."""
+        """`W_V` of each query head, aligned with `W_Q_grouped`: an expanded view that cannot be written in place."""
         return self._expanded(self.W_V)
 
     @property
@@ -234,8 +230,8 @@ class AttentionWeights:
         >>> bridge.blocks[0].attn.QK
         FactoredMatrix(shape=[4, 128, 128], mdim=32)
 
-        `x_query @ QK @ x_key` is the score before scale, biases and position encoding (with RoPE: the score
-        at distance zero). `x` is what the norm returns. Source: Elhage et al. 2021.
+        `x_query @ QK @ x_key` is the score before scale, biases and position encoding (with RoPE: at distance zero),
+        where `x` is the norm's output. Source: Elhage et al. 2021.
         """
         return FactoredMatrix(self.W_Q, self.W_K_grouped.flatten(0, 1).mT)
 
@@ -246,17 +242,14 @@ class AttentionWeights:
         >>> bridge.blocks[0].attn.OV
         FactoredMatrix(shape=[4, 128, 128], mdim=32)
 
-        `x @ OV` is what a head adds to the stream when it attends fully to a position where the norm returned
-        `x`, before biases. Source: Elhage et al. 2021.
+        `x @ OV` is what a head adds to the residual stream, without biases, if it attends fully to a position where the
+        norm's output is `x`. Source: Elhage et al. 2021.
         """
         return FactoredMatrix(self.W_V_grouped.flatten(0, 1), self.W_O)
 
     def _expanded(self, per_group: Tensor) -> Tensor:
         per = self.cfg.n_heads // self.cfg.n_key_value_heads
         return per_group[:, None].expand(-1, per, -1, -1)
-
-
-# -- the rest ------------------------------------------------------------------------------------------------
 
 
 def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridge], Place]:
@@ -271,7 +264,7 @@ def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridg
 
 
 def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
-    """A bias that experts would have; `width` is the name of its length in the config."""
+    """Zeros for a bias that experts do not have; `width` is the config field of its length."""
 
     def place(component: ComponentBridge) -> Place:
         shape = (int(component.cfg.num_experts or 1), component.size(width))
@@ -281,7 +274,7 @@ def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
 
 
 class NormWeights:
-    """`w` multiplies the normalised stream, `b` is added to it; an RMSNorm has no `b`, which reads as zeros.
+    """`w` multiplies the normalised stream and `b` is added to it; the missing `b` of an RMSNorm reads as zeros.
 
     >>> bridge.blocks[0].ln1.w.shape, bridge.ln_final.b.shape
     (torch.Size([128]), torch.Size([128]))
@@ -298,30 +291,30 @@ class DenseWeights:
     (torch.Size([128, 256]), torch.Size([256, 128]))
     """
 
-    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("in"))
-    W_out = Weight("d_mlp d_model", "what each neuron writes into the stream", linear("out"))
+    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("in"))
+    W_out = Weight("d_mlp d_model", "each neuron's output weights", linear("out"))
     b_in = Weight("d_mlp", "added before the activation function", linear("in", "bias"))
-    b_out = Weight("d_model", "added to what the neurons write", linear("out", "bias"))
+    b_out = Weight("d_model", "added to the sum over neurons", linear("out", "bias"))
     W_gate: Any = property(lambda self: None)
     b_gate: Any = property(lambda self: None)
 
 
 class GatedWeights(DenseWeights):
-    """The weights of a dense gated MLP: `W_gate` is read through the activation function, `W_in` as it is."""
+    """The weights of a gated dense MLP: `W_gate` feeds the activation function, `W_in` does not."""
 
-    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate"))
+    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate"))
     b_gate = Weight("d_mlp", "added to the gate", linear("gate", "bias"))
 
 
 class FusedGatedWeights(DenseWeights):
-    """The weights of a gated MLP whose gate and hidden layer come from one matmul, side by side.
+    """The weights of a gated MLP with fused gate and hidden layer.
 
     >>> FusedGatedWeights.W_gate.axes
     'd_model d_mlp'
     """
 
-    W_gate = Weight("d_model d_mlp", "what each neuron's gate reads of the stream", linear("gate_up", view=Half(0)))
-    W_in = Weight("d_model d_mlp", "what each neuron reads of the stream", linear("gate_up", view=Half(1)))
+    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate_up", view=Half(0)))
+    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("gate_up", view=Half(1)))
     b_gate = Weight("d_mlp", "added to the gate", linear("gate_up", "bias", Half(0)))
     b_in = Weight("d_mlp", "added before the activation function", linear("gate_up", "bias", Half(1)))
 
@@ -336,21 +329,21 @@ class ExpertWeights:
     An expert computes `(act(x @ W_gate) * (x @ W_in)) @ W_out` (source: `MixtralExperts` in transformers).
     """
 
-    W_gate = Weight("expert d_model d_mlp", "what each neuron's gate reads of the stream", experts("gate_up_proj", 0))
-    W_in = Weight("expert d_model d_mlp", "what each neuron reads of the stream", experts("gate_up_proj", 1))
-    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", experts("down_proj"))
+    W_gate = Weight("expert d_model d_mlp", "each neuron's gate weights", experts("gate_up_proj", 0))
+    W_in = Weight("expert d_model d_mlp", "each neuron's input weights", experts("gate_up_proj", 1))
+    W_out = Weight("expert d_mlp d_model", "each neuron's output weights", experts("down_proj"))
     b_in = Weight("expert d_mlp", "added before the activation function", no_bias("d_mlp"))
-    b_out = Weight("expert d_model", "added to what the neurons write", no_bias("d_model"))
-    W_router = Weight("d_model expert", "what the router reads of the stream", linear("gate"))
+    b_out = Weight("expert d_model", "added to the sum over neurons", no_bias("d_model"))
+    W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate"))
 
 
 def stacked(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
-    """Weights or biases of experts that are kept as they are named: `[expert, in, out]`, `[expert, out]`."""
+    """Weights or biases of experts as stored: `[expert, in, out]`, `[expert, out]`."""
     return lambda component: Place(component.module_of("experts"), parameter, view)
 
 
 class InterleavedExpertWeights(ExpertWeights):
-    """The weights of experts as GPT-OSS keeps them: `[expert, in, out]`, gate and hidden layer entry by entry, biases.
+    """The weights of experts as in GPT-OSS: `[expert, in, out]`, with interleaved gate and hidden layer, and biases.
 
     >>> InterleavedExpertWeights.b_gate.axes
     'expert d_mlp'
@@ -359,8 +352,8 @@ class InterleavedExpertWeights(ExpertWeights):
     W_gate = Weight(
         "expert d_model d_mlp", "what each neuron's gate reads", stacked("gate_up_proj", view=EveryOther(0))
     )
-    W_in = Weight("expert d_model d_mlp", "what each neuron reads", stacked("gate_up_proj", view=EveryOther(1)))
-    W_out = Weight("expert d_mlp d_model", "what each neuron writes into the stream", stacked("down_proj"))
+    W_in = Weight("expert d_model d_mlp", "each neuron's input weights", stacked("gate_up_proj", view=EveryOther(1)))
+    W_out = Weight("expert d_mlp d_model", "each neuron's output weights", stacked("down_proj"))
     b_gate = Weight("expert d_mlp", "added to the gate", stacked("gate_up_proj_bias", view=EveryOther(0)))
     b_in = Weight("expert d_mlp", "added to the hidden layer", stacked("gate_up_proj_bias", view=EveryOther(1)))
-    b_out = Weight("expert d_model", "added to what the neurons write", stacked("down_proj_bias"))
+    b_out = Weight("expert d_model", "added to the sum over neurons", stacked("down_proj_bias"))

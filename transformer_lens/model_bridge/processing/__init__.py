@@ -1,4 +1,4 @@
-"""Weights rewritten so that they are easier to read, and put back: the model computes the same distribution."""
+"""Weights rewritten to be easier to read, with unchanged predictions, and restored."""
 
 from transformer_lens.model_bridge.processing.changes import WeightChanges
 from transformer_lens.model_bridge.processing.methods import ProcessingMethods

@@ -1,7 +1,7 @@
-"""What processing changed in a model, and its exact inverse.
+"""What processing changed in a model, and how to undo it.
 
-Everything is an exchange that undoes itself when run again, and copies nothing: the parameter stays the
-object it was and points to other values. So no error can leave a model half-changed.
+Every change is an exchange that undoes itself when run again, without copies: parameters stay the same objects and
+point to other values. So no error can leave a model half-changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 RECORD = "weight_processing"
-"""The attribute of the base model that tells that its weights were processed; gone when they are put back."""
+"""The attribute of the base model that marks processed weights."""
 
 
 class Exchange(ABC):
-    """One thing that is in the model, or waits outside; `swap` makes it the other way round."""
+    """A change that `swap` makes or undoes."""
 
     what: str
 
@@ -35,19 +35,19 @@ class Exchange(ABC):
         return False
 
     def bytes_kept(self) -> int:
-        """The memory of what waits outside."""
+        """The memory of what is kept for undoing."""
         return 0
 
 
 class ParameterPlace(Exchange):
-    """A parameter of one of the model's modules, and which one was seen there last."""
+    """A parameter of one of the model's modules, and the one last seen there."""
 
     def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         self.what, self.model, self.module, self.name, self.parameter = what, model, module, name, parameter
         self.note()
 
     def note(self) -> None:
-        """What is there now, to be known again."""
+        """Note the current parameter."""
         self.put = self.module._parameters[self.name]
         self.shape = None if self.put is None else self.put.shape
         self.version = id(self.parameter), self.parameter._version
@@ -61,11 +61,11 @@ class ParameterPlace(Exchange):
         found: nn.Module | None = self.model
         for part in self.what.split(".")[:-1]:
             found = found._modules.get(part) if found is not None else None
-        # An adapter that came later stands around the module.
+        # An adapter that came later wraps the module.
         return found is self.module or any(other is self.module for other in self.model.modules())
 
     def altered(self) -> bool:
-        """A copy of a model counts anew, so there it is not known."""
+        """Whether it was written to; unknown in a copy of a model, whose version counter restarts."""
         which, written = self.version
         return which == id(self.parameter) and written != self.parameter._version
 
@@ -90,7 +90,7 @@ class ValueExchange(ParameterPlace):
 
 
 class ParameterExchange(ParameterPlace):
-    """A parameter of its own where there was none, or one that another module shares."""
+    """A new parameter where there was none, or only one that another module shares."""
 
     def __init__(self, what: str, model: nn.Module, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         super().__init__(what, model, module, name, parameter)
@@ -131,7 +131,7 @@ def swap_all(exchanges: Iterable[Exchange]) -> None:
 
 
 class WeightChanges:
-    """What one call of processing changed; `undo()`, or leaving a `with` block, puts the old weights back.
+    """What one call of processing changed; `undo()`, or leaving a `with` block, restores the old weights.
 
     >>> with bridge.fold_ln() as changes:
     ...     changes.steps, bridge.processed
@@ -139,7 +139,7 @@ class WeightChanges:
     >>> bridge.processed
     ()
 
-    `notes` are the sentences that were logged. Later changes have to be undone before earlier ones.
+    `notes` are the logged sentences. Later changes have to be undone before earlier ones.
     """
 
     def __init__(self, steps: Sequence[str], exchanges: Sequence[Exchange], notes: Sequence[str]) -> None:
@@ -150,7 +150,7 @@ class WeightChanges:
 
     @property
     def changed(self) -> tuple[str, ...]:
-        """The parameters that hold other values, under Hugging Face's names."""
+        """The changed parameters, under Hugging Face's names."""
         return tuple(exchange.what for exchange in self.exchanges)
 
     @property
@@ -159,13 +159,13 @@ class WeightChanges:
         return sum(exchange.bytes_kept() for exchange in self.exchanges)
 
     def undo(self) -> None:
-        """Put back the very tensors that were there, bit for bit. Further calls do nothing.
+        """Restore the original tensors, bit for bit. Further calls do nothing.
 
         >>> changes = bridge.center_unembed()
         >>> changes.undo()
 
-        Raises `ValueError` if later changes stand on these, or if a processed parameter was replaced.
-        Warns if one was written into (trained) since: that is lost.
+        Raises `ValueError` if later changes stand on these, or if a processed parameter was replaced. Warns if one was
+        written into (trained) since, which is lost.
         """
         if self.record is not None:
             self.record.undo(self)
@@ -181,7 +181,7 @@ class WeightChanges:
 
 
 class Record:
-    """All changes of one model, in their order. It sits on the base model, so that every bridge sees it."""
+    """All changes of one model, in order. It is on the base model, so that every bridge sees it."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
@@ -193,14 +193,12 @@ class Record:
         return tuple(step for changes in self.changes for step in changes.steps)
 
     def add(self, changes: WeightChanges) -> None:
-        """Put changes into the model."""
         swap_all(changes.exchanges)
         changes.record = self
         self.changes.append(changes)
         self.base.__dict__[RECORD] = self
 
     def undo(self, changes: WeightChanges) -> None:
-        """Take the latest changes out again."""
         self.refuse_while_suspended("undo")
         later = self.changes[self.changes.index(changes) + 1 :]
         if later:
@@ -209,7 +207,7 @@ class Record:
         self._take_out([changes])
 
     def undo_all(self) -> None:
-        """Take every change out again, the last first."""
+        """Undo every change, the last first."""
         self.refuse_while_suspended("undo_processing")
         self._take_out(self.changes[::-1])
 
@@ -231,7 +229,7 @@ class Record:
         self._forget(changes)
 
     def _check_in_place(self, exchanges: list[Exchange]) -> None:
-        """Refuse to put originals where other parameters sit by now."""
+        """Refuse to restore originals where parameters were replaced."""
         for what in _replaced(exchanges):
             raise ValueError(
                 f"{what} was replaced by something else since it was processed (as resize_token_embeddings does), so "
@@ -240,7 +238,7 @@ class Record:
 
     @contextmanager
     def lent_back(self) -> Iterator[None]:
-        """The original weights for a while."""
+        """Restore the original weights for a while."""
         if self.suspended:
             yield
             return
@@ -272,7 +270,7 @@ class Record:
 
 
 def _replaced(exchanges: Iterable[Exchange]) -> list[str]:
-    """The places where something else sits by now; of several exchanges of a place the first given counts."""
+    """The replaced parameters; of several changes of a place, the first given counts."""
     latest: dict[str, Exchange] = {}
     for exchange in exchanges:
         latest.setdefault(exchange.what, exchange)
@@ -280,7 +278,7 @@ def _replaced(exchanges: Iterable[Exchange]) -> list[str]:
 
 
 def record_of(base: nn.Module) -> Record | None:
-    """What was done to the weights of a base model, by whichever bridge."""
+    """What was done to the weights of a base model, by any bridge."""
     found = base.__dict__.get(RECORD)
     assert found is None or isinstance(found, Record)
     return found

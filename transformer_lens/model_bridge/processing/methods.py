@@ -1,4 +1,4 @@
-"""`ProcessingMethods`: what a bridge inherits to rewrite its model's weights, and to put them back."""
+"""`ProcessingMethods`: a bridge's methods that rewrite its model's weights, and restore them."""
 
 from __future__ import annotations
 
@@ -22,35 +22,32 @@ DONE = "{steps}: already done on this model, so nothing is changed; bridge.undo_
 
 
 class ProcessingMethods:
-    """Weights rewritten so that they are easier to read. The log-probabilities stay, and every change can be undone.
+    """Weights rewritten to be easier to read; log-probabilities do not change, and every change can be undone.
 
-    The model's parameters keep their names and stay the objects they are; their values change. The
-    original values are kept beside them until they are put back.
+    Parameters keep their names and stay the same objects; the original values are kept beside them.
     """
 
     _processing: Record | None = None
     """What this bridge did; `processed` tells what any bridge did."""
 
-    # -- the steps -----------------------------------------------------------------------------------
-
     def fold_ln(self) -> WeightChanges:
-        """Move each norm's weight and bias into the weights that read it; the norm keeps ones and zeros.
+        """Move each norm's weight and bias into the weights that read its output; the norm keeps ones and zeros.
 
         >>> with bridge.fold_ln():
         ...     norm = bridge.blocks[0].ln1.original_component
         ...     bool((norm.weight == 1).all()), bool((norm.bias == 0).all())
         (True, True)
 
-        Then `ln1.hook_normalized` is what `W_Q`, `W_K` and `W_V` read. Linear layers that had no bias get
-        one where the norm had. Raises `ValueError` for weights that cannot be rewritten (quantised,
-        offloaded, sharded, under an adapter); nothing is changed then.
+        `ln1.hook_normalized` is then the input of `W_Q`, `W_K` and `W_V`. Linear layers without a bias get one where
+        the norm had one. Raises `ValueError`, before any change, for weights that cannot be rewritten (quantised,
+        offloaded, sharded, under an adapter).
         """
         return self._process(("fold_ln",), asked_for=True)
 
     fold_layer_norm = fold_ln
 
     def center_writing_weights(self) -> WeightChanges:
-        """Take the mean over d_model off everything that is written to the residual stream.
+        """Subtract the mean over d_model from everything that is written to the residual stream.
 
         >>> with bridge.center_writing_weights():
         ...     _, cache = bridge.run_with_cache("Mary and John", names_filter="blocks.0.hook_attn_out")
@@ -62,7 +59,7 @@ class ProcessingMethods:
         return self._process(("center_writing_weights",), asked_for=True)
 
     def center_unembed(self) -> WeightChanges:
-        """Take the mean over the vocabulary off the unembedding, and so off the logits.
+        """Subtract the mean over the vocabulary from the unembedding, and so from the logits.
 
         >>> with bridge.center_unembed():
         ...     bool(bridge("Mary and John").mean(-1).abs().max() < 1e-5)
@@ -73,14 +70,14 @@ class ProcessingMethods:
         return self._process(("center_unembed",), asked_for=True)
 
     def fold_value_biases(self) -> WeightChanges:
-        """Move the biases of the values into the bias of the output projection (`b_O + W_O b_V`).
+        """Move the value biases into the output projection's bias (`b_O + W_O b_V`).
 
         >>> with bridge.fold_value_biases() as changes:
         ...     changes.steps
         ('fold_value_biases',)
 
-        A pattern row sums to one, so a constant in the values comes out as it went in. Changes nothing in
-        a model without such biases; some come out of `fold_ln`, so fold norms first.
+        Rows of the pattern sum to one, so a constant in the values reaches z unchanged. `fold_ln` makes such biases, so
+        fold norms first.
         """
         return self._process(("fold_value_biases",), asked_for=True)
 
@@ -91,15 +88,15 @@ class ProcessingMethods:
         center_unembed: bool = True,
         fold_value_biases: bool = True,
     ) -> WeightChanges:
-        """Take all the steps that make sense for this model, or those that are named.
+        """Take all steps that apply to this model, or those that are named.
 
         >>> changes = bridge.process_weights()
         >>> bridge.processed
         ('fold_ln', 'center_writing_weights', 'center_unembed', 'fold_value_biases')
         >>> changes.undo()
 
-        A step that the model has no use for (centred writing with RMSNorm) is left out with a warning; one
-        that was done before, too. Raises `ValueError` where the weights cannot be rewritten.
+        A step that does not apply (centred writing with RMSNorm), or was taken before, is left out with a warning.
+        Raises `ValueError` where the weights cannot be rewritten.
         """
         return self._process(_named(fold_ln, center_writing_weights, center_unembed, fold_value_biases))
 
@@ -112,22 +109,20 @@ class ProcessingMethods:
         center_unembed: bool = True,
         fold_value_biases: bool = True,
     ) -> WeightChanges:
-        """What older scripts call before they read weights: `process_weights`, in one word.
+        """`process_weights` under the name that older scripts call before they read weights.
 
         >>> with bridge.enable_compatibility_mode(disable_warnings=True):
         ...     len(bridge.processed)
         4
 
-        The hook names of older scripts always work here, so `no_processing=True` leaves nothing to do.
+        Hook names of older scripts always work here, so `no_processing=True` leaves nothing to do.
         """
         names = _named(fold_ln, center_writing_weights, center_unembed, fold_value_biases)
         return self._process(() if no_processing else names, quiet=disable_warnings)
 
-    # -- the state -----------------------------------------------------------------------------------
-
     @property
     def processed(self) -> tuple[str, ...]:
-        """The steps that the model's weights have gone through, by whichever bridge; `()` for its own weights.
+        """The steps that any bridge has taken on the model's weights; `()` for its own weights.
 
         >>> bridge.processed
         ()
@@ -136,7 +131,7 @@ class ProcessingMethods:
         return () if record is None or record.suspended else record.steps
 
     def undo_processing(self) -> None:
-        """Put back the very weights that were there before any processing, bit for bit; ties are tied again.
+        """Restore the weights from before any processing, bit for bit, ties included.
 
         >>> changes = bridge.center_unembed()
         >>> bridge.undo_processing()
@@ -148,7 +143,7 @@ class ProcessingMethods:
             record.undo_all()
 
     def unprocessed(self) -> AbstractContextManager[None]:
-        """The model's own weights for the time of a `with` block, say to save them. Nothing is copied.
+        """The model's own weights for the length of a `with` block, for example to save them; nothing is copied.
 
         >>> with bridge.fold_ln():
         ...     with bridge.unprocessed():
@@ -158,14 +153,12 @@ class ProcessingMethods:
         record = record_of(self._base())
         return nullcontext() if record is None else record.lent_back()
 
-    # -- inside --------------------------------------------------------------------------------------
-
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""
         return cast("TransformerBridge", self).root.in_place
 
     def _undo_own_processing(self) -> None:
-        """Put the weights back, if this bridge changed them."""
+        """Restore the weights, if this bridge changed them."""
         record = self._processing
         if record is not None and record is record_of(self._base()):
             record.undo_all()
@@ -208,7 +201,7 @@ class ProcessingMethods:
         return record
 
     def _chosen(self, names: tuple[str, ...], done: tuple[str, ...], asked_for: bool) -> tuple[list[Step], list[str]]:
-        """The steps to take now, and a sentence for each one that is not."""
+        """The steps to take now, and a sentence for each one left out."""
         bridge = cast("TransformerBridge", self)
         chosen: list[Step] = []
         skipped: list[str] = []
@@ -233,7 +226,7 @@ def _named(*wanted: bool) -> tuple[str, ...]:
 
 
 def _tell(remarks: list[str], notes: tuple[str, ...] | list[str], quiet: bool) -> None:
-    """Warn of what was left out or is less exact; log what was done beside the steps."""
+    """Warn of what was left out or is less exact; log the rest."""
     if quiet:
         return
     for remark in remarks:

@@ -1,7 +1,7 @@
-"""The four ways to rewrite weights without changing what the model predicts, collected beside it before any change.
+"""The four ways to rewrite weights without changing the model's predictions.
 
-Which weights stand at the stream is said by the blocks (their branches) and components (`reads`, `writes`); here is
-the algebra alone. Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
+Branches and components (`reads`, `writes`) say which weights read and write the residual stream; here is only the
+algebra. Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
 """
 
 from __future__ import annotations
@@ -180,10 +180,7 @@ HEADS = ("unembed", "head")
 
 
 def norms(bridge: TransformerBridge) -> Iterator[tuple[NormalizationBridge, list[ComponentBridge]]]:
-    """Every norm on the stream, and the components that read what it returns.
-
-    Without a head the final norm's result is the model's output, and nobody's input.
-    """
+    """Every norm on the residual stream, and the components that read its output (the final norm: only a head)."""
     for block in bridge.blocks:
         for role, readers in block.feeds.items():
             yield cast("NormalizationBridge", block.role(role)), [block.role(reader) for reader in readers]
@@ -191,11 +188,8 @@ def norms(bridge: TransformerBridge) -> Iterator[tuple[NormalizationBridge, list
     yield cast("NormalizationBridge", bridge._component("ln_final")), heads
 
 
-# -- the algebra -------------------------------------------------------------------------------------
-
-
 def fold_ln(bridge: TransformerBridge, draft: Draft) -> None:
-    """`W (w * x + b) == (W * w) x + W b`: a norm's weight and bias move into every weight that reads it."""
+    """`W (w * x + b) == (W * w) x + W b`: a norm's weight and bias move into every weight that reads its output."""
     for norm, readers in norms(bridge):
         if not readers:
             continue
@@ -230,7 +224,7 @@ def _fold_into(reader: ComponentBridge, draft: Draft, scale: Tensor | None, shif
 
 
 def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
-    """Everything that is added to the stream loses its mean over d_model, which every LayerNorm takes off anyway."""
+    """Subtract the mean over d_model from everything added to the stream, as every LayerNorm does anyway."""
     for role in bridge.adapter.outside():
         _center(bridge._component(role), draft)
     for block in bridge.blocks:
@@ -252,7 +246,7 @@ def _center(writer: ComponentBridge, draft: Draft) -> None:
 
 
 def center_unembed(bridge: TransformerBridge, draft: Draft) -> None:
-    """Logits lose their mean over the vocabulary, which a softmax does not see."""
+    """Subtract the mean of the logits over the vocabulary, which a softmax ignores."""
     unembed = bridge._component("unembed")
     for matrix in unembed.reads:
         weight, bias = draft.weight(unembed, matrix, axis=-1), draft.bias(unembed, matrix)
@@ -262,7 +256,7 @@ def center_unembed(bridge: TransformerBridge, draft: Draft) -> None:
 
 
 def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
-    """`b_O + sum over heads of W_O b_V`: rows of a pattern sum to one, so a constant value comes out as it went in."""
+    """`b_O + sum over heads of W_O b_V`: rows of a pattern sum to one, so a constant value reaches z unchanged."""
     cfg = bridge.cfg
     for block in bridge.blocks:
         if "attn" not in (branch.mixer for branch in block.branches):
@@ -285,9 +279,6 @@ def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
         draft.write(attention, role, reading.bias, view.put(fused, torch.zeros_like(b_V)))
 
 
-# -- where each is possible --------------------------------------------------------------------------
-
-
 def _needs_layer_norm(bridge: TransformerBridge) -> str | None:
     others = sorted({type(norm).__name__ for norm, _ in norms(bridge) if not norm.centres})
     if not others:
@@ -308,7 +299,7 @@ def _needs_plain_logits(bridge: TransformerBridge) -> str | None:
 
 @dataclass(frozen=True)
 class Step:
-    """One way to rewrite the weights: why a model may have no use for it, and which steps must not come before."""
+    """A way to rewrite the weights: why it may not apply to a model, and which steps must not come before."""
 
     name: str
     run: Callable[[TransformerBridge, Draft], None]

@@ -90,7 +90,7 @@ class FreshOutputs(Preparation):
 
 
 class FalconArchitectureAdapter(ArchitectureAdapter):
-    """Describes every Falcon that transformers can run, 98 layouts of one family."""
+    """Every Falcon that transformers can run: 98 layouts of one family."""
 
     model_type = "falcon"
     block_returns_tuple = True

@@ -66,7 +66,7 @@ BLOCK = {
 
 
 class GPT2ArchitectureAdapter(ArchitectureAdapter):
-    """Describes every GPT-2 without cross-attention."""
+    """Every GPT-2 without cross-attention."""
 
     model_type = "gpt2"
     root_hooks: tuple[Hook, ...] = (*ROOT_HOOKS, POSITION_HOOK)
@@ -127,7 +127,7 @@ class GPTNeoAttentionBridge(OpenAttentionBridge):
 
 
 class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
-    """GPT-2 with separate projections, and a window in every other layer."""
+    """GPT-2 with separate projections, and local attention in every other layer."""
 
     model_type = "gpt_neo"
     constants = {"positional_embedding_type": "standard", "attn_scale": 1.0}
@@ -154,7 +154,7 @@ class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
 
 
 class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
-    """Attention and MLP side by side behind one LayerNorm; neighbouring dimensions of a part of each head turn."""
+    """Parallel attention and MLP after one LayerNorm; partial RoPE on adjacent pairs of dimensions."""
 
     model_type = "gptj"
     since = "5.24"

@@ -34,7 +34,7 @@ BLOCK = {
 
 
 class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
-    """Describes every GPT-NeoX, with attention and MLP side by side or one after the other."""
+    """Every GPT-NeoX, with attention and MLP in parallel or in sequence."""
 
     model_type = "gpt_neox"
     dropouts = ("attention_dropout", "hidden_dropout")

@@ -51,7 +51,7 @@ COHERE: Mapping[str, Any] = {
 
 
 class StableLmArchitectureAdapter(Llama):
-    """Llama with LayerNorms, side by side behind one of them or one after the other; some dimensions turn."""
+    """Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence."""
 
     model_type = "stablelm"
     norm, final_norm = LayerNormBridge, FinalLayerNormBridge
@@ -86,7 +86,7 @@ FAMILIES = by_type(
     row(
         Llama,
         "phi",
-        "Attention and a plain MLP side by side behind one LayerNorm; biases everywhere, some dimensions turn.",
+        "Parallel attention and plain MLP after one LayerNorm; biases everywhere, partial RoPE.",
         **LAYER_NORM,
         stages=PARALLEL_ONE_NORM,
         attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
@@ -117,7 +117,7 @@ FAMILIES = by_type(
     row(
         Llama,
         "cohere",
-        "Attention and MLP side by side behind one LayerNorm without a bias; logits are multiplied by a number.",
+        "Parallel attention and MLP after one LayerNorm without a bias; scaled logits.",
         **COHERE,
         cfg_names=CENTRED,
         config_keys=("use_qk_norm",),
@@ -126,7 +126,7 @@ FAMILIES = by_type(
     row(
         Llama,
         "cohere2",
-        "Cohere where most layers look back over a window, and the others are told no positions.",
+        "Cohere with sliding-window attention in most layers, and no position encoding in the others.",
         **COHERE,
         cfg_names={**CENTRED, "sliding_window": "sliding_window"},
         config_keys=("layer_types",),

@@ -78,7 +78,7 @@ AROUND: Stages = ((Branch("ln1", "attn", post_norm="ln1_post"),), (Branch("ln2",
 
 
 class LlamaArchitectureAdapter(ArchitectureAdapter):
-    """Describes every Llama that transformers can run; biases of projections are in the projections."""
+    """Every Llama that transformers can run."""
 
     model_type = "llama"
     stages: ClassVar[Stages] = SEQUENTIAL
@@ -163,14 +163,14 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
 
 
 class MistralArchitectureAdapter(LlamaArchitectureAdapter):
-    """Llama whose layers all look back over a window."""
+    """Llama with sliding-window attention in every layer."""
 
     model_type = "mistral"
     cfg_names = WINDOWED
 
 
 class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
-    """Llama with biases in q, k and v; where it has a window, only some layers look back over that."""
+    """Llama with biases in q, k and v, and optional sliding-window attention in some layers."""
 
     model_type = "qwen2"
     config_keys: ClassVar[tuple[str, ...]] = ("layer_types",)
@@ -182,21 +182,21 @@ class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
 
 
 class Qwen3ArchitectureAdapter(Qwen2ArchitectureAdapter):
-    """Each head's query and key pass a norm before they are rotated."""
+    """Llama with QK-norm: each head's query and key are normalised before RoPE."""
 
     model_type = "qwen3"
     attention = attends(NormedQKAttentionBridge, NORMED)
 
 
 class GemmaArchitectureAdapter(LlamaArchitectureAdapter):
-    """Its norms multiply by one plus their weight, and its embedding module scales by the square root of d_model."""
+    """Llama whose norms multiply by one plus their weight, and whose embeddings are scaled by sqrt(d_model)."""
 
     model_type = "gemma"
     norm, final_norm = OffsetRMSNormBridge, FinalOffsetRMSNormBridge
 
 
 class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
-    """Gemma with norms behind attention and MLP too, capped scores and logits, and a window in every other layer."""
+    """Gemma with norms after attention and MLP, soft caps, and sliding-window attention in every other layer."""
 
     model_type = "gemma2"
     stages = AROUND
@@ -232,7 +232,7 @@ BIASES = (*Llama.harmless, "use_bias")
 
 
 class HyperClovaXArchitectureAdapter(Llama):
-    """Granite with norms behind attention and MLP too, where its config says so."""
+    """Granite, with norms after attention and MLP where its config says so."""
 
     model_type = "hyperclovax"
     norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
@@ -268,24 +268,24 @@ FAMILIES = by_type(
     Qwen3ArchitectureAdapter,
     GemmaArchitectureAdapter,
     Gemma2ArchitectureAdapter,
-    row(Mistral, "ministral", "Mistral where some layers look back over a window.", config_keys=("layer_types",)),
+    row(Mistral, "ministral", "Mistral with sliding-window attention in some layers.", config_keys=("layer_types",)),
     row(
         Gemma2ArchitectureAdapter,
         "gemma3_text",
-        "Gemma 2 with a norm of each head's query and key, and other angles in layers with a window.",
+        "Gemma 2 with QK-norm, and another RoPE base in its sliding-window layers.",
         attention=HEADS_FIRST,
     ),
     row(
         Gemma2ArchitectureAdapter,
         "vaultgemma",
-        "Gemma 2 without the norms behind.",
+        "Gemma 2 without the norms after attention and MLP.",
         stages=SEQUENTIAL,
         norms={"ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm"},
     ),
     row(
         Qwen2ArchitectureAdapter,
         "smollm3",
-        "Llama where every fourth layer is told no positions.",
+        "Llama without position encoding in every fourth layer.",
         config_keys=("layer_types", "no_rope_layers"),
         harmless=(*Qwen2ArchitectureAdapter.harmless, "no_rope_layer_interval"),
         rotates=no_rope_layers,
@@ -293,29 +293,29 @@ FAMILIES = by_type(
     row(
         Llama,
         "seed_oss",
-        "Llama with biases in q, k and v, and dropout behind attention and MLP.",
+        "Llama with biases in q, k and v, and dropout after attention and MLP.",
         harmless=(*Llama.harmless, "attention_out_bias"),
         dropouts=("attention_dropout", "residual_dropout"),
     ),
-    row(Llama, "ernie4_5", "Llama whose rotation turns neighbouring dimensions.", dropouts=(), harmless=BIASES),
+    row(Llama, "ernie4_5", "Llama whose RoPE rotates adjacent pairs of dimensions.", dropouts=(), harmless=BIASES),
     row(
         Llama,
         "hunyuan_v1_dense",
-        "Llama with a norm of each head's query and key after their rotation.",
+        "Llama with QK-norm after RoPE.",
         attention=LATE_NORMED,
         harmless=(*Llama.harmless, "eod_token_id"),
     ),
     row(Llama, "exaone", "Llama under another name."),
     row(Llama, "internlm3", "Llama under another name."),
     row(Llama, "iquestcoder", "Llama under another name."),
-    row(Llama, "cwm", "Llama where some layers look back over a window.", **LAYER_TYPES),
+    row(Llama, "cwm", "Llama with sliding-window attention in some layers.", **LAYER_TYPES),
     HyperClovaXArchitectureAdapter,
-    row(Llama, "helium", "Llama whose rotation turns neighbouring dimensions."),
+    row(Llama, "helium", "Llama whose RoPE rotates adjacent pairs of dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(
         Llama,
         "apertus",
-        "Llama with a norm of each head's query and key, and an MLP without a gate.",
+        "Llama with QK-norm, and an MLP without a gate.",
         norms={"ln1": "attention_layernorm", "ln2": "feedforward_layernorm"},
         attention=HEADS_FIRST,
         dense=PLAIN,
@@ -323,16 +323,16 @@ FAMILIES = by_type(
     row(
         Llama,
         "granite",
-        "Llama whose embeddings, scores, branches and logits are multiplied by numbers of the config.",
+        "Llama whose config scales embeddings, scores, branches and logits.",
         **GRANITE,
         harmless=(*Llama.harmless, "attention_multiplier", "logits_scaling"),
     ),
-    row(Llama, "olmo2", "Norms behind the branches, none in front; one over all queries, one over all keys.", **OLMO2),
-    row(Llama, "olmo3", "OLMo 2 where most layers look back over a window.", **OLMO2, **LAYER_TYPES),
+    row(Llama, "olmo2", "Post-norm Llama, with one norm over all queries and one over all keys.", **OLMO2),
+    row(Llama, "olmo3", "OLMo 2 with sliding-window attention in most layers.", **OLMO2, **LAYER_TYPES),
     row(
         Llama,
         "exaone4",
-        "Norms behind the branches and of each head's query and key; only layers with a window are told positions.",
+        "Post-norm Llama with QK-norm, and RoPE in its sliding-window layers alone.",
         **LAYER_TYPES,
         **EXAONE,
         stages=BEHIND,
@@ -340,11 +340,11 @@ FAMILIES = by_type(
         rotates=in_windows,
         harmless=(*Llama.harmless, "sliding_window_pattern"),
     ),
-    row(Llama, "glm", "Llama with one matmul for gate and hidden layer; half of each head turns.", dense=FUSED),
+    row(Llama, "glm", "Llama with a fused gate and up projection, and RoPE on half of each head.", dense=FUSED),
     row(
         Llama,
         "glm4",
-        "GLM with norms behind attention and MLP too.",
+        "GLM with norms after attention and MLP too.",
         dense=FUSED,
         stages=AROUND,
         norms={**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"},
@@ -352,7 +352,7 @@ FAMILIES = by_type(
     row(
         Mistral,
         "phi3",
-        "Llama with one matmul for q, k and v, and one for gate and hidden layer.",
+        "Llama with fused QKV, and a fused gate and up projection.",
         attention=attends(RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),

@@ -103,7 +103,7 @@ class Lfm2ArchitectureAdapter(Lfm2MoeArchitectureAdapter):
 
 
 class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
-    """State-space mixers, and attention without positions now and then; mixtures in some layers."""
+    """State-space mixers, attention without position encoding in some layers, and mixtures in some."""
 
     model_type = "jamba"
     since = "5.24"
@@ -132,7 +132,7 @@ class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
 
 
 class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
-    """Attention and a state-space mixer side by side behind one norm, then an MLP; numbers multiply all of it."""
+    """Attention and a state-space mixer in parallel after one norm, then an MLP, all with multipliers."""
 
     model_type = "falcon_h1"
     block_returns_tuple = True

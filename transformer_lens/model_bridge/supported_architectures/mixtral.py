@@ -64,7 +64,7 @@ ROUTED = {**CHOSEN, "num_experts": "n_routed_experts"}
 
 
 class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
-    """Describes Mixtral 8x7B, 8x22B and every other Mixtral that transformers can run."""
+    """Every Mixtral that transformers can run, 8x7B and 8x22B among them."""
 
     model_type = "mixtral"
     mixture: ClassVar[Part] = mixes()
@@ -144,7 +144,7 @@ FAMILIES = by_type(
     row(
         Qwen3MoeArchitectureAdapter,
         "qwen2_moe",
-        "Qwen 2 with a mixture of experts, and one expert for every token that counts as much as a gate says.",
+        "Qwen 2 with a mixture of experts and a gated shared expert.",
         attention=Mixtral.attention,
         mixture=mixes(WeighedSharedMoEBridge, more=linears({"shared_gate": "shared_expert_gate"})),
         shared=Part(WeighedSharedExpertBridge, "shared_expert", GATED.parts),
@@ -155,7 +155,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "gpt_oss",
-        "Sinks beside the scores of each head, a window in every other layer, and experts with biases.",
+        "Attention sinks, sliding-window attention in every other layer, and experts with biases.",
         **ATTENTION,
         attention=attends(SinkAttentionBridge),
         mixture=mixes(InterleavedMoEBridge, router="router"),
@@ -203,7 +203,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "dots1",
-        "Dense first layers, then mixtures with an expert for every token; norms of each head's query and key.",
+        "Dense first layers, then mixtures with a shared expert; QK-norm.",
         **{**SHARED, "cfg_names": {**NARROW, **ROUTED, "sliding_window": "sliding_window"}},
         attention=Qwen3ArchitectureAdapter.attention,
         is_dense=first_layers,
@@ -213,7 +213,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "glm4_moe",
-        "Dense first layers, then mixtures with an expert for every token; some dimensions of a head turn.",
+        "Dense first layers, then mixtures with a shared expert; partial RoPE.",
         **SHARED,
         mixers=normed_if_asked,
         is_dense=first_layers,
@@ -233,7 +233,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "mellum",
-        "Qwen 3's mixture where some layers look back over a window, with other angles.",
+        "Qwen 3's mixture with sliding-window attention in some layers, which have another RoPE base.",
         **ATTENTION,
         attention=Qwen3ArchitectureAdapter.attention,
         cfg_names={**NARROW, **CHOSEN, "sliding_window": "sliding_window"},
@@ -244,7 +244,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "hy_v3",
-        "Dense layers and mixtures with an expert for every token; norms of each head's query and key.",
+        "Dense layers and mixtures with a shared expert; QK-norm.",
         **ATTENTION,
         attention=HEADS_FIRST,
         cfg_names={**NARROW, **CHOSEN},
@@ -257,14 +257,14 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "solar_open",
-        "A mixture in every layer, with an expert for every token.",
+        "A mixture with a shared expert in every layer.",
         **SHARED,
         config_keys=(*SIGMOIDS, "n_shared_experts"),
     ),
     row(
         Mixtral,
         "exaone_moe",
-        "A mixture of Exaone: norms of each head's query and key; only layers with a window are told positions.",
+        "Exaone 4 with mixtures of experts: QK-norm, and RoPE in its sliding-window layers alone.",
         **ATTENTION,
         cfg_names={**NARROW, **CHOSEN, "sliding_window": "sliding_window"},
         shared_width=("moe_intermediate_size", "num_shared_experts"),
@@ -277,7 +277,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "hunyuan_v1_moe",
-        "Hunyuan with a mixture in every layer, and an expert for every token.",
+        "Hunyuan with a mixture with a shared expert in every layer.",
         **ATTENTION,
         attention=LATE_NORMED,
         mixture=Part(
@@ -300,7 +300,7 @@ FAMILIES = by_type(
     row(
         Mixtral,
         "ernie4_5_moe",
-        "Ernie 4.5 with mixtures from some layer on, and an expert for every token.",
+        "Ernie 4.5 with mixtures with a shared expert from some layer on.",
         cfg_names={**NARROW, "num_experts": "moe_num_experts", "experts_per_token": "moe_k"},
         shared=Part(FlatSharedExpertBridge, "shared_experts", GATED.parts),
         shared_width=("moe_intermediate_size", "moe_num_shared_experts"),

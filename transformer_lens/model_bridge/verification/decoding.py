@@ -54,9 +54,6 @@ NAMED = 5
 """As many hooks are named, at most, that change something where they share a run."""
 
 
-# -- reading a text piece by piece -------------------------------------------------------------------
-
-
 def chunks(length: int) -> list[range]:
     """How a text is read: a beginning, a chunk of two where it is long enough, and two single tokens.
 
@@ -131,9 +128,6 @@ def decoded(e: Evidence) -> list[Step]:
     return e.kept
 
 
-# -- reading -----------------------------------------------------------------------------------------
-
-
 def decoding(e: Evidence) -> Iterator[CheckResult]:
     """Values with a cache that grows."""
     yield from _read("decoding", e, decoded(e))
@@ -185,9 +179,6 @@ def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
             masked = expected < torch.finfo(expected.dtype).min / 2
             value, expected = value.masked_fill(masked, 0), expected.masked_fill(masked, 0)
         yield values.compared(check, name, value, expected, step.rounding, f"{step}: as in the whole text")
-
-
-# -- writing what is there ---------------------------------------------------------------------------
 
 
 Change = tuple[float, str]
@@ -264,8 +255,6 @@ def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> 
             note("", largest_difference(output, step.captured[0]))
     return worst
 
-
-# -- writing something else --------------------------------------------------------------------------
 
 Values = Float[Tensor, "batch key head d_head"]
 """The values of all keys, for each query head."""

@@ -201,8 +201,6 @@ class Seen:
         """The values of every key that attention sees in this call."""
         return self.wide(f"{attention}.hook_v")
 
-    # -- the model -----------------------------------------------------------------------------------
-
     @cached_property
     def components(self) -> dict[str, ComponentBridge]:
         return {component.name: component for component in self.bridge.components()}
@@ -254,8 +252,6 @@ class Evidence(Seen):
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     kept: list[Any] = field(default_factory=list)
     """The steps of decoding, which checks share."""
-
-    # -- the model by itself -------------------------------------------------------------------------
 
     @property
     def elsewhere(self) -> bool:
@@ -326,8 +322,6 @@ class Evidence(Seen):
             output = main_output(model(**arguments))
             return replace(self.watched(model, **arguments), output=output)
 
-    # -- the bridge ----------------------------------------------------------------------------------
-
     @cached_property
     def output(self) -> Tensor:
         output: Tensor = self.bridge(self.tokens)
@@ -373,8 +367,6 @@ class Evidence(Seen):
         if block is None:
             return lambda tensor, hook: tensor
         return Looking() if self.bridge.hook_dict[name].integer else block.editing("scale", 1.0)
-
-    # -- one layer after the other, each given what the bare model gave it ----------------------------
 
     @cached_property
     def stages(self) -> list[str]:

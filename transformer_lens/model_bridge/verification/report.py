@@ -122,8 +122,6 @@ class VerificationReport(Tabular):
         order = (*about, "checks", "not_applicable", "sampled", "results")
         return json.dumps({name: made[name] for name in order}, indent=indent, allow_nan=False)
 
-    # -- showing -------------------------------------------------------------------------------------
-
     def title(self) -> str:
         failed = len(self.failures())
         verdict = "all passed" if not failed else f"{failed} FAILED"

@@ -69,9 +69,6 @@ def shape(e: Evidence) -> Iterator[CheckResult]:
         yield CheckResult("shape", name.rpartition(".")[0], name, float(not fits), 0.0, "a shape", note=note)
 
 
-# -- looking -----------------------------------------------------------------------------------------
-
-
 def _by_component(
     e: Evidence, check: str, names: Sequence[str], run: Callable[[Sequence[str]], Tensor], expected: Tensor
 ) -> Iterator[CheckResult]:
@@ -127,9 +124,6 @@ def inside(e: Evidence) -> Iterator[CheckResult]:
             e.hooked([(names, Looking())])
     for component, difference in found.items():
         yield CheckResult("inside", component, "", difference, *e.rounding)
-
-
-# -- writing -----------------------------------------------------------------------------------------
 
 
 def noise(e: Evidence) -> Iterator[CheckResult]:
@@ -238,9 +232,6 @@ def gradient(e: Evidence) -> Iterator[CheckResult]:
         yield CheckResult("gradient", name.rpartition(".")[0], name, wrong, 0.0, reason, note=note)
 
 
-# -- texts behind padding ----------------------------------------------------------------------------
-
-
 def left_padded(ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, list[int]]:
     """Ids and mask of texts of the same width, all but the first behind padding; and how much each has.
 
@@ -300,9 +291,6 @@ def _chose_others(e: Evidence, found: Mapping[str, Tensor], row: int, places: tu
         for hook in (*following, f"{block}.hook_mlp_out", f"{block}.hook_resid_post"):
             other[hook] = (got != expected).any(-1)
     return other
-
-
-# -- generating --------------------------------------------------------------------------------------
 
 
 def generation(e: Evidence) -> Iterator[CheckResult]:

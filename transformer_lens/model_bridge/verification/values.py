@@ -30,9 +30,6 @@ def compared(
     return CheckResult(check, component, hook, largest_difference(got, expected), *tolerance, note=note)
 
 
-# -- Hugging Face's own values -----------------------------------------------------------------------
-
-
 def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
     """The last axis as heads, where they have no axis of their own yet."""
     return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
@@ -188,9 +185,6 @@ def hugging_face(e: Seen) -> Iterator[CheckResult]:
         expected = None if reference is None else reference(e, component, layer)
         if expected is not None:
             yield compared("hugging face", name, value, expected, e.same if name in e.ports else e.rounding)
-
-
-# -- equations ---------------------------------------------------------------------------------------
 
 
 def _blocks(e: Seen) -> Iterator[str]:
