@@ -121,11 +121,7 @@ class FactoredMatrix:
 
     @property
     def T(self) -> FactoredMatrix:
-        """The transpose of every matrix; leading axes stay.
-
-        >>> FactoredMatrix(torch.ones(7, 5, 2), torch.ones(7, 2, 4)).T.shape
-        torch.Size([7, 4, 5])
-        """
+        """The transpose of every matrix; leading axes stay."""
         return FactoredMatrix(self.B.mT, self.A.mT)
 
     @overload

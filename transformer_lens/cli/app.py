@@ -63,7 +63,7 @@ def demo(
     out: Path = Option(Path("out/demo"), help="Where the pictures go."),
     device: Device = None,
 ) -> None:
-    """Find induction heads, patch an indirect-object circuit, and watch experts being chosen.
+    """Find induction heads, patch an indirect-object circuit, and see which experts are chosen.
 
     [bold]Example[/]
 
@@ -88,7 +88,7 @@ def verify(
     ),
     json: AsJson = False,
 ) -> None:
-    """Compare every component, layer and hook of a model with Hugging Face's own; exit code 1 if one differs.
+    """Compare every component, layer and hook with Hugging Face's own model; exit code 1 if any differs.
 
     [bold]Example[/]
 

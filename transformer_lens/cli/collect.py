@@ -92,7 +92,7 @@ def collect(
     loading: Loading,
     json: AsJson = False,
 ) -> None:
-    """Write the activations of a data set to disk. Killed at any moment, the same command goes on where it was.
+    """Write the activations of a data set to disk; run the same command again to resume an interrupted one.
 
     [bold]Examples[/]
 

@@ -98,7 +98,7 @@ def generate(
     loading: Loading,
     json: AsJson = False,
 ) -> None:
-    """Let a model continue prompts, as it is or changed.
+    """Continue prompts with a model, unchanged or edited.
 
     [bold]Examples[/]
 

@@ -54,7 +54,7 @@ def hooks(
     trust_remote_code: TrustRemoteCode = False,
     json: AsJson = False,
 ) -> None:
-    """Every hook of a model: its shape in numbers, its meaning, and why other names are absent.
+    """List every hook of a model with its shape and meaning, and why other names are absent.
 
     [bold]Examples[/]
 

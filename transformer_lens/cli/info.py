@@ -26,7 +26,7 @@ def info(
     dtype: str = Option("bf16", help="Of the KV cache: bf16, fp16 or fp32."),
     json: bool = Option(False, "--json", help="Print it as JSON, in bytes."),
 ) -> None:
-    """Layout, parameters, memory of weights and KV cache of a model, from its config alone.
+    """Show a model's layout, parameters and memory (weights and KV cache), from its config alone.
 
     [bold]Examples[/]
 

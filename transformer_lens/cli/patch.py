@@ -63,7 +63,7 @@ def patch(
     ),
     json: AsJson = False,
 ) -> None:
-    """Put each activation of a clean run into a corrupted one: how much of the clean answer does it bring back?
+    """Patch each activation of a clean run into a corrupted one, and show how much of the clean answer it restores.
 
     0 is the corrupted run, 1 the clean one. resid_pre, resid_mid, attn_out, mlp_out and router_logits are patched at \
 one position at a time; heads and experts at all positions.

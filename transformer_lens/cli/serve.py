@@ -94,10 +94,10 @@ def serve(
     limits: ServerLimits,
     loading: LoadingServed,
 ) -> None:
-    """Serve some blocks of a model to other machines, until Ctrl-C.
+    """Serve some blocks of a model to other machines until Ctrl-C.
 
-    Its addresses go to standard output, one on each line; clients and other servers take them as initial peers.
-    A first signal lets running texts come to their end, a second one stops at once.
+    Addresses go to standard output, one per line, to be used as initial peers by clients and other servers.
+    The first signal lets running texts finish, the second stops at once.
 
     [bold]Examples[/]
 

@@ -16,7 +16,7 @@ from transformer_lens.cli.serve import Connection
 
 
 def status(model: Model, network: Connection, json: AsJson = False) -> None:
-    """Show the servers of a model: blocks, state, load, latency; exit code 1 if nobody serves one of its blocks.
+    """Show a model's servers: blocks, state, load, latency; exit code 1 if a block has no server.
 
     [bold]Example[/]
 

@@ -46,12 +46,9 @@ def path_patching(
 ) -> Float[Tensor, " path"]:
     """The metric of the corrupted run when the clean run's change travels along one path only.
 
-    >>> clean = "When Noah and Adam went to the church, Adam bought a ball for"
-    >>> corrupted = "When Noah and Adam went to the church, Noah bought a ball for"
-    >>> noah, adam = bridge.to_single_token(" Noah"), bridge.to_single_token(" Adam")
-    >>> metric = lambda logits: (logits[:, -1, noah] - logits[:, -1, adam]).mean()
+    >>> metric = lambda logits: logits[0, -1, 5]
     >>> paths = [("embed", "L3H2.k"), ("embed", "L3H2"), ("L0H1", ["L3H2.q", "L3H2.v"]), ("embed", "L3H2", "logits")]
-    >>> path_patching(bridge, clean, corrupted, metric, paths).shape
+    >>> path_patching(bridge, "Mary and John", "Mary and Mary", metric, paths).shape
     torch.Size([4])
 
     A path starts at a sender, which writes its clean output, and goes on through receivers. Up to the last of them only
@@ -110,8 +107,8 @@ def circuit_metric(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """The metric of the clean run when only a circuit's edges carry clean values and every other edge carries its value
-    from the corrupted run. All circuits run as rows of one batch.
+    """The metric of the clean run when every edge outside a circuit carries its value from the corrupted run. All circuits
+    run as rows of one batch.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)

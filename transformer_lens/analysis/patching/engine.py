@@ -33,7 +33,7 @@ Intervention = tuple[str, Callable[..., Any]]
 DEFAULT_BUDGET = 1 << 30
 """Bytes a batch of interventions may take in addition to the model."""
 ENOUGH_TOKENS = 192
-"""A batch of this many tokens keeps the processor busy, and is not padded with longer rows."""
+"""A batch of this many tokens keeps the processor busy, so no longer rows are added to fill it."""
 
 
 @checked

@@ -55,8 +55,6 @@ class ExpertSweep:
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> metric = lambda logits: logits[0, -1].max()
-    >>> get_act_patch_expert_out(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
-    torch.Size([3, 4])
     >>> get_act_patch_expert_out_by_pos(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
     torch.Size([3, 5, 4])
 

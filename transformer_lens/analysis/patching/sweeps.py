@@ -164,14 +164,12 @@ def generic_activation_patch(
     """The metric under each patch of a sweep. For each row of an index table, `patch_setter(corrupted_activation,
     index, clean_activation)` gives the patched `activation_name` of layer `index[0]`.
 
-    >>> _, clean_cache = bridge.run_with_cache("When Mary and John went to the store, John gave a drink to")
-    >>> corrupted = bridge.to_tokens("When Mary and John went to the store, Mary gave a drink to")
-    >>> mary, john = bridge.to_single_token(" Mary"), bridge.to_single_token(" John")
-    >>> metric = lambda logits: logits[0, -1, mary] - logits[0, -1, john]
-    >>> sweep = (bridge, corrupted, clean_cache, metric, layer_pos_patch_setter, "mlp_out")
+    >>> _, clean_cache = bridge.run_with_cache("Mary and John")
+    >>> metric = lambda logits: logits[0, -1, 5]
+    >>> sweep = (bridge, "Mary and Mary", clean_cache, metric, layer_pos_patch_setter, "mlp_out")
     >>> generic_activation_patch(*sweep, index_axis_names=("layer", "pos"), verbose=False).shape
-    torch.Size([4, 15])
-    >>> generic_activation_patch(*sweep, index_df=[(0, 9), (2, 14)], verbose=False).shape
+    torch.Size([4, 5])
+    >>> generic_activation_patch(*sweep, index_df=[(0, 1), (2, 4)], verbose=False).shape
     torch.Size([2])
 
     Give `index_axis_names` for every combination, in the result's shape; axes are `layer`, `pos`, `src_pos`,
@@ -292,8 +290,6 @@ class PatchSweeps:
     >>> metric = lambda logits: logits[0, -1].max()
     >>> get_act_patch_block_every(bridge, bridge.to_tokens("Mary and Mary"), clean_cache, metric, verbose=False).shape
     torch.Size([3, 4, 5])
-    >>> get_act_patch_attn_head_by_pos_every(bridge, "Mary and Mary", clean_cache, metric, verbose=False).shape
-    torch.Size([5, 4, 5, 4])
 
     Heads are query heads; where several share a key or value head, each shows the effect of patching the shared one. A
     pattern's position is that of the query.

@@ -179,8 +179,8 @@ class DistributedCausalLM:
 
         >>> from transformer_lens.distributed import LocalSpan
         >>> spans = [LocalSpan("tiny-falcon", range(0, 2)), LocalSpan("tiny-falcon", range(2, 4))]
-        >>> model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans)
-        >>> TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
+        >>> with AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans) as model:
+        ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
         torch.Size([1, 3, 735])
 
         `spans`, or a source of them, run the blocks; without them, the servers found through `initial_peers` do, and
