@@ -151,9 +151,7 @@ def written_pair(kind: Literal["head", "expert"], given: Any, what: str) -> tupl
 
 
 def pair_in(kind: Literal["head", "expert"], given: Any, sizes: Sequence[int], what: str) -> tuple[int, int]:
-    """`written_pair`, counted from 0. Raises `ValueError` beyond `sizes`, the number of layers and of heads or
-    experts.
-    """
+    """`written_pair`, counted from 0. Raises `ValueError` beyond these numbers of layers and heads or experts."""
     layer, number = written_pair(kind, given, what)
     layers, size = sizes
     if not (-layers <= layer < layers and 0 <= number < size):

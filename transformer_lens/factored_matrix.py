@@ -181,8 +181,7 @@ class FactoredMatrix:
         (torch.Size([50, 3]), torch.Size([3]), torch.Size([40, 3]))
 
         `k = min(ldim, mdim, rdim)` singular values, largest first; `U` is `[..., ldim, k]` and `V` is `[..., rdim, k]`,
-        with orthonormal columns. This is `V` as in TransformerLens; `torch.linalg.svd` returns `V.mT`, which is `Vh`
-        here.
+        with orthonormal columns. `V` is as in TransformerLens; `torch.linalg.svd` returns `V.mT` (`Vh` here).
         """
         left, inner, right = self._reduced()
         U, S, Vh = torch.linalg.svd(inner, full_matrices=False)

@@ -49,9 +49,8 @@ def lm_cross_entropy_loss(
     >>> lm_cross_entropy_loss(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]]))
     tensor(1.3863)
 
-    A prediction counts if its own token and the next one are both unmasked; a mask `[1, pos]` holds for every text.
-    `per_token` returns each prediction's loss, zero where it does not count. Raises `ValueError` if none counts or
-    shapes do not fit.
+    A prediction counts if its token and the next are both unmasked; a mask `[1, pos]` holds for every text. `per_token`
+    returns each prediction's loss, zero if it does not count. Raises `ValueError` if none counts or shapes do not fit.
     """
     a_tensor("logits", logits)
     a_tensor("tokens", tokens)

@@ -97,8 +97,7 @@ def detect_head(
     with none left scores 0. "abs": 1 minus the absolute difference from the pattern, averaged over queries (-1 to 1).
     `exclude_bos` drops attention to the first token, `exclude_current_token` each token's attention to itself. For
     several texts the score is the mean over texts, without padding, `batch_size` of them at a time. A `cache` of
-    `run_with_cache(seq)` saves the run; it is not changed. Raises `ValueError` for patterns, measures, heads and texts
-    that do not fit.
+    `run_with_cache(seq)` saves the run. Raises `ValueError` for patterns, measures, heads and texts that do not fit.
     """
     one_of("error_measure", error_measure, get_args(ErrorMeasure))
     wanted = head_pairs(model.cfg, heads)

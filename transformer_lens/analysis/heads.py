@@ -1,6 +1,4 @@
-"""Attention heads: scores on repeated random tokens, ablation, and the similarity of the subspaces they read and
-write.
-"""
+"""Attention heads: scores on repeated random tokens, ablation, and similarity of the subspaces they read and write."""
 
 from __future__ import annotations
 
@@ -47,8 +45,7 @@ def induction_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
     """Each head's induction score, 0 to 1: its mean attention, over the second half of repeated random tokens, to the
-    token after the previous occurrence (the prefix-matching score of Olsson et al. 2022, "In-context Learning and
-    Induction Heads").
+    token after the previous occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads").
 
     >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
     [[1, 0], [1, 1], [1, 2], [1, 3]]
@@ -130,8 +127,7 @@ def principal_angles(
     first: Float[Tensor, "d_model rank"], second: Float[Tensor, "d_model other_rank"]
 ) -> Float[Tensor, " k"]:
     """The principal angles between the column spaces of two matrices, in radians from 0 to pi/2, smallest first, as
-    many as the lower rank. Computed in float64 with the method of Björck and Golub 1973: from sines where angles are
-    small.
+    many as the lower rank. Computed in float64 as in Björck and Golub 1973.
 
     >>> x, y, z = torch.eye(3).unbind()
     >>> principal_angles(torch.stack([x, y], 1), torch.stack([y, z], 1)).rad2deg()
@@ -157,8 +153,7 @@ def head_similarity(
     bridge: TransformerBridge, matrix: Matrix = "W_O", other: Matrix | None = None
 ) -> Float[Tensor, "layer head other_layer other_head"]:
     """How much one head's subspace of the residual stream overlaps another's: the mean squared cosine of their
-    principal angles. 1 for equal subspaces (or one inside the other), 0 for orthogonal ones, about `d_head / d_model`
-    for random.
+    principal angles. 1 if one contains the other, 0 if they are orthogonal, about `d_head / d_model` if random.
 
     >>> same = head_similarity(bridge)
     >>> same.shape, torch.allclose(same[0, 1, 0, 1], torch.tensor(1.0))

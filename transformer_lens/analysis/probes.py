@@ -39,13 +39,9 @@ class ProbeScore:
     interval: tuple[float, float]
     """The score's bootstrap confidence interval, over groups (or examples)."""
     auc: float
-    """The area under the ROC curve, averaged over folds and, with several classes, over classes; NaN for a
-    regression.
-    """
+    """The area under the ROC curve, averaged over folds (and over several classes); NaN for a regression."""
     control: float
-    """The same probe's score on the control task, a random label for each type (Hewitt and Liang 2019); NaN with too
-    few.
-    """
+    """The score on the control task, a random label for each type (Hewitt and Liang 2019); NaN with too few types."""
     shuffled: float
     """The score on shuffled labels: chance level."""
     direction: Float[Tensor, "*class features"]
@@ -87,8 +83,7 @@ def probe(
     without them each example is its own type and the control is chance; fewer than 10 give NaN. `strength` is the
     inverse regularisation (scikit-learn's C; ridge takes alpha = 1 / strength). Sources: Alain and Bengio 2016; Hewitt
     and Liang 2019, "Designing and Interpreting Probes with Control Tasks". Raises `ImportError` without scikit-learn,
-    and `ValueError` for features that are not finite, labels of one class, lengths that differ, and too few examples or
-    groups for the folds.
+    and `ValueError` for features that are not finite, labels of one class, lengths that differ, and too few examples.
     """
     x, y, task = _checked(features, labels, task, folds, strength, confidence)
     classes, targets = (np.unique(y, return_inverse=True)) if task == "classification" else (np.array([]), y)

@@ -46,8 +46,7 @@ def activations_at(
     verbose: bool = False,
 ) -> dict[str, Float[Tensor, "text features"]]:
     """Each text's activation at each place and one position, by hook name: on the CPU, in float32 (float64 stays), with
-    later axes flattened. Only the wanted positions of `batch_size` texts are held at a time, and layers above the
-    places do not run.
+    later axes flattened. Only the wanted positions are kept, and no layer above the places runs.
 
     >>> found = activations_at(bridge, ["Mary and John", "Mary"], [0, "blocks.1.attn.hook_z"])
     >>> {name: tuple(x.shape) for name, x in found.items()}
@@ -130,8 +129,7 @@ def steering_vector(
     `at` is a hook or a layer (the stream that leaves it). `normalize` None keeps the difference, "unit" scales it to
     length one, "stream" to the mean length of the activations there, so that a scale means the same in every layer.
     Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition"; Marks and
-    Tegmark 2023. Raises `ValueError` for no texts, a position that a text does not have, and normalising a zero
-    difference.
+    Tegmark 2023. Raises `ValueError` for no texts, a missing position, and normalising a zero difference.
     """
     if not is_one_of(normalize, NORMALIZATIONS):
         raise ValueError(f"normalize: got {normalize!r}, expected None, 'unit' or 'stream'")

@@ -47,8 +47,7 @@ class SVDInterpreter:
     | "w_out" | `W_out` | what neurons write | none in the stream |
 
     `fold_ln` (default) folds the norm's weight into each matrix that reads the stream, and the final norm's into the
-    unembedding, as `bridge.fold_ln()` does; norm biases and centring are ignored. Computed in at least float32; the
-    model is not changed.
+    unembedding, as `bridge.fold_ln()` does; norm biases and centring are ignored. Computed in at least float32.
     """
 
     @checked

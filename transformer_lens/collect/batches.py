@@ -24,8 +24,8 @@ Batch = Tensor | dict[str, Tensor]
 class ActivationBatches(IterableDataset[Batch]):
     """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
 
-    The order depends only on `seed`, the epoch and the number of workers. In a `DataLoader(batches, batch_size=None,
-    num_workers=n)` each worker reads its own part.
+    The order depends only on `seed`, the epoch and the number of workers. In
+    `DataLoader(batches, batch_size=None, num_workers=n)` each worker reads its own part.
     """
 
     def __init__(

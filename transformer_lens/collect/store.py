@@ -262,9 +262,7 @@ class ActivationStore:
         return (values.float() if values.dtype == torch.bfloat16 else values.clone()).numpy()
 
     def to_dataset(self, names: Names = None, **options: Any) -> Any:
-        """A Hugging Face `Dataset`, one row per token; `options` go to its `from_generator`. Needs the extra
-        `[data]`.
-        """
+        """A Hugging Face `Dataset`, one row per token; `options` go to `from_generator`. Needs the extra `[data]`."""
         made = needed("datasets", "to_dataset needs datasets: pip install 'transformer-lens-bridge[data]'").Dataset
         chosen = list(self._tensors) if names is None else self._several(names)
         # The library caches by these arguments, so they identify the content; it would split a list into shards.
@@ -273,9 +271,7 @@ class ActivationStore:
         return made.from_generator(_rows, gen_kwargs=arguments, **options)
 
     def check(self) -> list[str]:
-        """Verify every shard's checksum: what is wrong, in words, or nothing. `collect(..., check=True)` repairs
-        damage.
-        """
+        """Verify every shard's checksum and list what is wrong; `collect(..., check=True)` repairs it."""
         return [trouble for record in self._shards.records if (trouble := record.problem(self.out_dir))]
 
 

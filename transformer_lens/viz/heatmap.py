@@ -226,8 +226,7 @@ def _ink(share: float, colours: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Heatmaps(Picture):
-    """Several heat maps with a menu that picks one. A PNG shows them side by side, with one colour bar if they share a
-    scale.
+    """Several heat maps with a menu. A PNG shows them side by side, with one colour bar if they share a scale.
 
     >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
     >>> Heatmaps(panels, title="heads")

@@ -1,7 +1,6 @@
 """`Picture`: something that shows in Jupyter and saves as one HTML or PNG file.
 
-A picture is data; plotly draws it for HTML and matplotlib for PNG, each imported only when it draws. HTML is
-self-contained.
+A picture is data; plotly draws it as self-contained HTML, matplotlib as PNG, each imported only when it draws.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ def attribution_patching(
 
     It costs two forwards and one backward, however many hooks. `at` says in which run the gradient is taken. In the
     corrupted run (default) a score estimates `metric(corrupted with the clean value) - metric(corrupted)`, as the
-    sweeps of `transformer_lens.patching` measure it; in the clean run, `metric(clean) - metric(clean with the corrupted
-    value)`. It is exact where the metric is linear in the activation.
+    sweeps of `transformer_lens.patching` measure it; in the clean run,
+    `metric(clean) - metric(clean with the corrupted value)`. It is exact where the metric is linear in the activation.
 
     Inputs are text, tokens or embeddings, of one shape and with the same padding. The metric maps logits [batch pos
     d_vocab] to one number, with torch. Raises `ValueError` for inputs that do not fit, a metric that is not finite or
@@ -176,8 +176,7 @@ class IntegratedGradients:
 
 @checked
 def line_steps(steps: int) -> tuple[list[float], list[float]]:
-    """Points between 0 and 1 with weights that sum to one: Gauss-Legendre quadrature, exact up to degree `2 * steps -
-    1`.
+    """Gauss-Legendre points between 0 and 1, with weights that sum to one; exact up to degree `2 * steps - 1`.
 
     >>> line_steps(1)
     ([0.5], [1.0])
@@ -249,9 +248,7 @@ def summed_gradients(
     line: Float[Tensor, "step batch pos ..."],
     layer: int | None = None,
 ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-    """The weighted gradient at some hooks over points on a line: values of the hook `moved`, run as copies of the
-    batch.
-    """
+    """The weighted gradient at some hooks over points on a line, values of the hook `moved`."""
     copies, batch = line.shape[:2]
 
     def total(logits: Tensor) -> Tensor:

@@ -117,9 +117,7 @@ class _Dropping:
         return torch.zeros_like(gradient) if hook.layer() == self.layer else None
 
     def hidden(self, gradients: Tensors) -> Tensors:
-        """The gradients, zero at the stop itself: torch shows them there as before or after a hook, depending on what
-        else is asked for.
-        """
+        """The gradients, zero at the stop itself, where torch may show them as before or after the hook."""
         stops = [f"blocks.{self.layer}.{name}" for name in WRITES]
         return {name: torch.zeros_like(one) if name in stops else one for name, one in gradients.items()}
 
@@ -202,8 +200,7 @@ def key_effects(
 ) -> Float[Tensor, "batch head key_pos"]:
     """The effect of patching one key at a time, which changes only its own column of the scores (the key half of the QK
     fix). With pattern `p` and change `c`, column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`, where `G_n` is the
-    gradient averaged by the pattern over the other keys and `p'_n = sigmoid(logit(p_n) + c_n)`, so no softmax is
-    recomputed for each key.
+    gradient averaged by the pattern over the other keys and `p'_n = sigmoid(logit(p_n) + c_n)`: no softmax per key.
 
     >>> scores, change = torch.zeros(1, 1, 1, 2), torch.tensor([[[[2.0, 0.0]]]])
     >>> key_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))

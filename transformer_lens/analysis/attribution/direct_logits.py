@@ -222,8 +222,7 @@ def expert_logit_attribution(
     padding_side: str | None = None,
 ) -> Float[Tensor, "layer expert"]:
     """What each expert's weighted output adds to the logit of `answer`, or to the logit difference, at one position, as
-    a mean over the batch; zero where an expert was not chosen. See `logit_attribution` for the formula and the other
-    parts.
+    a mean over the batch; zero where an expert was not chosen. See `logit_attribution` for the formula.
 
     >>> prompt = "When Mary and John went to the store, John gave a drink to"
     >>> adds = expert_logit_attribution(moe, prompt, " Mary", " John")

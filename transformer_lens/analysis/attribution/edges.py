@@ -75,8 +75,8 @@ def edge_attribution_patching_ig(
 ) -> EdgeScores:
     """`edge_attribution_patching` with integrated gradients (EAP-IG): the gradient at each receiver is averaged over
     embeddings between the corrupted and the clean ones, at the points of `line_steps` (Hanna et al. space them evenly,
-    which tends to the same integral). If the final norm were linear, the scores of edges into the logits would sum to
-    the metric's difference.
+    for the same integral). If the final norm were linear, scores of edges into the logits would sum to the metric's
+    difference.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> edge_attribution_patching_ig(bridge, "Mary and John", "Mary and Mary", metric, steps=2)

@@ -107,8 +107,7 @@ def circuit_metric(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
-    """The metric of the clean run when every edge outside a circuit carries its value from the corrupted run. All circuits
-    run as rows of one batch.
+    """The metric of the clean run when every edge outside a circuit carries its value from the corrupted run.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> whole = Circuit(EdgeGraph.of(bridge), EdgeGraph.of(bridge).exists)
@@ -132,8 +131,7 @@ def faithfulness(
     memory_budget: int = DEFAULT_BUDGET,
 ) -> Float[Tensor, " circuit"]:
     """The faithfulness of circuits, `(metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))`: 1 if
-    a circuit does all the model does, 0 if nothing (Hanna et al. 2024). Raises `ValueError` if both runs' metrics are
-    equal.
+    a circuit does all the model does, 0 if nothing (Hanna et al. 2024). Raises `ValueError` if the metrics are equal.
 
     >>> metric = lambda logits: logits[0, -1, 5]
     >>> graph = EdgeGraph.of(bridge)
@@ -280,9 +278,7 @@ class _EdgeRuns:
 
 
 def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> list[Any]:
-    """Run experiments in one forward from a layer on, in model order: writers record their change, readers get their
-    own stream.
-    """
+    """Run experiments in one forward from a layer on: writers record their change, readers get their own stream."""
     graph, bridge = runs.graph, runs.bridge
     device, dtype = runs.corrupted.device, runs.corrupted.dtype
     live = torch.stack([one.live & graph.exists for one in experiments]).to(device, dtype)

@@ -314,8 +314,7 @@ def _counted(found: Routing) -> RoutingStatistics:
 @checked
 def routing_statistics(bridge: TransformerBridge, batches: Iterable[Input], progress: bool = True) -> RoutingStatistics:
     """Run the model over a data set, batch by batch, and count where its routers send tokens. A batch is a text, a list
-    of texts, or token ids `[batch, pos]`; padding is ignored. Memory grows only with the number of distinct tokens.
-    `progress` shows a bar.
+    of texts, or token ids `[batch, pos]`; padding is ignored. Memory grows only with distinct tokens.
 
     >>> texts = ["When Mary and John went to the store", "Days: Monday Tuesday Wednesday"]
     >>> found = routing_statistics(bridge, [texts], progress=False)

@@ -98,8 +98,7 @@ def expert_view(
 @checked
 def expert_activation(cache: ActivationCache, name: str) -> Tensor:
     """One expert's rows under `blocks.{i}.mlp.experts.{e}.`: `hook_weight`, `hook_pre`, `hook_pre_linear`, `hook_post`
-    or `hook_out`, or their gradient with `_grad` appended. Raises `KeyError` for any other name, and for what the cache
-    lacks.
+    or `hook_out`, or their gradient with `_grad` appended. Raises `KeyError` for anything else.
 
     >>> _, cache = bridge.run_with_cache("When Mary and John")
     >>> expert_activation(cache, "blocks.0.mlp.experts.2.hook_post").shape

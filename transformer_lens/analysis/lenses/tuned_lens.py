@@ -190,8 +190,8 @@ class TunedLens:
         `texts` are texts or token ids, shuffled by `seed` in every epoch. "adamw" starts at `lr` 1e-3, "muon" (for the
         matrices; AdamW for the biases) at 2e-2; both decay linearly to zero. `weight_decay` pulls towards the logit
         lens. Memory holds the logits of one layer and `tokens_at_once` tokens, and the model's own for a batch.
-        `verbose` shows a progress bar. After an exception, an interrupt or a loss that is not finite (`ValueError`),
-        the lens is unchanged.
+        `verbose` shows a progress bar. After an exception, an interrupt or a non-finite loss (`ValueError`), the lens
+        is unchanged.
         """
         check_texts(texts)
         one_of("optimizer", optimizer, ("adamw", "muon"))

@@ -71,8 +71,7 @@ def make_df_from_ranges(column_max_ranges: Sequence[int], column_names: Sequence
 
 @checked
 def index_rows(index_df: Any) -> list[list[int]]:
-    """The rows of a DataFrame, an `IndexTable` or nested sequences of integers; a label such as `"L3H2"` is a row of
-    two.
+    """The rows of a DataFrame, an `IndexTable` or nested sequences of integers; `"L3H2"` is a row of two.
 
     >>> index_rows([(0, 1), "L3H2"])
     [[0, 1], [3, 2]]
@@ -161,8 +160,9 @@ def generic_activation_patch(
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = True,
 ) -> Any:
-    """The metric under each patch of a sweep. For each row of an index table, `patch_setter(corrupted_activation,
-    index, clean_activation)` gives the patched `activation_name` of layer `index[0]`.
+    """The metric under each patch of a sweep: for each row of an index table,
+    `patch_setter(corrupted_activation, index, clean_activation)` gives the patched `activation_name` of layer
+    `index[0]`.
 
     >>> _, clean_cache = bridge.run_with_cache("Mary and John")
     >>> metric = lambda logits: logits[0, -1, 5]

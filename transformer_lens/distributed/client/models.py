@@ -116,15 +116,7 @@ class RemoteBlocks:
 
 
 class DistributedCausalLM:
-    """The common base of distributed causal models, a context manager: remote blocks, partial loading, servers and
-    trained prompts.
-
-    >>> from transformer_lens.distributed import LocalSpan
-    >>> spans = [LocalSpan("tiny-falcon", range(0, 4))]
-    >>> with AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", spans=spans) as model:
-    ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
-    torch.Size([1, 3, 735])
-    """
+    """The common base of distributed causal models: remote blocks, partial loading, servers and trained prompts."""
 
     config: Any
     base_model: Any

@@ -62,8 +62,7 @@ class TrainedPrompts(nn.Module):
     `ptune` is prompt tuning (Lester et al. 2021, arXiv:2104.08691): the embeddings go before the text's own.
     `deep_ptune` also adds `deep[i]` to the stream at their positions where it enters block `i`, as in Petals; in
     P-tuning v2 (Liu et al. 2022, arXiv:2110.07602) each layer's prompts replace it instead. Embeddings are initialised
-    normally with `initializer_range`, deep values with zero. Both are float32 even in a 16-bit model, and are cast when
-    used.
+    normally with `initializer_range`, deep values with zero. Both are float32, and cast when used.
     """
 
     def __init__(self, facts: PromptFacts, std: float = 0.02) -> None:

@@ -160,8 +160,7 @@ def forward(route: Route, request: Request) -> Reply:
 
 
 def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Reply:
-    """Run gradients back through the blocks of a forward, given `grad.stream` at its end and `grad.n` at kept
-    activations.
+    """Run gradients, `grad.stream` at the end and `grad.n` at kept activations, back through the blocks of a forward.
 
     If servers are split differently from the forward, the stream between them is recomputed.
     """
@@ -269,9 +268,7 @@ class RemoteBlock(BlockElsewhere):
         return refusal(name, entry, direction)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the block on the stream with its prompts, which are added before any torch hook of this module sees
-        it.
-        """
+        """Call the block on the stream with its prompts, added before any torch hook of this module sees it."""
         current = self._current()
         if current is not None and self.layer >= current.done:
             for prompt in current.prompts_at(self.layer):

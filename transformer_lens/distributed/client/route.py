@@ -49,8 +49,7 @@ class Recovery:
 class Route:
     """Where a model's blocks run, and the servers' record so far.
 
-    `settings` are the model's `ClientSettings`, whose time limits are read at each call. Tests replace `clock` and
-    `sleep`.
+    `settings` are the model's `ClientSettings`, whose time limits are read at each call.
     """
 
     def __init__(self, n_layers: int, settings: Any) -> None:

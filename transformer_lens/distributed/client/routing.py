@@ -121,8 +121,7 @@ def permitted(settings: Any, peer: str) -> bool:
 class Health:
     """Bans of peers that failed lately, and waiting times.
 
-    Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it. Times
-    are in seconds.
+    Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it.
     """
 
     ban_timeout: float = 15

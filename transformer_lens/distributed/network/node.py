@@ -56,9 +56,7 @@ def need_engine() -> None:
 
 
 def address_of(host: str, port: int) -> str:
-    """The libp2p address to listen on: "/ip4/127.0.0.1/tcp/0". Raises `ValueError` for an invalid IP address or
-    port.
-    """
+    """The libp2p address "/ip4/127.0.0.1/tcp/0" of an IP address and a port. Raises `ValueError` for invalid ones."""
     try:
         found = ipaddress.ip_address(host)
     except ValueError as error:

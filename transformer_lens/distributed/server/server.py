@@ -125,9 +125,7 @@ class SpanServer:
         self._told = self._held()
 
     def handle(self, message: bytes, peer: str = "local", deadline: float | None = None) -> bytes:
-        """Answer a message, with an error's text if need be; nothing is computed after `deadline`, by
-        `time.monotonic()`.
-        """
+        """Answer a message, by an error's text if need be; nothing runs after `deadline`, by `time.monotonic()`."""
         try:
             with self.queue.turn(peer, len(message)):
                 if deadline is not None and time.monotonic() > deadline:
@@ -167,9 +165,7 @@ class SpanServer:
             self._given = {}  # nothing of a call stays here: these may be a whole session's keys and values
 
     def info(self) -> dict[str, Any]:
-        """What a client needs to know before it sends anything, and how busy the server is; callable from any
-        thread.
-        """
+        """What a client needs to know first, and how busy the server is; callable from any thread."""
         return {
             **self.config.facts(self.model),
             "blocks": [self.blocks.start, self.blocks.stop],
