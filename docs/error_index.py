@@ -24,9 +24,10 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "checks",
         "slicing",
         "hook_names",
-        *(f"model_bridge.{name}" for name in ("slots", "attach", "ports", "views", "stand_in", "twin_call", "watch")),
+        *(f"model_bridge.{name}" for name in ("slots", "attach", "ports", "views", "watch")),
     ),
     "loading": (
+        "__init__",
         "HookedTransformer",
         *(f"model_bridge.{name}" for name in ("bridge", "loading", "skeleton", "info", "published", "config")),
         "model_bridge",  # what no other theme names

@@ -5,7 +5,8 @@ from pathlib import Path as _Path
 if any((_Path(__file__).parent / name).exists() for name in ("supported_models.py", "HookedEncoder.py")):
     raise ImportError(
         "files of two packages are mixed in this folder, for transformer-lens and transformer-lens-bridge both install "
-        "into transformer_lens/: pip uninstall both, then install one of them"
+        "into transformer_lens/: pip uninstall both, then install one of them",
+        name="transformer_lens",
     )
 
 from transformer_lens.ActivationCache import ActivationCache

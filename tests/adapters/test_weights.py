@@ -321,7 +321,7 @@ def test_a_weight_of_its_own_memory_is_written_as_it_was_read() -> None:
     [
         (torch.ones(8, 32, 5), "blocks.0.attn.W_Q: got [8, 32, 5], expected a tensor of shape [8, 32, 4]"),
         (torch.ones(32, 4), "blocks.0.attn.W_Q: got [32, 4], expected a tensor of shape [8, 32, 4]"),
-        (0.0, "blocks.0.attn.W_Q: got float, expected a tensor of shape [8, 32, 4]"),
+        (0.0, "blocks.0.attn.W_Q: got 0.0, expected a tensor of shape [8, 32, 4]"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(value: Any, text: str) -> None:
