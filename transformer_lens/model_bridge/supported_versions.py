@@ -1,6 +1,6 @@
-"""The releases of transformers that this package is known to work with, and the warning about a newer one.
+"""The transformers releases that this package is tested with, and the warning about a newer one.
 
-`constraints.txt` pins the release of `NEWEST`, pyproject.toml begins its range at `OLDEST`; a test holds them together.
+`constraints.txt` pins the release of `NEWEST`, pyproject.toml begins its range at `OLDEST`; a test compares them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import transformers
 OLDEST = "5.13.0"
 """The oldest release, on which the core of the suite passes (`make test-oldest`)."""
 NEWEST = "5.24.0"
-"""The newest release that the whole suite has passed on (`make test`). Later ones of the same minor do not warn."""
+"""The newest release on which the whole suite passes (`make test`). Later ones of the same minor do not warn."""
 
 
 def warn_of_a_newer_release() -> None:
-    """Say once in each process that the installed transformers is newer than any that was tested."""
+    """Warn once per process if the installed transformers is newer than any that was tested."""
     _warn(transformers.__version__)
 
 
@@ -32,10 +32,6 @@ def _warn(installed: str) -> None:
 
 
 def minor(release: str) -> tuple[int, int]:
-    """The first two numbers of a release.
-
-    >>> minor("5.24.0.dev0")
-    (5, 24)
-    """
+    """The first two numbers of a release: "5.24.0.dev0" -> (5, 24)."""
     first, second, *_ = release.split(".")
     return int(first), int(second)

@@ -1,4 +1,4 @@
-"""The text side of `TransformerBridge`: tokens of text, text of tokens, and which token a caller means."""
+"""The text side of `TransformerBridge`: text to tokens and back, and which token a caller means."""
 
 from __future__ import annotations
 
@@ -27,18 +27,14 @@ Ids = Sequence[int] | np.ndarray | Int[Tensor, "..."]
 
 
 class TokenMethods:
-    """The text side of `TransformerBridge`."""
-
     cfg: Any
     _token_adapter: TokenAdapter | None
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, or `None`. Another one may be put in its place at any time.
+        """The Hugging Face tokenizer, or `None`; it may be replaced at any time. Raises `TypeError` for anything else.
 
         >>> bridge.tokenizer.padding_side = "left"
-
-        Its special tokens are read when they are needed. Raises `TypeError` for something else than a tokenizer.
         """
         return None if self._token_adapter is None else self._token_adapter.tokenizer
 
@@ -58,7 +54,7 @@ class TokenMethods:
 
     @property
     def token_adapter(self) -> TokenAdapter | None:
-        """The tokenizer with the model's special tokens behind it; `None` without a tokenizer."""
+        """The tokenizer with the model's special tokens; `None` without a tokenizer."""
         return self._token_adapter
 
     def _tokens(self) -> TokenAdapter:
@@ -71,7 +67,7 @@ class TokenMethods:
         return adapter
 
     def input_device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the token ids."""
         raise NotImplementedError
 
     def to_tokens(
@@ -87,15 +83,15 @@ class TokenMethods:
         >>> bridge.to_tokens([" Mary", " Mary and John"]).shape
         torch.Size([2, 4])
 
-        `prepend_bos=None` prepends the beginning-of-sequence token where the model has one (`cfg.default_prepend_bos`),
-        `padding_side=None` pads where the tokenizer does, and `truncate` keeps the first `cfg.n_ctx` tokens of each,
-        with a warning the first time that cuts a text. A text that begins with BOS already, as chat templates write it,
-        gets no second one. A list of messages, `[{"role": "user", "content": "..."}]`, goes through the tokenizer's
-        chat template, with the beginning of an answer behind a user's message.
+        `prepend_bos=None` prepends BOS where the model has one (`cfg.default_prepend_bos`), `padding_side=None` pads
+        where the tokenizer does, and `truncate` keeps the first `cfg.n_ctx` tokens of each, with a warning the first
+        time that cuts a text. A text that begins with BOS, as from a chat template, gets no second one. A list of
+        messages, `[{"role": "user", "content": "..."}]`, goes through the tokenizer's chat template, with the beginning
+        of an answer after a user's message.
 
-        The ids keep their mask: as long as this tensor is passed on and not written to, its padding is known (else it
-        is judged by the pad token; `input_and_mask` gives the mask itself). Raises `ValueError` without a tokenizer or
-        a chat template, and for a token that the model does not have.
+        The padding of this tensor is known as long as nobody writes to it (else it is judged by the pad token;
+        `input_and_mask` gives the mask itself). Raises `ValueError` without a tokenizer or a chat template, and for a
+        token that the model does not have.
         """
         read = self._tokens().encode(input, prepend_bos=prepend_bos, padding_side=padding_side, truncate=truncate)
         return keep_mask(read.value.to(self.input_device()) if move_to_device else read.value, read.mask)
@@ -106,8 +102,8 @@ class TokenMethods:
         >>> bridge.to_string(bridge.to_tokens("Mary and John", prepend_bos=False))
         ['Mary and John']
 
-        A sequence reads as `tokenizer.decode` reads it, special tokens included; a single number as
-        `to_single_str_token` does. Raises `ValueError` for a token that is not there.
+        A sequence is decoded as by `tokenizer.decode`, special tokens included; a single number as by
+        `to_single_str_token`. Raises `ValueError` for an unknown token.
         """
         if isinstance(tokens, (list, tuple)) and any(is_several(each) for each in tokens):
             return [self._tokens().decode(one_sequence("to_string", row)) for row in tokens]
@@ -123,14 +119,14 @@ class TokenMethods:
     def to_str_tokens(
         self, input: Texts | Ids, prepend_bos: bool | None = None, padding_side: str | None = None
     ) -> list[str] | list[list[str]]:
-        """The text of each token: a list of strings, or one such list for each text of a list.
+        """The text of each token: a list of strings, or one such list per text of a list.
 
         >>> bridge.to_str_tokens(" Mary and John", prepend_bos=False)
         [' Mary', ' and', ' John']
 
-        Joined, the pieces of a text are the text (behind its BOS), as far as the tokenizer keeps it; a character of
-        several tokens comes with the last of them, and the others are empty. Token ids may come from anywhere, so
-        each shows its own text in the middle of a text: a LLaMA token has its space also where it is the first.
+        The pieces of a text join to the text (after its BOS), as far as the tokenizer keeps it; a character of several
+        tokens comes with the last of them, and the others are empty. Token ids show their text in the middle of a text:
+        a LLaMA token has its space also in first place.
         """
         adapter, given = self._tokens(), cast(Any, input)
         adapter.side(padding_side)  # rows stand alone here, and have no padding
@@ -142,13 +138,13 @@ class TokenMethods:
         return pieces if several else pieces[0]
 
     def to_answer_tokens(self, text: str) -> list[int]:
-        """The ids of a text in the middle of another, such as an answer behind a prompt.
+        """The ids of a text in the middle of another, such as an answer after a prompt.
 
         >>> bridge.to_str_tokens(bridge.to_answer_tokens(" Mary and"))
         [' Mary', ' and']
 
-        Tokenizers like LLaMA's put a space in front of a text that stands alone; there is none here but the text's
-        own. Raises `TypeError` for something else than a string and `ValueError` for a text without tokens.
+        No space is added in front, as tokenizers like LLaMA's do for a text on its own. Raises `TypeError` for anything
+        but a string and `ValueError` for a text without tokens.
         """
         if not isinstance(text, str):
             raise TypeError(f"got {type(text).__name__}, expected the text of a token, such as ' Mary'")
@@ -158,23 +154,19 @@ class TokenMethods:
         return ids
 
     def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token in the middle of a text.
+        """The id of a text that is one token in the middle of a text; raises `ValueError` if it is several.
 
         >>> bridge.to_string(bridge.to_single_token(" Mary"))
         ' Mary'
-
-        Raises `ValueError` if it is several.
         """
         self.to_answer_tokens(string)
         return single_token(self._tokens().tokenizer, string)
 
     def to_single_str_token(self, int_token: int) -> str:
-        """The text of one token, as it stands in the middle of a text.
+        """The text of one token in the middle of a text; raises `ValueError` for an unknown token.
 
         >>> bridge.to_single_str_token(bridge.to_single_token(" Mary"))
         ' Mary'
-
-        Raises `ValueError` for a token that is not there.
         """
         ids = as_ids("to_single_str_token", int_token)
         if ids.numel() != 1:
@@ -182,13 +174,13 @@ class TokenMethods:
         return self._tokens().pieces([int(ids)])[0]
 
     def token_ids(self, tokens: str | int | Sequence[str | int] | Ids, what: str = "tokens") -> Int[Tensor, ...]:
-        """The tokens of the model's answer that a caller means: each by its id, or by a text that is one token.
+        """Ids of answer tokens, each given by its id, or by a text that is one token.
 
         >>> bridge.to_str_tokens(bridge.token_ids([" Mary", " John"]))
         [' Mary', ' John']
 
-        A tensor of ids keeps its shape. Every tool that is asked about an answer reads it so. Raises `ValueError` for
-        a text of several tokens and for an id outside the vocabulary, with `what` in front.
+        A tensor of ids keeps its shape. Raises `ValueError` for a text of several tokens and for an id outside the
+        vocabulary, with `what` in front.
         """
         given: Any = tokens
         if isinstance(given, str):
@@ -209,13 +201,13 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> int:
-        """Where a token stands in a text or in token ids; `mode` is "first" or "last".
+        """The position of a token in a text or in token ids; `mode` is "first" or "last".
 
         >>> bridge.get_token_position(" John", " Mary and John", prepend_bos=False)
         2
 
-        The token of a text is the one it is in the middle of a text, or at the beginning of `input` the one it is
-        there. Raises `ValueError` if it does not occur.
+        A text is the token that it is in the middle of a text, or at the beginning of `input` the one it is there.
+        Raises `ValueError` if it does not occur.
         """
         one_of("mode", mode, ("first", "last"))
         if padding_side is not None:  # one row has no padding
@@ -232,7 +224,7 @@ class TokenMethods:
         return places[0 if mode == "first" else -1]
 
     def _places(self, token: str | int, ids: list[int]) -> list[int]:
-        """Where a token is among others; a text's may have another form in front of them all."""
+        """The positions of a token among others; a text's token may differ at the very beginning."""
         if not isinstance(token, str):
             wanted = as_ids("single_token", token)
             if wanted.numel() != 1:
@@ -281,7 +273,6 @@ def _plain(given: Any) -> Any:
 
 
 def _is_text(input: Any) -> bool:
-    """Whether this is text or messages, and not token ids."""
     while isinstance(input, (list, tuple)) and input:
         input = input[0]
     return isinstance(input, (str, Mapping))

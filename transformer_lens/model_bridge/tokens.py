@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the beginning-of-sequence token and padding as the caller asks."""
+"""Text to tokens and back, with BOS and padding as the caller asks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformer_lens.model_bridge.padding import SIDES, PadToken
 from transformer_lens.model_bridge.upstream import TOKENS, Word
 
 BEFORE = ("\n", "a", ".")
-"""Texts that stand in for what comes before; the first that does not run together with what follows is taken."""
+"""Texts that stand for what comes before; the first that does not merge with what follows is used."""
 UNFINISHED = "\ufffd"
 """What decoding shows for a character of which some bytes are still to come."""
 CHARACTER = 4
-"""A character has at most so many bytes, so at most so many tokens."""
+"""The most bytes, and so the most tokens, of a character."""
 Token = TypeVar("Token", int, str)
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation, for the tokenizer's chat template: `{"role": ..., "content": ...}` for each message."""
+"""A conversation for the tokenizer's chat template: `{"role": ..., "content": ...}` for each message."""
 Texts = str | Sequence[str] | Messages | Sequence[Messages]
 """A text, several, a conversation, or several conversations."""
 
@@ -39,11 +39,11 @@ class Reading:
     value: Tensor
     """Token ids [batch, pos], or embeddings [batch, pos, d_model]."""
     seen: Bool[Tensor, "batch pos"] | None
-    """Which positions are not padding; `None` where nothing is known to be."""
+    """Which positions are not padding; `None` if none is known to be."""
     texts: list[str] | None = None
-    """The texts it came from, if it came as text: conversations as their template writes them."""
+    """The texts it came from, if any: conversations as their template writes them."""
     several: bool = False
-    """Whether they came as a list."""
+    """Whether they were a list."""
 
     @property
     def mask(self) -> Bool[Tensor, "batch pos"]:
@@ -67,7 +67,7 @@ class TokenAdapter:
 
     @property
     def pad(self) -> int | None:
-        """What fills short rows: the pad token, or where there is none the end, or the beginning."""
+        """The padding token, or where there is none EOS, or BOS."""
         named = (self.tokenizer.pad_token_id, self.eos, self.bos)
         return next((int(token) for token in named if token is not None), None)
 
@@ -115,8 +115,8 @@ class TokenAdapter:
     ) -> tuple[list[list[int]], list[str], bool]:
         """The tokens of each text, not padded; the texts, as templates write conversations; whether they are several.
 
-        A text that begins with BOS gets no other, and `prepend_bos=None` gives none to conversations, whose template
-        says all. `after`: the texts go on from others, so left to itself nothing is put in front of them.
+        A text that begins with BOS gets no other, and `prepend_bos=None` adds none to conversations. `after`: the texts
+        continue others, so by default nothing is put in front of them.
         """
         texts, chat, several = self._texts(input)
         bos = self.bos
@@ -142,7 +142,7 @@ class TokenAdapter:
         return self.cut(rows) if truncate else rows, texts, several
 
     def _texts(self, input: Texts) -> tuple[list[str], bool, bool]:
-        """The texts, whether a chat template wrote them, and whether they came as a list."""
+        """The texts, whether a chat template wrote them, and whether they were a list."""
         check_text(input)
         if isinstance(input, str):
             return [input], False, False
@@ -179,7 +179,7 @@ class TokenAdapter:
         return PadToken(pad, in_texts).mask(ids, sides)
 
     def known(self, ids: Sequence[int]) -> list[int]:
-        """The same ids. Raises `ValueError` for one that neither the tokenizer nor the model has."""
+        """The ids themselves. Raises `ValueError` for one that neither the tokenizer nor the model has."""
         end = max(len(self.tokenizer), self.owner.cfg.d_vocab)
         for token in ids:
             if not 0 <= token < end:
@@ -187,32 +187,32 @@ class TokenAdapter:
         return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of token ids, special tokens included, as the tokenizer writes it."""
+        """Text of a sequence of token ids, special tokens included."""
         return decoded(self.tokenizer, self.known(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself, as it stands in the middle of a text."""
+        """The text of each token by itself, in the middle of a text."""
         return token_texts(self.tokenizer, self.known(ids))
 
 
 def check_text(input: Any) -> None:
-    """Raise `TypeError` for what is neither a text nor several, nor messages."""
+    """Raise `TypeError` for what is neither texts nor messages."""
     if isinstance(input, (Mapping, Tensor, np.ndarray, bytes)) or not isinstance(input, Iterable):
         raise TypeError(
             f"input: got {type(input).__name__}, expected a string, a list of strings, token ids or embeddings"
         )
 
 
-# The two differ where a tokenizer puts a space in front of whatever it is given, as LLaMA's does.
+# At its beginning and in its middle, a text's tokens differ where a tokenizer adds a space in front, as LLaMA's does.
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a text from its beginning, without special tokens that are not written in it."""
+    """The token ids of a text from its beginning, without special tokens that are not in it."""
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def ids_after(tokenizer: Any, text: str) -> list[int]:
-    """The token ids that a text adds where it follows another."""
+    """The token ids of a text that follows another."""
     for before in BEFORE:
         head, whole = ids_of(tokenizer, before), ids_of(tokenizer, before + text)
         if whole[: len(head)] == head:
@@ -221,7 +221,7 @@ def ids_after(tokenizer: Any, text: str) -> list[int]:
 
 
 def single_token(tokenizer: Any, text: str) -> int:
-    """The id of a text that is one token where it follows another. Raises `ValueError` if it is several, or none."""
+    """The id of a text that is one token after another text. Raises `ValueError` if it is several, or none."""
     ids = ids_after(tokenizer, text)
     if len(ids) != 1:
         raise ValueError(f"{text!r} is {len(ids)} tokens, {token_texts(tokenizer, ids)}, expected one")
@@ -229,7 +229,7 @@ def single_token(tokenizer: Any, text: str) -> int:
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every special token by its id: those with a role, such as BOS, and those that are only marked as special."""
+    """Every special token by its id: those with a role, such as BOS, and those only marked as special."""
     added = tokenizer.added_tokens_decoder  # where mistral-common reads the text, a method that only refuses
     marked = {int(i): str(token) for i, token in added.items() if token.special} if isinstance(added, Mapping) else {}
     return marked | dict(zip(map(int, tokenizer.all_special_ids), tokenizer.all_special_tokens, strict=True))
@@ -252,7 +252,7 @@ class TextReader:
         self._held: list[int] = []
 
     def add(self, token: int) -> str:
-        """What this token adds; a character comes with its last token, and the others before it add nothing."""
+        """What this token adds; a character comes with its last token, and its other tokens add nothing."""
         if token in self.special:
             return self.rest() + self.special[token]
         self._held.append(token)
@@ -264,7 +264,7 @@ class TextReader:
         return text
 
     def rest(self) -> str:
-        """What is left of a character that never became whole."""
+        """The rest of a character that never became whole."""
         text = self._text() if self._held else ""
         self._held.clear()
         return text
@@ -280,14 +280,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each of the tokens adds to a text that they go on with, one after the other."""
+    """The text that each of these tokens adds, one after the other."""
     reader = TextReader(tokenizer)
     found = [reader.add(token) for token in ids]
     return [*found[:-1], found[-1] + reader.rest()] if found else []
 
 
 def pieces_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
-    """The text of each of a text's tokens: joined, they are the text, without the spaces of the tokenizer's own."""
+    """The text of each token of a text: joined, they are the text, without spaces of the tokenizer's own."""
     special = special_tokens(tokenizer)
     found: list[str] = []
     for written, group in groupby(zip(ids, pieces(tokenizer, ids), strict=True), lambda pair: pair[0] in special):
@@ -302,9 +302,9 @@ def pieces_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """What the tokenizer's chat template makes of messages; behind a user's, the beginning of the answer.
+    """Messages as the tokenizer's chat template writes them; after a user's, the beginning of the answer.
 
-    Raises `ValueError` without a template, and for messages it refuses.
+    Raises `ValueError` without a template, and for messages that it refuses.
     """
     from jinja2 import TemplateError
 

@@ -221,7 +221,7 @@ class Layers(nn.ModuleList):
 
 
 def make_components(bridge: HookOwner, adapter: ArchitectureAdapter, model: nn.Module, place: str, inner: Any) -> str:
-    """Put every component into the tree; returns where the base model is. The model may be inside adapters."""
+    """Put every component into the tree; returns the path of the base model, which may be inside adapters."""
     base = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))
 
     def path(part: Part) -> str:
@@ -247,7 +247,7 @@ def make_components(bridge: HookOwner, adapter: ArchitectureAdapter, model: nn.M
 
 
 def components_in(bridge: HookOwner) -> Iterator[ComponentBridge]:
-    """Every component of the tree that stands in its place."""
+    """Every component that is in its place in the tree."""
     for name, child in bridge.named_children():
         if name != MODEL:
             parts = (module for module in child.modules() if isinstance(module, ComponentBridge))
@@ -255,7 +255,7 @@ def components_in(bridge: HookOwner) -> Iterator[ComponentBridge]:
 
 
 def absent_names(bridge: HookOwner, adapter: ArchitectureAdapter, inner: Any) -> dict[str, str]:
-    """The names that other models have, and why this one has not."""
+    """Hooks of other models, and why this one has none."""
     absent, head = dict(adapter.absent), head_of(inner)
     present = f"that of {head!r}" if head else "the final stream, ln_final.hook_out"
     for role, missing in (("unembed", "unembedding"), ("head", "classification or answering head")):

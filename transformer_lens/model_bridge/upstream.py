@@ -1,7 +1,7 @@
-"""What transformers calls the things this package relies on: the one place that knows its words.
+"""transformers' names for what this package relies on, in one place.
 
-A word is looked for in a signature or an object of the installed release. Where it is missing, that is an error which
-names it, and never `None`: a renamed argument must not read as one that was left out.
+A name is looked up in a signature or an object of the installed release. A missing one is an error that names it: a
+renamed argument must not look like one that was left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UpstreamError(RuntimeError):
 
 @dataclass(frozen=True)
 class Word:
-    """One thing of transformers, and its name in every supported release, the newest first."""
+    """An argument, attribute or field of transformers, and its name in every supported release, the newest first."""
 
     meaning: str
     names: tuple[str, ...]
@@ -61,7 +61,7 @@ CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights", "routin
 
 
 class Arguments:
-    """The parameters of one function of transformers, by word.
+    """The parameters of one transformers function, by `Word`.
 
     >>> from transformers import FalconForCausalLM
     >>> Arguments(FalconForCausalLM.forward, "FalconForCausalLM.forward").name(TOKENS)
@@ -77,13 +77,12 @@ class Arguments:
 
     @property
     def first(self) -> str:
-        """The name of the first parameter."""
         if not self.defaults:
             raise UpstreamError(self.owner, "argument with a name", ())
         return next(iter(self.defaults))
 
     def first_value(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call passed as the first parameter."""
+        """The value that a call passed as the first parameter."""
         return args[0] if args else kwargs.get(self.first)
 
     def with_first(
@@ -103,7 +102,7 @@ class Arguments:
         return args, {**{key: given for key, given in kwargs.items() if key not in word.names}, name: value}
 
     def name(self, word: Word) -> str:
-        """What the parameter is called in the installed release. Raises `UpstreamError` where there is none."""
+        """The parameter's name in the installed release. Raises `UpstreamError` if there is none."""
         found = self._names.get(word)
         if found is None:
             found = next((name for name in word.names if name in self.defaults), None)
@@ -113,14 +112,11 @@ class Arguments:
         return found
 
     def named(self, values: Mapping[Word, Any]) -> dict[str, Any]:
-        """Keyword arguments with the installed release's names."""
+        """Keyword arguments under the installed release's names."""
         return {self.name(word): value for word, value in values.items()}
 
     def value(self, word: Word, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What a call passed, by name or by place; the parameter's default where it was left out.
-
-        A call that still uses the name of an older release, which the function itself translates, is understood.
-        """
+        """The value that a call passed, also under the name of an older release; the default if it was left out."""
         name = self.name(word)
         if name in kwargs:
             return kwargs[name]
@@ -143,7 +139,7 @@ def arguments_of(kind: type[nn.Module]) -> Arguments:
 
 @lru_cache(maxsize=1024)
 def _read(kind: Any) -> Arguments:
-    """Of the first class in line whose forward names its arguments: one that takes `*args` hands them on."""
+    """Read the first class in line whose forward names its arguments; one that takes `*args` passes them on."""
     forwards = [Arguments(base.forward, f"{kind.__name__}.forward") for base in kind.__mro__ if "forward" in vars(base)]
     return next((found for found in forwards if found.defaults), forwards[0])
 
@@ -158,20 +154,20 @@ def attribute(owner: object, name: str) -> Any:
 
 
 ATTENTION_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
-"""What a file of models calls the registry in which its attention looks its function up."""
+"""The name of the attention functions' registry in transformers' modeling files."""
 ROTATING = "apply_rotary_pos_emb"
-"""What it calls the function that rotates queries and keys."""
+"""The name of the function that applies RoPE to queries and keys."""
 SPLITTING = {"falcon": "_split_heads"}
 """`model_type` -> the method by which attention reads queries, keys and values in its fused projection."""
 
 
 def attention_functions(module: nn.Module) -> Any:
-    """The registry in which an attention module looks the function up that computes it."""
+    """The registry in which an attention module looks up its attention function."""
     return _of_its_file(module, ATTENTION_FUNCTIONS, "registry")
 
 
 def rotation_of(module: nn.Module) -> Any:
-    """The function that rotates the queries and keys of an attention module: `(q, k, cos, sin) -> (q, k)`."""
+    """The function that applies RoPE in an attention module: `(q, k, cos, sin) -> (q, k)`."""
     return _of_its_file(module, ROTATING, "function")
 
 
@@ -184,13 +180,13 @@ def _of_its_file(module: nn.Module, name: str, what: str) -> Any:
 
 
 def splitting_of(module: nn.Module) -> Any:
-    """The method that reads q, k and v in a fused projection; `None` in families that have no function for it."""
+    """The method that reads q, k and v in a fused projection; `None` in families without one."""
     name = SPLITTING.get(attribute(attribute(module, "config"), "model_type"))
     return None if name is None else attribute(module, name)
 
 
 def eager_forward(module: nn.Module) -> Any:
-    """The forward of experts as their family wrote it, under the one that chooses between kernels."""
+    """The family's own eager forward of experts, below the one that chooses between kernels."""
     forwards = [vars(kind)["forward"] for kind in type(module).__mro__ if "forward" in vars(kind)]
     chosen = next((forward for forward in forwards if inspect.unwrap(forward) is not forward), None)
     if chosen is None:
@@ -199,18 +195,18 @@ def eager_forward(module: nn.Module) -> Any:
 
 
 def first_forward(kind: type[nn.Module]) -> Any:
-    """The forward that a module class's first ancestor of transformers has."""
+    """The forward of a module class's first ancestor in transformers."""
     return next(
         base.__dict__["forward"] for base in reversed(kind.__mro__) if "forward" in vars(base) and base is not nn.Module
     )
 
 
 HELD = ("keys", "values", "is_initialized", "is_sliding", "get_seq_length", "update")
-"""What a layer of a KV cache is asked for."""
+"""What is read from a layer of a KV cache."""
 
 
 def layer_of_cache(cache: Any, number: int) -> Any:
-    """The part of a KV cache that one layer of the model fills; `None` before it did."""
+    """One layer's part of a KV cache; `None` before it is filled."""
     layers = attribute(cache, "layers")
     if len(layers) <= number:
         return None
@@ -220,7 +216,7 @@ def layer_of_cache(cache: Any, number: int) -> Any:
 
 
 def item(output: Any, number: int | Word, module: nn.Module) -> Tensor:
-    """One tensor of the tuple that a module returned, or one field of the output of a whole model."""
+    """One tensor of a module's returned tuple, or one field of a model's output."""
     if isinstance(number, Word):
         if isinstance(output, tuple):
             raise ValueError(
@@ -239,7 +235,7 @@ def item(output: Any, number: int | Word, module: nn.Module) -> Tensor:
 
 
 def with_item(output: Any, number: int | Word, value: Tensor) -> Any:
-    """The output with another tensor in that place; a whole model's output is changed itself."""
+    """The output with another tensor there; a model's output is changed in place."""
     if not isinstance(number, Word):
         return (*output[:number], value, *output[number + 1 :])
     if output.get("loss") is not None:
@@ -252,7 +248,7 @@ def with_item(output: Any, number: int | Word, value: Tensor) -> Any:
 
 
 def output_name(output: Any, word: Word) -> str:
-    """What a field of an output is called in the installed release."""
+    """The name of an output field in the installed release."""
     fields = [field.name for field in dataclasses.fields(output)]
     found = next((name for name in word.names if name in fields), None)
     if found is None:
@@ -261,12 +257,10 @@ def output_name(output: Any, word: Word) -> str:
 
 
 def spelled(options: dict[str, Any], word: Word, name: str) -> dict[str, Any]:
-    """Options in which a word has its installed name, whichever release's name the caller used.
+    """Options in which a word has its installed name. Raises `TypeError` if two spellings of it were passed.
 
     >>> spelled({"past_key_values": 1, "top_k": 2}, CACHE, "cache")
     {'top_k': 2, 'cache': 1}
-
-    Raises `TypeError` where two spellings of it were passed.
     """
     given = [spelling for spelling in word.names if spelling in options]
     if not given:

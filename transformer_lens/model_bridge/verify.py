@@ -1,6 +1,6 @@
 """`bridge.verify()`: every component of a loaded checkpoint compared with Hugging Face's own.
 
-The checks are rows of `CHECKS`. The model is given back as it was: hooks, modes, gradients, random state.
+The checks are rows of `CHECKS`. Hooks, modes, gradients and random state are restored.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 
 FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-"""What a model or a bridge that does not fit raises: a finding like any other, and no reason to see nothing else."""
+"""What a model or a bridge that does not fit raises: a finding like any other."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of comparison, what it says, and how its results are made."""
+    """One kind of comparison: what it says, and how its results are made."""
 
     name: str
     meaning: str
     run: Callable[[Evidence], Iterator[CheckResult]]
     absent: Callable[[Evidence], str] = lambda e: ""
-    """Why it cannot be made with this model; "" where it can."""
+    """Why it does not apply to this model; "" if it does."""
     sampled: str = ""
-    """How it saves time unless everything is asked for."""
+    """How it saves time unless thorough."""
 
 
 def _modules_elsewhere(e: Evidence) -> str:
@@ -138,12 +138,7 @@ def verify(
     thorough: bool = False,
     progress: bool = True,
 ) -> VerificationReport:
-    """`bridge.verify(...)`, as a function.
-
-    >>> from transformer_lens.model_bridge.verify import verify
-    >>> verify(bridge).passed
-    True
-    """
+    """`bridge.verify(...)`, as a function."""
     _refuse_hooks(bridge)
     started = time.perf_counter()
     ids = random_tokens(bridge) if tokens is None else _checked(tokens)
@@ -178,7 +173,7 @@ def _found(check: Check, evidence: Evidence) -> Iterator[CheckResult]:
 
 
 def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:
-    """The checks, with a bar on the terminal that names the one being made."""
+    """The checks, with a progress bar on the terminal."""
     with tqdm(checks, disable=None if progress else True, leave=False, unit="check") as bar:
         for check in bar:
             bar.set_description(check.name)
@@ -186,21 +181,19 @@ def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:
 
 
 class VerifyMethods:
-    """What a bridge inherits to verify itself."""
-
     def verify(
         self, tokens: Int[Tensor, "batch pos"] | None = None, *, thorough: bool = False, progress: bool = True
     ) -> VerificationReport:
-        """Compare every component of this checkpoint with Hugging Face's own, on every layer and hook.
+        """Compare every component of this checkpoint with Hugging Face's own, at every layer and hook.
 
         >>> bridge.verify().passed
         True
 
-        With and without a KV cache, generating, and behind padding. `tokens` are ids without padding, random ones if
-        left out, so no tokenizer is needed. Where hooks share a run, the report says so; `thorough=True` takes each
-        alone. `progress` shows a bar where there is a terminal. The report prints as a table and has `failures()`,
-        `to_dicts()` and `to_json()`. The model is left as it was. Raises `ValueError` while hooks are attached or
-        modules sit in hooks' places, which would be verified with it, and if the bridge was detached.
+        With and without a KV cache, generating, and with padding. `tokens` are ids without padding, random ones by
+        default, so no tokenizer is needed. Where hooks share a run, the report says so; `thorough=True` takes each
+        alone. `progress` shows a bar on a terminal. The report prints as a table and has `failures()`, `to_dicts()` and
+        `to_json()`. The model is left as it was. Raises `ValueError` while hooks are attached or modules replace hooks,
+        and if the bridge was detached.
         """
         return verify(cast("TransformerBridge", self), tokens, thorough=thorough, progress=progress)
 

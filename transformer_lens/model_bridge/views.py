@@ -1,7 +1,7 @@
 """Views: exactly invertible readings of a tensor, such as its heads or the q part of a fused QKV.
 
-Each keeps the laws of a lens: what was put is what one gets, putting back what one got changes
-nothing, and a later put wins. `put` never touches the tensor it is given.
+Each obeys the laws of a lens: get returns what was put, putting back what was read changes nothing, and a later put
+wins. `put` never writes to the tensor it is given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformer_lens.model_bridge.config import BridgeConfig
 
 
 class View(Protocol):
-    """Reads a part of a tensor, and makes the tensor that has another part in its place."""
+    """Reads a part of a tensor, and makes the tensor with another part in its place."""
 
     def get(self, x: Tensor) -> Tensor: ...
 
@@ -27,8 +27,6 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class Whole:
-    """The tensor itself."""
-
     def get(self, x: Tensor) -> Tensor:
         return x
 
@@ -64,10 +62,10 @@ class FusedQKV:
     >>> FusedQKV(kv_groups=2, heads_per_group=3, d_head=4, part="q").get(torch.zeros(1, 5, 40)).shape
     torch.Size([1, 5, 6, 4])
 
-    The last axis is `(kv_group, heads_per_group + 2, d_head)`: the queries of a group, then its key,
-    then its value. Multi-query has one group, the per-head layout one head in each (source:
-    `FalconAttention._split_heads` in transformers). The q of several groups is a copy; k and v are
-    strided views, and so is q with `grouped=True`, whose heads are `(kv_group, heads_per_group)`.
+    The last axis is `(kv_group, heads_per_group + 2, d_head)`: a group's queries, then its key, then its value.
+    Multi-query has one group, the per-head layout one head in each. The q of several groups is a copy; k and v are
+    strided views, and so is q with `grouped=True`, whose heads are `(kv_group, heads_per_group)`. Source:
+    `FalconAttention._split_heads` in transformers.
     """
 
     kv_groups: int
@@ -101,11 +99,7 @@ class FusedQKV:
 
 @dataclass(frozen=True)
 class FusedBlocks:
-    """One part of a fused activation laid out as `[Q | K | V]` blocks, as GPT-2's is.
-
-    >>> FusedBlocks(n_heads=2, n_key_value_heads=1, d_head=3, part="k").get(torch.arange(12.0))
-    tensor([[6., 7., 8.]])
-    """
+    """One part of a fused activation laid out as `[Q | K | V]` blocks, as GPT-2's is."""
 
     n_heads: int
     n_key_value_heads: int
@@ -132,11 +126,7 @@ class FusedBlocks:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of tokens, one after the other, as `(batch, pos)` again.
-
-    >>> TokenRows(2, 3).get(torch.zeros(6, 4)).shape
-    torch.Size([2, 3, 4])
-    """
+    """Flat tokens as `(batch, pos)`."""
 
     batch: int
     pos: int
@@ -151,11 +141,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Groups:
-    """The heads that another view reads as `(kv_group, heads_per_group)`.
-
-    >>> Groups(Heads(6, 4), 2).get(torch.zeros(5, 24)).shape
-    torch.Size([5, 2, 3, 4])
-    """
+    """The heads of another view as `(kv_group, heads_per_group)`."""
 
     view: View
     kv_groups: int
@@ -170,11 +156,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Columns:
-    """Some entries of the last axis, one after the other.
-
-    >>> Columns(2, 5).get(torch.arange(6))
-    tensor([2, 3, 4])
-    """
+    """Some adjacent entries of the last axis."""
 
     start: int
     stop: int
@@ -190,11 +172,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Half:
-    """One of the two halves of the last axis.
-
-    >>> Half(1).get(torch.arange(6))
-    tensor([3, 4, 5])
-    """
+    """One of the two halves of the last axis."""
 
     which: Literal[0, 1]
 
@@ -209,11 +187,7 @@ class Half:
 
 @dataclass(frozen=True)
 class EveryOther:
-    """Every second entry of the last axis, from the first or the second on.
-
-    >>> EveryOther(1).get(torch.arange(6))
-    tensor([1, 3, 5])
-    """
+    """Every second entry of the last axis, from the first or the second on."""
 
     start: Literal[0, 1]
 
@@ -228,11 +202,7 @@ class EveryOther:
 
 @dataclass(frozen=True)
 class Transposed:
-    """What another view reads of the tensor with its last two axes exchanged: a weight kept as `[out, in]`.
-
-    >>> Transposed(Columns(0, 2)).get(torch.zeros(5, 3)).shape
-    torch.Size([3, 2])
-    """
+    """Another view of the tensor with its last two axes swapped: a weight stored as `[out, in]`."""
 
     view: View
 
@@ -245,11 +215,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Moved:
-    """What another view reads, with one axis at another place.
-
-    >>> Moved(Heads(2, 3), 0, -2).get(torch.zeros(5, 6)).shape
-    torch.Size([2, 5, 3])
-    """
+    """Another view, with one axis moved."""
 
     view: View
     source: int
@@ -264,13 +230,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A tensor that its reader multiplies by a number, as the reader has it.
+    """A tensor times a number.
 
     >>> Scaled(0.5).get(torch.tensor([4.0])), Scaled(0.5).put(torch.tensor([4.0]), torch.tensor([3.0]))
     (tensor([2.]), tensor([6.]))
 
-    A division undoes a multiplication but for rounding, so what is put is what one gets within one rounding; what was
-    not changed is put back bit for bit.
+    Put and get agree up to one rounding; what was not changed is put back bit for bit.
     """
 
     scale: float
@@ -286,11 +251,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Times:
-    """What another view reads, as a reader has it that multiplies it by a number.
-
-    >>> Times(Columns(0, 1), 0.5).get(torch.tensor([4.0, 1.0]))
-    tensor([2.])
-    """
+    """Another view, times a number."""
 
     view: View
     scale: float
@@ -304,12 +265,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Shifted:
-    """A tensor to which its reader adds a number, as the reader has it.
+    """A tensor plus a number.
 
     >>> Shifted(1.0).get(torch.tensor([0.5])), Shifted(1.0).put(torch.tensor([0.5]), torch.tensor([3.0]))
     (tensor([1.5000]), tensor([2.]))
 
-    What is put is what one gets within one rounding; what was not changed is put back bit for bit.
+    Put and get agree up to one rounding; what was not changed is put back bit for bit.
     """
 
     by: float
@@ -322,47 +283,40 @@ class Shifted:
 
 
 def in_groups(view: View, kv_groups: int) -> View:
-    """The query heads that a view reads as `(kv_group, heads_per_group)`, without copying them."""
+    """The query heads of a view as `(kv_group, heads_per_group)`, without copying them."""
     return replace(view, grouped=True) if isinstance(view, FusedQKV) else Groups(view, kv_groups)
 
 
 def whole(cfg: BridgeConfig) -> View:
-    """The tensor itself."""
     return Whole()
 
 
 def scaled(scale: float, cfg: BridgeConfig) -> View:
-    """The tensor times a number."""
     return Scaled(scale)
 
 
 def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig) -> View:
-    """What another view reads, times a number."""
     return Times(view(cfg), scale)
 
 
 def first_half(cfg: BridgeConfig) -> View:
-    """The first half of the last axis."""
     return Half(0)
 
 
 def second_half(cfg: BridgeConfig) -> View:
-    """The second half of the last axis."""
     return Half(1)
 
 
 def heads_first(cfg: BridgeConfig) -> View:
-    """Heads that lie before positions, after them."""
+    """Heads whose axis is before positions, moved after them."""
     return Moved(Whole(), 1, 2)
 
 
 def query_heads(cfg: BridgeConfig) -> View:
-    """The last axis as query heads."""
     return Heads(cfg.n_heads, cfg.d_head)
 
 
 def key_value_heads(cfg: BridgeConfig) -> View:
-    """The last axis as key or value heads."""
     return Heads(cfg.n_key_value_heads, cfg.d_head)
 
 

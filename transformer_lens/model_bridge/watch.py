@@ -1,7 +1,7 @@
-"""What sits in the model's own `forward` while hooks are attached, whichever way that is called.
+"""Replaces a model's `forward` while hooks are attached.
 
-Before each forward it lets the hooks follow modules that were exchanged (PEFT does so). And it runs the
-model outside `torch.compile`, whose compiled code does not look for hooks that came after it.
+Before each forward pass it lets the hooks follow replaced modules (as by PEFT), and it runs the model outside
+`torch.compile`, whose compiled code ignores hooks that came after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformer_lens.model_bridge.checkpointing import recording
 from transformer_lens.model_bridge.inside_call import ForwardInPlace
 
 _exchange = threading.Lock()
-"""Held while a model's `forward` is exchanged: the bridges on a model share its watch."""
+"""Held while a model's `forward` is replaced, which its bridges share."""
 
 
 COMPILED = "_compiled_call_impl"
@@ -32,7 +32,7 @@ class Follower(Protocol):
 
 
 class Watch(ForwardInPlace):
-    """Stands in a model's `forward` on behalf of every bridge that has hooks in it."""
+    """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -69,7 +69,7 @@ class Watch(ForwardInPlace):
 
 
 def watch(model: nn.Module, follower: Follower) -> None:
-    """Let a follower know of every forward of a model."""
+    """Tell a follower of every forward pass of a model."""
     with _exchange:
         found = Watch.on(model)
         here = found or Watch(model)
@@ -79,7 +79,7 @@ def watch(model: nn.Module, follower: Follower) -> None:
 
 
 def unwatch(model: nn.Module, follower: Follower) -> None:
-    """The exact inverse."""
+    """Undo `watch`."""
     with _exchange:
         here = Watch.on(model)
         if here is None:  # accelerate's hooks were taken off, and what they found with them

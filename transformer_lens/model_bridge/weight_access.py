@@ -1,7 +1,7 @@
-"""Reading a weight wherever it lives: in the module, offloaded by accelerate, or divided among processes.
+"""Reading a weight wherever it is: in the module, offloaded by accelerate, or sharded over processes.
 
-Whatever reads a weight of a Hugging Face module goes through `read_weight`, so that no number is ever
-computed from the empty `meta` tensor that stands in for an offloaded weight.
+Everything that reads a weight uses `read_weight`, so no number is computed from an offloaded weight's empty `meta`
+tensor.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
     >>> read_weight(model.lm_head).shape
     torch.Size([735, 128])
 
-    A weight that accelerate offloaded is brought to the device where its module runs; the tensor is
-    the caller's, and the module's own stays offloaded. A weight divided among processes is gathered,
-    for which every process has to ask; `shard=True` gives this process's part instead. Raises
-    `ValueError` for a weight on the meta device that nothing can bring back. A quantised weight is
-    dequantised, and an adapter on top of a weight is added to it: both are copies.
+    An offloaded weight is brought to the device where its module runs, for the caller alone. A sharded weight is
+    gathered, a collective call; `shard=True` gives this process's shard instead. A quantised weight is dequantised, and
+    an adapter is added to it: both are copies. Raises `ValueError` for a weight on the meta device that nothing can
+    bring back.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {in_words(module)}, expected a module of a model")
@@ -55,18 +54,18 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
 
 
 def offloading_hook(module: nn.Module) -> Any | None:
-    """The hook of accelerate that puts this module's own weights away between forwards, or `None`."""
+    """The hook of accelerate that offloads this module's own weights between forward passes, or `None`."""
     hook: Any = module.__dict__.get("_hf_hook")
     return hook if hook is not None and any(h.offload for h in _each(hook) if hasattr(h, "offload")) else None
 
 
 def _each(hook: Any) -> tuple[Any, ...]:
-    """The hooks that one hook of accelerate stands for."""
+    """The hooks in a sequence of accelerate's hooks."""
     return tuple(hook.hooks) if hasattr(hook, "hooks") else (hook,)
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device on which a module with weights runs: where they are, or where accelerate brings them."""
+    """The device on which a module's weights are, or where accelerate brings them."""
     device = next(module.parameters()).device
     hook = offloading_hook(module)
     if device.type != "meta" or hook is None:

@@ -1,7 +1,6 @@
 """Weights of the whole model by name, stacked over layers, and the circuits made of them.
 
-`bridge.blocks[i].attn.W_Q` and its like are views of the model's own parameters and live with the components.
-What is stacked here is an explicit copy: changing it changes nothing in the model.
+`bridge.blocks[i].attn.W_Q` and the like are views of the model's own parameters; what is stacked here is a copy.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
     "K": lambda attention: attention.QK.T,
     "V": lambda attention: attention.OV,
 }
-"""How a later head can read what an earlier one writes: the matrix whose rows meet it."""
+"""The input matrix of a later head for what an earlier one writes."""
 
 
 ADDED_BIASES: Mapping[str, str] = {"attn": "b_O", "mlp": "b_out"}
-"""What a component adds to the stream whatever it reads."""
+"""The bias that a component adds to the residual stream."""
 
 
 def _added_bias(block: BlockBridge, branch: Branch) -> Tensor:
-    """The constant that a branch adds: none of experts, which add theirs where they are chosen."""
+    """The constant that a branch adds; none for experts, which add biases only where they are chosen."""
     bias: Tensor = getattr(block.get_submodule(branch.mixer), ADDED_BIASES[branch.mixer])
     if bias.ndim > 1:
         return torch.zeros_like(bias[0])
@@ -54,12 +53,12 @@ def at_end(role: str, name: str) -> Any:
 
 
 def stacked(role: str, name: str) -> Any:
-    """An attribute of a bridge: a weight of one of its parts, of every layer, copied."""
+    """An attribute of a bridge: a weight of one part of every layer, copied."""
     return property(lambda bridge: bridge._stacked(role, name), doc=f"Every layer's `{role}.{name}`, copied.")
 
 
 class WeightMethods:
-    """What a bridge inherits to read weights.
+    """The weights of a bridge.
 
     >>> bridge.W_E.shape, bridge.W_U.shape, bridge.b_U.shape
     (torch.Size([735, 128]), torch.Size([128, 735]), torch.Size([735]))
@@ -75,8 +74,7 @@ class WeightMethods:
     W_E: Float[Tensor, "d_vocab d_model"] = at_end("embed", "W_E")
     """The token embedding: the model's own parameter."""
     W_U: Float[Tensor, "d_model d_vocab"] = at_end("unembed", "W_U")
-    """The unembedding: a view of the model's own parameter, which may be the embedding's. Raises `ValueError` for a
-    model class without one."""
+    """The unembedding: a view of the model's own parameter. Raises `ValueError` for a model class without one."""
     b_U: Float[Tensor, " d_vocab"] = at_end("unembed", "b_U")
     """What is added to the logits; zeros where the model has no such bias."""
 
@@ -112,18 +110,16 @@ class WeightMethods:
 
     @property
     def QK(self) -> FactoredMatrix:
-        """Every head's QK circuit, layer and head leading: `W_Q @ W_K.T` with its group's key, the factors copied.
+        """Every head's QK circuit, `[layer head d_model d_model]`, its factors copied; see `blocks[i].attn.QK`.
 
         >>> bridge.QK
         FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
-
-        `blocks[i].attn.QK` says what it means and leaves out.
         """
         return self._circuits("QK")
 
     @property
     def OV(self) -> FactoredMatrix:
-        """Every head's OV circuit, `W_V @ W_O` with its group's value, as `QK`."""
+        """Every head's OV circuit, `[layer head d_model d_model]`, its factors copied; see `blocks[i].attn.OV`."""
         return self._circuits("OV")
 
     @property
@@ -137,15 +133,15 @@ class WeightMethods:
 
     @torch.no_grad()
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head later_layer later_head"]:
-        """How much each head's query ("Q"), key ("K") or value ("V") can read what each earlier head writes.
+        """How much each head's query ("Q"), key ("K") or value ("V") reads from each earlier head's output.
 
         >>> scores = bridge.all_composition_scores("K")
         >>> scores.shape, bool((scores[1, :, 1] == 0).all())
         (torch.Size([4, 4, 4, 4]), True)
 
-        `|OV @ QK|`, `|OV @ QK.T|` or `|OV @ OV|` over the product of the two norms (Frobenius), in float32 for
-        half precision; zero unless the first head's layer is below the second's. Formula: Elhage et al. 2021,
-        "A Mathematical Framework for Transformer Circuits". Norms between the heads are left out.
+        `|OV @ QK|`, `|OV @ QK.T|` or `|OV @ OV|` over the product of the two Frobenius norms, in float32 for half
+        precision; zero unless the first head's layer is below the second's. Norms between the heads are left out.
+        Formula: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
         """
         if not is_one_of(mode, READERS):
             raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(map(repr, READERS))}")
@@ -160,16 +156,16 @@ class WeightMethods:
         return torch.stack(rows)
 
     def tokens_to_residual_directions(self, tokens: Tokens) -> Float[Tensor, "*batch_and_pos d_model"]:
-        """The direction of the final stream that raises each token's logit: its column of `W_U`.
+        """The direction of the final residual stream that raises each token's logit: its column of `W_U`.
 
         >>> bridge.tokens_to_residual_directions(" Mary").shape
         torch.Size([128])
         >>> bridge.tokens_to_residual_directions([" Mary", " John"]).shape
         torch.Size([2, 128])
 
-        `tokens` is a token's id or text, several of them, or a tensor of ids; its axes stay, with d_model
-        after them. The final norm's weight is not in it (`cache.apply_ln_to_stack` applies that). Raises
-        `ValueError` for a text of several tokens and for an id outside the vocabulary.
+        `tokens` is a token's id or text, several of them, or a tensor of ids; its axes stay, followed by d_model. The
+        final norm's weight is not included (`cache.apply_ln_to_stack` applies it). Raises `ValueError` for a text of
+        several tokens and for an id outside the vocabulary.
         """
         bridge = cast("TransformerBridge", self)
         W_U = self.W_U
@@ -178,13 +174,13 @@ class WeightMethods:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """The sum of the biases `b_O` and `b_out` that the layers below add to the stream that enters `layer`.
+        """The sum of the biases `b_O` and `b_out` in the residual stream that enters `layer`.
 
         >>> bool((bridge.accumulated_bias(2) == sum(b.attn.b_O + b.mlp.b_out for b in bridge.blocks[:2])).all())
         True
 
-        `mlp_input=True`: to the stream that this layer's MLP reads, where attention comes before it; in a
-        parallel block that is the same stream. `layer` is 0 to `n_layers`, or negative from the end.
+        `mlp_input=True`: in the stream that this layer's MLP reads, after attention in a sequential block. `layer` is 0
+        to `n_layers`, or negative from the end.
         """
         layers = self.cfg.n_layers
         number = layer + layers if isinstance(layer, int) and layer < 0 else layer
@@ -221,7 +217,7 @@ class WeightMethods:
                 f"{name}: it is {list(weights[0].shape)} in layer 0 and {list(weights[different].shape)} in layer "
                 f"{different}, so layers cannot be stacked; read bridge.blocks[i].{role}.{name}"
             )
-        # The blocks of a large model may lie on several devices.
+        # The blocks of a large model may be on several devices.
         return torch.stack([weight.to(weights[0].device) for weight in weights])
 
     def _circuits(self, name: str) -> FactoredMatrix:

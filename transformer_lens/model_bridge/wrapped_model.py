@@ -1,4 +1,4 @@
-"""The Hugging Face model behind a bridge: parameters, state, device and configs are its own, under its own names."""
+"""The Hugging Face model inside a bridge: parameters, state, device and configs are its own, under its own names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ModelFacts:
     def d_vocab_out(self) -> int | None:
         inner: Any = inner_model(self.model)[1]
         head = head_of(inner)
-        # A module of somebody's own need not say how wide it is.
+        # A user's own module need not declare its width.
         return self.d_vocab if head is None else getattr(inner._modules[head], "out_features", None)
 
 
@@ -65,22 +65,18 @@ class HandedOn:
 
 
 class WrappedModel(nn.Module):
-    """What a bridge hands on to `original_model`, so that moving, casting, saving and training work as usual.
-
-    Inside another module, too: parameters and state have the model's own names there, behind the bridge's.
-    """
+    """What a bridge passes on to `original_model`, so that moving, casting, saving and training work as usual."""
 
     original_model: nn.Module
     cfg: BridgeConfig
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's parameters."""
         return self.cfg.dtype
 
     @property
     def device(self) -> torch.device:
-        """The device on which the token embedding runs."""
+        """The device of the token embedding."""
         return self.cfg.device
 
     def input_device(self) -> torch.device:
@@ -133,6 +129,6 @@ class WrappedModel(nn.Module):
             yield start + name.removeprefix(start).removeprefix(f"{MODEL}."), module
 
     def _name_children(self) -> None:
-        """Make the modules directly below the model attributes, for torch finds a parameter by walking its name."""
+        """Make the modules directly below the model attributes, since torch finds parameters by attribute."""
         children = self.original_model._modules
         self.__dict__.update({name: child for name, child in children.items() if name not in self._modules})

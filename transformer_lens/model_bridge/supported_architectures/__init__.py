@@ -29,7 +29,7 @@ ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {
 
 
 def register_adapter(adapter: type[ArchitectureAdapter]) -> type[ArchitectureAdapter]:
-    """Make an adapter known under its `model_type`; usable as a class decorator."""
+    """Register an adapter under its `model_type`; usable as a class decorator."""
     ADAPTERS[adapter.model_type] = adapter
     return adapter
 
@@ -51,12 +51,12 @@ def row(base: type[ArchitectureAdapter], model_type: str, sentence: str, **data:
 
 
 def _remade(adapter: ArchitectureAdapter) -> tuple[Any, ...]:
-    """How an adapter whose class is a row is pickled."""
+    """Rebuilds a pickled adapter whose class is a row."""
     return adapter_for, (adapter.config,)
 
 
 def adapter_class(model_type: Any) -> type[ArchitectureAdapter]:
-    """The adapter of a `model_type`. Raises `ValueError` for a family that is not supported."""
+    """The adapter of a `model_type`. Raises `ValueError` for an unsupported family."""
     if model_type not in ADAPTERS:
         raise ValueError(
             f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(ADAPTERS))}. "
@@ -72,6 +72,6 @@ def adapter_for(config: Any) -> ArchitectureAdapter:
     >>> adapter_for(FalconConfig()).cfg.n_heads
     71
 
-    Raises `ValueError` for a family that is not supported, or a configuration it cannot run.
+    Raises `ValueError` for an unsupported family, or a configuration that it cannot run.
     """
     return adapter_class(getattr(config, "model_type", None))(config)

@@ -43,16 +43,15 @@ LAYOUT_NAMES = {
     (True, False, "parallel, one norm", False): "11B",
     (True, False, "parallel, two norms", False): "40B and 180B",
 }
-"""Whether it is the new architecture, whether all heads share a key, the block, ALiBi -> the models that have it."""
+"""The published models by new architecture, multi-query, kind of block, and ALiBi."""
 ATTENTION = {True: ALiBiJointQKVAttentionBridge, False: JointQKVPositionEmbeddingsAttentionBridge}
 
 
 class FreshOutput(nn.Module):
     """A module whose caller gets a tensor of its own.
 
-    A parallel `FalconDecoderLayer` runs `mlp_output += attention_output` on what the MLP returned, after
-    every hook has seen it. Here it adds into a copy, so what hooks saw stays what the MLP computed, and
-    autograd's backward hooks, which refuse in-place changes of what they wrapped, are content.
+    A parallel `FalconDecoderLayer` runs `mlp_output += attention_output` after every hook has seen the MLP's output.
+    Here it adds into a copy, so hooks keep what the MLP computed, and autograd's backward hooks do not refuse.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -61,17 +60,17 @@ class FreshOutput(nn.Module):
 
 
 class FreshOutputFalconMLP(FreshOutput, FalconMLP):
-    """Falcon's MLP, its output safe from the block."""
+    """Falcon's MLP with a fresh output."""
 
 
 @lru_cache(maxsize=64)
 def fresh(kind: Any) -> Any:
-    """The class with fresh outputs of a module that stands in for Falcon's MLP."""
+    """The class with fresh outputs of a module that replaces Falcon's MLP."""
     return FreshOutputFalconMLP if kind is FalconMLP else type(kind.__name__, (FreshOutput, kind), {})
 
 
 class FreshOutputs(Preparation):
-    """The MLPs whose class was exchanged; each counts how many preparations hold it."""
+    """The MLPs whose class was replaced; each counts the preparations that hold it."""
 
     def __init__(self, mlps: list[Any]) -> None:
         self.mlps = mlps
@@ -165,7 +164,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         return 1 if c.multi_query else int(c.num_attention_heads)
 
     def layout_name(self) -> str:
-        """The published models that have this layout."""
+        """The published models with this layout."""
         new = bool(self.config.new_decoder_architecture)
         name = LAYOUT_NAMES.get((new, self.key_value_groups() == 1, self.block_kind(), bool(self.config.alibi)))
         known = f"Falcon {name} layout" if name else "Falcon, as none of the published layouts"

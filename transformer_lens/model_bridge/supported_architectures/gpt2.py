@@ -1,7 +1,6 @@
-"""GPT-2, whose q, k and v come from one matmul, `[Q | K | V]`, and its relatives GPT-Neo and GPT-J.
+"""GPT-2, with QKV fused as `[Q | K | V]`, and its relatives GPT-Neo and GPT-J.
 
-Source: the modeling files of these families in transformers >= 5.13. GPT-2's linear layers are `Conv1D`, with their
-weight transposed.
+Source: their modeling files in transformers >= 5.13. GPT-2's linear layers are `Conv1D`, with transposed weights.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from transformer_lens.model_bridge.upstream import attribute
 
 
 class GPT2AttentionBridge(QKVBlocksAttentionBridge):
-    """GPT-2's attention, which under eager may compute its softmax itself, in float32 (`reorder_and_upcast_attn`)."""
+    """GPT-2's attention, whose eager version may compute its own softmax in float32 (`reorder_and_upcast_attn`)."""
 
     attributes = (*QKVBlocksAttentionBridge.attributes, "reorder_and_upcast_attn")
 
@@ -110,7 +109,7 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
 
 
 class GPTNeoAttentionBridge(OpenAttentionBridge):
-    """GPT-Neo's attention, which writes its softmax out, in float32: roles `q`, `k`, `v`, `o`."""
+    """GPT-Neo's attention, with a float32 softmax in its own code: roles `q`, `k`, `v`, `o`."""
 
     places = SEPARATE
     reads = OF_PROJECTIONS

@@ -1,6 +1,6 @@
-"""GPT-NeoX (and Pythia): a query, key and value side by side for each head, some of whose dimensions are rotated.
+"""GPT-NeoX (and Pythia): QKV fused head by head, and partial RoPE.
 
-Source: `modeling_gpt_neox.py` in transformers >= 5.13. The fused matmul is Falcon's with one head in each group.
+Source: `modeling_gpt_neox.py` in transformers >= 5.13. The fused matmul is Falcon's with one head per group.
 """
 
 from __future__ import annotations

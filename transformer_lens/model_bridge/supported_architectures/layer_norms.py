@@ -1,4 +1,4 @@
-"""Relatives of Llama with LayerNorms: each row says what a family has otherwise.
+"""Relatives of Llama with LayerNorms: each row says how a family differs.
 
 Source: the modeling files of these families in transformers >= 5.13.
 """
@@ -39,7 +39,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 )
 
 CENTRED = {**NAMES, "eps": "layer_norm_eps"}
-"""The names of a family with LayerNorms."""
+"""The config names of a family with LayerNorms."""
 LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}
 COHERE: Mapping[str, Any] = {
     "stages": PARALLEL_ONE_NORM,

@@ -1,4 +1,4 @@
-"""Llama and its relatives with RMSNorms and without experts: each row says what a family has otherwise.
+"""Llama and its relatives with RMSNorms and without experts: each row says how a family differs.
 
 RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
 families in transformers >= 5.13.
@@ -40,7 +40,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.supported_architectures import by_type, row
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
-"""What most families call the projections of attention, by role."""
+"""The usual names of attention's projections, by role."""
 NORMED = {**PROJECTIONS, "q_norm": "q_norm", "k_norm": "k_norm"}
 NAMES = {
     "n_layers": "num_hidden_layers",
@@ -57,7 +57,7 @@ WINDOWED = {**NAMES, "sliding_window": "sliding_window"}
 
 
 def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
-    """Attention of a kind, at its usual place."""
+    """A kind of attention, at its usual place."""
     return Part(kind, "self_attn", linears(places))
 
 
@@ -71,10 +71,10 @@ GATED = Part(GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj
 FUSED = Part(FusedGatedMLPBridge, "mlp", linears({"gate_up": "gate_up_proj", "out": "down_proj"}))
 PLAIN = Part(MLPBridge, "mlp", linears({"in": "up_proj", "out": "down_proj"}))
 BEHIND: Stages = ((Branch("", "attn", post_norm="ln1_post"),), (Branch("", "mlp", post_norm="ln2_post"),))
-"""A norm behind each branch, and none in front."""
+"""A norm after each branch, and none before it."""
 BEHIND_NORMS = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
 AROUND: Stages = ((Branch("ln1", "attn", post_norm="ln1_post"),), (Branch("ln2", "mlp", post_norm="ln2_post"),))
-"""A norm in front of each branch and one behind it."""
+"""A norm before and after each branch."""
 
 
 class LlamaArchitectureAdapter(ArchitectureAdapter):
@@ -89,17 +89,17 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     unrotated: ClassVar[Part] = UNROTATED
     dense: ClassVar[Part] = GATED
     ln_final: ClassVar[str] = "norm"
-    """Where the norm after the last block is."""
+    """The path of the final norm."""
     constants: ClassVar[Mapping[str, Any]] = {}
-    """Fields of `BridgeConfig` that are the same in all models of the family."""
+    """Fields of `BridgeConfig` that all models of the family share."""
     rotary_emb: ClassVar[str] = "rotary_emb"
-    """Where the table of rotations is; "" where there is none."""
+    """The path of RoPE's table; "" without RoPE."""
     multiplier: ClassVar[str] = ""
-    """The config's name of the number that each branch is multiplied by."""
+    """The config name of the factor on each branch."""
     embed_multiplier: ClassVar[str] = ""
-    """The config's name of the number that embeddings are multiplied by."""
+    """The config name of the factor on embeddings."""
     logit_multiplier: ClassVar[str] = ""
-    """The config's name of the number that logits are multiplied or divided by, after the head."""
+    """The config name of the factor or divisor of the logits, after the head."""
     dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout",)
     cfg_names = NAMES
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
@@ -108,7 +108,7 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
         return refuse_unless_divisible(self.config.num_attention_heads, self.config.num_key_value_heads)
 
     def variant(self) -> Mapping[str, Any]:
-        # Attention of these families asks for it in this way: the configs of some have no such field of their own.
+        # These families' attention asks for it in this way: the configs of some have no such field of their own.
         d_head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         kinds = {"positional_embedding_type": "rotary", "normalization_type": "LN" if self.norm.centres else "RMS"}
         gated = self.dense.kind is not MLPBridge
@@ -127,26 +127,23 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
         return self.stages
 
     def branches(self, layer: int) -> Stages:
-        """The branches of one layer."""
         if not self.multiplier:
             return self.stages_of()
         scale = float(getattr(self.config, self.multiplier))
         return tuple(tuple(replace(branch, scale=scale) for branch in stage) for stage in self.stages_of())
 
     def rotates(self, layer: int) -> bool:
-        """Whether attention of one layer is told positions."""
+        """Whether attention of one layer has RoPE."""
         return True
 
     def mlp(self, layer: int) -> Part:
-        """The MLP of one layer."""
         return self.dense
 
     def mixers(self, layer: int) -> Mapping[str, Part]:
-        """What computes in one layer, by role."""
+        """The attention and MLP of one layer, by role."""
         return {"attn": self.attention if self.rotates(layer) else self.unrotated, "mlp": self.mlp(layer)}
 
     def layer(self, layer: int) -> Part:
-        """The block of one layer."""
         stages = self.branches(layer)
         roles = {role for stage in stages for branch in stage for role in branch.roles}
         inside = {role: Part(self.norm, at) for role, at in self.norms.items() if role in roles}
@@ -216,7 +213,7 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
 Llama = LlamaArchitectureAdapter
 Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
-"""Some layers look back over a window."""
+"""Sliding-window attention in some layers."""
 OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
 GRANITE: Mapping[str, Any] = {
     "multiplier": "residual_multiplier",
@@ -246,18 +243,18 @@ class HyperClovaXArchitectureAdapter(Llama):
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
-    """Where a switch in the config says whether queries and keys have norms."""
+    """QK-norm if the config asks for it."""
     attention = Qwen3ArchitectureAdapter.attention if adapter.config.use_qk_norm else ROTATED
     return {"attn": attention, "mlp": adapter.mlp(layer)}
 
 
 def no_rope_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
-    """Where a list in the config says it, layer by layer."""
+    """RoPE where a list in the config says so, layer by layer."""
     return bool(adapter.config.no_rope_layers[layer])
 
 
 def in_windows(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
-    """Where layers that see everything are told no positions; without a window all of them are told."""
+    """RoPE in sliding-window layers alone; in every layer if there is no window."""
     return adapter.cfg.sliding_window is None or adapter.window(layer) is not None
 
 

@@ -1,4 +1,4 @@
-"""Families with state-space mixers or short convolutions, in place of attention or beside it.
+"""Families with state-space mixers or short convolutions, instead of attention or in parallel with it.
 
 Source: the modeling files of these families in transformers >= 5.13.
 """
@@ -62,7 +62,6 @@ class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
     )
 
     def attends(self, layer: int) -> bool:
-        """Whether a layer has attention."""
         return bool(self.config.layer_types[layer] == "full_attention")
 
     def is_dense(self, layer: int) -> bool:

@@ -1,6 +1,6 @@
-"""Mixtures of experts whose attention is a Llama's: each row says what a family has otherwise.
+"""Mixtures of experts with Llama's attention: each row says how a family differs.
 
-Source: the modeling files of these families in transformers >= 5.13. Mixtral 8x7B and 8x22B differ in sizes alone.
+Source: the modeling files of these families in transformers >= 5.13. Mixtral 8x7B and 8x22B differ only in size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 def mixes(
     kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", more: Mapping[str, Part] | None = None
 ) -> Part:
-    """A mixture: where it is, where its router is inside it, and its further parts."""
+    """A mixture: its path, its router's, and its further parts."""
     parts = {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts")}
     return Part(kind, at, {**parts, **(more or {})})
 
@@ -57,7 +57,7 @@ def mixes(
 LOSSES = ("output_router_logits", "router_aux_loss_coef")
 HARMLESS = (*LlamaArchitectureAdapter.harmless, *LOSSES)
 NARROW = {**NAMES, "d_mlp": "moe_intermediate_size"}
-"""The names of a family whose experts are narrower than its dense MLPs."""
+"""The config names of a family whose experts are narrower than its dense MLPs."""
 CHOSEN = {"num_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
 LOCAL = {**CHOSEN, "num_experts": "num_local_experts"}
 ROUTED = {**CHOSEN, "num_experts": "n_routed_experts"}
@@ -69,9 +69,9 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
     model_type = "mixtral"
     mixture: ClassVar[Part] = mixes()
     shared: ClassVar[Part] = Part(SharedExpertBridge, "shared_experts", GATED.parts)
-    """The expert that every token passes, in a mixture that has one."""
+    """The shared expert, in a mixture that has one."""
     shared_width: ClassVar[tuple[str, ...]] = ()
-    """The config's names of the numbers whose product is the width of that; none where there is none."""
+    """The config names whose product is the shared expert's width; empty without one."""
     dropouts: ClassVar[tuple[str, ...]] = ("attention_dropout", "router_jitter_noise")
     cfg_names = {**WINDOWED, **LOCAL}
     config_keys: ClassVar[tuple[str, ...]] = ("head_dim",)
@@ -84,7 +84,6 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
         return super().refusals()
 
     def is_dense(self, layer: int) -> bool:
-        """Whether the MLP of one layer is dense."""
         return False
 
     def mlp(self, layer: int) -> Part:
@@ -99,7 +98,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
 
 
 class Qwen3MoeArchitectureAdapter(MixtralArchitectureAdapter):
-    """Qwen 3 with a mixture of experts in most layers; the others have a dense MLP of another width."""
+    """Qwen 3 with a mixture of experts in most layers, and a dense MLP of another width in the others."""
 
     model_type = "qwen3_moe"
     attention = Qwen3ArchitectureAdapter.attention
@@ -114,17 +113,17 @@ class Qwen3MoeArchitectureAdapter(MixtralArchitectureAdapter):
 
 
 def first_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
-    """Where the first layers are dense."""
+    """Dense MLPs in the first layers."""
     return bool(layer < adapter.config.first_k_dense_replace)
 
 
 def named_dense(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
-    """Where a list in the config says it, layer by layer."""
+    """Dense MLPs in the layers that a list in the config names."""
     return bool(adapter.config.mlp_layer_types[layer] == "dense")
 
 
 def ernies_dense_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
-    """Where a first and a last layer, and a period, say which have a mixture."""
+    """Dense MLPs outside a range of layers, and outside a period within it."""
     c = adapter.config
     return bool((layer + 1) % c.moe_layer_interval) or not c.moe_layer_start_index <= layer <= c.moe_layer_end_index
 
@@ -132,7 +131,7 @@ def ernies_dense_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
 Mixtral = MixtralArchitectureAdapter
 ATTENTION: Mapping[str, Any] = {"dropouts": ("attention_dropout",)}
 SIGMOIDS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
-"""How a router that scores with sigmoids chooses among groups of experts."""
+"""Settings of a router that scores with sigmoids and chooses among groups of experts."""
 SHARED: Mapping[str, Any] = {
     **ATTENTION,
     "cfg_names": {**NARROW, **ROUTED},

@@ -1,7 +1,4 @@
-"""The shapes of the published models, so that `info falcon-40b` needs no network. Sizes are those of the model cards.
-
-Only what decides sizes and layout is here: not the RoPE base, dropout or token ids. Weights never come from here.
-"""
+"""The shapes of the published models, from their model cards, so that `info falcon-40b` needs no network."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def _sizes(d_model: int, heads: int, layers: int, vocabulary: int, **more: Any) 
     return dict(zip(names, (d_model, heads, layers, vocabulary), strict=True)) | more
 
 
-# As in the published configs, `multi_query` stays True beside the new architecture, which wins over it.
+# As in the published configs, `multi_query` stays True with the new architecture, which wins over it.
 _NEW = {"new_decoder_architecture": True}
 _RW = {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}
 _11B = {**_NEW, "num_kv_heads": 8, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192}
@@ -64,11 +61,6 @@ PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
 
 
 def published_config(name: str) -> Any:
-    """The config of a published model.
-
-    >>> from transformer_lens.model_bridge.supported_architectures.published import published_config
-    >>> published_config("falcon-40b").num_kv_heads
-    8
-    """
+    """The config of a published model."""
     kind, fields = PUBLISHED[name]
     return kind(**fields, name_or_path=name)

@@ -1,1 +1,1 @@
-"""What `bridge.verify()` is made of: evidence, checks on values, checks on runs, and the report."""
+"""The parts of `bridge.verify()`: evidence, checks on values, checks on runs, and the report."""

@@ -1,7 +1,7 @@
-"""Checks with a KV cache: a text read in chunks and token by token, as the bare model and as the bridge do it.
+"""Checks with a KV cache: a text read in chunks and token by token, by the bare model and by the bridge.
 
-Every step is evidence of its own, which the checks on values read like a whole run; what a write does is computed
-from the values of the cached keys, by plain torch hooks on the bare model.
+Every step is evidence of its own, which the checks on values judge like a whole run; plain torch hooks on the bare
+model compute what a write has to do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from transformer_lens.model_bridge.verification.evidence import (
 from transformer_lens.model_bridge.verification.report import CheckResult
 
 SPARE = 2
-"""Empty places that a cache of fixed size has behind the text."""
+"""Empty places after the text in a cache of fixed size."""
 
 
 EQUATIONS = (
@@ -49,13 +49,13 @@ EQUATIONS = (
     values.projected_heads,
     values.experts,
 )
-"""The checks on values, which hold for a step as they hold for a whole text."""
+"""The checks on values, which hold for a step as for a whole text."""
 NAMED = 5
-"""As many hooks are named, at most, that change something where they share a run."""
+"""The most hooks named at once."""
 
 
 def chunks(length: int) -> list[range]:
-    """How a text is read: a beginning, a chunk of two where it is long enough, and two single tokens.
+    """How a text is read: a beginning, a chunk of two if it is long enough, and two single tokens.
 
     >>> chunks(8)
     [range(0, 4), range(4, 6), range(6, 7), range(7, 8)]
@@ -67,25 +67,23 @@ def chunks(length: int) -> list[range]:
 
 
 def growing(e: Evidence) -> Cache:
-    """The cache that transformers makes by itself."""
+    """The cache that transformers makes by default."""
     return DynamicCache(config=e.bridge.original_model.config)
 
 
 def fixed(e: Evidence) -> Cache:
-    """One whose size does not change."""
+    """A cache of fixed size."""
     return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
 
 
 @dataclass
 class Step(Seen):
-    """One call of a text that is read piece by piece."""
-
     whole: Evidence
     columns: range
     own: OwnRun
     captured: tuple[Tensor, dict[str, Tensor]]
     keys: Sequence[tuple[int, int]]
-    """How many keys each layer attends to, and the column of the first, as transformers' own cache says."""
+    """How many keys each layer attends to, and the column of the first, according to transformers' own cache."""
     before: Sequence[Step]
 
     def __post_init__(self) -> None:
@@ -123,13 +121,13 @@ def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range
 
 
 def decoded(e: Evidence) -> list[Step]:
-    """The text read piece by piece with a cache that grows, once for all checks."""
+    """The text read piece by piece with a growing cache, once for all checks."""
     e.kept = e.kept or steps(e, growing, chunks(e.tokens.shape[1]))
     return e.kept
 
 
 def decoding(e: Evidence) -> Iterator[CheckResult]:
-    """Values with a cache that grows."""
+    """Values with a growing cache."""
     yield from _read("decoding", e, decoded(e))
 
 
@@ -140,7 +138,7 @@ def static_cache(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
-    """What the steps show, less what is wrong in the whole text too, where it is named already."""
+    """What the steps show, except what is wrong in the whole text too and named there."""
     results = list(_compared(check, e, found))
     known: set[str] = set()
     if not all(result.passed for result in results):
@@ -167,7 +165,7 @@ def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckR
 
 
 def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
-    """What a step shows is what the whole text shows at its positions; masked scores are not compared."""
+    """A step shows what the whole text shows at its positions; masked scores are not compared."""
     for name, value in step.cache.items():
         axes = step.bridge.hook_dict[name].axes.split()
         if step.bridge.hook_dict[name].integer:
@@ -186,10 +184,10 @@ Change = tuple[float, str]
 
 
 def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
-    """Law 2 with a cache: writing what is there leaves every step as it is.
+    """Law 2 with a cache: writing back what is there leaves every step as it is.
 
-    First at the hooks that a module hands over, to the bit, then at those inside modules: there each module's output is
-    compared with what the module itself returned, and is replaced by it, so that the next one starts from the same.
+    First at ports, bit for bit, then at hooks inside modules, where each module's output is compared with its own and
+    replaced by it.
     """
     yield from _neutral_at_ports(e, [name for name in e.cache if name in e.ports or e.block_elsewhere(name)])
     inside = {owner: [name for name in names if name in e.cache] for owner, names in e.inside.items()}
@@ -201,7 +199,7 @@ def _neutral(name: str, owner: str, change: Change, tolerance: tuple[float, str]
 
 
 def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult]:
-    """All in one run; those that change something are found by halves, or all are tried alone if thorough."""
+    """All in one run; hooks that change something are found by bisection, or all are tried alone if thorough."""
     tolerance = e.rounding if e.elsewhere else e.same
     together = _changes(e, names)[""]
     wrong = not together[0] <= tolerance[0]
@@ -213,7 +211,7 @@ def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult
 
 
 def _culprits(e: Evidence, names: Sequence[str], bound: float) -> Iterator[str]:
-    """The hooks at which writing what is there changes more than `bound`; `names` together do."""
+    """The hooks at which a neutral write changes more than `bound`; `names` together do."""
     if len(names) == 1:
         yield names[0]
         return
@@ -239,7 +237,7 @@ def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterato
 
 
 def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> dict[str, Change]:
-    """By how much writing what is there changes these modules' outputs, each given its own, or the model's ("")."""
+    """How much neutral writes change these modules' outputs, each given its own, or the model's ("")."""
     cache, worst = growing(e), dict[str, Change]()
     hooks = [(name, e.rewriting(name)) for name in names]
     for step in decoded(e):
@@ -262,7 +260,7 @@ Values = Float[Tensor, "batch key head d_head"]
 
 @dataclass(frozen=True)
 class Write:
-    """A write at attention in the last step, and what each head then reads: on paper, from the values of the keys."""
+    """A write at attention in the last step, and the expected z, from the values of the keys."""
 
     hook: str
     new: Callable[[Tensor], Tensor]
@@ -288,13 +286,13 @@ def _without_head_0(x: Tensor) -> Tensor:
 WRITES = (
     Write("attn.hook_pattern", _first_and_last, lambda v, z: (v[:, :1] + v[:, -1:]) / 2),
     Write("attn.hook_attn_scores", _first_alone, lambda v, z: v[:, :1]),
-    # Without a rotated query every score is zero, and every head reads the mean of the values.
+    # Without a rotated query every score is zero, and z is the mean of the values.
     Write("attn.hook_rot_q", torch.zeros_like, lambda v, z: v.mean(1, keepdim=True)),
     Write("attn.hook_z", lambda z: z / 2, lambda v, z: z / 2),
     Write("attn.hook_result", _without_head_0, lambda v, z: _without_head_0(z)),
     Write("hook_attn_in", lambda stream: stream.flip(-1), None),
 )
-"""Each is made in a row of its own, in every layer at once."""
+"""Each is made in a batch row of its own, in every layer at once."""
 
 
 def writes(e: Evidence) -> Iterator[CheckResult]:
@@ -340,7 +338,7 @@ def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write
 
 
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
-    """The first write in blocks of other processes, judged by what every head then reads."""
+    """The first write in blocks of other processes, judged by the resulting z."""
     *before, last = decoded(e)
     cache = growing(e)
     for step in before:
@@ -371,7 +369,7 @@ def _oracle(
     texts: Sequence[Tensor],
     streams: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """What attention returns in the bare model whose plain torch hooks put in what each write comes to on paper."""
+    """What attention returns in the bare model with the expected values, put there by plain torch hooks."""
     cache = growing(e)
     model(texts[0], **{str(e.takes_cache): cache})
     with ExitStack() as undo:
@@ -405,15 +403,13 @@ def _on_row(row: int, new: Callable[[Tensor], Tensor], tensor: Tensor, hook: Hoo
 
 
 class _Calls(Seen):
-    """The calls of the bare model's modules alone."""
-
     def __init__(self, e: Evidence, calls: Mapping[str, ModuleCall]) -> None:
         self.bridge = e.bridge
         self.own = OwnRun(torch.empty(0), calls=dict(calls))
 
 
 def _put_z(here: Sequence[tuple[int, Write]], v: Values, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A plain torch pre-hook on the output projection: each row's z is what its write comes to."""
+    """A plain torch pre-hook on the output projection, which sets each row's expected z."""
     z = args[0].unflatten(-1, v.shape[-2:]).clone()
     for row, write in here:
         if write.z is not None:
@@ -430,7 +426,7 @@ def _put_input(
     args: tuple[Any, ...],
     kwargs: Any,
 ) -> Any:
-    """A plain torch pre-hook on attention: the rows whose write is the stream read that one, after the norm."""
+    """A plain torch pre-hook on attention, which sets the normalised stream of rows that write it."""
     arguments = arguments_of(type(module))
     x = arguments.first_value(args, kwargs).clone()
     for row, write in here:

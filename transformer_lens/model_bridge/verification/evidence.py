@@ -1,7 +1,7 @@
-"""What `verify` judges by: the model's own run seen by plain torch hooks, and the bridge's captures.
+"""Evidence for `verify`: the model's own run seen by plain torch hooks, and the bridge's captures.
 
-Nothing here reads the table of ports, nor our word for the KV cache: a reference is the input or output of the module
-that a component names, and the KV cache goes in by the parameter that transformers itself annotates as one.
+Nothing here reads the table of ports: a reference is the input or output of the module that a component names, and the
+KV cache goes in by the parameter that transformers itself annotates as one.
 """
 
 from __future__ import annotations
@@ -31,19 +31,16 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
 
 ROUNDINGS = {torch.float64: 2.0**-20, torch.float32: 2.0**-16, torch.float16: 2.0**-7, torch.bfloat16: 2.0**-4}
-"""How far two ways of computing the same value may lie apart, as a share of the largest value there."""
+"""How far two ways to compute the same value may differ, as a share of the largest value."""
 
 RECORDS = "_output_capturing_hooks_installed"
-"""What transformers marks a model with that has its recording hooks."""
+"""The mark that transformers leaves on a model with its recording hooks."""
 SMALL = 10_000_000
 """Parameters below which a forward is too short to share among threads."""
 
 
 class Looking(Capture):
-    """A user hook that changes nothing, and that blocks elsewhere know as such: what it sees, by hook name.
-
-    `what` is made of the tensor, and of the hook point as it is then.
-    """
+    """A user hook that changes nothing, and that remote blocks recognise: `what` it sees, by hook name."""
 
     def __init__(self, what: Callable[[Tensor, HookPoint], Any] = lambda tensor, hook: None) -> None:
         super().__init__({})
@@ -55,7 +52,7 @@ class Looking(Capture):
 
 
 def tensors(output: Any) -> list[Tensor | None]:
-    """What a module returned, item by item; `None` for what is no tensor."""
+    """What a module returned, item by item; `None` for anything but a tensor."""
     items = output if isinstance(output, (tuple, list)) else [output]
     return [item if isinstance(item, Tensor) else None for item in items]
 
@@ -70,8 +67,8 @@ def copied(value: Any) -> Any:
 def largest_difference(got: Tensor, expected: Tensor) -> float:
     """The largest difference, as a share of the largest value expected.
 
-    Entries that are not a number in both are equal. The lowest number, which stands for "masked", does
-    not count as the largest value.
+    Entries that are nan in both are equal. The lowest number, which means "masked", does not count as the largest
+    value.
     """
     if got.shape != expected.shape:
         return float("inf")
@@ -102,7 +99,7 @@ class ModuleCall:
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], calls: dict[str, ModuleCall]) -> Iterator[None]:
-    """Note the calls of some modules with plain torch hooks."""
+    """Record the calls of some modules with plain torch hooks."""
     with ExitStack() as undo:
         for name, module in modules.items():
 
@@ -119,7 +116,7 @@ def watching(modules: Mapping[str, nn.Module], calls: dict[str, ModuleCall]) -> 
 
 @contextmanager
 def without_new_hooks(model: nn.Module) -> Iterator[None]:
-    """Take off again what transformers puts on a model for good when `hidden_states` are first asked for."""
+    """Remove what transformers puts on a model for good when `hidden_states` are first asked for."""
     before = [(module, set(module._forward_hooks), RECORDS in module.__dict__) for module in model.modules()]
     try:
         yield
@@ -133,7 +130,7 @@ def without_new_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, none of them at parameters; modes and parameters are as they were afterwards.
+    """Evaluation mode without gradients; modes and parameters are restored afterwards.
 
     Small models run on one thread: on a busy machine two are ten times slower.
     """
@@ -166,7 +163,7 @@ class OwnRun:
 
 
 class Seen:
-    """One call, as the bare model and as the bridge make it; the checks on values read it."""
+    """One call of the bare model and of the bridge, which the checks on values read."""
 
     bridge: TransformerBridge
     tokens: Int[Tensor, "batch pos"]
@@ -175,7 +172,7 @@ class Seen:
     captured: tuple[Tensor, dict[str, Tensor]]
     """The bridge's output and every hook's value, copied when it was captured."""
     repeats_to: float
-    """How well the same call repeats itself: 0, unless a kernel adds in an order of its own."""
+    """How much repeating the same call changes: 0, unless a kernel adds in another order."""
 
     def received(self, component: str) -> Tensor | None:
         """What a component's module received; `None` if it was not called."""
@@ -206,14 +203,12 @@ class Seen:
         return {component.name: component for component in self.bridge.components()}
 
     def block(self, name: str) -> BlockBridge:
-        """A block, which says what its branches are."""
         found = self.components[name]
         assert isinstance(found, BlockBridge)
         return found
 
     @cached_property
     def ports(self) -> set[str]:
-        """The hooks that a module hands over."""
         declared = [(c.name, hook) for c in self.components.values() for hook in c.declared]
         inside = {f"{component}.{hook.name}" for component, hook in declared if isinstance(hook.port, Inside)}
         return set(self.bridge.hook_dict) - inside
@@ -237,7 +232,7 @@ class Seen:
 
     @property
     def projecting(self) -> tuple[float, str]:
-        """The tolerance where a projection reads something else than in the model's own run."""
+        """The tolerance where a projection has another input than in the model's own run."""
         eight_bits = any(parameter.dtype == torch.int8 for parameter in self.bridge.original_model.parameters())
         return (2.0**-5, "8-bit layers round what they read to 127 steps") if eight_bits else self.rounding
 
@@ -258,19 +253,19 @@ class Evidence(Seen):
         return bool(self.bridge.attachment.blocks_elsewhere)
 
     def block_elsewhere(self, name: str) -> BlockElsewhere | None:
-        """The block of another process in which a component or hook is; `None` for one that is here."""
+        """The remote block that a component or hook is in; `None` for a local one."""
         parts, blocks = name.split("."), self.bridge.attachment.blocks_elsewhere
         inside = len(parts) > 2 and parts[0] == "blocks" and int(parts[1]) in blocks
         return blocks[int(parts[1])][1] if inside else None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The module of every component that is here."""
+        """The module of every local component."""
         return {name: c.original_component for name, c in self.components.items() if not self.block_elsewhere(name)}
 
     @contextmanager
     def bare(self) -> Iterator[Any]:
-        """The model as it was before the bridge came: what `prepare_model` did is undone meanwhile."""
+        """The model as it was before the bridge: what `prepare_model` did is undone for this time."""
         model = self.bridge.original_model
         self.bridge._preparation.undo()
         try:
@@ -280,7 +275,6 @@ class Evidence(Seen):
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """What the bridge calls the model with."""
         calls: dict[str, Any] = {}
         model = self.bridge.original_model
         handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.update(kwargs), with_kwargs=True)
@@ -345,7 +339,7 @@ class Evidence(Seen):
 
     @cached_property
     def shown(self) -> Mapping[str, Sequence[Any]]:
-        """For every hook as often an entry as it is shown to a user hook in one forward."""
+        """Every hook, as many times as a user hook fires there in one forward pass."""
         look = Looking()
         with self.bridge.hooks([(lambda name: True, look)]):  # here it is no error that one does not fire
             self.bridge(self.tokens, return_type=None)
@@ -362,7 +356,7 @@ class Evidence(Seen):
         return output
 
     def rewriting(self, name: str) -> HookFunction:
-        """A hook that writes what is there; one that looks for numbers of experts elsewhere, which can only be set."""
+        """A hook that writes back what is there; for remote expert indices, one that only reads."""
         block = self.block_elsewhere(name)
         if block is None:
             return lambda tensor, hook: tensor
@@ -380,7 +374,7 @@ class Evidence(Seen):
         calls: Mapping[str, ModuleCall],
         note: Callable[[str, float], None],
     ) -> Iterator[None]:
-        """Have modules return what they returned in the bare model's call, and note how far from it they were.
+        """Have modules return what they returned in the bare model's call, and note how far they were from it.
 
         So every module starts from the same input, and one run judges them all.
         """
@@ -398,10 +392,7 @@ class Evidence(Seen):
 
     @contextmanager
     def forced(self, streams: Mapping[str, Tensor], came: dict[str, Tensor]) -> Iterator[None]:
-        """Give every stage the stream of `streams`, and note in `came` the one that came.
-
-        So every layer is judged by itself, and one run judges them all.
-        """
+        """Give every stage the stream of `streams`, and note in `came` the one that arrived."""
         with ExitStack() as undo:
             for stage in self.stages:
 

@@ -1,4 +1,4 @@
-"""`VerificationReport`: what `bridge.verify()` found, as text, table, HTML or JSON."""
+"""`VerificationReport`: the findings of `bridge.verify()`, as text, table, HTML or JSON."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COLUMNS = ("check", "difference", "tolerance", "where it is largest", "result")
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One comparison: `difference` is relative to the largest value there, unless the note says otherwise.
+    """One comparison; `difference` is relative to the largest value, unless the note says otherwise.
 
-    It has to be at most `tolerance`, or, with `has_to_exceed`, more than it; `reason` says why that much.
+    It has to be at most `tolerance` or, with `has_to_exceed`, more; `reason` explains the tolerance.
     """
 
     check: str
@@ -36,18 +36,18 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is on the right side of the tolerance; not a number never is."""
+        """Whether the difference is on the right side of the tolerance; nan never is."""
         if self.has_to_exceed:
             return self.difference > self.tolerance
         return self.difference <= self.tolerance
 
     def margin(self) -> tuple[bool, float]:
-        """For sorting: failures first, then what comes nearest to the tolerance."""
+        """For sorting: failures first, then what is nearest to the tolerance."""
         amount = math.inf if math.isnan(self.difference) else self.difference
         return self.passed, amount if self.has_to_exceed else -amount
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; a difference that is no finite number is `None`."""
+        """Plain data; a difference that is not finite is `None`."""
         fields = asdict(self) | {"passed": self.passed}
         fields["difference"] = self.difference if math.isfinite(self.difference) else None
         return fields
@@ -69,8 +69,8 @@ class VerificationReport(Tabular):
     >>> report.passed, report.failures()
     (True, [])
 
-    Prints as a table with the largest difference for each check and component over all layers, the
-    failures one by one below it. `results` has every hook of every layer.
+    Prints as a table with the largest difference per check and component over all layers, followed by the failures.
+    `results` has every hook of every layer.
     """
 
     model: str
@@ -85,17 +85,15 @@ class VerificationReport(Tabular):
     """What each check compares."""
     results: tuple[CheckResult, ...]
     not_applicable: Mapping[str, str] = field(default_factory=dict)
-    """The checks that this model cannot be given, and why."""
+    """The checks that do not apply to this model, and why."""
     sampled: Mapping[str, str] = field(default_factory=dict)
     """The checks that saved time, and how; `thorough=True` makes them in full."""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
         return not self.failures()
 
     def failures(self) -> list[CheckResult]:
-        """The comparisons that failed, in the order they were made."""
         return [result for result in self.results if not result.passed]
 
     def without_results(self) -> list[str]:
@@ -104,7 +102,7 @@ class VerificationReport(Tabular):
         return [check for check in self.checks if check not in made and check not in self.not_applicable]
 
     def worst(self) -> list[CheckResult]:
-        """For each check and kind of component the one result that is worst over all layers."""
+        """The worst result over all layers, for each check and kind of component."""
         found: dict[tuple[str, str], CheckResult] = {}
         for result in self.results:
             key = (result.check, over_layers(result.component))
@@ -131,10 +129,7 @@ class VerificationReport(Tabular):
         )
 
     def rows(self) -> Iterator[tuple[bool, tuple[str, ...]]]:
-        """Whether it passed, and the cells, for each check and kind of component.
-
-        Components that a check finds exactly right share a row.
-        """
+        """Whether it passed, and the cells, for each check and kind of component; exact components share a row."""
         worst = self.worst()
         for check in dict.fromkeys(result.check for result in worst):
             here = [result for result in worst if result.check == check]
@@ -156,7 +151,7 @@ class VerificationReport(Tabular):
         return lines + [result.sentence() for result in self.failures()]
 
     def table(self) -> TextTable:
-        """The rows, those that failed in red."""
+        """The rows, failures in red."""
         passed, cells = zip(*self.rows(), strict=True) if self.results else ((), ())
         red = ["" if one else "#b00020" for one in passed]
         return TextTable(self.title(), COLUMNS, cells, ruled=True, colours=red)

@@ -1,6 +1,6 @@
-"""Checks on runs: that hooks fire, that looking changes nothing and writing something, that gradients come back.
+"""Checks on runs: hooks fire, reads change nothing, writes change something, and gradients come back.
 
-And on texts as users have them: padded on the left, and generated ones, whose steps are counted.
+And on padded texts and generated ones.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from transformer_lens.model_bridge.verification.values import compared
 NOISE = 0.5
 """Standard deviation of the noise, in standard deviations of what it is added to."""
 FEW = 4
-"""As many tokens of one text get noise, unless everything is asked for: each hook of a layer costs a run."""
+"""The most tokens that get noise, unless thorough: each hook of a layer costs a run."""
 NEW_TOKENS = 3
 PADDING = 2
 """Columns of padding in front of every text but the first."""
 
 Reading = tuple[int, bool, list[int], list[list[int]]]
-"""Of one forward of a generation: its number, whether it reads the prompt, its columns, the positions of its tokens."""
+"""One forward pass of a generation: index, whether it reads the prompt, its columns, its tokens' positions."""
 ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
 
 
 def untouched(e: Evidence) -> Iterator[CheckResult]:
-    """Law 1: with no hook, the bridge's output is the bare model's."""
+    """Law 1: without hooks, the bridge's output is the bare model's."""
     yield CheckResult("untouched", "", "", largest_difference(e.output, e.own.output), *e.same)
 
 
 def fires(e: Evidence) -> Iterator[CheckResult]:
-    """Every hook once in a run that captures, and once in a run with user hooks."""
+    """Every hook fires once in a run that captures, and once in a run with user hooks."""
     for name in e.bridge.hook_dict:
         captured, shown = int(name in e.cache), len(e.shown[name])
         wrong = f"captured {captured}, shown to a user hook {shown} times in one forward"
@@ -72,7 +72,7 @@ def shape(e: Evidence) -> Iterator[CheckResult]:
 def _by_component(
     e: Evidence, check: str, names: Sequence[str], run: Callable[[Sequence[str]], Tensor], expected: Tensor
 ) -> Iterator[CheckResult]:
-    """One run with every hook; only if that changed the output, one for each component to find which."""
+    """One run with every hook; only if that changed the output, one per component to find which."""
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     together = largest_difference(run(names), expected)
     alone = dict.fromkeys(owners, 0.0)
@@ -108,7 +108,7 @@ def neutral_hook(e: Evidence) -> Iterator[CheckResult]:
 
 
 def kept(e: Evidence) -> Iterator[CheckResult]:
-    """Law 3: what is captured without a copy still is, after the run, what it was when it was captured."""
+    """Law 3: what is captured without a copy does not change until the end of the run."""
     _, after = e.everything(e.tokens, clone=False)
     for name, value in e.cache.items():
         difference = largest_difference(after[name], value)
@@ -116,7 +116,7 @@ def kept(e: Evidence) -> Iterator[CheckResult]:
 
 
 def inside(e: Evidence) -> Iterator[CheckResult]:
-    """Every module that hooks look into, a user hook at each, against itself with none, fed the same."""
+    """Every module with hooks inside: its output with user hooks, against that without, for the same input."""
     found: dict[str, float] = {}
     names = [name for name in e.cache if name not in e.ports]
     if names:
@@ -129,8 +129,8 @@ def inside(e: Evidence) -> Iterator[CheckResult]:
 def noise(e: Evidence) -> Iterator[CheckResult]:
     """Law 4: noise at a hook, alone in its layer, changes the stream that leaves the layer.
 
-    Each run has noise in every layer, at one of its hooks; all hooks are attached each time, so that without the noise
-    the streams are the same bit for bit. If thorough, at one hook of the model alone, and judged at the output.
+    Each run adds noise in every layer, at one hook each, with all hooks attached; so without noise the streams are the
+    same bit for bit. If thorough, at one hook of the model alone, judged at the output.
     """
     layers: dict[str, list[str]] = {}
     for name in e.cache:
@@ -150,7 +150,7 @@ def noise(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """The hooks in as few lists as can be, each with at most one of each layer, of the beginning and of the end."""
+    """The hooks in as few lists as possible, each with at most one per layer, and one at either end."""
     outside = layers.get("", [])
     groups = [names for layer, names in layers.items() if layer]
     groups += [[name for name in outside if _leaves(e, name) == end] for end in (e.stages[0], "")]
@@ -158,7 +158,7 @@ def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[
 
 
 def _leaves(e: Evidence, name: str) -> str:
-    """Where what a hook changes is judged: the stage that reads it, or "", the output."""
+    """Where a hook's change is judged: the stage that reads it, or "", the output."""
     if not e.thorough and name.startswith("blocks."):
         return e.stages[int(name.split(".")[1]) + 1]
     before = not e.thorough and name in {hook.name for hook in e.bridge.adapter.root_hooks}
@@ -166,7 +166,7 @@ def _leaves(e: Evidence, name: str) -> str:
 
 
 def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, Tensor]:
-    """What each stage is about to read, and the output (""), in a run with hooks at `names` and noise at some."""
+    """The input of each stage, and the output (""), in a run with hooks at `names` and noise at some."""
     rows, columns = (None, None) if e.thorough else (1, FEW)
     streams = {stage: stream[:rows, :columns] for stage, stream in e.streams.items()}
     looks = Looking()
@@ -197,7 +197,7 @@ def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
     if name.endswith("hook_router_logits"):
         tensor.neg_()  # where one expert is chosen, only another choice changes anything
         return
-    # Masked scores stand at the lowest number; with one expert chosen, its weight is always one.
+    # Masked scores are the lowest number; with one expert chosen, its weight is always one.
     usual = tensor[tensor.abs() < torch.finfo(tensor.dtype).max / 2].float()
     spread = (float(usual.std(correction=0)) or float(usual.abs().mean())) if usual.numel() else 0.0
     sample = torch.randn(tensor.shape, generator=e.random).to(tensor.device)
@@ -205,7 +205,7 @@ def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
 
 
 def _roots(e: Evidence) -> list[str]:
-    """The hooks where the stream begins: tokens, and learned positions beside them."""
+    """The hooks where the stream begins: tokens, and learned positions."""
     return [name for name in e.cache if "." not in name]
 
 
@@ -214,7 +214,6 @@ def _require_gradient(tensor: Tensor, hook: HookPoint) -> None:
 
 
 def gradient(e: Evidence) -> Iterator[CheckResult]:
-    """A finite gradient comes back to every hook."""
     count = Looking(lambda gradient, hook: int((~gradient.isfinite()).sum()))
     names = [name for name in e.cache if not e.bridge.hook_dict[name].integer]
     with torch.enable_grad():
@@ -233,7 +232,7 @@ def gradient(e: Evidence) -> Iterator[CheckResult]:
 
 
 def left_padded(ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, list[int]]:
-    """Ids and mask of texts of the same width, all but the first behind padding; and how much each has.
+    """Ids and mask of texts of the same width, left-padded except the first, and each one's padding.
 
     >>> left_padded(torch.tensor([[5, 6, 7], [8, 9, 1]]))[0]
     tensor([[5, 6, 7],
@@ -251,10 +250,9 @@ def left_padded(ids: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor, list[int
 
 
 def left_padding(e: Evidence) -> Iterator[CheckResult]:
-    """What a padded text shows behind its padding is what it shows alone; every layer starts from the same stream.
+    """A left-padded text shows what it shows alone; every layer starts from the same stream.
 
-    Where rounding decides which experts a token gets, what they compute is another thing: such a token is left out of
-    what follows the choice.
+    A token whose experts are decided by rounding is left out of what follows the choice.
     """
     ids, mask, padding = left_padded(e.tokens)
     streams = {  # every text behind its padding
@@ -275,14 +273,14 @@ def left_padding(e: Evidence) -> Iterator[CheckResult]:
 
 
 def _of_row(e: Evidence, name: str, value: Tensor, row: int, places: slice) -> Tensor:
-    """One text's part of a hook's value, at some of its positions. Learned positions may have one row for all texts."""
+    """One text's part of a hook's value, at some positions. Learned positions may have one row for all texts."""
     axes = e.bridge.hook_dict[name].axes.split()[1:]
     index = [places if axis in ("pos", "query_pos", "key_pos") else slice(None) for axis in axes]
     return value[min(row, len(value) - 1)][tuple(index)]
 
 
 def _chose_others(e: Evidence, found: Mapping[str, Tensor], row: int, places: tuple[slice, slice]) -> dict[str, Tensor]:
-    """By the hooks that follow a choice of experts: the positions where it was another one."""
+    """The positions with another choice of experts, by the hooks that follow it."""
     other: dict[str, Tensor] = {}
     for name in [name for name in e.cache if name.endswith("mlp.hook_expert_indices")]:
         got, expected = (_of_row(e, name, x[name], row, at) for x, at in zip((found, e.cache), places, strict=True))
@@ -294,7 +292,7 @@ def _chose_others(e: Evidence, found: Mapping[str, Tensor], row: int, places: tu
 
 
 def generation(e: Evidence) -> Iterator[CheckResult]:
-    """The tokens are those of Hugging Face's `generate`; hooks are told what each forward reads of the text."""
+    """The tokens are those of Hugging Face's `generate`, and hooks are told what each forward pass reads."""
     width = max(1, e.tokens.shape[1] - NEW_TOKENS + 1)
     ids, mask, padding = left_padded(e.tokens[:, :width])
     config = GenerationConfig(max_new_tokens=e.tokens.shape[1] - width + 1, do_sample=False, pad_token_id=0)
@@ -321,7 +319,7 @@ def _reading(tensor: Tensor, hook: HookPoint) -> Reading | None:
 
 
 def _expected(forward: int, width: int, padding: Sequence[int]) -> Reading:
-    """The first forward reads the prompt, each further one the token that the one before it chose."""
+    """The first forward pass reads the prompt, each further one the token that was chosen before it."""
     if not forward:
         return 0, True, list(range(width)), [[-1] * before + list(range(width - before)) for before in padding]
     column = width + forward - 1
@@ -329,7 +327,7 @@ def _expected(forward: int, width: int, padding: Sequence[int]) -> Reading:
 
 
 def _first_difference(got: Sequence[Reading | None], expected: Sequence[Reading]) -> str:
-    """In words; "" where there is none."""
+    """In words; "" if there is none."""
     if len(got) != len(expected):
         return f"it fired {len(got)} times in {len(expected)} forwards"
     for number, (a, b) in enumerate(zip(got, expected, strict=True)):

@@ -1,4 +1,4 @@
-"""Checks on captured values: against Hugging Face's modules, and against the equations they obey."""
+"""Checks on captured values, against Hugging Face's modules and against the equations they obey."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from transformer_lens.model_bridge.weight_access import read_weight
 def compared(
     check: str, hook: str, got: Tensor, expected: Tensor, tolerance: tuple[float, str], note: str = ""
 ) -> CheckResult:
-    """One comparison of a hook's value."""
     if got.shape != expected.shape:
         note = f"got shape {list(got.shape)}, expected {list(expected.shape)}"
     component = hook.rpartition(".")[0]
@@ -31,12 +30,12 @@ def compared(
 
 
 def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
-    """The last axis as heads, where they have no axis of their own yet."""
+    """The last axis as heads, if they have no axis of their own yet."""
     return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
 
 
 def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
-    """Tokens one after the other as batch and positions again."""
+    """Flat tokens as batch and positions."""
     return None if x is None else x.unflatten(0, e.tokens.shape)
 
 
@@ -46,21 +45,21 @@ def _embedded(e: Seen) -> Tensor | None:
 
 
 def _stream_of(e: Seen, block: str, mixer: str) -> Tensor | None:
-    """The stream that a branch reads: what enters the block, or the first branch that is called after the middle."""
+    """The stream that a branch reads: what enters the block, or its stage's first branch."""
     stages = e.block(block).stages
     number = next(number for number, stage in enumerate(stages) if mixer in (branch.mixer for branch in stage))
     return e.received(f"{block}.{stages[number][0].receives}" if number else block)
 
 
 def _branch_out(e: Seen, block: str, mixer: str) -> Tensor | None:
-    """What a branch adds: its own output or that of the norm behind it, times its multiplier."""
+    """What a branch adds: its own output or that of its post-norm, times its multiplier."""
     branch = e.block(block).branch(mixer)
     out = e.returned(f"{block}.{branch.returns}")
     return out if out is None or branch.scale == 1.0 else out * branch.scale
 
 
 def _multiplied(e: Seen, component: str, role: str) -> Tensor | None:
-    """What a part returns, times the number by which its module goes on with it."""
+    """A part's output times its module's factor."""
     out, scale = e.returned(f"{component}.{role}"), e.components[component].scales.get(role, 1.0)
     return out if out is None or scale == 1.0 else out * scale
 
@@ -82,9 +81,9 @@ def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
 
 
 def projected(e: Seen, attention: str, part: str) -> Tensor | None:
-    """A query, key or value as above; or as our own view reads the fused one, where the model has no function for it.
+    """A query, key or value as above, or by our own view of the fused one if the model has no function for it.
 
-    That view is judged by what the model makes of it: rotated queries and keys, and `pattern @ v`.
+    That view is judged by the rotated queries and keys, and by `pattern @ v`.
     """
     fused, own = e.returned(f"{attention}.qkv"), _own_projection(e, attention, part)
     if own is not None or fused is None:
@@ -94,13 +93,13 @@ def projected(e: Seen, attention: str, part: str) -> Tensor | None:
 
 
 def _normed(e: Seen, attention: str, part: str) -> Tensor | None:
-    """What the norm of queries or keys returns, where there is one, as our own view reads it."""
+    """The output of QK-norm, if any, as our own view reads it."""
     out, row = e.returned(f"{attention}.{part}_norm"), e.components[attention].rows.get(f"hook_{part}_normed")
     return None if out is None or row is None else cast("Port", row.port).view(e.bridge.cfg).get(out)
 
 
 def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
-    """A rotated query or key, of what its norm returns if it has one, by the function of the model's own file."""
+    """A rotated query or key, from the output of its projection or norm, by the model's own function."""
     call = e.own.calls.get(attention)
     if call is None:  # in another process
         return None
@@ -122,7 +121,7 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
 
 
 def _pattern(e: Seen, attention: str) -> Tensor | None:
-    """The pattern, where the attention that runs returns one."""
+    """The pattern, where the attention implementation returns one."""
     found = e.returned(attention, 1)
     return found if found is not None and found.ndim == 4 else None
 
@@ -133,7 +132,7 @@ def _per_head(e: Seen, block: str) -> Tensor | None:
 
 
 Reference = Callable[[Seen, str, int], Tensor | None]
-"""From the evidence, a component's name and its layer: the value, or `None` where no module hands it over."""
+"""From the evidence, a component's name and its layer: the value, or `None` if no module returns it."""
 
 
 def _of(function: Callable[[Seen, str, Any], Tensor | None], part: Any) -> Reference:
@@ -147,7 +146,7 @@ def _routed(e: Seen, mixture: str, item: int) -> Tensor | None:
 REFERENCES: Mapping[str, Reference] = {
     "hook_embed": lambda e, c, i: _embedded(e),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
-    # As the model's `hidden_states` say where it tells them; the last of them is taken after the final norm.
+    # From the model's `hidden_states` where it returns them; the last of them is taken after the final norm.
     "block.hook_resid_pre": lambda e, c, i: e.own.hidden[i] if e.own.hidden else e.received(c),
     "block.hook_resid_mid": lambda e, c, i: e.received(f"{c}.{e.block(c).stages[1][0].receives}"),
     "block.hook_resid_post": lambda e, c, i: e.own.hidden[i + 1] if i + 2 < len(e.own.hidden) else e.returned(c),
@@ -170,7 +169,7 @@ REFERENCES: Mapping[str, Reference] = {
     "moe.hook_expert_indices": _of(_routed, 2),
     **{f"{name}.hook_out": _of(Seen.returned, 0) for name in ("ln_final", "unembed", "head")},
 }
-"""Where the model itself has what a hook shows, by kind of component; not read from the ports."""
+"""The model's own value of a hook, by kind of component; not read from the ports."""
 
 
 def hugging_face(e: Seen) -> Iterator[CheckResult]:
@@ -192,7 +191,7 @@ def _blocks(e: Seen) -> Iterator[str]:
 
 
 def stream(e: Seen) -> Iterator[CheckResult]:
-    """`resid_pre + attn_out + mlp_out == resid_post`, and so stage by stage where the block has a middle."""
+    """`resid_pre + attn_out + mlp_out == resid_post`, stage by stage where the block has a middle."""
     for block in _blocks(e):
         total = e.wide(f"{block}.hook_resid_pre")
         stages = e.block(block).stages
@@ -206,7 +205,7 @@ def stream(e: Seen) -> Iterator[CheckResult]:
 
 
 def norm(e: Seen) -> Iterator[CheckResult]:
-    """Scale and normalised stream on paper, and who reads what the norm returns."""
+    """The formula of scale and normalised stream, and what reads the norm's output."""
     cfg = e.bridge.cfg
     readers: dict[str, list[tuple[str, float]]] = {}
     readers["ln_final"] = [(name, 1.0) for name in ("unembed", "head") if name in e.components]
@@ -244,7 +243,7 @@ def pattern(e: Seen) -> Iterator[CheckResult]:
 
 
 def has_sinks(e: Seen, block: str) -> bool:
-    """Whether some of what a block's heads attend with goes to no key, so that rows sum to less than one."""
+    """Whether heads have sinks, so that rows sum to less than one."""
     return getattr(e.components.get(f"{block}.attn"), "sinks", False)
 
 
@@ -264,7 +263,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
 
 
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
-    """`z @ W_O (+ b_O) == attn_out`, and so for every head's result."""
+    """`z @ W_O (+ b_O) == attn_out`, and each head's result."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
         z, out = e.cache.get(f"{attention}.hook_z"), e.returned(attention)
         if z is None or out is None:
@@ -285,7 +284,7 @@ def projected_heads(e: Seen) -> Iterator[CheckResult]:
 
 
 def experts(e: Seen) -> Iterator[CheckResult]:
-    """Each chosen expert's output on paper, and their weighted sum against what the experts return."""
+    """The formula of each chosen expert's output, and their weighted sum against what the experts return."""
     for name in [f"{block}.mlp" for block in _blocks(e)]:
         out, weights, total = (
             e.wide(f"{name}.hook_expert_out"),
@@ -301,7 +300,7 @@ def experts(e: Seen) -> Iterator[CheckResult]:
 
 
 def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
-    """The matmuls of the chosen experts, from the weights themselves, where they are stacked."""
+    """The matmuls of the chosen experts, from stacked weights."""
     component = e.components[f"{name}.experts"]
     module: Any = component.computing_module
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
