@@ -15,6 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import transformer_lens
 from transformer_lens.cli import MISSING, running
 from transformer_lens.cli.app import app
 from transformer_lens.cli.hooks import complete_hook
@@ -149,7 +150,8 @@ def test_the_installed_program_is_this_one() -> None:
     assert shipped == ["transformer_lens", "transformer_lens_command.py"]
     assert all((ROOT / name).exists() for name in shipped)
     result = invoke("--version")
-    assert result.stdout == f"transformer-lens-bridge {project['project']['version']}\n"
+    assert project["project"]["dynamic"] == ["version"]
+    assert result.stdout == f"transformer-lens-bridge {transformer_lens.__version__}\n"
 
 
 def test_warnings_are_sentences_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -436,9 +436,8 @@ BOOTING = {
     "family": (
         lambda: adapter_for(BloomConfig()),
         ValueError,
-        "model_type 'bloom' is not supported; supported are falcon, gemma, gemma2, gpt2, gpt_neox, llama, mistral, "
-        "mixtral, qwen2, qwen3, qwen3_moe. docs/adding_an_architecture.md shows how "
-        "to describe another family",
+        "model_type 'bloom' is not supported; of the 63 families that are (docs/families.md), the nearest names are "
+        "'glm', 'stablelm', 'olmo'. docs/adding_an_architecture.md shows how to describe another",
     ),
     "nothing": (
         lambda: TransformerBridge.boot_transformers(),

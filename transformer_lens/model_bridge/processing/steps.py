@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, NormalizationBridge, StreamMatrix
+from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.processing.changes import ConfigExchange, Exchange, ParameterExchange, ValueExchange
 
 if TYPE_CHECKING:
@@ -297,6 +298,11 @@ def _needs_plain_logits(bridge: TransformerBridge) -> str | None:
     return None if cap is None else f"the model caps its logits softly at {cap}, so a constant added to them counts"
 
 
+def _needs_whole_patterns(bridge: TransformerBridge) -> str | None:
+    sinks = any(isinstance(part, AttentionPlace) and part.sinks for part in bridge.components())
+    return "attention sinks take a share of each pattern, so its rows do not sum to one" if sinks else None
+
+
 @dataclass(frozen=True)
 class Step:
     """A way to rewrite the weights: why it may not apply to a model, and which steps must not come before."""
@@ -312,6 +318,6 @@ STEPS = (
     Step("fold_ln", fold_ln, not_after=("fold_value_biases",)),
     Step("center_writing_weights", center_writing_weights, _needs_layer_norm),
     Step("center_unembed", center_unembed, _needs_plain_logits),
-    Step("fold_value_biases", fold_value_biases),
+    Step("fold_value_biases", fold_value_biases, _needs_whole_patterns),
 )
 """In the order in which `process_weights` takes them."""

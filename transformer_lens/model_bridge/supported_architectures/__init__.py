@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from transformer_lens.checks import nearest
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 HERE = "transformer_lens.model_bridge.supported_architectures"
@@ -59,8 +60,9 @@ def adapter_class(model_type: Any) -> type[ArchitectureAdapter]:
     """The adapter of a `model_type`. Raises `ValueError` for an unsupported family."""
     if model_type not in ADAPTERS:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(ADAPTERS))}. "
-            "docs/adding_an_architecture.md shows how to describe another family"
+            f"model_type {model_type!r} is not supported; of the {len(ADAPTERS)} families that are "
+            f"(docs/families.md), the nearest names are {nearest(str(model_type), ADAPTERS)}. "
+            "docs/adding_an_architecture.md shows how to describe another"
         )
     found = ADAPTERS[model_type]
     return register_adapter(import_module(found).FAMILIES[model_type]) if isinstance(found, str) else found

@@ -183,6 +183,7 @@ FAMILIES = by_type(
         Mixtral,
         "phimoe",
         "Mixtral with LayerNorms and biases; its router is a sparse mixer.",
+        config_keys=(),
         **LAYER_NORM,
         mixture=mixes(router="router"),
         dropouts=("attention_dropout", "router_jitter_noise", "input_jitter_noise"),
