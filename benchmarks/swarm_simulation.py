@@ -1,7 +1,7 @@
 """Hundreds of servers that come and go, and clients that generate over them, on a clock that is computed.
 
 `python -m benchmarks.swarm_simulation [file.json]`. Clients choose by the package's own `best_path` and `Health`;
-what calls cost is `distributed.costs`. Two baselines: without bans, and with a random server for each stretch.
+what calls cost is `benchmarks/swarm_costs.py`. Two baselines: without bans, and with a random server for each stretch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.swarm_costs import FALCON_180B, hop_seconds
 from transformer_lens.distributed import ServerFacts
 from transformer_lens.distributed.client.routing import Health, Hop, NoPath, best_path
-from transformer_lens.distributed.costs import FALCON_180B, hop_seconds
 
 Process = Generator[float, None, None]
 """Yields the seconds until it wants to go on."""

@@ -55,9 +55,6 @@ class Tokenized(Protocol):
     def token_ids(self, tokens: Any, what: str = ...) -> Int[Tensor, ...]: ...
 
 
-# -- texts and answers ---------------------------------------------------------------------------------
-
-
 def refuse_embeddings(input: Any) -> None:
     """Raise `TypeError` for input that has no token ids."""
     if isinstance(input, Tensor) and input.is_floating_point():
@@ -87,9 +84,6 @@ def answer_ids(model: Tokenized, what: str, answer: Answer, batch: int) -> Int[T
     if len(ids) not in (1, batch):
         raise ValueError(f"{what}: got {len(ids)}, expected one, or one for each of the {batch} texts")
     return ids.expand(batch)
-
-
-# -- layers --------------------------------------------------------------------------------------------
 
 
 def layer_number(cfg: BridgeConfig, layer: Any, what: str = "layer", beyond: bool = False) -> int:
@@ -123,9 +117,6 @@ def place_name(model: Named, at: Any, what: str = "at") -> str:
     if not is_whole(at):
         raise TypeError(f"{what}: got {in_words(at)}, expected a hook's name or a layer")
     return f"blocks.{layer_number(model.cfg, at, what)}.hook_resid_post"
-
-
-# -- heads and experts ---------------------------------------------------------------------------------
 
 
 def is_pair(given: Any) -> bool:
@@ -233,9 +224,6 @@ def experts_by_layer(cfg: BridgeConfig, layer: Any, expert: Any) -> dict[int, li
             i, number = pair_in("expert", each, (cfg.n_layers, cfg.num_experts or 0), "expert")
             found[i] = expert_numbers(cfg, [*found.get(i, []), number])
     return dict(sorted(found.items()))
-
-
-# -- positions -----------------------------------------------------------------------------------------
 
 
 def checked_positions(positions: Any) -> Positions:

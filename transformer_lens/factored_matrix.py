@@ -61,8 +61,6 @@ class FactoredMatrix:
         self.A = A.expand(*leading, *A.shape[-2:])
         self.B = B.expand(*leading, *B.shape[-2:])
 
-    # -- shape ---------------------------------------------------------------------------------------
-
     @property
     def ldim(self) -> int:
         """The number of rows."""
@@ -100,8 +98,6 @@ class FactoredMatrix:
 
     def __repr__(self) -> str:
         return f"FactoredMatrix(shape={list(self.shape)}, mdim={self.mdim})"
-
-    # -- products ------------------------------------------------------------------------------------
 
     @property
     def AB(self) -> Float[Tensor, "*leading ldim rdim"]:
@@ -170,8 +166,6 @@ class FactoredMatrix:
         return FactoredMatrix(self.A * scalar, self.B)
 
     __rmul__ = __mul__
-
-    # -- decompositions --------------------------------------------------------------------------------
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The singular value decomposition, computed from the factors: `(U, S, V)` with `AB == U @ diag(S) @ V.mT`.
@@ -249,8 +243,6 @@ class FactoredMatrix:
         root = S.sqrt()
         return FactoredMatrix(U * root[..., None, :], root[..., :, None] * V.mT)
 
-    # -- parts -----------------------------------------------------------------------------------------
-
     def __getitem__(self, index: Index | tuple[Index, ...]) -> FactoredMatrix:
         """Index as `AB` would be, keeping the factors: leading axes first, then rows, then columns.
 
@@ -284,8 +276,6 @@ class FactoredMatrix:
         k = whole("get_corner: k", k, 0)
         leading = (slice(k),) * (self.ndim - 2)
         return self.A[leading][..., :k, :] @ self.B[leading][..., :, :k]
-
-    # -- inside ----------------------------------------------------------------------------------------
 
     def _reduced(self) -> tuple[Tensor, Tensor, Tensor]:
         """`AB == left @ inner @ right.mT`, where left and right have orthonormal columns and inner is small."""

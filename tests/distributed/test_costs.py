@@ -9,11 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache, FalconConfig, MixtralConfig
 
-from tests.distributed.faults import FaultySpan, Schedule
-from tests.support import FAMILIES, family, with_cache
-from transformer_lens import TransformerBridge
-from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan, StaticSpans
-from transformer_lens.distributed.costs import (
+from benchmarks.swarm_costs import (
     FALCON_180B,
     FRAME,
     MIXTRAL_8X22B,
@@ -22,6 +18,10 @@ from transformer_lens.distributed.costs import (
     replay_seconds,
     token_seconds,
 )
+from tests.distributed.faults import FaultySpan, Schedule
+from tests.support import FAMILIES, family, with_cache
+from transformer_lens import TransformerBridge
+from transformer_lens.distributed import AutoDistributedModelForCausalLM, LocalSpan, StaticSpans
 
 CHUNKS = (7, 1, 1, 3)
 ROWS = 2

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.swarm_costs import FALCON_180B
 from benchmarks.swarm_simulation import POLICIES, World, main, simulate
-from transformer_lens.distributed.costs import FALCON_180B
 
 SMALL = World(servers=60, clients=6, seconds=240, lifetime=200, away=60, tokens=32, seed=3)
 STEADY = replace(SMALL, lifetime=1e9, away=1e-3)

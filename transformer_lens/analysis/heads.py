@@ -120,9 +120,6 @@ def ablate_heads(
     return [(f"blocks.{layer}.attn.hook_z", ablate) for layer in sorted(of_layer)]
 
 
-# -- subspaces ---------------------------------------------------------------------------------------
-
-
 def principal_angles(
     first: Float[Tensor, "d_model rank"], second: Float[Tensor, "d_model other_rank"]
 ) -> Float[Tensor, " k"]:

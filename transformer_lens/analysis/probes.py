@@ -192,9 +192,6 @@ def _sklearn(part: str) -> Any:
     return needed(f"sklearn.{part}", why)
 
 
-# -- inside ------------------------------------------------------------------------------------------
-
-
 def _model(task: Task, strength: float) -> Any:
     linear = _sklearn("linear_model")
     ridge = task == "regression"

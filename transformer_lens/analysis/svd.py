@@ -150,8 +150,6 @@ class SVDInterpreter:
         title = f"{vector_type} of layer {layer_index}{part}: tokens along each singular direction, and against it"
         return TextTable(title, ["vector", "value", "along", "against"], rows)
 
-    # -- inside --------------------------------------------------------------------------------------
-
     def _circuit(self, kind: str, layer: int, head: int) -> FactoredMatrix:
         attention: Any = self.model.blocks[layer].get_submodule("attn")
         circuit = (attention.OV if kind == "OV" else attention.QK)[head]

@@ -63,8 +63,6 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
     show_next(models[0], silenced, sorted(out.glob("*.html")), console)
 
 
-# -- what is measured ----------------------------------------------------------------------------------
-
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 """Wraps an iterable in a progress bar with a description."""
 
@@ -121,9 +119,6 @@ def patch_residual_stream(bridge: TransformerBridge) -> tuple[IOIPair, Sweep]:
     """Patch the clean residual stream into the corrupted run, one layer and position at a time."""
     pair = suitable_pair(bridge)
     return pair, sweep(bridge, pair.clean, pair.corrupted, pair.answer, pair.wrong_answer)
-
-
-# -- what is shown -------------------------------------------------------------------------------------
 
 
 def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:

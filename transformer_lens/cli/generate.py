@@ -195,9 +195,6 @@ def show(pieces: Iterable[tuple[str, Iterable[str]]]) -> None:
         typer.echo()
 
 
-# -- changes ------------------------------------------------------------------------------------------
-
-
 def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
     """Layers and heads. Raises typer's `BadParameter`, exit code 2, for anything else."""
     from transformer_lens.asking import written_pair

@@ -167,8 +167,6 @@ class Job:
         except OSError as error:
             raise advised(error, self.out_dir, len(self.done)) from error
 
-    # -- what is missing ---------------------------------------------------------------------------
-
     def _missing(self, kept: set[int]) -> Iterator[ShardPlan]:
         """The shards this process has to compute; the data of finished ones are not read."""
         rank, world = self.options.shard
@@ -220,8 +218,6 @@ class Job:
             guess = plan.end.tokens * documents // plan.end.document
             most = guess if most is None else min(most, guess)
         return None if most is None else most // self.options.shard[1]
-
-    # -- one shard ---------------------------------------------------------------------------------
 
     def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
         stored = {name: hook.column for name, hook in self.capturing.hooks.items()}

@@ -79,9 +79,6 @@ def _in_memory(data: Any) -> Source:
     return Source(lambda start: islice(iter(data), start, None), {"kind": "iterable"})
 
 
-# -- files ---------------------------------------------------------------------------------------------
-
-
 def _files(paths: Sequence[Path]) -> Source:
     found = [file for path in paths for file in _inside(path)]
     sizes = [[file.name, file.stat().st_size] for file in found]
@@ -118,9 +115,6 @@ def _parsed(line: str, file: Path, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {number}: not JSON ({error}); one object in each line is expected") from None
-
-
-# -- documents to token ids ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,6 @@ class ActivationStore:
             )
         return {name: torch.cat([part[name] for part in parts]) for name in self._tensors}
 
-    # -- a pass over all ---------------------------------------------------------------------------
-
     def batches(
         self,
         names: Names = None,
@@ -253,8 +251,6 @@ class ActivationStore:
                 running.update(tensor[start : start + CHUNK])
             found[tensor.name] = running
         return found
-
-    # -- out of here -------------------------------------------------------------------------------
 
     def to_numpy(self, name: str, index: Index = slice(None)) -> np.ndarray:
         """Some tokens of one tensor as an array; bfloat16, which NumPy lacks, becomes float32."""

@@ -260,7 +260,6 @@ class GenerationMethods(InputMethods, HookedRootModule):
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
 
 
-# -- generation as an iterator, in the caller's own thread -----------------------------------------------
 # Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
 # loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
 

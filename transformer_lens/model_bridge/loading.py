@@ -209,8 +209,6 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, **k
         return None
 
 
-# -- what a checkpoint would make Python run ---------------------------------------------------------------
-
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -213,9 +213,6 @@ class Layers(nn.ModuleList):
         super().__setattr__(name, value)
 
 
-# -- making it ------------------------------------------------------------------------------------------
-
-
 def make_components(bridge: HookOwner, adapter: ArchitectureAdapter, model: nn.Module, place: str, inner: Any) -> str:
     """Put every component into the tree; returns the path of the base model, which may be inside adapters."""
     base = ".".join(filter(None, (place, "" if inner.base_model is inner else inner.base_model_prefix)))

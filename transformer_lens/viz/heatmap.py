@@ -109,8 +109,6 @@ class Heatmap(Picture):
     def colours(self) -> str:
         return SEQUENTIAL if self.range[0] >= 0 else DIVERGING
 
-    # -- HTML --------------------------------------------------------------------------------------
-
     def trace(self) -> Any:
         """The cells as a plotly trace, with positions as coordinates since a label may occur twice."""
         low, high = self.range
@@ -176,8 +174,6 @@ class Heatmap(Picture):
 
     def figure(self) -> Figure:
         return plotly().Figure(self.trace(), self.layout())
-
-    # -- PNG ---------------------------------------------------------------------------------------
 
     def draw(self, axes: Axes, width: float, size: float = 10, numbers: bool = True) -> Any:
         """Draw the cells into matplotlib axes about `width` inches wide; returns the image, for a colour bar."""

@@ -132,9 +132,6 @@ def _logit(logits: Float[Tensor, "row d_vocab"], right: Tensor, wrong: Tensor | 
     return _of_answers(lambda answers: logits.gather(-1, answers.to(logits.device)[:, None])[:, 0], right, wrong)
 
 
-# -- in a mixture of experts: every token, every expert ------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitAttribution:
     """The components of a logit or a logit difference: one row for each text and position read."""

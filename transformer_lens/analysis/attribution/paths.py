@@ -195,7 +195,6 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     return parts or [graph.receiver(label)]
 
 
-# -- the runs: many experiments as rows of one forward ---------------------------------------------------
 # Every receiver reads the corrupted run's stream, plus the change of each sender whose edge to it is live. A sender
 # is computed from what it reads, or forced to its clean output.
 

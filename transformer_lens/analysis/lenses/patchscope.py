@@ -137,8 +137,6 @@ class Patchscope:
             rows.append(logits[:, -1])
         return torch.cat(rows)
 
-    # -- inside --------------------------------------------------------------------------------------
-
     def _hook(self, source: Prompt | Tensor, layer: int, position: int) -> tuple[str, Callable[..., None]]:
         """The hook point for one source's stream, and the hook that injects it."""
         number = layer_number(self.bridge.cfg, layer, "layer", beyond=True)

@@ -162,8 +162,6 @@ class TunedLens:
         logits: Tensor = (normed + bias) @ weight + offset
         return logits
 
-    # -- training ------------------------------------------------------------------------------------
-
     @checked
     def fit(
         self,
@@ -265,8 +263,6 @@ class TunedLens:
         streams = [cache[name][mask.to(cache[name].device)].to(self.bridge.W_U.device).clone() for name in names]
         return streams, logits[mask.to(logits.device)].float(), following[mask].to(logits.device)
 
-    # -- judging -------------------------------------------------------------------------------------
-
     @checked
     @torch.no_grad()
     def evaluate(self, texts: Texts, *, batch_size: int = 8, tokens_at_once: int = 2048) -> LensScores:
@@ -299,8 +295,6 @@ class TunedLens:
             raise ValueError("evaluate: no text has two tokens, so nothing is predicted")
         kl, plain_kl, ce, plain_ce = sums / torch.tensor([tokens, tokens, predicted, predicted])[:, None]
         return LensScores(kl.float(), plain_kl.float(), ce.float(), plain_ce.float())
-
-    # -- files ---------------------------------------------------------------------------------------
 
     @checked
     def save(self, directory: str | Path) -> None:
@@ -335,9 +329,6 @@ def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator
         order = rng.sample(range(texts), texts)
         for start in range(0, texts, batch_size):
             yield order[start : start + batch_size]
-
-
-# -- files -------------------------------------------------------------------------------------------
 
 
 def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

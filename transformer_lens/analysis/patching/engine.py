@@ -244,9 +244,6 @@ class _Sweep:
         return max(1, self.budget // (2 * base.batch * numbers * base.logits.element_size()))
 
 
-# -- the run that a sweep starts from -----------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _BaseRun:
     """One run without interventions, and what is needed to rerun its upper layers and later positions."""

@@ -211,8 +211,6 @@ class DistributedCausalLM:
             "its config is saved by model.config.save_pretrained, its trained prompts by model.save_prompts"
         )
 
-    # -- servers -------------------------------------------------------------------------------------
-
     @property
     def route(self) -> Route:
         """Where the blocks run; `route.recoveries` lists the repaired failures."""
@@ -244,8 +242,6 @@ class DistributedCausalLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- trained prompts -----------------------------------------------------------------------------
 
     @property
     def prompts(self) -> TrainedPrompts | None:

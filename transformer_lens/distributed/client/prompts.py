@@ -102,8 +102,6 @@ class TrainedPrompts(nn.Module):
         """`edits` with their hook names: hooks that run these prompts on a local bridge."""
         return [(f"blocks.{layer}.hook_resid_pre", edit) for layer, edit in enumerate(self.edits(dtype))]
 
-    # -- files -------------------------------------------------------------------------------------
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prompts to a safetensors file, with their facts."""
         values = {name: value.detach().cpu().contiguous() for name, value in self.named_parameters()}
@@ -152,9 +150,6 @@ class TrainedPrompts(nn.Module):
                 "they belong to, with their tuning_mode, pre_seq_len and dht_prefix"
             )
         self.load_state_dict(other.state_dict())  # in place: what an optimizer holds stays the same tensors
-
-
-# -- one forward of a model with prompts -----------------------------------------------------------------
 
 
 def mask_in_front(mask: Tensor | None, count: int) -> Tensor | None:

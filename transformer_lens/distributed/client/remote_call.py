@@ -214,9 +214,6 @@ class _Through(torch.autograd.Function):
         return (None, *ctx.call.backward(stream, values, gradients))
 
 
-# -- blocks -----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pass:
     """One forward of a model: what the servers need of it, and how many blocks are done."""

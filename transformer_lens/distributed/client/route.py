@@ -120,8 +120,6 @@ class Route:
                 if isinstance(error, SpanUnreachable):  # do not wait for it once for each session
                     self.health.failed(span.peer)
 
-    # -- who is there ----------------------------------------------------------------------------------
-
     def misfit(self, span: Span, timeout: float) -> str:
         """Why a span's server cannot be used, or "". It is asked once, and again after a failure."""
         seen = self._looked_at.get(id(span))

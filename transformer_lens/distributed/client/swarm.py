@@ -180,8 +180,6 @@ class Swarm:
         if self._owns_node:
             self.node.close()
 
-    # -- in the node's thread ------------------------------------------------------------------------
-
     async def _update(self) -> None:
         while True:
             await asyncio.sleep(self.config.update_period)

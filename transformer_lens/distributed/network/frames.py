@@ -41,9 +41,6 @@ class FrameRefused(ValueError):
         self.retry = retry
 
 
-# -- the client's side -----------------------------------------------------------------------------
-
-
 def ping() -> bytes:
     """A piece that asks whether a server is there; the answer's data describe it."""
     return REQUEST.pack(MAGIC, PING, bytes(16), 0, 0, 1.0)
@@ -111,9 +108,6 @@ def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
     if status in (REFUSED, NOT_NOW):
         raise FrameRefused(data[:2000].decode("utf-8", "replace"), retry=status == NOT_NOW)
     return status, total, offset, data
-
-
-# -- the server's side -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,8 +228,6 @@ class Exchange:
     def unfetched(self) -> int:
         """The number of complete calls whose answer was not fetched."""
         return sum(call.have == call.total and not call.fetched for call in self._all())
-
-    # -- inside ------------------------------------------------------------------------------------
 
     def _all(self) -> Iterator[Call]:
         return (call for calls in self.of_peer.values() for call in calls.values())

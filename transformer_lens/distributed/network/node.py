@@ -124,8 +124,6 @@ class Node:
             if not started:
                 self.close()
 
-    # -- starting and stopping -----------------------------------------------------------------------
-
     def _run(self) -> None:
         # The daemon inherits this: Ctrl-C is for this process alone, which then shuts down in order.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -214,8 +212,6 @@ class Node:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
 
-    # -- the thread ----------------------------------------------------------------------------------
-
     def begin(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Start work in the node's thread."""
         if self._closing:
@@ -240,8 +236,6 @@ class Node:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    # -- calls ---------------------------------------------------------------------------------------
 
     def call(self, peer: str, message: bytes, seconds: float, most: int = Limits().answer) -> bytes:
         """Send a peer a message of any size and return its answer.
@@ -304,8 +298,6 @@ class Node:
             return _value()(value=await handler(request.value, context.remote_id.to_base58()))
 
         self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, _value()))
-
-    # -- records -------------------------------------------------------------------------------------
 
     def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
         """Store a value under each name and this peer's id for some seconds; returns whether any peer did."""

@@ -90,8 +90,6 @@ def may_be_kept(peer: bytes, value: bytes) -> bool:
         return False
 
 
-# -- signatures ----------------------------------------------------------------------------------------
-
 SIGNED_BYTES = 2048
 """The most bytes of a record with key and signature; a 2048-bit key and its signature take 550."""
 

@@ -39,9 +39,6 @@ FILE_OPTIONS = (*POSITIONAL, "proxies", "subfolder", "trust_remote_code")
 COLLECTED = ("output_hidden_states", "output_attentions")
 
 
-# -- settings ------------------------------------------------------------------------------------------
-
-
 @dataclass(kw_only=True, repr=False, eq=False)
 class ClientSettings:
     """How a client finds and uses servers, with times in seconds; never saved."""
@@ -136,9 +133,6 @@ def check_settings(config: Any) -> None:
         raise ValueError(f"min_backoff: got {config.min_backoff}, expected at most max_backoff, {config.max_backoff}")
     if here.get("tuning_mode") is not None and not here["pre_seq_len"]:
         raise ValueError(f"tuning_mode={here['tuning_mode']!r} trains pre_seq_len prompts, and pre_seq_len is 0")
-
-
-# -- configurations ------------------------------------------------------------------------------------
 
 
 class DistributedConfig(ClientSettings, ModelSettings):

@@ -139,9 +139,6 @@ def printable(text: str, most: int = 2000) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])[:most]
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
 def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     packed = _msgpack().packb(head)
     # One buffer for each tensor: safetensors refuses shared and strided ones.
@@ -173,9 +170,6 @@ def too_much(message: bytes, limits: Limits) -> str:
             "them, or let a server have fewer blocks"
         )
     return ""
-
-
-# -- reading ---------------------------------------------------------------------------------------
 
 
 def _is_int(value: Any) -> bool:

@@ -57,8 +57,6 @@ class Checks:
         row = self.table.row(str(self.point(action.name).name))
         return [int(sizes.get(str(axis), axis)) for axis in row.shape]
 
-    # -- one after the other -------------------------------------------------------------------------
-
     def _check_stream(self, request: Request) -> None:
         stream, width = request.tensors.get("stream"), self.config.hidden_size
         dtype = self.bridge.original_model.dtype

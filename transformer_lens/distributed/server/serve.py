@@ -54,8 +54,6 @@ class ServedSpan:
         self._threads = ThreadPoolExecutor(server.limits.calls_of_all + 1, thread_name_prefix="call")
         node.serve(self._answer)
 
-    # -- answering -----------------------------------------------------------------------------------
-
     async def _answer(self, frame: bytes, peer: str) -> bytes:
         if self.allow is not None and peer not in self.allow:
             self._note(peer, "is not on the list of those that are served")
@@ -90,8 +88,6 @@ class ServedSpan:
         self.calls += 1
         took = 1000 * (time.perf_counter() - begin)
         logger.debug("peer %s: %d bytes, answered %d in %.1f ms", call.peer, call.total, len(answer), took)
-
-    # -- announcing ----------------------------------------------------------------------------------
 
     def announce(self, state: str = "serving") -> bool:
         """Announce the span and its state; returns whether it worked."""

@@ -185,8 +185,6 @@ class SpanServer:
             "kv_bytes_free": max(0, self.limits.session_bytes_of_all - held),
         }
 
-    # -- running ---------------------------------------------------------------------------------------
-
     def _run(self, request: Request, stream: Tensor, cache: Any = None) -> Tensor:
         """Run a request's blocks on its stream."""
         mask, positions = request.tensors.get("mask"), request.tensors.get("position_ids")

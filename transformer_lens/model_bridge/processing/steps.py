@@ -57,8 +57,6 @@ class Draft:
         self.unembed = ends[-1]
         self.dtypes: set[torch.dtype] = set()
 
-    # -- reading and writing -------------------------------------------------------------------------
-
     def weight(self, owner: ComponentBridge, matrix: StreamMatrix, axis: int) -> Tensor:
         """A weight as `[out, in]`, that has d_model on this axis."""
         component = owner.role(matrix.role)
@@ -124,8 +122,6 @@ class Draft:
         """Nothing was changed, and why."""
         return ValueError(f"weights cannot be processed: {component.path}.{name}: {why}. Nothing was changed")
 
-    # -- becoming real -------------------------------------------------------------------------------
-
     def exchanges(self) -> tuple[list[Exchange], list[str]]:
         """What has to be exchanged for this draft to be the model, and sentences about it. Changes nothing."""
         exchanges: list[Exchange] = []
@@ -174,8 +170,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
             owners.setdefault(parameter.data_ptr(), []).append(path)
     return owners
 
-
-# -- which norms are read by which weights ---------------------------------------------------------------
 
 HEADS = ("unembed", "head")
 
