@@ -29,7 +29,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     "loading": (
         "__init__",
         "HookedTransformer",
-        *(f"model_bridge.{name}" for name in ("bridge", "loading", "skeleton", "info", "published", "config")),
+        *(f"model_bridge.{name}" for name in ("bridge", "loading", "info", "published", "config")),
         "model_bridge",  # what no other theme names
         "model_bridge.architecture_adapter",
         "model_bridge.supported_architectures",

@@ -48,8 +48,8 @@ RANKS: list[tuple[str, ...]] = [
 
 GUESTS = ("analysis", "collect", "distributed", "viz", "cli")
 """They use the public API alone."""
-METHODS_OF_GUESTS = (f"{BRIDGE}.collecting",)
-"""Methods of the bridge that import what they are a spelling of when they are called."""
+METHODS_OF_GUESTS = (f"{BRIDGE}.bridge",)
+"""Its methods import what they are a spelling of when they are called."""
 PUBLIC = {
     "transformer_lens",
     "transformer_lens.asking",

@@ -649,9 +649,7 @@ ROWS: dict[str, Row] = {
     ),
     "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}),
     "model_bridge.supported_architectures.adapter_for": Row({"config": lambda w: falcon_config()}),
-    "model_bridge.skeleton.skeleton_bridge": Row(
-        {"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}
-    ),
+    "model_bridge.info.skeleton_bridge": Row({"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}),
     "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
     "row_hooks.on_each": Row({"fns": [neutral]}),
     "row_hooks.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,10 @@ from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.asking import layer_number
 from transformer_lens.checks import in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookedRootModule, keywords_of
+from transformer_lens.hooked_root import HookedRootModule, NamesFilter, keywords_of
 from transformer_lens.model_bridge.attach import Attachment, Root
 from transformer_lens.model_bridge.caches import PrefixCache
 from transformer_lens.model_bridge.calls import RETURN_TYPES, Call, ModelInput, Output, main_output
-from transformer_lens.model_bridge.collecting import CollectMethods
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
@@ -48,12 +47,14 @@ from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss
 
+if TYPE_CHECKING:
+    from transformer_lens.collect import ActivationStore
+
 
 class TransformerBridge(
     ProcessingMethods,
     StateMethods,
     VerifyMethods,
-    CollectMethods,
     GenerationMethods,
     OldNames,
     SteeringMethods,
@@ -411,6 +412,20 @@ class TransformerBridge(
             f"{type(self).__name__}({c.model_name}: {c.architecture}, {c.n_layers} layers, d_model {c.d_model}, "
             f"{heads}, {str(c.dtype).removeprefix('torch.')} on {c.device}, {len(self.hook_dict)} hooks)"
         )
+
+    def collect(self, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any) -> ActivationStore:
+        """Write the activations of a data set at some hooks to disk, and open them.
+
+        >>> import tempfile
+        >>> store = bridge.collect(["Mary and John"], "blocks.1.attn.hook_z", tempfile.mkdtemp(), progress=False)
+        >>> store["z", 1].shape
+        (5, 4, 32)
+
+        The data set is files, texts or token ids; `transformer_lens.collect.collect` lists the options and errors.
+        """
+        from transformer_lens.collect import collect  # loaded only when needed
+
+        return collect(self, dataset, names, out_dir, **options)
 
     def fires_in(self, point: HookPoint, model_kwargs: Mapping[str, Any]) -> bool:
         """Every hook of the table fires in a run of all layers; in a replaced module, only if the module calls it."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import a_path, in_words, is_whole, refuse_unknown
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import Part
 from transformer_lens.model_bridge.generalized_components.weights import matrix
@@ -297,9 +298,7 @@ def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, 
 
     Counted on the meta device, where modules have shapes alone; a tied parameter counts once, scales for each matrix.
     """
-    kind = model_class(config)
-    with torch.device("meta"):
-        model: Any = kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+    model = _empty(config)
     linear: list[torch.Size] = []
     expert: list[torch.Size] = []
     for module in model.base_model.get_submodule(adapter.block(0).at).modules():
@@ -318,3 +317,26 @@ def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, 
         found[name] = (rest + dense + mixed, rest + dense + 2 * in_experts)
     memory = tuple(WeightMemory(name, *found[name], formula) for name, formula in FORMULAS.items())
     return type(model).__name__, total, in_experts, memory
+
+
+def _empty(config: PreTrainedConfig) -> Any:
+    kind = model_class(config)
+    with torch.device("meta"):
+        return kind.from_config(config) if kind is AutoModelForCausalLM else kind(config)
+
+
+def skeleton_bridge(model: str | Path | PreTrainedConfig, **loading: Any) -> TransformerBridge:
+    """A bridge on a model without weights (torch's meta device): for `hook_table()`, `hook_dict` and `cfg`.
+
+    >>> from transformer_lens.model_bridge import skeleton_bridge
+    >>> bridge = skeleton_bridge("falcon-40b")
+    >>> next(row.sizes() for row in bridge.hook_table() if row.name.endswith("attn.hook_k"))
+    'batch pos kv_head=8 d_head=64'
+
+    `model` and `loading` as in `model_info`. It has no tokenizer and cannot run. Raises `ValueError` for a
+    configuration that cannot run, `OSError` for one that cannot be read.
+    """
+    bridge = TransformerBridge(_empty(find_config(model, loading)))
+    if not isinstance(model, PreTrainedConfig):
+        bridge.cfg.model_name = str(model)
+    return bridge
