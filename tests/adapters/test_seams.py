@@ -288,6 +288,7 @@ def test_a_component_says_what_it_does_not_know() -> None:
         (ComponentBridge, lambda c: c.inside(call)),
         (OpenAttentionBridge, lambda c: c.attend(call)),
         (OpenNormalizationBridge, lambda c: c.formula(call)),
+        (OpenNormalizationBridge, lambda c: c.look(call)),
     ):
         component = kind.__new__(kind)
         with pytest.raises(NotImplementedError, match=f"{kind.__name__} (declares|has to say)"):
