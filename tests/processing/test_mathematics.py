@@ -97,8 +97,9 @@ def test_predictions_stay_on_mixtral(experts, kv, tied):
     truth, before = log_probs(exact, x), log_probs(model, x)
     bridge = processed(model, torch.float32)
     assert bridge.processed == FOR_RMS
-    # The bare model is off by 3e-6 to 1e-5 itself; 1.7 times as much is the most that was seen of the processed one.
-    assert (log_probs(model, x) - truth).abs().max() < 2 * (before - truth).abs().max() < 2.1e-5
+    # The bare models are off by 3e-6 to 1e-5 themselves, which one by how much depends on the processor.
+    off, bare = (float((found - truth).abs().max()) for found in (log_probs(model, x), before))
+    assert bare < 1.05e-5 and off < max(2 * bare, 1.05e-5)
     bridge.detach()
     assert torch.equal(log_probs(model, x), before)
 
