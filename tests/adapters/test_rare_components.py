@@ -22,6 +22,8 @@ def test_reads_and_writes(name: str) -> None:
     names = [hook for hook in cache if hook.endswith(("hook_scale", "hook_normalized", "hook_pattern", "hook_mlp_out"))]
     same = bridge.run_with_hooks(ids, fwd_hooks=[(hook, lambda x, hook: x.clone()) for hook in names])
     torch.testing.assert_close(same, plain, atol=1e-4, rtol=1e-4)
+    of_heads = [hook for hook in bridge.hook_dict if hook.endswith("hook_result")]
+    assert torch.equal(bridge.run_with_cache(ids, names_filter=of_heads)[0], plain)
     for hook in (names[0], names[-1]):
         assert not torch.allclose(bridge.run_with_hooks(ids, fwd_hooks=[(hook, lambda x, hook: 0.5 * x)]), plain)
 

@@ -203,15 +203,14 @@ class AttentionRun:
 
     def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The mask as eager attention adds it to its scores, and which queries attend to anything."""
-        first, memo = self.end(keys) - queries, state.memo
+        first, memo = self.end(keys) - queries, {} if state.memo is None else state.memo
         key = (id(mask), queries, keys, first, like.dtype, like.device)
-        found = None if memo is None else memo.get(key)
+        found = memo.get(key)
         if found is None:
             given = entries(mask, queries, keys, like.device)
             added = additive_mask(given, queries, keys, first, like.dtype, like.device)
             found = (added, seeing_queries(given, queries), mask)  # held, so that no other mask has its id
-            if memo is not None:
-                memo[key] = found
+            memo[key] = found
         return found[:2]
 
     def show_results(self) -> None:
