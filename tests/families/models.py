@@ -129,10 +129,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
-SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj"), (5, 24))
+SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1"), (5, 24))
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
 for name, (family, _) in [*MODELS.items()]:
-    if minor(transformers.__version__) < SINCE.get(name, (0, 0)) or not hasattr(transformers, f"{family}Config"):
+    if minor(transformers.__version__) < SINCE.get(name.split(",")[0], (0, 0)) or not hasattr(
+        transformers, f"{family}Config"
+    ):
         del MODELS[name]
 ESSENCE = ("llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "qwen3_moe")
 """One of each kind of attention, norm, block and MLP."""

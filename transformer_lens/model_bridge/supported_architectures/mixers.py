@@ -43,6 +43,7 @@ class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
     """Short convolutions in some layers, attention in others; dense first layers, then mixtures."""
 
     model_type = "lfm2_moe"
+    since = "5.24"
     norms = {"ln1": "operator_norm", "ln2": "ffn_norm"}
     ln_final = "embedding_norm"
     rotary_emb = "pos_emb"
@@ -105,7 +106,6 @@ class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
     """State-space mixers, attention without position encoding in some layers, and mixtures in some."""
 
     model_type = "jamba"
-    since = "5.24"
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     ln_final = "final_layernorm"
     rotary_emb = ""
@@ -134,6 +134,7 @@ class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
     """Attention and a state-space mixer in parallel after one norm, then an MLP, all with multipliers."""
 
     model_type = "falcon_h1"
+    since = "5.24"
     block_returns_tuple = True
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     ln_final = "final_layernorm"
