@@ -9,11 +9,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from transformer_lens.checks import one_of
 from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.calls import Output
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.native import native_model
+from transformer_lens.model_bridge.native import described, keep, native_model
 from transformer_lens.utilities import USE_DEFAULT_VALUE
 
 __all__ = ["USE_DEFAULT_VALUE", "HookedRootModule", "HookedTransformer", "HookedTransformerConfig", "Loss", "Output"]
@@ -61,10 +62,16 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         move_to_device: bool = True,
         default_padding_side: str | None = None,
     ) -> None:
-        made = not isinstance(cfg, nn.Module)
-        super().__init__(native_model(cfg, tokenizer) if made else cfg, tokenizer)  # type: ignore[arg-type]
-        if default_padding_side is not None and tokenizer is not None:
-            self.tokenizer.padding_side = default_padding_side
+        asked = None if isinstance(cfg, nn.Module) else described(cfg)
+        super().__init__(cfg if isinstance(cfg, nn.Module) else native_model(described(cfg), tokenizer), tokenizer)
+        if asked is not None:
+            keep(asked, self.cfg)
+        self._pad_at(default_padding_side)
+
+    def _pad_at(self, side: str | None) -> None:
+        if side is not None:
+            one_of("default_padding_side", side, ("left", "right"))
+            self._tokens().tokenizer.padding_side = side
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -84,7 +91,7 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         fold_value_biases: bool = True,
         default_prepend_bos: bool | None = USE_DEFAULT_VALUE,
         default_padding_side: str | None = None,
-        dtype: torch.dtype | str = "float32",
+        dtype: torch.dtype | str | None = None,
         first_n_layers: int | None = None,
         **from_pretrained_kwargs: Any,
     ) -> Self:
@@ -98,16 +105,22 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (use `attn.QK` and
         `attn.OV`).
         """
-        asked = (checkpoint_index, checkpoint_value, n_devices - 1, refactor_factored_attn_matrices)
-        for (name, instead), value in zip(INSTEAD.items(), asked, strict=True):
-            if value:
+        plain = (
+            checkpoint_index is None,
+            checkpoint_value is None,
+            n_devices == 1,
+            not refactor_factored_attn_matrices,
+        )
+        for (name, instead), unasked in zip(INSTEAD.items(), plain, strict=True):
+            if not unasked:
                 raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
         if first_n_layers is not None:
             from_pretrained_kwargs["num_hidden_layers"] = first_n_layers
-        place = None if device is None and not move_to_device else device
+        if dtype is None and hf_model is None and "torch_dtype" not in from_pretrained_kwargs:
+            dtype = "float32"
         model = cls.boot_transformers(
             None if hf_model is not None else model_name,
-            device=place,
+            device=device if move_to_device else None,
             dtype=dtype,
             tokenizer=tokenizer,
             hf_model=hf_model,
@@ -116,8 +129,7 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         model.cfg.model_name = str(model_name)
         if default_prepend_bos is not None:
             model.cfg.default_prepend_bos = default_prepend_bos
-        if default_padding_side is not None and model.tokenizer is not None:
-            model.tokenizer.padding_side = default_padding_side
+        model._pad_at(default_padding_side)
         steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
         model.enable_compatibility_mode(disable_warnings=True, **dict(zip(STEPS, steps, strict=True)))
         return model

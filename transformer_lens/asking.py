@@ -19,6 +19,7 @@ from transformer_lens.checks import a_list, from_end, in_words, is_several, is_t
 from transformer_lens.hook_point import HookPoint
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge.bridge import TransformerBridge
     from transformer_lens.model_bridge.config import BridgeConfig
 
 Input = str | Sequence[str] | Int[Tensor, "*batch pos"]
@@ -92,11 +93,7 @@ def layer_number(cfg: BridgeConfig, layer: Any, what: str = "layer", beyond: boo
 
 
 def layer_numbers(cfg: BridgeConfig, layers: Layers, what: str = "layer") -> list[int]:
-    """The chosen layers, counted from 0. Raises `ValueError` for a layer that does not exist or is named twice.
-
-    >>> layer_numbers(bridge.cfg, [0, -1]), layer_numbers(bridge.cfg, None)
-    ([0, 3], [0, 1, 2, 3])
-    """
+    """The chosen layers, counted from 0. Raises `ValueError` for a layer that does not exist or is named twice."""
     size = cfg.n_layers
     where = f" in a model of {size} layers"
     wanted = range(size) if layers is None else whole_numbers(what, layers, -size, size - 1, where)
@@ -107,11 +104,7 @@ def layer_numbers(cfg: BridgeConfig, layers: Layers, what: str = "layer") -> lis
 
 
 def place_name(model: Named, at: Any, what: str = "at") -> str:
-    """A hook's name; a layer stands for the residual stream that leaves it. Raises `KeyError` for an unknown hook.
-
-    >>> place_name(bridge, -1), place_name(bridge, "blocks.0.hook_in")
-    ('blocks.3.hook_resid_post', 'blocks.0.hook_resid_pre')
-    """
+    """A hook's name; a layer stands for the residual stream that leaves it. Raises `KeyError` for an unknown hook."""
     if isinstance(at, str):
         return model.canonical_name(at)
     if not is_whole(at):
@@ -126,11 +119,7 @@ def is_pair(given: Any) -> bool:
 
 
 def written_pair(kind: Literal["head", "expert"], given: Any, what: str) -> tuple[int, int]:
-    """A layer and one of its heads or experts, from any spelling. Raises `ValueError` or `TypeError` for anything else.
-
-    >>> written_pair("head", "L3H2", "head"), written_pair("head", "3.2", "head"), written_pair("head", (3, 2), "head")
-    ((3, 2), (3, 2), (3, 2))
-    """
+    """A layer and one of its heads or experts, in any spelling. Raises `ValueError` or `TypeError` otherwise."""
     letter = LETTERS[kind]
     found = re.fullmatch(rf"(?:L([0-9]+){letter}|([0-9]+)\.)([0-9]+)", given) if isinstance(given, str) else None
     if found:
@@ -153,11 +142,7 @@ def pair_in(kind: Literal["head", "expert"], given: Any, sizes: Sequence[int], w
 
 
 def head_pairs(cfg: BridgeConfig, heads: Heads | None, what: str = "heads") -> list[tuple[int, int]]:
-    """The chosen heads as (layer, head) pairs. Raises `ValueError` for none, and for a head that does not exist.
-
-    >>> head_pairs(bridge.cfg, ["L3H2", "0.1"]), head_pairs(bridge.cfg, {1: [0, 3]}), head_pairs(bridge.cfg, (3, 2))
-    ([(3, 2), (0, 1)], [(1, 0), (1, 3)], [(3, 2)])
-    """
+    """The chosen heads as (layer, head) pairs. Raises `ValueError` for none, and for a head that does not exist."""
     given: Any = heads
     if heads is None:
         given = [(layer, head) for layer in range(cfg.n_layers) for head in range(cfg.n_heads)]
@@ -187,6 +172,20 @@ def need_experts(cfg: BridgeConfig, what: str) -> int:
     return cfg.num_experts
 
 
+def refuse_shared_experts(bridge: TransformerBridge, what: str) -> None:
+    """Raise `ValueError` where the chosen experts are not all that an MLP computes."""
+    if any(".mlp.shared." in name for name in bridge.hook_dict):
+        raise ValueError(f"{what}: {bridge.cfg.architecture} has a shared expert, which it does not account for")
+
+
+def need_whole_mlps(bridge: TransformerBridge, what: str) -> None:
+    """Raise `ValueError` where the chosen experts are not all that an MLP adds to the stream, or not as they are."""
+    refuse_shared_experts(bridge, what)
+    for block in bridge.blocks:
+        if not all(branch.direct for branch in block.branches):
+            raise ValueError(f"{what}: {bridge.cfg.architecture} has a norm or multiplier between experts and stream")
+
+
 def expert_numbers(cfg: BridgeConfig, experts: Any) -> list[int]:
     """The chosen experts. Raises `ValueError` for an expert that does not exist or is named twice."""
     n_experts = cfg.num_experts or 0
@@ -202,11 +201,7 @@ def one_expert(sizes: Sequence[int], layer: Any, expert: Any) -> tuple[int, int]
 
 
 def experts_by_layer(cfg: BridgeConfig, layer: Any, expert: Any) -> dict[int, list[int]]:
-    """The chosen experts by layer. Raises `ValueError` for a missing or repeated one, and unless given exactly once.
-
-    >>> experts_by_layer(moe.cfg, ["L0E2", (2, 1)], None), experts_by_layer(moe.cfg, [0, 1], 3)
-    ({0: [2], 2: [1]}, {0: [3], 1: [3]})
-    """
+    """The chosen experts by layer. Raises `ValueError` for a missing or repeated one, and unless given exactly once."""
     several = list(layer) if is_several(layer) else [layer]
     if expert is not None:
         if any(isinstance(one, str) or is_several(one) for one in several):
@@ -292,9 +287,6 @@ def position_number(position: Any, length: int, what: str = "position") -> int:
 
 def columns(mask: Bool[Tensor, "batch pos"], position: Any, first: int = 0) -> Int[Tensor, " batch"]:
     """The column of one token in each text, padding excluded: one number for all texts, or one for each.
-
-    >>> columns(torch.tensor([[False, True, True], [True, True, True]]), -2)
-    tensor([1, 1])
 
     Raises `ValueError` for a position a text does not have, naming the text by its number from `first`.
     """

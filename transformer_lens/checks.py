@@ -44,11 +44,7 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def in_words(value: object) -> str:
-    """How an error describes a value: a tensor by dtype and shape, anything else by its `repr` if that is short.
-
-    >>> in_words(torch.zeros(2, 3)), in_words("left"), in_words(list(range(100)))
-    ('a torch.float32 tensor of shape [2, 3]', "'left'", 'a list')
-    """
+    """How an error describes a value: a tensor by dtype and shape, anything else by its `repr` if that is short."""
     if isinstance(value, Tensor):
         kind = unusable(value)
         shape = "" if kind == "nested" else f" of shape {list(value.shape)}"
@@ -83,11 +79,7 @@ def is_whole(value: object) -> bool:
 
 
 def whole(what: str, value: Any, least: int | None = None, most: int | None = None, where: str = "") -> int:
-    """An integer within bounds, as a Python `int`. Raises `TypeError` for anything else, `ValueError` out of bounds.
-
-    >>> whole("layer", torch.tensor(2), 0, 3)
-    2
-    """
+    """An integer within bounds, as a Python `int`. Raises `TypeError` for anything else, `ValueError` out of bounds."""
     bounds = "a whole number" if least is None else f"{least} to {most}" if most is not None else f"{least} or more"
     if not is_whole(value):
         raise TypeError(f"{what}: got {in_words(value)}, expected {bounds}{where}")
@@ -100,11 +92,7 @@ def whole(what: str, value: Any, least: int | None = None, most: int | None = No
 
 
 def from_end(what: str, value: Any, size: int, where: str = "", beyond: bool = False) -> int:
-    """An index below `size`, counted from the end if negative; `beyond` also allows `size` itself.
-
-    >>> from_end("layer", -1, 4), from_end("layer", 4, 4, beyond=True)
-    (3, 4)
-    """
+    """An index below `size`, counted from the end if negative; `beyond` also allows `size` itself."""
     number = whole(what, value, -size, size if beyond else size - 1, where)
     return number + size if number < 0 else number
 
@@ -122,11 +110,7 @@ def one_of(what: str, value: Any, options: Sequence[Any]) -> None:
 
 
 def a_number(what: str, value: Any, least: float = -math.inf, most: float = math.inf, above: bool = False) -> float:
-    """A finite number within bounds (above the lower one with `above`), as a Python number.
-
-    >>> a_number("scale", torch.tensor(0.5), least=0)
-    0.5
-    """
+    """A finite number within bounds (above the lower one with `above`), as a Python number."""
     one = value.item() if (is_tensor(value) or isinstance(value, np.generic)) and value.ndim == 0 else value
     end = f" to {most:g}" if most < math.inf else "" if above else " on"
     bounds = "" if least == -math.inf else f" {'above' if above else 'from'} {least:g}{end}"

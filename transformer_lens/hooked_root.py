@@ -340,7 +340,8 @@ class HookedRootModule(nn.Module):
         options: dict[str, Any] = {"device": device, "remove_batch_dim": remove_batch_dim, "pos_slice": pos_slice}
         names = self.select_names(names_filter, may_be_none=True)
         forward: list[HookSpec] = [(name, Capture(store, **options)) for name in names]
-        backward: list[HookSpec] = [(name, Capture(store, suffix="_grad", **options)) for name in names]
+        real = [name for name in names if not self.hook_dict[name].integer]
+        backward: list[HookSpec] = [(name, Capture(store, suffix="_grad", **options)) for name in real]
         return store, forward, backward if incl_bwd else []
 
     def run_with_cache(
@@ -385,13 +386,7 @@ class HookedRootModule(nn.Module):
 
 
 def keywords_of(*functions: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a method that passes its arguments on to these functions.
-
-    >>> def first(self, *args, names=None, **kwargs): ...
-    >>> def second(self, input, loss=False): ...
-    >>> keywords_of(first, second)
-    <Signature (self, input, *, names=None, loss=False)>
-    """
+    """The signature of a method that passes its arguments on to these functions."""
     every = [p for function in functions for p in inspect.signature(function).parameters.values()]
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {p.name: p for p in every if p.kind not in kinds}

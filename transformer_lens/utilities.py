@@ -210,7 +210,7 @@ def tokenize_and_concatenate(
         return {"tokens": np.insert(cut, 0, bos, axis=1) if add_bos_token else cut}
 
     options: dict[str, Any] = {} if streaming else {"num_proc": num_proc}
-    made = dataset.map(rows, batched=True, remove_columns=list(dataset.column_names), **options)
+    made = dataset.map(rows, batched=True, remove_columns=list(dataset.column_names or [column_name]), **options)
     return made.with_format("torch") if set_format else made
 
 

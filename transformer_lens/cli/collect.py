@@ -116,11 +116,7 @@ def collect(
 
 
 def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str]:
-    """The hooks that names and wildcards match.
-
-    >>> chosen_hooks(bridge, ["hook_embed", "blocks.[01].attn.hook_z"])
-    ['hook_embed', 'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z']
-    """
+    """The hooks that names and wildcards match."""
     found = []
     for pattern in patterns:
         fitting = [name for name in bridge.hook_dict if fnmatchcase(name, pattern)]

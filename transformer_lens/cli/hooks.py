@@ -93,13 +93,7 @@ def hooks(
 
 
 def matches(pattern: str, name: str, layers: int) -> bool:
-    """Whether a name in the hook table contains the pattern; `*`, `?` and `[...]` are wildcards.
-
-    >>> matches("hook_q", "blocks.{i}.attn.hook_q", 4), matches("blocks.7.attn", "blocks.{i}.attn.hook_q", 4)
-    (True, False)
-    >>> matches("*.hook_[qk]", "blocks.{i}.attn.hook_q", 4), matches("blocks.3.*_q", "blocks.{i}.attn.hook_q", 4)
-    (True, True)
-    """
+    """Whether a name in the hook table contains the pattern; `*`, `?` and `[...]` are wildcards."""
     general = re.sub(
         r"^blocks\.(\d+)(?=\.|$)", lambda found: "blocks.{i}" if int(found[1]) < layers else found[0], pattern
     )

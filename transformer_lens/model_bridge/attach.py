@@ -58,8 +58,9 @@ class Tap:
 
     def follow(self) -> None:
         """Move to the module that is at this place now."""
-        if self.module is not self.component.in_place:
-            with attaching:
+        module = self.component.in_place
+        with attaching:
+            if self.handle is not None and self.module is not module:
                 self._take_off()
                 self._put_on()
 

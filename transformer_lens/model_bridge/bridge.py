@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WH
 from transformer_lens.model_bridge.generation import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
 from transformer_lens.model_bridge.loading import model_and_tokenizer
-from transformer_lens.model_bridge.native import native_model
+from transformer_lens.model_bridge.native import described, keep, native_model
 from transformer_lens.model_bridge.old_names import OldNames
 from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.peft_layers import inner_model
@@ -151,6 +151,8 @@ class TransformerBridge(
         name_or_path = model_name if name_or_path is None else name_or_path
         if hf_config_overrides is not None and not isinstance(hf_config_overrides, Mapping):
             raise TypeError(f"hf_config_overrides: got {in_words(hf_config_overrides)}, expected a mapping of fields")
+        if hf_model is not None and hf_config_overrides:
+            raise ValueError("boot_transformers: hf_config_overrides cannot be applied to an hf_model already loaded")
         named = {
             "dtype": dtype,
             "attn_implementation": attn_implementation,
@@ -189,14 +191,10 @@ class TransformerBridge(
         Learned positions and LayerNorm give a GPT-2, RoPE a GPT-NeoX, RoPE with RMSNorm and a gated MLP a Llama or,
         with `num_experts`, a Mixtral. Raises `ValueError` for combinations that none of them has.
         """
-        model, _ = model_and_tokenizer(
-            None,
-            native_model(config, tokenizer),
-            tokenizer,
-            device=device,
-            options={} if dtype is None else {"dtype": dtype},
-        )
-        bridge = cls(model, tokenizer)
+        asked, options = described(config), {} if dtype is None else {"dtype": dtype}
+        made = native_model(asked, tokenizer)
+        bridge = cls(model_and_tokenizer(None, made, tokenizer, device=device, options=options)[0], tokenizer)
+        keep(asked, bridge.cfg)
         bridge.cfg.model_name = model_name
         return bridge
 

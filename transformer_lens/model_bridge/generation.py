@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generation_options import (
     RETURN_TYPES,
+    FrequencyPenalty,
     GenerationCall,
     in_lists,
     own_cache,
@@ -217,6 +218,9 @@ class GenerationMethods(InputMethods, HookedRootModule):
         reading = self._read(given, prepend_bos, padding_side or "left", sides=looked_at, truncate=False)
         adapter, arguments = self.token_adapter, self.arguments
         prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
+        for processor in options.get("logits_processor") or ():
+            if isinstance(processor, FrequencyPenalty):
+                processor.read = prompt.mask[:, prompt.mask.shape[1] - prompt.read :]
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
         return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
 
@@ -243,7 +247,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         for name in names:
             run.capture(self.hook_dict[name], named)
         # By default `generate` asks for the logits of the last position alone.
-        return {"logits_to_keep": 0} if any(name.startswith("unembed.") for name in names) else {}
+        return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
         """What was captured, with the last token, which the generation itself has not read."""

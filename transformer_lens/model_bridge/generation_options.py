@@ -321,11 +321,15 @@ def progress(total: int | None, shown: bool) -> Iterator[dict[str, Any]]:
 
 
 class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
-    """Takes `penalty` off a token's logit for each time that it is in the text."""
+    """Takes `penalty` off a token's logit for each time that it is in the text; padding is in none."""
+
+    read: Int[Tensor, "prompts pos"]
+    """1 where the prompt has a token."""
 
     def __init__(self, penalty: float) -> None:
         self.penalty = penalty
 
     def __call__(self, input_ids: Int[Tensor, "batch pos"], scores: Tensor) -> Tensor:
-        counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
-        return scores - self.penalty * counts
+        counted = torch.ones_like(input_ids, dtype=scores.dtype)
+        counted[:, : self.read.shape[1]] = self.read.repeat_interleave(len(input_ids) // len(self.read), dim=0)
+        return scores - self.penalty * torch.zeros_like(scores).scatter_add_(1, input_ids, counted)

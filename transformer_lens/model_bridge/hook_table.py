@@ -26,11 +26,7 @@ COLUMNS = ("hook", "axes", "kind", "meaning", "also called")
 
 
 def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int] = {}) -> tuple[int | str, ...]:
-    """The length of each axis, or its name where it depends on the input; `sizes` are a component's own.
-
-    >>> axis_sizes("batch pos head d_head", bridge.cfg), axis_sizes("pos d_mlp", bridge.cfg, {"d_mlp": 96})
-    (('batch', 'pos', 4, 32), ('pos', 96))
-    """
+    """The length of each axis, or its name where it depends on the input; `sizes` are a component's own."""
     return tuple(sizes.get(axis) or (getattr(cfg, SIZES[axis]) if axis in SIZES else axis) for axis in axes.split())
 
 

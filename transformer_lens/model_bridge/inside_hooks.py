@@ -111,8 +111,9 @@ class BoundModule:
 
     def follow(self) -> None:
         """Move to the module that is at this place now."""
-        if self.in_place is not None and self.in_place.module is not self.component.computing_module:
-            with attaching:
+        with attaching:
+            if self.in_place is not None and self.in_place.module is not self.component.computing_module:
+                self.component.check_module()  # before anything is taken off
                 self._take_off()
                 self._put_on()
 

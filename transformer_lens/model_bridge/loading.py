@@ -151,7 +151,7 @@ def load_model(
             refuse_pickles(place, config, kwargs)
         kwargs["use_safetensors"] = True
     other_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-    other_model = any(key in config.to_dict() for key in kwargs.keys() - {"dtype"})
+    other_model = any(config.attribute_map.get(key, key) in config.to_dict() for key in kwargs.keys() - {"dtype"})
     # With ignore_mismatched_sizes transformers reports them all by name; without, its error names none.
     telling = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = kind.from_pretrained(source.name, revision=revision, trust_remote_code=trust, **telling, **kwargs)

@@ -11,18 +11,21 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from transformer_lens.checks import in_words, one_of, whole
 from transformer_lens.model_bridge.config import BridgeConfig
 
 COMMON = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn", "eps", "model_name")
 READ_ALWAYS = (
-    *("architecture", "positional_embedding_type", "normalization_type", "gated_mlp"),
-    *("seed", "dtype", "device", "attn_scale", "n_key_value_heads", "d_vocab_out", "tokenizer_name"),
-    *("default_prepend_bos", "initializer_range", "tie_word_embeddings"),
+    *("positional_embedding_type", "normalization_type", "gated_mlp", "dtype", "device", "attn_scale"),
+    *("n_key_value_heads", "d_vocab_out", "tie_word_embeddings"),
+)
+OF_BRIDGE = (
+    *("default_prepend_bos", "seed", "initializer_range", "tokenizer_name"),
     *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
 )
-"""Fields that every model reads, or that follow from others."""
+"""Fields that every model reads, or that follow from others; and those that the bridge's config keeps."""
 
 
 def _sizes(cfg: BridgeConfig) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
         whole(f"boot_native: {name}", getattr(cfg, name), 1)
     one_of("boot_native: act_fn", cfg.act_fn, tuple(ACT2FN))
     default = BridgeConfig(n_layers=1, d_model=1, n_ctx=1, n_heads=1)
-    unheeded = [field.name for field in fields(cfg) if field.name not in {*COMMON, *READ_ALWAYS, *more}]
+    unheeded = [field.name for field in fields(cfg) if field.name not in {*COMMON, *READ_ALWAYS, *OF_BRIDGE, *more}]
     asked = [name for name in unheeded if getattr(cfg, name) != getattr(default, name)]
     if make is not _llama and cfg.n_key_value_heads != cfg.n_heads:
         asked.append("n_key_value_heads")
@@ -98,6 +101,10 @@ def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
         asked.append("d_head")
     if cfg.attn_scale != cfg.d_head**0.5:
         asked.append("attn_scale")
+    if not cfg.num_experts:
+        asked += [name for name in ("sliding_window", "experts_per_token") if name in more and getattr(cfg, name)]
+    if cfg.architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[make(cfg).model_type]:
+        asked.remove("architecture")
     if cfg.d_vocab_out not in (-1, cfg.d_vocab):
         asked.append("d_vocab_out")
     if asked:
@@ -114,11 +121,21 @@ def native_config(cfg: BridgeConfig) -> PreTrainedConfig:
     return made
 
 
-def native_model(config: BridgeConfig | Mapping[str, Any], tokenizer: Any = None) -> nn.Module:
-    """A random model in evaluation mode; the same one for the same `seed`, leaving the global generator alone."""
+def described(config: BridgeConfig | Mapping[str, Any]) -> BridgeConfig:
+    """A config, or a mapping of its fields, as a config of its own."""
     if not isinstance(config, (BridgeConfig, Mapping)):
         raise TypeError(f"boot_native: got {in_words(config)}, expected a HookedTransformerConfig or a dict")
-    cfg = BridgeConfig.from_dict(config if isinstance(config, Mapping) else config.to_dict())
+    return BridgeConfig.from_dict(config if isinstance(config, Mapping) else config.to_dict())
+
+
+def keep(asked: BridgeConfig, cfg: BridgeConfig) -> None:
+    """Give the config of a bridge what the one asked for says about the bridge."""
+    for name in OF_BRIDGE:
+        setattr(cfg, name, getattr(asked, name))
+
+
+def native_model(cfg: BridgeConfig, tokenizer: Any = None) -> nn.Module:
+    """A random model in evaluation mode; the same one for the same `seed`, leaving the global generator alone."""
     if cfg.d_vocab == -1 and tokenizer is not None:
         cfg.d_vocab = len(tokenizer)
     made = native_config(cfg)

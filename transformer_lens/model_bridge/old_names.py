@@ -141,8 +141,7 @@ class OldNames(InputMethods, HookedRootModule):
         for name, hook in forward:
             self.add_hook(name, hook)
         for name, hook in backward:
-            if not callable(name) and not self.hook_dict[str(name)].integer:
-                self.add_hook(name, hook, dir="bwd")
+            self.add_hook(name, hook, dir="bwd")
         return store
 
     def list_hooks(self) -> list[str]:

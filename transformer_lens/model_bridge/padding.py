@@ -148,12 +148,7 @@ class Columns:
     """Which of the others are padding rather than hidden tokens."""
 
     def positions(self, new: int) -> Int[Tensor, "batch new"] | None:
-        """Positions of the last `new` columns, counting the tokens of each row; `None` if a plain count is the same.
-
-        >>> mask = torch.tensor([[0, 0, 1, 1]]).bool()
-        >>> Columns(mask, ~mask).positions(new=4)
-        tensor([[0, 0, 0, 1]])
-        """
+        """Positions of the last `new` columns, counting the tokens of each row; `None` if a plain count is the same."""
         if not needs_mask(~self.padding):
             return None
         counted = (~self.padding).cumsum(-1) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -82,8 +83,11 @@ class Place:
         self._refuse_hooks([(self.owner, name) for name in looking_in] + [*self._inside()])
         before = self.component.original_component
         self._in_model(module)
-        self.preparation = self.prepare(self.component, module)
-        self.component.stand_for(before)
+        with ExitStack() as if_it_fails:
+            if_it_fails.callback(self._in_model, before)
+            self.preparation = self.prepare(self.component, module)
+            self.component.stand_for(before)
+            if_it_fails.pop_all()
         nn.Module.__setattr__(self.owner, self.role, module)
         self.hidden = {name: self.owner._modules.pop(name) for name in looking_in}
         self.changed(self)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -61,12 +62,7 @@ CHOICE_WEIGHTS = Word("weights of the chosen experts", ("top_k_weights", "routin
 
 
 class Arguments:
-    """The parameters of one transformers function, by `Word`.
-
-    >>> from transformers import FalconForCausalLM
-    >>> Arguments(FalconForCausalLM.forward, "FalconForCausalLM.forward").name(TOKENS)
-    'input_ids'
-    """
+    """The parameters of one transformers function, by `Word`."""
 
     def __init__(self, function: Any, owner: str) -> None:
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
@@ -239,6 +235,8 @@ def with_item(output: Any, number: int | Word, value: Tensor) -> Any:
     if not isinstance(number, Word):
         return (*output[:number], value, *output[number + 1 :])
     if output.get("loss") is not None:
+        if torch.equal(value, attribute(output, output_name(output, number))):  # a hook's own tensor, not edited
+            return output
         raise ValueError(
             f"a hook wrote the {number.meaning} of a call with labels, whose loss was computed before: leave labels "
             'out, and let the bridge compute the loss (return_type="loss")'
@@ -257,11 +255,7 @@ def output_name(output: Any, word: Word) -> str:
 
 
 def spelled(options: dict[str, Any], word: Word, name: str) -> dict[str, Any]:
-    """Options in which a word has its installed name. Raises `TypeError` if two spellings of it were passed.
-
-    >>> spelled({"past_key_values": 1, "top_k": 2}, CACHE, "cache")
-    {'top_k': 2, 'cache': 1}
-    """
+    """Options in which a word has its installed name. Raises `TypeError` if two spellings of it were passed."""
     given = [spelling for spelling in word.names if spelling in options]
     if not given:
         return options

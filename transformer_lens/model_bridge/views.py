@@ -36,11 +36,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Heads:
-    """The last axis as heads.
-
-    >>> Heads(2, 3).get(torch.zeros(1, 4, 6)).shape
-    torch.Size([1, 4, 2, 3])
-    """
+    """The last axis as heads."""
 
     n_heads: int
     d_head: int

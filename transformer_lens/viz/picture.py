@@ -34,11 +34,7 @@ SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
 def visible(token: str) -> str:
-    """A token as a label: line breaks, tabs and an empty token become signs, other control characters codes.
-
-    >>> visible("a\\n"), visible(""), visible("\\x03")
-    ('a⏎', '∅', '\\\\x03')
-    """
+    """A token as a label: line breaks, tabs and an empty token become signs, other control characters codes."""
     return "".join(SHOWN.get(one) or (one if one.isprintable() else repr(one)[1:-1]) for one in token) or "∅"
 
 

@@ -6,7 +6,6 @@ GradDrop: the gradient skips one layer after another, which reveals effects that
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +18,7 @@ from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import wide
+from transformer_lens.model_bridge import AttentionPlace
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -31,7 +31,7 @@ HOOKS = {
 }
 """The components that can be scored, by position and, where they have them, by head or neuron."""
 SUMMED = ("d_head", "d_model")
-WRITES = ("hook_attn_out", "hook_mlp_out")
+WRITES = ("hook_attn_out", "hook_mlp_out", "hook_mixer_out")
 SOFTMAX = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 Tensors = dict[str, Tensor]
@@ -79,7 +79,8 @@ def atp_star(
         )
     dropping = _Dropping()
     names = list(dict.fromkeys([*compared, *_in_layers(bridge, SOFTMAX if fixed else ())]))
-    drops = [(_in_layers(bridge, WRITES), dropping)] if grad_drop else []
+    writes = [name for name in _in_layers(bridge, WRITES) if name in bridge.hook_dict]
+    drops = [(writes, dropping)] if grad_drop else []
     run = gradient_run(bridge, pair.base(at), pair.mask, metric, names, bwd_hooks=drops)
     ours = run.activations()
     found: Scores = {}
@@ -124,7 +125,14 @@ class _Dropping:
 
 def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
     """The hooks of queries and keys as attention multiplies them."""
-    rotated = "rot_" if "blocks.0.attn.hook_rot_q" in bridge.hook_dict else ""
+    sinks = any(isinstance(part, AttentionPlace) and part.sinks for part in bridge.components())
+    turned = {f"{name}.hook_rot_q" in bridge.hook_dict for name in _in_layers(bridge, ["attn"])}
+    if sinks or bridge.cfg.attn_scores_soft_cap > 0 or len(turned) > 1:
+        raise ValueError(
+            f"qk_fix: it computes the softmax of plain scores, and attention in {bridge.cfg.architecture} has sinks, "
+            "capped scores or layers without rotation; use qk_fix=False"
+        )
+    rotated = "rot_" if True in turned else ""
     return [f"attn.hook_{rotated}{part}" for part in "qk"]
 
 
@@ -147,7 +155,7 @@ def _softmaxed(
     )
     scores, gradient = ours[block + SOFTMAX[0]].double(), gradients[block + SOFTMAX[1]].double()
     pair = (other_q - q, k) if part == "q" else (q, other_k - k)
-    change = torch.einsum("bqhd,bkhd->bhqk", *pair) / math.sqrt(cfg.d_head)
+    change = torch.einsum("bqhd,bkhd->bhqk", *pair) / cfg.attn_scale
     found = (query_effects if part == "q" else key_effects)(scores, change, gradient).transpose(1, 2)
     if part == "k":
         found = found.unflatten(-1, (cfg.n_key_value_heads, -1)).sum(-1)

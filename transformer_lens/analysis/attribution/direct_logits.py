@@ -23,9 +23,11 @@ from transformer_lens.asking import (
     answer_ids,
     columns,
     need_experts,
+    need_whole_mlps,
     part_label,
     position_number,
     refuse_embeddings,
+    refuse_shared_experts,
 )
 from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.factored_matrix import wide
@@ -66,7 +68,11 @@ class DirectLogitAttribution:
 
 def _experts(cache: ActivationCache, **options: Any) -> Any:
     stack, labels = PARTS["head"](cache, **options)
-    kept = [number for number, label in enumerate(labels) if not label.endswith("_mlp_out")]
+    refuse_shared_experts(cache._bridge, "parts='expert'")
+    routed = [
+        f"{i}_mlp_out" for i in range(cache._layers) if f"blocks.{i}.mlp.hook_expert_out" in cache.model.hook_dict
+    ]
+    kept = [number for number, label in enumerate(labels) if label not in routed]
     experts: Any = cache.stack_expert_results(**options)
     return torch.cat([stack[kept], experts[0]]), [labels[number] for number in kept] + experts[1]
 
@@ -184,6 +190,9 @@ def logit_attribution(
     tokens or outside the vocabulary, and a position that a text does not have.
     """
     need_experts(bridge.cfg, "expert logit attribution")
+    need_whole_mlps(bridge, "expert logit attribution")
+    if bridge.cfg.normalization_type.startswith("LN") or bridge.b_U.any():
+        raise ValueError("expert logit attribution: the final norm centres, or the unembedding has a bias")
     refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     if position is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import part_label
+from transformer_lens.asking import part_label, refuse_shared_experts
 from transformer_lens.checks import a_text, in_words, whole
 from transformer_lens.model_bridge import Branch
 
@@ -58,7 +58,8 @@ class EdgeGraph:
     @classmethod
     @checked
     def of(cls, bridge: TransformerBridge) -> Self:
-        """The graph of a model."""
+        """The graph of a model. Raises `ValueError` for one with a shared expert, which no sender stands for."""
+        refuse_shared_experts(bridge, "the graph of edges")
         senders = [Place("embed", "hook_embed", None, 0, "embed")]
         receivers: list[Place] = []
         number = 0

@@ -41,8 +41,8 @@ def ablate_expert(
     renormalize: bool = False,
 ) -> Hooks:
     """Zero-ablate the weighted output of one or several experts wherever they were chosen, at all or some positions.
-    Routing is unchanged, so the other chosen experts keep their weights, unless `renormalize` rescales those to sum to
-    one (if the ablated experts had all the weight, nothing is rescaled).
+    Routing is unchanged, so the other chosen experts keep their weights, unless `renormalize` rescales those to the
+    sum that all had (if the ablated experts had all the weight, nothing is rescaled).
 
     >>> hooks = ablate_expert(bridge, layer=0, expert=2)
     >>> text = "When Mary and John went to the store"
@@ -77,8 +77,8 @@ def ablate_expert(
         if not renormalize:
             return left
         weights: Float[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_weights")
-        rest = weights.masked_fill(gone, 0).sum(-1, keepdim=True)
-        scale = 1 / rest.where(gone.any(-1, keepdim=True) & (rest > 0), 1)
+        rest, total = weights.masked_fill(gone, 0).sum(-1, keepdim=True), weights.sum(-1, keepdim=True)
+        scale = (total / rest).where(gone.any(-1, keepdim=True) & (rest > 0), 1)
         return (left * scale[..., None]).to(out.dtype)
 
     needed = ["hook_expert_indices", *(["hook_expert_weights"] if renormalize else [])]
@@ -103,10 +103,11 @@ def forbid_experts(
     >>> sorted(found.indices[0].unique().tolist())
     [0, 1]
 
-    `layer=None` means all layers. Positions as in `bridge.steer`. Raises `ValueError` for a dense model, if fewer
-    experts remain than the model chooses, and for a layer, expert or position that does not exist.
+    `layer=None` means all layers. Positions as in `bridge.steer`. Raises `ValueError` for a dense model, a router whose
+    choice has a bias, too few experts left, and a layer, expert or position that does not exist.
     """
     n_experts = need_experts(bridge.cfg, "forbid_experts")
+    _need_plain_choice(bridge, "forbid_experts")
     forbidden = expert_numbers(bridge.cfg, experts)
     positions = checked_positions(positions)
     left, needed = n_experts - len(forbidden), bridge.cfg.experts_per_token or 1
@@ -152,6 +153,7 @@ def force_experts(
     others = [expert for expert in range(n_experts) if expert not in forced]
     layers = layer_numbers(bridge.cfg, layer)
     if weights is None:
+        _need_plain_choice(bridge, "force_experts without weights")
         return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
     a_list("weights", weights)
     weights = [a_number("weights", weight) for weight in weights]
@@ -163,6 +165,16 @@ def force_experts(
         hooks.append((f"{_mlp(i)}.hook_expert_weights", _put([*weights, *[0.0] * spare], positions)))
         hooks.append((f"{_mlp(i)}.hook_expert_indices", _put([*forced, *others[:spare]], positions)))
     return hooks
+
+
+def _need_plain_choice(bridge: TransformerBridge, what: str) -> None:
+    """Raise `ValueError` where the router adds a bias before it chooses: the lowest logit may be chosen."""
+    for name, _ in (*bridge.original_model.named_parameters(), *bridge.original_model.named_buffers()):
+        if name.endswith(("correction_bias", "expert_bias")):
+            raise ValueError(
+                f"{what}: it lowers router logits, and {name} of {bridge.cfg.architecture} decides along with them; "
+                "use force_experts with weights"
+            )
 
 
 def _mlp(layer: int) -> str:

@@ -106,7 +106,8 @@ class TunedLens:
     >>> torch.equal(lens.logits(cache), cache.logit_lens())
     True
 
-    Raises `ValueError` for a model without an unembedding.
+    Logits are those of the unembedding. Raises `ValueError` for a model without one; `fit` and `evaluate` do for a
+    model that then caps or multiplies them.
     """
 
     @checked
@@ -153,6 +154,12 @@ class TunedLens:
             raise ValueError("logits of one stream: expected its layer, and no pos_slice")
         return self._unembed(self.translate(source, layer)[None])[0]
 
+    def _need_plain_logits(self) -> None:
+        if self.bridge.adapter.changes_logits():
+            raise ValueError(
+                f"tuned lens: {self.bridge.cfg.architecture} caps or multiplies what the unembedding gives"
+            )
+
     def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
         """The final norm and the unembedding, as in `ActivationCache.logit_lens`."""
         normed = ActivationCache({}, self.bridge).apply_ln_to_stack(stack, recompute_ln=True)
@@ -191,6 +198,7 @@ class TunedLens:
         `verbose` shows a progress bar. After an exception, an interrupt or a non-finite loss (`ValueError`), the lens
         is unchanged.
         """
+        self._need_plain_logits()
         check_texts(texts)
         one_of("optimizer", optimizer, ("adamw", "muon"))
         rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}[optimizer]
@@ -273,6 +281,7 @@ class TunedLens:
         >>> torch.equal(scores.kl, scores.kl_logit_lens), scores.kl.shape
         (True, torch.Size([5]))
         """
+        self._need_plain_logits()
         check_texts(texts)
         if not len(texts):
             raise ValueError("evaluate: got 0 texts, expected one or more")

@@ -19,7 +19,7 @@ from transformer_lens.analysis.patching.sweeps import (
     layer_expert_patch_setter,
     layer_pos_patch_setter,
 )
-from transformer_lens.asking import need_experts
+from transformer_lens.asking import need_experts, need_whole_mlps
 from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
@@ -30,8 +30,8 @@ get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert
 
 @checked
 def expert_contributions(cache: Cache, layer: int, n_experts: int) -> Float[Tensor, "batch pos expert d_model"]:
-    """What each expert of a layer adds to the residual stream: its weighted output, zero if not chosen. The
-    contributions sum to `hook_mlp_out`.
+    """What each chosen expert of a layer adds: its weighted output, zero if not chosen. They sum to `hook_mlp_out`
+    where no shared expert, norm or multiplier follows.
 
     >>> _, cache = bridge.run_with_cache("Mary and John")
     >>> parts = expert_contributions(cache, layer=0, n_experts=4)
@@ -79,6 +79,7 @@ class ExpertSweep:
         **options: Any,
     ) -> Float[Tensor, "layer *pos expert"]:
         n_experts = need_experts(model.cfg, "patching an expert")
+        need_whole_mlps(model, "patching an expert")
         input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
         layers = range(model.cfg.n_layers)
         names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]

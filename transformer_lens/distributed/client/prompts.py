@@ -160,9 +160,6 @@ def mask_in_front(mask: Tensor | None, count: int) -> Tensor | None:
 def positions_in_front(positions: Tensor | None, mask: Tensor | None, count: int, first: bool) -> Tensor | None:
     """Positions of the text shifted behind the prompts, which come before them in the `first` call.
 
-    >>> positions_in_front(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]), 2, first=True)
-    tensor([[0, 1, 0, 2, 3]])
-
     They match what transformers and the bridge derive from a mask with the prompts; padding between prompts and text,
     which nobody attends to, keeps its position.
     """

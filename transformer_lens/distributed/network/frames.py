@@ -59,18 +59,6 @@ def conversation(
 ) -> Generator[bytes, bytes, bytes]:
     """Yield the pieces of a call, receive the answer to each, and return the answer to the whole.
 
-    >>> exchange, talk = Exchange(), conversation(b"a long message", 60, most=100, piece=4)
-    >>> frame = next(talk)
-    >>> while isinstance(found := exchange.take("me", frame), bytes):
-    ...     frame = talk.send(found)
-    >>> found.message
-    b'a long message'
-    >>> exchange.finish(found, b"yes")
-    >>> talk.send(exchange.part(found, 0))
-    Traceback (most recent call last):
-    ...
-    StopIteration: b'yes'
-
     `seconds` are left for the call, `most` and `piece` are the largest answer and a piece in bytes. Raises `FrameError`
     for malformed answers, and `FrameRefused` with the server's words.
     """

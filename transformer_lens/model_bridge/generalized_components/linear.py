@@ -10,9 +10,5 @@ class LinearBridge(ComponentBridge):
 
 
 def linears(places: Mapping[str, str]) -> dict[str, Part]:
-    """Linear layers by role, from where each is.
-
-    >>> linears({"in": "up_proj", "out": "down_proj"})["in"].at
-    'up_proj'
-    """
+    """Linear layers by role, from where each is."""
     return {role: Part(LinearBridge, at) for role, at in places.items()}

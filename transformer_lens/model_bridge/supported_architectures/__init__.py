@@ -41,12 +41,7 @@ def by_type(*families: type[ArchitectureAdapter]) -> Mapping[str, type[Architect
 
 
 def row(base: type[ArchitectureAdapter], model_type: str, sentence: str, **data: Any) -> type[ArchitectureAdapter]:
-    """A family in one row: another family's adapter with other data.
-
-    >>> from transformer_lens.model_bridge.supported_architectures.llama import PLAIN, LlamaArchitectureAdapter
-    >>> row(LlamaArchitectureAdapter, "arcee", "Llama whose MLP has no gate.", dense=PLAIN).model_type
-    'arcee'
-    """
+    """A family in one row: another family's adapter with other data."""
     fixed = {"__doc__": sentence, "__module__": base.__module__, "__reduce__": _remade}
     return type(f"{base.__name__} of {model_type}", (base,), {**fixed, "model_type": model_type, **data})
 

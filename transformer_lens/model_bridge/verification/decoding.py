@@ -55,11 +55,7 @@ NAMED = 5
 
 
 def chunks(length: int) -> list[range]:
-    """How a text is read: a beginning, a chunk of two if it is long enough, and two single tokens.
-
-    >>> chunks(8)
-    [range(0, 4), range(4, 6), range(6, 7), range(7, 8)]
-    """
+    """How a text is read: a beginning, a chunk of two if it is long enough, and two single tokens."""
     single = min(2, length - 1)
     ends = [length - single - 2] if length - single > 2 else []
     ends += range(length - single, length + 1)

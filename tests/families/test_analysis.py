@@ -1,0 +1,98 @@
+"""Analysis on other families than Falcon and Mixtral: right where it is defined, refused where it is not."""
+
+import pytest
+import torch
+
+from tests.families.models import MODELS, build
+from tests.support import tokens
+from transformer_lens import TransformerBridge
+from transformer_lens.analysis.attribution import (
+    EdgeGraph,
+    atp_star,
+    direct_logit_attribution,
+    expert_attribution_patching,
+)
+from transformer_lens.analysis.experts import ablate_expert, forbid_experts, force_experts, logit_attribution
+from transformer_lens.analysis.lenses import TunedLens
+from transformer_lens.patching import get_act_patch_expert_out
+
+
+def bridge_of(name: str, **options) -> TransformerBridge:
+    if name not in MODELS:
+        pytest.skip(f"this release of transformers has no {name}")
+    return TransformerBridge(build(name, **options))
+
+
+def last(logits):
+    return logits[..., -1, 5].sum()
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma3_text", "qwen3", "gpt2"])
+def test_the_qk_fix_is_plain_attribution_for_a_small_change(name):
+    bridge = bridge_of(name, dtype=torch.float64, attn="eager")
+    clean = bridge.original_model.get_input_embeddings()(tokens(1, 6)).detach()
+    other = clean + 1e-4 * torch.randn_like(clean)
+    fixed, plain = (
+        atp_star(bridge, clean, other, last, parts=["q", "k"], qk_fix=fix, grad_drop=False) for fix in (True, False)
+    )
+    for part in "qk":
+        assert plain[part].abs().max() > 0
+        assert torch.allclose(fixed[part], plain[part], rtol=0, atol=1e-2 * float(plain[part].abs().max()))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "smollm3"])
+def test_the_qk_fix_is_refused_where_it_would_be_wrong(name):
+    bridge, ids = bridge_of(name), tokens(1, 6)
+    with pytest.raises(ValueError, match="qk_fix=False"):
+        atp_star(bridge, ids, ids.flip(1), last, parts=["q"], grad_drop=False)
+    assert atp_star(bridge, ids, ids.flip(1), last, parts=["q"], qk_fix=False, grad_drop=False)["q"].any()
+
+
+def test_renormalized_weights_sum_to_what_the_router_gave():
+    bridge, ids = bridge_of("olmoe"), tokens(2, 6)
+    _, plain = bridge.run_with_cache(ids)
+    out, weights, chosen = (plain[f"blocks.0.mlp.hook_expert_{kind}"] for kind in ("out", "weights", "indices"))
+    assert (weights.sum(-1) < 0.99).any()
+    gone = chosen == int(chosen[0, 0, 0])
+    left = weights.masked_fill(gone, 0)
+    left = left * weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True)
+    with bridge.hooks(ablate_expert(bridge, 0, int(chosen[0, 0, 0]), renormalize=True)):
+        _, cache = bridge.run_with_cache(ids)
+    assert torch.allclose(cache["mlp_out", 0], (out * left[..., None]).sum(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe, dense first", "granitemoe", "phimoe"])
+def test_experts_and_dense_layers_sum_to_the_logit(name):
+    bridge = bridge_of(name)
+    _, cache = bridge.run_with_cache(tokens(2, 6))
+    adds = direct_logit_attribution(bridge, cache, 5, parts="expert")
+    assert torch.allclose(adds.values.sum(0), adds.logit, atol=1e-3)
+
+
+SHARED = "has a shared expert"
+BETWEEN = "norm or multiplier"
+REFUSED = [
+    ("qwen2_moe", SHARED, lambda bridge, ids: EdgeGraph.of(bridge)),
+    ("qwen2_moe", SHARED, lambda bridge, ids: logit_attribution(bridge, ids, 5)),
+    ("qwen2_moe", SHARED, lambda bridge, ids: direct_logit_attribution(bridge, run(bridge, ids), 5, parts="expert")),
+    ("qwen2_moe", SHARED, lambda bridge, ids: expert_attribution_patching(bridge, ids, ids.flip(1), last)),
+    ("granitemoe", BETWEEN, lambda bridge, ids: logit_attribution(bridge, ids, 5)),
+    ("granitemoe", BETWEEN, lambda bridge, ids: expert_attribution_patching(bridge, ids, ids.flip(1), last)),
+    ("granitemoe", BETWEEN, lambda bridge, ids: get_act_patch_expert_out(bridge, ids, run(bridge, ids), last)),
+    ("phimoe", "centres", lambda bridge, ids: logit_attribution(bridge, ids, 5)),
+    ("dots1", "correction_bias", lambda bridge, ids: forbid_experts(bridge, 1, 0)),
+    ("dots1", "correction_bias", lambda bridge, ids: force_experts(bridge, 1, 0)),
+    ("gemma2", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).fit(ids)),
+    ("granite", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).evaluate(ids)),
+]
+
+
+def run(bridge, ids):
+    return bridge.run_with_cache(ids)[1]
+
+
+@pytest.mark.parametrize(("name", "text", "call"), REFUSED)
+def test_what_would_be_wrong_is_refused(name, text, call):
+    bridge = bridge_of(name)
+    with pytest.raises(ValueError, match=text):
+        call(bridge, tokens(2, 6))
