@@ -255,8 +255,9 @@ class ResidualStacks(DirectLogits):
         >>> lens.shape, torch.allclose(lens[-1], cache["unembed.hook_out"][:, -1], atol=1e-3)
         (torch.Size([5, 1, 735]), True)
 
-        The streams are those of `accumulated_resid`, each scaled by its own size. Raises `ValueError` for a model class
-        without an unembedding. Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+        The streams are those of `accumulated_resid`, each scaled by its own size. Where a model caps or multiplies its
+        logits, these are the logits before. Raises `ValueError` for a model class without an unembedding. Source:
+        nostalgebraist 2020, "interpreting GPT: the logit lens".
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
         bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)

@@ -114,12 +114,17 @@ class WeightMethods:
 
         >>> bridge.QK
         FactoredMatrix(shape=[4, 4, 128, 128], mdim=32)
+
+        Rotation and norms of queries and keys are not part of it.
         """
         return self._circuits("QK")
 
     @property
     def OV(self) -> FactoredMatrix:
-        """Every head's OV circuit, `[layer head d_model d_model]`, its factors copied; see `blocks[i].attn.OV`."""
+        """Every head's OV circuit, `[layer head d_model d_model]`, its factors copied; see `blocks[i].attn.OV`.
+
+        A norm or multiplier between attention and the stream is not part of it.
+        """
         return self._circuits("OV")
 
     @property

@@ -191,6 +191,8 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
     >>> grid = logit_lens_grid(bridge, "Mary and John")
     >>> grid.rows, len(grid.columns)
     (['0_pre', '1_pre', '2_pre', '3_pre', 'final_post'], 5)
+
+    Probabilities are those of `cache.logit_lens`: before a cap or multiplier of the logits.
     """
     check_one_text("logit_lens_grid", text)
     top = whole("logit_lens_grid: top", top, 1, bridge.W_U.shape[1])

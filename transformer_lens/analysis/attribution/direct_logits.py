@@ -106,7 +106,8 @@ def direct_logit_attribution(
     >>> adds.top(1)[0][0], torch.allclose(adds.values.sum(0), adds.logit, atol=1e-4)
     ('L3H3', True)
 
-    The cache has to be that of a whole run (the default filter). Pad on the left, so that -1 is each text's last token.
+    Where a model caps or multiplies its logits, these are the logits before. The cache has to be that of a whole run
+    (the default filter). Pad on the left, so that -1 is each text's last token.
     `transformer_lens.analysis.experts.logit_attribution` also reads several positions. Raises `ValueError` for parts
     that the model does not have, and for a cache without its batch axis.
     """
