@@ -5,12 +5,10 @@ from transformer_lens.model_bridge.caches import PrefixCache
 from transformer_lens.model_bridge.calls import InputAndMask
 from transformer_lens.model_bridge.elsewhere import BlockElsewhere, HookRequest
 from transformer_lens.model_bridge.generalized_components import Branch
-from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.info import ModelInfo, model_info, skeleton_bridge
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 __all__ = [
-    "AttentionPlace",
     "BlockElsewhere",
     "Branch",
     "HookRequest",

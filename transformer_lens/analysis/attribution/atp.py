@@ -7,6 +7,7 @@ GradDrop: the gradient skips one layer after another, which reveals effects that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,6 @@ from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import wide
-from transformer_lens.model_bridge import AttentionPlace
 
 HOOKS = {
     "q": "attn.hook_q",
@@ -125,8 +125,9 @@ class _Dropping:
 
 def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
     """The hooks of queries and keys as attention multiplies them."""
-    sinks = any(isinstance(part, AttentionPlace) and part.sinks for part in bridge.components())
-    turned = {f"{name}.hook_rot_q" in bridge.hook_dict for name in _in_layers(bridge, ["attn"])}
+    names = [name for name in _in_layers(bridge, ["attn"]) if f"{name}.hook_q" in bridge.hook_dict]
+    sinks = any(cast(Any, bridge.get_submodule(name)).sinks for name in names)
+    turned = {f"{name}.hook_rot_q" in bridge.hook_dict for name in names}
     if sinks or bridge.cfg.attn_scores_soft_cap > 0 or len(turned) > 1:
         raise ValueError(
             f"qk_fix: it computes the softmax of plain scores, and attention in {bridge.cfg.architecture} has sinks, "
