@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.checks import one_of
+from transformer_lens.checks import one_of, whole
 from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.calls import Output
@@ -62,9 +62,12 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         move_to_device: bool = True,
         default_padding_side: str | None = None,
     ) -> None:
-        asked = None if isinstance(cfg, nn.Module) else described(cfg)
-        super().__init__(cfg if isinstance(cfg, nn.Module) else native_model(described(cfg), tokenizer), tokenizer)
-        if asked is not None:
+        if isinstance(cfg, nn.Module):
+            super().__init__(cfg, tokenizer)
+        else:
+            asked = described(cfg)
+            asked.device = asked.device if move_to_device else torch.device("cpu")
+            super().__init__(native_model(asked, tokenizer), tokenizer)
             keep(asked, self.cfg)
         self._pad_at(default_padding_side)
 
@@ -115,7 +118,7 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
             if not unasked:
                 raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
         if first_n_layers is not None:
-            from_pretrained_kwargs["num_hidden_layers"] = first_n_layers
+            from_pretrained_kwargs["num_hidden_layers"] = whole("first_n_layers", first_n_layers, 1)
         if dtype is None and hf_model is None and "torch_dtype" not in from_pretrained_kwargs:
             dtype = "float32"
         model = cls.boot_transformers(
@@ -128,6 +131,7 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         )
         model.cfg.model_name = str(model_name)
         if default_prepend_bos is not None:
+            one_of("default_prepend_bos", default_prepend_bos, (True, False))
             model.cfg.default_prepend_bos = default_prepend_bos
         model._pad_at(default_padding_side)
         steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)

@@ -63,7 +63,7 @@ def refuse_embeddings(input: Any) -> None:
 
 
 def check_one_text(what: str, text: Any, ids_only: bool = False) -> None:
-    """Raise `TypeError` for anything but one text or, without `ids_only`, the token ids of one."""
+    """Raise `TypeError` for anything but the token ids of one text or, without `ids_only`, one text."""
     ids = is_tensor(text) and text.ndim in (1, 2) and text.numel() == text.shape[-1] > 0
     if ids and not text.is_floating_point() and text.dtype != torch.bool:
         return

@@ -307,11 +307,9 @@ class HookedRootModule(nn.Module):
             _detach(entries, silence=not completed)
             if clear_contexts:
                 self.clear_contexts()
-        silent = [
-            point.name
-            for point, entry, dir, named in entries
-            if dir == "fwd" and not entry.fired and (named or self.fires_in(point, kwargs))
-        ]
+        waiting = [(point, named) for point, entry, dir, named in entries if dir == "fwd" and not entry.fired]
+        given = dict(zip(inspect.signature(self.forward).parameters, args, strict=False)) | kwargs if waiting else {}
+        silent = [point.name for point, named in waiting if named or self.fires_in(point, given)]
         if silent:
             raise ValueError(
                 f"these hooks were asked for and never fired: {', '.join(map(repr, silent))}; "

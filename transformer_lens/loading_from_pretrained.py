@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens.checks import a_text
+from transformer_lens.checks import a_text, refuse_unknown
 from transformer_lens.data import TINY_MODELS
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.loading import load_config
+from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
 
@@ -35,6 +35,7 @@ def get_pretrained_model_config(model_name: str, **options: Any) -> BridgeConfig
     >>> get_pretrained_model_config("tiny-mixtral").num_experts
     4
     """
+    refuse_unknown("get_pretrained_model_config", options, FILE_OPTIONS)
     if model_name in PUBLISHED:
         kind, sizes = PUBLISHED[model_name]
         return adapter_for(kind(**sizes)).cfg

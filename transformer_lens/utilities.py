@@ -63,7 +63,7 @@ def lm_cross_entropy_loss(
     shared = is_tensor(attention_mask) and list(attention_mask.shape) == [1, pos]
     mask = None if attention_mask is None else checked_mask(attention_mask, 1 if shared else rows, pos, logits.device)
     log_probs = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-    losses = -log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    losses = -log_probs.gather(-1, tokens[:, 1:, None].to(logits.device)).squeeze(-1)
     if mask is not None:
         counts = (mask[:, 1:] & mask[:, :-1]).expand_as(losses)
         losses = losses.masked_fill(~counts, 0.0)

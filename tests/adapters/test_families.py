@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.families.models import MODELS, build
-from tests.support import tokens
+from tests.support import CACHE_ARGUMENT, tokens
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.info import cache_memory, layout_in_words, model_info
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
@@ -64,7 +64,14 @@ def test_gemma2_caps_its_scores_and_its_logits(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name, windows",
-    [("llama", (None, None)), ("mistral", (4, 4)), ("qwen2", (None, 4)), ("gemma2", (4, None)), ("qwen3_moe", (4, 4))],
+    [
+        ("llama", (None, None)),
+        ("mistral", (4, 4)),
+        ("qwen2", (None, 4)),
+        ("gemma2", (4, None)),
+        ("qwen3_moe", (4, 4)),
+        ("gpt_neo", (None, 4)),
+    ],
 )
 def test_patterns_and_memory_go_by_the_window_of_each_layer(name: str, windows: tuple[int | None, ...]) -> None:
     bridge = TransformerBridge(build(name, "eager"))
@@ -76,10 +83,56 @@ def test_patterns_and_memory_go_by_the_window_of_each_layer(name: str, windows: 
     heads, d_head = bridge.cfg.n_key_value_heads, bridge.cfg.d_head
     memory = cache_memory(bridge.adapter, 50, torch.bfloat16)
     assert memory.needed == 4 * heads * d_head * sum(50 if window is None else 3 for window in windows)
-    assert memory.allocated == 4 * heads * d_head * sum(50 if window is None else 4 for window in windows)
+    held = sum(50 if window is None or name == "gpt_neo" else 4 for window in windows)
+    assert memory.allocated == 4 * heads * d_head * held
     words = layout_in_words(bridge.adapter)
     where = {(None, 4): " in layer 1", (4, None): " in layer 0"}.get(windows, "")
     assert words.endswith(f"each token attends to the last 4{where}" if any(windows) else "RoPE")
+
+
+@pytest.mark.parametrize("name", ["lfm2", "jamba", "gpt_neo", "falcon_h1"])
+def test_memory_is_what_the_cache_of_transformers_holds(name: str) -> None:
+    if name not in MODELS:
+        pytest.skip("this release of transformers has other modules for it")
+    model = build(name)
+    out = model(tokens(1, 12), use_cache=True)
+    held = [vars(layer).get(kind) for layer in out[CACHE_ARGUMENT].layers for kind in ("keys", "values")]
+    memory = cache_memory(adapter_for(model.config), 12, torch.float32)
+    assert memory.allocated == 4 * sum(kept.numel() for kept in held if kept is not None) > 0
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("jamba", {"num_experts": 1, "num_experts_per_tok": 2}),
+        ("qwen3_moe", {"num_experts": 0}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1], "num_experts": 2}),
+    ],
+)
+def test_a_mixture_of_dense_layers_alone_may_choose_more_experts_than_it_has(
+    name: str, options: dict[str, Any]
+) -> None:
+    if name not in MODELS:
+        pytest.skip("this release of transformers has other modules for it")
+    model, ids = build(name, **options), tokens()
+    assert torch.equal(model(ids).logits, TransformerBridge(model)(ids))
+
+
+def test_gptj_says_how_it_rotates() -> None:
+    if "gptj" in MODELS:
+        cfg = adapter_for(build("gptj").config).cfg
+        assert (cfg.rotary_dim, cfg.rotary_base) == (4, 10000.0)
+
+
+@pytest.mark.parametrize("name", sorted({"granite", "falcon_h1"} & {*MODELS}))
+def test_given_embeddings_are_shown_as_the_first_block_reads_them_or_not_at_all(name: str) -> None:
+    bridge, x = TransformerBridge(build(name)), torch.randn(1, 5, 32)
+    if name == "falcon_h1":
+        with pytest.raises(ValueError, match="never fired: 'hook_embed'"):
+            bridge.run_with_cache(x)
+        return
+    _, cache = bridge.run_with_cache(x)
+    assert torch.equal(cache["embed"], cache["resid_pre", 0])
 
 
 def test_each_layer_of_a_mixture_with_dense_layers_has_its_own_width() -> None:

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from tests.bridge.texts import tokenizer
+from tests.families.models import build
 from tests.support import MIXTRAL_SMALL, falcon_config, family, perturbed, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import model_info, skeleton_bridge
@@ -239,3 +240,13 @@ def test_a_skeleton_takes_what_says_where_files_are_and_nothing_else(tmp_path):
             with pytest.raises(TypeError, match="loading: got an unknown keyword 'num_hidden_layers'; the nearest are"):
                 function(model, num_hidden_layers=1)
             function(model, revision=None)
+
+
+def test_overrides_of_the_config_count_even_as_none_and_come_once(tmp_path):
+    build("gemma2").save_pretrained(tmp_path)
+    options = {"hf_config_overrides": {"final_logit_softcapping": None}}
+    assert TransformerBridge.boot_transformers(tmp_path, **options).config.final_logit_softcapping is None
+    with pytest.raises(TypeError, match="got num_hidden_layers also in hf_config_overrides"):
+        TransformerBridge.boot_transformers(tmp_path, {"num_hidden_layers": 1}, num_hidden_layers=2)
+    with pytest.raises(TypeError, match="unknown keyword 'nonsense'"):
+        TransformerBridge.boot_transformers(tmp_path, {"nonsense": None})

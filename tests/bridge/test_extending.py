@@ -348,3 +348,34 @@ def test_a_cache_can_be_copied(bridge):
     other = copy.deepcopy(cache)
     assert list(other) == list(cache)
     assert torch.equal(other["q", 0], cache["q", 0])
+
+
+def test_a_model_with_hooks_at_ports_and_inside_is_pickled(bridge):
+    ids = tokens()
+    plain = bridge(ids)
+    bridge.add_hook("blocks.0.hook_resid_pre", double)
+    bridge.add_hook("blocks.0.attn.hook_pattern", double)
+    written = bridge(ids)
+    assert not torch.equal(written, plain)
+    copied = pickle.loads(pickle.dumps(bridge))
+    assert torch.equal(copied(ids), written)
+    copied.reset_hooks()
+    assert torch.equal(copied(ids), plain)
+    assert not any("forward" in vars(module) for module in copied.original_model.modules())
+    assert torch.equal(pickle.loads(pickle.dumps(bridge.original_model))(ids).logits, written)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_second_bridge_cannot_exchange_what_another_has_put_in(bridge, order):
+    class Own(nn.Module):
+        def forward(self, x, *args):
+            return x
+
+    model, second = bridge.original_model, TransformerBridge(bridge.original_model)
+    modules = dict(model.named_modules())
+    bridge.blocks[0].mlp = Own()
+    with pytest.raises(ValueError, match="another bridge has put a Own in its place"):
+        second.blocks[0].mlp = Own()
+    for number in order:
+        (bridge, second)[number].detach()
+    assert dict(model.named_modules()) == modules

@@ -441,6 +441,12 @@ def test_hooks_in_a_with_block_fire_in_every_thread(one):
 # -- asked for and never fired --------------------------------------------------------------------
 
 
+def test_a_layer_to_stop_at_may_come_by_position():
+    bridge, ids = TransformerBridge(family("40b")), tokens()
+    stream, cache = bridge.run_with_cache(ids, "logits", False, None, None, None, None, 1)
+    assert torch.equal(stream, cache["resid_post", 0]) and "blocks.1.hook_resid_pre" not in cache
+
+
 @pytest.mark.core
 def test_a_hook_above_the_stop_is_an_error(bridge):
     x = tokens()

@@ -195,6 +195,36 @@ def test_the_vocabulary_may_be_the_tokenizers(bridge):
     assert model.cfg.d_vocab == len(bridge.tokenizer) and model("Mary and John").shape == (1, 5, len(bridge.tokenizer))
 
 
+def test_what_a_config_says_about_the_bridge_is_kept():
+    kept = HookedTransformer({**SIZES, "use_attn_result": True, "model_name": "mine"}).cfg
+    assert kept.use_attn_result and kept.model_name == "mine"
+    assert TransformerBridge.boot_native(SIZES).cfg.model_name == "native"
+    assert TransformerBridge.boot_native(SIZES, model_name="toy").cfg.model_name == "toy"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"first_n_layers": 0}, "first_n_layers"),
+        ({"first_n_layers": 0, "hf_model": falcon()}, "first_n_layers"),
+        ({"default_prepend_bos": "yes"}, "default_prepend_bos"),
+    ],
+)
+def test_what_loading_cannot_heed_is_refused(options, text):
+    with pytest.raises(ValueError, match=text):
+        HookedTransformer.from_pretrained("tiny-falcon", **options)
+
+
+def test_a_device_is_left_alone_where_nothing_is_moved():
+    model = HookedTransformer.from_pretrained_no_processing("tiny-falcon", device="meta", move_to_device=False)
+    assert model.cfg.device == torch.device("cpu")
+
+
+def test_a_model_that_is_not_moved_stays_where_it_was_made():
+    model = HookedTransformer({**SIZES, "device": "meta"}, move_to_device=False)
+    assert model.cfg.device == torch.device("cpu") and model.W_U.any()
+
+
 # -- cfg -------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +371,18 @@ def test_a_frequency_penalty_takes_off_what_it_says():
         model.generate(tokens, 1, freq_penalty=-1.0)
 
 
+def test_a_frequency_penalty_counts_no_padding():
+    model = TransformerBridge(falcon())
+    tokens, mask = torch.tensor([[5, 5, 5, 6], [7, 8, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = {"output_scores": True, "return_dict_in_generate": True, "temperature": 1.0, "top_k": 0}
+    plain = model.generate(tokens, 1, attention_mask=mask, output_logits=True, do_sample=True, **options)
+    out = model.generate(tokens, 1, attention_mask=mask, freq_penalty=2.0, **options)
+    expected = plain.logits[0].clone()
+    for row, seen in enumerate(([5, 6], [5, 6, 7, 8])):
+        expected[row, seen] -= 2.0
+    torch.testing.assert_close(out.scores[0], expected)
+
+
 def test_a_stream_in_portions(bridge):
     whole = bridge.generate(TEXT, 5, do_sample=False, eos_token_id=None)
     portions = list(bridge.generate_stream(TEXT, 5, 2, do_sample=False, eos_token_id=None))
@@ -416,3 +458,5 @@ def test_names_of_models():
     assert get_official_model_name("any/name") == "any/name"
     assert get_pretrained_model_config("falcon-40b").n_key_value_heads == 8
     assert get_pretrained_model_config("tiny-mixtral").num_experts == 4
+    with pytest.raises(TypeError, match="unknown keyword 'n_layers'"):
+        get_pretrained_model_config("falcon-40b", n_layers=3)

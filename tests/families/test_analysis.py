@@ -12,9 +12,15 @@ from transformer_lens.analysis.attribution import (
     direct_logit_attribution,
     expert_attribution_patching,
 )
-from transformer_lens.analysis.experts import ablate_expert, forbid_experts, force_experts, logit_attribution
+from transformer_lens.analysis.experts import (
+    ablate_expert,
+    forbid_experts,
+    force_experts,
+    logit_attribution,
+    routing,
+)
 from transformer_lens.analysis.lenses import TunedLens
-from transformer_lens.patching import get_act_patch_expert_out
+from transformer_lens.patching import get_act_patch_expert_out, get_act_patch_resid_pre
 
 
 def bridge_of(name: str, **options) -> TransformerBridge:
@@ -37,6 +43,7 @@ def test_the_qk_fix_is_plain_attribution_for_a_small_change(name):
     )
     for part in "qk":
         assert plain[part].abs().max() > 0
+        assert not torch.equal(fixed[part], plain[part])
         assert torch.allclose(fixed[part], plain[part], rtol=0, atol=1e-2 * float(plain[part].abs().max()))
 
 
@@ -69,6 +76,35 @@ def test_experts_and_dense_layers_sum_to_the_logit(name):
     assert torch.allclose(adds.values.sum(0), adds.logit, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_parts_sum_to_the_logit_before_it_is_changed(name):
+    bridge = bridge_of(name)
+    _, cache = bridge.run_with_cache(tokens(2, 6))
+    adds = direct_logit_attribution(bridge, cache, 5)
+    assert torch.equal(adds.logit, cache["unembed.hook_out"][:, -1, 5])
+    assert torch.allclose(adds.values.sum(0), adds.logit, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "lfm2", "jamba"])
+def test_sweeps_over_models_with_states_are_a_loop(name):
+    bridge, ids = bridge_of(name), tokens(1, 4)
+    _, clean = bridge.run_with_cache(ids)
+    found = get_act_patch_resid_pre(bridge, ids.flip(1), clean, last, verbose=False)
+    for layer in range(2):
+        for position in range(4):
+
+            def put(stream, hook, layer=layer, position=position):
+                stream[:, position] = clean["resid_pre", layer][:, position]
+
+            logits = bridge.run_with_hooks(ids.flip(1), fwd_hooks=[(f"blocks.{layer}.hook_resid_pre", put)])
+            assert torch.equal(found[layer, position], last(logits))
+
+
+def with_biased_head(bridge):
+    bridge.original_model.lm_head.bias = torch.nn.Parameter(torch.ones(bridge.cfg.d_vocab))
+    return bridge
+
+
 SHARED = "has a shared expert"
 BETWEEN = "norm or multiplier"
 REFUSED = [
@@ -82,6 +118,9 @@ REFUSED = [
     ("phimoe", "centres", lambda bridge, ids: logit_attribution(bridge, ids, 5)),
     ("dots1", "correction_bias", lambda bridge, ids: forbid_experts(bridge, 1, 0)),
     ("dots1", "correction_bias", lambda bridge, ids: force_experts(bridge, 1, 0)),
+    ("lfm2_moe", "expert_bias", lambda bridge, ids: forbid_experts(bridge, 1, 0)),
+    ("qwen3_moe, dense first", "some layers are dense", lambda bridge, ids: routing(bridge, ids)),
+    ("olmoe", "has a bias", lambda bridge, ids: logit_attribution(with_biased_head(bridge), ids, 5)),
     ("gemma2", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).fit(ids)),
     ("granite", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).evaluate(ids)),
 ]

@@ -452,6 +452,15 @@ def test_processed_weights_predict_the_same(name: str) -> None:
 
 
 @pytest.mark.core
+@every_model
+def test_verify_has_a_reference_for_rotated_heads_shared_experts_and_states(name: str) -> None:
+    bridge = TransformerBridge(build(name))
+    judged = {one.hook for one in bridge.verify().results if one.check == "hugging face"}
+    ends = ("hook_rot_q", "hook_rot_k", ".mixer.hook_in", ".shared.hook_out", ".shared.hook_post", "hook_logits")
+    wanted = {full for full in bridge.hook_dict if full.endswith(ends)}
+    assert wanted <= judged, wanted - judged
+
+
 @each_kind
 def test_verify_passes(name: str) -> None:
     report = TransformerBridge(build(name)).verify()

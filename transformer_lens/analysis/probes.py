@@ -85,7 +85,7 @@ def probe(
     and Liang 2019, "Designing and Interpreting Probes with Control Tasks". Raises `ImportError` without scikit-learn,
     and `ValueError` for features that are not finite, labels of one class, lengths that differ, and too few examples.
     """
-    x, y, task = _checked(features, labels, task, folds, strength, confidence)
+    x, y, task = _checked(features, labels, task, folds, confidence)
     classes, targets = (np.unique(y, return_inverse=True)) if task == "classification" else (np.array([]), y)
     group_of = _numbered("groups", groups, len(x))
     rng = np.random.default_rng(seed)
@@ -294,7 +294,7 @@ def _numbered(what: str, values: Sequence[Hashable] | None, count: int) -> Value
 
 
 def _checked(
-    features: Tensor, labels: Sequence[Any] | Tensor, task: Task | None, folds: int, strength: float, confidence: float
+    features: Tensor, labels: Sequence[Any] | Tensor, task: Task | None, folds: int, confidence: float
 ) -> tuple[Values, Values, Task]:
     if not is_tensor(features) or features.ndim != 2 or not features.is_floating_point():
         raise TypeError(f"features: got {in_words(features)}, expected floats [example, features]")
@@ -310,7 +310,7 @@ def _checked(
     if floats and not np.isfinite(y).all():
         raise ValueError("labels: some are not finite")
     if folds < 2 or not 0 < confidence < 1:
-        raise ValueError(f"got folds {folds}, strength {strength}, confidence {confidence}; expected 2 up, > 0, 0 to 1")
+        raise ValueError(f"got folds {folds}, confidence {confidence}; expected 2 up, 0 to 1")
     if len(np.unique(y)) < 2:
         raise ValueError(f"labels: all {len(y)} are the same, and there is nothing to tell apart")
     return features.detach().double().cpu().numpy(), y.astype(float) if task == "regression" else y, task

@@ -155,7 +155,8 @@ class ArchitectureAdapter:
     def window(self, layer: int) -> int | None:
         """How many of the latest positions a layer attends to, itself included; `None` for all of them."""
         types = self.config.layer_types if "layer_types" in self.config_keys else None
-        return self.cfg.sliding_window if types is None or types[layer] == "sliding_attention" else None
+        kinds = {"sliding_attention": self.cfg.sliding_window, "full_attention": None, "conv": None}
+        return self.cfg.sliding_window if types is None else kinds[types[layer]]
 
     def embed_scale(self) -> float:
         """The factor on embeddings after their module; `hook_embed` is what the first block reads."""

@@ -149,8 +149,6 @@ class TransformerBridge(
         if hf_config_overrides is not None and not isinstance(hf_config_overrides, Mapping):
             raise TypeError(f"hf_config_overrides: got {in_words(hf_config_overrides)}, expected fields by name")
         name_or_path = model_name if name_or_path is None else name_or_path
-        if hf_config_overrides is not None and not isinstance(hf_config_overrides, Mapping):
-            raise TypeError(f"hf_config_overrides: got {in_words(hf_config_overrides)}, expected a mapping of fields")
         if hf_model is not None and hf_config_overrides:
             raise ValueError("boot_transformers: hf_config_overrides cannot be applied to an hf_model already loaded")
         named = {
@@ -159,9 +157,12 @@ class TransformerBridge(
             "device_map": device_map,
             "quantization_config": quantization_config,
             "revision": revision,
-            **(hf_config_overrides or {}),
         }
         options = {key: value for key, value in named.items() if value is not None} | from_pretrained_kwargs
+        twice = [key for key in hf_config_overrides or {} if key in options]
+        if twice:
+            raise TypeError(f"boot_transformers: got {', '.join(twice)} also in hf_config_overrides; pass it once")
+        options |= hf_config_overrides or {}
         hf_model, tokenizer = model_and_tokenizer(
             name_or_path, hf_model, tokenizer, device=device, options=options, load_weights=load_weights
         )
@@ -179,7 +180,7 @@ class TransformerBridge(
         tokenizer: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
-        model_name: str = "native",
+        model_name: str | None = None,
     ) -> Self:
         """A small random model made from a config, in the transformers family that matches it.
 
@@ -195,7 +196,7 @@ class TransformerBridge(
         made = native_model(asked, tokenizer)
         bridge = cls(model_and_tokenizer(None, made, tokenizer, device=device, options=options)[0], tokenizer)
         keep(asked, bridge.cfg)
-        bridge.cfg.model_name = model_name
+        bridge.cfg.model_name = model_name or ("native" if asked.model_name == "custom" else asked.model_name)
         return bridge
 
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:

@@ -288,8 +288,11 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
     """
     cfg = adapter.cfg
     each = 2 * cfg.d_head * dtype.itemsize
-    windows = [adapter.window(layer) or context + 1 for layer in range(cfg.n_layers)]
-    needed, held = (sum(min(context, window - less) for window in windows) for less in (1, 0))
+    attending = [layer for layer in range(cfg.n_layers) if "attn" in adapter.block(layer).parts]
+    windows = [adapter.window(layer) or context + 1 for layer in attending]
+    cut = adapter.cfg_names.get("sliding_window") == "sliding_window"  # the name by which a KV cache knows a window
+    needed = sum(min(context, window - 1) for window in windows)
+    held = sum(min(context, window) if cut else context for window in windows)
     return CacheMemory(context, each * cfg.n_key_value_heads * needed, each * adapter.cached_heads() * held)
 
 

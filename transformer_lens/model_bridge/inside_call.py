@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -26,7 +27,15 @@ DISPATCHED = "_old_forward"
 class ForwardInPlace:
     """Replaces a module's `forward`."""
 
+    module: nn.Module
+    had: bool
+    """Whether the original was in the module's own dictionary."""
     original: Callable[..., Any]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if not self.had:  # a method is pickled by its name, under which this one is found
+            self.original = MethodType(type(self.module).forward, self.module)
 
     @classmethod
     def on(cls, module: nn.Module) -> Self | None:

@@ -102,7 +102,7 @@ def model_and_tokenizer(
         raise TypeError(f"hf_model: got a {type(hf_model).__name__}, expected a Hugging Face model")
     if hf_model is not None:
         refuse_unknown_options(hf_model.config, given)
-        late = [name for name, value in given.items() if value not in (None, False)]
+        late = [name for name, value in given.items() if value is not None and value is not False]
         late += ["load_weights=False"] * (not load_weights)
         if late:
             raise ValueError(

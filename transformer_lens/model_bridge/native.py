@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformer_lens.checks import in_words, one_of, whole
 from transformer_lens.model_bridge.config import BridgeConfig
 
-COMMON = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn", "eps", "model_name")
+COMMON = ("n_layers", "n_heads", "d_model", "d_head", "d_mlp", "n_ctx", "d_vocab", "act_fn", "eps")
 READ_ALWAYS = (
     *("positional_embedding_type", "normalization_type", "gated_mlp", "dtype", "device", "attn_scale"),
     *("n_key_value_heads", "d_vocab_out", "tie_word_embeddings"),
 )
 OF_BRIDGE = (
-    *("default_prepend_bos", "seed", "initializer_range", "tokenizer_name"),
+    *("model_name", "default_prepend_bos", "seed", "initializer_range", "tokenizer_name"),
     *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
 )
 """Fields that every model reads, or that follow from others; and those that the bridge's config keeps."""

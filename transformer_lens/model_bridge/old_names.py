@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.checks import a_tensor
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter
 from transformer_lens.model_bridge.calls import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -117,9 +116,7 @@ class OldNames(InputMethods, HookedRootModule):
         >>> torch.equal(bridge.loss_fn(bridge(tokens), tokens), bridge(tokens, return_type="loss"))
         True
         """
-        a_tensor("logits", logits)
-        a_tensor("tokens", tokens)
-        return lm_cross_entropy_loss(logits, tokens.to(logits.device), attention_mask, per_token)
+        return lm_cross_entropy_loss(logits, tokens, attention_mask, per_token)
 
     def add_caching_hooks(
         self,
@@ -138,11 +135,8 @@ class OldNames(InputMethods, HookedRootModule):
         ['blocks.0.hook_resid_post']
         """
         store, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
-        for name, hook in forward:
-            self.add_hook(name, hook)
-        for name, hook in backward:
-            self.add_hook(name, hook, dir="bwd")
-        return store
+        with self.hooks(forward, backward, reset_hooks_end=False):
+            return store
 
     def list_hooks(self) -> list[str]:
         return list(self.hook_dict)

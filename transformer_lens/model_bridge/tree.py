@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -15,6 +16,9 @@ from transformer_lens.model_bridge.generalized_components.base import is_replica
 from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.views import whole
 from transformer_lens.model_bridge.wrapped_model import MODEL
+
+PUT: WeakSet[nn.Module] = WeakSet()
+"""The modules that a bridge has put in a component's place."""
 
 
 class Place:
@@ -64,6 +68,7 @@ class Place:
         """Put the component's own module back."""
         before = self.component.displaced
         assert before is not None
+        PUT.discard(self.module)
         nn.Module.__setattr__(self.owner, self.role, self.component)
         self.preparation.undo()
         self.component.take_back()
@@ -82,12 +87,15 @@ class Place:
         ]
         self._refuse_hooks([(self.owner, name) for name in looking_in] + [*self._inside()])
         before = self.component.original_component
+        if before in PUT:
+            raise ValueError(f"{self.component.name}: another bridge has put a {type(before).__name__} in its place")
         self._in_model(module)
         with ExitStack() as if_it_fails:
             if_it_fails.callback(self._in_model, before)
             self.preparation = self.prepare(self.component, module)
             self.component.stand_for(before)
             if_it_fails.pop_all()
+        PUT.add(module)
         nn.Module.__setattr__(self.owner, self.role, module)
         self.hidden = {name: self.owner._modules.pop(name) for name in looking_in}
         self.changed(self)

@@ -89,7 +89,7 @@ CHECKS = (
         values.projected_heads,
         _modules_elsewhere,
     ),
-    Check("experts", "per-expert outputs, weighted and summed, give mlp_out", values.experts, _modules_elsewhere),
+    Check("experts", "weighted outputs of experts sum to what they return", values.experts, _modules_elsewhere),
     Check("inside", "with a hook inside, a module's output is its own", runs.inside, _modules_elsewhere),
     Check("looking", "capturing leaves the output as it is", runs.looking),
     Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),

@@ -35,7 +35,7 @@ class Watch(ForwardInPlace):
     """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.module = model
         self.had = "forward" in model.__dict__
         self.original = model.forward
         self.__wrapped__ = self.original  # generate() and PEFT read the signature
@@ -43,9 +43,7 @@ class Watch(ForwardInPlace):
         # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
         self.compiled: list[tuple[nn.Module, Any]] = []
         every = [model]
-        for (
-            module
-        ) in every:  # those in two places come twice; `modules()` looks for them, and takes several times as long
+        for module in every:  # not `modules()`: it drops repeats, at several times the cost
             if module.__dict__.get(COMPILED) is not None:
                 self.compiled.append((module, module.__dict__.pop(COMPILED)))
             if module._modules:
@@ -57,7 +55,7 @@ class Watch(ForwardInPlace):
             follower.follow()
         outer, state.memo = state.memo, {}
         try:
-            with recording(self.model):
+            with recording(self.module):
                 return self.original(*args, **kwargs)
         finally:
             state.memo = outer
@@ -65,7 +63,7 @@ class Watch(ForwardInPlace):
     def remove(self) -> None:
         for module, compiled in self.compiled:
             module.__dict__.setdefault(COMPILED, compiled)
-        self.leave(self.model, self.had)
+        self.leave(self.module, self.had)
 
 
 def watch(model: nn.Module, follower: Follower) -> None:

@@ -65,7 +65,8 @@ def atp_star(
     of v, z and MLPs are plain attribution patching. Where one metric covers several texts, each has its own score.
 
     It costs two forwards and one backward, or one backward per layer with `grad_drop`. Errors as in
-    `attribution_patching`; `KeyError` for `mlp_post` in a mixture of experts.
+    `attribution_patching`; `KeyError` for `mlp_post` in a mixture of experts; `ValueError` for `qk_fix` where scores
+    are capped, heads have sinks or only some layers rotate.
     """
     layers = range(bridge.cfg.n_layers)
     _check(bridge, parts, grad_drop)

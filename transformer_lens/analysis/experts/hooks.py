@@ -78,7 +78,7 @@ def ablate_expert(
             return left
         weights: Float[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_weights")
         rest, total = weights.masked_fill(gone, 0).sum(-1, keepdim=True), weights.sum(-1, keepdim=True)
-        scale = (total / rest).where(gone.any(-1, keepdim=True) & (rest > 0), 1)
+        scale = (total / rest).where(rest > 0, 1)
         return (left * scale[..., None]).to(out.dtype)
 
     needed = ["hook_expert_indices", *(["hook_expert_weights"] if renormalize else [])]
@@ -94,7 +94,7 @@ def forbid_experts(
     bridge: TransformerBridge, layer: Layers, experts: int | Sequence[int], positions: Positions = None
 ) -> Hooks:
     """Route tokens away from some experts: their router logits become the lowest finite number, so the router chooses
-    among the others, whose weights sum to one.
+    among the others.
 
     >>> hooks = forbid_experts(bridge, layer=0, experts=[2, 3])
     >>> from transformer_lens.analysis.experts import routing
@@ -127,8 +127,8 @@ def force_experts(
     positions: Positions = None,
     weights: Sequence[float] | None = None,
 ) -> Hooks:
-    """Route tokens to these experts. Without `weights`, the router weighs them against each other, and the weights sum
-    to one; with `weights`, one per expert, they are used as given, in that order.
+    """Route tokens to these experts. Without `weights`, the router weighs them against each other by its own
+    rule; with `weights`, one per expert, they are used as given, in that order.
 
     >>> hooks = force_experts(bridge, layer=0, experts=[0, 3], weights=[0.25, 0.75])
     >>> from transformer_lens.analysis.experts import routing

@@ -34,7 +34,7 @@ class RoutedToken(NamedTuple):
     """0 if the expert was the first choice."""
     weight: float
     probability: float
-    """The router's probability of this expert, before the chosen experts' weights are normalised."""
+    """The softmax of the router's logits, at this expert."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,11 +46,11 @@ class Routing(Tabular):
     mask: Bool[Tensor, "batch pos"]
     """False at padding tokens."""
     indices: Int[Tensor, "layer batch pos chosen"]
-    """The experts chosen, highest weight first."""
+    """The experts chosen, in the router's order: for most, highest weight first."""
     weights: Float[Tensor, "layer batch pos chosen"]
-    """The weights of the chosen experts, which sum to one."""
+    """What the outputs of the chosen experts are multiplied by."""
     probabilities: Float[Tensor, "layer batch pos expert"]
-    """The softmax of the router's logits over all experts."""
+    """The softmax of the router's logits over all experts; some routers weigh them in another way."""
 
     @property
     def str_tokens(self) -> list[list[str]]:
@@ -126,9 +126,11 @@ def routing(
     >>> found.indices.shape, found.mask.sum(-1).tolist()
     (torch.Size([3, 2, 5, 2]), [5, 3])
 
-    Keywords as in `bridge.forward`. Raises `ValueError` for a dense model and `TypeError` for embeddings.
+    Keywords as in `bridge.forward`. Raises `ValueError` for a model with dense layers and `TypeError` for embeddings.
     """
     need_experts(bridge.cfg, "routing")
+    if any(f"blocks.{i}.mlp.{HOOKS[0]}" not in bridge.hook_dict for i in range(bridge.cfg.n_layers)):
+        raise ValueError("routing: some layers are dense; read blocks.{i}.mlp.hook_router_logits of those with experts")
     refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side, attention_mask)
     names = [f"blocks.{i}.mlp.{name}" for i in range(bridge.cfg.n_layers) for name in HOOKS]
@@ -188,7 +190,7 @@ class RoutingStatistics(Tabular):
 
     @property
     def entropy(self) -> Float[Tensor, " layer"]:
-        """Mean entropy of the router's distribution over all experts, in nats; at most ln(experts)."""
+        """Mean entropy of the softmax of the router's logits, in nats; at most ln(experts)."""
         return self.entropy_sum / self.n_tokens
 
     def cooccurrence(self, d_vocab: int) -> Int[Tensor, "layer d_vocab expert"]:

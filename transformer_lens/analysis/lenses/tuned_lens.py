@@ -106,8 +106,8 @@ class TunedLens:
     >>> torch.equal(lens.logits(cache), cache.logit_lens())
     True
 
-    Logits are those of the unembedding. Raises `ValueError` for a model without one; `fit` and `evaluate` do for a
-    model that then caps or multiplies them.
+    Logits are those before any cap or multiplier. Raises `ValueError` for a model without an unembedding; `fit` and
+    `evaluate` also do where the model caps or multiplies its logits.
     """
 
     @checked

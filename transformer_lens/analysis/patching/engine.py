@@ -66,8 +66,9 @@ def run_interventions(
 
     `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` limits a batch, in bytes, by an
     estimate from the model's sizes (at least one intervention runs; the base run's activations come on top). `verbose`
-    shows a progress bar. While user hooks are attached, and in a model that predicts no next token, each intervention
-    is a forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
+    shows a progress bar. While user hooks are attached, and in a model with state-space layers or that predicts no
+    next token, each intervention is a forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for
+    hooks outside the blocks.
     """
     for one in interventions:
         if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):
@@ -78,7 +79,8 @@ def run_interventions(
         raise ValueError(f"interventions: {outside[0]!r} is not inside a block, and a sweep runs blocks again")
     with tqdm(total=len(named), disable=not verbose, desc="interventions", leave=False) as bar:
         hooked = any(point.has_hooks("fwd") for point in model.hook_points())
-        if hooked or "unembed.hook_out" not in model.hook_dict:
+        stateful = any(name.endswith("hook_mixer_out") for name in model.hook_dict)  # no state to go on from
+        if hooked or stateful or "unembed.hook_out" not in model.hook_dict:
             input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
             numbers = {}
             for number, one in enumerate(named):

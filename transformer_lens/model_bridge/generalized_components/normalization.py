@@ -41,12 +41,6 @@ class NormalizationBridge(ComponentBridge):
     """Whether the mean over d_model is subtracted."""
 
 
-class FinalNormalizationBridge(NormalizationBridge):
-    """The norm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
 class OpenNormalizationBridge(NormWeights, NormalizationBridge):
     """A norm whose formula is known, since a module computes it in one step and has no seam."""
 

@@ -1,6 +1,6 @@
 """GPT-2, with QKV fused as `[Q | K | V]`, and its relatives GPT-Neo and GPT-J.
 
-Source: their modeling files in transformers >= 5.13. GPT-2's linear layers are `Conv1D`, with transposed weights.
+Source: their modeling files in transformers >= 5.13 (GPT-J: 5.24). GPT-2's linear layers are transposed (`Conv1D`).
 """
 
 from __future__ import annotations
@@ -166,9 +166,10 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
         "mlp": Part(MLPBridge, "mlp", linears({"in": "fc_in", "out": "fc_out"})),
     }
     positions = {"rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb")}
-    constants = {"positional_embedding_type": "rotary"}
+    constants = {"positional_embedding_type": "rotary", "rotary_base": 10000.0}
+    cfg_names = {**GPT2ArchitectureAdapter.cfg_names, "rotary_dim": "rotary_dim"}
     config_keys = ("n_inner",)
-    harmless = ("rotary_dim",)
+    harmless = ()
 
 
 FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)

@@ -219,7 +219,7 @@ GRANITE: Mapping[str, Any] = {
     "multiplier": "residual_multiplier",
     "embed_multiplier": "embedding_multiplier",
     "logit_multiplier": "logits_scaling",
-    "config_keys": ("residual_multiplier", "embedding_multiplier"),
+    "config_keys": ("residual_multiplier", "embedding_multiplier", "attention_multiplier", "logits_scaling"),
 }
 EXAONE: Mapping[str, Any] = {
     "attention": HEADS_FIRST,
@@ -236,7 +236,6 @@ class HyperClovaXArchitectureAdapter(Llama):
     multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
     logit_multiplier = GRANITE["logit_multiplier"]
     config_keys = (*GRANITE["config_keys"], "use_post_norm")
-    harmless = (*Llama.harmless, "attention_multiplier", "logits_scaling")
 
     def stages_of(self) -> Stages:
         return AROUND if self.config.use_post_norm else SEQUENTIAL
@@ -322,7 +321,6 @@ FAMILIES = by_type(
         "granite",
         "Llama whose config scales embeddings, scores, branches and logits.",
         **GRANITE,
-        harmless=(*Llama.harmless, "attention_multiplier", "logits_scaling"),
     ),
     row(Llama, "olmo2", "Post-norm Llama, with one norm over all queries and one over all keys.", **OLMO2),
     row(Llama, "olmo3", "OLMo 2 with sliding-window attention in most layers.", **OLMO2, **LAYER_TYPES),

@@ -1,6 +1,6 @@
 """Families with state-space mixers or short convolutions, instead of attention or in parallel with it.
 
-Source: the modeling files of these families in transformers >= 5.13.
+Source: the modeling files of these families in transformers >= 5.24.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Mixtures of experts with Llama's attention: each row says how a family differs.
 
-Source: the modeling files of these families in transformers >= 5.13. Mixtral 8x7B and 8x22B differ only in size.
+Source: their modeling files in transformers >= 5.13 (Granite: 5.24). Mixtral 8x7B and 8x22B differ only in size.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
 
     def refusals(self) -> list[str]:
         experts, chosen = (getattr(self.config, self.cfg_names[name]) for name in CHOSEN)
-        if chosen > experts:
+        if chosen > experts and not all(map(self.is_dense, range(self.config.num_hidden_layers))):
             return [f"it chooses {chosen} experts for each token and has {experts}"]
         return super().refusals()
 
@@ -136,6 +136,13 @@ SHARED: Mapping[str, Any] = {
     **ATTENTION,
     "cfg_names": {**NARROW, **ROUTED},
     "shared_width": ("moe_intermediate_size", "n_shared_experts"),
+}
+GLM4_MOE: Mapping[str, Any] = {
+    **SHARED,
+    "mixers": normed_if_asked,
+    "is_dense": first_layers,
+    "config_keys": (*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
+    "harmless": (*HARMLESS, "num_mtp_layers"),
 }
 FAMILIES = by_type(
     Mixtral,
@@ -196,7 +203,6 @@ FAMILIES = by_type(
         since="5.24",
         **GRANITE,
         **ATTENTION,
-        harmless=(*HARMLESS, "attention_multiplier", "logits_scaling"),
         mixture=mixes(at="block_sparse_moe", router="router"),
         cfg_names={**NAMES, **LOCAL},
     ),
@@ -210,26 +216,8 @@ FAMILIES = by_type(
         config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "layer_types"),
         harmless=(*HARMLESS, "max_window_layers"),
     ),
-    row(
-        Mixtral,
-        "glm4_moe",
-        "Dense first layers, then mixtures with a shared expert; partial RoPE.",
-        **SHARED,
-        mixers=normed_if_asked,
-        is_dense=first_layers,
-        config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
-        harmless=(*HARMLESS, "num_mtp_layers"),
-    ),
-    row(
-        Mixtral,
-        "sarvam_moe",
-        "GLM 4's mixture under another name.",
-        **SHARED,
-        mixers=normed_if_asked,
-        is_dense=first_layers,
-        config_keys=(*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
-        harmless=(*HARMLESS, "num_mtp_layers"),
-    ),
+    row(Mixtral, "glm4_moe", "Dense first layers, then mixtures with a shared expert; partial RoPE.", **GLM4_MOE),
+    row(Mixtral, "sarvam_moe", "GLM 4's mixture under another name.", **GLM4_MOE),
     row(
         Mixtral,
         "mellum",

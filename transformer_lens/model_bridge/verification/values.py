@@ -113,11 +113,11 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     module = e.components[attention].original_component
     angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
     rotate = rotation_of(module)
-    if angles is None or "q" not in inspect.signature(rotate).parameters:
-        return None
-    width = getattr(module, "rotary_ndims", q.shape[-1])  # some hand over only the part of a head that is rotated
+    x, width = q if part == "q" else k, e.bridge.cfg.rotary_dim or q.shape[-1]
+    if len(inspect.signature(rotate).parameters) == 3:  # GPT-J's takes one tensor, its positions before its heads
+        return torch.cat([rotate(x[..., :width], *angles), x[..., width:]], dim=-1)
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
-    return torch.cat([found.transpose(1, 2), (q if part == "q" else k)[..., width:]], dim=-1)
+    return torch.cat([found.transpose(1, 2), x[..., width:]], dim=-1)
 
 
 def _pattern(e: Seen, attention: str) -> Tensor | None:
@@ -163,6 +163,10 @@ REFERENCES: Mapping[str, Reference] = {
     "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
     "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
+    "mlp.hook_out": lambda e, c, i: e.returned(c),
+    "mlp.hook_gate": lambda e, c, i: e.returned(f"{c}_gate"),
+    "mixer.hook_in": lambda e, c, i: e.received(c),
+    "hook_logits": lambda e, c, i: e.own.output,
     "moe.hook_in": lambda e, c, i: e.received(c),
     "moe.hook_router_logits": _of(_routed, 0),
     "moe.hook_expert_weights": _of(_routed, 1),
@@ -178,11 +182,12 @@ def hugging_face(e: Seen) -> Iterator[CheckResult]:
         component, _, hook = name.rpartition(".")
         last = component.rpartition(".")[2]
         mixture = last == "mlp" and f"{component}.experts" in e.components
-        kind = "moe" if mixture else "block" if last.isdigit() else last
+        kind = "moe" if mixture else "block" if last.isdigit() else "mlp" if last == "shared" else last
         reference = REFERENCES.get(f"{kind}.{hook}" if component else hook)
         layer = int(component.split(".")[1]) if component.startswith("blocks.") else -1
         expected = None if reference is None else reference(e, component, layer)
         if expected is not None:
+            expected = expected.reshape(value.shape) if last == "shared" else expected  # some take flat tokens
             yield compared("hugging face", name, value, expected, e.same if name in e.ports else e.rounding)
 
 
