@@ -51,10 +51,6 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/generalized_components/base.py", "getattr(type(self), name, value)"): "a class's own attribute",
     (
         "model_bridge/verification/values.py",
-        "getattr(module, 'rotary_ndims', q.shape[-1])",
-    ): "only of families that rotate a part; read wrongly, verify fails",
-    (
-        "model_bridge/verification/values.py",
         "getattr(e.components.get(f'{block}.attn'), 'sinks', False)",
     ): "an attribute of our own components",
     ("model_bridge/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",

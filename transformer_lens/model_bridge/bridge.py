@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.asking import layer_number
-from transformer_lens.checks import in_words, is_one_of, whole
+from transformer_lens.checks import a_text, in_words, is_one_of, whole
 from transformer_lens.hook_point import HookPoint
 from transformer_lens.hooked_root import HookedRootModule, NamesFilter, keywords_of
 from transformer_lens.model_bridge.attach import Attachment, Root
@@ -193,10 +193,11 @@ class TransformerBridge(
         with `num_experts`, a Mixtral. Raises `ValueError` for combinations that none of them has.
         """
         asked, options = described(config), {} if dtype is None else {"dtype": dtype}
+        asked.model_name = a_text("model_name", asked.model_name if model_name is None else model_name)
         made = native_model(asked, tokenizer)
         bridge = cls(model_and_tokenizer(None, made, tokenizer, device=device, options=options)[0], tokenizer)
         keep(asked, bridge.cfg)
-        bridge.cfg.model_name = model_name or ("native" if asked.model_name == "custom" else asked.model_name)
+        bridge.cfg.model_name = "native" if asked.model_name == "custom" else asked.model_name
         return bridge
 
     def _bind(self, inner: nn.Module, sharding: Sharding) -> None:

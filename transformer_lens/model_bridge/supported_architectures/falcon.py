@@ -89,7 +89,7 @@ class FreshOutputs(Preparation):
 
 
 class FalconArchitectureAdapter(ArchitectureAdapter):
-    """Every Falcon that transformers can run: 98 layouts of one family."""
+    """Every Falcon that transformers can run: 24 layouts, in 98 ways to write them in a config."""
 
     model_type = "falcon"
     block_returns_tuple = True
