@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Packages that must reach 100% branch coverage.
-GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/views.py,transformer_lens/model_bridge/ports.py,transformer_lens/model_bridge/seams.py,transformer_lens/model_bridge/architecture_adapter.py
+GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/access/views.py,transformer_lens/model_bridge/access/ports.py,transformer_lens/model_bridge/access/seams.py,transformer_lens/model_bridge/architecture_adapter.py
 # What reaches it, and the shape of the package; published sizes, and what starts processes, wait for `make test`.
 GATE = tests/adapters tests/properties tests/inside/test_core.py tests/test_imports.py -m "not slow" \
 	--ignore tests/adapters/test_published.py --deselect tests/test_imports.py::test_importing_the_package_stays_light

@@ -46,7 +46,7 @@ TARGETS = {
     "attention_masks": Target(
         f"{BRIDGE}/generalized_components/attention_masks.py", (f"{INSIDE}/test_core.py",), INSIDE
     ),
-    "seams": Target(f"{BRIDGE}/seams.py", ("tests/adapters/test_seams.py", f"{INSIDE}/test_core.py"), INSIDE),
+    "seams": Target(f"{BRIDGE}/access/seams.py", ("tests/adapters/test_seams.py", f"{INSIDE}/test_core.py"), INSIDE),
     "normalization": Target(
         f"{BRIDGE}/generalized_components/normalization.py",
         (f"{INSIDE}/test_norms.py", f"{INSIDE}/test_core.py"),
@@ -72,9 +72,9 @@ TARGETS = {
     "processing_changes": Target(
         f"{BRIDGE}/processing/changes.py", ("tests/processing/test_undo.py",), "tests/processing"
     ),
-    "grouped_cache": Target(f"{BRIDGE}/caches.py", ("tests/bridge/test_grouped_cache.py",)),
-    "residual_stacks": Target("transformer_lens/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
-    "direct_logits": Target("transformer_lens/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
+    "grouped_cache": Target(f"{BRIDGE}/calls/caches.py", ("tests/bridge/test_grouped_cache.py",)),
+    "residual_stacks": Target("transformer_lens/cache/residual_stacks.py", ("tests/bridge/test_residual_stacks.py",)),
+    "direct_logits": Target("transformer_lens/cache/direct_logits.py", ("tests/bridge/test_residual_stacks.py",)),
     "messages": Target(f"{WIRE}/protocol/messages.py", READ),
     "checks": Target(f"{WIRE}/server/checks.py", READ),
     "sessions": Target(f"{WIRE}/server/sessions.py", (*READ, f"{REMOTE}/test_call_queue.py")),

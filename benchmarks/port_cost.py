@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Effort, Figure, compare
 from transformer_lens import TransformerBridge
-from transformer_lens.hook_point import HookEntry
-from transformer_lens.hooked_root import Capture
+from transformer_lens.hooks.point import HookEntry
+from transformer_lens.hooks.root import Capture
 
 CALLS = 200
 

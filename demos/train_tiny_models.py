@@ -47,7 +47,7 @@ from transformer_lens.data.generate import (
     training_example,
     training_text,
 )
-from transformer_lens.model_bridge.tokens import single_token
+from transformer_lens.model_bridge.calls.tokens import single_token
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 KINDS = ("falcon", "mixtral")

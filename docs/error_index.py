@@ -17,47 +17,37 @@ from typing import Any
 PACKAGE = Path(__file__).resolve().parent.parent / "transformer_lens"
 
 THEMES: Mapping[str, tuple[str, ...]] = {
-    "hooks": (
-        "hook_point",
-        "hooked_root",
-        "row_hooks",
-        "checks",
-        "slicing",
-        "hook_names",
-        *(f"model_bridge.{name}" for name in ("slots", "attach", "ports", "views", "watch")),
-    ),
+    "hooks": ("hooks", "checks", "model_bridge.attaching", "model_bridge.access"),
     "loading": (
         "__init__",
         "HookedTransformer",
-        *(f"model_bridge.{name}" for name in ("bridge", "loading", "info", "published", "config")),
+        *(f"model_bridge.{name}" for name in ("bridge", "loading", "published", "config")),
         "model_bridge",  # what no other theme names
         "model_bridge.architecture_adapter",
         "model_bridge.supported_architectures",
         "model_bridge.generalized_components.base",
     ),
     "running": (
-        *(f"model_bridge.{name}" for name in ("tokens", "text_methods", "calls", "padding")),
-        *(f"model_bridge.{name}" for name in ("partial_run", "verify")),
+        *(f"model_bridge.{name}" for name in ("calls", "attaching.partial_run")),
         "model_bridge.verification",
         "utilities",
     ),
-    "caches": ("activation_cache", "residual_stacks", "direct_logits"),
+    "caches": ("cache",),
     "weights": (
         "factored_matrix",
         "model_bridge.weights",
         "model_bridge.generalized_components",
         "model_bridge.processing",
-        "model_bridge.state",
+        "model_bridge.loading.state",
     ),
     "special": (
         *(
-            f"model_bridge.{name}"
-            for name in ("quantised", "weight_access", "peft_layers", "sharding", "checkpointing")
+            f"model_bridge.access.{name}"
+            for name in ("quantised", "weights", "peft_layers", "sharding", "checkpointing")
         ),
     ),
     "generation": (
-        *(f"model_bridge.{name}" for name in ("generation", "generation_options", "generation_run", "steering")),
-        *(f"model_bridge.{name}" for name in ("caches",)),
+        *(f"model_bridge.{name}" for name in ("generating", "steering", "calls.caches")),
         "analysis.steering",
     ),
     "patching": ("analysis.patching", "analysis.attribution.paths"),

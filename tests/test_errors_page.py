@@ -68,15 +68,15 @@ class E(ValueError): ...
 
 
 def test_sentences_are_read_from_every_way_of_saying_them(tmp_path: Path) -> None:
-    (tmp_path / "hook_point.py").write_text(SPEAKING)
+    (tmp_path / "checks.py").write_text(SPEAKING)
     assert {(m.kind, m.text, m.module) for m in INDEX.messages(tmp_path)} == {
-        ("ValueError", "x: got …, expected one of two", "hook_point"),
-        ("ImportError", "install the extra …", "hook_point"),
-        ("KeyError", "there is no …", "hook_point"),
-        ("ValueError", "… does not fit", "hook_point"),
-        ("warning", "this may surprise you", "hook_point"),
-        ("warning", "mind the gap", "hook_point"),
-        ("ValueError", "its … is elsewhere", "hook_point"),
+        ("ValueError", "x: got …, expected one of two", "checks"),
+        ("ImportError", "install the extra …", "checks"),
+        ("KeyError", "there is no …", "checks"),
+        ("ValueError", "… does not fit", "checks"),
+        ("warning", "this may surprise you", "checks"),
+        ("warning", "mind the gap", "checks"),
+        ("ValueError", "its … is elsewhere", "checks"),
     }
 
 

@@ -21,28 +21,16 @@ BRIDGE = "transformer_lens.model_bridge"
 # Who stands below whom. A file may import from its own rank and from the ranks below it; the first match counts.
 RANKS: list[tuple[str, ...]] = [
     (
-        "transformer_lens.checks",
-        "transformer_lens.generation_step",
-        "transformer_lens.hook_point",
-        "transformer_lens.slicing",
-        "transformer_lens.factored_matrix",
-        "transformer_lens.hook_names",
-        "transformer_lens.asking",
-        "transformer_lens.text_table",
-        *(f"{BRIDGE}.supported_versions", f"{BRIDGE}.upstream"),
+        *("transformer_lens.checks", "transformer_lens.asking", "transformer_lens.text_table"),
+        *("transformer_lens.factored_matrix", f"{BRIDGE}.supported_versions", f"{BRIDGE}.upstream"),
+        *(f"transformer_lens.hooks.{name}" for name in ("generation_step", "names", "point", "slicing")),
     ),
-    ("transformer_lens.hooked_root", "transformer_lens.hook_points"),
-    (
-        *(f"{BRIDGE}.config", f"{BRIDGE}.views", f"{BRIDGE}.ports", f"{BRIDGE}.inside_call", f"{BRIDGE}.seams"),
-        # What components and weights read the model's own tensors through.
-        *(f"{BRIDGE}.sharding", f"{BRIDGE}.weight_access", f"{BRIDGE}.peft_layers", f"{BRIDGE}.quantised"),
-        f"{BRIDGE}.checkpointing",
-    ),
+    ("transformer_lens.hooks.root", "transformer_lens.hook_points"),
+    (f"{BRIDGE}.config", f"{BRIDGE}.access"),
     (f"{BRIDGE}.generalized_components",),
-    (f"{BRIDGE}.architecture_adapter",),
+    (f"{BRIDGE}.architecture_adapter", f"{BRIDGE}.wrapped_model"),
     (f"{BRIDGE}.supported_architectures",),
-    (f"{BRIDGE}.partial_run", f"{BRIDGE}.slots", f"{BRIDGE}.inside_hooks", f"{BRIDGE}.watch", f"{BRIDGE}.elsewhere"),
-    (f"{BRIDGE}.attach",),
+    (f"{BRIDGE}.attaching",),
 ]
 """Everything else stands above these."""
 
@@ -56,7 +44,7 @@ PUBLIC = {
     "transformer_lens.checks",
     "transformer_lens.text_table",
     "transformer_lens.hook_points",
-    "transformer_lens.activation_cache",
+    "transformer_lens.cache.activation_cache",
     "transformer_lens.factored_matrix",
     "transformer_lens.utilities",
     "transformer_lens.model_bridge",

@@ -1,5 +1,5 @@
 """`ActivationCache` under its known import path."""
 
-from transformer_lens.activation_cache import ActivationCache
+from transformer_lens.cache.activation_cache import ActivationCache
 
 __all__ = ["ActivationCache"]

@@ -1,5 +1,5 @@
 """`HookedRootModule` under its known import path."""
 
-from transformer_lens.hooked_root import HookedRootModule
+from transformer_lens.hooks.root import HookedRootModule
 
 __all__ = ["HookedRootModule"]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformer_lens.checks import one_of, whole
 from transformer_lens.hook_points import HookedRootModule
 from transformer_lens.model_bridge.bridge import TransformerBridge
-from transformer_lens.model_bridge.calls import Output
+from transformer_lens.model_bridge.calls.inputs import Output
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.native import described, keep, native_model
+from transformer_lens.model_bridge.loading.native import described, keep, native_model
 from transformer_lens.utilities import USE_DEFAULT_VALUE
 
 __all__ = ["USE_DEFAULT_VALUE", "HookedRootModule", "HookedTransformer", "HookedTransformerConfig", "Loss", "Output"]

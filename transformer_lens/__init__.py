@@ -15,9 +15,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.HookedTransformer import HookedTransformer
 from transformer_lens.HookedTransformerConfig import HookedTransformerConfig
+from transformer_lens.hooks.rows import on_each, on_rows
 from transformer_lens.model_bridge.bridge import TransformerBridge
-from transformer_lens.model_bridge.caches import GroupedCache
-from transformer_lens.row_hooks import on_each, on_rows
+from transformer_lens.model_bridge.calls.caches import GroupedCache
 
 __version__ = "0.1.0"
 

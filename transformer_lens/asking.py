@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_list, from_end, in_words, is_several, is_tensor, is_whole, whole_numbers
-from transformer_lens.hook_point import HookPoint
+from transformer_lens.hooks.point import HookPoint
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge

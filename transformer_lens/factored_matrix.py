@@ -16,7 +16,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor, in_words, whole
-from transformer_lens.slicing import AxisIndex, axis_index, check_within
+from transformer_lens.hooks.slicing import AxisIndex, axis_index, check_within
 
 Index = int | slice | EllipsisType | Sequence[Any] | np.ndarray | Tensor | None
 Entry = AxisIndex | EllipsisType | None

@@ -7,7 +7,7 @@ from typing import Any
 from transformer_lens.checks import a_text, refuse_unknown
 from transformer_lens.data import TINY_MODELS
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.loading import FILE_OPTIONS, load_config
+from transformer_lens.model_bridge.loading.load import FILE_OPTIONS, load_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
 

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor, a_text, as_array, in_words, is_tensor, one_of, whole
-from transformer_lens.hook_names import get_act_name
-from transformer_lens.model_bridge.padding import checked_mask, kept_mask
-from transformer_lens.slicing import Slice, SliceInput
+from transformer_lens.hooks.names import get_act_name
+from transformer_lens.hooks.slicing import Slice, SliceInput
+from transformer_lens.model_bridge.calls.padding import checked_mask, kept_mask
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge

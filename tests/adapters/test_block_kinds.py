@@ -27,7 +27,7 @@ from transformer_lens.model_bridge.generalized_components import (
     Stages,
 )
 from transformer_lens.model_bridge.generalized_components.block import absent_of, hooks_of
-from transformer_lens.model_bridge.info import layout_in_words
+from transformer_lens.model_bridge.loading.info import layout_in_words
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_class
 from transformer_lens.model_bridge.supported_architectures.falcon import FalconArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.llama import GATED, ROTATED

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tests.families.models import MODELS, build
 from tests.support import CACHE_ARGUMENT, tokens
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.info import cache_memory, layout_in_words, model_info
+from transformer_lens.model_bridge.loading.info import cache_memory, layout_in_words, model_info
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
 from transformer_lens.model_bridge.supported_architectures.llama import LlamaArchitectureAdapter
 

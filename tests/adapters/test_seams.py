@@ -16,10 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.support import family, mixtral, tokens
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import ComponentBridge, ExpertsBridge, LayerNormBridge
-from transformer_lens.model_bridge.generalized_components.attention import OpenAttentionBridge
-from transformer_lens.model_bridge.generalized_components.normalization import OpenNormalizationBridge
-from transformer_lens.model_bridge.seams import (
+from transformer_lens.model_bridge.access.seams import (
     FirstCall,
     Probabilities,
     TorchCalls,
@@ -28,7 +25,10 @@ from transformer_lens.model_bridge.seams import (
     cache_update,
     unhooked,
 )
-from transformer_lens.model_bridge.sharding import ALONE, Interior
+from transformer_lens.model_bridge.access.sharding import ALONE, Interior
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, ExpertsBridge, LayerNormBridge
+from transformer_lens.model_bridge.generalized_components.attention import OpenAttentionBridge
+from transformer_lens.model_bridge.generalized_components.normalization import OpenNormalizationBridge
 from transformer_lens.model_bridge.upstream import UpstreamError, attention_functions, eager_forward
 
 MODULE = nn.Identity()

@@ -644,15 +644,19 @@ ROWS: dict[str, Row] = {
         {"at": PLACE, "position": [THING, 1.5, math.nan, 99, "nonsense", [1, 2]]},
     ),
     "collect.run.collect": Row({"dataset": [TEXT]}, {"dataset": [THING, 5, []]}),
-    "hook_names.get_act_name": Row(
+    "hooks.names.get_act_name": Row(
         {"name": "q", "layer": 0}, {"name": [THING, 5], "layer": [THING, 1.5], "layer_type": [THING, 5]}
     ),
-    "model_bridge.info.model_info": Row({"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}),
+    "model_bridge.loading.info.model_info": Row(
+        {"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}
+    ),
     "model_bridge.supported_architectures.adapter_for": Row({"config": lambda w: falcon_config()}),
-    "model_bridge.info.skeleton_bridge": Row({"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}),
-    "model_bridge.weight_access.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
-    "row_hooks.on_each": Row({"fns": [neutral]}),
-    "row_hooks.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),
+    "model_bridge.loading.info.skeleton_bridge": Row(
+        {"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}
+    ),
+    "model_bridge.access.weights.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
+    "hooks.rows.on_each": Row({"fns": [neutral]}),
+    "hooks.rows.on_rows": Row({"rows": 0}, {"rows": [THING, "first", 1.5, [0.5], [], [0, 0], True]}),
     "TransformerBridge.add_caching_hooks": Row(wrong={"cache": CACHE[:-1]}),
     "TransformerBridge.boot_native": Row({"config": TOY}, {"model_name": [], "config": [*PLACE[:-1], {"n_layers": 1}]}),
     "BridgeConfig.from_dict": Row({"fields": TOY}),

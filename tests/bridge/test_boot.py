@@ -29,7 +29,7 @@ def saved(request, tmp_path):
 
 def test_a_directory_without_a_tokenizer(saved, caplog):
     model, path = saved
-    with caplog.at_level(logging.WARNING, "transformer_lens.model_bridge.loading"):
+    with caplog.at_level(logging.WARNING, "transformer_lens.model_bridge.loading.load"):
         bridge = TransformerBridge.boot_transformers(path)
     assert "the bridge takes token ids only" in caplog.text
     assert bridge.tokenizer is None

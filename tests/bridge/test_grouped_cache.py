@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tests.support import LAYOUTS, VOCAB, cache_of, falcon, falcon_config, family, mixtral, tokens, with_cache
 from transformer_lens import GroupedCache, TransformerBridge
-from transformer_lens.model_bridge import caches
-from transformer_lens.model_bridge.caches import GroupedLayer
+from transformer_lens.model_bridge.calls import caches
+from transformer_lens.model_bridge.calls.caches import GroupedLayer
 
 pytestmark = pytest.mark.core
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.support import FAMILIES, family, tokens
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.state import StateError
+from transformer_lens.model_bridge.loading.state import StateError
 
 QKV = "transformer.h.0.self_attention.query_key_value.weight"
 OUT = "transformer.h.1.mlp.dense_4h_to_h.weight"

@@ -13,7 +13,7 @@ from tests.bridge.texts import tokenizer
 from tests.support import cache_of, family, tokens, with_cache
 from transformer_lens import GroupedCache, TransformerBridge
 from transformer_lens.model_bridge import PrefixCache
-from transformer_lens.model_bridge.padding import PadToken
+from transformer_lens.model_bridge.calls.padding import PadToken
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 PAD, BOS, EOS = range(3)

@@ -18,7 +18,7 @@ from transformer_lens.analysis.attribution import direct_logit_attribution
 from transformer_lens.analysis.experts import expert_logit_attribution
 from transformer_lens.cli.patch import sweep
 from transformer_lens.data.generate import padded_prompts
-from transformer_lens.model_bridge.tokens import TextReader, ids_after, single_token
+from transformer_lens.model_bridge.calls.tokens import TextReader, ids_after, single_token
 from transformer_lens.utilities import test_prompt as scored
 from transformer_lens.viz import logit_waterfall
 

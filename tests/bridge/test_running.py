@@ -8,7 +8,7 @@ import torch
 
 from tests.support import FAMILIES, falcon, family, mixtral, tokens, torch_hooks
 from transformer_lens import HookedRootModule, HookPoint, TransformerBridge
-from transformer_lens.hook_point import state
+from transformer_lens.hooks.point import state
 
 Q = "blocks.0.attn.hook_q"
 LAST = "blocks.1.hook_resid_post"

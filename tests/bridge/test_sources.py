@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import FAMILIES, family, tokens
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge import loading
-from transformer_lens.model_bridge.loading import load_config
+from transformer_lens.model_bridge.loading import load
+from transformer_lens.model_bridge.loading.load import load_config
 
 OUT = "transformer.h.1.mlp.dense_4h_to_h.weight"
 
@@ -126,7 +126,7 @@ def test_a_pickle_that_was_not_seen_is_not_read_either(
 ) -> None:
     """`has_file` says no when the connection fails; transformers is told to take safetensors alone as well."""
     plant(pickled / "pytorch_model.bin", tmp_path / "trace", model)
-    monkeypatch.setattr(loading, "has_file", lambda *args, **kwargs: False)
+    monkeypatch.setattr(load, "has_file", lambda *args, **kwargs: False)
     with pytest.raises(OSError, match="no file named model.safetensors"):
         TransformerBridge.from_pretrained(pickled)
     assert not (tmp_path / "trace").exists()

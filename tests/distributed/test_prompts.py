@@ -28,7 +28,7 @@ from transformer_lens.distributed import (
     StaticSpans,
 )
 from transformer_lens.distributed.client.prompts import PromptFacts, TrainedPrompts
-from transformer_lens.model_bridge.tokens import single_token
+from transformer_lens.model_bridge.calls.tokens import single_token
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 PRE = 3

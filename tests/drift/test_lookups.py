@@ -50,11 +50,11 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("checks.py", "getattr(value, 'ndim', 1)"): "anything may be passed",
     ("model_bridge/generalized_components/base.py", "getattr(type(self), name, value)"): "a class's own attribute",
     (
-        "model_bridge/verification/values.py",
+        "model_bridge/verification/references.py",
         "getattr(e.components.get(f'{block}.attn'), 'sinks', False)",
     ): "an attribute of our own components",
-    ("model_bridge/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
-    ("model_bridge/weight_access.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
+    ("model_bridge/calls/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
+    ("model_bridge/access/weights.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
     ("collect/identity.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
     ("collect/identity.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
@@ -68,33 +68,36 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "model_bridge/supported_architectures/llama.py",
         "getattr(self.config, 'head_dim', None)",
     ): "the families' own attention asks for it so",
-    ("model_bridge/loading.py", "hasattr(config, name)"): "a keyword the user passed",
-    ("model_bridge/loading.py", "getattr(torch, dtype, None)"): "a name the user passed",
-    ("model_bridge/loading.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
-    ("model_bridge/loading.py", "getattr(kind, 'config_class', None)"): "what a checkpoint names may be no model",
-    ("model_bridge/peft_layers.py", "getattr(layer, 'parameter_name', 'weight')"): "of peft, one kind of layer",
-    ("model_bridge/peft_layers.py", "getattr(layer, 'lora_A', ())"): "of peft, one kind of layer",
-    ("model_bridge/quantised.py", "getattr(weight.quant_state, 'packing_format_for_cpu', False)"): OTHER_LIBRARY,
-    ("model_bridge/quantised.py", "getattr(config, 'quantization_config', None)"): ONLY_WHEN,
-    ("model_bridge/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",
-    ("model_bridge/sharding.py", "getattr(model.config, 'distributed_config', None)"): ONLY_WHEN,
-    ("model_bridge/loading.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
-    ("model_bridge/state.py", "getattr(self.config, 'quantization_config', None)"): ONLY_WHEN,
-    ("model_bridge/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/loading/load.py", "hasattr(config, name)"): "a keyword the user passed",
+    ("model_bridge/loading/load.py", "getattr(torch, dtype, None)"): "a name the user passed",
+    ("model_bridge/loading/load.py", "getattr(transformers, name, None)"): "a class that a checkpoint names",
+    ("model_bridge/loading/load.py", "getattr(kind, 'config_class', None)"): "what a checkpoint names may be no model",
+    ("model_bridge/access/peft_layers.py", "getattr(layer, 'parameter_name', 'weight')"): "of peft, one kind of layer",
+    ("model_bridge/access/peft_layers.py", "getattr(layer, 'lora_A', ())"): "of peft, one kind of layer",
+    ("model_bridge/access/quantised.py", "getattr(weight.quant_state, 'packing_format_for_cpu', False)"): OTHER_LIBRARY,
+    ("model_bridge/access/quantised.py", "getattr(config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/access/quantised.py", "getattr(method, 'value', method)"): "an enum or its value",
+    ("model_bridge/access/sharding.py", "getattr(model.config, 'distributed_config', None)"): ONLY_WHEN,
+    ("model_bridge/loading/load.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
+    ("model_bridge/loading/state.py", "getattr(self.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/loading/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
         "anything may be passed as a config, and is then refused"
     ),
     (
-        "model_bridge/tokens.py",
+        "model_bridge/calls/tokens.py",
         "getattr(self.owner.original_model.config, name, None)",
     ): "not every config names every special token",
-    ("model_bridge/verification/values.py", "getattr(module, weight, None)"): "experts that are stacked otherwise",
-    ("model_bridge/verify.py", "getattr(config, f'{name}_token_id', None)"): "not every config has every special token",
+    ("model_bridge/verification/references.py", "getattr(module, weight, None)"): "experts that are stacked otherwise",
+    (
+        "model_bridge/verification/verify.py",
+        "getattr(config, f'{name}_token_id', None)",
+    ): "not every config has every special token",
     ("model_bridge/wrapped_model.py", "getattr(inner._modules[head], 'out_features', None)"): (
         "a head of somebody's own need not say how wide it is"
     ),
-    ("model_bridge/weight_access.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
-    ("model_bridge/weight_access.py", "hasattr(h, 'offload')"): OTHER_LIBRARY,
+    ("model_bridge/access/weights.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
+    ("model_bridge/access/weights.py", "hasattr(h, 'offload')"): OTHER_LIBRARY,
 }
 
 
@@ -134,8 +137,8 @@ def test_arguments_of_models_are_named_in_one_place() -> None:
 
 
 OURS = {
-    ("generation_options.py", "use_cache"),  # an option of `generate` itself
-    ("generation.py", "use_cache"),  # what `generate` hands its loop
+    ("options.py", "use_cache"),  # an option of `generate` itself
+    ("methods.py", "use_cache"),  # what `generate` hands its loop
     ("info.py", "alibi"),  # a key of Falcon's config
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support import FAMILIES, family
 from tests.support import tokens as token_ids
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.weight_access import read_weight
+from transformer_lens.model_bridge.access.weights import read_weight
 
 pytestmark = [
     pytest.mark.gpu,

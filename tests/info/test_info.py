@@ -24,7 +24,7 @@ from tests.adapters.test_published import CARDS
 from tests.support import FAMILIES, LAYOUTS, cache_of, falcon_config, falcon_sweep, family, mixtral, tokens, with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.model_bridge import ModelInfo, model_info
-from transformer_lens.model_bridge.info import cache_memory
+from transformer_lens.model_bridge.loading.info import cache_memory
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 MB, GB = 2**20, 2**30

@@ -32,6 +32,7 @@ from tests.inside.test_laws import test_two_bridges_on_one_model as two_bridges
 from tests.inside.test_norms import test_captured_values_are_the_formulas as captured_norms
 from tests.inside.test_norms import test_writes_have_the_predicted_effect as norm_writes
 from tests.support import mixtral, tokens
+from transformer_lens.model_bridge.access.views import block_k, block_q, block_v
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.attention_masks import (
     additive_mask,
@@ -39,7 +40,6 @@ from transformer_lens.model_bridge.generalized_components.attention_masks import
     repeat_groups,
     seeing_queries,
 )
-from transformer_lens.model_bridge.views import block_k, block_q, block_v
 
 pytestmark = pytest.mark.core
 

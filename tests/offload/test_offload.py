@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.support import FAMILIES, family, torch_hooks
 from tests.support import tokens as token_ids
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.weight_access import execution_device, read_weight
+from transformer_lens.model_bridge.access.weights import execution_device, read_weight
 
 Offload = Callable[[nn.Module, Path], Any]
 

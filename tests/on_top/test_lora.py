@@ -12,7 +12,7 @@ from tests.bridge.test_detach import picture
 from tests.on_top.adapters import adapted, config, model, multiplied_out, randomise
 from tests.support import FAMILIES, family, tokens, torch_hooks
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.weight_access import read_weight
+from transformer_lens.model_bridge.access.weights import read_weight
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 WHEN = ("before", "after")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from tests.bridge.test_detach import picture
 from transformer_lens import TransformerBridge
 from transformer_lens.data import tiny_model_path
-from transformer_lens.model_bridge.weight_access import read_weight
+from transformer_lens.model_bridge.access.weights import read_weight
 
 CONFIGS = {
     "nf4": lambda: BitsAndBytesConfig(

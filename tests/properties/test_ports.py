@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from transformer_lens.model_bridge.ports import BranchPort, FlatTokensPort, Port, SharedPort
-from transformer_lens.model_bridge.views import Heads, Whole, query_heads
+from transformer_lens.model_bridge.access.ports import BranchPort, FlatTokensPort, Port, SharedPort
+from transformer_lens.model_bridge.access.views import Heads, Whole, query_heads
 
 sizes = st.integers(1, 4)
 quickly = settings(deadline=None, max_examples=30, derandomize=True)

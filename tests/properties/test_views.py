@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention
 
-from transformer_lens.model_bridge import views
-from transformer_lens.model_bridge.views import (
+from transformer_lens.model_bridge.access import views
+from transformer_lens.model_bridge.access.views import (
     Columns,
     EveryOther,
     FusedBlocks,

@@ -12,7 +12,7 @@ from tests.sharded.processes import in_two_processes
 from tests.sharded.work import all_of_it, everything
 from tests.support import falcon, mixtral
 from tests.support import tokens as token_ids
-from transformer_lens.model_bridge.sharding import ALONE, Sharding, Shards
+from transformer_lens.model_bridge.access.sharding import ALONE, Sharding, Shards
 
 KINDS = ("tensor", "tensor and expert", "falcon")
 ROUNDING = 3e-5

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from tests.support import family, mixtral
 from transformer_lens import TransformerBridge
-from transformer_lens.generation_step import GenerationStep
-from transformer_lens.model_bridge import architecture_adapter, generation_run
+from transformer_lens.hooks.generation_step import GenerationStep
+from transformer_lens.model_bridge import architecture_adapter
+from transformer_lens.model_bridge.access.ports import Port
+from transformer_lens.model_bridge.access.views import Whole
 from transformer_lens.model_bridge.architecture_adapter import HEADS, ArchitectureAdapter, Preparation
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
@@ -27,11 +29,10 @@ from transformer_lens.model_bridge.generalized_components import (
     UnembeddingBridge,
 )
 from transformer_lens.model_bridge.generalized_components.attention import FUSED, ROTATED, SCORES, qkv_hooks
-from transformer_lens.model_bridge.ports import Port
+from transformer_lens.model_bridge.generating import run as generation_run
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
-from transformer_lens.model_bridge.verify import CHECKS
-from transformer_lens.model_bridge.views import Whole
+from transformer_lens.model_bridge.verification.verify import CHECKS
 
 Attention = JointQKVPositionEmbeddingsAttentionBridge
 

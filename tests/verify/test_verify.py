@@ -38,7 +38,7 @@ from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.model_bridge.verification.decoding import WRITES, chunks
 from transformer_lens.model_bridge.verification.evidence import largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
-from transformer_lens.model_bridge.verify import CHECKS, verify
+from transformer_lens.model_bridge.verification.verify import CHECKS, verify
 
 SECONDS = 5
 """The budget of a tiny model, of one core's time, which other processes do not lengthen; it takes a fifth of that."""

@@ -11,6 +11,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from transformer_lens.model_bridge.access.ports import Port
+from transformer_lens.model_bridge.access.views import scaled
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import (
     ROOT_HOOKS,
@@ -20,10 +22,8 @@ from transformer_lens.model_bridge.generalized_components import (
     Part,
     UnembeddingBridge,
 )
-from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.supported_versions import OLDEST, minor
 from transformer_lens.model_bridge.upstream import attribute
-from transformer_lens.model_bridge.views import scaled
 
 HEADS: Mapping[str, tuple[str, Part]] = {
     "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),

@@ -15,34 +15,34 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.activation_cache import ActivationCache
 from transformer_lens.asking import layer_number
+from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import a_text, in_words, is_one_of, whole
-from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookedRootModule, NamesFilter, keywords_of
-from transformer_lens.model_bridge.attach import Attachment, Root
-from transformer_lens.model_bridge.caches import PrefixCache
-from transformer_lens.model_bridge.calls import RETURN_TYPES, Call, ModelInput, Output, main_output
+from transformer_lens.hooks.point import HookPoint
+from transformer_lens.hooks.root import HookedRootModule, NamesFilter, keywords_of
+from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.access.sharding import Sharding, sharding_of
+from transformer_lens.model_bridge.attaching.attachment import Attachment, Root
+from transformer_lens.model_bridge.attaching.partial_run import Stopped, starting_at, stopping_at
+from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
+from transformer_lens.model_bridge.attaching.tree import Exchanged, absent_names, components_in, make_components
+from transformer_lens.model_bridge.calls.caches import PrefixCache
+from transformer_lens.model_bridge.calls.inputs import RETURN_TYPES, Call, ModelInput, Output, main_output
+from transformer_lens.model_bridge.calls.text_methods import TokenMethods
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.elsewhere import BlockElsewhere
 from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
-from transformer_lens.model_bridge.generation import GenerationMethods
+from transformer_lens.model_bridge.generating.methods import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
-from transformer_lens.model_bridge.loading import model_and_tokenizer
-from transformer_lens.model_bridge.native import described, keep, native_model
+from transformer_lens.model_bridge.loading.load import model_and_tokenizer
+from transformer_lens.model_bridge.loading.native import described, keep, native_model
+from transformer_lens.model_bridge.loading.state import StateMethods
 from transformer_lens.model_bridge.old_names import OldNames
-from transformer_lens.model_bridge.partial_run import Stopped, starting_at, stopping_at
-from transformer_lens.model_bridge.peft_layers import inner_model
 from transformer_lens.model_bridge.processing import ProcessingMethods
-from transformer_lens.model_bridge.sharding import Sharding, sharding_of
-from transformer_lens.model_bridge.state import StateMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
-from transformer_lens.model_bridge.text_methods import TokenMethods
-from transformer_lens.model_bridge.tree import Exchanged, absent_names, components_in, make_components
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
-from transformer_lens.model_bridge.verify import VerifyMethods
+from transformer_lens.model_bridge.verification.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens.checks import a_text, nearest
+from transformer_lens.model_bridge.access.ports import Inside
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.text_table import Tabular, TextTable
 
 if TYPE_CHECKING:

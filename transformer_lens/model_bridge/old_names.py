@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.hooked_root import HookedRootModule, NamesFilter
-from transformer_lens.model_bridge.calls import InputMethods, ModelInput
+from transformer_lens.hooks.root import HookedRootModule, NamesFilter
+from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.generalized_components.weights import weights_of

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformer_lens.asking import Positions, checked_positions, place_name, position_mask
 from transformer_lens.checks import in_words, is_tensor, one_of
 from transformer_lens.factored_matrix import wide
-from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookedRootModule
+from transformer_lens.hooks.point import HookPoint
+from transformer_lens.hooks.root import HookedRootModule
+from transformer_lens.hooks.rows import Rows, on_rows
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import axis_sizes
-from transformer_lens.row_hooks import Rows, on_rows
 
 Places = str | int | Sequence[str | int] | Callable[[str], bool]
 """A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""

@@ -12,15 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.cache.direct_logits import Tokens
 from transformer_lens.checks import is_one_of
-from transformer_lens.direct_logits import Tokens
 from transformer_lens.factored_matrix import FactoredMatrix, composition_scores
 from transformer_lens.model_bridge.config import BridgeConfig
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge.attaching.tree import Layers
     from transformer_lens.model_bridge.bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import BlockBridge, Branch
-    from transformer_lens.model_bridge.tree import Layers
 
 READERS: Mapping[str, Callable[[Any], FactoredMatrix]] = {
     "Q": lambda attention: attention.QK,

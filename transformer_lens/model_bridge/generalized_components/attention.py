@@ -16,6 +16,19 @@ from typing import Any, ClassVar, cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.seams import (
+    Attend,
+    BesideSinks,
+    KeysAndValues,
+    PassingBy,
+    Probabilities,
+    Step,
+    attention_function,
+    beside,
+    until_enough,
+)
+from transformer_lens.model_bridge.access.sharding import Interior, Sharding
 from transformer_lens.model_bridge.generalized_components.attention_ports import (
     BLOCKS,
     FUSED,
@@ -33,19 +46,6 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
-from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.seams import (
-    Attend,
-    BesideSinks,
-    KeysAndValues,
-    PassingBy,
-    Probabilities,
-    Step,
-    attention_function,
-    beside,
-    until_enough,
-)
-from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.upstream import (
     ALIBI,
     CACHE,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
-from transformer_lens.model_bridge.ports import Inside, Port
-from transformer_lens.model_bridge.views import (
+from transformer_lens.model_bridge.access.ports import Inside, Port
+from transformer_lens.model_bridge.access.views import (
     View,
     block_k,
     block_q,
@@ -21,6 +19,8 @@ from transformer_lens.model_bridge.views import (
     query_heads,
     whole,
 )
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 
 Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
 """The role whose output holds q, k or v, and the view of it there."""

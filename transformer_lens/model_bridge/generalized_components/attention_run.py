@@ -14,7 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.hook_point import state
+from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.inside_call import InsideCall, on_output
+from transformer_lens.model_bridge.access.seams import (
+    Enough,
+    Handed,
+    KeysAndValues,
+    PassingBy,
+    beside,
+    cache_update,
+    unhooked,
+)
+from transformer_lens.model_bridge.access.views import View
 from transformer_lens.model_bridge.generalized_components.attention_masks import (
     additive_mask,
     entries,
@@ -25,10 +36,7 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.generalized_components.normalization import at_least_float32
 from transformer_lens.model_bridge.generalized_components.weights import has_bias, matrix
-from transformer_lens.model_bridge.inside_call import InsideCall, on_output
-from transformer_lens.model_bridge.seams import Enough, Handed, KeysAndValues, PassingBy, beside, cache_update, unhooked
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
-from transformer_lens.model_bridge.views import View
 
 
 class AttentionRun:

@@ -14,15 +14,15 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from transformer_lens.hook_point import HookPoint
+from transformer_lens.hooks.point import HookPoint
+from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.peft_layers import computing_module
+from transformer_lens.model_bridge.access.ports import Inside, Port
+from transformer_lens.model_bridge.access.sharding import Interior, Sharding
+from transformer_lens.model_bridge.access.views import times
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.branches import Stages
-from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.peft_layers import computing_module
-from transformer_lens.model_bridge.ports import Inside, Port
-from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute
-from transformer_lens.model_bridge.views import times
 
 MADE = (
     "it describes the model and was made with the bridge; for another model make a new TransformerBridge(model), and "

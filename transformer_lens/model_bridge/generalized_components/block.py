@@ -10,11 +10,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from transformer_lens.model_bridge.access.inside_call import plain_forward
+from transformer_lens.model_bridge.access.ports import BranchPort, Inside, Port, SharedPort
+from transformer_lens.model_bridge.access.views import scaled, whole
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, Part
 from transformer_lens.model_bridge.generalized_components.branches import READERS, Branch, Stages
-from transformer_lens.model_bridge.inside_call import plain_forward
-from transformer_lens.model_bridge.ports import BranchPort, Inside, Port, SharedPort
-from transformer_lens.model_bridge.views import scaled, whole
 
 STREAM = "batch pos d_model"
 RESID_PRE = Hook(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import Weight, linear, own
-from transformer_lens.model_bridge.ports import Port
 from transformer_lens.model_bridge.upstream import EMBEDDINGS, LOGITS
 
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.seams import MATMUL, Enough, FirstCall, TorchCalls, beside
-from transformer_lens.model_bridge.sharding import ALONE, Shards
+from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.seams import MATMUL, Enough, FirstCall, TorchCalls, beside
+from transformer_lens.model_bridge.access.sharding import ALONE, Shards
 from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, UpstreamError, eager_forward
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
-from transformer_lens.model_bridge.ports import Port
 
 
 class MixerBridge(ComponentBridge):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from transformer_lens.model_bridge.access.ports import Port
+from transformer_lens.model_bridge.access.views import first_half, second_half
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import DenseWeights, FusedGatedWeights, GatedWeights
-from transformer_lens.model_bridge.ports import Port
-from transformer_lens.model_bridge.views import first_half, second_half
 
 DENSE = "this MLP is dense: it has no router and no experts"
 NO_EXPERTS = dict.fromkeys(

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.ports import FlatTokensPort, Inside, Port
+from transformer_lens.model_bridge.access.seams import MATMUL, FirstCall
+from transformer_lens.model_bridge.access.sharding import Interior, Sharding
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.experts_run import STAGES, EagerRun, KernelRun
 from transformer_lens.model_bridge.generalized_components.mlp import GatedMLPBridge
@@ -14,10 +18,6 @@ from transformer_lens.model_bridge.generalized_components.weights import (
     Weight,
     linear,
 )
-from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.ports import FlatTokensPort, Inside, Port
-from transformer_lens.model_bridge.seams import MATMUL, FirstCall
-from transformer_lens.model_bridge.sharding import Interior, Sharding
 from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, UpstreamError, eager_forward
 
 

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.ports import Inside, Port
+from transformer_lens.model_bridge.access.views import Shifted
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 from transformer_lens.model_bridge.generalized_components.weights import NormWeights, Weight, constant, own
-from transformer_lens.model_bridge.inside_call import InsideCall
-from transformer_lens.model_bridge.ports import Inside, Port
-from transformer_lens.model_bridge.views import Shifted
 
 SCALE = Hook(
     "hook_scale",

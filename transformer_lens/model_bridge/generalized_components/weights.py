@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.model_bridge.views import (
+from transformer_lens.model_bridge.access.views import (
     Columns,
     EveryOther,
     Half,
@@ -29,7 +29,7 @@ from transformer_lens.model_bridge.views import (
     Whole,
     in_groups,
 )
-from transformer_lens.model_bridge.weight_access import execution_device, read_weight
+from transformer_lens.model_bridge.access.weights import execution_device, read_weight
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.generalized_components.base import ComponentBridge

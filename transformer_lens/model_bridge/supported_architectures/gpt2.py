@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from transformer_lens.model_bridge.access.seams import Probabilities
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
     PARALLEL_ONE_NORM,
@@ -36,7 +37,6 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
-from transformer_lens.model_bridge.seams import Probabilities
 from transformer_lens.model_bridge.supported_architectures import by_type
 from transformer_lens.model_bridge.upstream import attribute
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, StaticCache
 
-from transformer_lens.hook_point import HookPoint
-from transformer_lens.hooked_root import HookSpec
+from transformer_lens.hooks.point import HookPoint
+from transformer_lens.hooks.root import HookSpec
 from transformer_lens.model_bridge.upstream import arguments_of
-from transformer_lens.model_bridge.verification import values
+from transformer_lens.model_bridge.verification import references
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
     Looking,
@@ -41,13 +41,13 @@ SPARE = 2
 
 
 EQUATIONS = (
-    values.hugging_face,
-    values.stream,
-    values.norm,
-    values.pattern,
-    values.mixed_values,
-    values.projected_heads,
-    values.experts,
+    references.hugging_face,
+    references.stream,
+    references.norm,
+    references.pattern,
+    references.mixed_values,
+    references.projected_heads,
+    references.experts,
 )
 """The checks on values, which hold for a step as for a whole text."""
 NAMED = 5
@@ -172,7 +172,7 @@ def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
         if value.shape == expected.shape and name.endswith("hook_attn_scores"):
             masked = expected < torch.finfo(expected.dtype).min / 2
             value, expected = value.masked_fill(masked, 0), expected.masked_fill(masked, 0)
-        yield values.compared(check, name, value, expected, step.rounding, f"{step}: as in the whole text")
+        yield references.compared(check, name, value, expected, step.rounding, f"{step}: as in the whole text")
 
 
 Change = tuple[float, str]
@@ -320,12 +320,12 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
         for row, write in _of(e, block, here):
             a, b = got[f"{block}.attn"][row], oracle[f"{block}.attn"][row]
             what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
-            yield values.compared("writing", f"{block}.{write.hook}", a, b, e.projecting, what)
+            yield references.compared("writing", f"{block}.{write.hook}", a, b, e.projecting, what)
 
 
 def _has(e: Evidence, block: str, write: Write) -> bool:
     by_scores = write.hook in ("attn.hook_attn_scores", "attn.hook_rot_q")  # a sink takes its part of them
-    return f"{block}.{write.hook}" in e.bridge.hook_dict and not (by_scores and values.has_sinks(e, block))
+    return f"{block}.{write.hook}" in e.bridge.hook_dict and not (by_scores and references.has_sinks(e, block))
 
 
 def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write]]:
@@ -354,7 +354,7 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
         v = torch.cat([*past, *new], dim=1).repeat_interleave(z.shape[2] // new[0].shape[2], dim=2)
         assert write.z is not None
         what = f"{write.hook} written in the last step: half of what the first key holds, and half of the last"
-        yield values.compared("writing", name, z, write.z(v, z), e.rounding, what)
+        yield references.compared("writing", name, z, write.z(v, z), e.rounding, what)
 
 
 def _oracle(
@@ -374,7 +374,7 @@ def _oracle(
             if attention not in e.components:
                 continue
             count, first = cache.get_mask_sizes(1, layer)
-            pieces = [values.projected(_Calls(e, call), attention, "v") for call in calls]
+            pieces = [references.projected(_Calls(e, call), attention, "v") for call in calls]
             v = torch.cat([piece for piece in pieces if piece is not None], dim=1)[:, first : first + count]
             v, mine = v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2), _of(e, block, here)
             project = partial(_put_z, mine, v)

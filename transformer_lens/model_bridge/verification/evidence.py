@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from transformer_lens.hook_point import HookFunction, HookPoint
-from transformer_lens.hooked_root import Capture, HookSpec
-from transformer_lens.model_bridge.calls import main_output
-from transformer_lens.model_bridge.elsewhere import BlockElsewhere
+from transformer_lens.hooks.point import HookFunction, HookPoint
+from transformer_lens.hooks.root import Capture, HookSpec
+from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.access.ports import Inside
+from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
+from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge
-from transformer_lens.model_bridge.peft_layers import inner_model
-from transformer_lens.model_bridge.ports import Inside
 from transformer_lens.model_bridge.upstream import arguments_of
 
 if TYPE_CHECKING:

@@ -15,17 +15,17 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
 
-from transformer_lens.hook_point import HookFunction, HookPoint
-from transformer_lens.hooked_root import HookSpec
-from transformer_lens.model_bridge.peft_layers import inner_model
+from transformer_lens.hooks.point import HookFunction, HookPoint
+from transformer_lens.hooks.root import HookSpec
+from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.upstream import MASK
 from transformer_lens.model_bridge.verification.evidence import (
     Evidence,
     Looking,
     largest_difference,
 )
+from transformer_lens.model_bridge.verification.references import compared
 from transformer_lens.model_bridge.verification.report import CheckResult
-from transformer_lens.model_bridge.verification.values import compared
 
 NOISE = 0.5
 """Standard deviation of the noise, in standard deviations of what it is added to."""

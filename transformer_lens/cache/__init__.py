@@ -1,0 +1,1 @@
+"""What a run leaves: activations by name, and what is made of them."""

@@ -1,0 +1,1 @@
+"""Hook points, and the module that runs with them: everything about a hook that no model is needed for."""

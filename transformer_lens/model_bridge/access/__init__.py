@@ -1,0 +1,1 @@
+"""What an unchanged model is read and written through: views, ports, seams, its weights."""

@@ -1,0 +1,224 @@
+"""Hooks inside modules: replaces a module's `forward` while a hook inside is attached."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transformer_lens.hooks.point import HookEntry, HookPoint, nested_forward, state
+from transformer_lens.model_bridge.access.checkpointing import current_record, recalled
+from transformer_lens.model_bridge.access.inside_call import ForwardInPlace, InsideCall
+from transformer_lens.model_bridge.access.ports import Inside
+from transformer_lens.model_bridge.access.sharding import Interior
+from transformer_lens.model_bridge.access.views import TokenRows
+from transformer_lens.model_bridge.attaching.hook_slots import Slot, check_replacement
+from transformer_lens.model_bridge.attaching.partial_run import covered
+from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+
+attaching = threading.Lock()
+"""Held while a model is changed, which bridges and threads share."""
+
+
+class InsideForward(ForwardInPlace):
+    """Replaces a module's `forward` on behalf of every bridge that has hooks inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.had = "forward" in module.__dict__
+        self.original = module.forward
+        self.users: list[BoundModule] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if state.depth:
+            with nested_forward():
+                return self(*args, **kwargs)
+        users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
+        if not users:
+            return self.original(*args, **kwargs)
+        component = next(iter(users)).component
+        return component.inside(self.call(component, args, kwargs, users))
+
+    def call(
+        self,
+        component: ComponentBridge,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        users: dict[BoundModule, dict[str, BoundInside]],
+    ) -> InsideCall:
+        """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
+        user = next(iter(users))
+        inside = user.interior
+        rows: TokenRows | None = _first_recalled(users, "rows") if user.recalls else None
+        stream: Tensor | None = _first_recalled(users, "stream") if user.recalls else None
+        wanted = {name for hooks in users.values() for name in hooks}
+        written = {name for user, hooks in users.items() for name in user.written(hooks)}
+        each = tuple(users.values())
+
+        def fire(name: str, value: Tensor) -> Tensor:
+            for hooks in each:
+                if name in hooks:
+                    value = hooks[name].fire(value, rows)
+            return value
+
+        return InsideCall(
+            self.module,
+            self.original,
+            inside.cfg,
+            args,
+            kwargs,
+            component.module_of,
+            fire,
+            wanted.__contains__,
+            written.__contains__,
+            stream,
+            inside.shards,
+            inside.axes,
+        )
+
+    def remove(self) -> None:
+        self.leave(self.module, self.had)
+
+
+class BoundModule:
+    """The hooks of one bridge inside one module, by name."""
+
+    def __init__(
+        self, component: ComponentBridge, interior: Interior, layer: int, tell: Callable[[Any, bool], None]
+    ) -> None:
+        self.component = component
+        self.tell = tell
+        self.interior = interior
+        self.layer = layer
+        self.hooks: dict[str, BoundInside] = {}
+        self.recalls = False
+        """Whether any of them needs the input of another place."""
+        self.in_place: InsideForward | None = None
+
+    def refresh(self) -> None:
+        """Replace the module's forward, or restore it, as the hooks inside need it."""
+        with attaching:
+            needed = any(hook.wanted() for hook in self.hooks.values())
+            if needed and self.in_place is None:
+                self._put_on()
+                self.tell(self, True)
+            elif not needed and self.in_place is not None:
+                self._take_off()
+                self.tell(self, False)
+
+    def follow(self) -> None:
+        """Move to the module that is at this place now."""
+        with attaching:
+            if self.in_place is not None and self.in_place.module is not self.component.computing_module:
+                self.component.check_module()  # before anything is taken off
+                self._take_off()
+                self._put_on()
+
+    @property
+    def module(self) -> nn.Module | None:
+        return None if self.in_place is None else self.in_place.module
+
+    def _put_on(self) -> None:
+        self.component.check_module()
+        module = self.component.computing_module
+        found = InsideForward.on(module)
+        self.in_place = found or InsideForward(module)
+        if found is None:
+            module.forward = self.in_place
+        self.in_place.users.append(self)
+
+    def _take_off(self) -> None:
+        assert self.in_place is not None
+        self.in_place.users.remove(self)
+        if not self.in_place.users:
+            self.in_place.remove()
+        self.in_place = None
+
+    def release(self) -> None:
+        """Restore the module's forward."""
+        self.hooks = {}
+        self.refresh()
+
+    def wanted(self) -> dict[str, BoundInside]:
+        """The hooks inside that fire in this thread's run."""
+        record = current_record()
+        if record is not None and record.replaying:
+            again = any(hook in record.computed for hook in self.hooks.values())
+            return {name: hook for name, hook in self.hooks.items() if again and hook in record.outcomes}
+        return {name: hook for name, hook in self.hooks.items() if hook.fires()} if covered(self.layer) else {}
+
+    def written(self, wanted: dict[str, BoundInside]) -> list[str]:
+        """The names of those that may change their value; a block's record keeps which."""
+        record = current_record()
+        if record is not None and record.replaying:
+            return [name for name, hook in wanted.items() if hook in record.computed]
+        found = [name for name, hook in wanted.items() if hook.writes()]
+        if record is not None:
+            record.computed.update(wanted[name] for name in found)
+        return found
+
+
+def _first_recalled(users: Iterable[BoundModule], what: str) -> Any:
+    """Take what the hooks of any bridge remembered of this call."""
+    found = [recalled(user, len(state.executing), what) for user in users]
+    return next((value for value in found if value is not None), None)
+
+
+class BoundInside(Slot):
+    def __init__(
+        self, hook: Hook, inside: Inside, owner: HookOwner, module: BoundModule, on_replaced: Callable[[], None]
+    ) -> None:
+        super().__init__(hook, owner, on_replaced)
+        self.inside = inside
+        self.module = module
+        self.divided = module.interior.dim(hook.axes)
+
+    def entries(self) -> tuple[list[HookEntry], list[HookEntry]] | None:
+        """The hooks that fire now, forward and backward; `None` where another module replaces the hook point."""
+        place = self.owner._modules.get(self.slot)
+        if not isinstance(place, HookPoint):
+            return None
+        forward = [entry for entry in place.fwd_hooks if entry.applies()]
+        if not place.bwd_hooks:
+            return forward, []
+        record = current_record()
+        graph = torch.is_grad_enabled() or (record is not None and record.reentrant)
+        return forward, [entry for entry in place.bwd_hooks if graph and entry.applies()]
+
+    def fires(self) -> bool:
+        """Whether anything here sees the value in this thread's run."""
+        if not self.wanted():
+            return False
+        record = current_record()
+        if record is not None and record.replaying:
+            return self in record.outcomes
+        entries = self.entries()
+        return entries is None or any(entries)
+
+    def writes(self) -> bool:
+        """Whether it may change the value, or needs a gradient through it."""
+        entries = self.entries()
+        return entries is None or bool(entries[1]) or not all(entry.reads_only for entry in entries[0])
+
+    def remember(self, x: Tensor) -> None:
+        """Keep what the module does not see: batch and position, or the block's stream."""
+        if self.fires():
+            what, value = ("stream", x) if self.inside.stream_of is not None else ("rows", TokenRows(*x.shape[:2]))
+            state.recalled[id(self.module), len(state.executing), what] = value
+
+    def fire(self, value: Tensor, rows: TokenRows | None) -> Tensor:
+        """Run the hook on the value, with batch and position axes where the module has flat tokens."""
+        shards, dim = self.module.interior.shards, self.divided
+        whole = value if dim is None else shards.gather(value, dim)
+        shown = whole if rows is None else rows.get(whole)
+        place: Any = self.owner._modules[self.slot]
+        record = current_record()
+        new = place(shown) if record is None else record.show(self, place, shown)
+        if new is shown:
+            return value
+        new = check_replacement(self.name, new, shown)
+        put = new if rows is None else rows.put(whole, new)
+        return put if dim is None else shards.slice(put, dim)

@@ -1,0 +1,87 @@
+"""Replaces a model's `forward` while hooks are attached.
+
+Before each forward pass it lets the hooks follow replaced modules (as by PEFT), and it runs the model outside
+`torch.compile`, whose compiled code ignores hooks that came after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.checkpointing import recording
+from transformer_lens.model_bridge.access.inside_call import ForwardInPlace
+
+_exchange = threading.Lock()
+"""Held while a model's `forward` is replaced, which its bridges share."""
+
+
+COMPILED = "_compiled_call_impl"
+"""Where torch keeps what `module.compile()` made."""
+
+
+class Follower(Protocol):
+    """What has to be where the modules are."""
+
+    def follow(self) -> None:
+        """Move to the modules that are in the model now."""
+
+
+class Watch(ForwardInPlace):
+    """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+        self.had = "forward" in model.__dict__
+        self.original = model.forward
+        self.__wrapped__ = self.original  # generate() and PEFT read the signature
+        self.followers: list[Follower] = []
+        # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
+        self.compiled: list[tuple[nn.Module, Any]] = []
+        every = [model]
+        for module in every:  # not `modules()`: it drops repeats, at several times the cost
+            if module.__dict__.get(COMPILED) is not None:
+                self.compiled.append((module, module.__dict__.pop(COMPILED)))
+            if module._modules:
+                every += [child for child in module._modules.values() if child is not None]
+
+    @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for follower in tuple(self.followers):
+            follower.follow()
+        outer, state.memo = state.memo, {}
+        try:
+            with recording(self.module):
+                return self.original(*args, **kwargs)
+        finally:
+            state.memo = outer
+
+    def remove(self) -> None:
+        for module, compiled in self.compiled:
+            module.__dict__.setdefault(COMPILED, compiled)
+        self.leave(self.module, self.had)
+
+
+def watch(model: nn.Module, follower: Follower) -> None:
+    """Tell a follower of every forward pass of a model."""
+    with _exchange:
+        found = Watch.on(model)
+        here = found or Watch(model)
+        if found is None:
+            model.forward = here
+        here.followers.append(follower)
+
+
+def unwatch(model: nn.Module, follower: Follower) -> None:
+    """Undo `watch`."""
+    with _exchange:
+        here = Watch.on(model)
+        if here is None:  # accelerate's hooks were taken off, and what they found with them
+            return
+        here.followers.remove(follower)
+        if not here.followers:
+            here.remove()

@@ -1,0 +1,126 @@
+"""Running some layers of an unchanged model: `start_at_layer` and `stop_at_layer`, in the calling thread alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
+
+
+class _Layers(threading.local):
+    """The first layer of this thread's run, and the depth of hooks at which it was asked for."""
+
+    start: int | None = None
+    depth = 0
+
+
+_layers = _Layers()
+
+
+def covered(layer: int) -> bool:
+    """Whether a hook of this layer (-1: the embedding) fires in this thread's run."""
+    return _layers.start is None or layer >= _layers.start or len(state.executing) != _layers.depth
+
+
+class Stopped(BaseException):
+    """Leaves the model with the tensor at which it was to stop; never seen by users."""
+
+    def __init__(self, value: Tensor, run: object) -> None:
+        super().__init__()
+        self.value = value
+        self.run = run
+
+
+@contextmanager
+def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
+    """Stop, in this thread, where `module` would start, with its input."""
+    thread, depth = threading.get_ident(), len(state.executing)
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:  # torch calls it so while another thread is putting it on or taking it off
+            return
+        if threading.get_ident() == thread and len(state.executing) == depth:
+            raise Stopped(arguments_of(type(module)).first_value(args, kwargs), run)
+
+    # First in line, so that no hook of this module fires, as the module is not part of the run.
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns_tuple: bool) -> Iterator[None]:
+    """In this thread, let the blocks below `start` return their input, and `places[start]` read `stream`."""
+    outer = (_layers.start, _layers.depth)
+    thread, depth = threading.get_ident(), len(state.executing)
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if kwargs is None or threading.get_ident() != thread or len(state.executing) != depth:
+            return None
+        return arguments_of(type(module)).with_first(stream, args, kwargs)
+
+    def check(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Blocks that are skipped must return what this one returns, or the model would misread their output."""
+        if isinstance(output, tuple) != returns_tuple and threading.get_ident() == thread:
+            expected, got = ("tuple", "tensor")[:: 1 if returns_tuple else -1]
+            raise UpstreamError(type(module).__name__, f"{expected} as its output, it returned a {got}", ())
+
+    with ExitStack() as undo:
+        if start < len(places) - 1:
+            undo.callback(places[start].register_forward_hook(check).remove)
+        for layer, block in enumerate(places[:start]):
+            undo.enter_context(_handing_on(block, layer, returns_tuple))
+        # A model may add positions to the embeddings it is called with, so what arrives here is not the stream.
+        handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        undo.callback(handle.remove)
+        _layers.start, _layers.depth = start, len(state.executing)
+        try:
+            yield
+        finally:
+            _layers.start, _layers.depth = outer
+
+
+class _HandOn:
+    """Replaces a block's `forward`: returns the input in threads whose run starts above the block."""
+
+    def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
+        self.block, self.layer, self.returns_tuple = block, layer, returns_tuple
+        self.had = "forward" in block.__dict__
+        self.original = block.forward
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if covered(self.layer):
+            return self.original(*args, **kwargs)
+        stream = arguments_of(type(self.block)).first_value(args, kwargs)
+        return (stream, None) if self.returns_tuple else stream
+
+
+_exchange = threading.Lock()
+
+
+@contextmanager
+def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
+    """Replace a block's forward; threads share it, and the last run restores it."""
+    with _exchange:
+        current = block.__dict__.get("forward")
+        stand_in = current if isinstance(current, _HandOn) else _HandOn(block, layer, returns_tuple)
+        block.forward = stand_in
+        stand_in.users += 1
+    try:
+        yield
+    finally:
+        with _exchange:
+            stand_in.users -= 1
+            if not stand_in.users and stand_in.had:
+                block.forward = stand_in.original
+            elif not stand_in.users:
+                del block.__dict__["forward"]

@@ -1,0 +1,132 @@
+"""Blocks that another process computes: which hooks wait inside them, and how they get their tensors.
+
+A `BlockElsewhere` replaces such a block in the model. It asks for its hooks before each run and delivers their tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from transformer_lens.hooks.point import Direction, HookEntry, HookFunction, HookPoint, nested_forward
+from transformer_lens.model_bridge.attaching.hook_slots import Slot
+from transformer_lens.model_bridge.attaching.partial_run import covered
+from transformer_lens.model_bridge.generalized_components import Hook, HookOwner, PartsElsewhere
+
+
+@dataclass(frozen=True)
+class HookRequest:
+    """One hook that waits at a name inside a remote block."""
+
+    name: str
+    point: HookPoint
+    entry: HookEntry
+    direction: Direction
+
+    def deliver(self, tensor: Tensor | None) -> None:
+        """Deliver the tensor that the hook was to see, if any."""
+        self.entry.fired = True
+        if tensor is not None and not self.entry.removed:
+            self.entry.fn(tensor, hook=self.point)
+
+
+class BlockElsewhere(PartsElsewhere):
+    """A module in the model that stands for a block of another process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[HookElsewhere] = []
+
+    def refusal(self, name: str, entry: HookEntry, direction: Direction) -> Exception | None:
+        """Why a hook cannot work inside; `None` if it can."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which hooks the other process knows")
+
+    def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> HookFunction:
+        """A hook that multiplies by a value, or sets it, and that the other process can run."""
+        raise NotImplementedError(f"{type(self).__name__} has to say how the other process edits")
+
+    @staticmethod
+    def begins_at_embedding() -> bool:
+        """Whether this thread's run begins at the embedding."""
+        return covered(-1)
+
+    def requests(self) -> list[HookRequest]:
+        """The hooks that fire inside in this thread's run, in their order at each name."""
+        with nested_forward():
+            return [request for slot in self.waiting for request in slot.requests()]
+
+
+class HookElsewhere(Slot):
+    """One declared hook of a remote block; hooks that cannot work there are refused when they are attached.
+
+    `edge`: the block's input or output is also here, so functions may run at its port.
+    """
+
+    def __init__(
+        self,
+        hook: Hook,
+        owner: HookOwner,
+        block: BlockElsewhere,
+        layer: int,
+        on_replaced: Callable[[], None],
+        edge: bool = False,
+    ) -> None:
+        super().__init__(hook, owner, on_replaced)
+        self.block = block
+        self.layer = layer
+        self.edge = edge
+        self.point = owner._modules[hook.name]
+        block.waiting.append(self)
+
+    def admit(self, entry: HookEntry, direction: Direction) -> None:
+        """Raise for a hook that the other process cannot run."""
+        refusal = self.block.refusal(self.name, entry, direction)
+        if refusal is not None:
+            raise refusal
+
+    def begin(self) -> None:
+        super().begin()
+        place = self.place
+        assert isinstance(place, HookPoint)
+        place.admit = self.admit
+
+    def replaced(self) -> None:
+        place = self.place
+        if not isinstance(place, HookPoint):
+            self.owner._modules[self.slot] = self.point
+            raise TypeError(
+                f"{self.name}: got a {type(place).__name__} in the hook's place, and this block runs in another "
+                "process; only hook points can stand here"
+            )
+        self.point = place
+        place.admit = self.admit
+        super().replaced()
+
+    def takes_all(self) -> bool:
+        """Whether every hook here can run in the other process."""
+        place = self.place
+        if not isinstance(place, HookPoint):
+            return False
+        hooks: list[tuple[HookEntry, Direction]] = [(entry, "fwd") for entry in place.fwd_hooks]
+        hooks += [(entry, "bwd") for entry in place.bwd_hooks]
+        return all(self.block.refusal(self.name, entry, direction) is None for entry, direction in hooks)
+
+    def requests(self) -> Iterator[HookRequest]:
+        """The hooks here that fire now."""
+        place = self.place
+        if not isinstance(place, HookPoint) or not covered(self.layer) or (self.edge and not self.takes_all()):
+            return
+        for entry in tuple(place.fwd_hooks):
+            if entry.applies():
+                yield HookRequest(self.name, place, entry, "fwd")
+        if torch.is_grad_enabled():
+            for entry in tuple(place.bwd_hooks):
+                if entry.applies():
+                    yield HookRequest(self.name, place, entry, "bwd")
+
+    def release(self) -> None:
+        self.block.waiting.remove(self)

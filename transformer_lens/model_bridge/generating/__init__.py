@@ -1,0 +1,1 @@
+"""Generation with hooks: options, the run, and its stream."""

@@ -1,0 +1,386 @@
+"""`bridge.generate`: Hugging Face's own `generate`, with text in and out, hooks and caches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from types import EllipsisType
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
+
+from transformer_lens.cache.activation_cache import ActivationCache
+from transformer_lens.checks import listed, one_of, whole
+from transformer_lens.hooks.generation_step import GenerationStep
+from transformer_lens.hooks.point import HookFunction, state
+from transformer_lens.hooks.root import HookedRootModule, HookSpec, NamesFilter
+from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
+from transformer_lens.model_bridge.calls.padding import SIDES, Columns
+from transformer_lens.model_bridge.calls.tokens import TextReader
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generating.options import (
+    RETURN_TYPES,
+    FrequencyPenalty,
+    GenerationCall,
+    in_lists,
+    own_cache,
+    prepare_prompt,
+    progress,
+    refuse_unknown_option,
+    settings,
+    take_prompt,
+    translate,
+    with_tokenizer,
+)
+from transformer_lens.model_bridge.generating.run import PHASES, GenerationRun, Phase, joined
+from transformer_lens.model_bridge.upstream import (
+    CACHE,
+    MASK,
+    NEW_TOKENS,
+    POSITIONS,
+    TOKENS,
+    Arguments,
+    attribute,
+    spelled,
+)
+from transformer_lens.model_bridge.wrapped_model import WrappedModel
+
+GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
+
+
+CHOICES = (
+    *("max_new_tokens", "stop_at_eos", "eos_token_id", "do_sample", "top_k", "top_p", "temperature", "freq_penalty"),
+    "use_past_kv_cache",
+)
+"""TransformerLens's keywords that become Hugging Face's."""
+
+
+class GenerationMethods(InputMethods, HookedRootModule):
+    original_model: nn.Module
+    cfg: BridgeConfig
+    adapter: ArchitectureAdapter
+    _detached: bool
+
+    @property
+    def generation(self) -> GenerationStep | None:
+        """Which part of the text this thread's forward pass of `generate` reads; otherwise `None`."""
+        return state.generation
+
+    def generate(
+        self,
+        input: ModelInput | None = None,
+        max_new_tokens: int | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        freq_penalty: float = 0.0,
+        *,
+        fwd_hooks: Sequence[GenerationHook] = (),
+        on: Phase = "all",
+        return_cache: bool = False,
+        return_input_tokens: bool = False,
+        names_filter: NamesFilter = None,
+        return_type: str = "input",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        use_past_kv_cache: bool | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Continue text, token ids or embeddings, as Hugging Face's `generate` does, with hooks.
+
+        >>> bridge.generate("When Mary and John went to the store, John gave a drink to", max_new_tokens=1)
+        'When Mary and John went to the store, John gave a drink to Mary'
+
+        `options` are those of Hugging Face's `generate`: beams, stopping criteria, streamers, `generation_config`... A
+        temperature, `top_k` or `top_p` asks for sampling, `temperature=0` for the likeliest token. `freq_penalty` takes
+        that much off a sampled token's logit for each time it is in the text. Texts are padded on the left. Generation
+        ends at `eos_token_id`: the model's own by default, `None` for none.
+
+        `return_type` "input" gives text for text and ids for ids (embeddings: the new ids), "str" and "tokens" one of
+        them; with `return_dict_in_generate=True` Hugging Face's own output is returned. `return_input_tokens=True`
+        appends the token ids that the model was given, and `return_cache=True` gives `(output, ActivationCache)` with
+        the hooks of `names_filter` at every token of the output (one more forward pass reads the last token); scores
+        and patterns have a key axis as long as the text.
+
+        A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation" or "all"; default `on`)
+        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`.
+
+        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases where
+        forward passes have none (no KV cache, assisted generation) and for a cache of beams.
+        """
+        said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
+        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
+        call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
+        run = self._generation_run(call, fwd_hooks, on)
+        if names_filter is not None and not return_cache:
+            raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
+        reads = self._capture(call, run, names_filter) if return_cache else {}
+        with run, progress(call.chosen.max_new_tokens, verbose) as watching:
+            with run.forwards():
+                output = call(**reads, **watching)
+            tokens = run.written = output if isinstance(output, Tensor) else output.sequences
+            activations = self._activations(call, run, tokens) if return_cache else None
+        more = [*([activations] if return_cache else []), *([call.prompt.ids] if return_input_tokens else [])]
+        return (call.answer(output, tokens), *more) if more else call.answer(output, tokens)
+
+    def generate_stream(
+        self,
+        input: ModelInput | None = None,
+        max_new_tokens: int | None = None,
+        max_tokens_per_yield: int = 1,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        freq_penalty: float = 0.0,
+        *,
+        fwd_hooks: Sequence[GenerationHook] = (),
+        on: Phase = "all",
+        return_type: str = "input",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        use_past_kv_cache: bool | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Yield what `generate` would add, piece by piece; the caller's own thread runs the model.
+
+        >>> list(bridge.generate_stream("When Mary and John went to the store, John gave a drink to", 1))
+        [' Mary']
+
+        Yields strings for one text, lists of strings for several, and ids `[batch]` for ids. `max_tokens_per_yield`
+        joins the pieces of as many steps. A loop that is left early, or fails, leaves no hook behind. Keywords as in
+        `generate`, except `return_cache` and `return_input_tokens`; beams and assistants raise `ValueError`.
+        """
+        said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
+        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
+        call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
+        refuse_unless_streamable(call)
+        each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
+        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on), verbose), each)
+
+    def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
+        """`generate` under the name that TransformerLens uses with Hugging Face's options.
+
+        >>> bridge.hf_generate("Mary and", 1, output_scores=True, return_dict_in_generate=True).scores[0].shape
+        torch.Size([1, 735])
+        """
+        return self.generate(input, max_new_tokens, **options)
+
+    def _generation_call(
+        self,
+        what: str,
+        input: ModelInput | None,
+        options: dict[str, Any],
+        how: dict[str, Any],
+        return_type: str,
+        prepend_bos: bool | None,
+        padding_side: str | None,
+    ) -> GenerationCall:
+        model: Any = inner_model(self.original_model)[1]
+        if self._detached:
+            raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
+        if "unembed" not in self._modules:
+            raise ValueError(
+                f"generate: {self.cfg.architecture} predicts no next token; load it for language modelling"
+            )
+        refuse_unknown_option(what, options, model, OWN_KEYWORDS, CACHE.names)
+        given = take_prompt(input, options)
+        assistant = options.get("assistant_model")
+        if isinstance(assistant, WrappedModel):
+            options = {**options, "assistant_model": assistant.original_model}
+        options = in_lists(translate(spelled(options, CACHE, self.arguments.name(CACHE)), **how))
+        chosen = settings(options, model)
+        options = with_tokenizer(options, chosen, self.token_adapter)
+        one_of("return_type", return_type, RETURN_TYPES)
+        if return_type == "str" and self._tokens() and chosen.return_dict_in_generate:
+            raise ValueError("return_type='str' and return_dict_in_generate=True ask for different things")
+        fault = self.adapter.attentions_fault() if chosen.output_attentions else None
+        if fault is not None:
+            raise ValueError(
+                f"generate: output_attentions=True changes what this model computes: {fault}. Patterns are in the "
+                "cache: return_cache=True, names_filter=lambda name: name.endswith('hook_pattern')"
+            )
+        looked_at = SIDES if padding_side is None else (padding_side,)
+        one_of("padding_side", looked_at[0], SIDES)
+        reading = self._read(given, prepend_bos, padding_side or "left", sides=looked_at, truncate=False)
+        adapter, arguments = self.token_adapter, self.arguments
+        prompt = prepare_prompt(reading, options, chosen, arguments, self.input_device(), adapter is not None)
+        for processor in options.get("logits_processor") or ():
+            if isinstance(processor, FrequencyPenalty):
+                processor.read = prompt.mask[:, prompt.mask.shape[1] - prompt.read :]
+        cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
+        return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
+
+    def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
+        one_of("on", on, PHASES)
+        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen), listed("fwd_hooks", fwd_hooks)
+        phased = False
+        for spec in fwd_hooks:
+            if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
+                raise TypeError(f"fwd_hooks: got {spec!r}, expected (name, function) or (name, function, phase)")
+            where, fn, phase = (*spec, on)[:3]
+            one_of(f"phase of the hook at {where!r}", phase, PHASES)
+            phased |= phase != "all"
+            for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
+                run.entries.append((point, entry, phase, named))
+        call.refuse(phased=phased, hooked=bool(fwd_hooks), captured=False)
+        return run
+
+    def _capture(self, call: GenerationCall, run: GenerationRun, names_filter: NamesFilter) -> dict[str, Any]:
+        """Let the run keep the chosen hooks; returns what the model has to be told for that."""
+        call.refuse(phased=False, hooked=False, captured=True)
+        named = names_filter is not None and not callable(names_filter)
+        names = self.select_names(names_filter, may_be_none=True)
+        for name in names:
+            run.capture(self.hook_dict[name], named)
+        # By default `generate` asks for the logits of the last position alone.
+        return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
+
+    def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
+        """What was captured, with the last token, which the generation itself has not read."""
+        before = call.prompt.mask.shape[1] if call.prompt.ids is None else 0
+        length = before + tokens.shape[1]
+        start = run.read if run.cache is not None else 0
+        mask = call.prompt.mask.repeat_interleave(len(tokens) // len(call.prompt.mask), dim=0)
+        mask = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
+        # As `generate` itself counts positions: by the mask, whatever its zeros are.
+        positions = Columns(mask.bool(), ~mask.bool()).positions(length - start)
+        read = {TOKENS: tokens[:, start - before :], MASK: mask, POSITIONS: positions, CACHE: run.cache}
+        with torch.no_grad(), run.forwards():
+            self.original_model(**self.arguments.named(read))
+        return ActivationCache(joined(run.pieces, self.hook_dict), self)
+
+
+# Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
+# loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
+
+PARTS = (
+    *("_prefill", "_optimize_model_for_decode"),
+    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
+)
+"""The methods of a model that its own decoding loop calls."""
+
+
+def refuse_unless_streamable(call: GenerationCall) -> None:
+    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
+    for name in PARTS:
+        attribute(call.model, name)
+    chosen, options = call.chosen, call.options
+    asked = {
+        "num_beams": (chosen.num_beams or 1) > 1,
+        "assistant_model": options.get("assistant_model") is not None,
+        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
+        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
+        "token_healing": bool(chosen.token_healing),
+        "streamer": options.get("streamer") is not None,
+        "custom_generate": options.get("custom_generate") is not None,
+    }
+    wrong = [name for name, on in asked.items() if on]
+    if wrong:
+        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
+
+
+def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
+    """New token ids, or pieces of text, as they are chosen."""
+    with run, progress(call.chosen.max_new_tokens, verbose) as watching:
+        with run.forwards():
+            if call.chosen.stop_strings:  # handed a loop, `generate` forgets the tokenizer for them
+                ends = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
+                criteria = [*watching.get("stopping_criteria", ()), ends]
+                watching = {"stop_strings": None, "stopping_criteria": criteria}
+            steps = call(custom_generate=loop_of(run), **watching)
+        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
+            yield from steps
+        else:
+            yield from _pieces(call, steps)
+
+
+def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
+    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
+    if each == 1:
+        yield from pieces
+        return
+    while portion := list(islice(pieces, each)):
+        if isinstance(portion[0], Tensor):
+            yield torch.stack(portion, dim=-1)
+        elif isinstance(portion[0], str):
+            yield "".join(portion)
+        else:
+            yield ["".join(texts) for texts in zip(*portion, strict=True)]
+
+
+def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
+    """The decoding loop, to be called by `generate`."""
+
+    def loop(
+        model: Any,
+        input_ids: Int[Tensor, "batch pos"],
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Iterator[Int[Tensor, " batch"]]:
+        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+        prepare = model.prepare_inputs_for_generation
+        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        output = None
+        while bool(going.any()):
+            with torch.no_grad(), run.forwards():
+                if output is None:
+                    output = model._prefill(input_ids, generation_config, model_kwargs)
+                else:
+                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
+                    inputs = prepare(input_ids, **new, **model_kwargs)
+                    with model._optimize_model_for_decode():
+                        output = model(**inputs, return_dict=True)
+                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
+                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                scores = logits_processor(input_ids, logits)
+                drawn = generation_config.do_sample
+                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
+                if ends:
+                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
+                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+                going = going & ~stopping_criteria(input_ids, None)
+                run.written = input_ids
+            yield chosen
+
+    return loop
+
+
+def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
+    """What each step adds to the texts; a character is held back until all of its bytes are there."""
+    assert call.adapter is not None
+    readers: list[TextReader] = []
+
+    def of_rows(texts: list[str]) -> str | list[str]:
+        return texts if call.prompt.several or len(texts) > 1 else texts[0]
+
+    for chosen in steps:
+        readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
+        both = zip(readers, chosen.tolist(), strict=True)
+        yield of_rows(["" if token in reader.special else reader.add(token) for reader, token in both])
+    left = [reader.rest() for reader in readers]
+    if any(left):
+        yield of_rows(left)
+
+
+OWN_KEYWORDS = {
+    method.__name__: frozenset(inspect.signature(method).parameters)
+    for method in (GenerationMethods.generate, GenerationMethods.generate_stream)
+}
+"""The keywords of ours that each of the two takes."""
