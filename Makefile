@@ -20,7 +20,7 @@ EXTRAS.demo-swarm = cli,viz,swarm
 TOO.dev = demo
 TOO.swarm = demo-swarm
 
-.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clean
+.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -114,6 +114,10 @@ bench: $(VENV)/.dev
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers
+
+# Packages written for TransformerLens at work on this one, each in an environment of its own; writes docs/clients.md.
+clients: $(VENV)/.dev
+	OMP_NUM_THREADS=2 $(BIN)/python -m tests.clients.run
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site

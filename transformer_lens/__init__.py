@@ -18,6 +18,7 @@ from transformer_lens.HookedTransformerConfig import HookedTransformerConfig
 from transformer_lens.hooks.rows import on_each, on_rows
 from transformer_lens.model_bridge.bridge import TransformerBridge
 from transformer_lens.model_bridge.calls.caches import GroupedCache
+from transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "HookedRootModule",
     "HookedTransformer",
     "HookedTransformerConfig",
+    "HookedTransformerKeyValueCache",
     "TransformerBridge",
     "on_each",
     "on_rows",

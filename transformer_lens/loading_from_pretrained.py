@@ -7,11 +7,18 @@ from typing import Any
 from transformer_lens.checks import a_text, refuse_unknown
 from transformer_lens.data import TINY_MODELS
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.loading.info import model_info
 from transformer_lens.model_bridge.loading.load import FILE_OPTIONS, load_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
 
-__all__ = ["MODEL_ALIASES", "OFFICIAL_MODEL_NAMES", "get_official_model_name", "get_pretrained_model_config"]
+__all__ = [
+    "MODEL_ALIASES",
+    "OFFICIAL_MODEL_NAMES",
+    "get_num_params_of_pretrained",
+    "get_official_model_name",
+    "get_pretrained_model_config",
+]
 
 OFFICIAL_MODEL_NAMES: tuple[str, ...] = (*TINY_MODELS, *PUBLISHED)
 """The shipped models, and those whose sizes are known without a network."""
@@ -40,3 +47,12 @@ def get_pretrained_model_config(model_name: str, **options: Any) -> BridgeConfig
         kind, sizes = PUBLISHED[model_name]
         return adapter_for(kind(**sizes)).cfg
     return adapter_for(load_config(model_name, **options)).cfg
+
+
+def get_num_params_of_pretrained(model_name: str) -> int:
+    """A model's number of parameters, from its config alone.
+
+    >>> get_num_params_of_pretrained("tiny-mixtral")
+    632960
+    """
+    return model_info(model_name).parameters

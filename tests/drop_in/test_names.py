@@ -43,6 +43,8 @@ PATHS = {
     "HookedRootModule": ("HookedRootModule",),
     "config": ("TransformerBridgeConfig", "HookedTransformerConfig", "TransformerLensConfig"),
     "components": ("MLP", "Attention", "TransformerBlock", "LayerNorm", "LayerNormPre", "RMSNorm", "Embed", "Unembed"),
+    "components.abstract_attention": ("AbstractAttention",),
+    "components.mlps.can_be_used_as_mlp": ("CanBeUsedAsMLP",),
     "loading_from_pretrained": ("OFFICIAL_MODEL_NAMES", "MODEL_ALIASES", "get_official_model_name"),
     "past_key_value_caching": ("HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"),
     "utils": ("USE_DEFAULT_VALUE", "get_device", "tokenize_and_concatenate", "test_prompt"),
@@ -438,7 +440,25 @@ def test_texts_in_rows_of_one_length(bridge):
     assert np.array(made.with_format("numpy")["tokens"]).shape == rows.shape
 
 
+def test_the_registry_does_not_ask_a_subclass():
+    """SAELens's bridge builds its `hook_dict` from the registry, and writes into it."""
+
+    class WithFeatures(TransformerBridge):
+        @property
+        def hook_dict(self):
+            return {name: point for name, point in self._hook_registry.items() if "result" not in name}
+
+    bridge = TransformerBridge.boot_transformers("tiny-falcon")
+    names = set(bridge.hook_dict)
+    bridge.__class__ = WithFeatures
+    bridge._hook_registry["blocks.0.hook_resid_post"] = torch.nn.Identity()
+    assert set(bridge.hook_dict) == {name for name in names if "result" not in name}
+    assert isinstance(bridge._hook_registry["blocks.0.hook_resid_post"], transformer_lens.HookPoint)
+    assert bridge.run_with_cache(TEXT)[1]["q", 0].shape[-1] == bridge.cfg.d_head
+
+
 def test_kv_cache_names(bridge):
+    assert transformer_lens.HookedTransformerKeyValueCache.__module__ == "transformer_lens.past_key_value_caching"
     from transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache
 
     cache = HookedTransformerKeyValueCache.init_cache(bridge.cfg, "cpu", 1)
@@ -450,6 +470,7 @@ def test_kv_cache_names(bridge):
 def test_names_of_models():
     from transformer_lens.loading_from_pretrained import (
         OFFICIAL_MODEL_NAMES,
+        get_num_params_of_pretrained,
         get_official_model_name,
         get_pretrained_model_config,
     )
@@ -458,5 +479,7 @@ def test_names_of_models():
     assert get_official_model_name("any/name") == "any/name"
     assert get_pretrained_model_config("falcon-40b").n_key_value_heads == 8
     assert get_pretrained_model_config("tiny-mixtral").num_experts == 4
+    loaded = TransformerBridge.boot_transformers("tiny-mixtral")
+    assert get_num_params_of_pretrained("tiny-mixtral") == sum(p.numel() for p in loaded.parameters())
     with pytest.raises(TypeError, match="unknown keyword 'n_layers'"):
         get_pretrained_model_config("falcon-40b", n_layers=3)

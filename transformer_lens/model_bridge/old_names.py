@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookedRootModule, NamesFilter
 from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.config import BridgeConfig
@@ -146,7 +147,10 @@ class OldNames(InputMethods, HookedRootModule):
         """Aliases of hooks, and the names they stand for."""
         return dict(self.aliases)
 
-    _hook_registry = property(lambda bridge: bridge.hook_dict)
+    @property
+    def _hook_registry(self) -> dict[str, HookPoint]:
+        """A copy: SAELens writes into it, and builds a subclass's `hook_dict` on it."""
+        return dict(HookedRootModule.hook_dict.__get__(self))
 
     def _collect_hook_aliases_from_registry(self) -> dict[str, str]:
         return self.hook_aliases

@@ -1,0 +1,5 @@
+"""`AbstractAttention` under its known import path."""
+
+from transformer_lens.components import AbstractAttention
+
+__all__ = ["AbstractAttention"]

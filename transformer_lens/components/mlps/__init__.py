@@ -1,0 +1,1 @@
+"""MLPs under their known import paths."""
