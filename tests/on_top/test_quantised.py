@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import remove_parametrizations
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM, TorchAoConfig
 
 from tests.bridge.test_detach import picture
 from transformer_lens import TransformerBridge
@@ -71,13 +73,93 @@ def test_what_transformers_does_with_falcon_alone():
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_experts_stay_in_full_precision():
-    """Mixtral's experts are 3-D parameters and no `nn.Linear`: none of these libraries touches them."""
+def stacked(model: nn.Module) -> list[nn.Module]:
+    return [layer.mlp.experts for layer in model.model.layers]
+
+
+def test_what_transformers_does_with_experts_alone():
+    """They are 3-D parameters and no `nn.Linear`: transformers and torchao leave them whole."""
     for kind in CONFIGS:
-        for layer in boot("tiny-mixtral", kind).original_model.model.layers:
-            experts, router = layer.mlp.experts, layer.mlp.gate
-            for weight in (experts.gate_up_proj, experts.down_proj, router.weight):
-                assert type(weight) is nn.Parameter and weight.dtype == torch.float32
+        path, config = tiny_model_path("tiny-mixtral"), CONFIGS[kind]()
+        for experts in stacked(AutoModelForCausalLM.from_pretrained(path, quantization_config=config)):
+            assert {(type(w), w.dtype) for w in experts.parameters()} == {(nn.Parameter, torch.float32)}
+    for experts in stacked(boot("tiny-mixtral", "torchao").original_model):
+        assert {(type(w), w.dtype) for w in experts.parameters()} == {(nn.Parameter, torch.float32)}
+
+
+def dequantised(kind: str, path: Path | str = "tiny-mixtral") -> TransformerBridge:
+    """The same model with its experts' numbers as ordinary parameters."""
+    model = TransformerBridge.boot_transformers(path, quantization_config=CONFIGS[kind]()).original_model
+    for experts in stacked(model):
+        for name in ("gate_up_proj", "down_proj"):
+            numbers = getattr(experts, name).clone()
+            remove_parametrizations(experts, name, leave_parametrized=False)
+            setattr(experts, name, nn.Parameter(numbers, requires_grad=False))
+    return TransformerBridge(model)
+
+
+@pytest.mark.parametrize("kind, share", [("nf4", 0.16), ("nf4 twice", 0.16), ("8-bit", 0.28)])
+def test_a_mixture_keeps_few_of_its_bytes(kind, share, tmp_path):
+    """All parameters and buffers beside float32, embeddings and router included."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+
+    def held(bridge: TransformerBridge) -> int:
+        model = bridge.original_model
+        states = [p.quant_state for p in model.modules() if hasattr(p, "quant_state")]
+        states += [m.weight.quant_state for m in model.modules() if type(m).__name__ == "Linear4bit"]
+        constants = sum(state.absmax.nbytes for state in states)
+        return sum(w.nbytes for w in (*model.parameters(), *model.buffers())) + constants
+
+    whole = held(TransformerBridge.boot_transformers(tmp_path))
+    assert held(TransformerBridge.boot_transformers(tmp_path, quantization_config=CONFIGS[kind]())) <= share * whole
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "8-bit"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_inside_quantised_experts(kind, implementation):
+    """Every value, an edit of neurons, outputs and routing, and gradients: those of the model with plain numbers."""
+    packed, plain, x = boot("tiny-mixtral", kind), dequantised(kind), ids()
+    for bridge in (packed, plain):
+        bridge.original_model.set_experts_implementation(implementation)
+    for experts in stacked(packed.original_model):
+        assert {w.dtype for w in experts.parameters()} == {torch.int8 if kind == "8-bit" else torch.uint8}
+    logits, cache = packed.run_with_cache(x)
+    expected, plain_cache = plain.run_with_cache(x)
+    assert torch.equal(logits, expected) and torch.equal(logits, packed.original_model(x).logits)
+    assert [name for name in cache if not torch.equal(cache[name], plain_cache[name])] == []
+
+    def edit(value, hook):
+        return value.flip(-1) if hook.name.endswith("logits") else value * 1.5
+
+    for short in ("hook_pre", "hook_post", "hook_expert_out", "hook_router_logits"):
+        name, grads = f"blocks.1.mlp.{short}", []
+        edited = [bridge.run_with_hooks(x, fwd_hooks=[(name, edit)]) for bridge in (packed, plain)]
+        assert torch.equal(*edited) and not torch.allclose(edited[0], logits, atol=1e-2)
+        for bridge in (packed, plain):
+            with bridge.hooks(bwd_hooks=[(name, lambda grad, hook: grads.append(grad.clone()))]):
+                bridge(x, return_type="loss").backward()
+        assert torch.equal(*grads) and grads[0].abs().max() > 0
+    read = packed.blocks[1].mlp.W_in
+    assert torch.equal(read, plain.blocks[1].mlp.W_in) and read.shape == (4, 128, 64)
+
+
+def test_what_cannot_be_done_with_quantised_experts(tmp_path):
+    bridge = boot("tiny-mixtral", "nf4")
+    with pytest.raises(ValueError, match="could not read .* quantised layers back .*mlp.experts"):
+        bridge.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written: the gate_up_proj of .* is read as a copy"):
+        bridge.blocks[0].mlp.W_in = bridge.blocks[0].mlp.W_in
+    with pytest.raises(ValueError, match="weights cannot be processed"):
+        bridge.fold_layer_norm()
+
+
+def test_experts_that_are_to_be_skipped_are():
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["experts", "lm_head"])
+    bridge = TransformerBridge.boot_transformers("tiny-mixtral", quantization_config=config)
+    assert all(w.dtype == torch.float32 for experts in stacked(bridge.original_model) for w in experts.parameters())
+    assert bridge.original_model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
 
 
 @every_case

@@ -9,6 +9,8 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from transformer_lens.model_bridge.upstream import attribute
 
@@ -59,7 +61,8 @@ def complete_quantisation(model: nn.Module) -> list[str]:
 
     transformers replaces `torch.nn.Linear` by bitsandbytes' layers but skips subclasses such as `FalconLinear`, so a
     Falcon loaded "in 4 bits" has no 4-bit weight; their formula is a linear layer's, so bitsandbytes' layers replace
-    them here. On some CPUs a 4-bit layer packs its weight at the first forward for a kernel without gradients; that is
+    them here. It skips stacked experts too, which are 3-D parameters: each gets a parametrization that dequantises it
+    when it is read, for the length of that read. On some CPUs a 4-bit layer packs its weight at the first forward for a kernel without gradients; that is
     switched off. Raises `ValueError` for layers that torchao quantised and cannot run.
     """
     for path, module in model.named_modules():  # FalconLinear multiplies by a transposed weight
@@ -79,6 +82,7 @@ def complete_quantisation(model: nn.Module) -> list[str]:
     import bitsandbytes as bnb
 
     paths = _quantise_skipped(model, quantizer.quantization_config, quantizer.modules_to_not_convert)
+    paths += _quantise_stacked(model, quantizer.quantization_config, quantizer.modules_to_not_convert)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -90,6 +94,11 @@ def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
 
 
+def read_as_numbers(model: nn.Module) -> list[str]:
+    """The modules with stacked parameters that are quantised, and dequantised when they are read."""
+    return [path for path, module in model.named_modules() if is_parametrized(module)]
+
+
 def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[str]:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -98,6 +107,43 @@ def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[st
     for path, linear in found:
         model.set_submodule(path, _bitsandbytes_layer(linear, config))
     return [path for path, _ in found]
+
+
+def _quantise_stacked(model: nn.Module, config: Any, skip: list[str]) -> list[str]:
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    found = [(p, m) for p, m in model.named_modules() if not isinstance(m, _ConvNd) and should_convert_module(p, skip)]
+    stacked = [(p, m, name) for p, m in found for name, w in m._parameters.items() if w is not None and w.ndim == 3]
+    for _, module, name in stacked:
+        if config.quantization_method() != "llm_int8":
+            options = (config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type)
+            replace_parameter_4bit(module, name, *options)
+        elif not config.llm_int8_has_fp16_weight:
+            weight = module._parameters[name]
+            assert weight is not None
+            numbers, scales, _ = int8_vectorwise_quant(weight.data.flatten(0, 1))
+            module._parameters[name] = nn.Parameter(numbers.view(weight.shape), requires_grad=False)
+            register_parametrization(module, name, _EightBits(scales, weight), unsafe=True)
+    return [f"{path}.{name}" for path, _, name in stacked]
+
+
+class _EightBits(nn.Module):
+    """Reads 8-bit rows as numbers: bitsandbytes' own format, one scale for each row."""
+
+    scales: Tensor
+
+    def __init__(self, scales: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scales", scales)
+        self.dtype = weight.dtype
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        rows: Tensor = int8_vectorwise_dequant(numbers.flatten(0, 1), self.scales)
+        return rows.view(numbers.shape).to(self.dtype)
 
 
 def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
