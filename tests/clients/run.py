@@ -98,12 +98,11 @@ def work(client: Client) -> tuple[list[str], str]:
 
 
 def row(client: Client, passed: Sequence[str], wrong: str) -> str:
-    done: dict[str, list[str]] = {}
-    for line in passed:
-        model, what = line.split(": ", 1)
-        done.setdefault(what, []).append(model)
-    cells = "; ".join(f"{what} ({', '.join(models)})" for what, models in done.items())
-    return f"| `{client.name}` {client.version} | {cells or 'nothing'} | {'**' + wrong + '**' if wrong else 'passed'} |"
+    """A row of the page: every step once, and the models on which all of them ran."""
+    done = [line.split(": ", 1) for line in passed]
+    models, steps = (dict.fromkeys(part) for part in zip(*done, strict=True)) if done else ({}, {})
+    result = f"**{wrong}**" if wrong else "passed"
+    return f"| `{client.name}` {client.version} | {'; '.join(steps)} | {', '.join(models)} | {result} |"
 
 
 def main() -> int:
@@ -124,7 +123,7 @@ def main() -> int:
     if not names:
         page = PAGE.read_text()
         head, rest = page.split(BEGIN)
-        table = "| package | what was run | result |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        table = "| package | what was run | on | result |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
         PAGE.write_text(head + BEGIN + table + END + rest.split(END)[1])
     return len(failed)
 
