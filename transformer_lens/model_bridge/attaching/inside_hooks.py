@@ -26,11 +26,7 @@ attaching = threading.Lock()
 class InsideForward(ForwardInPlace):
     """Replaces a module's `forward` on behalf of every bridge that has hooks inside."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.had = "forward" in module.__dict__
-        self.original = module.forward
-        self.users: list[BoundModule] = []
+    users: list[BoundModule]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.depth:
@@ -79,9 +75,6 @@ class InsideForward(ForwardInPlace):
             inside.axes,
         )
 
-    def remove(self) -> None:
-        self.leave(self.module, self.had)
-
 
 class BoundModule:
     """The hooks of one bridge inside one module, by name."""
@@ -123,18 +116,11 @@ class BoundModule:
 
     def _put_on(self) -> None:
         self.component.check_module()
-        module = self.component.computing_module
-        found = InsideForward.on(module)
-        self.in_place = found or InsideForward(module)
-        if found is None:
-            module.forward = self.in_place
-        self.in_place.users.append(self)
+        self.in_place = InsideForward.join(self.component.computing_module, self)
 
     def _take_off(self) -> None:
         assert self.in_place is not None
-        self.in_place.users.remove(self)
-        if not self.in_place.users:
-            self.in_place.remove()
+        self.in_place.leave(self)
         self.in_place = None
 
     def release(self) -> None:

@@ -34,12 +34,11 @@ class Follower(Protocol):
 class Watch(ForwardInPlace):
     """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
 
+    users: list[Follower]
+
     def __init__(self, model: nn.Module) -> None:
-        self.module = model
-        self.had = "forward" in model.__dict__
-        self.original = model.forward
+        super().__init__(model)
         self.__wrapped__ = self.original  # generate() and PEFT read the signature
-        self.followers: list[Follower] = []
         # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
         self.compiled: list[tuple[nn.Module, Any]] = []
         every = [model]
@@ -51,7 +50,7 @@ class Watch(ForwardInPlace):
 
     @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for follower in tuple(self.followers):
+        for follower in tuple(self.users):
             follower.follow()
         outer, state.memo = state.memo, {}
         try:
@@ -63,25 +62,18 @@ class Watch(ForwardInPlace):
     def remove(self) -> None:
         for module, compiled in self.compiled:
             module.__dict__.setdefault(COMPILED, compiled)
-        self.leave(self.module, self.had)
+        super().remove()
 
 
 def watch(model: nn.Module, follower: Follower) -> None:
     """Tell a follower of every forward pass of a model."""
     with _exchange:
-        found = Watch.on(model)
-        here = found or Watch(model)
-        if found is None:
-            model.forward = here
-        here.followers.append(follower)
+        Watch.join(model, follower)
 
 
 def unwatch(model: nn.Module, follower: Follower) -> None:
     """Undo `watch`."""
     with _exchange:
         here = Watch.on(model)
-        if here is None:  # accelerate's hooks were taken off, and what they found with them
-            return
-        here.followers.remove(follower)
-        if not here.followers:
-            here.remove()
+        if here is not None:  # else accelerate's hooks were taken off, and what they found with them
+            here.leave(follower)

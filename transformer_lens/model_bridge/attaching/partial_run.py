@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.inside_call import ForwardInPlace
 from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
 
@@ -88,19 +89,16 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
             _layers.start, _layers.depth = outer
 
 
-class _HandOn:
+class _HandOn(ForwardInPlace):
     """Replaces a block's `forward`: returns the input in threads whose run starts above the block."""
 
-    def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
-        self.block, self.layer, self.returns_tuple = block, layer, returns_tuple
-        self.had = "forward" in block.__dict__
-        self.original = block.forward
-        self.users = 0
+    layer = -1
+    returns_tuple = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if covered(self.layer):
             return self.original(*args, **kwargs)
-        stream = arguments_of(type(self.block)).first_value(args, kwargs)
+        stream = arguments_of(type(self.module)).first_value(args, kwargs)
         return (stream, None) if self.returns_tuple else stream
 
 
@@ -111,16 +109,10 @@ _exchange = threading.Lock()
 def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
     """Replace a block's forward; threads share it, and the last run restores it."""
     with _exchange:
-        current = block.__dict__.get("forward")
-        stand_in = current if isinstance(current, _HandOn) else _HandOn(block, layer, returns_tuple)
-        block.forward = stand_in
-        stand_in.users += 1
+        stand_in = _HandOn.join(block, layer)
+        stand_in.layer, stand_in.returns_tuple = layer, returns_tuple
     try:
         yield
     finally:
         with _exchange:
-            stand_in.users -= 1
-            if not stand_in.users and stand_in.had:
-                block.forward = stand_in.original
-            elif not stand_in.users:
-                del block.__dict__["forward"]
+            stand_in.leave(layer)
