@@ -81,20 +81,25 @@ class EdgeGraph:
         return sent[:, None] < read
 
     @cached_property
-    def _sender_numbers(self) -> dict[str, int]:
-        return {one.label: number for number, one in enumerate(self.senders)}
-
-    @cached_property
-    def _receiver_numbers(self) -> dict[str, int]:
-        return {one.label: number for number, one in enumerate(self.receivers)}
+    def _numbers(self) -> dict[str, dict[str, int]]:
+        ends = {"sender": self.senders, "receiver": self.receivers}
+        return {what: {one.label: number for number, one in enumerate(places)} for what, places in ends.items()}
 
     def sender(self, label: str | tuple[int, int]) -> int:
         """The number of a sender. Raises `KeyError` for an unknown label."""
-        return _number(label, self._sender_numbers, "sender")
+        return self._number("sender", label)
 
     def receiver(self, label: str) -> int:
         """The number of a receiver. Raises `KeyError` for an unknown label."""
-        return _number(label, self._receiver_numbers, "receiver")
+        return self._number("receiver", label)
+
+    def _number(self, what: str, label: Any) -> int:
+        label, numbers = part_label(label), self._numbers[what]
+        a_text(what, label)
+        if label not in numbers:
+            some = list(numbers)
+            raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
+        return numbers[label]
 
     def has_edge(self, sender: str | tuple[int, int], receiver: str) -> bool:
         """Whether this receiver reads what this sender writes."""
@@ -102,7 +107,11 @@ class EdgeGraph:
 
     def edges(self) -> list[Edge]:
         """Every edge."""
-        return [(self.senders[s].label, self.receivers[r].label) for s, r in self.exists.nonzero().tolist()]
+        return self.labels(self.exists)
+
+    def labels(self, mask: Bool[Tensor, "sender receiver"]) -> list[Edge]:
+        """The edges of a mask."""
+        return [(self.senders[s].label, self.receivers[r].label) for s, r in mask.nonzero().tolist()]
 
     def columns(self, places: Sequence[Place], hook: str) -> slice:
         """The slice of a hook's senders or receivers, which are adjacent."""
@@ -161,15 +170,6 @@ def _pair(edge: Any) -> tuple[Any, Any]:
     return edge[0], edge[1]
 
 
-def _number(label: Any, numbers: dict[str, int], what: str) -> int:
-    label = part_label(label)
-    a_text(what, label)
-    if label not in numbers:
-        some = list(numbers)
-        raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
-    return numbers[label]
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """A subset of a graph's edges.
@@ -192,8 +192,7 @@ class Circuit:
 
     def edges(self) -> list[Edge]:
         """The kept edges."""
-        places = self.kept.nonzero().tolist()
-        return [(self.graph.senders[s].label, self.graph.receivers[r].label) for s, r in places]
+        return self.graph.labels(self.kept)
 
     @checked
     def without(self, edges: Iterable[Edge]) -> Circuit:

@@ -53,7 +53,7 @@ def edge_attribution_patching(
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     graph = EdgeGraph.of(bridge)
-    here = SenderValues(graph)
+    here = SenderValues()
     hooks = sender_hooks(bridge, graph, here)
     run = gradient_run(bridge, pair.base(at), pair.mask, metric, _receiver_hooks(graph), fwd_hooks=hooks)
     gradients = run.gradients()

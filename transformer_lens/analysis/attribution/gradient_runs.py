@@ -20,6 +20,7 @@ from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import wide
+from transformer_lens.hook_points import Capture
 
 At = Literal["corrupted", "clean"]
 HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
@@ -182,19 +183,14 @@ def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive
     return [(names[part], note) for part in ("expert_indices", "expert_weights", "expert_out")]
 
 
-class SenderValues:
-    """Collects every sender's output in one run."""
-
-    def __init__(self, graph: EdgeGraph) -> None:
-        self.parts: dict[int, Tensor] = {}
-        self.order = [graph.columns(graph.senders, hook).start for hook in dict.fromkeys(s.hook for s in graph.senders)]
+class SenderValues(dict[int, Tensor]):
+    """Every sender's output in one run, by the number of the first sender of its hook."""
 
     def __call__(self, columns: slice, written: Vectors) -> None:
-        self.parts[columns.start] = wide(written.detach()).clone()
+        self[columns.start] = wide(written.detach()).clone()
 
     def all(self) -> Vectors:
-        device = self.parts[0].device
-        return torch.cat([self.parts[start].to(device) for start in self.order], dim=2)
+        return torch.cat([self[start].to(self[0].device) for start in sorted(self)], dim=2)
 
 
 @torch.no_grad()
@@ -202,13 +198,8 @@ def read_senders(
     bridge: TransformerBridge, graph: EdgeGraph, input: Tensor, mask: Tensor | None, names: Iterable[str] = ()
 ) -> tuple[Tensor, Vectors, dict[str, Tensor]]:
     """One forward: the logits, every sender's output, and other activations by name."""
-    written = SenderValues(graph)
-    others: dict[str, Tensor] = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        others[str(hook.name)] = value
-
-    asked = [(list(names), keep)] if names else []
-    hooks = [*sender_hooks(bridge, graph, written), *asked]
+    written, others = SenderValues(), dict[str, Tensor]()
+    keep = [(list(names), Capture(others))] if names else []
+    hooks = [*sender_hooks(bridge, graph, written), *keep]
     logits = bridge.run_with_hooks(input, fwd_hooks=hooks, attention_mask=mask)
     return logits, written.all(), others
