@@ -236,6 +236,12 @@ class HookPoint(nn.Module):
         """In a hook during `bridge.generate`: which part of the text this forward pass reads; otherwise `None`."""
         return state.generation
 
+    @property
+    def position_axis(self) -> int:
+        """The axis of positions (of queries, if there are two); after the batch where no axes are declared."""
+        names = self.axes.split()
+        return next((names.index(name) for name in ("pos", "query_pos") if name in names), 1)
+
     def layer(self) -> int:
         """The layer of this point: `blocks.3.attn.hook_q` -> 3. Raises `ValueError` for a point outside the blocks."""
         parts = (self.name or "").split(".")

@@ -147,9 +147,8 @@ def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoin
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():
-        axes = points[name].axes.split()
-        along = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), 1)
-        if "key_pos" in axes:
+        along = points[name].position_axis
+        if "key_pos" in points[name].axes:
             length = sum(part.shape[along] for part in parts)
             lowest = name.endswith("hook_attn_scores")
             parts = _with_all_keys(parts, along, length, torch.finfo(parts[0].dtype).min if lowest else 0.0)
