@@ -53,20 +53,16 @@ class AttributionScores:
         >>> found.by("pos head")["blocks.0.attn.hook_z"].shape, found.by("")["blocks.0.attn.hook_z"].shape
         (torch.Size([5, 4]), torch.Size([]))
         """
-        a_text("axes", axes)
-        return {name: self._by(name, axes.split()) for name in self.scores}
+        wanted, found = a_text("axes", axes).split(), dict[str, Tensor]()
+        for name, here in self.axes.items():
+            if not set(wanted) <= set(here) or len(set(wanted)) < len(wanted):
+                raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
+            found[name] = reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
+        return found
 
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
         """`by`, stacked along a first axis of hooks: `found.stacked("head")` is [hook, head]."""
         return torch.stack(list(self.by(axes).values()))
-
-    def _by(self, name: str, wanted: list[str]) -> Tensor:
-        here = self.axes[name]
-        missing = [axis for axis in wanted if axis not in here]
-        if missing or len(set(wanted)) < len(wanted):
-            raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
-        summed: Tensor = reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
-        return summed
 
     def __repr__(self) -> str:
         return f"AttributionScores of {len(self.scores)} hooks: {', '.join(list(self.scores)[:4])}"
