@@ -15,6 +15,15 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
 from transformer_lens.checks import a_list, a_tensor, in_words, is_tensor, one_of
 
+__all__ = [
+    "HEAD_NAMES",
+    "ErrorMeasure",
+    "HeadName",
+    "detect_head",
+    "get_duplicate_token_head_detection_pattern",
+    "get_induction_head_detection_pattern",
+    "get_previous_token_head_detection_pattern",
+]
 logger = logging.getLogger(__name__)
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
