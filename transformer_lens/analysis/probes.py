@@ -267,7 +267,7 @@ def _control_labels(types: Values | None, y: Values, rng: np.random.Generator) -
     """A random label for each type, in the proportions of the real labels."""
     kinds = np.arange(len(y)) if types is None else types
     evenly = np.linspace(0, len(y) - 1, int(kinds.max()) + 1).round().astype(int)
-    return rng.permutation(np.sort(y)[evenly])[kinds]  # type: ignore[no-any-return]
+    return rng.permutation(np.sort(y)[evenly])[kinds]
 
 
 def _direction(x: Values, y: Values, task: Task, strength: float) -> Tensor:

@@ -404,8 +404,7 @@ class ResidualStacks(DirectLogits):
             return keep.apply(self.cache_dict[name], -3)
         weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.attn").W_O).detach()
         z = self._at("attn.hook_z", layer, keep, axes_after=2)
-        found: Tensor = einsum(z, weight.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")
-        return found
+        return einsum(z, weight.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")  # type: ignore[no-any-return]
 
     def _by_expert(
         self, chosen_values: Float[Tensor, "*batch_and_pos chosen width"], layer: int, keep: Slice

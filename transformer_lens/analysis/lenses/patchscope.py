@@ -86,8 +86,8 @@ class Patchscope:
         >>> torch.equal(same, bridge(prompt))
         True
         """
-        logits: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=[self._hook(source, layer, position)])
-        return logits
+        hooks = [self._hook(source, layer, position)]
+        return self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks)  # type: ignore[no-any-return]
 
     def generate(
         self,

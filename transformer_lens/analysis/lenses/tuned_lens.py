@@ -166,8 +166,7 @@ class TunedLens:
         norm: Any = self.bridge.get_submodule("ln_final")
         bias = norm.b.detach().to(normed.device, normed.dtype)
         weight, offset = (found.detach().to(normed.device) for found in (self.bridge.W_U, self.bridge.b_U))
-        logits: Tensor = (normed + bias) @ weight + offset
-        return logits
+        return (normed + bias) @ weight + offset  # type: ignore[no-any-return]
 
     @checked
     def fit(

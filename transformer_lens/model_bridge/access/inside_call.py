@@ -49,7 +49,8 @@ class ForwardInPlace:
         """The one in the module's forward, put there if there is none, with one more user."""
         here = cls.on(module)
         if here is None:
-            here = module.forward = cls(module)
+            here = cls(module)
+            module.forward = here
         here.users.append(user)
         return here
 

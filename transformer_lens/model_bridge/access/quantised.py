@@ -31,8 +31,7 @@ def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
     if not is_quantised(weight):
         return weight
     if _is_torchaos(weight):
-        numbers: Tensor = weight.dequantize()
-        return numbers
+        return weight.dequantize()
     bnb = sys.modules.get("bitsandbytes")
     if bnb is not None and isinstance(weight, bnb.nn.Params4bit):
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
@@ -121,5 +120,4 @@ def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
     new.bias = linear.bias
     new.train(linear.training)
     new.requires_grad_(False)
-    on_its_device: nn.Module = new.to(weight.device)  # which quantises
-    return on_its_device
+    return new.to(weight.device)  # type: ignore[no-any-return]  # which quantises

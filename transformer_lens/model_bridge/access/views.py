@@ -93,7 +93,7 @@ class FusedQKV(Some):
 
     def place(self, x: Float[Tensor, "*batch pos fused"]) -> Tensor:
         split: Tensor = x.unflatten(-1, (self.kv_groups, self.heads_per_group + 2, self.d_head))
-        return split[..., {"q": slice(-2), "k": -2, "v": -1}[self.part], :]
+        return split[..., :-2, :] if self.part == "q" else split[..., -2 if self.part == "k" else -1, :]
 
     def get(self, x: Float[Tensor, "*batch pos fused"]) -> Float[Tensor, "*batch pos head d_head"]:
         return self.place(x) if self.grouped or self.part != "q" else self.place(x).flatten(-3, -2)

@@ -48,8 +48,7 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
             "disk_offload), which brings a weight back when it is read"
         )
     if isinstance(weight, DTensor):
-        local: Tensor = weight.to_local() if shard else weight.full_tensor()
-        return local
+        return weight.to_local() if shard else weight.full_tensor()
     return dequantised(module, weight)
 
 

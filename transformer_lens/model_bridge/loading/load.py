@@ -65,8 +65,7 @@ def model_class(config: Any) -> type[Any]:
     adapter_for(config)
     named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
     own = [kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config)]
-    found: type[Any] = [*own, transformers.AutoModelForCausalLM][0]
-    return found
+    return own[0] if own else transformers.AutoModelForCausalLM  # type: ignore[no-any-return]
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
@@ -247,8 +246,7 @@ class Source:
         """Where a file lies on this machine, after a download if it has to be; `None` if the source has none."""
         kinds = ("missing_entries", "connection_errors", "gated_repo")
         quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-        found: str | None = cached_file(self.name, filename, **quiet, **self.hub)
-        return found
+        return cached_file(self.name, filename, **quiet, **self.hub)  # type: ignore[no-any-return]
 
     def read_json(self, filename: str) -> Any:
         """The content of a small JSON file."""

@@ -318,8 +318,7 @@ class Evidence(Seen):
 
     @cached_property
     def output(self) -> Tensor:
-        output: Tensor = self.bridge(self.tokens)
-        return output
+        return self.bridge(self.tokens)  # type: ignore[no-any-return]
 
     @cached_property
     def repeats_to(self) -> float:  # type: ignore[override]
@@ -332,10 +331,7 @@ class Evidence(Seen):
     def everything(self, tokens: Tensor, clone: bool = True, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The bridge's output and the value of every hook that fires, in one call."""
         names = [name for name in self.bridge.hook_dict if self.shown[name]]
-        found: tuple[Tensor, dict[str, Tensor]] = self.bridge.run_with_cache(
-            tokens, names_filter=names, clone=clone, return_cache_object=False, **options
-        )
-        return found
+        return self.bridge.run_with_cache(tokens, names_filter=names, clone=clone, return_cache_object=False, **options)
 
     @cached_property
     def shown(self) -> Mapping[str, Sequence[Any]]:
@@ -352,8 +348,7 @@ class Evidence(Seen):
         return {module.component.name: [hook.name for hook in module.hooks.values()] for module in opened}
 
     def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
-        output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
-        return output
+        return self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)  # type: ignore[no-any-return]
 
     def rewriting(self, name: str) -> HookFunction:
         """A hook that writes back what is there; for remote expert indices, one that only reads."""
