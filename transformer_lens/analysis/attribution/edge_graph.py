@@ -107,9 +107,9 @@ class EdgeGraph:
 
     def edges(self) -> list[Edge]:
         """Every edge."""
-        return self.labels(self.exists)
+        return self._labels(self.exists)
 
-    def labels(self, mask: Bool[Tensor, "sender receiver"]) -> list[Edge]:
+    def _labels(self, mask: Bool[Tensor, "sender receiver"]) -> list[Edge]:
         """The edges of a mask."""
         return [(self.senders[s].label, self.receivers[r].label) for s, r in mask.nonzero().tolist()]
 
@@ -192,7 +192,7 @@ class Circuit:
 
     def edges(self) -> list[Edge]:
         """The kept edges."""
-        return self.graph.labels(self.kept)
+        return self.graph._labels(self.kept)
 
     @checked
     def without(self, edges: Iterable[Edge]) -> Circuit:

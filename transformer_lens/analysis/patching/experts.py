@@ -22,14 +22,6 @@ from transformer_lens.analysis.patching.sweeps import (
 from transformer_lens.asking import need_experts, need_whole_mlps
 from transformer_lens.checks import whole
 
-__all__ = [
-    "ExpertSweep",
-    "expert_contributions",
-    "get_act_patch_expert_out",
-    "get_act_patch_expert_out_by_pos",
-    "get_act_patch_router_logits",
-    "get_act_patch_router_logits_by_expert",
-]
 PARTS = ("expert_out", "expert_weights", "expert_indices")
 
 get_act_patch_router_logits = PatchSweep("router_logits", layer_pos_patch_setter)

@@ -30,42 +30,6 @@ from transformer_lens.asking import written_pair
 from transformer_lens.checks import a_list, a_text, in_words, is_one_of, whole_numbers
 from transformer_lens.utilities import get_act_name
 
-__all__ = [
-    "IndexTable",
-    "PartSetter",
-    "PatchSweep",
-    "PatchSweeps",
-    "generic_activation_patch",
-    "get_act_patch_attn_head_all_pos_every",
-    "get_act_patch_attn_head_by_pos_every",
-    "get_act_patch_attn_head_k_all_pos",
-    "get_act_patch_attn_head_k_by_pos",
-    "get_act_patch_attn_head_out_all_pos",
-    "get_act_patch_attn_head_out_by_pos",
-    "get_act_patch_attn_head_pattern_all_pos",
-    "get_act_patch_attn_head_pattern_by_pos",
-    "get_act_patch_attn_head_pattern_dest_src_pos",
-    "get_act_patch_attn_head_q_all_pos",
-    "get_act_patch_attn_head_q_by_pos",
-    "get_act_patch_attn_head_v_all_pos",
-    "get_act_patch_attn_head_v_by_pos",
-    "get_act_patch_attn_out",
-    "get_act_patch_block_every",
-    "get_act_patch_mlp_out",
-    "get_act_patch_resid_mid",
-    "get_act_patch_resid_pre",
-    "index_rows",
-    "layer_expert_patch_setter",
-    "layer_head_dest_src_pos_pattern_patch_setter",
-    "layer_head_pattern_patch_setter",
-    "layer_head_pos_pattern_patch_setter",
-    "layer_head_vector_patch_setter",
-    "layer_pos_head_vector_patch_setter",
-    "layer_pos_patch_setter",
-    "make_df_from_ranges",
-    "noised_embeddings",
-]
-
 
 @dataclass(frozen=True)
 class IndexTable:
