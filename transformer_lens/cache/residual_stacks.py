@@ -61,15 +61,15 @@ class ResidualStacks(DirectLogits):
         `incl_mid` adds the stream between attention and MLP, and raises `KeyError` in a parallel block, which has none.
         `apply_ln` divides each by the scale of the norm that reads the last one.
         """
-        stop = self._layer(layer, mlp_input)
+        stop, keep = self._layer(layer, mlp_input), Slice(pos_slice)
         rows: Rows = []
         for i in range(min(stop + 1, self._layers)):
-            rows.append((f"{i}_pre", self["resid_pre", i]))
+            rows.append((f"{i}_pre", self._at("hook_resid_pre", i, keep)))
             if (incl_mid and i < stop) or (mlp_input and i == stop and self._block(i).before("mlp")):
-                rows.append((f"{i}_mid", self["resid_mid", i]))
+                rows.append((f"{i}_mid", self._at("hook_resid_mid", i, keep)))
         if stop == self._layers:
-            rows.append(("final_post", self["resid_post", stop - 1]))
-        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+            rows.append(("final_post", self._at("hook_resid_post", stop - 1, keep)))
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
 
     def decompose_resid(
         self,
@@ -90,10 +90,10 @@ class ResidualStacks(DirectLogits):
         *others, last = ("all", *dict.fromkeys(b.mixer for block in self._bridge.blocks for b in block.branches))
         if not is_one_of(mode, (*others, last)):
             raise ValueError(f"decompose_resid: got mode={mode!r}, expected {', '.join(map(repr, others))} or {last!r}")
-        added = [(i, b.mixer) for i, b in self._added(self._layer(layer, mlp_input), mlp_input)]
-        rows = self._embeds(Slice()) if incl_embeds else []
-        rows += [(f"{i}_{mixer}_out", self[f"{mixer}_out", i]) for i, mixer in added if mode in ("all", mixer)]
-        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+        added, keep = self._added(self._layer(layer, mlp_input), mlp_input), Slice(pos_slice)
+        rows = self._embeds(keep) if incl_embeds else []
+        rows += self._whole_rows([(i, branch) for i, branch in added if mode in ("all", branch.mixer)], keep)
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
 
     def compute_head_results(self) -> None:
         """Add every layer's `attn.hook_result`, each head's `z @ W_O`, to the cache if it is not there.
@@ -230,8 +230,7 @@ class ResidualStacks(DirectLogits):
         rows = self._head_rows(added, keep)
         read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
         apart = ("attn", "mlp") if expand_neurons else ("attn",)
-        undivided = [(i, branch.mixer) for i, branch in added if branch.mixer not in apart]
-        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in undivided]
+        rows += self._whole_rows([(i, branch) for i, branch in added if branch.mixer not in apart], keep)
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
         embeds = self._embeds(keep)
         rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
@@ -363,8 +362,8 @@ class ResidualStacks(DirectLogits):
             parts = self._normed(self._centred(parts), scale.to(parts.device), norm).to(parts.dtype)
         return parts if branch.scale == 1.0 else parts * branch.scale
 
-    def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
-        return [(label, Slice(pos_slice).apply(row, -2)) for label, row in rows]
+    def _whole_rows(self, added: Added, keep: Slice) -> Rows:
+        return [(f"{i}_{b.mixer}_out", self._at(f"hook_{b.mixer}_out", i, keep)) for i, b in added]
 
     def _stack(
         self,
