@@ -47,9 +47,9 @@ class ForwardInPlace:
     @classmethod
     def join(cls, module: nn.Module, user: Any) -> Self:
         """The one in the module's forward, put there if there is none, with one more user."""
-        here = cls.on(module)
-        if here is None:
-            here = cls(module)
+        found = cls.on(module)
+        here = found or cls(module)
+        if found is None:
             module.forward = here
         here.users.append(user)
         return here

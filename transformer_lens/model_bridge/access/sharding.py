@@ -151,10 +151,6 @@ class Sharding:
         style = self.style(path)
         return style is not None and DIVIDED_SIDES[style] == side
 
-    def of_port(self, path: str, side: str) -> Shards:
-        """The processes that share the tensor at a port."""
-        return self.shards if self.divides(path, side) else ALONE
-
     def of_experts(self, path: str) -> Interior:
         """How processes share experts: the neurons of each, or whole experts."""
         axis = INSIDE_EXPERTS.get(self.style(path) or "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -302,18 +304,17 @@ class Attachment:
         layer: int,
         block: BlockElsewhere | None,
     ) -> BoundPort:
-        shards = self.sharding.of_port(component(port.at).path, port.side)
-        here = (hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        here = (hook, port, owner, self.cfg, partial(_module_of, component), self.on_replaced)
         bound: BoundPort
         if block is not None:
             waiting = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
             self.elsewhere.append(waiting)
             bound = EdgePort(waiting, *here)
-        elif shards.size > 1:
-            bound = DividedPort(shards, *here)
+        elif self.sharding.divides(component(port.at).path, port.side):
+            bound = DividedPort(self.sharding.shards, *here)
         else:
             bound = BoundPort(*here)
-        for place in [port, *([port.instead] if port.instead else [])]:
+        for place in filter(None, (port, port.instead)):
             tap = self.tap(component(place.at), place, layer)
             tap.ports.append(bound)
             bound.listeners.append(tap)
@@ -370,23 +371,17 @@ class Attachment:
             tap.refresh()
 
 
+@dataclass(eq=False)
 class Root:
     """The base model, the part below the head, as a place for ports."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.model = model
-        self.path = path
+    model: nn.Module
+    path: str
 
     @property
     def in_place(self) -> nn.Module:
         return self.model.get_submodule(self.path)
 
 
-class _ModuleOf:
-    """The Hugging Face module of a role."""
-
-    def __init__(self, component: Callable[[str], ComponentBridge | Root]) -> None:
-        self.component = component
-
-    def __call__(self, role: str) -> nn.Module:
-        return self.component(role).in_place
+def _module_of(component: Callable[[str], ComponentBridge | Root], role: str) -> nn.Module:
+    return component(role).in_place
