@@ -50,7 +50,7 @@ class ForwardInPlace:
         found = cls.on(module)
         here = found or cls(module)
         if found is None:
-            module.forward = here
+            module.forward = here  # type: ignore[assignment]
         here.users.append(user)
         return here
 

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Calla
     return kwargs["input"], lambda x: (args, {**kwargs, "input": x})
 
 
+@dataclass(eq=False)
 class Probabilities(TorchCalls):
     """Attention's one softmax: its input is the scores, and its output the pattern.
 
@@ -81,28 +83,20 @@ class Probabilities(TorchCalls):
     the softmax share one tensor's memory, for a run beside the module.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        scores: Step,
-        pattern: Step,
-        *,
-        drops: bool,
-        queries: Step | None = None,
-        reuses: bool = False,
-    ) -> None:
+    module: nn.Module
+    scores: Step
+    pattern: Step
+    drops: bool = field(kw_only=True)
+    queries: Step | None = field(default=None, kw_only=True)
+    reuses: bool = field(default=False, kw_only=True)
+    armed: bool = field(default=True, init=False)
+    latest: Tensor | None = field(default=None, init=False)
+    """The result of the latest step."""
+    seen: int = field(default=0, init=False)
+    waits: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.module = module
-        self.scores = scores
-        self.pattern = pattern
-        self.drops = drops
-        self.queries = queries
-        self.armed = True
-        self.reuses = reuses
-        self.latest: Tensor | None = None
-        """The result of the latest step."""
-        self.seen = 0
-        self.waits = False
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.armed:

@@ -72,13 +72,11 @@ class HookElsewhere(Slot):
         owner: HookOwner,
         block: BlockElsewhere,
         layer: int,
-        on_replaced: Callable[[], None],
+        told: Callable[[], None],
         edge: bool = False,
     ) -> None:
-        super().__init__(hook, owner, on_replaced)
-        self.block = block
-        self.layer = layer
-        self.edge = edge
+        super().__init__(hook, owner, told)
+        self.block, self.layer, self.edge = block, layer, edge
         self.point = owner._modules[hook.name]
         block.waiting.append(self)
 
