@@ -154,7 +154,14 @@ class ResidualStacks(DirectLogits):
         post, weight = post[..., kept], weight[..., kept, :].to(post.device)
         if weight.ndim == 3:
             post, weight = self._by_expert(post, layer, at).flatten(-2), weight.flatten(0, 1)
-        return self._written(post, weight, layer, at, read)
+        if read is None:
+            return self._as_added(post[..., None] * weight, layer, "mlp", at)
+        branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
+        if branch.post_norm:
+            norm = f"blocks.{layer}.{branch.post_norm}"
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, at, Slice())[..., None, :]
+        found = post.to(matrix)[..., None] * (weight.to(matrix) @ matrix) * branch.scale
+        return found if divisor is None else found / divisor.to(found)
 
     def stack_neuron_results(
         self,
@@ -307,24 +314,6 @@ class ResidualStacks(DirectLogits):
         parts = self._as_added(parts, layer, "mlp", keep)
         parts = parts if read is None else parts.to(read.matrix) @ read.matrix
         return [(f"L{layer}E{e}bias", part) for e, part in enumerate(parts.unbind(-2))]
-
-    def _written(
-        self,
-        acts: Float[Tensor, "*batch_and_pos neuron"],
-        weight: Float[Tensor, "neuron d_model"],
-        layer: int,
-        keep: Slice,
-        read: Reading | None,
-    ) -> Tensor:
-        """The outputs of an MLP's neurons, or their projection."""
-        if read is None:
-            return self._as_added(acts[..., None] * weight, layer, "mlp", keep)
-        branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
-        if branch.post_norm:
-            norm = f"blocks.{layer}.{branch.post_norm}"
-            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep, Slice())[..., None, :]
-        found = acts.to(matrix)[..., None] * (weight.to(matrix) @ matrix) * branch.scale
-        return found if divisor is None else found / divisor.to(found)
 
     def _reading(
         self,
