@@ -172,12 +172,16 @@ def refuse_shared_experts(bridge: TransformerBridge, what: str) -> None:
         raise ValueError(f"{what}: {bridge.cfg.architecture} has a shared expert, which it does not account for")
 
 
-def need_whole_mlps(bridge: TransformerBridge, what: str) -> None:
-    """Raise `ValueError` where the chosen experts are not all that an MLP adds to the stream, or not as they are."""
+def need_whole_mlps(bridge: TransformerBridge, what: str) -> int:
+    """The number of experts in a layer. Raises `ValueError` for a dense model, and where the chosen experts are not all
+    that an MLP adds to the stream, or not as they are.
+    """
+    n_experts = need_experts(bridge.cfg, what)
     refuse_shared_experts(bridge, what)
     for block in bridge.blocks:
         if not all(branch.direct for branch in block.branches):
             raise ValueError(f"{what}: {bridge.cfg.architecture} has a norm or multiplier between experts and stream")
+    return n_experts
 
 
 def expert_numbers(cfg: BridgeConfig, experts: Any) -> list[int]:

@@ -28,7 +28,7 @@ from transformer_lens.analysis.attribution.gradient_runs import (
 )
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
-from transformer_lens.asking import need_experts, need_whole_mlps
+from transformer_lens.asking import need_whole_mlps
 from transformer_lens.checks import a_number, a_tensor, a_text
 from transformer_lens.factored_matrix import wide
 
@@ -132,8 +132,7 @@ def expert_attribution_patching(
     >>> expert_attribution_patching(moe, "Mary and John", "Mary and Mary", metric).shape
     torch.Size([3, 1, 5, 4])
     """
-    n_experts = need_experts(bridge.cfg, "attribution to experts")
-    need_whole_mlps(bridge, "attribution to experts")
+    n_experts = need_whole_mlps(bridge, "attribution to experts")
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     layers = range(bridge.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]

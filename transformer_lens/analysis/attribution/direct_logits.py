@@ -15,20 +15,9 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens import ActivationCache, TransformerBridge, asking
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import (
-    Answer,
-    Input,
-    answer_ids,
-    columns,
-    need_experts,
-    need_whole_mlps,
-    part_label,
-    position_number,
-    refuse_embeddings,
-    refuse_shared_experts,
-)
+from transformer_lens.asking import Answer, Input, answer_ids, columns
 from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.factored_matrix import wide
 
@@ -47,7 +36,7 @@ class DirectLogitAttribution:
 
     def __getitem__(self, label: str | tuple[int, int]) -> Float[Tensor, " batch"]:
         """What one component adds in each text. Raises `KeyError` for an unknown label."""
-        label = part_label(label)
+        label = asking.part_label(label)
         a_text("label", label)
         if label not in self.labels:
             raise KeyError(
@@ -68,7 +57,7 @@ class DirectLogitAttribution:
 
 def _experts(cache: ActivationCache, **options: Any) -> Any:
     stack, labels = PARTS["head"](cache, **options)
-    refuse_shared_experts(cache._bridge, "parts='expert'")
+    asking.refuse_shared_experts(cache._bridge, "parts='expert'")
     routed = [
         f"{i}_mlp_out" for i in range(cache._layers) if f"blocks.{i}.mlp.hook_expert_out" in cache.model.hook_dict
     ]
@@ -117,7 +106,7 @@ def direct_logit_attribution(
     if not cache.has_batch_dim:
         raise ValueError("cache: it has no batch axis; cache without remove_batch_dim")
     whole_run = cache["unembed.hook_out"]
-    position = position_number(position, whole_run.shape[1])
+    position = asking.position_number(position, whole_run.shape[1])
     logits = whole_run[:, position]
     right = answer_ids(bridge, "answer", answer, len(logits))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))
@@ -190,11 +179,10 @@ def logit_attribution(
     reach 15, within 1e-5 in float32 and 0.3 in bfloat16. Raises `ValueError` for a dense model, an answer of several
     tokens or outside the vocabulary, and a position that a text does not have.
     """
-    need_experts(bridge.cfg, "expert logit attribution")
-    need_whole_mlps(bridge, "expert logit attribution")
+    asking.need_whole_mlps(bridge, "expert logit attribution")
     if bridge.cfg.normalization_type.startswith("LN") or bridge.b_U.any():
         raise ValueError("expert logit attribution: the final norm centres, or the unembedding has a bias")
-    refuse_embeddings(input)
+    asking.refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     if position is None:
         batch, positions = mask.nonzero(as_tuple=True)

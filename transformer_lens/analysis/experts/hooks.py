@@ -14,19 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens import HookPoint, TransformerBridge, asking
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import (
-    Layers,
-    Pairs,
-    Positions,
-    checked_positions,
-    expert_numbers,
-    experts_by_layer,
-    layer_numbers,
-    need_experts,
-    position_mask,
-)
+from transformer_lens.asking import Layers, Pairs, Positions, checked_positions, need_experts, position_mask
 from transformer_lens.checks import a_list, a_number
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -55,7 +45,7 @@ def ablate_expert(
     dense model, and for a layer, expert or position that does not exist or is named twice.
     """
     need_experts(bridge.cfg, "ablate_expert")
-    gone_of = experts_by_layer(bridge.cfg, layer, expert)
+    gone_of = asking.experts_by_layer(bridge.cfg, layer, expert)
     positions = checked_positions(positions)
     if renormalize and bridge.cfg.experts_per_token == 1:
         raise ValueError("renormalize: this model chooses 1 expert for each token, so no weight is left to scale")
@@ -108,7 +98,7 @@ def forbid_experts(
     """
     n_experts = need_experts(bridge.cfg, "forbid_experts")
     _need_plain_choice(bridge, "forbid_experts")
-    forbidden = expert_numbers(bridge.cfg, experts)
+    forbidden = asking.expert_numbers(bridge.cfg, experts)
     positions = checked_positions(positions)
     left, needed = n_experts - len(forbidden), bridge.cfg.experts_per_token or 1
     if left < needed:
@@ -116,7 +106,10 @@ def forbid_experts(
             f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
             "token; to send tokens to fewer, use force_experts"
         )
-    return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge.cfg, layer)]
+    return [
+        (f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions))
+        for i in asking.layer_numbers(bridge.cfg, layer)
+    ]
 
 
 @checked
@@ -142,7 +135,7 @@ def force_experts(
     for numbers that do not fit.
     """
     n_experts = need_experts(bridge.cfg, "force_experts")
-    forced = expert_numbers(bridge.cfg, experts)
+    forced = asking.expert_numbers(bridge.cfg, experts)
     positions = checked_positions(positions)
     places = bridge.cfg.experts_per_token or 1
     if not 0 < len(forced) <= places:
@@ -151,7 +144,7 @@ def force_experts(
             "token; to let it choose among more, forbid the others"
         )
     others = [expert for expert in range(n_experts) if expert not in forced]
-    layers = layer_numbers(bridge.cfg, layer)
+    layers = asking.layer_numbers(bridge.cfg, layer)
     if weights is None:
         _need_plain_choice(bridge, "force_experts without weights")
         return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]

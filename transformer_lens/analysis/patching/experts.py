@@ -19,7 +19,7 @@ from transformer_lens.analysis.patching.sweeps import (
     layer_expert_patch_setter,
     layer_pos_patch_setter,
 )
-from transformer_lens.asking import need_experts, need_whole_mlps
+from transformer_lens.asking import need_whole_mlps
 from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
@@ -78,8 +78,7 @@ class ExpertSweep:
         verbose: bool = True,
         **options: Any,
     ) -> Float[Tensor, "layer *pos expert"]:
-        n_experts = need_experts(model.cfg, "patching an expert")
-        need_whole_mlps(model, "patching an expert")
+        n_experts = need_whole_mlps(model, "patching an expert")
         input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
         layers = range(model.cfg.n_layers)
         names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
