@@ -415,12 +415,7 @@ def _put_z(here: Sequence[tuple[int, Write]], v: Values, module: nn.Module, args
 
 
 def _put_input(
-    here: Sequence[tuple[int, Write]],
-    stream: Tensor,
-    entering: Callable[[Tensor], Tensor],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Any,
+    here: Sequence[tuple[int, Write]], stream: Tensor, entering: Any, module: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """A plain torch pre-hook on attention, which sets the normalised stream of rows that write it."""
     arguments = arguments_of(type(module))

@@ -364,10 +364,7 @@ class Evidence(Seen):
 
     @contextmanager
     def own_outputs(
-        self,
-        components: Iterable[str],
-        calls: Mapping[str, ModuleCall],
-        note: Callable[[str, float], None],
+        self, components: Iterable[str], calls: Mapping[str, ModuleCall], note: Callable[[str, float], None]
     ) -> Iterator[None]:
         """Have modules return what they returned in the bare model's call, and note how far they were from it.
 
