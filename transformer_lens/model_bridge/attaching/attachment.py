@@ -312,9 +312,10 @@ class Attachment:
         bound = BoundInside(hook, place, owner, module, self.on_replaced)
         module.hooks[hook.name] = bound
         bound.listeners.append(module)
-        for role in filter(None, (place.rows_of, place.stream_of)):
-            module.recalls = True
-            self._recall(bound, find(role), layer)
+        for role in (place.rows_of, place.stream_of):
+            if role is not None:
+                module.recalls = True
+                self._recall(bound, find(role), layer)
         return bound
 
     def _recall(self, bound: BoundPort | BoundInside, component: ComponentBridge | Root, layer: int) -> None:
