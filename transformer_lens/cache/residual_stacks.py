@@ -266,11 +266,15 @@ class ResidualStacks(DirectLogits):
         nostalgebraist 2020, "interpreting GPT: the logit lens".
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
+        logits = self._unembedded(stack)
+        return (logits, labels) if return_labels else logits
+
+    def _unembedded(self, stack: Stack) -> Float[Tensor, "component *batch_and_pos d_vocab"]:
+        """The final norm, each component scaled by its own size, and the unembedding."""
         bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)
         bias = cast(Tensor, bridge.get_submodule("ln_final").b).detach().to(normed.device, normed.dtype)
         weight, offset = (found.detach().to(normed.device) for found in (bridge.W_U, bridge.b_U))
-        logits = (normed + bias) @ weight + offset
-        return (logits, labels) if return_labels else logits
+        return (normed + bias) @ weight + offset
 
     def _added(self, stop: int, mlp_input: bool = False) -> Added:
         """Layer and branch of everything that was added below a layer, or below its MLP's input."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -119,13 +119,9 @@ def direct_logit_attribution(
     return DirectLogitAttribution([*labels, "final_bias"], torch.cat([values, final[None]]), logit)
 
 
-def _of_answers(one: Callable[[Tensor], Tensor], right: Tensor, wrong: Tensor | None) -> Tensor:
-    """The right answers' result minus that of the wrong ones."""
-    return one(right) if wrong is None else one(right) - one(wrong)
-
-
 def _logit(logits: Float[Tensor, "row d_vocab"], right: Tensor, wrong: Tensor | None) -> Float[Tensor, " row"]:
-    return _of_answers(lambda answers: logits.gather(-1, answers.to(logits.device)[:, None])[:, 0], right, wrong)
+    rows = torch.arange(len(logits))
+    return logits[rows, right] if wrong is None else logits[rows, right] - logits[rows, wrong]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -188,8 +184,8 @@ def logit_attribution(
         batch, positions = mask.nonzero(as_tuple=True)
     else:
         batch, positions = torch.arange(len(mask)), columns(mask, whole("position", position))
-    right = answer_ids(bridge, "answer", answer, len(tokens))[batch]
-    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))[batch]
+    right = answer_ids(bridge, "answer", answer, len(tokens))
+    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))
     read, column = positions.unique(return_inverse=True)
     inside = ("hook_attn_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.hook_expert_out")
     blocks = [f"blocks.{i}.{name}" for i in range(bridge.cfg.n_layers) for name in inside]
@@ -202,7 +198,7 @@ def logit_attribution(
             pos_slice=read.tolist(),
             attention_mask=attention_mask,
         )
-        return _attribution(bridge, cache, batch, positions, column, right, wrong)
+        return _attribution(cache, batch, positions, column, right, wrong)
 
 
 @checked
@@ -229,43 +225,30 @@ def expert_logit_attribution(
 
 
 def _attribution(
-    bridge: TransformerBridge,
-    cache: ActivationCache,
-    batch: Int[Tensor, " row"],
-    position: Int[Tensor, " row"],
-    column: Int[Tensor, " row"],
-    right: Int[Tensor, " row"],
-    wrong: Int[Tensor, " row"] | None,
+    cache: ActivationCache, batch: Tensor, position: Tensor, column: Tensor, right: Tensor, wrong: Tensor | None
 ) -> LogitAttribution:
     """The contributions at the rows to read; `column` is their position within what the cache kept."""
-    layers = range(bridge.cfg.n_layers)
-    norm, head = (cast(Any, bridge.get_submodule(name)).original_component for name in ("ln_final", "unembed"))
+    layers = range(cache._layers)
 
-    def at(name: str) -> Shaped[Tensor, "row ..."]:
-        found: Tensor = cache[name][batch, column]
-        return wide(found) if found.is_floating_point() else found
+    def at(name: str) -> Shaped[Tensor, "row layer chosen"]:
+        return torch.stack([cache[f"blocks.{i}.{name}"][batch, column] for i in layers], 1)
 
-    def stacked(name: str) -> Shaped[Tensor, "row layer ..."]:
-        return torch.stack([at(f"blocks.{i}.{name}") for i in layers], 1)
+    def adds(parts: Float[Tensor, "component batch pos d_model"]) -> Float[Tensor, "row component"]:
+        return cache.logit_attrs(parts, right, wrong)[:, batch, column].T
 
-    def along(part: Float[Tensor, "row ... d_model"]) -> Float[Tensor, "row ..."]:
-        """What a component of the stream adds to the logit."""
-        between = [1] * (part.ndim - 2)
-        return (part * direction.reshape(len(part), *between, -1)).sum(-1)
-
-    wanted = _of_answers(lambda answers: wide(head.weight[answers.to(head.weight.device)].cpu()), right, wrong)
-    direction: Float[Tensor, "row d_model"] = wanted * norm.weight.cpu() / at("ln_final.hook_scale")
-    chosen = stacked("mlp.hook_expert_indices")
+    stream = adds(torch.stack([cache["hook_embed"], *(cache["attn_out", i] for i in layers)]))
+    chosen = at("mlp.hook_expert_indices")
     # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
-    outputs = [along(at(f"blocks.{i}.mlp.hook_expert_out")) for i in layers]
-    by_choice = torch.stack(outputs, 1) * stacked("mlp.hook_expert_weights")
-    experts = by_choice.new_zeros(*by_choice.shape[:2], int(bridge.cfg.num_experts or 0))
+    outputs = [adds(cache[f"blocks.{i}.mlp.hook_expert_out"].movedim(2, 0)) for i in layers]
+    by_choice = torch.stack(outputs, 1) * at("mlp.hook_expert_weights")
+    experts = by_choice.new_zeros(*by_choice.shape[:2], int(cache._bridge.cfg.num_experts or 0))
+    logits = wide(cache["unembed.hook_out"][batch, column])
     return LogitAttribution(
         batch=batch,
         position=position,
-        logit=_logit(at("unembed.hook_out"), right, wrong),
-        embedding=along(at("hook_embed")),
-        attention=along(stacked("hook_attn_out")),
+        logit=_logit(logits, right[batch], None if wrong is None else wrong[batch]),
+        embedding=stream[:, 0],
+        attention=stream[:, 1:],
         experts=experts.scatter_add_(-1, chosen, by_choice),
         chosen=chosen,
         by_choice=by_choice,

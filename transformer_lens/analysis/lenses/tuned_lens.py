@@ -161,12 +161,7 @@ class TunedLens:
             )
 
     def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
-        """The final norm and the unembedding, as in `ActivationCache.logit_lens`."""
-        normed = ActivationCache({}, self.bridge).apply_ln_to_stack(stack, recompute_ln=True)
-        norm: Any = self.bridge.get_submodule("ln_final")
-        bias = norm.b.detach().to(normed.device, normed.dtype)
-        weight, offset = (found.detach().to(normed.device) for found in (self.bridge.W_U, self.bridge.b_U))
-        return (normed + bias) @ weight + offset  # type: ignore[no-any-return]
+        return ActivationCache({}, self.bridge)._unembedded(stack)
 
     @checked
     def fit(
