@@ -147,7 +147,6 @@ def _scores(
     exclude_current_token: bool,
     measure: ErrorMeasure,
 ) -> Float[Tensor, " head"]:
-    """The scores of a layer's heads on one text."""
     counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
     if exclude_bos:
         counts[:, 0] = 0

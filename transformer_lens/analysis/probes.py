@@ -202,7 +202,6 @@ def _model(task: Task, strength: float) -> Any:
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
-    """The training and test rows of each fold."""
     selection = _sklearn("model_selection")
     kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
         ("classification", False): selection.StratifiedKFold,

@@ -282,7 +282,6 @@ class ResidualStacks(DirectLogits):
         return added + [(stop, branch) for branch in (self._block(stop).before("mlp") if mlp_input else ())]
 
     def _embeds(self, keep: Slice) -> Rows:
-        """The embeddings that the stream starts from."""
         embed = self._at("hook_embed", None, keep)
         if "hook_pos_embed" not in self.model.hook_dict:
             return [("embed", embed)]

@@ -141,7 +141,6 @@ def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
 def _linear(
     bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
 ) -> Float[Tensor, "batch pos ..."]:
-    """Plain attribution patching of one component."""
     name = block + HOOKS[part]
     product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
     return product.sum(-1) if bridge.hook_dict[name].axes.split()[-1] in SUMMED else product

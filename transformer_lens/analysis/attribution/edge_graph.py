@@ -164,7 +164,6 @@ def _reading(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) 
 
 
 def _pair(edge: Any) -> tuple[Any, Any]:
-    """The two ends of an edge."""
     if not isinstance(edge, (tuple, list)) or len(edge) != 2:
         raise TypeError(f"edge: got {in_words(edge)}, expected (sender, receiver)")
     return edge[0], edge[1]

@@ -289,7 +289,6 @@ class RoutingStatistics(Tabular):
 
 
 def _counted(found: Routing) -> RoutingStatistics:
-    """The counts of one batch."""
     experts = found.probabilities.shape[-1]
     chosen: Int[Tensor, "layer row chosen"] = found.indices[:, found.mask]
     weights: Float[Tensor, "layer row chosen"] = found.weights[:, found.mask].double()

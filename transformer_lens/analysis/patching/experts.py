@@ -105,8 +105,6 @@ class ExpertSweep:
 
 
 def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice) -> Callable[..., None]:
-    """A hook that adds one expert's change at some positions."""
-
     def add(mlp_out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
         mlp_out[:, where] += change[:, where, expert]
 

@@ -65,7 +65,6 @@ class StateMethods(WrappedModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_state(self) -> None:
-        """Raise `StateError` for a model that takes no state."""
         if self.processed:
             raise StateError(
                 f"load_state_dict: the weights were processed ({', '.join(self.processed)}), and undoing that would "

@@ -229,7 +229,6 @@ class Record:
         self._forget(changes)
 
     def _check_in_place(self, exchanges: list[Exchange]) -> None:
-        """Refuse to restore originals where parameters were replaced."""
         for what in _replaced(exchanges):
             raise ValueError(
                 f"{what} was replaced by something else since it was processed (as resize_token_embeddings does), so "
