@@ -1,11 +1,12 @@
-"""Reading a weight wherever it is: in the module, offloaded by accelerate, or sharded over processes.
+"""Reading a weight wherever it is (in the module, offloaded by accelerate, sharded over processes) and however it is
+held: quantised weights are recognised and read as numbers, and the layers that loading skips are quantised here.
 
-Everything that reads a weight uses `read_weight`, so no number is computed from an offloaded weight's empty `meta`
-tensor.
+Everything that reads a weight uses `read_weight`. bitsandbytes and torchao are only looked up if imported already.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from transformer_lens.checks import in_words
 from transformer_lens.model_bridge.access.peft_layers import adapted_weight, is_adapted
-from transformer_lens.model_bridge.access.quantised import dequantised
+from transformer_lens.model_bridge.upstream import attribute
 
 
 def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False) -> Tensor:
@@ -71,3 +72,113 @@ def execution_device(module: nn.Module) -> torch.device:
         return device
     found = next(h.execution_device for h in _each(hook) if hasattr(h, "offload"))
     return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is held as something else than its numbers."""
+    return _is_torchaos(weight) or not weight.is_floating_point()
+
+
+def _is_torchaos(weight: Any) -> bool:
+    torchao = sys.modules.get("torchao.utils")
+    return torchao is not None and isinstance(weight, torchao.TorchAOBaseTensor)
+
+
+def dequantised(module: nn.Module, weight: Tensor) -> Tensor:
+    """The numbers of a quantised weight, in memory of their own.
+
+    Raises `ValueError` for a format that only its own kernel can read.
+    """
+    if not is_quantised(weight):
+        return weight
+    if _is_torchaos(weight):
+        return weight.dequantize()
+    bnb = sys.modules.get("bitsandbytes")
+    if bnb is not None and isinstance(weight, bnb.nn.Params4bit):
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes packed this 4-bit weight for its CPU kernel, which alone reads it and has no gradient; "
+                "load the model with TransformerBridge.boot_transformers, which keeps it from doing so"
+            )
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    if bnb is not None and isinstance(weight, bnb.nn.Int8Params):
+        state: Any = module.state
+        scales = weight.SCB if weight.SCB is not None else state.SCB  # a forward moves them
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
+    raise ValueError(
+        f"the weight of {type(module).__name__} holds {weight.dtype}, in a format that is not known here; known are "
+        "those of bitsandbytes (4-bit, 8-bit) and torchao"
+    )
+
+
+def complete_quantisation(model: nn.Module) -> list[str]:
+    """Complete what loading in 8 or 4 bits leaves undone; returns the paths of the layers quantised here.
+
+    >>> complete_quantisation(model)  # not loaded by bitsandbytes
+    []
+
+    transformers replaces `torch.nn.Linear` by bitsandbytes' layers but skips subclasses such as `FalconLinear`, so a
+    Falcon loaded "in 4 bits" has no 4-bit weight; their formula is a linear layer's, so bitsandbytes' layers replace
+    them here. On some CPUs a 4-bit layer packs its weight at the first forward for a kernel without gradients; that is
+    switched off. Raises `ValueError` for layers that torchao quantised and cannot run.
+    """
+    for path, module in model.named_modules():  # FalconLinear multiplies by a transposed weight
+        transposes = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        if transposes and _is_torchaos(module._parameters.get("weight")):
+            raise ValueError(
+                f"torchao quantised {path}, a {type(module).__name__}, which multiplies in a way that torchao's "
+                "tensors do not support; load this model with a BitsAndBytesConfig instead"
+            )
+    config: Any = model.config
+    if getattr(config, "quantization_config", None) is None:
+        return []
+    quantizer: Any = attribute(model, "hf_quantizer")
+    method = attribute(attribute(quantizer, "quantization_config"), "quant_method")
+    if getattr(method, "value", method) != "bitsandbytes":
+        return []
+    import bitsandbytes as bnb
+
+    paths = _quantise_skipped(model, quantizer.quantization_config, quantizer.modules_to_not_convert)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return paths
+
+
+def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of a subclass of torch's own, which transformers does not quantise."""
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+
+
+def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[str]:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    linears = other_linears(model)
+    found = [(p, m) for p, m in linears if m.weight.is_floating_point() and should_convert_module(p, skip)]
+    for path, linear in found:
+        model.set_submodule(path, _bitsandbytes_layer(linear, config))
+    return [path for path, _ in found]
+
+
+def _bitsandbytes_layer(linear: nn.Linear, config: Any) -> nn.Module:
+    """The layer that transformers would have made of this one."""
+    import bitsandbytes as bnb
+
+    sizes, weight = (linear.in_features, linear.out_features, linear.bias is not None), linear.weight
+    new: Any
+    if config.quantization_method() == "llm_int8":
+        kept = config.llm_int8_has_fp16_weight
+        new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=kept, threshold=config.llm_int8_threshold)
+        new.weight = bnb.nn.Int8Params(weight.data, requires_grad=False, has_fp16_weights=kept)
+    else:
+        options = {
+            "compress_statistics": config.bnb_4bit_use_double_quant,
+            "quant_type": config.bnb_4bit_quant_type,
+            "quant_storage": config.bnb_4bit_quant_storage,
+        }
+        new = bnb.nn.Linear4bit(*sizes, config.bnb_4bit_compute_dtype, **options)
+        new.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, module=new, **options)
+    new.bias = linear.bias
+    new.train(linear.training)
+    new.requires_grad_(False)
+    return new.to(weight.device)  # type: ignore[no-any-return]  # which quantises

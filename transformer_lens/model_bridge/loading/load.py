@@ -23,7 +23,7 @@ from transformers.utils import cached_file, has_file
 
 from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
-from transformer_lens.model_bridge.access.quantised import complete_quantisation
+from transformer_lens.model_bridge.access.weights import complete_quantisation
 from transformer_lens.model_bridge.loading.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, attribute, spelled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformer_lens.checks import directory_to_write
-from transformer_lens.model_bridge.access.quantised import other_linears
+from transformer_lens.model_bridge.access.weights import other_linears
 from transformer_lens.model_bridge.attaching.tree import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
