@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,12 @@ Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
 
 
-class Listener(Protocol):
-    """What is told when hooks are added or removed."""
-
-    def refresh(self) -> None: ...
+Listener = Callable[[], None]
+"""What is called when hooks are added or removed."""
 
 
 class _ThreadState(threading.local):
-    """What this thread is running: the innermost run, and the user hooks that it is executing."""
+    """What this thread is running: the innermost run, the user hooks that it is executing, and where it stands."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -40,6 +38,12 @@ class _ThreadState(threading.local):
         self.generation: GenerationStep | None = None
         self.memo: dict[Any, Any] | None = None
         """What layers of one forward pass with hooks share."""
+        self.record: Any = None
+        """The record of the checkpointed block that it runs."""
+        self.first: tuple[int, int] | None = None
+        """The first layer of its run, and how many hooks were executing when it was asked for."""
+        self.attending: list[tuple[nn.Module, int, Any]] = []
+        """The calls of attention modules that it is in and whose attention function is replaced."""
 
 
 state = _ThreadState()
@@ -76,7 +80,7 @@ def changing_together() -> Iterator[None]:
     finally:
         state.pending = None
         for listener in pending:
-            listener.refresh()
+            listener()
 
 
 def tell(listeners: Iterable[Listener]) -> None:
@@ -84,7 +88,7 @@ def tell(listeners: Iterable[Listener]) -> None:
     pending = state.pending
     for listener in listeners:
         if pending is None:
-            listener.refresh()
+            listener()
         else:
             pending[listener] = None
 

@@ -44,15 +44,6 @@ class Outcome:
     """The state of the random generator after hooks that drew from it."""
 
 
-class _Current(threading.local):
-    """The record that this thread is writing or replaying."""
-
-    record: Record | None = None
-
-
-_current = _Current()
-
-
 class Record:
     """What hooks did in one block of one forward."""
 
@@ -180,22 +171,22 @@ def _same_memory(new: Tensor, old: Tensor) -> bool:
 
 @contextmanager
 def _recording(record: Record | None) -> Iterator[None]:
-    outer, _current.record = _current.record, record
+    outer, state.record = state.record, record
     try:
         yield
     finally:
-        _current.record = outer
+        state.record = outer
 
 
 def current_record() -> Record | None:
     """The record of the checkpointed block that this thread runs."""
-    return _current.record
+    return state.record  # type: ignore[no-any-return]
 
 
 def recalled(owner: object, depth: int, what: str) -> Any:
     """Take what was remembered for a hook of this call."""
     found = state.recalled.pop((id(owner), depth, what), None)
-    record = _current.record
+    record = current_record()
     return found if record is None else record.recall(id(owner), what, found)
 
 

@@ -180,14 +180,6 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
 
 
-class _Waiting(threading.local):
-    """The calls of attention modules that this thread is in and whose attention function is replaced."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, int, Callable[[Attend, Attend], Attend]]] = []
-
-
-_waiting = _Waiting()
 _exchange = threading.Lock()
 """Held while a registry's look-up is replaced, which threads share."""
 _users: dict[int, int] = {}
@@ -200,7 +192,7 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
     `instead` is given the function that the model's config names and the family's own eager one.
     """
     registry = attention_functions(module)
-    _waiting.calls.append((module, len(state.executing), instead))
+    state.attending.append((module, len(state.executing), instead))
     with _exchange:
         _users[id(registry)] = _users.get(id(registry), 0) + 1
         if _users[id(registry)] == 1:
@@ -208,7 +200,7 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
     try:
         yield
     finally:
-        _waiting.calls.pop()
+        state.attending.pop()
         with _exchange:
             _users[id(registry)] -= 1
             if not _users[id(registry)]:
@@ -221,9 +213,9 @@ def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
 
     def get_interface(implementation: str, default: Attend) -> Attend:
         real: Attend = look_up(registry, implementation, default)
-        if not _waiting.calls or _waiting.calls[-1][1] != len(state.executing):
+        if not state.attending or state.attending[-1][1] != len(state.executing):
             return real
-        waiting, _, instead = _waiting.calls[-1]
+        waiting, _, instead = state.attending[-1]
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             function = instead(real, default) if module is waiting else real

@@ -256,7 +256,7 @@ class Attachment:
         else:
             del self.attached[place]
         if bool(self.attached) != before:
-            (watch if attached else unwatch)(self.model, self)
+            (watch if attached else unwatch)(self.model, self.follow)
 
     def follow(self) -> None:
         """Move everything to the modules that are in the model now."""
@@ -298,7 +298,7 @@ class Attachment:
         for place in filter(None, (port, port.instead)):
             tap = self.tap(find(place.at), place, layer)
             tap.ports.append(bound)
-            bound.listeners.append(tap)
+            bound.listeners.append(tap.refresh)
         if port.recalls is not None:
             self._recall(bound, find(port.recalls), layer)
         return bound
@@ -311,7 +311,7 @@ class Attachment:
         module = self.opened[inside.path]
         bound = BoundInside(hook, place, owner, module, self.on_replaced)
         module.hooks[hook.name] = bound
-        bound.listeners.append(module)
+        bound.listeners.append(module.refresh)
         for role in (place.rows_of, place.stream_of):
             if role is not None:
                 module.recalls = True
@@ -322,7 +322,7 @@ class Attachment:
         """Keep the input of another place for a hook."""
         tap = self.tap(component, Port(side="in"), layer)
         tap.recall_for.append(bound)
-        bound.listeners.append(tap)
+        bound.listeners.append(tap.refresh)
 
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
         """The tap at a port's place; ports of other arguments, and shared ports, have their own."""

@@ -7,7 +7,8 @@ Before each forward pass it lets the hooks follow replaced modules (as by PEFT),
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,17 +25,14 @@ COMPILED = "_compiled_call_impl"
 """Where torch keeps what `module.compile()` made."""
 
 
-class Follower(Protocol):
-    """What has to be where the modules are."""
-
-    def follow(self) -> None:
-        """Move to the modules that are in the model now."""
+Follow = Callable[[], None]
+"""Moves something to the modules that are in the model now."""
 
 
 class Watch(ForwardInPlace):
     """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
 
-    users: list[Follower]
+    users: list[Follow]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -50,8 +48,8 @@ class Watch(ForwardInPlace):
 
     @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for follower in tuple(self.users):
-            follower.follow()
+        for follow in tuple(self.users):
+            follow()
         outer, state.memo = state.memo, {}
         try:
             with recording(self.module):
@@ -65,15 +63,15 @@ class Watch(ForwardInPlace):
         super().remove()
 
 
-def watch(model: nn.Module, follower: Follower) -> None:
-    """Tell a follower of every forward pass of a model."""
+def watch(model: nn.Module, follow: Follow) -> None:
+    """Call `follow` before every forward pass of a model."""
     with _exchange:
-        Watch.join(model, follower)
+        Watch.join(model, follow)
 
 
-def unwatch(model: nn.Module, follower: Follower) -> None:
+def unwatch(model: nn.Module, follow: Follow) -> None:
     """Undo `watch`."""
     with _exchange:
         here = Watch.on(model)
         if here is not None:  # else accelerate's hooks were taken off, and what they found with them
-            here.leave(follower)
+            here.leave(follow)

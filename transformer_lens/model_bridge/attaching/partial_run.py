@@ -14,19 +14,10 @@ from transformer_lens.model_bridge.access.inside_call import ForwardInPlace
 from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
 
 
-class _Layers(threading.local):
-    """The first layer of this thread's run, and the depth of hooks at which it was asked for."""
-
-    start: int | None = None
-    depth = 0
-
-
-_layers = _Layers()
-
-
 def covered(layer: int) -> bool:
     """Whether a hook of this layer (-1: the embedding) fires in this thread's run."""
-    return _layers.start is None or layer >= _layers.start or len(state.executing) != _layers.depth
+    first = state.first
+    return first is None or layer >= first[0] or len(state.executing) != first[1]
 
 
 class Stopped(BaseException):
@@ -60,7 +51,7 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
 @contextmanager
 def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns_tuple: bool) -> Iterator[None]:
     """In this thread, let the blocks below `start` return their input, and `places[start]` read `stream`."""
-    outer = (_layers.start, _layers.depth)
+    outer = state.first
     thread, depth = threading.get_ident(), len(state.executing)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -82,11 +73,11 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
         # A model may add positions to the embeddings it is called with, so what arrives here is not the stream.
         handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         undo.callback(handle.remove)
-        _layers.start, _layers.depth = start, len(state.executing)
+        state.first = start, len(state.executing)
         try:
             yield
         finally:
-            _layers.start, _layers.depth = outer
+            state.first = outer
 
 
 class _HandOn(ForwardInPlace):
