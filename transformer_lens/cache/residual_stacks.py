@@ -140,8 +140,9 @@ class ResidualStacks(DirectLogits):
         residual stream, or several as columns: its product with each neuron's output replaces the last axis, and the
         outputs themselves are never made.
         """
-        read = self._reading(project_output_onto)
-        found = self._neurons(layer, Slice(neuron_slice), Slice(pos_slice), read)
+        keep = Slice(pos_slice)
+        read = self._reading(project_output_onto, None, False, False, keep)
+        found = self._neurons(layer, Slice(neuron_slice), keep, read)
         return found[..., 0] if read is not None and read.single else found
 
     def _neurons(self, layer: int, neurons: Slice, at: Slice, read: Reading | None, part: str = "mlp") -> Tensor:
@@ -319,12 +320,7 @@ class ResidualStacks(DirectLogits):
         return [(f"L{layer}E{e}bias", part) for e, part in enumerate(parts.unbind(-2))]
 
     def _reading(
-        self,
-        vectors: Tensor | None,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        apply_ln: bool = False,
-        keep: Slice | None = None,
+        self, vectors: Tensor | None, layer: int | None, mlp_input: bool, apply_ln: bool, keep: Slice
     ) -> Reading | None:
         """`project_output_onto` and `apply_ln` as vectors that apply before the norm, in float32."""
         if vectors is None:
@@ -335,7 +331,7 @@ class ResidualStacks(DirectLogits):
         matrix, divisor = wide(vectors.detach()).reshape(width, -1), None
         if apply_ln:
             norm = self._norm(layer, mlp_input)
-            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep or Slice(), Slice())
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep, Slice())
         return Reading(matrix, divisor, vectors.ndim == 1)
 
     def _before(self, norm: str, matrix: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:

@@ -23,7 +23,6 @@ from transformer_lens.factored_matrix import wide
 from transformer_lens.hook_points import Capture
 
 At = Literal["corrupted", "clean"]
-HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
 
 
 class PromptPair(NamedTuple):
@@ -89,17 +88,11 @@ class GradientRun:
 
 
 def gradient_run(
-    bridge: TransformerBridge,
-    input: Tensor,
-    mask: Tensor | None,
-    metric: Metric,
-    names: Sequence[str],
-    *,
-    fwd_hooks: HookList = (),
-    bwd_hooks: HookList = (),
-    start_at_layer: int | None = None,
+    bridge: TransformerBridge, input: Tensor, mask: Tensor | None, metric: Metric, names: Sequence[str], **options: Any
 ) -> GradientRun:
-    """Run the model with `fwd_hooks` first at their points, and keep the named activations in the graph."""
+    """Run the model with the options of `run_with_hooks`, and keep the named activations in the graph; `fwd_hooks` are
+    first at their points.
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError("attribution needs gradients, which torch.inference_mode() rules out; leave it")
     kept: dict[str, Tensor] = {}
@@ -110,13 +103,8 @@ def gradient_run(
         kept[str(hook.name)] = tensor
 
     with torch.enable_grad():
-        logits = bridge.run_with_hooks(
-            input,
-            fwd_hooks=[*fwd_hooks, (list(names), keep)],
-            bwd_hooks=list(bwd_hooks),
-            attention_mask=mask,
-            start_at_layer=start_at_layer,
-        )
+        hooks = [*options.pop("fwd_hooks", ()), (list(names), keep)]
+        logits = bridge.run_with_hooks(input, fwd_hooks=hooks, attention_mask=mask, **options)
         value = one_number(metric(logits))
     if not value.requires_grad:
         raise ValueError("metric: its value does not depend on the logits in a way that autograd can follow")

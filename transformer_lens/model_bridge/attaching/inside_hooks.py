@@ -35,19 +35,11 @@ class InsideForward(ForwardInPlace):
         users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
         if not users:
             return self.original(*args, **kwargs)
-        component = next(iter(users)).component
-        return component.inside(self.call(component, args, kwargs, users))
+        return next(iter(users)).component.inside(self.call(args, kwargs, users))
 
-    def call(
-        self,
-        component: ComponentBridge,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        users: dict[BoundModule, dict[str, BoundInside]],
-    ) -> InsideCall:
+    def call(self, args: Any, kwargs: Any, users: dict[BoundModule, dict[str, BoundInside]]) -> InsideCall:
         """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
         user = next(iter(users))
-        inside = user.interior
         rows: TokenRows | None = _first_recalled(users, "rows") if user.recalls else None
         stream: Tensor | None = _first_recalled(users, "stream") if user.recalls else None
         wanted = {name for hooks in users.values() for name in hooks}
@@ -60,20 +52,9 @@ class InsideForward(ForwardInPlace):
                     value = hooks[name].fire(value, rows)
             return value
 
-        return InsideCall(
-            self.module,
-            self.original,
-            inside.cfg,
-            args,
-            kwargs,
-            component.module_of,
-            fire,
-            wanted.__contains__,
-            written.__contains__,
-            stream,
-            inside.shards,
-            inside.axes,
-        )
+        call = (self.module, self.original, user.interior.cfg, args, kwargs, user.component.module_of)
+        hooks = (fire, wanted.__contains__, written.__contains__)
+        return InsideCall(*call, *hooks, stream, user.interior.shards, user.interior.axes)
 
 
 class BoundModule:
