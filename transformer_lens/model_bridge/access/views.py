@@ -18,9 +18,6 @@ from torch import Tensor
 
 from transformer_lens.model_bridge.config import BridgeConfig
 
-QKV = Literal["q", "k", "v"]
-PARTS: tuple[QKV, ...] = ("q", "k", "v")
-
 
 class View(Protocol):
     """Reads a part of a tensor, and makes the tensor with another part in its place."""
@@ -88,7 +85,7 @@ class FusedQKV(Some):
     kv_groups: int
     heads_per_group: int
     d_head: int
-    part: QKV
+    part: Literal["q", "k", "v"]
     grouped: bool = False
 
     def place(self, x: Float[Tensor, "*batch pos fused"]) -> Tensor:
@@ -106,7 +103,7 @@ class FusedBlocks(Some):
     n_heads: int
     n_key_value_heads: int
     d_head: int
-    part: QKV
+    part: Literal["q", "k", "v"]
 
     def place(self, x: Float[Tensor, "*rows fused"]) -> Float[Tensor, "*rows head d_head"]:
         q, kv = self.n_heads * self.d_head, self.n_key_value_heads * self.d_head
@@ -294,15 +291,15 @@ def key_value_heads(cfg: BridgeConfig) -> View:
     return Heads(cfg.n_key_value_heads, cfg.d_head)
 
 
-def _fused(part: QKV, cfg: BridgeConfig) -> View:
+def fused(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
     """The queries, keys or values of a fused, grouped QKV."""
     return FusedQKV(cfg.n_key_value_heads, cfg.n_heads // cfg.n_key_value_heads, cfg.d_head, part)
 
 
-def _block(part: QKV, cfg: BridgeConfig) -> View:
+def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
     """The queries, keys or values of a fused `[Q | K | V]`."""
     return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, part)
 
 
-fused_q, fused_k, fused_v = (partial(_fused, part) for part in PARTS)
-block_q, block_k, block_v = (partial(_block, part) for part in PARTS)
+fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
+block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

@@ -15,10 +15,14 @@ from transformer_lens.hooks.point import nested_forward, state
 from transformer_lens.model_bridge.access.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.access.ports import Inside, Port, Side
 from transformer_lens.model_bridge.access.sharding import Sharding, Shards
-from transformer_lens.model_bridge.attaching.hook_slots import Slot, check_replacement
-from transformer_lens.model_bridge.attaching.inside_hooks import BoundInside, BoundModule, attaching
-from transformer_lens.model_bridge.attaching.model_forward import unwatch, watch
-from transformer_lens.model_bridge.attaching.partial_run import covered
+from transformer_lens.model_bridge.attaching.inside_hooks import (
+    BoundInside,
+    BoundModule,
+    Slot,
+    attaching,
+    check_replacement,
+)
+from transformer_lens.model_bridge.attaching.partial_run import covered, unwatch, watch
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.hooks.point import Direction, HookEntry, HookFunction, HookPoint, nested_forward
-from transformer_lens.model_bridge.attaching.hook_slots import Slot
+from transformer_lens.model_bridge.attaching.inside_hooks import Slot
 from transformer_lens.model_bridge.attaching.partial_run import covered
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner, PartsElsewhere
 
