@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -146,15 +147,12 @@ def sender_hooks(
         if hook.endswith("hook_expert_out"):
             hooks += _expert_hooks(bridge, layer, columns, receive)
         else:
-            hooks.append((hook, _handing(columns, receive)))
+            hooks.append((hook, partial(_hand, columns, receive)))
     return hooks
 
 
-def _handing(columns: slice, receive: Receive) -> Callable[..., None]:
-    def hand(written: Tensor, hook: HookPoint) -> None:
-        receive(columns, written[:, :, None] if written.ndim == 3 else written)
-
-    return hand
+def _hand(columns: slice, receive: Receive, written: Tensor, hook: HookPoint) -> None:
+    receive(columns, written[:, :, None] if written.ndim == 3 else written)
 
 
 def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive: Receive) -> list[Any]:

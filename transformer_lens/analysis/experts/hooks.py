@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def forbid_experts(
             "token; to send tokens to fewer, use force_experts"
         )
     return [
-        (f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions))
+        (f"{_mlp(i)}.hook_router_logits", partial(_lower, forbidden, positions))
         for i in asking.layer_numbers(bridge.cfg, layer)
     ]
 
@@ -147,7 +148,7 @@ def force_experts(
     layers = asking.layer_numbers(bridge.cfg, layer)
     if weights is None:
         _need_plain_choice(bridge, "force_experts without weights")
-        return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
+        return [(f"{_mlp(i)}.hook_router_logits", partial(_lower, others, positions)) for i in layers]
     a_list("weights", weights)
     weights = [a_number("weights", weight) for weight in weights]
     if len(weights) != len(forced):
@@ -155,8 +156,8 @@ def force_experts(
     spare = places - len(forced)
     hooks: Hooks = []
     for i in layers:
-        hooks.append((f"{_mlp(i)}.hook_expert_weights", _put([*weights, *[0.0] * spare], positions)))
-        hooks.append((f"{_mlp(i)}.hook_expert_indices", _put([*forced, *others[:spare]], positions)))
+        hooks.append((f"{_mlp(i)}.hook_expert_weights", partial(_put, [*weights, *[0.0] * spare], positions)))
+        hooks.append((f"{_mlp(i)}.hook_expert_indices", partial(_put, [*forced, *others[:spare]], positions)))
     return hooks
 
 
@@ -174,25 +175,17 @@ def _mlp(layer: int) -> str:
     return f"blocks.{layer}.mlp"
 
 
-def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
-    """A hook on the router logits after which these experts are chosen last."""
-
-    def lower(logits: Float[Tensor, "batch pos expert"], hook: HookPoint) -> None:
-        concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        concerned[list(experts)] = True
-        # Not minus infinity: a row of nothing else would become NaN.
-        logits.masked_fill_(
-            position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min
-        )
-
-    return lower
+def _lower(
+    experts: Sequence[int], positions: Positions, logits: Float[Tensor, "batch pos expert"], hook: HookPoint
+) -> None:
+    """Have these experts chosen last."""
+    concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    concerned[list(experts)] = True
+    # Not minus infinity: a row of nothing else would become NaN.
+    logits.masked_fill_(position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min)
 
 
-def _put(values: Sequence[int] | Sequence[float], positions: Positions) -> Callable[..., Any]:
-    """A hook that writes the same values at some positions."""
-
-    def put(places: Tensor, hook: HookPoint) -> Tensor:
-        where = position_mask(positions, places, hook)[..., None]
-        return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)
-
-    return put
+def _put(values: Sequence[float], positions: Positions, places: Tensor, hook: HookPoint) -> Tensor:
+    """Write the same values at some positions."""
+    where = position_mask(positions, places, hook)[..., None]
+    return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)

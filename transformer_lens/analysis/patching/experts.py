@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class ExpertSweep:
                 )
             change = clean - dirty
             interventions += [
-                (f"blocks.{layer}.hook_mlp_out", _adding(change, expert, where))
+                (f"blocks.{layer}.hook_mlp_out", partial(_add, change, expert, where))
                 for where in positions
                 for expert in range(n_experts)
             ]
@@ -104,11 +105,10 @@ class ExpertSweep:
         return found.reshape(len(layers), *([len(positions)] if self.by_pos else []), n_experts)
 
 
-def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice) -> Callable[..., None]:
-    def add(mlp_out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        mlp_out[:, where] += change[:, where, expert]
-
-    return add
+def _add(
+    change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice, mlp_out: Tensor, hook: Any
+) -> None:
+    mlp_out[:, where] += change[:, where, expert]
 
 
 get_act_patch_expert_out = ExpertSweep(by_pos=False)
