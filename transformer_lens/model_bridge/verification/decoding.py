@@ -40,16 +40,6 @@ SPARE = 2
 """Empty places after the text in a cache of fixed size."""
 
 
-EQUATIONS = (
-    references.hugging_face,
-    references.stream,
-    references.norm,
-    references.pattern,
-    references.mixed_values,
-    references.projected_heads,
-    references.experts,
-)
-"""The checks on values, which hold for a step as for a whole text."""
 NAMED = 5
 """The most hooks named at once."""
 
@@ -139,7 +129,10 @@ def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResul
     known: set[str] = set()
     if not all(result.passed for result in results):
         known = {
-            result.hook or result.component for equation in EQUATIONS for result in equation(e) if not result.passed
+            result.hook or result.component
+            for equation in references.EQUATIONS
+            for result in equation(e)
+            if not result.passed
         }
     yield from (result for result in results if result.passed or (result.hook or result.component) not in known)
 
@@ -152,7 +145,7 @@ def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckR
         for name in missing:
             reason = "a count: once in each call"
             yield CheckResult(check, name.rpartition(".")[0], name, 1.0, 0.0, reason, note=f"{step}: never fired")
-        for equation in EQUATIONS:
+        for equation in references.EQUATIONS:
             for result in equation(step):
                 note = ": ".join(filter(None, (str(step), result.check, result.note)))
                 yield replace(result, check=check, note=note)

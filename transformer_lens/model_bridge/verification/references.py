@@ -323,3 +323,7 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
             expected[hook][here] = value
     for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True):
         yield compared("experts", hook, value, expected[hook], e.rounding)
+
+
+EQUATIONS = (hugging_face, stream, norm, pattern, mixed_values, projected_heads, experts)
+"""The checks on values, which hold for a step of decoding as for a whole text."""

@@ -31,8 +31,6 @@ NEW_TOKENS = 3
 PADDING = 2
 """Columns of padding in front of every text but the first."""
 
-Reading = tuple[int, bool, list[int], list[list[int]]]
-"""One forward pass of a generation: index, whether it reads the prompt, its columns, its tokens' positions."""
 ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
 
 
@@ -308,31 +306,26 @@ def generation(e: Evidence) -> Iterator[CheckResult]:
         yield CheckResult("generation", name.rpartition(".")[0], name, float(bool(note)), 0.0, reason, note=note)
 
 
-def _reading(tensor: Tensor, hook: HookPoint) -> Reading | None:
-    step = hook.generation
-    return None if step is None else (step.step, step.is_prompt, list(step.columns), step.positions.tolist())
+def _reading(tensor: Tensor, hook: HookPoint) -> str:
+    s = hook.generation
+    return "nothing" if s is None else _words(s.step, s.is_prompt, list(s.columns), s.positions.tolist())
 
 
-def _expected(forward: int, width: int, padding: Sequence[int]) -> Reading:
+def _words(step: int, is_prompt: bool, columns: list[int], positions: list[list[int]]) -> str:
+    return f"step {step}, {'prompt' if is_prompt else 'continuation'}, columns {columns}, positions {positions}"
+
+
+def _expected(forward: int, width: int, padding: Sequence[int]) -> str:
     """The first forward pass reads the prompt, each further one the token that was chosen before it."""
     if not forward:
-        return 0, True, list(range(width)), [[-1] * before + list(range(width - before)) for before in padding]
+        return _words(0, True, list(range(width)), [[-1] * p + list(range(width - p)) for p in padding])
     column = width + forward - 1
-    return forward, False, [column], [[column - before] for before in padding]
+    return _words(forward, False, [column], [[column - before] for before in padding])
 
 
-def _first_difference(got: Sequence[Reading | None], expected: Sequence[Reading]) -> str:
+def _first_difference(got: Sequence[str], expected: Sequence[str]) -> str:
     """In words; "" if there is none."""
     if len(got) != len(expected):
         return f"it fired {len(got)} times in {len(expected)} forwards"
-    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a != b:
-            return f"forward {number}: hook.generation says {_words(a)}, expected {_words(b)}"
-    return ""
-
-
-def _words(reading: Reading | None) -> str:
-    if reading is None:
-        return "nothing"
-    step, is_prompt, columns, positions = reading
-    return f"step {step}, {'prompt' if is_prompt else 'continuation'}, columns {columns}, positions {positions}"
+    wrong = [(number, a, b) for number, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
+    return f"forward {wrong[0][0]}: hook.generation says {wrong[0][1]}, expected {wrong[0][2]}" if wrong else ""
