@@ -186,6 +186,5 @@ def _lower(
 
 
 def _put(values: Sequence[float], positions: Positions, places: Tensor, hook: HookPoint) -> Tensor:
-    """Write the same values at some positions."""
     where = position_mask(positions, places, hook)[..., None]
     return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)

@@ -166,7 +166,6 @@ def watch(model: nn.Module, follow: Follow) -> None:
 
 
 def unwatch(model: nn.Module, follow: Follow) -> None:
-    """Undo `watch`."""
     with _exchange:
         here = Watch.on(model)
         if here is not None:  # else accelerate's hooks were taken off, and what they found with them

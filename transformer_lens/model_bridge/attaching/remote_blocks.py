@@ -51,7 +51,6 @@ class BlockElsewhere(PartsElsewhere):
 
     @staticmethod
     def begins_at_embedding() -> bool:
-        """Whether this thread's run begins at the embedding."""
         return covered(-1)
 
     def requests(self) -> list[HookRequest]:

@@ -102,7 +102,6 @@ class Place:
         self.changed(self)
 
     def _in_model(self, module: nn.Module) -> None:
-        """Exchange the module in the model."""
         host, _, name = self.component.path.rpartition(".")
         setattr(self.component.model.get_submodule(host), name, module)
 

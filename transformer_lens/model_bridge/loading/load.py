@@ -249,7 +249,6 @@ class Source:
         return cached_file(self.name, filename, **quiet, **self.hub)  # type: ignore[no-any-return]
 
     def read_json(self, filename: str) -> Any:
-        """The content of a small JSON file."""
         return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
 
     def config(self, trust_remote_code: bool = False) -> Any:

@@ -47,7 +47,6 @@ class ParameterPlace(Exchange):
         self.note()
 
     def note(self) -> None:
-        """Note the current parameter."""
         self.put = self.module._parameters[self.name]
         self.shape = None if self.put is None else self.put.shape
         self.version = id(self.parameter), self.parameter._version

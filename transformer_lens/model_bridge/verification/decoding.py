@@ -58,7 +58,6 @@ def growing(e: Evidence) -> Cache:
 
 
 def fixed(e: Evidence) -> Cache:
-    """A cache of fixed size."""
     return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
 
 
@@ -113,7 +112,6 @@ def decoded(e: Evidence) -> list[Step]:
 
 
 def decoding(e: Evidence) -> Iterator[CheckResult]:
-    """Values with a growing cache."""
     yield from _read("decoding", e, decoded(e))
 
 

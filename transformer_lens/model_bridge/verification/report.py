@@ -116,7 +116,9 @@ class VerificationReport(Tabular):
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON: model, `passed`, what each check means, and every comparison."""
         made = vars(self) | {"seconds": round(self.seconds, 3), "passed": self.passed, "results": self.to_dicts()}
-        return json.dumps(made, indent=indent, allow_nan=False)
+        about = ("model", "architecture", "dtype", "device", "attention", "tokens", "seconds", "passed")
+        order = (*about, "checks", "not_applicable", "sampled", "results")
+        return json.dumps({name: made[name] for name in order}, indent=indent, allow_nan=False)
 
     def title(self) -> str:
         failed = len(self.failures())
