@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
-from transformer_lens.hooks.generation_step import GenerationStep
-from transformer_lens.hooks.point import HookEntry, HookPoint, Run, changing_together, state
+from transformer_lens.hooks.point import GenerationStep, HookEntry, HookPoint, Run, changing_together, state
 from transformer_lens.hooks.root import Capture
 from transformer_lens.model_bridge.calls.padding import Columns, cached_length, remember, still_text
 from transformer_lens.model_bridge.generating.options import Prompt
