@@ -20,8 +20,8 @@ from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookedRootModule, NamesFilter, keywords_of
-from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.access.sharding import Sharding, sharding_of
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.attaching.attachment import Attachment, Root
 from transformer_lens.model_bridge.attaching.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere

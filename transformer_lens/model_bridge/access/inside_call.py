@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transformer_lens.model_bridge.access.peft_layers import is_adapted
 from transformer_lens.model_bridge.access.sharding import ALONE, Shards
-from transformer_lens.model_bridge.access.weights import is_quantised, read_weight
+from transformer_lens.model_bridge.access.weights import is_adapted, is_quantised, read_weight
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
 

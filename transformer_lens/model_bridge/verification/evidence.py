@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from transformer_lens.hooks.point import HookFunction, HookPoint
 from transformer_lens.hooks.root import Capture, HookSpec
-from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.access.ports import Inside
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
 from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge

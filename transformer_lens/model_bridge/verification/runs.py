@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from transformer_lens.hooks.point import HookFunction, HookPoint
 from transformer_lens.hooks.root import HookSpec
-from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.upstream import MASK
 from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, largest_difference
 from transformer_lens.model_bridge.verification.references import compared
