@@ -143,12 +143,12 @@ def detect_head(
 def _scores(
     attention: Float[Tensor, "head pos pos"],
     pattern: Float[Tensor, "pos pos"],
-    exclude_bos: bool,
-    exclude_current_token: bool,
-    measure: ErrorMeasure,
+    no_bos: bool,
+    no_self: bool,
+    measure: str,
 ) -> Float[Tensor, " head"]:
-    counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
-    if exclude_bos:
+    counts = torch.ones_like(pattern).tril(-1 if no_self else 0)
+    if no_bos:
         counts[:, 0] = 0
     if measure == "abs":
         return 1 - ((attention - pattern).abs() * counts).sum((-1, -2)) / len(pattern)

@@ -236,12 +236,9 @@ class EdgeScores:
     @checked
     def top(self, n: int) -> list[tuple[str, str, float]]:
         """The `n` edges with the largest absolute scores, largest first."""
-        order = self._order()[:n] if n >= 0 else self._order()
-        width = len(self.graph.receivers)
-        places = [divmod(int(at), width) for at in order]
-        return [
-            (self.graph.senders[s].label, self.graph.receivers[r].label, float(self.scores[s, r])) for s, r in places
-        ]
+        places = [divmod(int(at), len(self.graph.receivers)) for at in self._order()[:n]]
+        senders, receivers = self.graph.senders, self.graph.receivers
+        return [(senders[s].label, receivers[r].label, float(self.scores[s, r])) for s, r in places]
 
     def keep(self, n: int) -> Circuit:
         """The circuit of the `n` edges with the largest absolute scores."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -198,8 +198,7 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
 # is computed from what it reads, or forced to its clean output.
 
 
-@dataclass(frozen=True, eq=False)
-class _Experiment:
+class _Experiment(NamedTuple):
     """Which edges are live, and which senders are forced to their clean output."""
 
     live: Bool[Tensor, "sender receiver"]

@@ -31,8 +31,6 @@ NEW_TOKENS = 3
 PADDING = 2
 """Columns of padding in front of every text but the first."""
 
-ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
-
 
 def untouched(e: Evidence) -> Iterator[CheckResult]:
     """Law 1: without hooks, the bridge's output is the bare model's."""
@@ -132,14 +130,14 @@ def noise(e: Evidence) -> Iterator[CheckResult]:
             layers.setdefault(".".join(name.split(".")[:2]) if name.startswith("blocks.") else "", []).append(name)
     names = [name for names in layers.values() for name in names]
     runs = [[name] for name in names] if e.thorough else _one_of_each(e, layers)
-    quiet = _left(e, names, [])
+    quiet, reason = _left(e, names, []), "noise of half a standard deviation, or another choice of experts"
     for chosen in runs:
         noisy = _left(e, names, chosen)
         for name in chosen:
             change = largest_difference(noisy[_leaves(e, name)], quiet[_leaves(e, name)])
             change = float("inf") if change != change else change
             component = name.rpartition(".")[0]
-            yield CheckResult("noise", component, name, change, e.same[0], ANY_CHANGE, has_to_exceed=True)
+            yield CheckResult("noise", component, name, change, e.same[0], reason, has_to_exceed=True)
 
 
 def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[str]]:
