@@ -23,17 +23,8 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookSpec
 from transformer_lens.model_bridge.upstream import arguments_of
-from transformer_lens.model_bridge.verification import references
-from transformer_lens.model_bridge.verification.evidence import (
-    Evidence,
-    Looking,
-    ModuleCall,
-    OwnRun,
-    Seen,
-    largest_difference,
-    tensors,
-    watching,
-)
+from transformer_lens.model_bridge.verification import evidence, references
+from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, ModuleCall, OwnRun, Seen
 from transformer_lens.model_bridge.verification.report import CheckResult
 
 SPARE = 2
@@ -138,7 +129,9 @@ def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResul
 def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
     for step in found:
         note = f"{step}: the output"
-        yield CheckResult(check, "", "", largest_difference(step.captured[0], step.own.output), *e.same, note=note)
+        yield CheckResult(
+            check, "", "", evidence.largest_difference(step.captured[0], step.own.output), *e.same, note=note
+        )
         missing = [name for name in e.cache if name not in step.cache]
         for name in missing:
             reason = "a count: once in each call"
@@ -237,7 +230,7 @@ def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> 
         with e.own_outputs(modules, step.own.calls, note):
             output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
         if not modules:
-            note("", largest_difference(output, step.captured[0]))
+            note("", evidence.largest_difference(output, step.captured[0]))
     return worst
 
 
@@ -379,9 +372,9 @@ def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) 
     calls: dict[str, ModuleCall] = {}
     names = [f"{block}.attn" for block in e.stages[:-1]]
     attentions = {name: e.modules[name] for name in names if name in e.components}
-    with e.forced(streams, {}), watching(attentions, calls):
+    with e.forced(streams, {}), evidence.watching(attentions, calls):
         run()
-    found = {name: tensors(call.output)[0] for name, call in calls.items()}
+    found = {name: evidence.tensors(call.output)[0] for name, call in calls.items()}
     return {name: output for name, output in found.items() if output is not None}
 
 

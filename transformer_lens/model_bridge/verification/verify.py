@@ -43,7 +43,7 @@ class Check:
     """How it saves time unless thorough."""
 
 
-def _modules_elsewhere(e: Evidence) -> str:
+def _elsewhere(e: Evidence) -> str:
     return "the modules inside the blocks are on other machines" if e.elsewhere else ""
 
 
@@ -86,13 +86,10 @@ CHECKS = (
     Check("pattern", "pattern rows sum to one and are the softmax of the scores", references.pattern),
     Check("pattern @ v", "pattern @ v == z", references.mixed_values),
     Check(
-        "z @ W_O",
-        "z @ W_O (+ b_O) == attn_out, and for each head its result",
-        references.projected_heads,
-        _modules_elsewhere,
+        "z @ W_O", "z @ W_O (+ b_O) == attn_out, and for each head its result", references.projected_heads, _elsewhere
     ),
-    Check("experts", "weighted outputs of experts sum to what they return", references.experts, _modules_elsewhere),
-    Check("inside", "with a hook inside, a module's output is its own", runs.inside, _modules_elsewhere),
+    Check("experts", "weighted outputs of experts sum to what they return", references.experts, _elsewhere),
+    Check("inside", "with a hook inside, a module's output is its own", runs.inside, _elsewhere),
     Check("looking", "capturing leaves the output as it is", runs.looking),
     Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),
     Check("kept", "a captured value is after the run what it was when captured", runs.kept),
