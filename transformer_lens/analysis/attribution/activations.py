@@ -253,7 +253,7 @@ def mean_gradients(
     for first in range(0, *steps):
         some = slice(first, first + steps[1])
         line = torch.cat([torch.lerp(*ends, point) for point in points[some]])
-        copies = len(line) // batch
+        copies = len(weights[some])
         run = gradient_run(
             bridge,
             below.repeat(copies, *[1] * (below.ndim - 1)),
