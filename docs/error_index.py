@@ -40,12 +40,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
         "model_bridge.processing",
         "model_bridge.loading.state",
     ),
-    "special": (
-        *(
-            f"model_bridge.access.{name}"
-            for name in ("quantised", "weights", "peft_layers", "sharding", "checkpointing")
-        ),
-    ),
+    "special": (*(f"model_bridge.access.{name}" for name in ("weights", "sharding", "checkpointing")),),
     "generation": (
         *(f"model_bridge.{name}" for name in ("generating", "steering", "calls.caches")),
         "analysis.steering",

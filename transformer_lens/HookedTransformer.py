@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,15 +109,10 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (use `attn.QK` and
         `attn.OV`).
         """
-        plain = (
-            checkpoint_index is None,
-            checkpoint_value is None,
-            n_devices == 1,
-            not refactor_factored_attn_matrices,
-        )
-        for (name, instead), unasked in zip(INSTEAD.items(), plain, strict=True):
-            if not unasked:
-                raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
+        at_index, at_value = checkpoint_index is not None, checkpoint_value is not None
+        asked = (at_index, at_value, n_devices != 1, refactor_factored_attn_matrices)
+        for name, instead in compress(INSTEAD.items(), asked):
+            raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
         if first_n_layers is not None:
             from_pretrained_kwargs["num_hidden_layers"] = whole("first_n_layers", first_n_layers, 1)
         if dtype is None and hf_model is None and "torch_dtype" not in from_pretrained_kwargs:

@@ -50,12 +50,6 @@ class Named(Protocol):
     def canonical_name(self, name: str) -> str: ...
 
 
-class Tokenized(Protocol):
-    """A model that knows the tokens of its answers."""
-
-    def token_ids(self, tokens: Any, what: str = ...) -> Int[Tensor, ...]: ...
-
-
 def refuse_embeddings(input: Any) -> None:
     """Raise `TypeError` for input that has no token ids."""
     if isinstance(input, Tensor) and input.is_floating_point():
@@ -79,7 +73,7 @@ def check_texts(texts: Any) -> None:
         raise TypeError(f"texts: got {in_words(texts)}, expected a list of texts, or token ids [batch, pos]")
 
 
-def answer_ids(model: Tokenized, what: str, answer: Answer, batch: int) -> Int[Tensor, " batch"]:
+def answer_ids(model: TransformerBridge, what: str, answer: Answer, batch: int) -> Int[Tensor, " batch"]:
     """The id of the answer token in each text. Raises `ValueError` for several tokens, or another number of answers."""
     ids = model.token_ids(answer, what).reshape(-1)
     if len(ids) not in (1, batch):
@@ -178,12 +172,16 @@ def refuse_shared_experts(bridge: TransformerBridge, what: str) -> None:
         raise ValueError(f"{what}: {bridge.cfg.architecture} has a shared expert, which it does not account for")
 
 
-def need_whole_mlps(bridge: TransformerBridge, what: str) -> None:
-    """Raise `ValueError` where the chosen experts are not all that an MLP adds to the stream, or not as they are."""
+def need_whole_mlps(bridge: TransformerBridge, what: str) -> int:
+    """The number of experts in a layer. Raises `ValueError` for a dense model, and where the chosen experts are not all
+    that an MLP adds to the stream, or not as they are.
+    """
+    n_experts = need_experts(bridge.cfg, what)
     refuse_shared_experts(bridge, what)
     for block in bridge.blocks:
         if not all(branch.direct for branch in block.branches):
             raise ValueError(f"{what}: {bridge.cfg.architecture} has a norm or multiplier between experts and stream")
+    return n_experts
 
 
 def expert_numbers(cfg: BridgeConfig, experts: Any) -> list[int]:

@@ -364,7 +364,6 @@ def wide(x: Tensor) -> Tensor:
 
 
 def _axes_of(entry: Entry) -> int:
-    """The number of axes an index entry takes."""
     if entry is None or entry is Ellipsis:
         return 0
     return entry.ndim if isinstance(entry, Tensor) and entry.dtype == torch.bool else 1

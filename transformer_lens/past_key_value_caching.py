@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import DynamicCache, DynamicLayer
 
-__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
-
 HookedTransformerKeyValueCacheEntry = DynamicLayer
 
 

@@ -118,8 +118,7 @@ def batch_addmm(
     """
     for what, tensor in (("bias", bias), ("weight", weight), ("x", x)):
         a_tensor(what, tensor)
-    product: Tensor = torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-    return product
+    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
 def get_attention_mask(

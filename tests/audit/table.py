@@ -365,7 +365,7 @@ NOT_AUDITED: dict[str, str] = {
     ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
-        ["analysis.attribution.activations.line_steps", "analysis.attribution.activations.summed_gradients"],
+        ["analysis.attribution.activations.line_steps", "analysis.attribution.activations.mean_gradients"],
         "between parts of the package",
     ),
     **dict.fromkeys(

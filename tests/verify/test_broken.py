@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.support import family, mixtral
 from transformer_lens import TransformerBridge
-from transformer_lens.hooks.generation_step import GenerationStep
+from transformer_lens.hooks.point import GenerationStep
 from transformer_lens.model_bridge import architecture_adapter
 from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.access.views import Whole

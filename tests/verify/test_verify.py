@@ -38,7 +38,7 @@ from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.model_bridge.verification.decoding import WRITES, chunks
 from transformer_lens.model_bridge.verification.evidence import largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
-from transformer_lens.model_bridge.verification.verify import CHECKS, verify
+from transformer_lens.model_bridge.verification.verify import CHECKS
 
 SECONDS = 5
 """The budget of a tiny model, of one core's time, which other processes do not lengthen; it takes a fifth of that."""
@@ -129,7 +129,7 @@ def test_every_port_is_compared_with_hugging_face(name: str) -> None:
 
 def test_own_tokens() -> None:
     bridge = TransformerBridge(family("40b"))
-    assert verify(bridge, tokens(3, 5)).tokens == (3, 5)
+    assert bridge.verify(tokens(3, 5)).tokens == (3, 5)
     report = bridge.verify(tokens(1, 6)[0])
     assert report.tokens == (1, 6)
     assert report.passed

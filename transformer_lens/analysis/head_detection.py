@@ -15,6 +15,15 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
 from transformer_lens.checks import a_list, a_tensor, in_words, is_tensor, one_of
 
+__all__ = [
+    "HEAD_NAMES",
+    "ErrorMeasure",
+    "HeadName",
+    "detect_head",
+    "get_duplicate_token_head_detection_pattern",
+    "get_induction_head_detection_pattern",
+    "get_previous_token_head_detection_pattern",
+]
 logger = logging.getLogger(__name__)
 
 HeadName = Literal["previous_token_head", "duplicate_token_head", "induction_head"]
@@ -134,13 +143,12 @@ def detect_head(
 def _scores(
     attention: Float[Tensor, "head pos pos"],
     pattern: Float[Tensor, "pos pos"],
-    exclude_bos: bool,
-    exclude_current_token: bool,
-    measure: ErrorMeasure,
+    no_bos: bool,
+    no_self: bool,
+    measure: str,
 ) -> Float[Tensor, " head"]:
-    """The scores of a layer's heads on one text."""
-    counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
-    if exclude_bos:
+    counts = torch.ones_like(pattern).tril(-1 if no_self else 0)
+    if no_bos:
         counts[:, 0] = 0
     if measure == "abs":
         return 1 - ((attention - pattern).abs() * counts).sum((-1, -2)) / len(pattern)

@@ -32,10 +32,10 @@ def random_repeats(
     >>> tokens.shape, torch.equal(tokens[:, 1:4], tokens[:, 4:])
     (torch.Size([2, 7]), True)
     """
-    special = set(bridge.tokenizer.all_special_ids) if bridge.tokenizer is not None else set()
-    known = len(bridge.tokenizer) if bridge.tokenizer is not None else bridge.cfg.d_vocab
-    ordinary = [token for token in range(min(known, bridge.cfg.d_vocab)) if token not in special]
-    adapter = bridge.token_adapter
+    adapter, known, special = bridge.token_adapter, bridge.cfg.d_vocab, set()
+    if adapter is not None:
+        known, special = min(len(adapter.tokenizer), known), set(adapter.tokenizer.all_special_ids)
+    ordinary = [token for token in range(known) if token not in special]
     first = ordinary[0] if adapter is None or adapter.bos is None else adapter.bos
     return repeated_random_tokens(ordinary, length, batch, first, Random(seed))
 

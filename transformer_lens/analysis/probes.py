@@ -100,8 +100,8 @@ def probe(
         score=_score(targets, predictions, task),
         interval=_interval(targets, predictions, group_of, task, confidence, rng),
         auc=auc,
-        control=math.nan if few else _control_score(x, control, splits, task, strength),
-        shuffled=_control_score(x, shuffled, splits, task, strength),
+        control=math.nan if few else _score(control, _predicted(x, control, splits, task, strength)[0], task),
+        shuffled=_score(shuffled, _predicted(x, shuffled, splits, task, strength)[0], task),
         direction=_direction(x, targets, task, strength),
         classes=tuple(classes.tolist()),
     )
@@ -202,7 +202,6 @@ def _model(task: Task, strength: float) -> Any:
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
-    """The training and test rows of each fold."""
     selection = _sklearn("model_selection")
     kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
         ("classification", False): selection.StratifiedKFold,
@@ -242,10 +241,6 @@ def _predicted(
     return predictions, float(np.mean(areas)) if areas else math.nan
 
 
-def _control_score(x: Values, y: Values, splits: list[tuple[Values, Values]], task: Task, strength: float) -> float:
-    return _score(y, _predicted(x, y, splits, task, strength)[0], task)
-
-
 def _score(y: Values, predictions: Values, task: Task) -> float:
     if task == "classification":
         return float((y == predictions).mean())
@@ -271,8 +266,7 @@ def _control_labels(types: Values | None, y: Values, rng: np.random.Generator) -
     """A random label for each type, in the proportions of the real labels."""
     kinds = np.arange(len(y)) if types is None else types
     evenly = np.linspace(0, len(y) - 1, int(kinds.max()) + 1).round().astype(int)
-    drawn: Values = rng.permutation(np.sort(y)[evenly])[kinds]
-    return drawn
+    return rng.permutation(np.sort(y)[evenly])[kinds]
 
 
 def _direction(x: Values, y: Values, task: Task, strength: float) -> Tensor:
@@ -285,12 +279,10 @@ def _direction(x: Values, y: Values, task: Task, strength: float) -> Tensor:
 
 def _numbered(what: str, values: Sequence[Hashable] | None, count: int) -> Values | None:
     """Each distinct value as a number."""
-    if values is None:
-        return None
-    if len(values) != count:
+    if values is not None and len(values) != count:
         raise ValueError(f"{what}: got {len(values)}, expected one for each of the {count} examples")
     numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
+    return None if values is None else np.array([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 def _checked(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Texts, check_texts, columns, place_name
-from transformer_lens.checks import is_one_of, is_whole, whole_numbers
+from transformer_lens.checks import is_whole, one_of, whole_numbers
 from transformer_lens.factored_matrix import wide
 from transformer_lens.model_bridge import InputAndMask
 
@@ -103,9 +103,6 @@ def tokens_at(bridge: TransformerBridge, texts: Texts, position: int | Sequence[
     return tokens.gather(1, columns(mask, position).to(tokens.device)[:, None])[:, 0].tolist()
 
 
-NORMALIZATIONS = (None, "unit", "stream")
-
-
 @checked
 def steering_vector(
     bridge: TransformerBridge,
@@ -131,8 +128,7 @@ def steering_vector(
     Source: difference of means, Rimsky et al. 2023, "Steering Llama 2 via Contrastive Activation Addition"; Marks and
     Tegmark 2023. Raises `ValueError` for no texts, a missing position, and normalising a zero difference.
     """
-    if not is_one_of(normalize, NORMALIZATIONS):
-        raise ValueError(f"normalize: got {normalize!r}, expected None, 'unit' or 'stream'")
+    one_of("normalize", normalize, (None, "unit", "stream"))
     name = place_name(bridge, at)
     sides = [
         activations_at(bridge, texts, [name], position, batch_size=batch_size)[name] for texts in (positive, negative)

@@ -79,12 +79,14 @@ class SVDInterpreter:
         found = self.singular_vectors(
             vector_type, layer_index, num_vectors, head_index, expert_index=expert_index, side=side
         )
-        with torch.no_grad():
-            W_U = self.model.W_U.detach().to(found.directions.dtype)
-            if self.fold_ln:
-                W_U = self._norm("ln_final").to(W_U)[:, None] * W_U
-            projected: Tensor = W_U.mT @ found.directions.to(W_U.device).mT
-        return projected[:, None, :]
+        return self._logits(found.directions)[:, None, :]
+
+    @torch.no_grad()
+    def _logits(self, directions: Float[Tensor, "vector d_model"]) -> Float[Tensor, "d_vocab vector"]:
+        W_U = self.model.W_U.detach().to(directions.dtype)
+        if self.fold_ln:
+            W_U = self._norm("ln_final").to(W_U)[:, None] * W_U
+        return W_U.mT @ directions.to(W_U.device).mT
 
     @checked
     @torch.no_grad()
@@ -136,9 +138,10 @@ class SVDInterpreter:
         vector  value  along  against
         ...
         """
-        at = {"expert_index": expert_index, "side": side}
-        values, _ = self.singular_vectors(vector_type, layer_index, num_vectors, head_index, **at)  # type: ignore[arg-type]
-        columns = self.get_singular_vectors(vector_type, layer_index, num_vectors, head_index, **at)[:, 0].mT  # type: ignore[arg-type]
+        values, directions = self.singular_vectors(
+            vector_type, layer_index, num_vectors, head_index, expert_index=expert_index, side=side
+        )
+        columns = self._logits(directions).mT
         if not 1 <= k <= columns.shape[1]:
             raise ValueError(f"k: got {k}, expected 1 to {columns.shape[1]}")
         rows = [
@@ -178,8 +181,7 @@ class SVDInterpreter:
 
     def _norm(self, name: str) -> Float[Tensor, " d_model"]:
         norm: Any = self.model.get_submodule(name)
-        weight: Tensor = norm.w.detach()
-        return weight
+        return norm.w.detach()  # type: ignore[no-any-return]
 
     def _texts(self, tokens: Tensor) -> str:
         if self.model.tokenizer is None:

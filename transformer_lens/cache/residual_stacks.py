@@ -61,15 +61,15 @@ class ResidualStacks(DirectLogits):
         `incl_mid` adds the stream between attention and MLP, and raises `KeyError` in a parallel block, which has none.
         `apply_ln` divides each by the scale of the norm that reads the last one.
         """
-        stop = self._layer(layer, mlp_input)
+        stop, keep = self._layer(layer, mlp_input), Slice(pos_slice)
         rows: Rows = []
         for i in range(min(stop + 1, self._layers)):
-            rows.append((f"{i}_pre", self["resid_pre", i]))
+            rows.append((f"{i}_pre", self._at("hook_resid_pre", i, keep)))
             if (incl_mid and i < stop) or (mlp_input and i == stop and self._block(i).before("mlp")):
-                rows.append((f"{i}_mid", self["resid_mid", i]))
+                rows.append((f"{i}_mid", self._at("hook_resid_mid", i, keep)))
         if stop == self._layers:
-            rows.append(("final_post", self["resid_post", stop - 1]))
-        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+            rows.append(("final_post", self._at("hook_resid_post", stop - 1, keep)))
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
 
     def decompose_resid(
         self,
@@ -90,10 +90,10 @@ class ResidualStacks(DirectLogits):
         *others, last = ("all", *dict.fromkeys(b.mixer for block in self._bridge.blocks for b in block.branches))
         if not is_one_of(mode, (*others, last)):
             raise ValueError(f"decompose_resid: got mode={mode!r}, expected {', '.join(map(repr, others))} or {last!r}")
-        added = [(i, b.mixer) for i, b in self._added(self._layer(layer, mlp_input), mlp_input)]
-        rows = self._embeds(Slice()) if incl_embeds else []
-        rows += [(f"{i}_{mixer}_out", self[f"{mixer}_out", i]) for i, mixer in added if mode in ("all", mixer)]
-        return self._stack(self._sliced(rows, pos_slice), layer, mlp_input, apply_ln, Slice(pos_slice), return_labels)
+        added, keep = self._added(self._layer(layer, mlp_input), mlp_input), Slice(pos_slice)
+        rows = self._embeds(keep) if incl_embeds else []
+        rows += self._whole_rows([(i, branch) for i, branch in added if mode in ("all", branch.mixer)], keep)
+        return self._stack(rows, layer, mlp_input, apply_ln, keep, return_labels)
 
     def compute_head_results(self) -> None:
         """Add every layer's `attn.hook_result`, each head's `z @ W_O`, to the cache if it is not there.
@@ -140,8 +140,9 @@ class ResidualStacks(DirectLogits):
         residual stream, or several as columns: its product with each neuron's output replaces the last axis, and the
         outputs themselves are never made.
         """
-        read = self._reading(project_output_onto)
-        found = self._neurons(layer, Slice(neuron_slice), Slice(pos_slice), read)
+        keep = Slice(pos_slice)
+        read = self._reading(project_output_onto, None, False, False, keep)
+        found = self._neurons(layer, Slice(neuron_slice), keep, read)
         return found[..., 0] if read is not None and read.single else found
 
     def _neurons(self, layer: int, neurons: Slice, at: Slice, read: Reading | None, part: str = "mlp") -> Tensor:
@@ -154,7 +155,14 @@ class ResidualStacks(DirectLogits):
         post, weight = post[..., kept], weight[..., kept, :].to(post.device)
         if weight.ndim == 3:
             post, weight = self._by_expert(post, layer, at).flatten(-2), weight.flatten(0, 1)
-        return self._written(post, weight, layer, at, read)
+        if read is None:
+            return self._as_added(post[..., None] * weight, layer, "mlp", at)
+        branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
+        if branch.post_norm:
+            norm = f"blocks.{layer}.{branch.post_norm}"
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, at, Slice())[..., None, :]
+        found = post.to(matrix)[..., None] * (weight.to(matrix) @ matrix) * branch.scale
+        return found if divisor is None else found / divisor.to(found)
 
     def stack_neuron_results(
         self,
@@ -230,8 +238,7 @@ class ResidualStacks(DirectLogits):
         rows = self._head_rows(added, keep)
         read = self._reading(project_output_onto, layer, mlp_input, apply_ln, keep)
         apart = ("attn", "mlp") if expand_neurons else ("attn",)
-        undivided = [(i, branch.mixer) for i, branch in added if branch.mixer not in apart]
-        rows += [(f"{i}_{mixer}_out", self._at(f"hook_{mixer}_out", i, keep)) for i, mixer in undivided]
+        rows += self._whole_rows([(i, branch) for i, branch in added if branch.mixer not in apart], keep)
         bias = self._bridge.accumulated_bias(stop, mlp_input=mlp_input, include_mlp_biases=expand_neurons)
         embeds = self._embeds(keep)
         rows += [*embeds, ("bias", bias.detach().to(embeds[0][1].device).expand_as(embeds[0][1]))]
@@ -260,11 +267,15 @@ class ResidualStacks(DirectLogits):
         nostalgebraist 2020, "interpreting GPT: the logit lens".
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, pos_slice=pos_slice, return_labels=True)
+        logits = self._unembedded(stack)
+        return (logits, labels) if return_labels else logits
+
+    def _unembedded(self, stack: Stack) -> Float[Tensor, "component *batch_and_pos d_vocab"]:
+        """The final norm, each component scaled by its own size, and the unembedding."""
         bridge, normed = self._bridge, self.apply_ln_to_stack(stack, recompute_ln=True)
         bias = cast(Tensor, bridge.get_submodule("ln_final").b).detach().to(normed.device, normed.dtype)
         weight, offset = (found.detach().to(normed.device) for found in (bridge.W_U, bridge.b_U))
-        logits = (normed + bias) @ weight + offset
-        return (logits, labels) if return_labels else logits
+        return (normed + bias) @ weight + offset
 
     def _added(self, stop: int, mlp_input: bool = False) -> Added:
         """Layer and branch of everything that was added below a layer, or below its MLP's input."""
@@ -272,7 +283,6 @@ class ResidualStacks(DirectLogits):
         return added + [(stop, branch) for branch in (self._block(stop).before("mlp") if mlp_input else ())]
 
     def _embeds(self, keep: Slice) -> Rows:
-        """The embeddings that the stream starts from."""
         embed = self._at("hook_embed", None, keep)
         if "hook_pos_embed" not in self.model.hook_dict:
             return [("embed", embed)]
@@ -309,31 +319,8 @@ class ResidualStacks(DirectLogits):
         parts = parts if read is None else parts.to(read.matrix) @ read.matrix
         return [(f"L{layer}E{e}bias", part) for e, part in enumerate(parts.unbind(-2))]
 
-    def _written(
-        self,
-        acts: Float[Tensor, "*batch_and_pos neuron"],
-        weight: Float[Tensor, "neuron d_model"],
-        layer: int,
-        keep: Slice,
-        read: Reading | None,
-    ) -> Tensor:
-        """The outputs of an MLP's neurons, or their projection."""
-        if read is None:
-            return self._as_added(acts[..., None] * weight, layer, "mlp", keep)
-        branch, matrix, divisor = self._block(layer).branch("mlp"), read.matrix, None
-        if branch.post_norm:
-            norm = f"blocks.{layer}.{branch.post_norm}"
-            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep, Slice())[..., None, :]
-        found = acts.to(matrix)[..., None] * (weight.to(matrix) @ matrix) * branch.scale
-        return found if divisor is None else found / divisor.to(found)
-
     def _reading(
-        self,
-        vectors: Tensor | None,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        apply_ln: bool = False,
-        keep: Slice | None = None,
+        self, vectors: Tensor | None, layer: int | None, mlp_input: bool, apply_ln: bool, keep: Slice
     ) -> Reading | None:
         """`project_output_onto` and `apply_ln` as vectors that apply before the norm, in float32."""
         if vectors is None:
@@ -344,7 +331,7 @@ class ResidualStacks(DirectLogits):
         matrix, divisor = wide(vectors.detach()).reshape(width, -1), None
         if apply_ln:
             norm = self._norm(layer, mlp_input)
-            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep or Slice(), Slice())
+            matrix, divisor = self._before(norm, matrix), self._scale(norm, keep, Slice())
         return Reading(matrix, divisor, vectors.ndim == 1)
 
     def _before(self, norm: str, matrix: Float[Tensor, "d_model out"]) -> Float[Tensor, "d_model out"]:
@@ -363,8 +350,8 @@ class ResidualStacks(DirectLogits):
             parts = self._normed(self._centred(parts), scale.to(parts.device), norm).to(parts.dtype)
         return parts if branch.scale == 1.0 else parts * branch.scale
 
-    def _sliced(self, rows: Rows, pos_slice: Slice | SliceInput) -> Rows:
-        return [(label, Slice(pos_slice).apply(row, -2)) for label, row in rows]
+    def _whole_rows(self, added: Added, keep: Slice) -> Rows:
+        return [(f"{i}_{b.mixer}_out", self._at(f"hook_{b.mixer}_out", i, keep)) for i, b in added]
 
     def _stack(
         self,
@@ -404,8 +391,7 @@ class ResidualStacks(DirectLogits):
             return keep.apply(self.cache_dict[name], -3)
         weight = cast(Tensor, self._bridge.get_submodule(f"blocks.{layer}.attn").W_O).detach()
         z = self._at("attn.hook_z", layer, keep, axes_after=2)
-        found: Tensor = einsum(z, weight.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")
-        return found
+        return einsum(z, weight.to(z.device), "... head d_head, head d_head d_model -> ... head d_model")  # type: ignore[no-any-return]
 
     def _by_expert(
         self, chosen_values: Float[Tensor, "*batch_and_pos chosen width"], layer: int, keep: Slice

@@ -9,20 +9,3 @@ LayerNorm = LayerNormPre = _parts.LayerNormBridge
 RMSNorm = RMSNormPre = _parts.RMSNormBridge
 MLP, GatedMLP, MoE = _parts.MLPBridge, _parts.GatedMLPBridge, _parts.MoEBridge
 TransformerBlock = _parts.BlockBridge
-
-__all__ = [
-    "MLP",
-    "AbstractAttention",
-    "Attention",
-    "Embed",
-    "GatedMLP",
-    "GroupedQueryAttention",
-    "LayerNorm",
-    "LayerNormPre",
-    "MoE",
-    "PosEmbed",
-    "RMSNorm",
-    "RMSNormPre",
-    "TransformerBlock",
-    "Unembed",
-]

@@ -9,27 +9,69 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol, Self
+from functools import cached_property, partial
+from typing import Any, Literal, Self
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from transformer_lens.checks import is_one_of, whole
-from transformer_lens.hooks.generation_step import GenerationStep
 
 Direction = Literal["fwd", "bwd"]
 HookFunction = Callable[..., Any]
 
 
-class Listener(Protocol):
-    """What is told when hooks are added or removed."""
+@dataclass(frozen=True)
+class GenerationStep:
+    """Which part of the text one forward pass of `bridge.generate` reads; hooks find it at `hook.generation`.
 
-    def refresh(self) -> None: ...
+    >>> seen = []
+    >>> def look(z, hook):
+    ...     seen.append((hook.generation.is_prompt, hook.generation.positions.tolist()))
+    >>> _ = bridge.generate("Mary and", max_new_tokens=2, fwd_hooks=[("blocks.0.attn.hook_z", look)])
+    >>> seen
+    [(True, [[0, 1, 2, 3]]), (False, [[4]])]
+
+    No forward pass has read the newest token yet, so two new tokens take two: one reads the prompt, one the first new
+    token.
+    """
+
+    step: int
+    """The index of this forward pass in the generation."""
+    columns: range
+    """The columns it reads of the returned sequences, padding included."""
+    prompt_mask: Int[Tensor, "batch prompt"]
+    """1 for a token, 0 for padding."""
+    rows: int
+    """The batch size of this forward pass: a multiple of the prompts with beams or several sequences per prompt."""
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it reads the prompt, or a chunk of it (without a KV cache, every forward pass does)."""
+        return self.columns.start < self.prompt_mask.shape[1]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many generated tokens have been read after this forward pass: 0 in the prompt, then 1, 2, ..."""
+        return max(0, self.columns.stop - self.prompt_mask.shape[1])
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "rows pos"]:
+        """The position of each token it reads in its own text; padding is -1."""
+        mask = self.prompt_mask.long().repeat_interleave(self.rows // len(self.prompt_mask), dim=0)
+        counted = mask.cumsum(-1)
+        prompt = (counted - 1).masked_fill(mask == 0, -1)
+        generated = counted[:, -1:] + torch.arange(self.new_tokens, device=mask.device)
+        return torch.cat([prompt, generated], dim=1)[:, self.columns.start : self.columns.stop]
+
+
+Listener = Callable[[], None]
+"""What is called when hooks are added or removed."""
 
 
 class _ThreadState(threading.local):
-    """What this thread is running: the innermost run, and the user hooks that it is executing."""
+    """What this thread is running: the innermost run, the user hooks that it is executing, and where it stands."""
 
     def __init__(self) -> None:
         self.run: Run | None = None
@@ -40,6 +82,12 @@ class _ThreadState(threading.local):
         self.generation: GenerationStep | None = None
         self.memo: dict[Any, Any] | None = None
         """What layers of one forward pass with hooks share."""
+        self.record: Any = None
+        """The record of the checkpointed block that it runs."""
+        self.first: tuple[int, int] | None = None
+        """The first layer of its run, and how many hooks were executing when it was asked for."""
+        self.attending: list[tuple[nn.Module, int, Any]] = []
+        """The calls of attention modules that it is in and whose attention function is replaced."""
 
 
 state = _ThreadState()
@@ -76,7 +124,7 @@ def changing_together() -> Iterator[None]:
     finally:
         state.pending = None
         for listener in pending:
-            listener.refresh()
+            listener()
 
 
 def tell(listeners: Iterable[Listener]) -> None:
@@ -84,7 +132,7 @@ def tell(listeners: Iterable[Listener]) -> None:
     pending = state.pending
     for listener in listeners:
         if pending is None:
-            listener.refresh()
+            listener()
         else:
             pending[listener] = None
 
@@ -235,6 +283,12 @@ class HookPoint(nn.Module):
     def generation(self) -> GenerationStep | None:
         """In a hook during `bridge.generate`: which part of the text this forward pass reads; otherwise `None`."""
         return state.generation
+
+    @property
+    def position_axis(self) -> int:
+        """The axis of positions (of queries, if there are two); after the batch where no axes are declared."""
+        names = self.axes.split()
+        return next((names.index(name) for name in ("pos", "query_pos") if name in names), 1)
 
     def layer(self) -> int:
         """The layer of this point: `blocks.3.attn.hook_q` -> 3. Raises `ValueError` for a point outside the blocks."""

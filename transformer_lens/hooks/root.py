@@ -57,7 +57,7 @@ class Capture:
         name = str(hook.name)
         kept = tensor.detach()
         if self.pos_slice is not None:
-            kept = self.pos_slice.apply(kept, dim=_position_axis(hook.axes))
+            kept = self.pos_slice.apply(kept, dim=hook.position_axis)
         if self.remove_batch_dim:
             if kept.shape[0] != 1:
                 raise ValueError(
@@ -68,15 +68,6 @@ class Capture:
         if self.device is not None:
             kept = kept.to(self.device)
         self.store[name + self.suffix] = kept.clone() if self.clone else kept
-
-
-def _position_axis(axes: str) -> int:
-    """The position axis; after the batch where a hook point declares no axes."""
-    names = axes.split()
-    for wanted in ("pos", "query_pos"):
-        if wanted in names:
-            return names.index(wanted)
-    return 1
 
 
 class HookedRootModule(nn.Module):

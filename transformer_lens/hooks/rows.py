@@ -51,9 +51,8 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     rows_each = whole("rows_each", rows_each, 1)
     if not fns:
         raise ValueError(f"on_each: got no functions with {rows_each} rows each, expected at least one of both")
-    starts = [rows_each * number for number in range(len(fns))]
-    parts = [(slice(at, at + rows_each), _checked_function("on_each", fn)) for at, fn in zip(starts, fns, strict=True)]
-    return _OnRows(parts, rows_each)
+    checked = [_checked_function("on_each", fn) for fn in fns]
+    return _OnRows([(slice(n * rows_each, (n + 1) * rows_each), fn) for n, fn in enumerate(checked)], rows_each)
 
 
 @dataclass(frozen=True, eq=False)

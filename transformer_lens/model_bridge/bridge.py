@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from transformer_lens.asking import layer_number
 from transformer_lens.cache.activation_cache import ActivationCache
-from transformer_lens.checks import a_text, in_words, is_one_of, whole
+from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookedRootModule, NamesFilter, keywords_of
-from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.access.sharding import Sharding, sharding_of
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.attaching.attachment import Attachment, Root
 from transformer_lens.model_bridge.attaching.partial_run import Stopped, starting_at, stopping_at
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
@@ -366,8 +366,7 @@ class TransformerBridge(
     def _check_call(self, return_type: str | None, start: int | None, stop: int | None) -> None:
         if self._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
-        if not is_one_of(return_type, RETURN_TYPES):
-            raise ValueError(f"return_type: got {return_type!r}, expected 'logits', 'loss', 'both' or None")
+        one_of("return_type", return_type, RETURN_TYPES)
         if stop is not None and return_type in ("loss", "both"):
             raise ValueError(f"return_type={return_type!r} needs the whole model, and stop_at_layer={stop} ends before")
         if start is not None and stop is not None and start > stop:

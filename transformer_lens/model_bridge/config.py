@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -23,10 +23,6 @@ class FromModel(Generic[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    @overload
-    def __get__(self, cfg: None, owner: type) -> T: ...
-    @overload
-    def __get__(self, cfg: BridgeConfig, owner: type) -> T: ...
     def __get__(self, cfg: BridgeConfig | None, owner: type) -> T:
         if cfg is None:  # how dataclasses ask for a default
             if not self.default:

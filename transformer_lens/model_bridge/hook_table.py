@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from transformer_lens.checks import a_text, nearest
@@ -139,12 +140,8 @@ def layers_in_words(layers: Iterable[int]) -> str:
     >>> layers_in_words([0]), layers_in_words([1, 2, 3, 5])
     ('layer 0', 'layers 1-3, 5')
     """
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
+    steady = groupby(enumerate(layers), lambda pair: pair[1] - pair[0])
+    runs = [[layer for _, layer in run] for _, run in steady]
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"layer{'s' if sum(map(len, runs)) > 1 else ''} {text}"
 

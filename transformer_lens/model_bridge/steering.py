@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -29,6 +29,7 @@ Places = str | int | Sequence[str | int] | Callable[[str], bool]
 """A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""
 Part = Literal["prompt", "continuation", "all"]
 PARTS: tuple[Part, ...] = ("prompt", "continuation", "all")
+Where = Callable[[Tensor, HookPoint], Tensor | None]
 
 
 class SteeringMethods(HookedRootModule):
@@ -69,7 +70,7 @@ class SteeringMethods(HookedRootModule):
             expected = self._tail(name)
             if list(vector.shape) != expected:
                 raise ValueError(f"vector: got shape {list(vector.shape)}, expected {expected} to steer at {name!r}")
-        return self.hooks([(names, _Added(vector, _checked_scale(scale), _where(positions, rows, on)))])
+        return self.hooks([(names, partial(_add, vector, _checked_scale(scale), _where(positions, rows, on)))])
 
     def project_out(
         self,
@@ -103,7 +104,7 @@ class SteeringMethods(HookedRootModule):
                 )
         several = direction.ndim > len(self._tail(names[0]))
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
-        return self.hooks([(names, _WithoutDirection(basis, _where(positions, rows, on)))])
+        return self.hooks([(names, partial(_remove, basis, _where(positions, rows, on)))])
 
     def _steered(self, what: str, at: Places) -> list[str]:
         """The selected hooks, each once. Raises for those that do not hold an activation of every position."""
@@ -128,70 +129,51 @@ class SteeringMethods(HookedRootModule):
         return list(axis_sizes(self.hook_dict[name].axes, self.cfg, sizes)[2:])
 
 
-@dataclass(frozen=True, eq=False)
-class _Where:
-    """Which rows and positions of an activation to edit."""
-
-    positions: Positions
-    rows: Rows | None
-    on: Part
-
-    def mask(self, tensor: Tensor, hook: HookPoint) -> Bool[Tensor, "batch pos"] | None:
-        """The mask of the edit; `None` means everywhere."""
-        if self.positions is None and self.rows is None and self.on == "all":
-            return None
-        batch, pos = tensor.shape[:2]
-        chosen = torch.ones(batch, pos, dtype=torch.bool, device=tensor.device)
-        if self.on != "all":
-            chosen &= self._part(pos, hook).to(tensor.device)
-        if self.positions is not None:
-            chosen &= position_mask(self.positions, tensor, hook)
-        if self.rows is not None:
-            every = torch.zeros(batch, 1, dtype=torch.bool, device=tensor.device)
-            chosen &= on_rows(self.rows, lambda part, hook: torch.ones_like(part))(every, hook=hook)
-        return chosen
-
-    def _part(self, pos: int, hook: HookPoint) -> Bool[Tensor, " pos"]:
-        step = hook.generation
-        if step is None:
-            return torch.full((pos,), self.on == "prompt")
-        of_prompt = torch.tensor([column < step.prompt_mask.shape[1] for column in step.columns])
-        of_prompt = of_prompt[-pos:]  # `generate` computes the logits of the last column alone
-        return of_prompt if self.on == "prompt" else ~of_prompt
+def _mask(
+    positions: Positions, rows: Rows | None, on: Part, tensor: Tensor, hook: HookPoint
+) -> Bool[Tensor, "batch pos"] | None:
+    """Where an activation is edited; `None` means everywhere."""
+    if positions is None and rows is None and on == "all":
+        return None
+    batch, pos = tensor.shape[:2]
+    chosen = torch.ones(batch, pos, dtype=torch.bool, device=tensor.device)
+    if on != "all":
+        chosen &= _of_part(on, pos, hook).to(tensor.device)
+    if positions is not None:
+        chosen &= position_mask(positions, tensor, hook)
+    if rows is not None:
+        every = torch.zeros(batch, 1, dtype=torch.bool, device=tensor.device)
+        chosen &= on_rows(rows, lambda part, hook: torch.ones_like(part))(every, hook=hook)
+    return chosen
 
 
-@dataclass(frozen=True, eq=False)
-class _Added:
-    """A hook that adds a vector."""
-
-    vector: Tensor
-    scale: float | Tensor
-    where: _Where
-
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        amount = self.vector.to(tensor.device)
-        if isinstance(self.scale, Tensor):
-            if tensor.shape[0] % len(self.scale):
-                raise ValueError(f"scale: got {len(self.scale)} numbers for a batch of {tensor.shape[0]} rows")
-            each = self.scale.to(tensor.device).repeat_interleave(tensor.shape[0] // len(self.scale))
-            amount = each.reshape(-1, *[1] * (tensor.ndim - 1)) * amount
-        else:
-            amount = self.scale * amount
-        return _written(tensor, tensor + amount.to(tensor.dtype), self.where.mask(tensor, hook))
+def _of_part(on: Part, pos: int, hook: HookPoint) -> Bool[Tensor, " pos"]:
+    step = hook.generation
+    if step is None:
+        return torch.full((pos,), on == "prompt")
+    of_prompt = torch.tensor([column < step.prompt_mask.shape[1] for column in step.columns])
+    of_prompt = of_prompt[-pos:]  # `generate` computes the logits of the last column alone
+    return of_prompt if on == "prompt" else ~of_prompt
 
 
-@dataclass(frozen=True, eq=False)
-class _WithoutDirection:
-    """A hook that removes the span of orthonormal rows from an activation."""
+def _add(vector: Tensor, scale: float | Tensor, where: Where, tensor: Tensor, hook: HookPoint) -> Tensor:
+    amount = vector.to(tensor.device)
+    if isinstance(scale, Tensor):
+        if tensor.shape[0] % len(scale):
+            raise ValueError(f"scale: got {len(scale)} numbers for a batch of {tensor.shape[0]} rows")
+        each = scale.to(tensor.device).repeat_interleave(tensor.shape[0] // len(scale))
+        amount = each.reshape(-1, *[1] * (tensor.ndim - 1)) * amount
+    else:
+        amount = scale * amount
+    return _written(tensor, tensor + amount.to(tensor.dtype), where(tensor, hook))
 
-    basis: Float[Tensor, "rank d"]
-    where: _Where
 
-    def __call__(self, tensor: Tensor, hook: HookPoint) -> Tensor:
-        x = wide(tensor.flatten(2))
-        basis = self.basis.to(x)
-        rest = (x - (x @ basis.mT) @ basis).to(tensor.dtype).reshape(tensor.shape)
-        return _written(tensor, rest, self.where.mask(tensor, hook))
+def _remove(basis: Float[Tensor, "rank d"], where: Where, tensor: Tensor, hook: HookPoint) -> Tensor:
+    """Remove the span of orthonormal rows from an activation."""
+    x = wide(tensor.flatten(2))
+    basis = basis.to(x)
+    rest = (x - (x @ basis.mT) @ basis).to(tensor.dtype).reshape(tensor.shape)
+    return _written(tensor, rest, where(tensor, hook))
 
 
 def _written(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
@@ -217,12 +199,12 @@ def _checked_scale(scale: float | Tensor) -> float | Tensor:
     return scale
 
 
-def _where(positions: Positions, rows: Rows | None, on: Part) -> _Where:
+def _where(positions: Positions, rows: Rows | None, on: Part) -> Where:
     """Positions, rows and part, checked before any model runs."""
     one_of("on", on, PARTS)
     if rows is not None:
         on_rows(rows, torch.zeros_like)
-    return _Where(checked_positions(positions), rows, on)
+    return partial(_mask, checked_positions(positions), rows, on)
 
 
 def _orthonormal(directions: Float[Tensor, "several d"]) -> Float[Tensor, "several d"]:

@@ -53,12 +53,13 @@ def at_end(role: str, name: str) -> Any:
 
 
 def stacked(role: str, name: str) -> Any:
-    """An attribute of a bridge: a weight of one part of every layer, copied."""
+    """An attribute of a bridge: a weight of one part of every layer, copied; a bias that is not there is zeros."""
     return property(lambda bridge: bridge._stacked(role, name), doc=f"Every layer's `{role}.{name}`, copied.")
 
 
 class WeightMethods:
-    """The weights of a bridge.
+    """The weights of a bridge: `W_E`, `W_U` and `b_U`, and every layer's `W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate`,
+    `W_out` and their biases, stacked and copied, with a key and a value for each group of query heads.
 
     >>> bridge.W_E.shape, bridge.W_U.shape, bridge.b_U.shape
     (torch.Size([735, 128]), torch.Size([128, 735]), torch.Size([735]))
@@ -79,29 +80,17 @@ class WeightMethods:
     """What is added to the logits; zeros where the model has no such bias."""
 
     W_Q: Float[Tensor, "layer head d_model d_head"] = stacked("attn", "W_Q")
-    """Every layer's `attn.W_Q`, copied."""
     W_K: Float[Tensor, "layer kv_head d_model d_head"] = stacked("attn", "W_K")
-    """Every layer's `attn.W_K`, copied; one for each group of query heads."""
     W_V: Float[Tensor, "layer kv_head d_model d_head"] = stacked("attn", "W_V")
-    """Every layer's `attn.W_V`, copied; one for each group of query heads."""
     W_O: Float[Tensor, "layer head d_head d_model"] = stacked("attn", "W_O")
-    """Every layer's `attn.W_O`, copied."""
     b_Q: Float[Tensor, "layer head d_head"] = stacked("attn", "b_Q")
-    """Every layer's `attn.b_Q`, copied; zeros where the model has none."""
     b_K: Float[Tensor, "layer kv_head d_head"] = stacked("attn", "b_K")
-    """Every layer's `attn.b_K`, copied; zeros where the model has none."""
     b_V: Float[Tensor, "layer kv_head d_head"] = stacked("attn", "b_V")
-    """Every layer's `attn.b_V`, copied; zeros where the model has none."""
     b_O: Float[Tensor, "layer d_model"] = stacked("attn", "b_O")
-    """Every layer's `attn.b_O`, copied; zeros where the model has none."""
     W_in: Float[Tensor, "layer *expert d_model d_mlp"] = stacked("mlp", "W_in")
-    """Every layer's `mlp.W_in`, copied; with an expert axis in a mixture of experts."""
     W_out: Float[Tensor, "layer *expert d_mlp d_model"] = stacked("mlp", "W_out")
-    """Every layer's `mlp.W_out`, copied; with an expert axis in a mixture of experts."""
     b_in: Float[Tensor, "layer *expert d_mlp"] = stacked("mlp", "b_in")
-    """Every layer's `mlp.b_in`, copied; zeros where the model has none."""
     b_out: Float[Tensor, "layer *expert d_model"] = stacked("mlp", "b_out")
-    """Every layer's `mlp.b_out`, copied; zeros where the model has none."""
 
     @property
     def W_gate(self) -> Float[Tensor, "layer *expert d_model d_mlp"] | None:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from transformer_lens.checks import in_words
-from transformer_lens.model_bridge.access.peft_layers import inner_model
-from transformer_lens.model_bridge.access.weights import execution_device
+from transformer_lens.model_bridge.access.weights import execution_device, inner_model
 from transformer_lens.model_bridge.architecture_adapter import head_of
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.base import is_replica

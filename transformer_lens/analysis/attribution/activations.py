@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from transformer_lens.analysis.attribution.gradient_runs import (
 )
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
-from transformer_lens.asking import need_experts, need_whole_mlps
+from transformer_lens.asking import need_whole_mlps
 from transformer_lens.checks import a_number, a_tensor, a_text
 from transformer_lens.factored_matrix import wide
 
@@ -53,20 +54,16 @@ class AttributionScores:
         >>> found.by("pos head")["blocks.0.attn.hook_z"].shape, found.by("")["blocks.0.attn.hook_z"].shape
         (torch.Size([5, 4]), torch.Size([]))
         """
-        a_text("axes", axes)
-        return {name: self._by(name, axes.split()) for name in self.scores}
+        wanted, found = a_text("axes", axes).split(), dict[str, Tensor]()
+        for name, here in self.axes.items():
+            if not set(wanted) <= set(here) or len(set(wanted)) < len(wanted):
+                raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
+            found[name] = reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
+        return found
 
     def stacked(self, axes: str) -> Float[Tensor, "hook ..."]:
         """`by`, stacked along a first axis of hooks: `found.stacked("head")` is [hook, head]."""
         return torch.stack(list(self.by(axes).values()))
-
-    def _by(self, name: str, wanted: list[str]) -> Tensor:
-        here = self.axes[name]
-        missing = [axis for axis in wanted if axis not in here]
-        if missing or len(set(wanted)) < len(wanted):
-            raise ValueError(f"by: got axes {wanted}, expected some of {', '.join(here)}, which {name!r} has")
-        summed: Tensor = reduce(self.scores[name], f"{' '.join(here)} -> {' '.join(wanted)}", "sum")
-        return summed
 
     def __repr__(self) -> str:
         return f"AttributionScores of {len(self.scores)} hooks: {', '.join(list(self.scores)[:4])}"
@@ -136,8 +133,7 @@ def expert_attribution_patching(
     >>> expert_attribution_patching(moe, "Mary and John", "Mary and Mary", metric).shape
     torch.Size([3, 1, 5, 4])
     """
-    n_experts = need_experts(bridge.cfg, "attribution to experts")
-    need_whole_mlps(bridge, "attribution to experts")
+    n_experts = need_whole_mlps(bridge, "attribution to experts")
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     layers = range(bridge.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
@@ -215,7 +211,6 @@ def integrated_gradients(
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected the name of one hook")
     (name,) = differentiable_names(bridge, name)
-    points, weights = line_steps(steps)
     x, _, mask = bridge.input_and_mask(input, attention_mask=attention_mask)
     layer = bridge.hook_dict[name].layer() if name.startswith("blocks.") else None
     stream_name = [] if layer is None else [f"blocks.{layer}.hook_resid_pre"]
@@ -229,43 +224,48 @@ def integrated_gradients(
     with torch.no_grad():
         without = bridge.run_with_hooks(x, fwd_hooks=[(name, _replacing(start))], attention_mask=mask)
     total = one_number(metric(logits)).detach() - one_number(metric(without)).detach()
-    mean = torch.zeros_like(wide(there))
-    for first in range(0, steps, steps_per_batch):
-        some = slice(first, first + steps_per_batch)
-        line = torch.stack([torch.lerp(start, there, point) for point in points[some]])
-        mean += summed_gradients(bridge, below, mask, metric, weights[some], [name], name, line, layer)[name]
-    scores = (wide(there) - wide(start)) * mean
+    mean = mean_gradients(bridge, below, mask, metric, [name], name, (start, there), (steps, steps_per_batch), layer)
+    scores = (wide(there) - wide(start)) * mean[name]
     return IntegratedGradients(scores, tuple(bridge.hook_dict[name].axes.split()), total)
 
 
-def summed_gradients(
+def mean_gradients(
     bridge: TransformerBridge,
     below: Tensor,
     mask: Tensor | None,
     metric: Metric,
-    weights: list[float],
     names: Sequence[str],
     moved: str,
-    line: Float[Tensor, "step batch pos ..."],
+    ends: tuple[Tensor, Tensor],
+    steps: tuple[int, int],
     layer: int | None = None,
 ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-    """The weighted gradient at some hooks over points on a line, values of the hook `moved`."""
-    copies, batch = line.shape[:2]
+    """The mean gradient at some hooks while the value at `moved` goes from one end to the other, in so many steps and
+    so many of them at a time.
+    """
+    points, weights = line_steps(steps[0])
+    batch, mean = len(below), dict[str, Tensor]()
 
-    def total(logits: Tensor) -> Tensor:
+    def total(weights: list[float], logits: Tensor) -> Tensor:
         values = [weight * one_number(metric(rows)) for weight, rows in zip(weights, logits.split(batch), strict=True)]
         return torch.stack(values).sum()
 
-    run = gradient_run(
-        bridge,
-        below.repeat(copies, *[1] * (below.ndim - 1)),
-        None if mask is None else mask.repeat(copies, 1),
-        total,
-        names,
-        fwd_hooks=[(moved, _replacing(line.flatten(0, 1)))],
-        start_at_layer=layer,
-    )
-    return {name: wide(found).unflatten(0, (copies, batch)).sum(0) for name, found in run.gradients().items()}
+    for first in range(0, *steps):
+        some = slice(first, first + steps[1])
+        line = torch.cat([torch.lerp(*ends, point) for point in points[some]])
+        copies = len(weights[some])
+        run = gradient_run(
+            bridge,
+            below.repeat(copies, *[1] * (below.ndim - 1)),
+            None if mask is None else mask.repeat(copies, 1),
+            partial(total, weights[some]),
+            names,
+            fwd_hooks=[(moved, _replacing(line))],
+            start_at_layer=layer,
+        )
+        for name, found in run.gradients().items():
+            mean[name] = mean.get(name, 0) + wide(found).unflatten(0, (copies, batch)).sum(0)
+    return mean
 
 
 def _replacing(value: Tensor) -> Any:

@@ -141,7 +141,6 @@ def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
 def _linear(
     bridge: TransformerBridge, part: str, block: str, ours: Tensors, theirs: Tensors, gradients: Tensors
 ) -> Float[Tensor, "batch pos ..."]:
-    """Plain attribution patching of one component."""
     name = block + HOOKS[part]
     product = (wide(theirs[name]) - wide(ours[name])) * wide(gradients[name])
     return product.sum(-1) if bridge.hook_dict[name].axes.split()[-1] in SUMMED else product
@@ -168,17 +167,13 @@ def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def _check_shapes(scores: Tensor, change: Tensor, gradient: Tensor) -> None:
-    """Raise `ValueError` unless all three have one shape."""
+def _hidden(scores: Tensor, change: Tensor, gradient: Tensor) -> Tensor:
+    """Where the mask blocks attention: scores near the lowest number. Raises `ValueError` unless all have one shape."""
     if scores.ndim != 4 or not scores.shape == change.shape == gradient.shape:
         shapes = ", ".join(str(list(one.shape)) for one in (scores, change, gradient))
         raise ValueError(
             f"scores, change and gradient: got {shapes}, expected one shape [batch, head, query_pos, key_pos]"
         )
-
-
-def _hidden(scores: Tensor) -> Tensor:
-    """Where the mask blocks attention: scores near the lowest representable number."""
     return scores < torch.finfo(torch.float16).min * 0.9
 
 
@@ -195,8 +190,7 @@ def query_effects(
     >>> query_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))  # softmax(2, 0)[0] - softmax(0, 0)[0]
     tensor([[[0.3808]]])
     """
-    _check_shapes(scores, change, gradient)
-    hidden = _hidden(scores)
+    hidden = _hidden(scores, change, gradient)
     before, after = ((one.masked_fill(hidden, -torch.inf)) for one in (scores, scores + change))
     difference = (after.softmax(-1) - before.softmax(-1)).masked_fill(hidden, 0)
     return (difference * gradient).sum(-1)
@@ -216,8 +210,7 @@ def key_effects(
     >>> key_effects(scores, change, torch.tensor([[[[1.0, 0.0]]]]))
     tensor([[[0.3808, 0.0000]]])
     """
-    _check_shapes(scores, change, gradient)
-    hidden = _hidden(scores)
+    hidden = _hidden(scores, change, gradient)
     scores = scores.masked_fill(hidden, -torch.inf)
     total = scores.logsumexp(-1, keepdim=True)
     pattern = (scores - total).exp()

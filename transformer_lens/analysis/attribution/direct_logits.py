@@ -9,26 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from transformer_lens import ActivationCache, TransformerBridge
+from transformer_lens import ActivationCache, TransformerBridge, asking
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import (
-    Answer,
-    Input,
-    answer_ids,
-    columns,
-    need_experts,
-    need_whole_mlps,
-    part_label,
-    position_number,
-    refuse_embeddings,
-    refuse_shared_experts,
-)
+from transformer_lens.asking import Answer, Input, answer_ids, columns
 from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.factored_matrix import wide
 
@@ -47,7 +36,7 @@ class DirectLogitAttribution:
 
     def __getitem__(self, label: str | tuple[int, int]) -> Float[Tensor, " batch"]:
         """What one component adds in each text. Raises `KeyError` for an unknown label."""
-        label = part_label(label)
+        label = asking.part_label(label)
         a_text("label", label)
         if label not in self.labels:
             raise KeyError(
@@ -68,7 +57,7 @@ class DirectLogitAttribution:
 
 def _experts(cache: ActivationCache, **options: Any) -> Any:
     stack, labels = PARTS["head"](cache, **options)
-    refuse_shared_experts(cache._bridge, "parts='expert'")
+    asking.refuse_shared_experts(cache._bridge, "parts='expert'")
     routed = [
         f"{i}_mlp_out" for i in range(cache._layers) if f"blocks.{i}.mlp.hook_expert_out" in cache.model.hook_dict
     ]
@@ -117,7 +106,7 @@ def direct_logit_attribution(
     if not cache.has_batch_dim:
         raise ValueError("cache: it has no batch axis; cache without remove_batch_dim")
     whole_run = cache["unembed.hook_out"]
-    position = position_number(position, whole_run.shape[1])
+    position = asking.position_number(position, whole_run.shape[1])
     logits = whole_run[:, position]
     right = answer_ids(bridge, "answer", answer, len(logits))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(logits))
@@ -130,13 +119,9 @@ def direct_logit_attribution(
     return DirectLogitAttribution([*labels, "final_bias"], torch.cat([values, final[None]]), logit)
 
 
-def _of_answers(one: Callable[[Tensor], Tensor], right: Tensor, wrong: Tensor | None) -> Tensor:
-    """The right answers' result minus that of the wrong ones."""
-    return one(right) if wrong is None else one(right) - one(wrong)
-
-
 def _logit(logits: Float[Tensor, "row d_vocab"], right: Tensor, wrong: Tensor | None) -> Float[Tensor, " row"]:
-    return _of_answers(lambda answers: logits.gather(-1, answers.to(logits.device)[:, None])[:, 0], right, wrong)
+    rows = torch.arange(len(logits))
+    return logits[rows, right] if wrong is None else logits[rows, right] - logits[rows, wrong]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,18 +175,17 @@ def logit_attribution(
     reach 15, within 1e-5 in float32 and 0.3 in bfloat16. Raises `ValueError` for a dense model, an answer of several
     tokens or outside the vocabulary, and a position that a text does not have.
     """
-    need_experts(bridge.cfg, "expert logit attribution")
-    need_whole_mlps(bridge, "expert logit attribution")
+    asking.need_whole_mlps(bridge, "expert logit attribution")
     if bridge.cfg.normalization_type.startswith("LN") or bridge.b_U.any():
         raise ValueError("expert logit attribution: the final norm centres, or the unembedding has a bias")
-    refuse_embeddings(input)
+    asking.refuse_embeddings(input)
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side)
     if position is None:
         batch, positions = mask.nonzero(as_tuple=True)
     else:
         batch, positions = torch.arange(len(mask)), columns(mask, whole("position", position))
-    right = answer_ids(bridge, "answer", answer, len(tokens))[batch]
-    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))[batch]
+    right = answer_ids(bridge, "answer", answer, len(tokens))
+    wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))
     read, column = positions.unique(return_inverse=True)
     inside = ("hook_attn_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.hook_expert_out")
     blocks = [f"blocks.{i}.{name}" for i in range(bridge.cfg.n_layers) for name in inside]
@@ -214,7 +198,7 @@ def logit_attribution(
             pos_slice=read.tolist(),
             attention_mask=attention_mask,
         )
-        return _attribution(bridge, cache, batch, positions, column, right, wrong)
+        return _attribution(cache, batch, positions, column, right, wrong)
 
 
 @checked
@@ -241,43 +225,30 @@ def expert_logit_attribution(
 
 
 def _attribution(
-    bridge: TransformerBridge,
-    cache: ActivationCache,
-    batch: Int[Tensor, " row"],
-    position: Int[Tensor, " row"],
-    column: Int[Tensor, " row"],
-    right: Int[Tensor, " row"],
-    wrong: Int[Tensor, " row"] | None,
+    cache: ActivationCache, batch: Tensor, position: Tensor, column: Tensor, right: Tensor, wrong: Tensor | None
 ) -> LogitAttribution:
     """The contributions at the rows to read; `column` is their position within what the cache kept."""
-    layers = range(bridge.cfg.n_layers)
-    norm, head = (cast(Any, bridge.get_submodule(name)).original_component for name in ("ln_final", "unembed"))
+    layers = range(cache._layers)
 
-    def at(name: str) -> Shaped[Tensor, "row ..."]:
-        found: Tensor = cache[name][batch, column]
-        return wide(found) if found.is_floating_point() else found
+    def at(name: str) -> Shaped[Tensor, "row layer chosen"]:
+        return torch.stack([cache[f"blocks.{i}.{name}"][batch, column] for i in layers], 1)
 
-    def stacked(name: str) -> Shaped[Tensor, "row layer ..."]:
-        return torch.stack([at(f"blocks.{i}.{name}") for i in layers], 1)
+    def adds(parts: Float[Tensor, "component batch pos d_model"]) -> Float[Tensor, "row component"]:
+        return cache.logit_attrs(parts, right, wrong)[:, batch, column].T
 
-    def along(part: Float[Tensor, "row ... d_model"]) -> Float[Tensor, "row ..."]:
-        """What a component of the stream adds to the logit."""
-        between = [1] * (part.ndim - 2)
-        return (part * direction.reshape(len(part), *between, -1)).sum(-1)
-
-    wanted = _of_answers(lambda answers: wide(head.weight[answers.to(head.weight.device)].cpu()), right, wrong)
-    direction: Float[Tensor, "row d_model"] = wanted * norm.weight.cpu() / at("ln_final.hook_scale")
-    chosen = stacked("mlp.hook_expert_indices")
+    stream = adds(torch.stack([cache["hook_embed"], *(cache["attn_out", i] for i in layers)]))
+    chosen = at("mlp.hook_expert_indices")
     # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
-    outputs = [along(at(f"blocks.{i}.mlp.hook_expert_out")) for i in layers]
-    by_choice = torch.stack(outputs, 1) * stacked("mlp.hook_expert_weights")
-    experts = by_choice.new_zeros(*by_choice.shape[:2], int(bridge.cfg.num_experts or 0))
+    outputs = [adds(cache[f"blocks.{i}.mlp.hook_expert_out"].movedim(2, 0)) for i in layers]
+    by_choice = torch.stack(outputs, 1) * at("mlp.hook_expert_weights")
+    experts = by_choice.new_zeros(*by_choice.shape[:2], int(cache._bridge.cfg.num_experts or 0))
+    logits = wide(cache["unembed.hook_out"][batch, column])
     return LogitAttribution(
         batch=batch,
         position=position,
-        logit=_logit(at("unembed.hook_out"), right, wrong),
-        embedding=along(at("hook_embed")),
-        attention=along(stacked("hook_attn_out")),
+        logit=_logit(logits, right[batch], None if wrong is None else wrong[batch]),
+        embedding=stream[:, 0],
+        attention=stream[:, 1:],
         experts=experts.scatter_add_(-1, chosen, by_choice),
         chosen=chosen,
         by_choice=by_choice,

@@ -81,20 +81,25 @@ class EdgeGraph:
         return sent[:, None] < read
 
     @cached_property
-    def _sender_numbers(self) -> dict[str, int]:
-        return {one.label: number for number, one in enumerate(self.senders)}
-
-    @cached_property
-    def _receiver_numbers(self) -> dict[str, int]:
-        return {one.label: number for number, one in enumerate(self.receivers)}
+    def _numbers(self) -> dict[str, dict[str, int]]:
+        ends = {"sender": self.senders, "receiver": self.receivers}
+        return {what: {one.label: number for number, one in enumerate(places)} for what, places in ends.items()}
 
     def sender(self, label: str | tuple[int, int]) -> int:
         """The number of a sender. Raises `KeyError` for an unknown label."""
-        return _number(label, self._sender_numbers, "sender")
+        return self._number("sender", label)
 
     def receiver(self, label: str) -> int:
         """The number of a receiver. Raises `KeyError` for an unknown label."""
-        return _number(label, self._receiver_numbers, "receiver")
+        return self._number("receiver", label)
+
+    def _number(self, what: str, label: Any) -> int:
+        label, numbers = part_label(label), self._numbers[what]
+        a_text(what, label)
+        if label not in numbers:
+            some = list(numbers)
+            raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
+        return numbers[label]
 
     def has_edge(self, sender: str | tuple[int, int], receiver: str) -> bool:
         """Whether this receiver reads what this sender writes."""
@@ -102,7 +107,11 @@ class EdgeGraph:
 
     def edges(self) -> list[Edge]:
         """Every edge."""
-        return [(self.senders[s].label, self.receivers[r].label) for s, r in self.exists.nonzero().tolist()]
+        return self._labels(self.exists)
+
+    def _labels(self, mask: Bool[Tensor, "sender receiver"]) -> list[Edge]:
+        """The edges of a mask."""
+        return [(self.senders[s].label, self.receivers[r].label) for s, r in mask.nonzero().tolist()]
 
     def columns(self, places: Sequence[Place], hook: str) -> slice:
         """The slice of a hook's senders or receivers, which are adjacent."""
@@ -155,19 +164,9 @@ def _reading(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) 
 
 
 def _pair(edge: Any) -> tuple[Any, Any]:
-    """The two ends of an edge."""
     if not isinstance(edge, (tuple, list)) or len(edge) != 2:
         raise TypeError(f"edge: got {in_words(edge)}, expected (sender, receiver)")
     return edge[0], edge[1]
-
-
-def _number(label: Any, numbers: dict[str, int], what: str) -> int:
-    label = part_label(label)
-    a_text(what, label)
-    if label not in numbers:
-        some = list(numbers)
-        raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
-    return numbers[label]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -192,8 +191,7 @@ class Circuit:
 
     def edges(self) -> list[Edge]:
         """The kept edges."""
-        places = self.kept.nonzero().tolist()
-        return [(self.graph.senders[s].label, self.graph.receivers[r].label) for s, r in places]
+        return self.graph._labels(self.kept)
 
     @checked
     def without(self, edges: Iterable[Edge]) -> Circuit:
@@ -238,12 +236,9 @@ class EdgeScores:
     @checked
     def top(self, n: int) -> list[tuple[str, str, float]]:
         """The `n` edges with the largest absolute scores, largest first."""
-        order = self._order()[:n] if n >= 0 else self._order()
-        width = len(self.graph.receivers)
-        places = [divmod(int(at), width) for at in order]
-        return [
-            (self.graph.senders[s].label, self.graph.receivers[r].label, float(self.scores[s, r])) for s, r in places
-        ]
+        places = [divmod(int(at), len(self.graph.receivers)) for at in self._order()[:n]]
+        senders, receivers = self.graph.senders, self.graph.receivers
+        return [(senders[s].label, receivers[r].label, float(self.scores[s, r])) for s, r in places]
 
     def keep(self, n: int) -> Circuit:
         """The circuit of the `n` edges with the largest absolute scores."""

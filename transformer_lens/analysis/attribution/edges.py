@@ -10,11 +10,10 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.activations import line_steps, summed_gradients
+from transformer_lens.analysis.attribution.activations import mean_gradients
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScores
 from transformer_lens.analysis.attribution.gradient_runs import (
     At,
-    PromptPair,
     SenderValues,
     gradient_run,
     prompt_pair,
@@ -53,7 +52,7 @@ def edge_attribution_patching(
     """
     pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
     graph = EdgeGraph.of(bridge)
-    here = SenderValues(graph)
+    here = SenderValues()
     hooks = sender_hooks(bridge, graph, here)
     run = gradient_run(bridge, pair.base(at), pair.mask, metric, _receiver_hooks(graph), fwd_hooks=hooks)
     gradients = run.gradients()
@@ -84,20 +83,13 @@ def edge_attribution_patching_ig(
 
     It costs two forwards, and `steps` forwards and backwards, `steps_per_batch` at a time.
     """
-    pair: PromptPair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
-    points, weights = line_steps(steps)
+    pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
     graph = EdgeGraph.of(bridge)
     _, here, embeds = read_senders(bridge, graph, pair.corrupted, pair.mask, ["hook_embed"])
     _, there, others = read_senders(bridge, graph, pair.clean, pair.mask, ["hook_embed"])
-    start, end = embeds["hook_embed"], others["hook_embed"]
-    mean: dict[str, Tensor] = {}
-    for first in range(0, steps, steps_per_batch):
-        some = slice(first, first + steps_per_batch)
-        line = torch.stack([torch.lerp(start, end, point) for point in points[some]])
-        summed = summed_gradients(
-            bridge, pair.corrupted, pair.mask, metric, weights[some], _receiver_hooks(graph), "hook_embed", line
-        )
-        mean = {name: mean.get(name, 0) + gradient for name, gradient in summed.items()}
+    ends, names = (embeds["hook_embed"], others["hook_embed"]), _receiver_hooks(graph)
+    how = (steps, steps_per_batch)
+    mean = mean_gradients(bridge, pair.corrupted, pair.mask, metric, names, "hook_embed", ends, how)
     return _scores(graph, there - here, mean)
 
 

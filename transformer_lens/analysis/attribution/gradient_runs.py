@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import wide
+from transformer_lens.hook_points import Capture
 
 At = Literal["corrupted", "clean"]
-HookList = Sequence[tuple[str | Sequence[str], Callable[..., Any]]]
 
 
 class PromptPair(NamedTuple):
@@ -88,17 +89,11 @@ class GradientRun:
 
 
 def gradient_run(
-    bridge: TransformerBridge,
-    input: Tensor,
-    mask: Tensor | None,
-    metric: Metric,
-    names: Sequence[str],
-    *,
-    fwd_hooks: HookList = (),
-    bwd_hooks: HookList = (),
-    start_at_layer: int | None = None,
+    bridge: TransformerBridge, input: Tensor, mask: Tensor | None, metric: Metric, names: Sequence[str], **options: Any
 ) -> GradientRun:
-    """Run the model with `fwd_hooks` first at their points, and keep the named activations in the graph."""
+    """Run the model with the options of `run_with_hooks`, and keep the named activations in the graph; `fwd_hooks` are
+    first at their points.
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError("attribution needs gradients, which torch.inference_mode() rules out; leave it")
     kept: dict[str, Tensor] = {}
@@ -109,13 +104,8 @@ def gradient_run(
         kept[str(hook.name)] = tensor
 
     with torch.enable_grad():
-        logits = bridge.run_with_hooks(
-            input,
-            fwd_hooks=[*fwd_hooks, (list(names), keep)],
-            bwd_hooks=list(bwd_hooks),
-            attention_mask=mask,
-            start_at_layer=start_at_layer,
-        )
+        hooks = [*options.pop("fwd_hooks", ()), (list(names), keep)]
+        logits = bridge.run_with_hooks(input, fwd_hooks=hooks, attention_mask=mask, **options)
         value = one_number(metric(logits))
     if not value.requires_grad:
         raise ValueError("metric: its value does not depend on the logits in a way that autograd can follow")
@@ -157,15 +147,12 @@ def sender_hooks(
         if hook.endswith("hook_expert_out"):
             hooks += _expert_hooks(bridge, layer, columns, receive)
         else:
-            hooks.append((hook, _handing(columns, receive)))
+            hooks.append((hook, partial(_hand, columns, receive)))
     return hooks
 
 
-def _handing(columns: slice, receive: Receive) -> Callable[..., None]:
-    def hand(written: Tensor, hook: HookPoint) -> None:
-        receive(columns, written[:, :, None] if written.ndim == 3 else written)
-
-    return hand
+def _hand(columns: slice, receive: Receive, written: Tensor, hook: HookPoint) -> None:
+    receive(columns, written[:, :, None] if written.ndim == 3 else written)
 
 
 def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive: Receive) -> list[Any]:
@@ -182,19 +169,14 @@ def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive
     return [(names[part], note) for part in ("expert_indices", "expert_weights", "expert_out")]
 
 
-class SenderValues:
-    """Collects every sender's output in one run."""
-
-    def __init__(self, graph: EdgeGraph) -> None:
-        self.parts: dict[int, Tensor] = {}
-        self.order = [graph.columns(graph.senders, hook).start for hook in dict.fromkeys(s.hook for s in graph.senders)]
+class SenderValues(dict[int, Tensor]):
+    """Every sender's output in one run, by the number of the first sender of its hook."""
 
     def __call__(self, columns: slice, written: Vectors) -> None:
-        self.parts[columns.start] = wide(written.detach()).clone()
+        self[columns.start] = wide(written.detach()).clone()
 
     def all(self) -> Vectors:
-        device = self.parts[0].device
-        return torch.cat([self.parts[start].to(device) for start in self.order], dim=2)
+        return torch.cat([self[start].to(self[0].device) for start in sorted(self)], dim=2)
 
 
 @torch.no_grad()
@@ -202,13 +184,8 @@ def read_senders(
     bridge: TransformerBridge, graph: EdgeGraph, input: Tensor, mask: Tensor | None, names: Iterable[str] = ()
 ) -> tuple[Tensor, Vectors, dict[str, Tensor]]:
     """One forward: the logits, every sender's output, and other activations by name."""
-    written = SenderValues(graph)
-    others: dict[str, Tensor] = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        others[str(hook.name)] = value
-
-    asked = [(list(names), keep)] if names else []
-    hooks = [*sender_hooks(bridge, graph, written), *asked]
+    written, others = SenderValues(), dict[str, Tensor]()
+    keep = [(list(names), Capture(others))] if names else []
+    hooks = [*sender_hooks(bridge, graph, written), *keep]
     logits = bridge.run_with_hooks(input, fwd_hooks=hooks, attention_mask=mask)
     return logits, written.all(), others

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -189,18 +189,16 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
 def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     """A receiver, or a head's three."""
     label = part_label(label)
-    if any(one.label == label for one in graph.receivers):
-        return [graph.receiver(label)]
+    exact = [number for number, one in enumerate(graph.receivers) if one.label == label]
     parts = [number for number, one in enumerate(graph.receivers) if one.node == label]
-    return parts or [graph.receiver(label)]
+    return exact or parts or [graph.receiver(label)]
 
 
 # Every receiver reads the corrupted run's stream, plus the change of each sender whose edge to it is live. A sender
 # is computed from what it reads, or forced to its clean output.
 
 
-@dataclass(frozen=True, eq=False)
-class _Experiment:
+class _Experiment(NamedTuple):
     """Which edges are live, and which senders are forced to their clean output."""
 
     live: Bool[Tensor, "sender receiver"]
@@ -234,9 +232,8 @@ class _EdgeRuns:
         entering = [f"blocks.{i}.hook_resid_pre" for i in range(bridge.cfg.n_layers)]
         names = [*entering, *(one.hook for one in graph.receivers if one.index is None)]
         corrupted_logits, written, streams = read_senders(bridge, graph, pair.corrupted, pair.mask, names)
-        clean_logits, clean_written, _ = read_senders(bridge, graph, pair.clean, pair.mask)
-        inputs = (clean_logits, corrupted_logits, clean_written, written, streams)
-        return cls(bridge, graph, pair.corrupted, pair.mask, *inputs)
+        logits, clean_written, _ = read_senders(bridge, graph, pair.clean, pair.mask)
+        return cls(bridge, graph, pair.corrupted, pair.mask, logits, corrupted_logits, clean_written, written, streams)
 
     @torch.no_grad()
     def measure(
@@ -267,13 +264,12 @@ class _EdgeRuns:
         """The logits of some experiments, concatenated along the batch axis."""
         layer, copies = min(map(self.first_layer, experiments)), len(experiments)
         stream = self.streams[f"blocks.{layer}.hook_resid_pre"]
-        logits: Tensor = self.bridge.run_with_hooks(
+        return self.bridge.run_with_hooks(  # type: ignore[no-any-return]
             stream.repeat(copies, 1, 1),
             fwd_hooks=_hooks(self, experiments, layer),
             attention_mask=None if self.mask is None else self.mask.repeat(copies, 1),
             start_at_layer=layer,
         )
-        return logits
 
 
 def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> list[Any]:

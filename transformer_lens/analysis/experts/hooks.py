@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens import HookPoint, TransformerBridge, asking
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import (
-    Layers,
-    Pairs,
-    Positions,
-    checked_positions,
-    expert_numbers,
-    experts_by_layer,
-    layer_numbers,
-    need_experts,
-    position_mask,
-)
+from transformer_lens.asking import Layers, Pairs, Positions, checked_positions, need_experts, position_mask
 from transformer_lens.checks import a_list, a_number
 
 Hooks = list[tuple[str, Callable[..., Any]]]
@@ -55,7 +46,7 @@ def ablate_expert(
     dense model, and for a layer, expert or position that does not exist or is named twice.
     """
     need_experts(bridge.cfg, "ablate_expert")
-    gone_of = experts_by_layer(bridge.cfg, layer, expert)
+    gone_of = asking.experts_by_layer(bridge.cfg, layer, expert)
     positions = checked_positions(positions)
     if renormalize and bridge.cfg.experts_per_token == 1:
         raise ValueError("renormalize: this model chooses 1 expert for each token, so no weight is left to scale")
@@ -108,7 +99,7 @@ def forbid_experts(
     """
     n_experts = need_experts(bridge.cfg, "forbid_experts")
     _need_plain_choice(bridge, "forbid_experts")
-    forbidden = expert_numbers(bridge.cfg, experts)
+    forbidden = asking.expert_numbers(bridge.cfg, experts)
     positions = checked_positions(positions)
     left, needed = n_experts - len(forbidden), bridge.cfg.experts_per_token or 1
     if left < needed:
@@ -116,7 +107,10 @@ def forbid_experts(
             f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
             "token; to send tokens to fewer, use force_experts"
         )
-    return [(f"{_mlp(i)}.hook_router_logits", _lowest(forbidden, positions)) for i in layer_numbers(bridge.cfg, layer)]
+    return [
+        (f"{_mlp(i)}.hook_router_logits", partial(_lower, forbidden, positions))
+        for i in asking.layer_numbers(bridge.cfg, layer)
+    ]
 
 
 @checked
@@ -142,7 +136,7 @@ def force_experts(
     for numbers that do not fit.
     """
     n_experts = need_experts(bridge.cfg, "force_experts")
-    forced = expert_numbers(bridge.cfg, experts)
+    forced = asking.expert_numbers(bridge.cfg, experts)
     positions = checked_positions(positions)
     places = bridge.cfg.experts_per_token or 1
     if not 0 < len(forced) <= places:
@@ -151,10 +145,10 @@ def force_experts(
             "token; to let it choose among more, forbid the others"
         )
     others = [expert for expert in range(n_experts) if expert not in forced]
-    layers = layer_numbers(bridge.cfg, layer)
+    layers = asking.layer_numbers(bridge.cfg, layer)
     if weights is None:
         _need_plain_choice(bridge, "force_experts without weights")
-        return [(f"{_mlp(i)}.hook_router_logits", _lowest(others, positions)) for i in layers]
+        return [(f"{_mlp(i)}.hook_router_logits", partial(_lower, others, positions)) for i in layers]
     a_list("weights", weights)
     weights = [a_number("weights", weight) for weight in weights]
     if len(weights) != len(forced):
@@ -162,8 +156,8 @@ def force_experts(
     spare = places - len(forced)
     hooks: Hooks = []
     for i in layers:
-        hooks.append((f"{_mlp(i)}.hook_expert_weights", _put([*weights, *[0.0] * spare], positions)))
-        hooks.append((f"{_mlp(i)}.hook_expert_indices", _put([*forced, *others[:spare]], positions)))
+        hooks.append((f"{_mlp(i)}.hook_expert_weights", partial(_put, [*weights, *[0.0] * spare], positions)))
+        hooks.append((f"{_mlp(i)}.hook_expert_indices", partial(_put, [*forced, *others[:spare]], positions)))
     return hooks
 
 
@@ -181,25 +175,16 @@ def _mlp(layer: int) -> str:
     return f"blocks.{layer}.mlp"
 
 
-def _lowest(experts: Sequence[int], positions: Positions) -> Callable[..., Any]:
-    """A hook on the router logits after which these experts are chosen last."""
-
-    def lower(logits: Float[Tensor, "batch pos expert"], hook: HookPoint) -> None:
-        concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        concerned[list(experts)] = True
-        # Not minus infinity: a row of nothing else would become NaN.
-        logits.masked_fill_(
-            position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min
-        )
-
-    return lower
+def _lower(
+    experts: Sequence[int], positions: Positions, logits: Float[Tensor, "batch pos expert"], hook: HookPoint
+) -> None:
+    """Have these experts chosen last."""
+    concerned = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    concerned[list(experts)] = True
+    # Not minus infinity: a row of nothing else would become NaN.
+    logits.masked_fill_(position_mask(positions, logits, hook)[..., None] & concerned, torch.finfo(logits.dtype).min)
 
 
-def _put(values: Sequence[int] | Sequence[float], positions: Positions) -> Callable[..., Any]:
-    """A hook that writes the same values at some positions."""
-
-    def put(places: Tensor, hook: HookPoint) -> Tensor:
-        where = position_mask(positions, places, hook)[..., None]
-        return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)
-
-    return put
+def _put(values: Sequence[float], positions: Positions, places: Tensor, hook: HookPoint) -> Tensor:
+    where = position_mask(positions, places, hook)[..., None]
+    return torch.where(where, torch.tensor(values, dtype=places.dtype, device=places.device), places)

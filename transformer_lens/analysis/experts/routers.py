@@ -234,8 +234,8 @@ class RoutingStatistics(Tabular):
         """
         joint = self.token_load.double() / (self.n_tokens * self.n_chosen)
         expected = joint.sum(0, keepdim=True) * joint.sum(-1, keepdim=True)
-        information: Tensor = torch.special.xlogy(joint, joint / expected.where(expected > 0, 1)).sum((0, 2))
-        return information
+        shares = joint / expected.where(expected > 0, 1)
+        return torch.special.xlogy(joint, shares).sum((0, 2))  # type: ignore[no-any-return]
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         if self.load.shape != other.load.shape or self.n_chosen != other.n_chosen:
@@ -289,7 +289,6 @@ class RoutingStatistics(Tabular):
 
 
 def _counted(found: Routing) -> RoutingStatistics:
-    """The counts of one batch."""
     experts = found.probabilities.shape[-1]
     chosen: Int[Tensor, "layer row chosen"] = found.indices[:, found.mask]
     weights: Float[Tensor, "layer row chosen"] = found.weights[:, found.mask].double()

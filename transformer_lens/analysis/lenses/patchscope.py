@@ -86,8 +86,8 @@ class Patchscope:
         >>> torch.equal(same, bridge(prompt))
         True
         """
-        logits: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=[self._hook(source, layer, position)])
-        return logits
+        hooks = [self._hook(source, layer, position)]
+        return self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks)  # type: ignore[no-any-return]
 
     def generate(
         self,
@@ -174,7 +174,6 @@ def stream_name(bridge: TransformerBridge, layer: int) -> str:
 
 @torch.no_grad()
 def _streams(bridge: TransformerBridge, source: Prompt, layers: Sequence[int], position: int) -> list[Tensor]:
-    """A prompt's streams at some layers and one position."""
     tokens = _one_row(bridge, source)
     place = position_number(position, tokens.shape[1], "source position")
     names = [stream_name(bridge, layer) for layer in layers]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -161,13 +161,7 @@ class TunedLens:
             )
 
     def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
-        """The final norm and the unembedding, as in `ActivationCache.logit_lens`."""
-        normed = ActivationCache({}, self.bridge).apply_ln_to_stack(stack, recompute_ln=True)
-        norm: Any = self.bridge.get_submodule("ln_final")
-        bias = norm.b.detach().to(normed.device, normed.dtype)
-        weight, offset = (found.detach().to(normed.device) for found in (self.bridge.W_U, self.bridge.b_U))
-        logits: Tensor = (normed + bias) @ weight + offset
-        return logits
+        return ActivationCache({}, self.bridge)._unembedded(stack)
 
     @checked
     def fit(
@@ -211,7 +205,9 @@ class TunedLens:
         losses: list[Tensor] = []
         done = False
         try:
-            batch_of, order = batches_of(self.bridge, texts), _shuffled(len(texts), epochs, batch_size, Random(seed))
+            batch_of, rng, every = batches_of(self.bridge, texts), Random(seed), range(len(texts))
+            orders = (rng.sample(every, len(every)) for _ in range(epochs))
+            order = (some[start : start + batch_size] for some in orders for start in every[::batch_size])
             for batch in tqdm(map(batch_of, order), total=steps, disable=not verbose, desc="tuned lens", leave=False):
                 losses.append(self._step(batch, optimizers, tokens_at_once))
                 for schedule in schedules:
@@ -330,14 +326,6 @@ class TunedLens:
         lens = cls(bridge)
         lens.translators.load_state_dict(_read_lens(Path(directory), bridge, lens.translators.state_dict()))
         return lens
-
-
-def _shuffled(texts: int, epochs: int, batch_size: int, rng: Random) -> Iterator[list[int]]:
-    """The indices of each batch's texts, reshuffled in every epoch."""
-    for _ in range(epochs):
-        order = rng.sample(range(texts), texts)
-        for start in range(0, texts, batch_size):
-            yield order[start : start + batch_size]
 
 
 def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

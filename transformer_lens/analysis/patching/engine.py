@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -96,18 +97,14 @@ def run_interventions(
     return torch.tensor([float(value.detach()) for value in values], dtype=dtype, device=model.cfg.device)
 
 
+@dataclass(eq=False)
 class _Sweep:
-    """Interventions on one base run."""
-
-    def __init__(self, base: _BaseRun, metric: Metric, budget: int, bar: Any) -> None:
-        self.base = base
-        self.metric = metric
-        self.budget = budget
-        self.bar = bar
-        self.bridge = base.bridge
-        self.cfg = base.bridge.cfg
-        self.read: Tensor | None = None
-        """The positions that the metric has read so far; `None` before its first call."""
+    base: _BaseRun
+    metric: Metric
+    budget: int
+    bar: Any
+    read: Tensor | None = None
+    """The positions that the metric has read so far; `None` before its first call."""
 
     def run(self, interventions: Sequence[Intervention]) -> Iterator[tuple[int, Tensor]]:
         """Each intervention's number and metric."""
@@ -118,7 +115,7 @@ class _Sweep:
                 yield number, self.measured(self.base.logits.clone())
                 continue
             waiting.append(found)
-            if sum(one.nbytes for one in waiting) > self.budget // 4:
+            if sum(one.values.nbytes for one in waiting) > self.budget // 4:
                 yield from self.run_changes(waiting)
                 waiting = []
         yield from self.run_changes(waiting)
@@ -144,7 +141,7 @@ class _Sweep:
         ordered = sorted(changes, key=lambda one: (one.layer, one.name))
         layers = {layer: list(members) for layer, members in groupby(ordered, key=lambda one: one.layer)}
         stream: Tensor | None = None
-        for layer in range(min(layers), self.cfg.n_layers):
+        for layer in range(min(layers), self.base.bridge.cfg.n_layers):
             joining = layers.get(layer, [])
             if joining:
                 below = self.base.streams[layer][:, start:]
@@ -160,11 +157,11 @@ class _Sweep:
         row = len(stream) - len(joining) * batch
         hooks = []
         for name, members in groupby(joining, key=lambda one: one.name):
-            writers = [one.writer(start) for one in members]
+            writers = [partial(one.write, start) for one in members]
             rows = slice(row, row + len(writers) * batch)
             hooks.append((name, on_rows(rows, on_each(writers, rows_each=batch))))
             row = rows.stop
-        out: Tensor = self.bridge.run_with_hooks(
+        return self.base.bridge.run_with_hooks(  # type: ignore[no-any-return]
             stream,
             fwd_hooks=hooks,
             attention_mask=self.base.mask_of_copies(copies, start),
@@ -172,13 +169,14 @@ class _Sweep:
             stop_at_layer=layer + 1,
             past_key_values=PrefixCache(self.base.past, start, copies, layer) if start else None,
         )
-        return out
 
     def metrics(self, changes: Sequence[_Change], stream: Any, start: int) -> Iterator[tuple[int, Tensor]]:
         """Each change's metric, from the stream after the last layer."""
         rows = stream.unflatten(0, (len(changes), self.base.batch))
         left = [(one, resid[:, one.first - start :]) for one, resid in zip(changes, rows, strict=True)]
-        most = max(1, self.budget // (4 * self.cfg.d_vocab_out * stream.element_size() * stream[0, :, 0].numel()))
+        most = max(
+            1, self.budget // (4 * self.base.bridge.cfg.d_vocab_out * stream.element_size() * stream[0, :, 0].numel())
+        )
         while left:
             # The positions that the metric reads are known after its first call.
             size = 1 if self.read is None else max(1, most // self.base.batch)
@@ -187,9 +185,9 @@ class _Sweep:
 
     def group_metrics(self, group: Sequence[tuple[_Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         """The metrics of some changes, whose expected logits are computed together."""
-        pos = self.base.pos
-        expected = torch.zeros(pos, dtype=torch.bool) if self.read is None else self.read
-        needed = [expected & (torch.arange(pos) >= one.first) for one, _ in group]
+        positions = torch.arange(self.base.pos)
+        expected = torch.zeros_like(positions, dtype=torch.bool) if self.read is None else self.read
+        needed = [expected & (positions >= one.first) for one, _ in group]
         parts = [resid[:, wanted[one.first :]] for (one, resid), wanted in zip(group, needed, strict=True)]
         logits = self.unembed(torch.cat([part.flatten(0, 1) for part in parts]))
         computed = logits.split([part.shape[0] * part.shape[1] for part in parts])
@@ -197,29 +195,21 @@ class _Sweep:
             values = torch.full_like(self.base.logits, torch.nan)
             values[:, : one.first] = self.base.logits[:, : one.first]
             values[:, wanted] = new.unflatten(0, part.shape[:2])
-            yield (
-                one.number,
-                self.looked_at(LazyLogits.of(values, wanted | (torch.arange(pos) < one.first), self.rest(one, resid))),
-            )
+            lazy = LazyLogits.of(values, wanted | (positions < one.first), partial(self.further, one.first, resid))
+            yield one.number, self.looked_at(lazy)
 
-    def rest(self, one: _Change, resid: Tensor) -> Callable[[Tensor], Tensor]:
-        """Computes the logits of one change at further positions."""
-
-        def compute(wanted: Tensor) -> Tensor:
-            part = resid[:, wanted[one.first :]]
-            logits: Tensor = self.unembed(part.flatten(0, 1)).unflatten(0, part.shape[:2])
-            return logits
-
-        return compute
+    def further(self, first: int, resid: Tensor, wanted: Tensor) -> Float[Tensor, "batch wanted d_vocab"]:
+        """The logits at further positions of a change whose stream begins at `first`."""
+        part = resid[:, wanted[first:]]
+        return self.unembed(part.flatten(0, 1)).unflatten(0, part.shape[:2])  # type: ignore[no-any-return]
 
     def unembed(self, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """The logits of final-stream vectors."""
         if not len(vectors):
-            return vectors.new_empty(0, self.cfg.d_vocab_out)
+            return vectors.new_empty(0, self.base.bridge.cfg.d_vocab_out)
         # Each as a text of one token: nothing mixes positions here.
-        logits: Tensor = self.bridge(vectors[:, None], start_at_layer=self.cfg.n_layers)
-        moved: Tensor = logits[:, 0].to(self.base.logits.device)
-        return moved
+        logits: Tensor = self.base.bridge(vectors[:, None], start_at_layer=self.base.bridge.cfg.n_layers)
+        return logits[:, 0].to(self.base.logits.device)
 
     def looked_at(self, logits: LazyLogits) -> Tensor:
         """The metric of partly computed logits."""
@@ -238,7 +228,7 @@ class _Sweep:
 
     def most_rows(self, start: int) -> int:
         """How many interventions fit the budget at once, at least one, estimated from the model's sizes."""
-        cfg, base = self.cfg, self.base
+        cfg, base = self.base.bridge.cfg, self.base
         new = base.pos - start
         mlp = 4 * cfg.d_mlp * (cfg.experts_per_token or 1)
         heads = cfg.n_heads * cfg.d_head
@@ -298,12 +288,6 @@ class _BaseRun:
         return self.logits.shape[1]
 
 
-def _position_axis(axes: str) -> int:
-    """The axis of positions in an activation; of queries, if it has two."""
-    names = axes.split()
-    return names.index("pos" if "pos" in names else "query_pos")
-
-
 @dataclass(frozen=True, eq=False)
 class _Change:
     """One intervention's new values for an activation, at the positions where they differ."""
@@ -322,17 +306,9 @@ class _Change:
         """The first changed position; a causal model computes earlier ones as before."""
         return int(self.positions[0])
 
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-    def writer(self, start: int) -> Any:
-        """A hook that writes the values, in a run that starts at position `start`."""
-
-        def write(activation: Tensor, hook: Any) -> None:
-            activation.index_copy_(self.axis, self.positions - start, self.values)
-
-        return write
+    def write(self, start: int, activation: Tensor, hook: Any) -> None:
+        """Write the values, in a run that starts at position `start`."""
+        activation.index_copy_(self.axis, self.positions - start, self.values)
 
 
 def _change(base: _BaseRun, number: int, name: str, fn: Any) -> _Change | None:
@@ -349,7 +325,7 @@ def _change(base: _BaseRun, number: int, name: str, fn: Any) -> _Change | None:
             f"intervention at {name!r}: got shape {list(after.shape)} and {after.dtype}, "
             f"expected {list(before.shape)} and {before.dtype}"
         )
-    axis = _position_axis(point.axes)
+    axis = point.position_axis
     differs = (after != before).movedim(axis, 0).flatten(1).any(1)
     positions = differs.nonzero().flatten()
     if not len(positions):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformer_lens.analysis.patching.sweeps import (
     layer_expert_patch_setter,
     layer_pos_patch_setter,
 )
-from transformer_lens.asking import need_experts, need_whole_mlps
+from transformer_lens.asking import need_whole_mlps
 from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
@@ -78,8 +79,7 @@ class ExpertSweep:
         verbose: bool = True,
         **options: Any,
     ) -> Float[Tensor, "layer *pos expert"]:
-        n_experts = need_experts(model.cfg, "patching an expert")
-        need_whole_mlps(model, "patching an expert")
+        n_experts = need_whole_mlps(model, "patching an expert")
         input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
         layers = range(model.cfg.n_layers)
         names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
@@ -97,7 +97,7 @@ class ExpertSweep:
                 )
             change = clean - dirty
             interventions += [
-                (f"blocks.{layer}.hook_mlp_out", _adding(change, expert, where))
+                (f"blocks.{layer}.hook_mlp_out", partial(_add, change, expert, where))
                 for where in positions
                 for expert in range(n_experts)
             ]
@@ -105,13 +105,10 @@ class ExpertSweep:
         return found.reshape(len(layers), *([len(positions)] if self.by_pos else []), n_experts)
 
 
-def _adding(change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice) -> Callable[..., None]:
-    """A hook that adds one expert's change at some positions."""
-
-    def add(mlp_out: Float[Tensor, "batch pos d_model"], hook: Any) -> None:
-        mlp_out[:, where] += change[:, where, expert]
-
-    return add
+def _add(
+    change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice, mlp_out: Tensor, hook: Any
+) -> None:
+    mlp_out[:, where] += change[:, where, expert]
 
 
 get_act_patch_expert_out = ExpertSweep(by_pos=False)

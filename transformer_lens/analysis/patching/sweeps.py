@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -210,17 +211,13 @@ def _interventions(
     missing = next((name for name in names.values() if name not in clean_cache), None)
     if missing:
         raise KeyError(f"clean_cache: it holds no {missing!r}; cache that activation in the clean run as well")
-    clean = {layer: clean_cache[name] for layer, name in names.items()}
 
-    def setting(index: list[int]) -> Callable[..., Any]:
-        def patch(corrupted_activation: Tensor, hook: Any) -> Any:
-            given = clean[index[0]].to(corrupted_activation.device)
-            _check_shapes(str(hook.name), given, corrupted_activation)
-            return patch_setter(corrupted_activation, index, given)
+    def patch(index: list[int], corrupted_activation: Tensor, hook: Any) -> Any:
+        given = clean_cache[names[index[0]]].to(corrupted_activation.device)
+        _check_shapes(str(hook.name), given, corrupted_activation)
+        return patch_setter(corrupted_activation, index, given)
 
-        return patch
-
-    return [(names[row[0]], setting(row)) for row in rows]
+    return [(names[row[0]], partial(patch, row)) for row in rows]
 
 
 def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -44,15 +44,6 @@ class Outcome:
     """The state of the random generator after hooks that drew from it."""
 
 
-class _Current(threading.local):
-    """The record that this thread is writing or replaying."""
-
-    record: Record | None = None
-
-
-_current = _Current()
-
-
 class Record:
     """What hooks did in one block of one forward."""
 
@@ -70,15 +61,9 @@ class Record:
         """The block: recorded the first time, and replayed when it is recomputed."""
         self.replaying, self.reentrant = self.started, self.reentrant or not torch.is_grad_enabled()
         self.started, self.at, self.stream = True, {}, args[0] if args else None
-        with ExitStack() as undo:
-            undo.enter_context(_recording(self))
-            if self.replaying and (self.computed or self._changed()):
-                undo.enter_context(self._attached())
+        changed = any(outcome.new is not None for outcomes in self.outcomes.values() for outcome in outcomes)
+        with _recording(self), self._attached() if self.replaying and (self.computed or changed) else nullcontext():
             return function(*args)
-
-    def _changed(self) -> bool:
-        """Whether hooks changed any tensor."""
-        return any(outcome.new is not None for outcomes in self.outcomes.values() for outcome in outcomes)
 
     def recall(self, owner: int, what: str, found: Any) -> Any:
         """The stream that enters the block, remembered for a hook inside, whose place outside does not run again."""
@@ -147,8 +132,7 @@ class Record:
             return value.view_as(value) if outcome.renamed else value
         if self.reentrant and outcome.new.requires_grad:
             anchor = torch.empty(0, requires_grad=True)
-            again: Any = _Again
-            return again.apply(value, anchor, outcome)  # type: ignore[no-any-return]
+            return _Again.apply(value, anchor, outcome)  # type: ignore[no-any-return,no-untyped-call]
         return outcome.new.clone()
 
 
@@ -172,12 +156,8 @@ class _Again(torch.autograd.Function):
 
 def _kept(place: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     """Run hooks so that what autograd saves for them is kept, since they are not run again."""
-    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return place(value)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _same_memory(new: Tensor, old: Tensor) -> bool:
@@ -191,22 +171,22 @@ def _same_memory(new: Tensor, old: Tensor) -> bool:
 
 @contextmanager
 def _recording(record: Record | None) -> Iterator[None]:
-    outer, _current.record = _current.record, record
+    outer, state.record = state.record, record
     try:
         yield
     finally:
-        _current.record = outer
+        state.record = outer
 
 
 def current_record() -> Record | None:
     """The record of the checkpointed block that this thread runs."""
-    return _current.record
+    return state.record  # type: ignore[no-any-return]
 
 
 def recalled(owner: object, depth: int, what: str) -> Any:
     """Take what was remembered for a hook of this call."""
     found = state.recalled.pop((id(owner), depth, what), None)
-    record = _current.record
+    record = current_record()
     return found if record is None else record.recall(id(owner), what, found)
 
 

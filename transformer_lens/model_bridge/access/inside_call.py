@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from transformer_lens.model_bridge.access.peft_layers import is_adapted
-from transformer_lens.model_bridge.access.quantised import is_quantised
 from transformer_lens.model_bridge.access.sharding import ALONE, Shards
-from transformer_lens.model_bridge.access.weights import read_weight
+from transformer_lens.model_bridge.access.weights import is_adapted, is_quantised, read_weight
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
 
@@ -25,12 +23,13 @@ DISPATCHED = "_old_forward"
 
 
 class ForwardInPlace:
-    """Replaces a module's `forward`."""
+    """Replaces a module's `forward` on behalf of its users, until the last of them leaves."""
 
-    module: nn.Module
-    had: bool
-    """Whether the original was in the module's own dictionary."""
-    original: Callable[..., Any]
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.had = "forward" in module.__dict__
+        self.original: Callable[..., Any] = module.forward
+        self.users: list[Any] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -43,14 +42,29 @@ class ForwardInPlace:
         places = (module.__dict__.get(name) for name in ("forward", DISPATCHED))
         return next((forward for forward in places if isinstance(forward, cls)), None)
 
-    def leave(self, module: nn.Module, had: bool) -> None:
-        """Restore the original forward; `had`: it was in the module's own dictionary."""
-        here = module.__dict__
+    @classmethod
+    def join(cls, module: nn.Module, user: Any) -> Self:
+        """The one in the module's forward, put there if there is none, with one more user."""
+        found = cls.on(module)
+        here = found or cls(module)
+        if found is None:
+            module.forward = here  # type: ignore[assignment]
+        here.users.append(user)
+        return here
+
+    def leave(self, user: Any) -> None:
+        """Without this user; after the last one the original forward is back."""
+        self.users.remove(user)
+        if not self.users:
+            self.remove()
+
+    def remove(self) -> None:
+        here = self.module.__dict__
         if here.get(DISPATCHED) is self:
             here[DISPATCHED] = self.original
         elif here.get("forward") is self:
-            if had:
-                module.forward = self.original
+            if self.had:
+                self.module.forward = self.original
             else:
                 del here["forward"]
 

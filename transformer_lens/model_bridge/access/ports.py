@@ -88,12 +88,10 @@ class FlatTokensPort(Port):
         return TokenRows(*x.shape[:2])
 
     def read(self, x: Tensor, view: View, known: Any) -> Tensor:
-        rows: TokenRows = known
-        return rows.get(x)
+        return known.get(x)  # type: ignore[no-any-return]
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
-        rows: TokenRows = known
-        return rows.put(x, value)
+        return known.put(x, value)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,8 @@ class BranchPort(Port):
         return x
 
     def read(self, x: Tensor, view: View, known: Any) -> Tensor:
-        stream: Tensor = known
-        return stream
+        return known  # type: ignore[no-any-return]
 
     def write(self, x: Tensor, value: Tensor, view: View, known: Any, modules: Callable[[str], nn.Module]) -> Tensor:
         # With layers on several devices, the stream was remembered before it came to this one.
-        branch: Tensor = plain_forward(modules(self.norm))(value.to(x.device))
-        return branch
+        return plain_forward(modules(self.norm))(value.to(x.device))  # type: ignore[no-any-return]

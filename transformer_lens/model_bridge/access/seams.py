@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Calla
     return kwargs["input"], lambda x: (args, {**kwargs, "input": x})
 
 
+@dataclass(eq=False)
 class Probabilities(TorchCalls):
     """Attention's one softmax: its input is the scores, and its output the pattern.
 
@@ -81,28 +83,20 @@ class Probabilities(TorchCalls):
     the softmax share one tensor's memory, for a run beside the module.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        scores: Step,
-        pattern: Step,
-        *,
-        drops: bool,
-        queries: Step | None = None,
-        reuses: bool = False,
-    ) -> None:
+    module: nn.Module
+    scores: Step
+    pattern: Step
+    drops: bool = field(kw_only=True)
+    queries: Step | None = field(default=None, kw_only=True)
+    reuses: bool = field(default=False, kw_only=True)
+    armed: bool = field(default=True, init=False)
+    latest: Tensor | None = field(default=None, init=False)
+    """The result of the latest step."""
+    seen: int = field(default=0, init=False)
+    waits: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.module = module
-        self.scores = scores
-        self.pattern = pattern
-        self.drops = drops
-        self.queries = queries
-        self.armed = True
-        self.reuses = reuses
-        self.latest: Tensor | None = None
-        """The result of the latest step."""
-        self.seen = 0
-        self.waits = False
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.armed:
@@ -186,14 +180,6 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
 
 
-class _Waiting(threading.local):
-    """The calls of attention modules that this thread is in and whose attention function is replaced."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, int, Callable[[Attend, Attend], Attend]]] = []
-
-
-_waiting = _Waiting()
 _exchange = threading.Lock()
 """Held while a registry's look-up is replaced, which threads share."""
 _users: dict[int, int] = {}
@@ -206,7 +192,7 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
     `instead` is given the function that the model's config names and the family's own eager one.
     """
     registry = attention_functions(module)
-    _waiting.calls.append((module, len(state.executing), instead))
+    state.attending.append((module, len(state.executing), instead))
     with _exchange:
         _users[id(registry)] = _users.get(id(registry), 0) + 1
         if _users[id(registry)] == 1:
@@ -214,7 +200,7 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
     try:
         yield
     finally:
-        _waiting.calls.pop()
+        state.attending.pop()
         with _exchange:
             _users[id(registry)] -= 1
             if not _users[id(registry)]:
@@ -227,9 +213,9 @@ def _asking(registry: Any) -> Callable[[str, Attend], Attend]:
 
     def get_interface(implementation: str, default: Attend) -> Attend:
         real: Attend = look_up(registry, implementation, default)
-        if not _waiting.calls or _waiting.calls[-1][1] != len(state.executing):
+        if not state.attending or state.attending[-1][1] != len(state.executing):
             return real
-        waiting, _, instead = _waiting.calls[-1]
+        waiting, _, instead = state.attending[-1]
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
             function = instead(real, default) if module is waiting else real

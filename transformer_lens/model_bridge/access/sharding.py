@@ -88,8 +88,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: Any, back: Any) -> Tensor:
         ctx.ways = back, (None if back is None else there)
-        result: Tensor = there(x)
-        return result
+        return there(x)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -151,10 +150,6 @@ class Sharding:
         """Whether a module's input ("in") or output ("out") is a shard."""
         style = self.style(path)
         return style is not None and DIVIDED_SIDES[style] == side
-
-    def of_port(self, path: str, side: str) -> Shards:
-        """The processes that share the tensor at a port."""
-        return self.shards if self.divides(path, side) else ALONE
 
     def of_experts(self, path: str) -> Interior:
         """How processes share experts: the neurons of each, or whole experts."""

@@ -6,8 +6,10 @@ wins. `put` never writes to the tensor it is given.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +25,23 @@ class View(Protocol):
     def get(self, x: Tensor) -> Tensor: ...
 
     def put(self, x: Tensor, value: Tensor) -> Tensor: ...
+
+
+class Some(ABC):
+    """A view of some entries of the last axis: another part is written into a copy of the tensor."""
+
+    @abstractmethod
+    def place(self, x: Tensor) -> Tensor:
+        """The entries, in the tensor's own memory."""
+
+    def get(self, x: Tensor) -> Tensor:
+        return self.place(x)
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        changed = x.clone()
+        place = self.place(changed)
+        place.copy_(value.reshape(place.shape))
+        return changed
 
 
 @dataclass(frozen=True)
@@ -42,8 +61,7 @@ class Heads:
     d_head: int
 
     def get(self, x: Shaped[Tensor, "*batch pos flat"]) -> Shaped[Tensor, "*batch pos head d_head"]:
-        split: Tensor = x.unflatten(-1, (self.n_heads, self.d_head))
-        return split
+        return x.unflatten(-1, (self.n_heads, self.d_head))  # type: ignore[no-any-return]
 
     def put(
         self, x: Shaped[Tensor, "*batch pos flat"], value: Shaped[Tensor, "*batch pos head d_head"]
@@ -52,7 +70,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class FusedQKV:
+class FusedQKV(Some):
     """One part of Falcon's fused QKV activation, in all of its layouts.
 
     >>> FusedQKV(kv_groups=2, heads_per_group=3, d_head=4, part="q").get(torch.zeros(1, 5, 40)).shape
@@ -70,31 +88,16 @@ class FusedQKV:
     part: Literal["q", "k", "v"]
     grouped: bool = False
 
-    def _grouped(self, x: Tensor) -> Tensor:
+    def place(self, x: Float[Tensor, "*batch pos fused"]) -> Tensor:
         split: Tensor = x.unflatten(-1, (self.kv_groups, self.heads_per_group + 2, self.d_head))
-        return split
+        return split[..., :-2, :] if self.part == "q" else split[..., -2 if self.part == "k" else -1, :]
 
     def get(self, x: Float[Tensor, "*batch pos fused"]) -> Float[Tensor, "*batch pos head d_head"]:
-        grouped = self._grouped(x)
-        if self.part == "q":
-            return grouped[..., :-2, :] if self.grouped else grouped[..., :-2, :].flatten(-3, -2)
-        return grouped[..., -2 if self.part == "k" else -1, :]
-
-    def put(
-        self, x: Float[Tensor, "*batch pos fused"], value: Float[Tensor, "*batch pos head d_head"]
-    ) -> Float[Tensor, "*batch pos fused"]:
-        changed = x.clone()
-        grouped = self._grouped(changed)
-        if self.part == "q":
-            groups = (self.kv_groups, self.heads_per_group)
-            grouped[..., :-2, :] = value if self.grouped else value.unflatten(-2, groups)
-        else:
-            grouped[..., -2 if self.part == "k" else -1, :] = value
-        return changed
+        return self.place(x) if self.grouped or self.part != "q" else self.place(x).flatten(-3, -2)
 
 
 @dataclass(frozen=True)
-class FusedBlocks:
+class FusedBlocks(Some):
     """One part of a fused activation laid out as `[Q | K | V]` blocks, as GPT-2's is."""
 
     n_heads: int
@@ -102,22 +105,10 @@ class FusedBlocks:
     d_head: int
     part: Literal["q", "k", "v"]
 
-    def _bounds(self) -> tuple[int, int]:
+    def place(self, x: Float[Tensor, "*rows fused"]) -> Float[Tensor, "*rows head d_head"]:
         q, kv = self.n_heads * self.d_head, self.n_key_value_heads * self.d_head
-        return {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[self.part]
-
-    def get(self, x: Float[Tensor, "*rows fused"]) -> Float[Tensor, "*rows head d_head"]:
-        start, end = self._bounds()
-        split: Tensor = x[..., start:end].unflatten(-1, (-1, self.d_head))
-        return split
-
-    def put(
-        self, x: Float[Tensor, "*rows fused"], value: Float[Tensor, "*rows head d_head"]
-    ) -> Float[Tensor, "*rows fused"]:
-        start, end = self._bounds()
-        changed = x.clone()
-        changed[..., start:end] = value.flatten(-2)
-        return changed
+        start, end = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[self.part]
+        return x[..., start:end].unflatten(-1, (-1, self.d_head))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -128,8 +119,7 @@ class TokenRows:
     pos: int
 
     def get(self, x: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "batch pos ..."]:
-        split: Tensor = x.unflatten(0, (self.batch, self.pos))
-        return split
+        return x.unflatten(0, (self.batch, self.pos))  # type: ignore[no-any-return]
 
     def put(self, x: Shaped[Tensor, "rows ..."], value: Shaped[Tensor, "batch pos ..."]) -> Shaped[Tensor, "rows ..."]:
         return value.flatten(0, 1)
@@ -143,57 +133,42 @@ class Groups:
     kv_groups: int
 
     def get(self, x: Tensor) -> Float[Tensor, "*batch kv_group heads_per_group d_head"]:
-        split: Tensor = self.view.get(x).unflatten(-2, (self.kv_groups, -1))
-        return split
+        return self.view.get(x).unflatten(-2, (self.kv_groups, -1))  # type: ignore[no-any-return]
 
     def put(self, x: Tensor, value: Float[Tensor, "*batch kv_group heads_per_group d_head"]) -> Tensor:
         return self.view.put(x, value.flatten(-3, -2))
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Some):
     """Some adjacent entries of the last axis."""
 
     start: int
     stop: int
 
-    def get(self, x: Shaped[Tensor, "*rows all"]) -> Shaped[Tensor, "*rows some"]:
+    def place(self, x: Shaped[Tensor, "*rows all"]) -> Shaped[Tensor, "*rows some"]:
         return x[..., self.start : self.stop]
-
-    def put(self, x: Shaped[Tensor, "*rows all"], value: Shaped[Tensor, "*rows some"]) -> Shaped[Tensor, "*rows all"]:
-        changed = x.clone()
-        changed[..., self.start : self.stop] = value
-        return changed
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(Some):
     """One of the two halves of the last axis."""
 
     which: Literal[0, 1]
 
-    def get(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
-        return x.chunk(2, dim=-1)[self.which]
-
-    def put(self, x: Shaped[Tensor, "*rows both"], value: Shaped[Tensor, "*rows half"]) -> Shaped[Tensor, "*rows both"]:
-        halves = [*x.chunk(2, dim=-1)]
-        halves[self.which] = value
-        return torch.cat(halves, dim=-1)
+    def place(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
+        size = x.shape[-1] // 2
+        return x.narrow(-1, self.which * size, size)
 
 
 @dataclass(frozen=True)
-class EveryOther:
+class EveryOther(Some):
     """Every second entry of the last axis, from the first or the second on."""
 
     start: Literal[0, 1]
 
-    def get(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
+    def place(self, x: Shaped[Tensor, "*rows both"]) -> Shaped[Tensor, "*rows half"]:
         return x[..., self.start :: 2]
-
-    def put(self, x: Shaped[Tensor, "*rows both"], value: Shaped[Tensor, "*rows half"]) -> Shaped[Tensor, "*rows both"]:
-        changed = x.clone()
-        changed[..., self.start :: 2] = value
-        return changed
 
 
 @dataclass(frozen=True)
@@ -316,35 +291,15 @@ def key_value_heads(cfg: BridgeConfig) -> View:
     return Heads(cfg.n_key_value_heads, cfg.d_head)
 
 
-def fused_q(cfg: BridgeConfig) -> View:
-    """The queries of a fused, grouped QKV."""
-    return _fused(cfg, "q")
-
-
-def fused_k(cfg: BridgeConfig) -> View:
-    """The keys of a fused, grouped QKV."""
-    return _fused(cfg, "k")
-
-
-def fused_v(cfg: BridgeConfig) -> View:
-    """The values of a fused, grouped QKV."""
-    return _fused(cfg, "v")
-
-
-def _fused(cfg: BridgeConfig, part: Literal["q", "k", "v"]) -> View:
+def fused(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
+    """The queries, keys or values of a fused, grouped QKV."""
     return FusedQKV(cfg.n_key_value_heads, cfg.n_heads // cfg.n_key_value_heads, cfg.d_head, part)
 
 
-def block_q(cfg: BridgeConfig) -> View:
-    """The queries of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "q")
+def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
+    """The queries, keys or values of a fused `[Q | K | V]`."""
+    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, part)
 
 
-def block_k(cfg: BridgeConfig) -> View:
-    """The keys of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "k")
-
-
-def block_v(cfg: BridgeConfig) -> View:
-    """The values of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "v")
+fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
+block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +15,14 @@ from transformer_lens.hooks.point import nested_forward, state
 from transformer_lens.model_bridge.access.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.access.ports import Inside, Port, Side
 from transformer_lens.model_bridge.access.sharding import Sharding, Shards
-from transformer_lens.model_bridge.attaching.hook_slots import Slot, check_replacement
-from transformer_lens.model_bridge.attaching.inside_hooks import BoundInside, BoundModule, attaching
-from transformer_lens.model_bridge.attaching.model_forward import unwatch, watch
-from transformer_lens.model_bridge.attaching.partial_run import covered
+from transformer_lens.model_bridge.attaching.inside_hooks import (
+    BoundInside,
+    BoundModule,
+    Slot,
+    attaching,
+    check_replacement,
+)
+from transformer_lens.model_bridge.attaching.partial_run import covered, unwatch, watch
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
@@ -136,19 +142,14 @@ class BoundPort(Slot):
     """A port of one component: connects the model's tensor with the hook point."""
 
     def __init__(
-        self,
-        hook: Hook,
-        port: Port,
-        owner: HookOwner,
-        cfg: BridgeConfig,
-        modules: Callable[[str], nn.Module],
-        on_replaced: Callable[[], None],
+        self, hook: Hook, owner: HookOwner, cfg: BridgeConfig, find: Find, on_replaced: Callable[[], None]
     ) -> None:
         super().__init__(hook, owner, on_replaced)
-        self.port = port
-        self.view = port.view(cfg)
-        self.modules = modules
-        self.recalls = port.recalls is not None
+        assert isinstance(hook.port, Port)
+        self.port = hook.port
+        self.view = self.port.view(cfg)
+        self.modules = partial(_module_of, find)
+        self.recalls = self.port.recalls is not None
 
     def remember(self, x: Tensor) -> None:
         state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
@@ -235,27 +236,20 @@ class KnownModules:
         self.links = list(links.values())
 
 
+@dataclass(eq=False)
 class Attachment:
     """All ports of a bridge, and the torch hooks they share."""
 
-    def __init__(
-        self,
-        cfg: BridgeConfig,
-        on_replaced: Callable[[], None],
-        sharding: Sharding,
-        model: nn.Module,
-        blocks_elsewhere: Mapping[int, tuple[str, BlockElsewhere]],
-    ) -> None:
-        self.cfg = cfg
-        self.on_replaced = on_replaced
-        self.sharding = sharding
-        self.taps: dict[tuple[str, Side, Word | None, bool], Tap] = {}
-        self.opened: dict[str, BoundModule] = {}
-        self.model = model
-        self.blocks_elsewhere = blocks_elsewhere
-        self.elsewhere: list[HookElsewhere] = []
-        self.attached: dict[Tap | BoundModule, None] = {}
-        self.known = KnownModules()
+    cfg: BridgeConfig
+    on_replaced: Callable[[], None]
+    sharding: Sharding
+    model: nn.Module
+    blocks_elsewhere: Mapping[int, tuple[str, BlockElsewhere]]
+    taps: dict[tuple[str, Side, Word | None, bool], Tap] = field(default_factory=dict)
+    opened: dict[str, BoundModule] = field(default_factory=dict)
+    elsewhere: list[HookElsewhere] = field(default_factory=list)
+    attached: dict[Tap | BoundModule, None] = field(default_factory=dict)
+    known: KnownModules = field(default_factory=KnownModules)
 
     def tell(self, place: Tap | BoundModule, attached: bool) -> None:
         """Something was put on the model or taken off; the model is watched while anything is on it."""
@@ -266,7 +260,7 @@ class Attachment:
         else:
             del self.attached[place]
         if bool(self.attached) != before:
-            (watch if attached else unwatch)(self.model, self)
+            (watch if attached else unwatch)(self.model, self.follow)
 
     def follow(self) -> None:
         """Move everything to the modules that are in the model now."""
@@ -276,78 +270,63 @@ class Attachment:
             places: list[Tap | BoundModule] = [*self.taps.values(), *self.opened.values()]
             self.known.note([place.component for place in places])
 
-    def bind(
-        self, owner: HookOwner, hooks: tuple[Hook, ...], component: Callable[[str], ComponentBridge | Root], layer: int
-    ) -> None:
-        """Bind the hooks of one component; `component` finds its parts by role."""
+    def bind(self, owner: HookOwner, hooks: tuple[Hook, ...], find: Find, layer: int) -> None:
+        """Bind the hooks of one component; `find` gives its parts by role."""
         for hook in hooks:
-            slot: Slot
             path, block = self.blocks_elsewhere.get(layer, ("", None))
-            if block is not None and component(hook.port.at).path != path:
+            slot: Slot
+            if block is not None and find(hook.port.at).path != path:
                 slot = HookElsewhere(hook, owner, block, layer, self.on_replaced)
                 self.elsewhere.append(slot)
             elif isinstance(hook.port, Inside):
-                slot = self._bind_inside(hook, hook.port, owner, component, layer)
+                slot = self._bind_inside(hook, owner, find, layer)
             else:
-                slot = self._bind_port(hook, hook.port, owner, component, layer, block)
+                slot = self._bind_port(hook, owner, find, layer, block)
             owner.watchers[hook.name] = slot
             slot.begin()
 
     def _bind_port(
-        self,
-        hook: Hook,
-        port: Port,
-        owner: HookOwner,
-        component: Callable[[str], ComponentBridge | Root],
-        layer: int,
-        block: BlockElsewhere | None,
+        self, hook: Hook, owner: HookOwner, find: Find, layer: int, block: BlockElsewhere | None
     ) -> BoundPort:
-        shards = self.sharding.of_port(component(port.at).path, port.side)
-        here = (hook, port, owner, self.cfg, _ModuleOf(component), self.on_replaced)
+        port, here = hook.port, (hook, owner, self.cfg, find, self.on_replaced)
+        assert isinstance(port, Port)
         bound: BoundPort
         if block is not None:
             waiting = HookElsewhere(hook, owner, block, layer, self.on_replaced, edge=True)
             self.elsewhere.append(waiting)
             bound = EdgePort(waiting, *here)
-        elif shards.size > 1:
-            bound = DividedPort(shards, *here)
+        elif self.sharding.divides(find(port.at).path, port.side):
+            bound = DividedPort(self.sharding.shards, *here)
         else:
             bound = BoundPort(*here)
-        for place in [port, *([port.instead] if port.instead else [])]:
-            tap = self.tap(component(place.at), place, layer)
+        for place in filter(None, (port, port.instead)):
+            tap = self.tap(find(place.at), place, layer)
             tap.ports.append(bound)
-            bound.listeners.append(tap)
+            bound.listeners.append(tap.refresh)
         if port.recalls is not None:
-            self._recall(bound, component(port.recalls), layer)
+            self._recall(bound, find(port.recalls), layer)
         return bound
 
-    def _bind_inside(
-        self,
-        hook: Hook,
-        place: Inside,
-        owner: HookOwner,
-        component: Callable[[str], ComponentBridge | Root],
-        layer: int,
-    ) -> BoundInside:
-        inside = component(place.at)
-        assert isinstance(inside, ComponentBridge)
+    def _bind_inside(self, hook: Hook, owner: HookOwner, find: Find, layer: int) -> BoundInside:
+        place, inside = hook.port, find(hook.port.at)
+        assert isinstance(place, Inside) and isinstance(inside, ComponentBridge)
         if inside.path not in self.opened:
             self.opened[inside.path] = BoundModule(inside, inside.interior(self.sharding), layer, self.tell)
         module = self.opened[inside.path]
         bound = BoundInside(hook, place, owner, module, self.on_replaced)
         module.hooks[hook.name] = bound
-        bound.listeners.append(module)
+        bound.listeners.append(module.refresh)
         for role in (place.rows_of, place.stream_of):
             if role is not None:
                 module.recalls = True
-                self._recall(bound, component(role), layer)
+                self._recall(bound, find(role), layer)
         return bound
 
     def _recall(self, bound: BoundPort | BoundInside, component: ComponentBridge | Root, layer: int) -> None:
         """Keep the input of another place for a hook."""
         tap = self.tap(component, Port(side="in"), layer)
         tap.recall_for.append(bound)
-        bound.listeners.append(tap)
+        bound.listeners.append(tap.refresh)
 
     def tap(self, component: ComponentBridge | Root, port: Port, layer: int) -> Tap:
         """The tap at a port's place; ports of other arguments, and shared ports, have their own."""
@@ -370,23 +349,21 @@ class Attachment:
             tap.refresh()
 
 
+@dataclass(eq=False)
 class Root:
     """The base model, the part below the head, as a place for ports."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
-        self.model = model
-        self.path = path
+    model: nn.Module
+    path: str
 
     @property
     def in_place(self) -> nn.Module:
         return self.model.get_submodule(self.path)
 
 
-class _ModuleOf:
-    """The Hugging Face module of a role."""
+Find = Callable[[str], ComponentBridge | Root]
+"""The part of a component in some role."""
 
-    def __init__(self, component: Callable[[str], ComponentBridge | Root]) -> None:
-        self.component = component
 
-    def __call__(self, role: str) -> nn.Module:
-        return self.component(role).in_place
+def _module_of(find: Find, role: str) -> nn.Module:
+    return find(role).in_place

@@ -1,4 +1,6 @@
-"""Hooks inside modules: replaces a module's `forward` while a hook inside is attached."""
+"""Slots, the places of a component's hook points, which any other module may take; and hooks inside modules, which
+replace a module's `forward` while they are attached.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transformer_lens.hooks.point import HookEntry, HookPoint, nested_forward, state
+from transformer_lens.checks import in_words, unusable
+from transformer_lens.hooks.point import HookEntry, HookPoint, Listener, nested_forward, state, tell
 from transformer_lens.model_bridge.access.checkpointing import current_record, recalled
 from transformer_lens.model_bridge.access.inside_call import ForwardInPlace, InsideCall
 from transformer_lens.model_bridge.access.ports import Inside
 from transformer_lens.model_bridge.access.sharding import Interior
 from transformer_lens.model_bridge.access.views import TokenRows
-from transformer_lens.model_bridge.attaching.hook_slots import Slot, check_replacement
 from transformer_lens.model_bridge.attaching.partial_run import covered
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 
@@ -23,14 +25,67 @@ attaching = threading.Lock()
 """Held while a model is changed, which bridges and threads share."""
 
 
+class Slot:
+    """One declared hook of one component: what is there now, and how it is shown a tensor."""
+
+    def __init__(self, hook: Hook, owner: HookOwner, on_replaced: Callable[[], None]) -> None:
+        self.name = owner.full_names[hook.name]
+        self.slot = hook.name
+        self.owner = owner
+        self.on_replaced = on_replaced
+        self.listeners: list[Listener] = []
+        self.replays = 0
+
+    @property
+    def place(self) -> nn.Module | None:
+        """The hook point, or its replacement; `None` while the component it looks into is replaced."""
+        return self.owner._modules.get(self.slot)
+
+    def wanted(self) -> bool:
+        """Whether anything here has to see the tensor."""
+        place = self.owner._modules.get(self.slot)
+        if isinstance(place, HookPoint):
+            return bool(place.fwd_hooks or place.bwd_hooks or self.replays)
+        return place is not None
+
+    def begin(self) -> None:
+        """Let the hook point tell of its hooks."""
+        self.owner._modules[self.slot].__dict__["on_change"] = self.refresh
+
+    def refresh(self) -> None:
+        """Called when a hook is added or removed: puts the torch hooks on and off."""
+        tell(self.listeners)
+
+    def replaced(self) -> None:
+        """Called when another module replaces the hook point."""
+        self.on_replaced()
+        self.refresh()
+
+
+def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:
+    """A replacement has to return what the model expects."""
+    if not isinstance(new, Tensor):
+        raise TypeError(f"{name}: the module in the hook's place returned {type(new).__name__}, not a Tensor")
+    if unusable(new) not in ("", "meta"):  # another device is told below
+        raise TypeError(
+            f"hook at {name!r}: got a replacement that is {in_words(new)}, expected a dense one with numbers"
+        )
+    got, expected = (new.shape, new.dtype, new.device), (old.shape, old.dtype, old.device)
+    for what, one, other in zip(("shape", "dtype", "device"), got, expected, strict=True):
+        if one != other:
+            here = list(one) if isinstance(one, torch.Size) else one
+            there = list(other) if isinstance(other, torch.Size) else other
+            raise ValueError(
+                f"hook at {name!r}: got a replacement of {what} {here}, expected {there}; "
+                "use .expand, .to(tensor.dtype) or .to(tensor.device) in the hook"
+            )
+    return new
+
+
 class InsideForward(ForwardInPlace):
     """Replaces a module's `forward` on behalf of every bridge that has hooks inside."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.had = "forward" in module.__dict__
-        self.original = module.forward
-        self.users: list[BoundModule] = []
+    users: list[BoundModule]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.depth:
@@ -39,19 +94,11 @@ class InsideForward(ForwardInPlace):
         users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
         if not users:
             return self.original(*args, **kwargs)
-        component = next(iter(users)).component
-        return component.inside(self.call(component, args, kwargs, users))
+        return next(iter(users)).component.inside(self.call(args, kwargs, users))
 
-    def call(
-        self,
-        component: ComponentBridge,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        users: dict[BoundModule, dict[str, BoundInside]],
-    ) -> InsideCall:
+    def call(self, args: Any, kwargs: Any, users: dict[BoundModule, dict[str, BoundInside]]) -> InsideCall:
         """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
         user = next(iter(users))
-        inside = user.interior
         rows: TokenRows | None = _first_recalled(users, "rows") if user.recalls else None
         stream: Tensor | None = _first_recalled(users, "stream") if user.recalls else None
         wanted = {name for hooks in users.values() for name in hooks}
@@ -64,23 +111,9 @@ class InsideForward(ForwardInPlace):
                     value = hooks[name].fire(value, rows)
             return value
 
-        return InsideCall(
-            self.module,
-            self.original,
-            inside.cfg,
-            args,
-            kwargs,
-            component.module_of,
-            fire,
-            wanted.__contains__,
-            written.__contains__,
-            stream,
-            inside.shards,
-            inside.axes,
-        )
-
-    def remove(self) -> None:
-        self.leave(self.module, self.had)
+        call = (self.module, self.original, user.interior.cfg, args, kwargs, user.component.module_of)
+        hooks = (fire, wanted.__contains__, written.__contains__)
+        return InsideCall(*call, *hooks, stream, user.interior.shards, user.interior.axes)
 
 
 class BoundModule:
@@ -123,18 +156,11 @@ class BoundModule:
 
     def _put_on(self) -> None:
         self.component.check_module()
-        module = self.component.computing_module
-        found = InsideForward.on(module)
-        self.in_place = found or InsideForward(module)
-        if found is None:
-            module.forward = self.in_place
-        self.in_place.users.append(self)
+        self.in_place = InsideForward.join(self.component.computing_module, self)
 
     def _take_off(self) -> None:
         assert self.in_place is not None
-        self.in_place.users.remove(self)
-        if not self.in_place.users:
-            self.in_place.remove()
+        self.in_place.leave(self)
         self.in_place = None
 
     def release(self) -> None:

@@ -1,31 +1,30 @@
-"""Running some layers of an unchanged model: `start_at_layer` and `stop_at_layer`, in the calling thread alone."""
+"""How an unchanged model runs: some of its layers (`start_at_layer` and `stop_at_layer`, in the calling thread alone),
+and with hooks.
+
+While hooks are attached, each forward pass first lets them follow replaced modules (as by PEFT), and runs the model
+outside `torch.compile`, whose compiled code ignores hooks that came after it.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.checkpointing import recording
+from transformer_lens.model_bridge.access.inside_call import ForwardInPlace
 from transformer_lens.model_bridge.upstream import UpstreamError, arguments_of
-
-
-class _Layers(threading.local):
-    """The first layer of this thread's run, and the depth of hooks at which it was asked for."""
-
-    start: int | None = None
-    depth = 0
-
-
-_layers = _Layers()
 
 
 def covered(layer: int) -> bool:
     """Whether a hook of this layer (-1: the embedding) fires in this thread's run."""
-    return _layers.start is None or layer >= _layers.start or len(state.executing) != _layers.depth
+    first = state.first
+    return first is None or layer >= first[0] or len(state.executing) != first[1]
 
 
 class Stopped(BaseException):
@@ -59,7 +58,7 @@ def stopping_at(module: nn.Module, run: object) -> Iterator[None]:
 @contextmanager
 def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns_tuple: bool) -> Iterator[None]:
     """In this thread, let the blocks below `start` return their input, and `places[start]` read `stream`."""
-    outer = (_layers.start, _layers.depth)
+    outer = state.first
     thread, depth = threading.get_ident(), len(state.executing)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -81,46 +80,93 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
         # A model may add positions to the embeddings it is called with, so what arrives here is not the stream.
         handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         undo.callback(handle.remove)
-        _layers.start, _layers.depth = start, len(state.executing)
+        state.first = start, len(state.executing)
         try:
             yield
         finally:
-            _layers.start, _layers.depth = outer
+            state.first = outer
 
 
-class _HandOn:
+class _HandOn(ForwardInPlace):
     """Replaces a block's `forward`: returns the input in threads whose run starts above the block."""
 
-    def __init__(self, block: nn.Module, layer: int, returns_tuple: bool) -> None:
-        self.block, self.layer, self.returns_tuple = block, layer, returns_tuple
-        self.had = "forward" in block.__dict__
-        self.original = block.forward
-        self.users = 0
+    layer = -1
+    returns_tuple = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if covered(self.layer):
             return self.original(*args, **kwargs)
-        stream = arguments_of(type(self.block)).first_value(args, kwargs)
+        stream = arguments_of(type(self.module)).first_value(args, kwargs)
         return (stream, None) if self.returns_tuple else stream
 
 
 _exchange = threading.Lock()
+"""Held while a `forward` is replaced, which threads and bridges share."""
 
 
 @contextmanager
 def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
     """Replace a block's forward; threads share it, and the last run restores it."""
     with _exchange:
-        current = block.__dict__.get("forward")
-        stand_in = current if isinstance(current, _HandOn) else _HandOn(block, layer, returns_tuple)
-        block.forward = stand_in
-        stand_in.users += 1
+        stand_in = _HandOn.join(block, layer)
+        stand_in.layer, stand_in.returns_tuple = layer, returns_tuple
     try:
         yield
     finally:
         with _exchange:
-            stand_in.users -= 1
-            if not stand_in.users and stand_in.had:
-                block.forward = stand_in.original
-            elif not stand_in.users:
-                del block.__dict__["forward"]
+            stand_in.leave(layer)
+
+
+COMPILED = "_compiled_call_impl"
+"""Where torch keeps what `module.compile()` made."""
+
+
+Follow = Callable[[], None]
+"""Moves something to the modules that are in the model now."""
+
+
+class Watch(ForwardInPlace):
+    """Replaces a model's `forward` on behalf of every bridge that has hooks in it."""
+
+    users: list[Follow]
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.__wrapped__ = self.original  # generate() and PEFT read the signature
+        # Parts compiled by themselves (`layer.compile()`) would run their compiled code inside an eager model.
+        self.compiled: list[tuple[nn.Module, Any]] = []
+        every = [model]
+        for module in every:  # not `modules()`: it drops repeats, at several times the cost
+            if module.__dict__.get(COMPILED) is not None:
+                self.compiled.append((module, module.__dict__.pop(COMPILED)))
+            if module._modules:
+                every += [child for child in module._modules.values() if child is not None]
+
+    @torch.compiler.disable(reason="a model runs eagerly while hooks are on it")  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for follow in tuple(self.users):
+            follow()
+        outer, state.memo = state.memo, {}
+        try:
+            with recording(self.module):
+                return self.original(*args, **kwargs)
+        finally:
+            state.memo = outer
+
+    def remove(self) -> None:
+        for module, compiled in self.compiled:
+            module.__dict__.setdefault(COMPILED, compiled)
+        super().remove()
+
+
+def watch(model: nn.Module, follow: Follow) -> None:
+    """Call `follow` before every forward pass of a model."""
+    with _exchange:
+        Watch.join(model, follow)
+
+
+def unwatch(model: nn.Module, follow: Follow) -> None:
+    with _exchange:
+        here = Watch.on(model)
+        if here is not None:  # else accelerate's hooks were taken off, and what they found with them
+            here.leave(follow)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.hooks.point import Direction, HookEntry, HookFunction, HookPoint, nested_forward
-from transformer_lens.model_bridge.attaching.hook_slots import Slot
+from transformer_lens.model_bridge.attaching.inside_hooks import Slot
 from transformer_lens.model_bridge.attaching.partial_run import covered
 from transformer_lens.model_bridge.generalized_components import Hook, HookOwner, PartsElsewhere
 
@@ -51,7 +51,6 @@ class BlockElsewhere(PartsElsewhere):
 
     @staticmethod
     def begins_at_embedding() -> bool:
-        """Whether this thread's run begins at the embedding."""
         return covered(-1)
 
     def requests(self) -> list[HookRequest]:
@@ -72,13 +71,11 @@ class HookElsewhere(Slot):
         owner: HookOwner,
         block: BlockElsewhere,
         layer: int,
-        on_replaced: Callable[[], None],
+        told: Callable[[], None],
         edge: bool = False,
     ) -> None:
-        super().__init__(hook, owner, on_replaced)
-        self.block = block
-        self.layer = layer
-        self.edge = edge
+        super().__init__(hook, owner, told)
+        self.block, self.layer, self.edge = block, layer, edge
         self.point = owner._modules[hook.name]
         block.waiting.append(self)
 

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge.wrapped_model import MODEL
 
 PUT: WeakSet[nn.Module] = WeakSet()
 """The modules that a bridge has put in a component's place."""
+Prepare = Callable[[ComponentBridge, nn.Module], Preparation]
 
 
 class Place:
@@ -29,7 +30,7 @@ class Place:
         owner: HookOwner,
         role: str,
         component: ComponentBridge,
-        prepare: Callable[[ComponentBridge, nn.Module], Preparation],
+        prepare: Prepare,
         changed: Callable[[Place], None],
     ) -> None:
         self.owner, self.role, self.component = owner, role, component
@@ -101,7 +102,6 @@ class Place:
         self.changed(self)
 
     def _in_model(self, module: nn.Module) -> None:
-        """Exchange the module in the model."""
         host, _, name = self.component.path.rpartition(".")
         setattr(self.component.model.get_submodule(host), name, module)
 
@@ -144,12 +144,7 @@ class Place:
 class Exchanged:
     """The components of a bridge that have another module in their place, by name."""
 
-    def __init__(
-        self,
-        owners: Iterable[HookOwner],
-        prepare: Callable[[ComponentBridge, nn.Module], Preparation],
-        changed: Callable[[], None],
-    ) -> None:
+    def __init__(self, owners: Iterable[HookOwner], prepare: Prepare, changed: Callable[[], None]) -> None:
         self.changed = changed
         self.places: dict[str, Place] = {}
         for owner in owners:

@@ -1,8 +1,4 @@
-"""`GroupedCache`: a KV cache that keeps one key and value per group, and returns one per query head.
-
-Falcon's new decoder architecture repeats keys for every query head before it caches them, so transformers' own cache is
-16 times larger than necessary for 40B, and 29 times for 180B.
-"""
+"""`GroupedCache`: a KV cache that keeps one key and value per group, and returns one per query head."""
 
 from __future__ import annotations
 

@@ -48,12 +48,10 @@ class Output(NamedTuple):
 def main_output(output: Any) -> Tensor:
     """The logits; the start and end logits of question answering side by side; or the final stream."""
     if "logits" in output:
-        logits: Tensor = output.logits
-        return logits
+        return output.logits  # type: ignore[no-any-return]
     if "start_logits" in output:
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
-    final: Tensor = attribute(output, "last_hidden_state")
-    return final
+    return attribute(output, "last_hidden_state")  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

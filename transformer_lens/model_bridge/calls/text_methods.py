@@ -261,8 +261,7 @@ def one_sequence(what: str, given: Any) -> list[int]:
     row = ids.squeeze(0) if ids.ndim == 2 else ids
     if row.ndim != 1:
         raise ValueError(f"{what}: got token ids of shape {list(ids.shape)}, expected one sequence")
-    found: list[int] = row.tolist()
-    return found
+    return row.tolist()
 
 
 def _plain(given: Any) -> Any:

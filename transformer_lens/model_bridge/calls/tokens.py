@@ -190,11 +190,9 @@ class TokenAdapter:
         return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a sequence of token ids, special tokens included."""
         return decoded(self.tokenizer, self.known(ids))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself, in the middle of a text."""
         return token_texts(self.tokenizer, self.known(ids))
 
 

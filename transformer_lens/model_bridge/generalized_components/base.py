@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.model_bridge.access.inside_call import InsideCall
-from transformer_lens.model_bridge.access.peft_layers import computing_module
 from transformer_lens.model_bridge.access.ports import Inside, Port
 from transformer_lens.model_bridge.access.sharding import Interior, Sharding
 from transformer_lens.model_bridge.access.views import times
+from transformer_lens.model_bridge.access.weights import computing_module
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.branches import Stages
 from transformer_lens.model_bridge.upstream import Word, arguments_of, attribute

@@ -15,10 +15,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, StopStri
 
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import listed, one_of, whole
-from transformer_lens.hooks.generation_step import GenerationStep
-from transformer_lens.hooks.point import HookFunction, state
+from transformer_lens.hooks.point import GenerationStep, HookFunction, state
 from transformer_lens.hooks.root import HookedRootModule, HookSpec, NamesFilter
-from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.calls.padding import SIDES, Columns

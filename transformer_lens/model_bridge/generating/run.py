@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
-from transformer_lens.hooks.generation_step import GenerationStep
-from transformer_lens.hooks.point import HookEntry, HookPoint, Run, changing_together, state
+from transformer_lens.hooks.point import GenerationStep, HookEntry, HookPoint, Run, changing_together, state
 from transformer_lens.hooks.root import Capture
 from transformer_lens.model_bridge.calls.padding import Columns, cached_length, remember, still_text
 from transformer_lens.model_bridge.generating.options import Prompt
@@ -147,9 +146,8 @@ def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoin
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():
-        axes = points[name].axes.split()
-        along = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), 1)
-        if "key_pos" in axes:
+        along = points[name].position_axis
+        if "key_pos" in points[name].axes:
             length = sum(part.shape[along] for part in parts)
             lowest = name.endswith("hook_attn_scores")
             parts = _with_all_keys(parts, along, length, torch.finfo(parts[0].dtype).min if lowest else 0.0)

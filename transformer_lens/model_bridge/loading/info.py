@@ -253,7 +253,6 @@ _COUNTS = ("no norm", "one norm", "two norms", "three norms")
 
 
 def _block_in_words(cfg: BridgeConfig, block: Part) -> str:
-    """A block's branches, in words."""
     experts = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token,"
     words = {"attn": "attention", "mixer": "mixer", "mlp": "MLP"}
     if "mlp" in block.parts and "experts" in block.parts["mlp"].parts:

@@ -23,7 +23,7 @@ from transformers.utils import cached_file, has_file
 
 from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
 from transformer_lens.data import TINY_MODELS, tiny_model_path
-from transformer_lens.model_bridge.access.quantised import complete_quantisation
+from transformer_lens.model_bridge.access.weights import complete_quantisation
 from transformer_lens.model_bridge.loading.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, attribute, spelled
@@ -65,8 +65,7 @@ def model_class(config: Any) -> type[Any]:
     adapter_for(config)
     named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
     own = [kind for kind in named if kind is not None and getattr(kind, "config_class", None) is type(config)]
-    found: type[Any] = [*own, transformers.AutoModelForCausalLM][0]
-    return found
+    return own[0] if own else transformers.AutoModelForCausalLM  # type: ignore[no-any-return]
 
 
 def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any:
@@ -247,11 +246,9 @@ class Source:
         """Where a file lies on this machine, after a download if it has to be; `None` if the source has none."""
         kinds = ("missing_entries", "connection_errors", "gated_repo")
         quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-        found: str | None = cached_file(self.name, filename, **quiet, **self.hub)
-        return found
+        return cached_file(self.name, filename, **quiet, **self.hub)  # type: ignore[no-any-return]
 
     def read_json(self, filename: str) -> Any:
-        """The content of a small JSON file."""
         return json.loads(Path(cached_file(self.name, filename, **self.hub)).read_text(encoding="utf-8"))
 
     def config(self, trust_remote_code: bool = False) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformer_lens.checks import directory_to_write
-from transformer_lens.model_bridge.access.quantised import other_linears, read_as_numbers
+from transformer_lens.model_bridge.access.weights import other_linears, read_as_numbers
 from transformer_lens.model_bridge.attaching.tree import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
@@ -65,7 +65,6 @@ class StateMethods(WrappedModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_state(self) -> None:
-        """Raise `StateError` for a model that takes no state."""
         if self.processed:
             raise StateError(
                 f"load_state_dict: the weights were processed ({', '.join(self.processed)}), and undoing that would "

@@ -47,7 +47,6 @@ class ParameterPlace(Exchange):
         self.note()
 
     def note(self) -> None:
-        """Note the current parameter."""
         self.put = self.module._parameters[self.name]
         self.shape = None if self.put is None else self.put.shape
         self.version = id(self.parameter), self.parameter._version
@@ -229,7 +228,6 @@ class Record:
         self._forget(changes)
 
     def _check_in_place(self, exchanges: list[Exchange]) -> None:
-        """Refuse to restore originals where parameters were replaced."""
         for what in _replaced(exchanges):
             raise ValueError(
                 f"{what} was replaced by something else since it was processed (as resize_token_embeddings does), so "

@@ -221,7 +221,6 @@ class ProcessingMethods:
 
 
 def _named(*wanted: bool) -> tuple[str, ...]:
-    """The steps, those that are wanted."""
     return tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on)
 
 

@@ -23,33 +23,14 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookSpec
 from transformer_lens.model_bridge.upstream import arguments_of
-from transformer_lens.model_bridge.verification import references
-from transformer_lens.model_bridge.verification.evidence import (
-    Evidence,
-    Looking,
-    ModuleCall,
-    OwnRun,
-    Seen,
-    largest_difference,
-    tensors,
-    watching,
-)
+from transformer_lens.model_bridge.verification import evidence, references
+from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, ModuleCall, OwnRun, Seen
 from transformer_lens.model_bridge.verification.report import CheckResult
 
 SPARE = 2
 """Empty places after the text in a cache of fixed size."""
 
 
-EQUATIONS = (
-    references.hugging_face,
-    references.stream,
-    references.norm,
-    references.pattern,
-    references.mixed_values,
-    references.projected_heads,
-    references.experts,
-)
-"""The checks on values, which hold for a step as for a whole text."""
 NAMED = 5
 """The most hooks named at once."""
 
@@ -68,7 +49,6 @@ def growing(e: Evidence) -> Cache:
 
 
 def fixed(e: Evidence) -> Cache:
-    """A cache of fixed size."""
     return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
 
 
@@ -123,7 +103,6 @@ def decoded(e: Evidence) -> list[Step]:
 
 
 def decoding(e: Evidence) -> Iterator[CheckResult]:
-    """Values with a growing cache."""
     yield from _read("decoding", e, decoded(e))
 
 
@@ -139,7 +118,10 @@ def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResul
     known: set[str] = set()
     if not all(result.passed for result in results):
         known = {
-            result.hook or result.component for equation in EQUATIONS for result in equation(e) if not result.passed
+            result.hook or result.component
+            for equation in references.EQUATIONS
+            for result in equation(e)
+            if not result.passed
         }
     yield from (result for result in results if result.passed or (result.hook or result.component) not in known)
 
@@ -147,12 +129,14 @@ def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResul
 def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
     for step in found:
         note = f"{step}: the output"
-        yield CheckResult(check, "", "", largest_difference(step.captured[0], step.own.output), *e.same, note=note)
+        yield CheckResult(
+            check, "", "", evidence.largest_difference(step.captured[0], step.own.output), *e.same, note=note
+        )
         missing = [name for name in e.cache if name not in step.cache]
         for name in missing:
             reason = "a count: once in each call"
             yield CheckResult(check, name.rpartition(".")[0], name, 1.0, 0.0, reason, note=f"{step}: never fired")
-        for equation in EQUATIONS:
+        for equation in references.EQUATIONS:
             for result in equation(step):
                 note = ": ".join(filter(None, (str(step), result.check, result.note)))
                 yield replace(result, check=check, note=note)
@@ -246,7 +230,7 @@ def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> 
         with e.own_outputs(modules, step.own.calls, note):
             output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
         if not modules:
-            note("", largest_difference(output, step.captured[0]))
+            note("", evidence.largest_difference(output, step.captured[0]))
     return worst
 
 
@@ -388,9 +372,9 @@ def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) 
     calls: dict[str, ModuleCall] = {}
     names = [f"{block}.attn" for block in e.stages[:-1]]
     attentions = {name: e.modules[name] for name in names if name in e.components}
-    with e.forced(streams, {}), watching(attentions, calls):
+    with e.forced(streams, {}), evidence.watching(attentions, calls):
         run()
-    found = {name: tensors(call.output)[0] for name, call in calls.items()}
+    found = {name: evidence.tensors(call.output)[0] for name, call in calls.items()}
     return {name: output for name, output in found.items() if output is not None}
 
 
@@ -415,12 +399,7 @@ def _put_z(here: Sequence[tuple[int, Write]], v: Values, module: nn.Module, args
 
 
 def _put_input(
-    here: Sequence[tuple[int, Write]],
-    stream: Tensor,
-    entering: Callable[[Tensor], Tensor],
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Any,
+    here: Sequence[tuple[int, Write]], stream: Tensor, entering: Any, module: nn.Module, args: Any, kwargs: Any
 ) -> Any:
     """A plain torch pre-hook on attention, which sets the normalised stream of rows that write it."""
     arguments = arguments_of(type(module))

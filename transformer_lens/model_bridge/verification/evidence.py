@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from transformer_lens.hooks.point import HookFunction, HookPoint
 from transformer_lens.hooks.root import Capture, HookSpec
-from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.access.ports import Inside
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
 from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge
@@ -98,20 +98,29 @@ class ModuleCall:
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], calls: dict[str, ModuleCall]) -> Iterator[None]:
-    """Record the calls of some modules with plain torch hooks."""
+def plain_hooks(
+    modules: Mapping[str, nn.Module], enter: Callable[..., Any] | None = None, leave: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Torch hooks before and after some modules, which are given the module's name first."""
     with ExitStack() as undo:
         for name, module in modules.items():
-
-            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                calls[name] = ModuleCall(copied(args), {key: copied(value) for key, value in kwargs.items()})
-
-            def leave(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                calls[name].output = copied(output)
-
-            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            undo.callback(module.register_forward_hook(leave).remove)
+            if enter is not None:
+                undo.callback(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
+            if leave is not None:
+                undo.callback(module.register_forward_hook(partial(leave, name)).remove)
         yield
+
+
+def watching(modules: Mapping[str, nn.Module], calls: dict[str, ModuleCall]) -> AbstractContextManager[None]:
+    """Record the calls of some modules with plain torch hooks."""
+
+    def enter(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[name] = ModuleCall(copied(args), {key: copied(value) for key, value in kwargs.items()})
+
+    def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        calls[name].output = copied(output)
+
+    return plain_hooks(modules, enter, leave)
 
 
 @contextmanager
@@ -318,8 +327,7 @@ class Evidence(Seen):
 
     @cached_property
     def output(self) -> Tensor:
-        output: Tensor = self.bridge(self.tokens)
-        return output
+        return self.bridge(self.tokens)  # type: ignore[no-any-return]
 
     @cached_property
     def repeats_to(self) -> float:  # type: ignore[override]
@@ -332,10 +340,7 @@ class Evidence(Seen):
     def everything(self, tokens: Tensor, clone: bool = True, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The bridge's output and the value of every hook that fires, in one call."""
         names = [name for name in self.bridge.hook_dict if self.shown[name]]
-        found: tuple[Tensor, dict[str, Tensor]] = self.bridge.run_with_cache(
-            tokens, names_filter=names, clone=clone, return_cache_object=False, **options
-        )
-        return found
+        return self.bridge.run_with_cache(tokens, names_filter=names, clone=clone, return_cache_object=False, **options)
 
     @cached_property
     def shown(self) -> Mapping[str, Sequence[Any]]:
@@ -352,8 +357,7 @@ class Evidence(Seen):
         return {module.component.name: [hook.name for hook in module.hooks.values()] for module in opened}
 
     def hooked(self, hooks: Sequence[HookSpec], **options: Any) -> Tensor:
-        output: Tensor = self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)
-        return output
+        return self.bridge.run_with_hooks(self.tokens, fwd_hooks=hooks, **options)  # type: ignore[no-any-return]
 
     def rewriting(self, name: str) -> HookFunction:
         """A hook that writes back what is there; for remote expert indices, one that only reads."""
@@ -367,40 +371,28 @@ class Evidence(Seen):
         """The blocks, and the final norm with what follows it."""
         return [*(f"blocks.{i}" for i in range(self.bridge.cfg.n_layers)), "ln_final"]
 
-    @contextmanager
     def own_outputs(
-        self,
-        components: Iterable[str],
-        calls: Mapping[str, ModuleCall],
-        note: Callable[[str, float], None],
-    ) -> Iterator[None]:
+        self, components: Iterable[str], calls: Mapping[str, ModuleCall], note: Callable[[str, float], None]
+    ) -> AbstractContextManager[None]:
         """Have modules return what they returned in the bare model's call, and note how far they were from it.
 
         So every module starts from the same input, and one run judges them all.
         """
-        with ExitStack() as undo:
-            for component in components:
 
-                def force(module: nn.Module, args: Any, output: Any, component: str = component) -> Any:
-                    own = calls[component].output
-                    pairs = zip(tensors(output), tensors(own), strict=False)
-                    note(component, max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None))
-                    return own
+        def force(component: str, module: nn.Module, args: Any, output: Any) -> Any:
+            own = calls[component].output
+            pairs = zip(tensors(output), tensors(own), strict=False)
+            note(component, max(largest_difference(a, b) for a, b in pairs if a is not None and b is not None))
+            return own
 
-                undo.callback(self.modules[component].register_forward_hook(force).remove)
-            yield
+        return plain_hooks({component: self.modules[component] for component in components}, leave=force)
 
-    @contextmanager
-    def forced(self, streams: Mapping[str, Tensor], came: dict[str, Tensor]) -> Iterator[None]:
+    def forced(self, streams: Mapping[str, Tensor], came: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Give every stage the stream of `streams`, and note in `came` the one that arrived."""
-        with ExitStack() as undo:
-            for stage in self.stages:
 
-                def enter(module: nn.Module, args: Any, kwargs: Any, stage: str = stage) -> Any:
-                    arguments = arguments_of(type(module))
-                    came[stage] = arguments.first_value(args, kwargs).detach().clone()
-                    return arguments.with_first(streams[stage].clone(), args, kwargs)
+        def enter(stage: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+            arguments = arguments_of(type(module))
+            came[stage] = arguments.first_value(args, kwargs).detach().clone()
+            return arguments.with_first(streams[stage].clone(), args, kwargs)
 
-                module = self.modules[stage]
-                undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            yield
+        return plain_hooks({stage: self.modules[stage] for stage in self.stages}, enter)

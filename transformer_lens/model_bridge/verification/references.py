@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from transformer_lens.model_bridge.access.ports import Port
-from transformer_lens.model_bridge.access.quantised import is_quantised
-from transformer_lens.model_bridge.access.weights import read_weight
+from transformer_lens.model_bridge.access.weights import is_quantised, read_weight
 from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
 from transformer_lens.model_bridge.upstream import ROTATION, arguments_of, rotation_of, splitting_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
@@ -139,10 +138,6 @@ def _of(function: Callable[[Seen, str, Any], Tensor | None], part: Any) -> Refer
     return lambda e, c, i: function(e, c, part)
 
 
-def _routed(e: Seen, mixture: str, item: int) -> Tensor | None:
-    return _rows(e, e.returned(f"{mixture}.gate", item))
-
-
 REFERENCES: Mapping[str, Reference] = {
     "hook_embed": lambda e, c, i: _embedded(e),
     "hook_pos_embed": lambda e, c, i: e.returned("pos_embed"),
@@ -168,9 +163,9 @@ REFERENCES: Mapping[str, Reference] = {
     "mixer.hook_in": lambda e, c, i: e.received(c),
     "hook_logits": lambda e, c, i: e.own.output,
     "moe.hook_in": lambda e, c, i: e.received(c),
-    "moe.hook_router_logits": _of(_routed, 0),
-    "moe.hook_expert_weights": _of(_routed, 1),
-    "moe.hook_expert_indices": _of(_routed, 2),
+    "moe.hook_router_logits": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 0)),
+    "moe.hook_expert_weights": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 1)),
+    "moe.hook_expert_indices": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 2)),
     **{f"{name}.hook_out": _of(Seen.returned, 0) for name in ("ln_final", "unembed", "head")},
 }
 """The model's own value of a hook, by kind of component; not read from the ports."""
@@ -328,3 +323,7 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
             expected[hook][here] = value
     for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True):
         yield compared("experts", hook, value, expected[hook], e.rounding)
+
+
+EQUATIONS = (hugging_face, stream, norm, pattern, mixed_values, projected_heads, experts)
+"""The checks on values, which hold for a step of decoding as for a whole text."""

@@ -17,13 +17,9 @@ from transformers import GenerationConfig
 
 from transformer_lens.hooks.point import HookFunction, HookPoint
 from transformer_lens.hooks.root import HookSpec
-from transformer_lens.model_bridge.access.peft_layers import inner_model
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.upstream import MASK
-from transformer_lens.model_bridge.verification.evidence import (
-    Evidence,
-    Looking,
-    largest_difference,
-)
+from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, largest_difference
 from transformer_lens.model_bridge.verification.references import compared
 from transformer_lens.model_bridge.verification.report import CheckResult
 
@@ -34,10 +30,6 @@ FEW = 4
 NEW_TOKENS = 3
 PADDING = 2
 """Columns of padding in front of every text but the first."""
-
-Reading = tuple[int, bool, list[int], list[list[int]]]
-"""One forward pass of a generation: index, whether it reads the prompt, its columns, its tokens' positions."""
-ANY_CHANGE = "noise of half a standard deviation, or another choice of experts"
 
 
 def untouched(e: Evidence) -> Iterator[CheckResult]:
@@ -89,8 +81,7 @@ def looking(e: Evidence) -> Iterator[CheckResult]:
     """Law 2: capturing leaves the output as it is."""
 
     def run(names: Sequence[str]) -> Tensor:
-        output: Tensor = e.bridge.run_with_cache(e.tokens, names_filter=names)[0]
-        return output
+        return e.bridge.run_with_cache(e.tokens, names_filter=names)[0]  # type: ignore[no-any-return]
 
     yield from _by_component(e, "looking", list(e.cache), run, e.output)
 
@@ -139,14 +130,14 @@ def noise(e: Evidence) -> Iterator[CheckResult]:
             layers.setdefault(".".join(name.split(".")[:2]) if name.startswith("blocks.") else "", []).append(name)
     names = [name for names in layers.values() for name in names]
     runs = [[name] for name in names] if e.thorough else _one_of_each(e, layers)
-    quiet = _left(e, names, [])
+    quiet, reason = _left(e, names, []), "noise of half a standard deviation, or another choice of experts"
     for chosen in runs:
         noisy = _left(e, names, chosen)
         for name in chosen:
             change = largest_difference(noisy[_leaves(e, name)], quiet[_leaves(e, name)])
             change = float("inf") if change != change else change
             component = name.rpartition(".")[0]
-            yield CheckResult("noise", component, name, change, e.same[0], ANY_CHANGE, has_to_exceed=True)
+            yield CheckResult("noise", component, name, change, e.same[0], reason, has_to_exceed=True)
 
 
 def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[str]]:
@@ -313,31 +304,26 @@ def generation(e: Evidence) -> Iterator[CheckResult]:
         yield CheckResult("generation", name.rpartition(".")[0], name, float(bool(note)), 0.0, reason, note=note)
 
 
-def _reading(tensor: Tensor, hook: HookPoint) -> Reading | None:
-    step = hook.generation
-    return None if step is None else (step.step, step.is_prompt, list(step.columns), step.positions.tolist())
+def _reading(tensor: Tensor, hook: HookPoint) -> str:
+    s = hook.generation
+    return "nothing" if s is None else _words(s.step, s.is_prompt, list(s.columns), s.positions.tolist())
 
 
-def _expected(forward: int, width: int, padding: Sequence[int]) -> Reading:
+def _words(step: int, is_prompt: bool, columns: list[int], positions: list[list[int]]) -> str:
+    return f"step {step}, {'prompt' if is_prompt else 'continuation'}, columns {columns}, positions {positions}"
+
+
+def _expected(forward: int, width: int, padding: Sequence[int]) -> str:
     """The first forward pass reads the prompt, each further one the token that was chosen before it."""
     if not forward:
-        return 0, True, list(range(width)), [[-1] * before + list(range(width - before)) for before in padding]
+        return _words(0, True, list(range(width)), [[-1] * p + list(range(width - p)) for p in padding])
     column = width + forward - 1
-    return forward, False, [column], [[column - before] for before in padding]
+    return _words(forward, False, [column], [[column - before] for before in padding])
 
 
-def _first_difference(got: Sequence[Reading | None], expected: Sequence[Reading]) -> str:
+def _first_difference(got: Sequence[str], expected: Sequence[str]) -> str:
     """In words; "" if there is none."""
     if len(got) != len(expected):
         return f"it fired {len(got)} times in {len(expected)} forwards"
-    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
-        if a != b:
-            return f"forward {number}: hook.generation says {_words(a)}, expected {_words(b)}"
-    return ""
-
-
-def _words(reading: Reading | None) -> str:
-    if reading is None:
-        return "nothing"
-    step, is_prompt, columns, positions = reading
-    return f"step {step}, {'prompt' if is_prompt else 'continuation'}, columns {columns}, positions {positions}"
+    wrong = [(number, a, b) for number, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
+    return f"forward {wrong[0][0]}: hook.generation says {wrong[0][1]}, expected {wrong[0][2]}" if wrong else ""

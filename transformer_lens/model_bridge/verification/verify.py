@@ -43,7 +43,7 @@ class Check:
     """How it saves time unless thorough."""
 
 
-def _modules_elsewhere(e: Evidence) -> str:
+def _elsewhere(e: Evidence) -> str:
     return "the modules inside the blocks are on other machines" if e.elsewhere else ""
 
 
@@ -86,13 +86,10 @@ CHECKS = (
     Check("pattern", "pattern rows sum to one and are the softmax of the scores", references.pattern),
     Check("pattern @ v", "pattern @ v == z", references.mixed_values),
     Check(
-        "z @ W_O",
-        "z @ W_O (+ b_O) == attn_out, and for each head its result",
-        references.projected_heads,
-        _modules_elsewhere,
+        "z @ W_O", "z @ W_O (+ b_O) == attn_out, and for each head its result", references.projected_heads, _elsewhere
     ),
-    Check("experts", "weighted outputs of experts sum to what they return", references.experts, _modules_elsewhere),
-    Check("inside", "with a hook inside, a module's output is its own", runs.inside, _modules_elsewhere),
+    Check("experts", "weighted outputs of experts sum to what they return", references.experts, _elsewhere),
+    Check("inside", "with a hook inside, a module's output is its own", runs.inside, _elsewhere),
     Check("looking", "capturing leaves the output as it is", runs.looking),
     Check("neutral hook", "a user hook that changes nothing leaves the output as it is", runs.neutral_hook),
     Check("kept", "a captured value is after the run what it was when captured", runs.kept),
@@ -133,38 +130,6 @@ CHECKS = (
 )
 
 
-def verify(
-    bridge: TransformerBridge,
-    tokens: Int[Tensor, "batch pos"] | None = None,
-    *,
-    thorough: bool = False,
-    progress: bool = True,
-) -> VerificationReport:
-    """`bridge.verify(...)`, as a function."""
-    _refuse_hooks(bridge)
-    started = time.perf_counter()
-    ids = random_tokens(bridge) if tokens is None else _checked(tokens)
-    with undisturbed(bridge.original_model):
-        evidence = Evidence(bridge, ids.to(bridge.input_device()), thorough)
-        absent = {check.name: why for check in CHECKS if (why := check.absent(evidence))}
-        made = [check for check in CHECKS if check.name not in absent]
-        results = tuple(result for check in _shown(made, progress) for result in _found(check, evidence))
-    config: Any = bridge.original_model.config
-    return VerificationReport(
-        model=bridge.cfg.model_name,
-        architecture=bridge.cfg.architecture,
-        dtype=str(bridge.cfg.dtype).removeprefix("torch."),
-        device=str(bridge.input_device()),
-        attention=str(config._attn_implementation),
-        tokens=tuple(ids.shape),
-        seconds=time.perf_counter() - started,
-        checks={check.name: check.meaning for check in CHECKS},
-        results=results,
-        not_applicable=absent,
-        sampled={} if thorough else {check.name: check.sampled for check in made if check.sampled},
-    )
-
-
 def _found(check: Check, evidence: Evidence) -> Iterator[CheckResult]:
     """The results of a check; that it cannot be run is one of them."""
     try:
@@ -197,7 +162,29 @@ class VerifyMethods:
         `to_json()`. The model is left as it was. Raises `ValueError` while hooks are attached or modules replace hooks,
         and if the bridge was detached.
         """
-        return verify(cast("TransformerBridge", self), tokens, thorough=thorough, progress=progress)
+        bridge = cast("TransformerBridge", self)
+        _refuse_hooks(bridge)
+        started = time.perf_counter()
+        ids = random_tokens(bridge) if tokens is None else _checked(tokens)
+        with undisturbed(bridge.original_model):
+            evidence = Evidence(bridge, ids.to(bridge.input_device()), thorough)
+            absent = {check.name: why for check in CHECKS if (why := check.absent(evidence))}
+            made = [check for check in CHECKS if check.name not in absent]
+            results = tuple(result for check in _shown(made, progress) for result in _found(check, evidence))
+        config: Any = bridge.original_model.config
+        return VerificationReport(
+            model=bridge.cfg.model_name,
+            architecture=bridge.cfg.architecture,
+            dtype=str(bridge.cfg.dtype).removeprefix("torch."),
+            device=str(bridge.input_device()),
+            attention=str(config._attn_implementation),
+            tokens=tuple(ids.shape),
+            seconds=time.perf_counter() - started,
+            checks={check.name: check.meaning for check in CHECKS},
+            results=results,
+            not_applicable=absent,
+            sampled={} if thorough else {check.name: check.sampled for check in made if check.sampled},
+        )
 
 
 def random_tokens(bridge: TransformerBridge, pos: int = 8) -> Int[Tensor, "batch pos"]:
