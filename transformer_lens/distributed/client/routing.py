@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 LONGEST_BAN = 16
 """A ban doubles with every failure in a row, up to this many times `ban_timeout`."""
@@ -42,17 +42,12 @@ class ServerFacts:
         return self.latency + (end - first) * self.seconds_of_block()
 
 
-@dataclass(frozen=True)
-class Hop:
+class Hop(NamedTuple):
     """One call of a path: a server, and which of its blocks it runs."""
 
     peer: str
     first: int
     end: int
-
-    def fits(self, peer: str, blocks: range) -> bool:
-        """Whether this is the server, and its span has these blocks."""
-        return peer == self.peer and blocks.start <= self.first and self.end <= blocks.stop
 
 
 class NoPath(LookupError):
@@ -117,42 +112,23 @@ def permitted(settings: Any, peer: str) -> bool:
     return peer not in blocked and (allowed is None or peer in allowed)
 
 
-@dataclass(kw_only=True, eq=False)
 class Health:
-    """Bans of peers that failed lately, and waiting times.
+    """Bans of peers that failed lately, and waiting times, by a model's `ClientSettings`.
 
     Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it.
     """
 
-    ban_timeout: float = 15
-    min_backoff: float = 1
-    max_backoff: float = 60
-    max_retries: int = 5
-    allowed_servers: Collection[str] | None = None
-    blocked_servers: Collection[str] | None = None
-    clock: Callable[[], float] = time.monotonic
-    failures: dict[str, int] = field(default_factory=dict, init=False)
-    """Each peer's failures in a row."""
-    _until: dict[str, float] = field(default_factory=dict, init=False)
-
-    @classmethod
-    def of(cls, settings: Any, clock: Callable[[], float] = time.monotonic) -> Health:
-        """Health with the values of `ClientSettings`."""
-        names = ("ban_timeout", "min_backoff", "max_backoff", "max_retries", "allowed_servers", "blocked_servers")
-        return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
-
-    def anew(self) -> Health:
-        """The same settings, without failures."""
-        return replace(self)
-
-    def permits(self, peer: str) -> bool:
-        return permitted(self, peer)
+    def __init__(self, settings: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings, self.clock = settings, clock
+        self.failures: dict[str, int] = {}
+        """Each peer's failures in a row."""
+        self._until: dict[str, float] = {}
 
     def failed(self, peer: str) -> None:
         """Ban a peer after a failed call."""
         self.failures[peer] = self.failures.get(peer, 0) + 1
         times = min(2 ** (self.failures[peer] - 1), LONGEST_BAN)
-        self._until[peer] = self.clock() + self.ban_timeout * times
+        self._until[peer] = self.clock() + self.settings.ban_timeout * times
 
     def succeeded(self, peer: str) -> None:
         """Forget a peer's failures after a successful call."""
@@ -166,9 +142,9 @@ class Health:
 
     def backoff(self, nth: int) -> float:
         """The seconds to wait before the `nth` retry (from 1) for lack of another server."""
-        return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))
+        return float(min(self.settings.max_backoff, self.settings.min_backoff * 2.0 ** min(nth - 1, 64)))
 
     def longest(self, request_timeout: float) -> float:
         """The most seconds a call may take, with every attempt and every wait."""
-        tries, waits = self.max_retries + 1, range(1, self.max_retries + 1)
-        return tries * request_timeout + sum(self.backoff(nth) for nth in waits)
+        waits = range(1, self.settings.max_retries + 1)
+        return (len(waits) + 1) * request_timeout + sum(map(self.backoff, waits))
