@@ -5,9 +5,9 @@ A `StretchCall` determines what is sent, what its hooks get, and how gradients f
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,23 +34,6 @@ def action_of(request: HookRequest) -> Action:
     # A hook that is not known to be read-only may write on a local bridge too.
     return Action(request.name, "look" if request.entry.reads_only else "keep")
 
-
-def refusal(name: str, entry: HookEntry, direction: str) -> Exception | None:
-    """Why a hook cannot be sent to a server; `None` if it can."""
-    reads = entry.reads_only or isinstance(entry.fn, Capture)
-    if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
-        return None
-    kind = getattr(entry.fn, "__name__", type(entry.fn).__name__)
-    if direction == "bwd":
-        return ValueError(
-            f"backward hook {kind} at {name!r}: its block runs on another machine, where no Python of yours runs; read "
-            "gradients with run_with_cache(incl_bwd=True), or put the hook at hook_resid_pre or hook_resid_post"
-        )
-    return ValueError(
-        f"hook {kind} at {name!r}: its block runs on another machine, where no Python of yours runs; use an Edit "
-        "(set, add, scale, zero, project_out) or a Keep there, run_with_cache to read, or put the function at "
-        "hook_resid_pre or hook_resid_post"
-    )
 
 
 @dataclass
@@ -232,19 +215,17 @@ class Pass:
         return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
 
 
-_passes = threading.local()
-"""`stack`: the forwards this thread is in, innermost last."""
+_innermost: ContextVar[Pass | None] = ContextVar("the forward that this thread is in", default=None)
 
 
 @contextmanager
 def passing(current: Pass) -> Iterator[None]:
     """Make a model's forward the current one in this thread, for its blocks to find."""
-    stack: list[Pass] = vars(_passes).setdefault("stack", [])
-    stack.append(current)
+    before = _innermost.set(current)
     try:
         yield
     finally:
-        stack.pop()
+        _innermost.reset(before)
 
 
 class RemoteBlock(BlockElsewhere):
@@ -261,8 +242,21 @@ class RemoteBlock(BlockElsewhere):
         self.returns_tuple = returns_tuple
 
     def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
-        """Why a hook cannot work inside this block; `None` if it can."""
-        return refusal(name, entry, direction)
+        """Why a hook cannot be sent to a server; `None` if it can."""
+        reads = entry.reads_only or isinstance(entry.fn, Capture)
+        if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
+            return None
+        kind = getattr(entry.fn, "__name__", type(entry.fn).__name__)
+        where = f"{kind} at {name!r}: its block runs on another machine, where no Python of yours runs"
+        if direction == "bwd":
+            return ValueError(
+                f"backward hook {where}; read gradients with run_with_cache(incl_bwd=True), or put the hook at "
+                "hook_resid_pre or hook_resid_post"
+            )
+        return ValueError(
+            f"hook {where}; use an Edit ({', '.join(EDITS)}) or a Keep there, run_with_cache to read, or put the "
+            "function at hook_resid_pre or hook_resid_post"
+        )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the stream with its prompts, added before any torch hook of this module sees it."""
@@ -278,8 +272,8 @@ class RemoteBlock(BlockElsewhere):
 
     def _current(self) -> Pass | None:
         """This thread's forward, if it is one of this model."""
-        stack: list[Pass] = vars(_passes).get("stack", [])
-        return stack[-1] if stack and stack[-1].route is self.route else None
+        current = _innermost.get()
+        return current if current is not None and current.route is self.route else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stream after this block, or unchanged if an earlier call included this block."""
