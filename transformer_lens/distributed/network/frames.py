@@ -6,10 +6,11 @@ before it stores anything, holds at most what `Room` allows, and runs a repeated
 
 from __future__ import annotations
 
+import math
 import struct
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,14 +187,17 @@ class Exchange:
         """Set the answer of a call, which is kept until it is fetched."""
         call.answer, call.received, call.task = answer, bytearray(), None
         call.used = self.clock()
-        self._make_room(call.peer)
+        for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
+            answered = [c for c in self._all() if c.answer is not None and (c.peer == call.peer or not mine)]
+            self._make_room(answered, most)
 
     def part(self, call: Call, offset: int) -> bytes:
         assert call.answer is not None
         data = call.answer[offset : offset + self.piece]
         call.used = self.clock()
         call.fetched = call.fetched or offset + len(data) == len(call.answer)
-        self._keep_little(call.peer)
+        fetched = [other for other in self.of_peer.get(call.peer, {}).values() if other.fetched]
+        self._make_room(fetched, self.room.kept, self.room.calls, least=0)
         return REPLY.pack(MAGIC, ANSWER, len(call.answer), offset) + data
 
     def drop(self, call: Call) -> None:
@@ -259,26 +263,12 @@ class Exchange:
             return call
         return REPLY.pack(MAGIC, MORE, 0, offset + len(data))
 
-    def _make_room(self, peer: str) -> None:
-        """Forget the oldest answers beyond the limit."""
-        for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
-            held = sorted(
-                (call for call in self._all() if call.answer is not None and (call.peer == peer or not mine)),
-                key=lambda call: (not call.fetched, call.used),
-            )
-            total = sum(len(call.answer or b"") for call in held)
-            for call in held[:-1]:
-                if total > most:
-                    total -= len(call.answer or b"")
-                    self.drop(call)
-
-    def _keep_little(self, peer: str) -> None:
-        """Keep only the latest of a peer's fetched answers."""
-        done = [call for call in self.of_peer.get(peer, {}).values() if call.fetched]
-        done.sort(key=lambda call: call.used)
-        total = sum(len(call.answer or b"") for call in done)
-        for number, call in enumerate(done):
-            if total > self.room.kept or len(done) - number > self.room.calls:
+    def _make_room(self, answered: Iterable[Call], most: int, calls: float = math.inf, least: int = 1) -> None:
+        """Forget answers beyond `most` bytes or `calls`, fetched and old ones first, all but `least` of them."""
+        held = sorted(answered, key=lambda call: (not call.fetched, call.used))
+        total = sum(len(call.answer or b"") for call in held)
+        for left, call in zip(range(len(held), least, -1), held, strict=False):
+            if total > most or left > calls:
                 total -= len(call.answer or b"")
                 self.drop(call)
 

@@ -21,6 +21,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from transformer_lens.checks import needed
 from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
 from transformer_lens.distributed.network.records import PEER, validator
 from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
@@ -39,20 +40,11 @@ Result = TypeVar("Result")
 Handler = Callable[[bytes, str], Awaitable[bytes]]
 
 
-def _engine() -> Any:
-    try:
-        import hivemind.dht.node
-        import hivemind.dht.validation
-        import hivemind.p2p
-        import hivemind.p2p.p2p_daemon_bindings.utils
-    except ImportError as error:
-        raise ImportError(MISSING, name="hivemind") from error
-    return hivemind
-
-
-def need_engine() -> None:
-    """Raise `ImportError`, saying what to install, if the network library is missing."""
-    _engine()
+def need_engine() -> Any:
+    """The network library. Raises `ImportError`, saying what to install, if it is missing."""
+    for part in ("dht.node", "dht.validation", "p2p.p2p_daemon_bindings.utils"):
+        needed(f"hivemind.{part}", MISSING)
+    return needed("hivemind", MISSING)
 
 
 def address_of(host: str, port: int) -> str:
@@ -91,7 +83,7 @@ class Node:
                     f"initial_peers: got {address!r}, expected an address that a server prints, such as "
                     "/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..."
                 )
-        _engine()
+        need_engine()
         self.initial_peers = list(initial_peers)
         self.peer = ""
         self.addresses: list[str] = []
@@ -132,7 +124,7 @@ class Node:
         self._loop.close()
 
     async def _start(self, listen: str | None, identity: Any, startup_timeout: float) -> None:
-        engine = _engine()
+        engine = need_engine()
         failures: tuple[type[Exception], ...] = (RuntimeError, *_engine_errors(engine))
         here = {"host_maddrs": [listen]} if listen else {"host_maddrs": [], "no_listen": True}
         try:
@@ -274,7 +266,7 @@ class Node:
         """One unary call. Raises `ConnectionError` if it breaks, `SpanUnreachable` if time is up."""
         if self.dead:
             raise SpanUnreachable(self.dead)
-        engine = _engine()
+        engine = need_engine()
         value = _value()
         work = self._keep(
             self._p2p.call_protobuf_handler(engine.p2p.PeerID.from_base58(peer), HANDLER, value(value=frame), value)
@@ -331,7 +323,7 @@ def make_identity(path: str | os.PathLike[str]) -> None:
     """Write a new key to this file, readable by its owner only; an existing file stays."""
     if os.path.exists(path):
         return
-    engine = _engine()
+    engine = need_engine()
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     engine.p2p.P2P.generate_identity(os.fspath(path))
 
@@ -344,7 +336,7 @@ def peer_of(identity: str | os.PathLike[str]) -> str:
     """
     make_identity(identity)
     with open(identity, "rb") as file:
-        return str(_engine().p2p.PeerID.from_identity(file.read()).to_base58())
+        return str(need_engine().p2p.PeerID.from_identity(file.read()).to_base58())
 
 
 def _value() -> Any:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,12 +77,16 @@ class ModelSettings:
 CLIENT_SETTINGS: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings))
 
 
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value fits, and what is expected."""
 
 
-def _is_count(least: int, value: Any) -> bool:
-    return type(value) is int and value >= least
+def _from(least: int) -> Rule:
+    return lambda value: type(value) is int and value >= least, f"a whole number, at least {least}"
+
+
+def _among(*options: Any) -> Rule:
+    return lambda value: is_one_of(value, options), f"one of {', '.join(map(repr, options))}"
 
 
 def _is_list(value: Any) -> bool:
@@ -90,27 +94,20 @@ def _is_list(value: Any) -> bool:
     return several and all(isinstance(one, str) and one for one in value)
 
 
-COUNTS = {"max_retries": 0, "max_pinged": 1, "pre_seq_len": 0, "chunked_forward_step": 1}
-"""Integer settings, with the minimum of each."""
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "show_route": (True, False, "inference"),
-    "tuning_mode": (None, "ptune", "deep_ptune"),
-    "use_chunked_forward": (True, False, "auto"),
-}
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        (field.name for field in fields(ClientSettings) if field.type == "float"),
-        (_is_time, "a time in seconds, above 0 and finite"),
-    ),
-    **{name: (partial(_is_count, least), f"a whole number, at least {least}") for name, least in COUNTS.items()},
+TIME: Rule = (lambda value: type(value) in (int, float) and 0 < value < inf, "a time in seconds, above 0 and finite")
+PEERS: Rule = (lambda value: value is None or _is_list(value), "a list of strings or None")
+RULES: dict[str, Rule] = {
+    **dict.fromkeys((field.name for field in fields(ClientSettings) if field.type == "float"), TIME),
+    "max_retries": _from(0),
+    "max_pinged": _from(1),
+    "pre_seq_len": _from(0),
+    "chunked_forward_step": _from(1),
     "initial_peers": (_is_list, "a list of strings"),
-    **dict.fromkeys(
-        ("allowed_servers", "blocked_servers"), (lambda v: v is None or _is_list(v), "a list of strings or None")
-    ),
-    **{
-        name: (partial(is_one_of, options=allowed), f"one of {', '.join(map(repr, allowed))}")
-        for name, allowed in CHOICES.items()
-    },
+    "allowed_servers": PEERS,
+    "blocked_servers": PEERS,
+    "show_route": _among(True, False, "inference"),
+    "tuning_mode": _among(None, "ptune", "deep_ptune"),
+    "use_chunked_forward": _among(True, False, "auto"),
 }
 """The check of each setting."""
 

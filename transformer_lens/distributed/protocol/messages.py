@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from transformer_lens.checks import needed
+
+MISSING = "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
 MAGIC = b"TLB1"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 """The dtypes of tensors in a message, by safetensors name."""
@@ -123,16 +126,6 @@ class Reply:
     """The reading actions, in the order in which the model reached them."""
 
 
-def _msgpack() -> Any:
-    try:
-        import msgpack
-    except ImportError as error:
-        raise ImportError(
-            "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'",
-            name="msgpack",
-        ) from error
-    return msgpack
-
 
 def printable(text: str, most: int = 2000) -> str:
     """Another process's text without control characters, cut to `most`."""
@@ -140,7 +133,7 @@ def printable(text: str, most: int = 2000) -> str:
 
 
 def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    packed = _msgpack().packb(head)
+    packed = needed("msgpack", MISSING).packb(head)
     # One buffer for each tensor: safetensors refuses shared and strided ones.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return b"".join([MAGIC, struct.pack("<I", len(packed)), packed, save(plain)])
@@ -186,11 +179,7 @@ REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "session": lambda value: isinstance(value, str) and len(value) <= 64 and (value.isalnum() or not value),
     "start": lambda value: _is_int(value) and 0 <= value < 2**31,
 }
-"""The fields of a request, with their types."""
-
-
 REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
-"""The fields of a reply, with their types."""
 
 
 def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
@@ -201,7 +190,7 @@ def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
     (size,) = struct.unpack_from("<I", message, 4)
     if size > limits.head or 8 + size > len(message):
         raise MessageError(f"the head says it has {size} bytes; at most {limits.head}, and what is there, are read")
-    msgpack = _msgpack()
+    msgpack = needed("msgpack", MISSING)
     try:
         # A list declares its length before its content: without a limit, nested lists reserve much memory.
         most = {"max_array_len": 2 * max(limits.actions, limits.places), "max_map_len": 64, "max_ext_len": 0}
