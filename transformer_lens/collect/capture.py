@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.collect.files import DTYPES, Column
-from transformer_lens.collect.identity import dtype_name
+from transformer_lens.collect.manifest import dtype_name
 from transformer_lens.collect.plan import Batch
 
 if TYPE_CHECKING:
@@ -32,9 +32,8 @@ def stop_after(names: Sequence[str]) -> int | None:
     """The smallest `stop_at_layer` at which all these hooks fire; `None` for the whole model."""
     stop = 0
     for name in names:
-        place = name.split(".")
-        if place[0] == "blocks":
-            stop = max(stop, int(place[1]) + 1)
+        if name.startswith("blocks."):
+            stop = max(stop, int(name.split(".")[1]) + 1)
         elif name != "hook_embed":
             return None
     return stop
@@ -55,15 +54,8 @@ def probe(bridge: TransformerBridge, names: Sequence[str], dtype: torch.dtype | 
                 f"{name!r} has the axes {axes!r}, and only hooks with a value for each token, 'batch pos ...', can be "
                 "collected"
             )
-    stop = stop_after(names)
     with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            torch.zeros(1, 2, dtype=torch.long),
-            names_filter=list(names),
-            stop_at_layer=stop,
-            return_cache_object=False,
-            padding_side="right",
-        )
+        cache = _cached(bridge, torch.zeros(1, 2, dtype=torch.long), names)
     found = {}
     for name in names:
         value, rest = cache[name], bridge.hook_dict[name].axes.split()[2:]
@@ -95,36 +87,32 @@ class Captured:
             yield name, copied
 
 
-class Capturing:
-    """Runs batches and keeps what a job stores."""
+def _cached(bridge: TransformerBridge, ids: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+    """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
+    stop = stop_after(names)
+    _, cache = bridge.run_with_cache(
+        ids,
+        names_filter=list(names),
+        stop_at_layer=stop,
+        return_type=None if stop is None else "logits",
+        return_cache_object=False,
+        padding_side="right",
+    )
+    return cache
 
-    def __init__(self, bridge: TransformerBridge, hooks: Mapping[str, Hook]) -> None:
-        self.bridge = bridge
-        self.hooks = hooks
-        self.stop_at_layer = stop_after(list(hooks))
 
-    def run(self, batch: Batch) -> Captured:
-        """The stored tokens' values at every hook, in the dtype they are stored in."""
-        device = self.bridge.input_device()
-        # Padding is on the right and affects nothing before it, so the call needs no mask.
-        _, cache = self.bridge.run_with_cache(
-            torch.from_numpy(batch.ids).to(device),
-            names_filter=list(self.hooks),
-            stop_at_layer=self.stop_at_layer,
-            return_type=None if self.stop_at_layer is None else "logits",
-            return_cache_object=False,
-            padding_side="right",
-        )
-        everything = bool(batch.keep.all())
-        kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
-        values = {}
-        for name, hook in self.hooks.items():
-            flat = cache[name].reshape(-1, *cache[name].shape[2:])
-            some = flat if everything else flat.index_select(0, kept.to(flat.device))
-            values[name] = _cast(name, some, hook.column.dtype)
-        on_gpu = any(value.is_cuda for value in values.values())
-        ready = torch.cuda.current_stream().record_event() if on_gpu else None
-        return Captured(values, ready)
+def capture(bridge: TransformerBridge, hooks: Mapping[str, Hook], batch: Batch) -> Captured:
+    """The stored tokens' values at every hook, in the dtype they are stored in."""
+    cache = _cached(bridge, torch.from_numpy(batch.ids).to(bridge.input_device()), list(hooks))
+    everything = bool(batch.keep.all())
+    kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
+    values = {}
+    for name, hook in hooks.items():
+        flat = cache[name].reshape(-1, *cache[name].shape[2:])
+        some = flat if everything else flat.index_select(0, kept.to(flat.device))
+        values[name] = _cast(name, some, hook.column.dtype)
+    on_gpu = any(value.is_cuda for value in values.values())
+    return Captured(values, torch.cuda.current_stream().record_event() if on_gpu else None)
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,4 @@
-"""Atomic files (written to a temporary file, flushed, renamed), and the safetensors layout.
-
-Every tensor's place in a shard is known in advance, so shards are written batch by batch.
-"""
+"""Atomic files (written aside, flushed, renamed); every tensor's place in a shard is known before its first batch."""
 
 from __future__ import annotations
 
@@ -61,33 +58,26 @@ ABOUT_TOKENS = {
 """What is stored about each token: its context, document, id, and positions in context and document."""
 
 
-def header_of(columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and the offset of each tensor."""
-    # The widest first, so that each begins at a multiple of its item size.
-    order = sorted(columns, key=lambda name: -columns[name].dtype.itemsize)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
-    begin = 0
-    for name in order:
-        column = columns[name]
-        end = begin + tokens * column.token_bytes
-        shape = [tokens, *column.shape]
-        entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + entries[name]["data_offsets"][0] for name in order} | {"": len(header) + begin}
-
-
 class ShardFile:
     """A shard being written, to a temporary file that no other process writes."""
 
     def __init__(self, path: Path, columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> None:
+        """Lay out the safetensors header and the place of each tensor."""
         self.path = path
         self.aside = path.with_name(path.name + ".part")
         self.columns = columns
-        self.header, self._places = header_of(columns, tokens, about)
-        self.bytes = self._places.pop("")
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+        end = 0
+        # The widest first, so that each begins at a multiple of its item size.
+        for name, column in sorted(columns.items(), key=lambda pair: -pair[1].dtype.itemsize):
+            begin, end = end, end + tokens * column.token_bytes
+            shape = [tokens, *column.shape]
+            entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.bytes = len(self.header) + end
+        self._places = {name: len(self.header) + entries[name]["data_offsets"][0] for name in columns}
         self._file: int | None = None
 
     def open(self) -> None:

@@ -20,10 +20,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from transformer_lens.checks import directory_to_write, in_words
-from transformer_lens.collect.capture import Captured, Capturing, probe
+from transformer_lens.collect.capture import Captured, capture, probe, stop_after
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
-from transformer_lens.collect.identity import environment, model_identity, model_state, tokenizer_identity
-from transformer_lens.collect.manifest import Manifest, ShardRecord, shard_name
+from transformer_lens.collect.manifest import (
+    Manifest,
+    ShardRecord,
+    environment,
+    model_identity,
+    model_state,
+    shard_name,
+    tokenizer_identity,
+)
 from transformer_lens.collect.plan import Cursor, Options, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
@@ -91,19 +98,19 @@ class Job:
             )
         chosen = bridge.select_names(names)
         self.source = open_source(data)
-        special = options.special_tokens(bridge)
-        self.layout = options.layout(bridge, special)
-        self.encoder = Encoder(bridge.tokenizer, options.text_key, special.bos, special.eos, bridge.cfg.d_vocab)
-        self.capturing = Capturing(bridge, probe(bridge, chosen, options.dtype))
+        bos, eos = options.frame(bridge)
+        self.layout = options.layout(bridge)
+        self.encoder = Encoder(bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab)
+        self.bridge, self.hooks = bridge, probe(bridge, chosen, options.dtype)
         identity = {
             "model": model_identity(bridge),
             "tokenizer": tokenizer_identity(bridge.tokenizer),
             "data": dict(self.source.about),
             "text_key": options.text_key,
-            "prepend_bos": special.bos is not None,
-            "append_eos": special.eos is not None,
-            "hooks": {name: hook.to_dict() for name, hook in self.capturing.hooks.items()},
-            "stop_at_layer": self.capturing.stop_at_layer,
+            "prepend_bos": bos is not None,
+            "append_eos": eos is not None,
+            "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
+            "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
         }
         self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
@@ -220,7 +227,7 @@ class Job:
         return None if most is None else most // self.options.shard[1]
 
     def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
-        stored = {name: hook.column for name, hook in self.capturing.hooks.items()}
+        stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
@@ -228,7 +235,7 @@ class Job:
             self._begun.append(file)
             writer.call(lambda: self._begin(plan, file))
         for batch in plan.batches(self.layout.batch_size):
-            captured = self.capturing.run(batch)
+            captured = capture(self.bridge, self.hooks, batch)
             if self._writes:
                 writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
             if bar is not None:

@@ -52,10 +52,8 @@ def open_source(data: Any) -> Source:
         if isinstance(data, library.IterableDataset):
             return Source(lambda start: iter(data.skip(start)), {"kind": "datasets.IterableDataset"})
         if isinstance(data, library.Dataset):
-            rows = len(data)
-            return Source(
-                lambda start: iter(data.select(range(start, rows))), {"kind": "datasets.Dataset", "rows": rows}, rows
-            )
+            about = {"kind": "datasets.Dataset", "rows": len(data)}
+            return Source(lambda start: iter(data.select(range(start, len(data)))), about, len(data))
     return _in_memory(data)
 
 
@@ -71,11 +69,8 @@ def _in_memory(data: Any) -> Source:
             "a Hugging Face data set, or another iterable of documents"
         )
     if isinstance(data, Sequence):
-        return Source(
-            lambda start: (data[i] for i in range(start, len(data))),
-            {"kind": "list", "documents": len(data)},
-            len(data),
-        )
+        about = {"kind": "list", "documents": len(data)}
+        return Source(lambda start: (data[i] for i in range(start, len(data))), about, len(data))
     return Source(lambda start: islice(iter(data), start, None), {"kind": "iterable"})
 
 
@@ -104,17 +99,13 @@ def _documents(files: Sequence[Path]) -> Iterator[Any]:
     """The documents of files, one for each line that is not blank: a text, or a JSON object."""
     for file in files:
         with file.open(encoding="utf-8") as lines:
-            numbered = enumerate(lines, 1)
-            for number, line in numbered:
-                if line.strip():
-                    yield _parsed(line, file, number) if file.suffix in JSON_SUFFIXES else line.rstrip("\r\n")
-
-
-def _parsed(line: str, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: not JSON ({error}); one object in each line is expected") from None
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line) if file.suffix in JSON_SUFFIXES else line.rstrip("\r\n")
+                except json.JSONDecodeError as error:
+                    told = f"not JSON ({error}); one object in each line is expected"
+                    raise ValueError(f"{file}, line {number}: {told}") from None
 
 
 @dataclass(frozen=True)
@@ -141,12 +132,12 @@ class Encoder:
         ]
 
     def _content(self, number: int, document: Any) -> Any:
-        if isinstance(document, Mapping):
-            if self.text_key not in document:
-                has = ", ".join(map(repr, document))
-                raise ValueError(f"document {number} has no {self.text_key!r}, only {has}; name the text with text_key")
-            return document[self.text_key]
-        return document
+        if not isinstance(document, Mapping):
+            return document
+        if self.text_key not in document:
+            has = ", ".join(map(repr, document))
+            raise ValueError(f"document {number} has no {self.text_key!r}, only {has}; name the text with text_key")
+        return document[self.text_key]
 
     def _framed(self, ids: Sequence[int]) -> np.ndarray:
         if not len(ids):

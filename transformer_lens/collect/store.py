@@ -1,4 +1,4 @@
-"""`ActivationStore`: memory-mapped access to what `collect` wrote, by token, document or hook."""
+"""`ActivationStore`: what `collect` wrote, memory-mapped, by token, document or hook, or in shuffled batches."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from transformer_lens.checks import a_path, as_array, in_words, nearest, needed, whole
-from transformer_lens.collect.batches import ActivationBatches
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
 from transformer_lens.collect.statistics import RunningStatistics
@@ -22,10 +22,13 @@ from transformer_lens.utilities import get_act_name
 
 Names = str | Sequence[str | tuple[str, int]] | None
 Index = int | slice | Sequence[int] | Tensor | np.ndarray
+Rows = dict[str, Tensor]
 CHUNK = 8192
 """Tokens a statistic reads at a time."""
 OPEN = 128
 """Shards mapped at a time, far below the limit of open files per process."""
+RUN = 256
+"""Tokens of a batch that are read together: enough for an efficient disk read, few compared with any buffer."""
 
 
 class Shards:
@@ -277,3 +280,98 @@ def _rows(out_dir: str, chosen: tuple[str, ...], version: str) -> Iterator[dict[
         parts = {name: store.to_numpy(name, slice(start, start + CHUNK)) for name in chosen}
         for row in range(len(next(iter(parts.values())))):
             yield {name: values[row] for name, values in parts.items()}
+
+
+class ActivationBatches(IterableDataset[Tensor | Rows]):
+    """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
+
+    Short runs of tokens are read in random order and mixed in a bounded buffer. The order depends only on `seed`, the
+    epoch and the number of workers. In `DataLoader(batches, batch_size=None, num_workers=n)` each worker has its part.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        names: str | list[str],
+        batch_size: int,
+        shuffle: bool,
+        buffer_tokens: int,
+        seed: int,
+        drop_last: bool,
+    ) -> None:
+        super().__init__()
+        batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed, 0)
+        buffer_tokens = whole("buffer_tokens", buffer_tokens, 1)
+        if shuffle and buffer_tokens < batch_size:
+            raise ValueError(f"buffer_tokens: got {buffer_tokens}, expected at least the batch_size, {batch_size}")
+        self.store = store
+        self.single = isinstance(names, str)
+        self.names = [names] if isinstance(names, str) else list(names)
+        self.batch_size, self.shuffle, self.buffer_tokens = batch_size, shuffle, buffer_tokens
+        self.seed, self.drop_last, self.epoch = seed, drop_last, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = whole("epoch", epoch, 0)
+
+    def __iter__(self) -> Iterator[Tensor | Rows]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        runs = np.arange(0, len(self.store), RUN)
+        if self.shuffle:
+            runs = np.random.default_rng([self.seed, self.epoch]).permutation(runs)
+        mine: list[int] = runs[part::parts].tolist()
+        tokens = sum(min(RUN, len(self.store) - run) for run in mine)
+        coming = _Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
+        for batch in self._mixed(coming, tokens, part) if self.shuffle else self._in_order(coming, tokens):
+            if len(batch[self.names[0]]) == self.batch_size or not self.drop_last:
+                yield batch[self.names[0]] if self.single else batch
+
+    def _in_order(self, coming: _Coming, tokens: int) -> Iterator[Rows]:
+        for start in range(0, tokens, self.batch_size):
+            yield coming.take(min(self.batch_size, tokens - start))
+
+    def _mixed(self, coming: _Coming, tokens: int, part: int) -> Iterator[Rows]:
+        """Take a random batch out of the buffer, and refill its places with the next tokens."""
+        random = np.random.default_rng([self.seed, self.epoch, part])
+        size = min(self.buffer_tokens, tokens)
+        left = tokens - size
+        buffer = coming.take(size)
+        while left:
+            places = random.choice(size, self.batch_size, replace=False)
+            yield _at(buffer, torch.from_numpy(places))
+            filled = places[:left]
+            left -= len(filled)
+            for name, values in coming.take(len(filled)).items():
+                buffer[name][torch.from_numpy(filled)] = values
+            if len(filled) < len(places):  # nothing is left to put into the others
+                kept = np.setdiff1d(np.arange(size), places[len(filled) :])
+                buffer, size = _at(buffer, torch.from_numpy(kept)), len(kept)
+        order = torch.from_numpy(random.permutation(size))
+        for start in range(0, size, self.batch_size):
+            yield _at(buffer, order[start : start + self.batch_size])
+
+
+def _at(of: Rows, index: slice | Tensor) -> Rows:
+    return {name: values[index] for name, values in of.items()}
+
+
+class _Coming:
+    """A stream of token runs, taken in portions of any size."""
+
+    def __init__(self, runs: Iterator[Rows]) -> None:
+        self._runs = runs
+        self._rest: Rows = {}
+        self._left = 0
+
+    def take(self, tokens: int) -> Rows:
+        parts = []
+        while tokens:
+            if not self._left:
+                self._rest = next(self._runs)
+                self._left = len(next(iter(self._rest.values())))
+            some = min(tokens, self._left)
+            parts.append(_at(self._rest, slice(some)))
+            self._rest = _at(self._rest, slice(some, None))
+            self._left, tokens = self._left - some, tokens - some
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
