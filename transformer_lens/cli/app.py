@@ -13,13 +13,11 @@ from typer import Option
 
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
-from transformer_lens.cli.hooks import hooks
-from transformer_lens.cli.info import info
+from transformer_lens.cli.hooks import hooks, info
 from transformer_lens.cli.options import AsJson, Device, Loading, Model, complete_model, load_bridge, need_device
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
-from transformer_lens.cli.serve import serve
-from transformer_lens.cli.status import status
+from transformer_lens.cli.serve import serve, status
 
 app = Commands(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -64,9 +64,7 @@ class Layout:
 class Files:
     """Files and processes"""
 
-    store_dtype: str | None = Option(
-        None, help="Such as bfloat16, on disk. Default: as the model computes.", callback=dtype_of
-    )
+    store_dtype: str | None = Option(None, help="On disk, as bfloat16. Default: as computed.", callback=dtype_of)
     shard_tokens: int = Option(65536, metavar="N", min=1, help="About so many tokens in a file.")
     shard: str = Option("0/1", metavar="RANK/WORLD", help="This process's part of a job that several share.")
     check: bool = Option(

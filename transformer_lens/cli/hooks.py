@@ -1,11 +1,12 @@
-"""`hooks`: a model's hook table, whole or filtered, from its config alone."""
+"""`hooks` and `info`: a model's hook table, and its layout, parameters and memory, from its config alone."""
 
 from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
 
-from typer import Argument, Context
+import typer
+from typer import Argument, Context, Option
 
 from transformer_lens.cli.options import (
     PUBLISHED,
@@ -14,12 +15,15 @@ from transformer_lens.cli.options import (
     TrustRemoteCode,
     complete_model,
     complete_shape,
+    dtype_of,
     named,
     output,
     quiet,
     write_json,
 )
-from transformer_lens.cli.running import load_package
+from transformer_lens.cli.running import Output, load_package
+
+SHORT_DTYPES = ("bf16", "fp16", "fp32")
 
 
 def complete_hook(context: Context, incomplete: str) -> list[str]:
@@ -98,3 +102,50 @@ def matches(pattern: str, name: str, layers: int) -> bool:
         r"^blocks\.(\d+)(?=\.|$)", lambda found: "blocks.{i}" if int(found[1]) < layers else found[0], pattern
     )
     return fnmatchcase(name, f"*{general}*")
+
+
+def info(
+    model: str = Argument(
+        ...,
+        metavar="MODEL",
+        help="A hub name, a directory, a config.json, or a built-in shape such as falcon-40b.",
+        autocompletion=complete_shape,
+    ),
+    context: str | None = Option(None, help="Tokens in the KV cache, as 2048,8192. Default: 2048 and the model's."),
+    dtype: str = Option("bf16", help="Of the KV cache: bf16, fp16 or fp32."),
+    json: bool = Option(False, "--json", help="Print it as JSON, in bytes."),
+) -> None:
+    """Show a model's layout, parameters and memory (weights and KV cache), from its config alone.
+
+    [bold]Examples[/]
+
+    transformer-lens info falcon-40b --context 2048,8192
+
+    transformer-lens info tiny-mixtral --json
+    """
+    from transformer_lens.model_bridge import model_info
+
+    found = model_info(model, context=None if context is None else lengths(context), dtype=cache_dtype(dtype))
+    if json:
+        write_json(found.to_dict())
+    else:
+        Output().print(*found.tables())
+
+
+def lengths(text: str) -> list[int]:
+    """The numbers in a text such as "2048,8192"."""
+    parts = [part.strip().replace("_", "") for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        told = f"got {text!r}, expected numbers of tokens with commas between, such as 2048,8192"
+        raise typer.BadParameter(told, param_hint="--context")
+    return list(map(int, parts))
+
+
+def cache_dtype(text: str) -> str:
+    """The dtype as given. Raises typer's `BadParameter`, exit code 2, for an unknown one."""
+    if text in SHORT_DTYPES:
+        return text
+    try:
+        return str(dtype_of(text))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error.message}, or {', '.join(SHORT_DTYPES)}", param_hint="--dtype") from error

@@ -1,4 +1,4 @@
-"""`serve`: run a span of a model's blocks for other machines, until a signal ends it."""
+"""`serve`: run a span of a model's blocks for other machines; `status`: who runs which blocks of a model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,28 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.measure import Measurement
+from rich.text import Text
 from typer import Option
 
-from transformer_lens.cli.options import DTYPES, LoadingPart, Model, named, need_device, quiet, torch_dtype
+from transformer_lens.cli.options import (
+    DTYPES,
+    AsJson,
+    LoadingPart,
+    Model,
+    named,
+    need_device,
+    output,
+    quiet,
+    torch_dtype,
+    write_json,
+)
 from transformer_lens.cli.running import FAILED, say
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -28,9 +41,7 @@ FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Connection:
     """Network"""
 
-    initial_peers: list[str] | None = Option(
-        None, help="Address of a server to join, as it prints it; repeatable. Default: none."
-    )
+    initial_peers: list[str] | None = Option(None, help="Address that a server printed; repeatable. Default: none.")
     identity: Path | None = Option(None, help="File with this peer's key, made when missing. Default: a new key.")
     prefix: str | None = Option(
         None,
@@ -72,8 +83,7 @@ class ServerLimits:
 
     def given(self) -> dict[str, Any]:
         """The limits that were set, by their names in `Limits`."""
-        limits: dict[str, Any] = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
-        limits["message"] = self.message_bytes
+        limits = {name.replace("message_bytes", "message"): value for name, value in vars(self).items()}
         return {name: value for name, value in limits.items() if value is not None}
 
 
@@ -121,8 +131,8 @@ def serve(
     warn_if_open(network.host, network.allow)
     if loading.threads is not None:
         torch.set_num_threads(loading.threads)
-    options = {"device": loading.device, "attn_implementation": loading.attn_implementation}
-    options |= {"revision": loading.revision, "dht_prefix": network.prefix, "dtype": torch_dtype(loading.dtype)}
+    options = {**vars(loading), "dht_prefix": network.prefix, "dtype": torch_dtype(loading.dtype)}
+    del options["threads"]
     with log_to_stderr() as log, signals() as (stop, now):
         with quiet(), named(model):
             told = {name: value for name, value in options.items() if value is not None}
@@ -196,3 +206,74 @@ def signals() -> Iterator[tuple[threading.Event, threading.Event]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def status(model: Model, network: Connection, json: AsJson = False) -> None:
+    """Show a model's servers: blocks, state, load, latency; exit code 1 if a block has no server.
+
+    [bold]Example[/]
+
+    transformer-lens status tiny-falcon --initial-peers /ip4/127.0.0.1/tcp/31337/p2p/12D3KooW...
+    """
+    found = look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix)
+    if json:
+        write_json(found)
+    else:
+        show(found)
+    if found["missing"]:
+        raise typer.Exit(FAILED)
+
+
+def look(
+    model: str, initial_peers: Sequence[str], *, identity: Path | None = None, prefix: str | None = None
+) -> dict[str, Any]:
+    """Everything known about a model's servers. Raises `SpanUnreachable` if no peer answers."""
+    from transformer_lens.distributed import AutoDistributedConfig
+    from transformer_lens.distributed.client.swarm import Swarm
+
+    with quiet(), named(model):
+        config = AutoDistributedConfig.from_pretrained(
+            model, initial_peers=list(initial_peers), max_pinged=2**15, dht_prefix=prefix
+        )
+    with closing(Swarm(config, identity=identity)) as swarm:
+        rows = [row.describe() for row in swarm.known()]
+    serving = [row["blocks"] for row in rows if row["state"] == "serving"]
+    missing = [n for n in range(config.num_hidden_layers) if not any(first <= n < end for first, end in serving)]
+    about = {"model": model, "dht_prefix": config.dht_prefix, "n_layers": config.num_hidden_layers}
+    return {**about, "servers": rows, "missing": missing}
+
+
+WIDE = 1000
+COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms per block", "version", "peer")
+
+
+def show(found: dict[str, Any]) -> None:
+    """Show a table of servers, and the blocks that nobody serves."""
+    from transformer_lens.text_table import TextTable
+
+    rows = [
+        (
+            "{}:{}".format(*row["blocks"]),
+            row["state"],
+            *(number(row[name]) for name in ("load", "sessions", "kv_bytes", "kv_bytes_free")),
+            *(number(row[name], 1000) for name in ("latency", "seconds_per_block")),
+            row["version"],
+            row["peer"],
+        )
+        for row in found["servers"]
+    ]
+    title = f"{found['model']}: {len(found['servers'])} servers of {found['n_layers']} blocks"
+    table = TextTable(title, COLUMNS, rows).__rich__()
+    for column in table.columns:
+        column.no_wrap = True
+    console = output()
+    # A peer id broken over lines is useless, so a narrow terminal wraps the lines itself.
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)
+    console.print(table)
+    if found["missing"]:
+        console.print(Text(f"nobody serves the blocks {', '.join(map(str, found['missing']))}"))
+
+
+def number(value: float | None, scale: float = 1) -> str:
+    """A number as a table cell; empty if unknown."""
+    return "" if value is None else f"{value * scale:,.4g}" if scale != 1 else f"{value:,.0f}"

@@ -35,7 +35,6 @@ def action_of(request: HookRequest) -> Action:
     return Action(request.name, "look" if request.entry.reads_only else "keep")
 
 
-
 @dataclass
 class StretchCall:
     """Blocks `first` to `end` of one forward, with the hooks in them."""

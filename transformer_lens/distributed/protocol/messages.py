@@ -126,7 +126,6 @@ class Reply:
     """The reading actions, in the order in which the model reached them."""
 
 
-
 def printable(text: str, most: int = 2000) -> str:
     """Another process's text without control characters, cut to `most`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])[:most]
