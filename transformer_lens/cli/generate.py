@@ -172,7 +172,6 @@ def seeded(seed: int | None) -> Iterator[None]:
 def continued(
     bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """Each prompt with the model's continuation."""
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
         for prompt, text in zip(batch, bridge.generate(batch, **how), strict=True):

@@ -20,18 +20,7 @@ from rich.measure import Measurement
 from rich.text import Text
 from typer import Option
 
-from transformer_lens.cli.options import (
-    DTYPES,
-    AsJson,
-    LoadingPart,
-    Model,
-    named,
-    need_device,
-    output,
-    quiet,
-    torch_dtype,
-    write_json,
-)
+import transformer_lens.cli.options as options
 from transformer_lens.cli.running import FAILED, say
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -88,14 +77,14 @@ class ServerLimits:
 
 
 @dataclass(frozen=True)
-class LoadingServed(LoadingPart):
+class LoadingServed(options.LoadingPart):
     """Loading the model"""
 
     threads: int | None = Option(None, min=1, help="CPU threads of torch. Default: its own choice.")
 
 
 def serve(
-    model: Model,
+    model: options.Model,
     *,
     blocks: range = Option(
         ..., parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."
@@ -121,21 +110,21 @@ def serve(
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
     from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
-    need_device(loading.device)
+    options.need_device(loading.device)
     given = limits.given()
     address = address_of(network.host, network.port)
-    if loading.dtype not in (None, *DTYPES):
-        raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if loading.dtype not in (None, *options.DTYPES):
+        raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(options.DTYPES)}")
     check_options(given, network.update_period, network.drain_seconds, network.allow)
     need_engine()  # before minutes of reading weights
     warn_if_open(network.host, network.allow)
     if loading.threads is not None:
         torch.set_num_threads(loading.threads)
-    options = {**vars(loading), "dht_prefix": network.prefix, "dtype": torch_dtype(loading.dtype)}
-    del options["threads"]
+    settings = {**vars(loading), "dht_prefix": network.prefix, "dtype": options.torch_dtype(loading.dtype)}
+    del settings["threads"]
     with log_to_stderr() as log, signals() as (stop, now):
-        with quiet(), named(model):
-            told = {name: value for name, value in options.items() if value is not None}
+        with options.quiet(), options.named(model):
+            told = {name: value for name, value in settings.items() if value is not None}
             server = SpanServer(model, blocks, limits=Limits(**given), **told)
         read = server.read
         log.info("%s, %s: %d tensors, %d bytes", model, blocks, len(read.tensors), read.bytes)
@@ -167,7 +156,6 @@ def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
 
 @contextmanager
 def log_to_stderr() -> Iterator[logging.Logger]:
-    """Log what the server does to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(FORMAT))
     log = logging.getLogger("transformer_lens")
@@ -208,7 +196,7 @@ def signals() -> Iterator[tuple[threading.Event, threading.Event]]:
             signal.signal(number, handler)
 
 
-def status(model: Model, network: Connection, json: AsJson = False) -> None:
+def status(model: options.Model, network: Connection, json: options.AsJson = False) -> None:
     """Show a model's servers: blocks, state, load, latency; exit code 1 if a block has no server.
 
     [bold]Example[/]
@@ -217,7 +205,7 @@ def status(model: Model, network: Connection, json: AsJson = False) -> None:
     """
     found = look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix)
     if json:
-        write_json(found)
+        options.write_json(found)
     else:
         show(found)
     if found["missing"]:
@@ -231,7 +219,7 @@ def look(
     from transformer_lens.distributed import AutoDistributedConfig
     from transformer_lens.distributed.client.swarm import Swarm
 
-    with quiet(), named(model):
+    with options.quiet(), options.named(model):
         config = AutoDistributedConfig.from_pretrained(
             model, initial_peers=list(initial_peers), max_pinged=2**15, dht_prefix=prefix
         )
@@ -248,7 +236,6 @@ COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms 
 
 
 def show(found: dict[str, Any]) -> None:
-    """Show a table of servers, and the blocks that nobody serves."""
     from transformer_lens.text_table import TextTable
 
     rows = [
@@ -266,7 +253,7 @@ def show(found: dict[str, Any]) -> None:
     table = TextTable(title, COLUMNS, rows).__rich__()
     for column in table.columns:
         column.no_wrap = True
-    console = output()
+    console = options.output()
     # A peer id broken over lines is useless, so a narrow terminal wraps the lines itself.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)
     console.print(table)

@@ -132,7 +132,6 @@ class ShardFile:
         return found
 
     def abandon(self) -> None:
-        """Delete an unfinished file."""
         if self._file is not None:
             with suppress(FileNotFoundError):
                 self.aside.unlink()
@@ -178,7 +177,6 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as from `sha256sum`."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 

@@ -172,7 +172,6 @@ class ShardRecord:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> ShardRecord:
-        """A record as it stands in a file."""
         return cls(**{**entry, "begin": Cursor(**entry["begin"]), "end": Cursor(**entry["end"])})
 
     def problem(self, out_dir: Path, checksum: bool = True) -> str:
@@ -193,7 +192,6 @@ def shard_name(number: int) -> str:
 
 
 def record_path(out_dir: Path, number: int) -> Path:
-    """The path of a finished shard's record."""
     return (out_dir / shard_name(number)).with_suffix(".json")
 
 

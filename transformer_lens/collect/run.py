@@ -19,18 +19,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import transformer_lens.collect.manifest as manifest
 from transformer_lens.checks import directory_to_write, in_words
 from transformer_lens.collect.capture import Captured, capture, probe, stop_after
 from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
-from transformer_lens.collect.manifest import (
-    Manifest,
-    ShardRecord,
-    environment,
-    model_identity,
-    model_state,
-    shard_name,
-    tokenizer_identity,
-)
 from transformer_lens.collect.plan import Cursor, Options, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
@@ -103,8 +95,8 @@ class Job:
         self.encoder = Encoder(bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab)
         self.bridge, self.hooks = bridge, probe(bridge, chosen, options.dtype)
         identity = {
-            "model": model_identity(bridge),
-            "tokenizer": tokenizer_identity(bridge.tokenizer),
+            "model": manifest.model_identity(bridge),
+            "tokenizer": manifest.tokenizer_identity(bridge.tokenizer),
             "data": dict(self.source.about),
             "text_key": options.text_key,
             "prepend_bos": bos is not None,
@@ -113,14 +105,14 @@ class Job:
             "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
         }
-        self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
+        around = manifest.environment(bridge.input_device())
+        self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
         self.sharing = bridge.attachment.sharding.shards
         """The processes that share the model, and this one's rank; the first has the files."""
-        self.done: dict[int, ShardRecord] = {}
+        self.done: dict[int, manifest.ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
-        """Compute this process's missing shards."""
         self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
@@ -152,7 +144,7 @@ class Job:
             raise answer[1]
         return answer[0]  # type: ignore[no-any-return]
 
-    def _start(self) -> tuple[dict[int, ShardRecord], list[int], bool]:
+    def _start(self) -> tuple[dict[int, manifest.ShardRecord], list[int], bool]:
         """The finished shards, the broken ones among them, and whether nothing is left to do."""
         with self._advising():
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -160,7 +152,7 @@ class Job:
         done = self.manifest.records()
         broken = [number for number, record in done.items() if record.problem(self.out_dir, self.options.check)]
         for number in broken:
-            logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
+            logger.warning("%s is missing or not as it was written: computing it again", manifest.shard_name(number))
         return done, broken, not broken and self.manifest.finish()
 
     def _end(self) -> None:
@@ -229,7 +221,7 @@ class Job:
     def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
         stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
-        path = self.out_dir / shard_name(plan.number)
+        path = self.out_dir / manifest.shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
         if self._writes:
             self._begun.append(file)
@@ -259,7 +251,7 @@ class Job:
         before = self.done.get(plan.number)
         with self._advising():
             checksum = file.finish()
-            record = ShardRecord(
+            record = manifest.ShardRecord(
                 shard=plan.number,
                 file=file.path.name,
                 bytes=file.bytes,

@@ -94,7 +94,6 @@ def name_pairs(held_out: bool = False) -> tuple[tuple[str, str], ...]:
 
 
 def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
-    """A random pair from one side of the split, in random order."""
     first, second = rng.choice(name_pairs(held_out))
     return (first, second) if rng.random() < 0.5 else (second, first)
 

@@ -41,7 +41,6 @@ COLUMNS = 4
 
 
 def _are_ends(limits: object) -> bool:
-    """Whether these are two numbers in ascending order."""
     if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not all(isinstance(end, Real) for end in limits):
         return False
     return bool(-math.inf < limits[0] < limits[1] < math.inf)
@@ -143,7 +142,6 @@ class Heatmap(Picture):
         )
 
     def layout(self) -> dict[str, Any]:
-        """Title and axes for plotly."""
         return {
             "title": {"text": self.title},
             "template": "plotly_white",
@@ -200,7 +198,6 @@ class Heatmap(Picture):
 
     @property
     def _written(self) -> bool:
-        """Whether a PNG has text in its cells."""
         return self.texts is not None or self.matrix.size <= MOST_NUMBERS
 
     def drawing(self) -> Drawing:

@@ -114,5 +114,4 @@ def entitle(figure: Drawing, title: str) -> None:
 
 
 def plotly() -> Any:
-    """plotly's graph objects."""
     return needed("plotly.graph_objects", MISSING)

@@ -102,7 +102,6 @@ class RemoteText:
         weakref.finalize(self, route.closing.extend, self._sessions).atexit = False
 
     def reorder(self, rows: Tensor) -> None:
-        """Reorder the rows, as beam search does."""
         self.rows = rows.long() if self.rows is None else self.rows[rows]
 
     def end_of_leg(self, layer: int) -> int:
@@ -202,7 +201,6 @@ class RemoteText:
         return session
 
     def _close(self, segment: _Segment) -> None:
-        """Let the server forget this session."""
         known = (segment.leg.span, segment.session)
         self._sessions.remove(known)
         self.route.closing.append(known)

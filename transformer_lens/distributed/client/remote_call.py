@@ -241,7 +241,6 @@ class RemoteBlock(BlockElsewhere):
         self.returns_tuple = returns_tuple
 
     def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
-        """Why a hook cannot be sent to a server; `None` if it can."""
         reads = entry.reads_only or isinstance(entry.fn, Capture)
         if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
             return None
@@ -266,7 +265,6 @@ class RemoteBlock(BlockElsewhere):
         return super().__call__(hidden_states, *args, **kwargs)
 
     def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
-        """A hook that scales by a value or sets it, on servers too."""
         return Edit(operation, value)
 
     def _current(self) -> Pass | None:

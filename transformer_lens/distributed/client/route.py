@@ -111,7 +111,6 @@ class Route:
         self.looked_at = trial.looked_at
 
     def close(self) -> None:
-        """Close all sessions and disconnect."""
         self.close_sessions()
         self.source = None
 
@@ -303,7 +302,6 @@ class Tries:
             self._note("the search for servers", lost)
 
     def _timeout(self) -> float:
-        """The seconds for one request."""
         return min(self._left(), float(self.route.settings.request_timeout))
 
     def _left(self) -> float:

@@ -78,7 +78,6 @@ class Server:
 
     @property
     def state(self) -> str:
-        """Its last known state."""
         if self.failed:
             return "no answer"
         told = self.info.get("state")
@@ -174,7 +173,6 @@ class Swarm:
         looking.result()
 
     def close(self) -> None:
-        """Stop looking, and leave the network."""
         if self._updates is not None:
             self._updates.cancel()
         if self._owns_node:

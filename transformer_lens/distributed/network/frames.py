@@ -274,5 +274,4 @@ class Exchange:
 
 
 def refused(text: str, retry: bool) -> bytes:
-    """The answer to a rejected piece."""
     return REPLY.pack(MAGIC, NOT_NOW if retry else REFUSED, 0, 0) + text[:2000].encode()

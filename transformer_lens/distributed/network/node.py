@@ -176,7 +176,6 @@ class Node:
         self.ended.set()
 
     def close(self) -> None:
-        """Leave, and end the daemon."""
         if self._closing or os.getpid() != self._pid:
             return
         self._closing = True
@@ -212,7 +211,6 @@ class Node:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run work in the node's thread, and wait for it."""
         future = self.begin(work)
         try:
             return future.result()
@@ -241,7 +239,6 @@ class Node:
         return self.wait(self.pinged(peer, seconds))
 
     async def pinged(self, peer: str, seconds: float) -> tuple[float, bytes]:
-        """`ping`, in the node's own thread."""
         begin = time.perf_counter()
         with _errors_of(peer):
             reply = await self._once(peer, ping(), seconds, seconds)
@@ -346,6 +343,5 @@ def _value() -> Any:
 
 
 def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:
-    """The network errors that a call over the daemon may raise."""
     bindings = engine.p2p.p2p_daemon_bindings.utils
     return (bindings.P2PDaemonError, bindings.P2PHandlerError, OSError, EOFError)

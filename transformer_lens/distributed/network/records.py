@@ -37,7 +37,6 @@ class Announcement:
     version: str = ""
 
     def record(self) -> dict[str, Any]:
-        """What is stored under a block's uid."""
         values = ([self.blocks.start, self.blocks.stop], self.state, self.seconds_per_block, self.load, self.version)
         return dict(zip(FIELDS, values, strict=True))
 

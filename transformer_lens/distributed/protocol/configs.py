@@ -251,7 +251,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as saved: plain data without client settings."""
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
 
@@ -355,7 +354,6 @@ def refuse_unknown(name: Name, options: dict[str, Any]) -> None:
 
 
 def of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that say where a file comes from."""
     return {key: kwargs[key] for key in FILE_OPTIONS if key in kwargs}
 
 

@@ -139,7 +139,6 @@ def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
 
 
 def pack_request(request: Request) -> bytes:
-    """The bytes of a request."""
     head = {**vars(request), "actions": [vars(action) for action in request.actions]}
     tensors = head.pop("tensors")
     return _frame(head, tensors)
@@ -239,7 +238,6 @@ def _no_number(word: str) -> None:
 
 
 def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
-    """The declared size of a tensor."""
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise MessageError(f"tensor {name[:64]!r} has other facts than dtype, shape and data_offsets")
     dtype, shape = row["dtype"], row["shape"]

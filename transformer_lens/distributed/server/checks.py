@@ -29,7 +29,6 @@ class Checks:
         self.neurons = max(math.prod(size for size in row.shape if isinstance(size, int)) for row in of_neurons)
 
     def check(self, request: Request) -> None:
-        """Raise for requests that do not fit these blocks, or are too expensive."""
         if not self.blocks.start <= request.first < request.end <= self.blocks.stop:
             raise MessageError(
                 f"blocks {request.first} to {request.end} were asked for, and this server has {self.blocks}"

@@ -150,7 +150,6 @@ class ServedSpan:
         )
 
     def close(self) -> None:
-        """Leave at once."""
         self.node.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.server.close()

@@ -138,7 +138,6 @@ class CallQueue:
         """The running call is the first of the first peer."""
 
     def load(self) -> int:
-        """The number of calls that wait or run."""
         with self._changed:
             return sum(map(len, self._queues.values()))
 
