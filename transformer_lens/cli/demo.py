@@ -29,8 +29,7 @@ COLUMNS = (
     *("head", "attends to the\ninduction target", "attends to the\nprevious token", "kind"),
     "loss rise when\nmean-ablated\n(nats/token)",
 )
-FIRST_HOOKS = 5
-"""Rows of the hook table that the demo shows."""
+FIRST_HOOKS = 5  # rows of the hook table that the demo shows
 SENTENCE = "When Mary and John went to the store, John gave a drink to Mary."
 
 

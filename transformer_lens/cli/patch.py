@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformer_lens import TransformerBridge
 
-SWEEPS = {
+SWEEPS = {  # what can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning
     "resid_pre": ("get_act_patch_resid_pre", "pos", "the stream that enters a layer"),
     "resid_mid": ("get_act_patch_resid_mid", "pos", "the stream between attention and MLP (sequential blocks)"),
     "attn_out": ("get_act_patch_attn_out", "pos", "what attention adds to the stream"),
@@ -33,7 +33,6 @@ SWEEPS = {
     "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "head", "a head's attention pattern"),
     "expert_out": ("get_act_patch_expert_out", "expert", "what an expert adds to the stream"),
 }
-"""What can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning."""
 SUFFIXES = (".html", ".png")
 
 
@@ -101,8 +100,7 @@ class Sweep:
 
     what: str
     measure: str
-    tokens: list[str]
-    """The clean prompt's tokens."""
+    tokens: list[str]  # the clean prompt's tokens
     clean: float
     corrupted: float
     restored: Tensor

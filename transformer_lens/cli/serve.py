@@ -46,8 +46,7 @@ def span_of(text: str) -> range:
     return range(int(found[1]), int(found[2]))
 
 
-LEAST = 0.001
-"""The shortest time an option takes, in seconds."""
+LEAST = 0.001  # the shortest time an option takes, in seconds
 
 
 @dataclass(frozen=True)

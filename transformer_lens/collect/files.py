@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-DTYPES: Mapping[torch.dtype, str] = {
+DTYPES: Mapping[torch.dtype, str] = {  # the safetensors name of each dtype
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -32,7 +32,6 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The safetensors name of each dtype."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +39,20 @@ class Column:
     """One tensor of a shard: a value or an array for each token."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    """The shape for one token."""
+    shape: tuple[int, ...]  # the shape for one token
 
     @property
     def token_bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
 
-ABOUT_TOKENS = {
+ABOUT_TOKENS = {  # what is stored about each token: its context, document, id, and positions in context and document
     "context_ids": Column(torch.int64, ()),
     "document_ids": Column(torch.int64, ()),
     "token_ids": Column(torch.int32, ()),
     "positions": Column(torch.int32, ()),
     "document_positions": Column(torch.int32, ()),
 }
-"""What is stored about each token: its context, document, id, and positions in context and document."""
 
 
 class ShardFile:

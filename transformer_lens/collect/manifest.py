@@ -26,16 +26,13 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-SHOWN = 6
-"""The most differences an error lists."""
+SHOWN = 6  # the most differences an error lists
 LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-SAMPLED = 256
-"""Values per parameter in the fingerprint of the weights, in addition to the sum of all its bits."""
+SAMPLED = 256  # values per parameter in the fingerprint of the weights, in addition to the sum of all its bits
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-UNHEEDED = frozenset(
+UNHEEDED = frozenset(  # module settings that change no number of a forward, or follow from its length
     {"training", "gradient_checkpointing", "layer_idx", "name_or_path", "max_seq_len_cached", "preparations"}
 )
-"""Module settings that change no number of a forward, or follow from its length."""
 ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})
 """The PEFT layer settings whose names begin with an underscore."""
 WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"})
@@ -158,17 +155,14 @@ class ShardRecord:
     file: str
     bytes: int
     sha256: str
-    tokens: int
-    """The number of stored tokens, after the filters."""
+    tokens: int  # the number of stored tokens, after the filters
     contexts: int
     first_document: int
     last_document: int
     begin: Cursor
     end: Cursor
-    last: bool
-    """Whether the data end with this shard."""
-    data_sha256: str
-    """The checksum of the token ids read for it."""
+    last: bool  # whether the data end with this shard
+    data_sha256: str  # the checksum of the token ids read for it
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> ShardRecord:

@@ -21,8 +21,7 @@ from transformer_lens.collect.sources import Encoder, Source
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
-TOGETHER = 32
-"""Documents tokenised in one call."""
+TOGETHER = 32  # documents tokenised in one call
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Cursor:
 
     document: int = 0
     offset: int = 0
-    tokens: int = 0
-    """The number of tokens before it."""
+    tokens: int = 0  # the number of tokens before it
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,7 @@ class Batch(NamedTuple):
 
     ids: np.ndarray
     keep: np.ndarray
-    tokens: int
-    """The number of tokens, padding excluded."""
+    tokens: int  # the number of tokens, padding excluded
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-WAITING = 4
-"""Batches that may wait for the writer, which bounds a job's memory."""
+WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
 
 
 class Background:

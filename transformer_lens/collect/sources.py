@@ -26,12 +26,9 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 class Source:
     """Documents by number: texts, rows of a table, or token ids."""
 
-    read: Callable[[int], Iterator[Any]]
-    """Yields the documents from a number on."""
-    about: Mapping[str, Any]
-    """What identifies the data in a manifest."""
-    documents: int | None = None
-    """The number of documents, if known without reading them."""
+    read: Callable[[int], Iterator[Any]]  # yields the documents from a number on
+    about: Mapping[str, Any]  # what identifies the data in a manifest
+    documents: int | None = None  # the number of documents, if known without reading them
 
 
 def open_source(data: Any) -> Source:
@@ -114,10 +111,8 @@ class Encoder:
 
     tokenizer: Any
     text_key: str
-    bos: int | None
-    """Prepended to each text that does not begin with it, unless `None`."""
-    eos: int | None
-    """Appended to each text, unless `None`."""
+    bos: int | None  # prepended to each text that does not begin with it, unless `None`
+    eos: int | None  # appended to each text, unless `None`
     d_vocab: int
 
     def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:

@@ -23,12 +23,9 @@ from transformer_lens.utilities import get_act_name
 Names = str | Sequence[str | tuple[str, int]] | None
 Index = int | slice | Sequence[int] | Tensor | np.ndarray
 Rows = dict[str, Tensor]
-CHUNK = 8192
-"""Tokens a statistic reads at a time."""
-OPEN = 128
-"""Shards mapped at a time, far below the limit of open files per process."""
-RUN = 256
-"""Tokens of a batch that are read together: enough for an efficient disk read, few compared with any buffer."""
+CHUNK = 8192  # tokens a statistic reads at a time
+OPEN = 128  # shards mapped at a time, far below the limit of open files per process
+RUN = 256  # tokens of a batch that are read together: enough for an efficient disk read, few compared with any buffer
 
 
 class Shards:

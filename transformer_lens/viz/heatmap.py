@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
 
-MOST_NUMBERS = 400
-"""The most cells whose values a PNG shows."""
-MOST_PANELS = 24
-"""The most panels a PNG shows side by side."""
+MOST_NUMBERS = 400  # the most cells whose values a PNG shows
+MOST_PANELS = 24  # the most panels a PNG shows side by side
 COLUMNS = 4
 
 

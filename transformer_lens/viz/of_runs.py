@@ -19,10 +19,8 @@ from transformer_lens.viz.token_text import TokenText
 from transformer_lens.viz.waterfall import Waterfall
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
-Numbers = int | Sequence[int] | None
-"""One number, several, or `None` for all."""
-Limits = tuple[float, float] | None
-"""The ends of the colour scale; `None` takes them from the data, centred on zero."""
+Numbers = int | Sequence[int] | None  # one number, several, or `None` for all
+Limits = tuple[float, float] | None  # the ends of the colour scale; `None` takes them from the data, centred on zero
 
 
 def attention_patterns(

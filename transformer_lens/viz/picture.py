@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MISSING = "drawing needs plotly and matplotlib: pip install 'transformer-lens-bridge[viz]'"
-DIVERGING = "RdBu"
-"""Colours around zero, distinguishable with the common kinds of colour blindness."""
-SEQUENTIAL = "Blues"
-"""Colours from little to much, in one hue that also works without colour vision and in print."""
+DIVERGING = "RdBu"  # colours around zero, distinguishable with the common kinds of colour blindness
+SEQUENTIAL = "Blues"  # colours from little to much, in one hue that also works without colour vision and in print
 RISE, FALL, TOTAL = "#0072B2", "#D55E00", "#777777"
 """From the palette of Okabe and Ito (2008), safe for the common kinds of colour blindness."""
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
-MOST_LABELS = 60
-"""More labels than this along an axis are thinned out to stay readable."""
+MOST_LABELS = 60  # more labels than this along an axis are thinned out to stay readable
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 

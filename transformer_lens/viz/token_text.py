@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
 
-Line = list[tuple[int, int, str]]
-"""The tokens of a line: index, first column and visible text."""
-COLUMNS, MOST_LINES = 80, 150
-"""Characters per line, and lines, of a PNG."""
+Line = list[tuple[int, int, str]]  # the tokens of a line: index, first column and visible text
+COLUMNS, MOST_LINES = 80, 150  # characters per line, and lines, of a PNG
 WIDTH, LINE, HEAD, FONT_SIZE = 8.0, 0.27, 0.3, 9.5
 """Inches: PNG width, line height, title height; then the font size in points, at which one character fills a column."""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">

@@ -22,12 +22,11 @@ from transformer_lens.distributed.protocol import configs
 from transformer_lens.distributed.protocol.checkpoint import block_of, filled, read_part
 from transformer_lens.model_bridge import upstream
 
-INSTEAD = {
+INSTEAD = {  # what transformers would collect inside the blocks, and how to get it here
     "output_hidden_states": "run_with_cache(names_filter=lambda name: name.endswith('hook_resid_pre'))",
     "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
-"""What transformers would collect inside the blocks, and how to get it here."""
 HEADS = ("lm_head.weight", "embed_out.weight")
 """Names of the head in checkpoints, which may differ from the installed release's."""
 
@@ -36,8 +35,7 @@ class RemoteBlocks:
     """A base model with remote blocks, which records each forward's mask and positions for the servers."""
 
     route: Route
-    arguments: upstream.Arguments
-    """The argument names of the family's forward."""
+    arguments: upstream.Arguments  # the argument names of the family's forward
     config: Any
     training: bool
     prompts: TrainedPrompts | None

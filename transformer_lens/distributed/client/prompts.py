@@ -182,8 +182,7 @@ class ModelCall:
     kwargs: dict[str, Any]
     mask: Tensor | None = None
     position_ids: Tensor | None = None
-    ahead: int = 0
-    """Positions before the text's, in the arguments and in the output."""
+    ahead: int = 0  # positions before the text's, in the arguments and in the output
     edits: Sequence[Edit] = ()
 
     def __getitem__(self, word: Word) -> Any:

@@ -27,12 +27,9 @@ class _Segment:
 
     leg: Leg
     session: str
-    source: SpanSource
-    """The source of its leg."""
-    streams: list[Tensor] = field(default_factory=list)
-    """Each step's input, as far as known."""
-    done: int = 0
-    """Steps the session holds, as far as its server confirmed."""
+    source: SpanSource  # the source of its leg
+    streams: list[Tensor] = field(default_factory=list)  # each step's input, as far as known
+    done: int = 0  # steps the session holds, as far as its server confirmed
 
 
 @dataclass
@@ -51,8 +48,7 @@ def _end(step: Request) -> int:
 class _Stretch:
     """Blocks that are called together: every step so far, and the sessions with their keys and values."""
 
-    steps: list[Request] = field(default_factory=list)
-    """The steps, without what is in `masks`."""
+    steps: list[Request] = field(default_factory=list)  # the steps, without what is in `masks`
     masks: list[_Mask | None] = field(default_factory=list)
     """Each step's mask, mostly one shared object: separate ones would take quadratic memory."""
     segments: list[_Segment] = field(default_factory=list)
@@ -91,12 +87,9 @@ class RemoteText:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.length = 0
-        """Positions that the servers hold, including trained prompts."""
-        self.ahead = 0
-        """The number of prompt positions among them."""
-        self.rows: Tensor | None = None
-        """The earlier row that each row continues, if that changed since the last step."""
+        self.length = 0  # positions that the servers hold, including trained prompts
+        self.ahead = 0  # the number of prompt positions among them
+        self.rows: Tensor | None = None  # the earlier row that each row continues, if that changed since the last step
         self.stretches: dict[tuple[int, int], _Stretch] = {}
         self._sessions: deque[tuple[Span, str]] = deque()
         weakref.finalize(self, route.closing.extend, self._sessions).atexit = False

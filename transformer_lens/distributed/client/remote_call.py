@@ -45,8 +45,7 @@ class StretchCall:
     looked: dict[int, Tensor] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
-    text: RemoteText | None = None
-    """The text that this continues, if keys and values are kept."""
+    text: RemoteText | None = None  # the text that this continues, if keys and values are kept
 
     def values(self) -> dict[int, Tensor]:
         """The tensors of edits, by the number of their action."""
@@ -204,8 +203,7 @@ class Pass:
     tensors: dict[str, Tensor]
     use_cache: bool
     text: RemoteText | None
-    edits: Sequence[Edit] = ()
-    """What trained prompts add to each block's input."""
+    edits: Sequence[Edit] = ()  # what trained prompts add to each block's input
     done: int = 0
 
     def prompts_at(self, layer: int) -> list[HookRequest]:
@@ -230,8 +228,7 @@ def passing(current: Pass) -> Iterator[None]:
 class RemoteBlock(BlockElsewhere):
     """Stands in for a block on a server. The first of a stretch sends the call, the others pass the stream on."""
 
-    blocks: Any
-    """All blocks of the model, including this one."""
+    blocks: Any  # all blocks of the model, including this one
 
     def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         super().__init__()

@@ -64,17 +64,13 @@ class Route:
         self.n_layers = n_layers
         self.settings = settings
         self.source: SpanSource | None = None
-        self.expected: dict[str, Any] = {}
-        """What a server has to report of itself."""
+        self.expected: dict[str, Any] = {}  # what a server has to report of itself
         self.clock: Callable[[], float] = time.monotonic
         self.sleep: Callable[[float], None] = time.sleep
         self.health = Health(settings, lambda: self.clock())
-        self.recoveries: deque[Recovery] = deque(maxlen=1000)
-        """Repaired failures, latest last."""
-        self.closing: deque[tuple[Span, str]] = deque()
-        """Sessions of deleted texts, to be closed with the next call."""
-        self.looked_at: dict[int, _Look] = {}
-        """Spans whose server was asked what it is, by identity."""
+        self.recoveries: deque[Recovery] = deque(maxlen=1000)  # repaired failures, latest last
+        self.closing: deque[tuple[Span, str]] = deque()  # sessions of deleted texts, to be closed with the next call
+        self.looked_at: dict[int, _Look] = {}  # spans whose server was asked what it is, by identity
         self._shown: list[Leg] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Route:
@@ -198,15 +194,13 @@ class Tries:
         self.kind, self.blocks = kind, range(first, end)
         self.name = f"{kind} of blocks {first} to {end}"
         self.waits = waits
-        self.failures: list[tuple[str, str]] = []
-        """The peers that failed, and their errors."""
+        self.failures: list[tuple[str, str]] = []  # the peers that failed, and their errors
         self._began = self._first_failure = route.clock()
         self._deadline = self._began + route.health.longest(route.settings.request_timeout)
         self.replayed = self._tried = self._losses = self._waited = 0
         self._looked = self._rested = False
         """Whether the source was refreshed, and then waited for, since the last failure."""
-        self._excused: set[str] = set()
-        """Peers asked in spite of a ban, for lack of others."""
+        self._excused: set[str] = set()  # peers asked in spite of a ban, for lack of others
 
     def ask(self, span: Span, request: Request) -> Reply | None:
         """A server's answer, or `None` if another server has to be found.

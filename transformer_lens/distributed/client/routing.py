@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-LONGEST_BAN = 16
-"""A ban doubles with every failure in a row, up to this many times `ban_timeout`."""
+LONGEST_BAN = 16  # a ban doubles with every failure in a row, up to this many times `ban_timeout`
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,7 @@ class NoPath(LookupError):
 
     def __init__(self, missing: list[int], banned: dict[str, float], known: Collection[str]) -> None:
         self.missing = missing
-        self.banned = banned
-        """Banned servers with these blocks, and the seconds left."""
+        self.banned = banned  # banned servers with these blocks, and the seconds left
         text = f"no server that may be asked has the blocks {missing}"
         if banned:
             waits = ", ".join(f"{peer} for {seconds:.1f} s" for peer, seconds in banned.items())
@@ -120,8 +118,7 @@ class Health:
 
     def __init__(self, settings: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings, self.clock = settings, clock
-        self.failures: dict[str, int] = {}
-        """Each peer's failures in a row."""
+        self.failures: dict[str, int] = {}  # each peer's failures in a row
         self._until: dict[str, float] = {}
 
     def failed(self, peer: str) -> None:

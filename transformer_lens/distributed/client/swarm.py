@@ -28,8 +28,7 @@ from transformer_lens.distributed.protocol.messages import (
 
 logger = logging.getLogger(__name__)
 
-WEIGHT = 0.3
-"""The weight of the latest ping in the moving average."""
+WEIGHT = 0.3  # the weight of the latest ping in the moving average
 
 
 class RemoteSpan:
@@ -68,13 +67,10 @@ class Server:
 
     announcement: Announcement
     span: RemoteSpan
-    latency: float | None = None
-    """In seconds, as a moving average; `None` if never measured."""
-    failed: bool = False
-    """Whether the last ping failed."""
+    latency: float | None = None  # in seconds, as a moving average; `None` if never measured
+    failed: bool = False  # whether the last ping failed
     pinged: float = float("-inf")
-    info: dict[str, Any] = field(default_factory=dict)
-    """The server's answer to the ping."""
+    info: dict[str, Any] = field(default_factory=dict)  # the server's answer to the ping
 
     @property
     def state(self) -> str:

@@ -16,8 +16,7 @@ from typing import Any
 
 from transformer_lens.distributed.protocol.messages import Limits
 
-PIECE = 3 * 2**20
-"""Bytes of a piece. The engine's messages end at 4 MiB; above 1 MiB its throughput is constant."""
+PIECE = 3 * 2**20  # bytes of a piece. The engine's messages end at 4 MiB; above 1 MiB its throughput is constant.
 MAGIC = b"TLF1"
 REQUEST = struct.Struct("<4sB16sQQd")
 """Magic, the request kind, the call, its total bytes, this piece's offset, seconds left for the call."""
@@ -26,8 +25,7 @@ REPLY = struct.Struct("<4sBQQ")
 
 PING, SEND, FETCH = range(3)
 PONG, MORE, ANSWER, REFUSED, NOT_NOW = range(5)
-LONGEST = 7 * 24 * 3600.0
-"""The longest time limit of a call, in seconds."""
+LONGEST = 7 * 24 * 3600.0  # the longest time limit of a call, in seconds
 
 
 class FrameError(ValueError):
@@ -103,21 +101,14 @@ def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
 class Room:
     """What a server holds for pending calls, in bytes."""
 
-    message: int = Limits().message
-    """The largest message."""
-    receiving: int = 2 * Limits().message
-    """The declared size of one peer's incomplete messages."""
-    receiving_all: int = 8 * Limits().message
-    """The received bytes of all peers' incomplete messages."""
-    answers: int = Limits().answer
-    """One peer's unfetched answers."""
+    message: int = Limits().message  # the largest message
+    receiving: int = 2 * Limits().message  # the declared size of one peer's incomplete messages
+    receiving_all: int = 8 * Limits().message  # the received bytes of all peers' incomplete messages
+    answers: int = Limits().answer  # one peer's unfetched answers
     answers_all: int = 4 * Limits().answer
-    kept: int = 16 * 2**20
-    """One peer's fetched answers, kept in case it asks again."""
-    calls: int = 32
-    """One peer's calls, from their first piece until the answer is fetched."""
-    seconds: float = 60
-    """An incomplete message or an answer is forgotten after this long without a request."""
+    kept: int = 16 * 2**20  # one peer's fetched answers, kept in case it asks again
+    calls: int = 32  # one peer's calls, from their first piece until the answer is fetched
+    seconds: float = 60  # an incomplete message or an answer is forgotten after this long without a request
 
 
 @dataclass(eq=False)
@@ -128,15 +119,13 @@ class Call:
     call: bytes
     total: int
     used: float
-    deadline: float = 0.0
-    """When the caller stops waiting, on the exchange's clock."""
+    deadline: float = 0.0  # when the caller stops waiting, on the exchange's clock
     received: bytearray = field(default_factory=bytearray)
     """One buffer, so that many small pieces take no more memory than few large ones."""
     have: int = 0
     answer: bytes | None = None
     fetched: bool = False
-    task: Any = None
-    """What computes the answer; set by the transport, and read when a call is repeated."""
+    task: Any = None  # what computes the answer; set by the transport, and read when a call is repeated
 
     @property
     def message(self) -> bytes:

@@ -28,13 +28,10 @@ from transformer_lens.distributed.protocol.messages import Limits, SpanError, Sp
 
 logger = logging.getLogger(__name__)
 
-HANDLER = "transformer_lens.span.1"
-"""The call's name in libp2p, whose number changes with incompatible versions."""
+HANDLER = "transformer_lens.span.1"  # the call's name in libp2p, whose number changes with incompatible versions
 MISSING = "servers on other machines need hivemind: pip install 'transformer-lens-bridge[swarm]'"
-GRACE = 3.0
-"""Seconds for the daemon to end before it is killed."""
-AFTER_FAILURE = 0.2
-"""Seconds for asyncio to notice that a daemon failed to start; without them it complains."""
+GRACE = 3.0  # seconds for the daemon to end before it is killed
+AFTER_FAILURE = 0.2  # seconds for asyncio to notice that a daemon failed to start; without them it complains
 ADDRESS = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d+(/[\w-]+)*/p2p/{PEER.pattern}")
 Result = TypeVar("Result")
 Handler = Callable[[bytes, str], Awaitable[bytes]]

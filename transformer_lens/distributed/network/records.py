@@ -13,15 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STATES = ("serving", "draining", "gone")
-"""`gone` replaces a record until it would have expired."""
-LIVES = 2.5
-"""A record's lifetime in announcing periods, so that one lost announcement does no harm."""
+STATES = ("serving", "draining", "gone")  # `gone` replaces a record until it would have expired
+LIVES = 2.5  # a record's lifetime in announcing periods, so that one lost announcement does no harm
 MAX_BYTES = 512
-MAX_SERVERS = 4096
-"""The most servers of one model that a client considers."""
-PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
-"""A libp2p peer id in base 58."""
+MAX_SERVERS = 4096  # the most servers of one model that a client considers
+PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")  # a libp2p peer id in base 58
 FIELDS = ("blocks", "state", "seconds_per_block", "load", "version")
 
 
@@ -89,8 +85,7 @@ def may_be_kept(peer: bytes, value: bytes) -> bool:
         return False
 
 
-SIGNED_BYTES = 2048
-"""The most bytes of a record with key and signature; a 2048-bit key and its signature take 550."""
+SIGNED_BYTES = 2048  # the most bytes of a record with key and signature; a 2048-bit key and its signature take 550
 
 
 def sign(identity: bytes, place: bytes, peer: bytes, record: bytes, ends: float) -> bytes:

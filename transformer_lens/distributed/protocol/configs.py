@@ -77,8 +77,7 @@ class ModelSettings:
 CLIENT_SETTINGS: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings))
 
 
-Rule = tuple[Callable[[Any], bool], str]
-"""Whether a value fits, and what is expected."""
+Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what is expected
 
 
 def _from(least: int) -> Rule:
@@ -96,7 +95,7 @@ def _is_list(value: Any) -> bool:
 
 TIME: Rule = (lambda value: type(value) in (int, float) and 0 < value < inf, "a time in seconds, above 0 and finite")
 PEERS: Rule = (lambda value: value is None or _is_list(value), "a list of strings or None")
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {  # the check of each setting
     **dict.fromkeys((field.name for field in fields(ClientSettings) if field.type == "float"), TIME),
     "max_retries": _from(0),
     "max_pinged": _from(1),
@@ -109,7 +108,6 @@ RULES: dict[str, Rule] = {
     "tuning_mode": _among(None, "ptune", "deep_ptune"),
     "use_chunked_forward": _among(True, False, "auto"),
 }
-"""The check of each setting."""
 
 
 def check_settings(config: Any) -> None:

@@ -27,8 +27,7 @@ FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 INTEGER = DTYPES["I64"]
 
 KINDS = ("forward", "backward", "step", "close", "info")
-READS = ("look", "keep", "gradient")
-"""Actions that return the activation, the activation in the graph, or its gradient."""
+READS = ("look", "keep", "gradient")  # actions that return the activation, the activation in the graph, or its gradient
 EDITS = ("set", "add", "scale", "zero", "project_out")
 
 
@@ -122,8 +121,7 @@ class Reply:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     error: str = ""
-    turns: list[int] = field(default_factory=list)
-    """The reading actions, in the order in which the model reached them."""
+    turns: list[int] = field(default_factory=list)  # the reading actions, in the order in which the model reached them
 
 
 def printable(text: str, most: int = 2000) -> str:

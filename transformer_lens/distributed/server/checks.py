@@ -12,8 +12,7 @@ from transformer_lens.distributed.protocol.messages import EDITS, FLOATS, INTEGE
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-NUMBER = 8
-"""The most bytes of a number in an activation."""
+NUMBER = 8  # the most bytes of a number in an activation
 
 
 class Checks:

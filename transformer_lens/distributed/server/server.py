@@ -30,8 +30,7 @@ from transformer_lens.hook_points import HookEntry, HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
-TOLD = (ValueError, TypeError)
-"""Errors whose text is sent to the client; a `MessageError` is a `ValueError`."""
+TOLD = (ValueError, TypeError)  # errors whose text is sent to the client; a `MessageError` is a `ValueError`
 ANSWERABLE = (
     *TOLD,
     ArithmeticError,
@@ -44,13 +43,11 @@ ANSWERABLE = (
 )
 """Errors a call may raise for its content. Other texts may name this machine's files and stay in its log."""
 
-VERSION = version("transformer-lens-bridge")
-"""Read once, since looking it up opens files."""
+VERSION = version("transformer-lens-bridge")  # read once, since looking it up opens files
 
 logger = logging.getLogger(__name__)
 
-WEIGHT = 0.2
-"""The weight of the latest call in moving averages."""
+WEIGHT = 0.2  # the weight of the latest call in moving averages
 
 
 @dataclass(eq=False)

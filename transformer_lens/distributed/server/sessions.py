@@ -31,8 +31,7 @@ class Session:
     """One text: its cache, the cache's length, and the last answer in case it is asked for again."""
 
     cache: Any
-    bytes_per_position: int
-    """For one row."""
+    bytes_per_position: int  # for one row
     rows: int
     length: int = 0
     used: float = 0
@@ -134,8 +133,7 @@ class CallQueue:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[Call]] = {}
-        """The running call is the first of the first peer."""
+        self._queues: dict[str, deque[Call]] = {}  # the running call is the first of the first peer
 
     def load(self) -> int:
         with self._changed:

@@ -18,8 +18,7 @@ from transformer_lens.model_bridge import BlockElsewhere
 class SpanOf:
     """A base model whose blocks outside a span are elsewhere; blocks keep their numbers."""
 
-    place: ClassVar[str]
-    """The base model's attribute for its blocks."""
+    place: ClassVar[str]  # the base model's attribute for its blocks
     here: ClassVar[range]
 
     def __init__(self, config: Any) -> None:
