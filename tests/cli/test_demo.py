@@ -21,7 +21,6 @@ from transformer_lens.cli.demo import (
     suitable_pair,
 )
 
-
 QUIET = Console(file=io.StringIO())
 
 

@@ -5,9 +5,11 @@ It keeps nothing between calls but sessions' keys and values. A bad message gets
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import logging
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -15,19 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol import messages as wire
+from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
 from transformer_lens.distributed.protocol.edits import Edit
 from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
-from transformer_lens.distributed.server.span_model import load_span
 from transformer_lens.hook_points import HookEntry, HookPoint
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import BlockElsewhere, TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
 TOLD = (ValueError, TypeError)  # errors whose text is sent to the client; a `MessageError` is a `ValueError`
@@ -48,6 +52,59 @@ VERSION = version("transformer-lens-bridge")  # read once, since looking it up o
 logger = logging.getLogger(__name__)
 
 WEIGHT = 0.2  # the weight of the latest call in moving averages
+
+
+class SpanOf:
+    """A base model whose blocks outside a span are elsewhere; blocks keep their numbers."""
+
+    place: ClassVar[str]  # the base model's attribute for its blocks
+    here: ClassVar[range]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # the family's own, which allocates nothing yet
+        blocks: nn.ModuleList = self.get_submodule(self.place)  # type: ignore[attr-defined]
+        for layer in set(range(len(blocks))) - set(self.here):
+            blocks[layer] = BlockElsewhere()
+
+
+def load_span(
+    name: str,
+    blocks: range,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
+    """Load a base model with a span's blocks; returns it, the whole model's config, and what was read.
+
+    >>> model, config, part = load_span("tiny-falcon", range(1, 3))
+    >>> [len(list(block.parameters())) for block in model.h], len(part.tensors)
+    ([0, 8, 8, 0], 16)
+
+    `options` are config settings and say where files come from. Weights keep the checkpoint's dtype unless `dtype` is
+    given. Raises `ValueError` for blocks the model lacks, or tensors the checkpoint lacks.
+    """
+    dtype, options = one_dtype(dtype, options)
+    config = config_with(AutoDistributedConfig, name, options)
+    layers = config.num_hidden_layers
+    if not isinstance(blocks, range):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
+    if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > layers:
+        raise ValueError(f"blocks: got {blocks}, expected some of range(0, {layers}), one after the other")
+    part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
+    place, base, here = config.block_prefix.rpartition(".")[2], config.base_class, copy.deepcopy(config)
+    here.vocab_size, here.pad_token_id = 1, None
+    kind: Any = type(base.__name__, (SpanOf, base), {"place": place, "here": blocks, "__module__": base.__module__})
+    with torch.device("meta"):
+        whole = dict(kind(here).named_parameters())
+    # The parts around the blocks never run: a one-row embedding, a final norm.
+    tensors = {end: torch.zeros(p.shape) for end, p in whole.items() if not end.startswith(f"{place}.")}
+    for tensor, weight in part.tensors.items():  # a checkpoint of the model with its head has a prefix
+        tensors[re.sub(rf"^.*?\b(?={re.escape(place)}\.\d)", "", tensor)] = weight
+    how = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model = filled(kind.from_pretrained, here, tensors, f"{name}: its blocks {blocks}", **how)
+    return model.to(device).eval().requires_grad_(False), config, part
 
 
 @dataclass(eq=False)
