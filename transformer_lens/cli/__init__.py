@@ -3,8 +3,6 @@
 `app` has the commands; each is implemented in its own module, which is imported when the command runs.
 """
 
-from __future__ import annotations
-
 import sys
 
 MISSING = "the command line needs typer and rich: pip install 'transformer-lens-bridge[cli]'\n"

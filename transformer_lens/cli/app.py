@@ -3,8 +3,6 @@
 Nothing here imports torch until a command runs, so that `--help` and completion answer at once.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The demo: hooks, cache, induction heads, a patched circuit, and the experts of a mixture."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """`hooks` and `info`: a model's hook table, and its layout, parameters and memory, from its config alone."""
 
-from __future__ import annotations
-
 import re
 from fnmatch import fnmatchcase
 

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 failed or a check failed, 2 command line not understood, 1
 went away. With `--debug` an error keeps its traceback.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os

@@ -1,7 +1,5 @@
 """`serve`: run a span of a model's blocks for other machines; `status`: who runs which blocks of a model."""
 
-from __future__ import annotations
-
 import ipaddress
 import logging
 import os

@@ -1,7 +1,5 @@
 """Atomic files (written aside, flushed, renamed); every tensor's place in a shard is known before its first batch."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -3,8 +3,6 @@
 A source gives its documents in a fixed order, from any number on, and holds only a few of them.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A seed fixes the text on every machine. Name pairs are split once into training 
 `tiny-mixtral` never saw a sentence with a held-out pair.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Pictures of runs: attention patterns, heads by layer, a logit lens, routing, losses by token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

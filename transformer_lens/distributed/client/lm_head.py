@@ -3,8 +3,6 @@
 Parts are for 16-bit weights on a CPU, converted to float32 one at a time to save memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

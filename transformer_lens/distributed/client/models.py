@@ -1,7 +1,5 @@
 """Models with remote blocks: the embedding, final norm and unembedding run here, in the family's own code."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ Only they are trained. Servers receive them as `add` edits and need not know of 
 holds positions; outside the model only the text's positions count.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -140,7 +138,7 @@ class TrainedPrompts(nn.Module):
         prompts.load_state_dict(values)
         return prompts
 
-    def take(self, other: TrainedPrompts, path: str | os.PathLike[str]) -> None:
+    def take(self, other: Self, path: str | os.PathLike[str]) -> None:
         """Copy another's values. Raises `ValueError`, changing nothing, if they are for another model."""
         mine, theirs = asdict(self.facts), asdict(other.facts)
         differing = [f"{name} {theirs[name]!r}, here {mine[name]!r}" for name in mine if mine[name] != theirs[name]]

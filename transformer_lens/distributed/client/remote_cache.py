@@ -3,8 +3,6 @@
 Each server's inputs are kept, so that they can be replayed in the same chunks to a server that lost the session.
 """
 
-from __future__ import annotations
-
 import uuid
 import weakref
 from collections import deque

@@ -3,8 +3,6 @@
 A `StretchCall` determines what is sent, what its hooks get, and how gradients flow through it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -3,8 +3,6 @@
 `Tries` holds the attempts of one call; `routing` makes the choice.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import time
@@ -73,7 +71,7 @@ class Route:
         self.looked_at: dict[int, _Look] = {}  # spans whose server was asked what it is, by identity
         self._shown: list[Leg] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Route":
         """Copies of a model share the servers."""
         other = Route(self.n_layers, self.settings)
         other.source, other.expected, other.health = self.source, self.expected, self.health

@@ -3,8 +3,6 @@
 Pure Python without its own clock, so that simulations run the client's code.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -3,8 +3,6 @@
 A call is cut into parts, each with some of the blocks, the actions in them, and their renumbered tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol

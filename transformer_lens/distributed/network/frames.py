@@ -4,8 +4,6 @@ Pure bytes, without a network. `conversation` is the client's side, `Exchange` t
 before it stores anything, holds at most what `Room` allows, and runs a repeated call once.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 import time

@@ -4,8 +4,6 @@ Only unary calls, which fail at once when the other side dies. Nothing leaves th
 mapping, no public peers. Needs the extra `[swarm]`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import ipaddress

@@ -4,8 +4,6 @@ They are untrusted: malformed ones are skipped, and a client asks the server its
 under a peer id is signed with the key that the id is the hash of, which needs the extra `[swarm]`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

@@ -3,8 +3,6 @@
 A client needs everything outside the blocks, a server the blocks of its span.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

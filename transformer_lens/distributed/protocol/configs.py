@@ -3,8 +3,6 @@
 None needs the network library. Client settings are not saved to `config.json`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -96,7 +94,7 @@ def _is_list(value: Any) -> bool:
 TIME: Rule = (lambda value: type(value) in (int, float) and 0 < value < inf, "a time in seconds, above 0 and finite")
 PEERS: Rule = (lambda value: value is None or _is_list(value), "a list of strings or None")
 RULES: dict[str, Rule] = {  # the check of each setting
-    **dict.fromkeys((field.name for field in fields(ClientSettings) if field.type == "float"), TIME),
+    **dict.fromkeys((field.name for field in fields(ClientSettings) if field.type is float), TIME),
     "max_retries": _from(0),
     "max_pinged": _from(1),
     "pre_seq_len": _from(0),

@@ -3,8 +3,6 @@
 They are ordinary hook functions, so the same objects run on a local bridge.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

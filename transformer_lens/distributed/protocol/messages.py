@@ -3,8 +3,6 @@
 Everything is checked against `Limits` before a tensor is made. Needs the extra `[swarm]`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

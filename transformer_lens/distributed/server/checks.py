@@ -1,7 +1,5 @@
 """A server's checks of a request before anything runs: its blocks, tensors and actions, and their cost."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -3,8 +3,6 @@
 `ServedSpan` connects a `SpanServer`, which interprets messages, to a `Node`, which transports them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

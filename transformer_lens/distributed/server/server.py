@@ -3,8 +3,6 @@
 It keeps nothing between calls but sessions' keys and values. A bad message gets an answer that says why.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools

@@ -4,8 +4,6 @@ Each peer has a budget within a common one that leaves room for others. Calls ru
 that many calls of one peer delay only its own.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
