@@ -1,7 +1,4 @@
-"""Partial reading of safetensors checkpoints: only the files and tensors that one side needs.
-
-A client needs everything outside the blocks, a server the blocks of its span.
-"""
+"""Partial reading of safetensors checkpoints: a client needs all but the blocks, a server the blocks of its span."""
 
 import json
 import re

@@ -1,7 +1,4 @@
-"""Configs of distributed models: a family's own config, and how a client uses servers.
-
-None needs the network library. Client settings are not saved to `config.json`.
-"""
+"""Configs of distributed models: a family's own config, and how a client uses servers. No network library is needed."""
 
 import json
 import logging

@@ -1,7 +1,4 @@
-"""`Edit` and `Keep`: hooks that also work inside remote blocks, since they can be sent there.
-
-They are ordinary hook functions, so the same objects run on a local bridge.
-"""
+"""`Edit` and `Keep`: hook functions that also work inside remote blocks, since they can be sent there."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -1,7 +1,4 @@
-"""Messages between a client and a span's server: a msgpack head and safetensors, nothing executable.
-
-Everything is checked against `Limits` before a tensor is made. Needs the extra `[swarm]`.
-"""
+"""Messages between client and server: a msgpack head and safetensors, checked against `Limits` before one is made."""
 
 import json
 import math

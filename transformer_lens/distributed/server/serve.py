@@ -1,7 +1,4 @@
-"""A span's server on the network: it answers calls, announces itself, and shuts down in order.
-
-`ServedSpan` connects a `SpanServer`, which interprets messages, to a `Node`, which transports them.
-"""
+"""A span's server on the network: it answers calls, announces itself, and shuts down in order."""
 
 import asyncio
 import logging

@@ -1,7 +1,4 @@
-"""`SpanServer`: runs a span of unchanged blocks on request, with the bridge's ports and seams inside.
-
-It keeps nothing between calls but sessions' keys and values. A bad message gets an answer that says why.
-"""
+"""`SpanServer`: runs a span of unchanged blocks on request, with the bridge's ports and seams inside."""
 
 import copy
 import hashlib
