@@ -1,7 +1,4 @@
-"""The commands: each reads its options, calls the public API and shows what it returns.
-
-Nothing here imports torch until a command runs, so that `--help` and completion answer at once.
-"""
+"""The commands: each reads its options, calls the public API and shows what it returns; only then is torch imported."""
 
 from importlib.metadata import version
 from pathlib import Path

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from hashlib import file_digest
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 DTYPES: Mapping[torch.dtype, str] = {  # the safetensors name of each dtype
     torch.float64: "F64",
@@ -103,7 +100,7 @@ class ShardFile:
                 f"{list(column.shape)}, as in the job's first batch"
             )
         if values.numel():
-            raw = memoryview(cast("Buffer", values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
             self._write(raw, self._places[name])
             self._places[name] += len(raw)
 

@@ -1,7 +1,4 @@
-"""Which tokens go into which context, batch and shard, as a function of data and options alone.
-
-A job resumed at any shard therefore makes the same batches as an uninterrupted one.
-"""
+"""Which tokens go into which context, batch and shard: data and options alone decide, also when a job is resumed."""
 
 from __future__ import annotations
 

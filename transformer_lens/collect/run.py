@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -29,12 +30,9 @@ from transformer_lens.collect.store import ActivationStore
 from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformer_lens import TransformerBridge
 
-    NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
-
+NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -122,7 +120,7 @@ class Job:
         finally:
             for file in self._begun:
                 file.abandon()
-        self._agreed(self._end)
+        self._agreed(self.manifest.finish)
 
     @property
     def _writes(self) -> bool:
@@ -131,11 +129,11 @@ class Job:
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
         if self.sharing.size == 1:
-            return function()
+            return self._advised(function)
         answer: list[Any] = [None, None]
         if self._writes:
             try:
-                answer[0] = function()
+                answer[0] = self._advised(function)
             except (ValueError, OSError) as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, group_src=0, group=self.sharing.group)
@@ -145,23 +143,17 @@ class Job:
 
     def _start(self) -> tuple[dict[int, manifest.ShardRecord], list[int], bool]:
         """The finished shards, the broken ones among them, and whether nothing is left to do."""
-        with self._advising():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.manifest.start(self.options.same_environment)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.manifest.start(self.options.same_environment)
         done = self.manifest.records()
         broken = [number for number, record in done.items() if record.problem(self.out_dir, self.options.check)]
         for number in broken:
             logger.warning("%s is missing or not as it was written: computing it again", manifest.shard_name(number))
         return done, broken, not broken and self.manifest.finish()
 
-    def _end(self) -> None:
-        with self._advising():
-            self.manifest.finish()
-
-    @contextmanager
-    def _advising(self) -> Iterator[None]:
+    def _advised(self, function: Callable[[], T]) -> T:
         try:
-            yield
+            return function()
         except OSError as error:
             raise advised(error, self.out_dir, len(self.done)) from error
 
@@ -222,51 +214,48 @@ class Job:
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / manifest.shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
-        if self._writes:
-            self._begun.append(file)
-            writer.call(lambda: self._begin(plan, file))
-        for batch in plan.batches(self.layout.batch_size):
-            captured = capture(self.bridge, self.hooks, batch)
+
+        def later(step: Callable[..., None], *given: Any) -> None:
             if self._writes:
-                writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
+                writer.call(partial(self._advised, partial(step, *given)))
+
+        self._begun.append(file)
+        later(self._begin, plan, file)
+        for batch in plan.batches(self.layout.batch_size):
+            later(self._write, capture(self.bridge, self.hooks, batch), file)
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
-        if self._writes:
-            writer.call(lambda: self._finish(plan, file))
+        later(self._finish, plan, file)
 
     def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
-        with self._advising():
-            file.open()
-            for name, values in plan.columns().items():
-                file.write(name, torch.from_numpy(values))
+        file.open()
+        for name, values in plan.columns().items():
+            file.write(name, torch.from_numpy(values))
 
     def _write(self, captured: Captured, file: ShardFile) -> None:
-        with self._advising():
-            for name, values in captured.on_cpu():
-                file.write(name, values)
+        for name, values in captured.on_cpu():
+            file.write(name, values)
 
     def _finish(self, plan: ShardPlan, file: ShardFile) -> None:
         before = self.done.get(plan.number)
-        with self._advising():
-            checksum = file.finish()
-            record = manifest.ShardRecord(
-                shard=plan.number,
-                file=file.path.name,
-                bytes=file.bytes,
-                sha256=checksum,
-                tokens=int(plan.keep.sum()),
-                contexts=len(plan.ids),
-                first_document=int(plan.documents[0, 0]),
-                last_document=int(plan.documents.max()),
-                begin=plan.begin,
-                end=plan.end,
-                last=plan.last,
-                data_sha256=plan.digest(),
-            )
-            if before is None:
-                self.manifest.keep(record)
-        if before is not None and before != record:
+        record = manifest.ShardRecord(
+            shard=plan.number,
+            file=file.path.name,
+            sha256=file.finish(),
+            bytes=file.bytes,
+            tokens=int(plan.keep.sum()),
+            contexts=len(plan.ids),
+            first_document=int(plan.documents[0, 0]),
+            last_document=int(plan.documents.max()),
+            begin=plan.begin,
+            end=plan.end,
+            last=plan.last,
+            data_sha256=plan.digest(),
+        )
+        if before is None:
+            self.manifest.keep(record)
+        elif before != record:
             raise ValueError(
                 f"{file.path} was computed again and differs from what its record states: model or environment are not "
                 "what they were; collect into another folder"

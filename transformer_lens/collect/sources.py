@@ -1,7 +1,4 @@
-"""Where documents come from: files, data sets, lists of texts, token ids.
-
-A source gives its documents in a fixed order, from any number on, and holds only a few of them.
-"""
+"""Where documents come from: files, data sets, texts or token ids, in a fixed order, read from any number on."""
 
 import json
 import sys

@@ -54,16 +54,8 @@ def attention_patterns(
         shown = pattern.detach().float().cpu()
         unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
         name = _label(layer, head)
-        panels[name] = Heatmap(
-            shown.masked_fill(unseen, float("nan")),
-            rows=tokens[keys - queries :],
-            columns=tokens,
-            title=name,
-            row_title="from",
-            column_title="to",
-            value="attention",
-            limits=(0.0, 1.0),
-        )
+        shown = shown.masked_fill(unseen, float("nan"))
+        panels[name] = Heatmap(shown, tokens[keys - queries :], tokens, name, "from", "to", "attention", (0.0, 1.0))
     if wanted not in panels and first != (0, 0):
         raise ValueError(f"attention_patterns: got first={first!r}, and there is no {wanted} among the patterns given")
     return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
@@ -137,10 +129,8 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
         )
     batch = len(cache[names[0]]) if cache.has_batch_dim else 1
     if batch != 1:
-        raise ValueError(
-            f"attention_patterns: got a batch of {batch}, expected one text; choose it by "
-            "cache.apply_slice_to_batch_dim(i)"
-        )
+        how = "choose it by cache.apply_slice_to_batch_dim(i)"
+        raise ValueError(f"attention_patterns: got a batch of {batch}, expected one text; {how}")
     return {int(name.split(".")[1]): cache[name][0] if cache.has_batch_dim else cache[name] for name in names}
 
 
@@ -204,18 +194,9 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
         [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
         for row in zip(words, best.values.tolist(), strict=True)
     ]
-    return Heatmap(
-        best.values[..., 0].cpu(),
-        rows=labels,
-        columns=_tokens(bridge, text, prepend_bos),
-        title="Logit lens: the likeliest next token, layer by layer",
-        row_title="stream",
-        column_title="after",
-        value="probability",
-        limits=(0.0, 1.0),
-        texts=[[cell[0] for cell in row] for row in words],
-        notes=notes,
-    )
+    title, axes = "Logit lens: the likeliest next token, layer by layer", ("stream", "after", "probability")
+    columns, texts = _tokens(bridge, text, prepend_bos), [[cell[0] for cell in row] for row in words]
+    return Heatmap(best.values[..., 0].cpu(), labels, columns, title, *axes, (0.0, 1.0), texts, notes)
 
 
 @checked

@@ -1,7 +1,4 @@
-"""`Picture`: something that shows in Jupyter and saves as one HTML or PNG file.
-
-A picture is data; plotly draws it as self-contained HTML, matplotlib as PNG, each imported only when it draws.
-"""
+"""`Picture`: data that plotly draws as one self-contained HTML page and matplotlib as PNG, imported when they draw."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ SEQUENTIAL = "Blues"  # colours from little to much, in one hue that also works 
 RISE, FALL, TOTAL = "#0072B2", "#D55E00", "#777777"
 """From the palette of Okabe and Ito (2008), safe for the common kinds of colour blindness."""
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
+LAYOUT = {"template": "plotly_white", "font": {"family": FONT}}
 MOST_LABELS = 60  # more labels than this along an axis are thinned out to stay readable
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 

@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
+import transformer_lens.viz.picture as base
 from transformer_lens.checks import as_numbers, listed, whole
-from transformer_lens.viz.picture import (
-    FALL,
-    FONT,
-    RISE,
-    TOTAL,
-    Picture,
-    entitle,
-    escaped,
-    new_drawing,
-    plotly,
-    visible,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -30,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Waterfall(Picture):
+class Waterfall(base.Picture):
     """The parts of a logit (or of any other sum), each bar starting where the previous one ended.
 
     >>> Waterfall(torch.tensor([1.0, -0.5, 0.25]), ["embed", "L0H0", "bias"], title="logit of ' Mary'")
@@ -65,57 +54,54 @@ class Waterfall(Picture):
         """The labels and values shown: the largest, and the sum of the others."""
         values: list[float] = self.values.double().tolist()
         order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
-        kept = sorted(order[: self.most])
-        rest = [values[i] for i in order[self.most :]]
-        labels = [self.labels[i] for i in kept]
-        shown = [values[i] for i in kept]
+        kept, rest = sorted(order[: self.most]), [values[i] for i in order[self.most :]]
+        labels, shown = [self.labels[i] for i in kept], [values[i] for i in kept]
         return ([*labels, f"{len(rest)} others"], [*shown, sum(rest)]) if rest else (labels, shown)
 
     def figure(self) -> Figure:
         labels, values = self.bars()
         steps = list(range(len(values) + 1))
-        bars = plotly().Waterfall(
+        bars = base.plotly().Waterfall(
             x=steps,
             y=[*values, 0],
             measure=["relative"] * len(values) + ["total"],
-            customdata=[*escaped(labels), "total"],
-            increasing={"marker": {"color": RISE}},
-            decreasing={"marker": {"color": FALL}},
-            totals={"marker": {"color": TOTAL}},
+            customdata=[*base.escaped(labels), "total"],
+            increasing={"marker": {"color": base.RISE}},
+            decreasing={"marker": {"color": base.FALL}},
+            totals={"marker": {"color": base.TOTAL}},
             connector={"line": {"color": "#bbbbbb", "width": 1}},
             hovertemplate=(
                 f"%{{customdata}}<br>adds %{{delta:.3f}} {self.value}<br>so far %{{final:.3f}}<extra></extra>"
             ),
         )
-        axis = {"tickvals": steps, "ticktext": [*escaped(labels), "total"], "tickangle": -40, "automargin": True}
+        axis = {"tickvals": steps, "ticktext": [*base.escaped(labels), "total"], "tickangle": -40, "automargin": True}
         layout = {
+            **base.LAYOUT,
             "title": {"text": self.title},
-            "template": "plotly_white",
-            "font": {"family": FONT},
             "height": 460,
             "showlegend": False,
             "xaxis": axis,
             "yaxis": {"title": {"text": self.value}, "zerolinecolor": "#444444"},
         }
-        return plotly().Figure(bars, layout)
+        return base.plotly().Figure(bars, layout)
 
     def drawing(self) -> Drawing:
         labels, values = self.bars()
         ends = list(accumulate(values))
         starts = [0.0, *ends[:-1]]
-        figure = new_drawing(0.42 * len(values) + 2, 4.2)
+        figure = base.new_drawing(0.42 * len(values) + 2, 4.2)
         axes = figure.subplots()
-        axes.bar(range(len(values)), values, bottom=starts, color=[RISE if v >= 0 else FALL for v in values])
-        axes.bar(len(values), ends[-1], color=TOTAL)
+        axes.bar(range(len(values)), values, bottom=starts, color=[base.RISE if v >= 0 else base.FALL for v in values])
+        axes.bar(len(values), ends[-1], color=base.TOTAL)
         for place, end in enumerate(ends):
             axes.plot([place - 0.4, place + 1.4], [end, end], color="#bbbbbb", linewidth=0.8)
         axes.axhline(0, color="#444444", linewidth=0.8)
-        names = [*map(visible, labels), "total"]
+        names = [*map(base.visible, labels), "total"]
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
         axes.use_sticky_edges = False  # bars would sit on the frame
         axes.margins(y=0.08)
         axes.set_ylabel(self.value)
-        entitle(figure, self.title)
+        base.entitle(figure, self.title)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         return figure

@@ -1,7 +1,4 @@
-"""The LM head of a distributed model: one product, or one per part of the vocabulary.
-
-Parts are for 16-bit weights on a CPU, converted to float32 one at a time to save memory.
-"""
+"""The LM head of a distributed model: one product, or (16-bit weights on a CPU) one for each part of the vocabulary."""
 
 from collections.abc import Iterator
 from typing import Any

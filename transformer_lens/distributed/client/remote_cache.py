@@ -1,7 +1,4 @@
-"""A text generated over remote blocks: servers hold the keys and values, the client holds what recreates them.
-
-Each server's inputs are kept, so that they can be replayed in the same chunks to a server that lost the session.
-"""
+"""A text generated over remote blocks: servers hold its keys and values, the client what recreates them."""
 
 import uuid
 import weakref

@@ -1,7 +1,4 @@
-"""`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them.
-
-A `StretchCall` determines what is sent, what its hooks get, and how gradients flow through it.
-"""
+"""`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

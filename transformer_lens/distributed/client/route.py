@@ -1,7 +1,4 @@
-"""`Route`: runs a model's calls on chosen servers, switches servers on failure, and gives up in bounded time.
-
-`Tries` holds the attempts of one call; `routing` makes the choice.
-"""
+"""`Route`: runs a model's calls on chosen servers, switches servers on failure, and gives up in bounded time."""
 
 import copy
 import logging

@@ -1,7 +1,4 @@
-"""Which servers run which blocks: the fastest path over their spans, and bans after failures.
-
-Pure Python without its own clock, so that simulations run the client's code.
-"""
+"""Which servers run which blocks: the fastest path over their spans, and bans. Pure Python: simulations run it too."""
 
 import itertools
 import time

@@ -1,7 +1,4 @@
-"""Spans as a client sees them: some blocks, and a way to send messages to their server.
-
-A call is cut into parts, each with some of the blocks, the actions in them, and their renumbered tensors.
-"""
+"""Spans as a client sees them: some blocks, a way to send messages to their server, and their part of a call."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

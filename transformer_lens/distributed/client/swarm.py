@@ -1,7 +1,4 @@
-"""Servers found on the network: their blocks and latency, and spans that send messages to them.
-
-Announcements are read every `update_period`, and a few servers of each block pinged.
-"""
+"""Servers found on the network: their blocks and latency, and spans that send messages to them."""
 
 from __future__ import annotations
 
@@ -87,9 +84,7 @@ class Server:
             "blocks": [there.blocks.start, there.blocks.stop],
             "state": self.state,
             "load": self.number("load", there.load),
-            "sessions": self.number("sessions"),
-            "kv_bytes": self.number("kv_bytes"),
-            "kv_bytes_free": self.number("kv_bytes_free"),
+            **{name: self.number(name) for name in ("sessions", "kv_bytes", "kv_bytes_free")},
             "latency": self.latency,
             "seconds_per_block": self.number("seconds_per_block", there.seconds_per_block),
             "version": there.version,
@@ -123,8 +118,8 @@ class Swarm:
         self.uids = [config.block_uid(layer) for layer in range(config.num_hidden_layers)]
         self._servers: dict[str, Server] = {}
         self._looking: Future[None] | None = None
-        self._lock = threading.Lock()
         self._updates: Future[None] | None = None
+        self._lock = threading.Lock()
         self._owns_node = node is None
         self.node = node or Node(config.initial_peers, identity=identity, startup_timeout=config.daemon_startup_timeout)
         try:
@@ -151,14 +146,8 @@ class Swarm:
         if latency is None:
             measured = [other.latency for other in list(self._servers.values()) if other.latency is not None]
             latency = sum(measured) / len(measured) if measured else 0.0
-        there = server.announcement
-        return ServerFacts(
-            span.peer,
-            span.blocks,
-            latency=latency,
-            seconds_per_block=server.number("seconds_per_block", there.seconds_per_block),
-            load=server.number("load", there.load),
-        )
+        told = server.describe()
+        return ServerFacts(span.peer, span.blocks, latency, told["seconds_per_block"], told["load"])
 
     def refresh(self) -> None:
         """Look again now, and wait for the result. Raises `SpanUnreachable` if this process lost its daemon."""

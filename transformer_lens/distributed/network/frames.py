@@ -130,24 +130,15 @@ class Call:
         return bytes(self.received)
 
 
+@dataclass(eq=False)
 class Exchange:
-    """The calls of all peers, whose pieces may arrive in any order and repeatedly.
+    """The calls of all peers, whose pieces may arrive in any order and repeatedly."""
 
-    `about` gives the answer to a ping, `clock` the time in seconds.
-    """
-
-    def __init__(
-        self,
-        room: Room | None = None,
-        piece: int = PIECE,
-        clock: Callable[[], float] = time.monotonic,
-        about: Callable[[], bytes] = bytes,
-    ) -> None:
-        self.room = room or Room()
-        self.piece = piece
-        self.clock = clock
-        self.about = about
-        self.of_peer: dict[str, dict[bytes, Call]] = {}
+    room: Room = field(default_factory=Room)
+    piece: int = PIECE
+    clock: Callable[[], float] = time.monotonic
+    about: Callable[[], bytes] = bytes  # the answer to a ping
+    of_peer: dict[str, dict[bytes, Call]] = field(default_factory=dict, init=False)
 
     def take(self, peer: str, frame: bytes) -> bytes | Call:
         """The answer to a piece, or the call whose answer is still to be computed."""

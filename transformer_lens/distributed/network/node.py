@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformer_lens.checks import needed
@@ -96,20 +97,15 @@ class Node:
         self._thread = threading.Thread(target=self._run, name="libp2p", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        started = False
-        try:
-            with tempfile.TemporaryDirectory(prefix="identity-") as folder:
-                if identity is None and listen:  # what it announces is signed
-                    identity = os.path.join(folder, "key")
-                if identity is not None:
-                    make_identity(identity)
-                    with open(identity, "rb") as file:
-                        self._identity = file.read()
-                self.wait(self._start(listen, identity, startup_timeout))
-            started = True
-        finally:
-            if not started:
-                self.close()
+        with ExitStack() as undo, tempfile.TemporaryDirectory(prefix="identity-") as folder:
+            undo.callback(self.close)
+            if identity is None and listen:  # what it announces is signed
+                identity = os.path.join(folder, "key")
+            if identity is not None:
+                make_identity(identity)
+                self._identity = Path(identity).read_bytes()
+            self.wait(self._start(listen, identity, startup_timeout))
+            undo.pop_all()
 
     def _run(self) -> None:
         # The daemon inherits this: Ctrl-C is for this process alone, which then shuts down in order.
@@ -258,11 +254,9 @@ class Node:
         """One unary call. Raises `ConnectionError` if it breaks, `SpanUnreachable` if time is up."""
         if self.dead:
             raise SpanUnreachable(self.dead)
-        engine = need_engine()
-        value = _value()
-        work = self._keep(
-            self._p2p.call_protobuf_handler(engine.p2p.PeerID.from_base58(peer), HANDLER, value(value=frame), value)
-        )
+        engine, value = need_engine(), _value()
+        to = engine.p2p.PeerID.from_base58(peer)
+        work = self._keep(self._p2p.call_protobuf_handler(to, HANDLER, value(value=frame), value))
         try:
             await asyncio.wait({work, self._ended}, timeout=max(left, 0.001), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -286,11 +280,8 @@ class Node:
     def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
         """Store a value under each name and this peer's id for some seconds; returns whether any peer did."""
         keys = list(uids)
-        stored: Mapping[Any, bool] = self.wait(
-            self._dht.store_many(
-                keys, [value] * len(keys), [time.time() + seconds] * len(keys), subkeys=[self.peer] * len(keys)
-            )
-        )
+        values, ends, peers = ([one] * len(keys) for one in (value, time.time() + seconds, self.peer))
+        stored: Mapping[Any, bool] = self.wait(self._dht.store_many(keys, values, ends, subkeys=peers))
         return all(stored.values())
 
     async def found(self, uids: Sequence[str]) -> dict[str, dict[Any, Any]]:
@@ -327,8 +318,7 @@ def peer_of(identity: str | os.PathLike[str]) -> str:
     'QmNiBr4s9Cr9vNE2yLcbVLcMVoLC4jUcXgQuSKuzfHyyyV'
     """
     make_identity(identity)
-    with open(identity, "rb") as file:
-        return str(need_engine().p2p.PeerID.from_identity(file.read()).to_base58())
+    return str(need_engine().p2p.PeerID.from_identity(Path(identity).read_bytes()).to_base58())
 
 
 def _value() -> Any:
