@@ -1,7 +1,5 @@
 """`collect`: write the activations of a data set to disk; an interrupted command resumes when it is run again."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +111,7 @@ def collect(
         output().print(repr(store), markup=False)
 
 
-def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str]:
+def chosen_hooks(bridge: "TransformerBridge", patterns: Sequence[str]) -> list[str]:
     """The hooks that names and wildcards match."""
     found = []
     for pattern in patterns:

@@ -1,7 +1,5 @@
 """`generate`: continue prompts, with or without ablated heads and a steering vector."""
 
-from __future__ import annotations
-
 import inspect
 import json as json_text
 import re
@@ -170,7 +168,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def continued(
-    bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
+    bridge: "TransformerBridge", texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
@@ -200,7 +198,7 @@ def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 @contextmanager
 def edited(
-    bridge: TransformerBridge, heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
+    bridge: "TransformerBridge", heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
 ) -> Iterator[None]:
     """Edit the model in a `with` block: heads ablated (`attn.hook_z` set to zero), a vector added at a layer or hook.
 
@@ -221,7 +219,7 @@ def edited(
         yield
 
 
-def read_vector(path: Path) -> Tensor:
+def read_vector(path: Path) -> "Tensor":
     """The one tensor of a safetensors file. Raises `ValueError` for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

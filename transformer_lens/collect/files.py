@@ -6,11 +6,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import file_digest
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +28,11 @@ DTYPES: Mapping[torch.dtype, str] = {  # the safetensors name of each dtype
 }
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """One tensor of a shard: a value or an array for each token."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]  # the shape for one token
-
-    @property
-    def token_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 ABOUT_TOKENS = {  # what is stored about each token: its context, document, id, and positions in context and document
@@ -62,7 +56,7 @@ class ShardFile:
         end = 0
         # The widest first, so that each begins at a multiple of its item size.
         for name, column in sorted(columns.items(), key=lambda pair: -pair[1].dtype.itemsize):
-            begin, end = end, end + tokens * column.token_bytes
+            begin, end = end, end + tokens * prod(column.shape) * column.dtype.itemsize
             shape = [tokens, *column.shape]
             entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()

@@ -3,8 +3,6 @@
 A job that goes on has to find all of it unchanged. The manifest does not depend on when, or in how many runs, it ran.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,7 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +37,7 @@ WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "
 """Config entries recorded elsewhere, or without effect on the computation."""
 
 
-def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
+def model_identity(bridge: "TransformerBridge") -> dict[str, Any]:
     """The model's name and revision, with a fingerprint of its weights."""
     model: Any = bridge.original_model
     config = model.config
@@ -61,7 +59,7 @@ def model_identity(bridge: TransformerBridge) -> dict[str, Any]:
     }
 
 
-def model_state(bridge: TransformerBridge) -> dict[str, Any]:
+def model_state(bridge: "TransformerBridge") -> dict[str, Any]:
     """Everything else that changes a model's numbers, by name: its config, and every module's class and settings.
 
     Adapters and whether they are active, disabled, merged or scaled are such settings. Settings that all layers share
@@ -165,7 +163,7 @@ class ShardRecord:
     data_sha256: str  # the checksum of the token ids read for it
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> ShardRecord:
+    def of(cls, entry: Mapping[str, Any]) -> Self:
         return cls(**{**entry, "begin": Cursor(**entry["begin"]), "end": Cursor(**entry["end"])})
 
     def problem(self, out_dir: Path, checksum: bool = True) -> str:
@@ -185,10 +183,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.safetensors"
 
 
-def record_path(out_dir: Path, number: int) -> Path:
-    return (out_dir / shard_name(number)).with_suffix(".json")
-
-
 class Manifest:
     """The manifest in a folder, and the records beside it."""
 
@@ -199,12 +193,12 @@ class Manifest:
         self.job = json.loads(json.dumps(job))
         self.state = json.loads(json.dumps(state, default=str))
         self.environment = json.loads(json.dumps(around))
-        self.job_sha256 = sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
+        self.job_sha256 = _checksum(self.job)
         self.complete = False
         self._shards: list[dict[str, Any]] = []
 
     @classmethod
-    def read(cls, out_dir: Path) -> Manifest:
+    def read(cls, out_dir: Path) -> Self:
         """Read a folder's manifest. Raises `ValueError` if there is none, or if it was edited by hand."""
         path = out_dir / MANIFEST
         if not path.is_file():
@@ -244,7 +238,7 @@ class Manifest:
         self.state, self.environment = before.state, before.environment
         self.complete, self._shards = before.complete, before._shards
 
-    def _changed_state(self, before: Manifest) -> list[str]:
+    def _changed_state(self, before: "Manifest") -> list[str]:
         """How the model's state differs; setting names may change between library versions."""
         names = dict.fromkeys([*before.state, *self.state])
         if before.environment["versions"] != self.environment["versions"]:
@@ -267,7 +261,7 @@ class Manifest:
 
     def keep(self, record: ShardRecord) -> None:
         """Write a shard's record, which marks it finished."""
-        write_json(record_path(self.out_dir, record.shard), asdict(record))
+        write_json((self.out_dir / record.file).with_suffix(".json"), asdict(record))
 
     def records(self) -> dict[int, ShardRecord]:
         """The finished shards by number."""

@@ -1,13 +1,11 @@
 """Which tokens go into which context, batch and shard: data and options alone decide, also when a job is resumed."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -83,7 +81,7 @@ class Options:
             raise ValueError(f"shard: got {self.shard!r}, expected (rank, world) with 0 <= rank < world")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """Options from keywords. Raises `TypeError` for an unknown one, with the nearest known ones."""
         known = cls.__dataclass_fields__
         for name in given:
@@ -91,7 +89,7 @@ class Options:
                 raise TypeError(f"collect has no option {name!r}; the nearest is {nearest(name, known, most=1)}")
         return cls(**given)
 
-    def frame(self, bridge: TransformerBridge) -> tuple[int | None, int | None]:
+    def frame(self, bridge: "TransformerBridge") -> tuple[int | None, int | None]:
         """What stands before and after each text: BOS, EOS or nothing. Raises `ValueError` for one the model lacks."""
         adapter: Any = bridge.token_adapter
         bos, eos = (None, None) if adapter is None else (adapter.bos, adapter.eos)
@@ -105,7 +103,7 @@ class Options:
             raise ValueError("drop_bos: this bridge knows no beginning-of-sequence token; pass drop_first=1")
         return bos if wanted else None, eos if self.append_eos else None
 
-    def layout(self, bridge: TransformerBridge) -> Layout:
+    def layout(self, bridge: "TransformerBridge") -> Layout:
         """The layout of contexts and shards. Raises `ValueError` for contexts the model cannot take."""
         longest = bridge.cfg.n_ctx
         context = min(longest, CONTEXT_SIZE) if self.context_size is None else self.context_size

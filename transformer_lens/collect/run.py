@@ -4,27 +4,25 @@ The model runs in this thread, a second one writes. A shard depends on data and 
 at its next shard, and ends with the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 import transformer_lens.collect.manifest as manifest
 from transformer_lens.checks import directory_to_write, in_words
-from transformer_lens.collect.capture import Captured, capture, probe, stop_after
-from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
-from transformer_lens.collect.plan import Cursor, Options, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.files import ABOUT_TOKENS, DTYPES, Column, ShardFile, advised
+from transformer_lens.collect.plan import Batch, Cursor, Options, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
 from transformer_lens.hook_points import HookedRootModule
@@ -39,11 +37,115 @@ logger = logging.getLogger(__name__)
 WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
 
 
-class Background:
-    """Runs calls in another thread; the first error stops it, and is raised in the calling thread.
+@dataclass(frozen=True)
+class Hook:
+    """What is stored of a hook, with one token axis in place of batch and position."""
 
-    Leaving the block, even by an error, waits for the calls already made.
-    """
+    axes: str
+    column: Column
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"axes": self.axes, "shape": list(self.column.shape), "dtype": manifest.dtype_name(self.column.dtype)}
+
+
+def stop_after(names: Sequence[str]) -> int | None:
+    """The smallest `stop_at_layer` at which all these hooks fire; `None` for the whole model."""
+    stop = 0
+    for name in names:
+        if name.startswith("blocks."):
+            stop = max(stop, int(name.split(".")[1]) + 1)
+        elif name != "hook_embed":
+            return None
+    return stop
+
+
+def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
+    """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
+    for name in names:
+        axes = bridge.hook_dict[name].axes
+        if "key_pos" in axes:
+            raise ValueError(
+                f"{name!r} has an entry for each pair of positions ({axes}), so what belongs to a token grows with its "
+                "context; collect attn.hook_rot_q and attn.hook_rot_k (attn.hook_q and attn.hook_k) and multiply, or "
+                "use run_with_cache"
+            )
+        if axes.split()[:2] != ["batch", "pos"]:
+            raise ValueError(
+                f"{name!r} has the axes {axes!r}, and only hooks with a value for each token, 'batch pos ...', can be "
+                "collected"
+            )
+    with torch.no_grad():
+        cache = _cached(bridge, torch.zeros(1, 2, dtype=torch.long), names)
+    found = {}
+    for name in names:
+        value, rest = cache[name], bridge.hook_dict[name].axes.split()[2:]
+        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        if kept not in DTYPES:
+            raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
+        found[name] = Hook(" ".join(["token", *rest]), Column(kept, tuple(value.shape[2:])))
+    return found
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The values of one batch, which a GPU may still be computing."""
+
+    values: Mapping[str, Tensor]
+    ready: torch.cuda.Event | None
+
+    def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
+        """Each hook's values on the CPU, copied while the GPU goes on."""
+        if self.ready is None:
+            yield from self.values.items()
+            return
+        beside = torch.cuda.Stream()
+        beside.wait_event(self.ready)
+        for name, value in self.values.items():
+            with torch.cuda.stream(beside):
+                copied = value.to("cpu", non_blocking=True)
+            beside.synchronize()
+            yield name, copied
+
+
+def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+    """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
+    stop = stop_after(names)
+    _, cache = bridge.run_with_cache(
+        ids,
+        names_filter=list(names),
+        stop_at_layer=stop,
+        return_type=None if stop is None else "logits",
+        return_cache_object=False,
+        padding_side="right",
+    )
+    return cache
+
+
+def capture(bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch) -> Captured:
+    """The stored tokens' values at every hook, in the dtype they are stored in."""
+    cache = _cached(bridge, torch.from_numpy(batch.ids).to(bridge.input_device()), list(hooks))
+    everything = bool(batch.keep.all())
+    kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
+    values = {}
+    for name, hook in hooks.items():
+        flat = cache[name].reshape(-1, *cache[name].shape[2:])
+        some = flat if everything else flat.index_select(0, kept.to(flat.device))
+        values[name] = _cast(name, some, hook.column.dtype)
+    on_gpu = any(value.is_cuda for value in values.values())
+    return Captured(values, torch.cuda.current_stream().record_event() if on_gpu else None)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype)
+    if dtype is torch.float16 and value.dtype is not dtype and bool((cast.isinf() & ~value.isinf()).any()):
+        raise ValueError(
+            f"{name!r} reaches {float(value.abs().max()):.4g}, beyond float16's 65504; pass dtype=torch.bfloat16"
+        )
+    return cast
+
+
+class Background:
+    """Runs calls in another thread; the first error stops it, and is raised in the calling thread."""
 
     def __init__(self, waiting: int) -> None:
         self._waiting = waiting
@@ -77,7 +179,7 @@ class Background:
 class Job:
     """One process's part of a job. The constructor checks everything that can be checked before the first batch."""
 
-    def __init__(self, bridge: TransformerBridge, data: Any, names: Any, out_dir: Path, options: Options) -> None:
+    def __init__(self, bridge: "TransformerBridge", data: Any, names: Any, out_dir: Path, options: Options) -> None:
         if not isinstance(bridge, HookedRootModule):
             raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
         self.options, self.out_dir = options, out_dir
@@ -272,7 +374,7 @@ def changed_data(out_dir: Path, number: int) -> ValueError:
 
 
 def collect(
-    bridge: TransformerBridge, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
+    bridge: "TransformerBridge", dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
 ) -> ActivationStore:
     """Write a data set's activations at some hooks to disk, and open them.
 

@@ -27,10 +27,7 @@ class Source:
 
 
 def open_source(data: Any) -> Source:
-    """The documents of anything `collect` takes.
-
-    Raises `ValueError` for a path that does not exist or is of an unknown kind, and `TypeError` for other things.
-    """
+    """The documents of anything `collect` takes. Raises `ValueError` for a bad path, `TypeError` for other things."""
     if isinstance(data, (str, Path)):
         return _files([Path(data)])
     if isinstance(data, (list, tuple)) and data and all(isinstance(item, Path) for item in data):

@@ -1,7 +1,5 @@
 """`ActivationStore`: what `collect` wrote, memory-mapped, by token, document or hook, or in shuffled batches."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -290,7 +288,7 @@ class ActivationStore:
         buffer_tokens: int = 65536,
         seed: int = 0,
         drop_last: bool = False,
-    ) -> ActivationBatches:
+    ) -> "ActivationBatches":
         """Batches of tokens as a torch `IterableDataset`, each token once per epoch.
 
         One name gives tensors [token, ...], several (`None`: all hooks) give dictionaries of them. Shuffling mixes
@@ -342,6 +340,31 @@ def _rows(out_dir: str, chosen: tuple[str, ...], version: str) -> Iterator[dict[
             yield {name: values[row] for name, values in parts.items()}
 
 
+def _at(of: Rows, index: slice | Tensor) -> Rows:
+    return {name: values[index] for name, values in of.items()}
+
+
+class _Coming:
+    """A stream of token runs, taken in portions of any size."""
+
+    def __init__(self, runs: Iterator[Rows]) -> None:
+        self._runs = runs
+        self._rest: Rows = {}
+        self._left = 0
+
+    def take(self, tokens: int) -> Rows:
+        parts = []
+        while tokens:
+            if not self._left:
+                self._rest = next(self._runs)
+                self._left = len(next(iter(self._rest.values())))
+            some = min(tokens, self._left)
+            parts.append(_at(self._rest, slice(some)))
+            self._rest = _at(self._rest, slice(some, None))
+            self._left, tokens = self._left - some, tokens - some
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
 class ActivationBatches(IterableDataset[Tensor | Rows]):
     """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
 
@@ -383,13 +406,10 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
         mine: list[int] = runs[part::parts].tolist()
         tokens = sum(min(RUN, len(self.store) - run) for run in mine)
         coming = _Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
-        for batch in self._mixed(coming, tokens, part) if self.shuffle else self._in_order(coming, tokens):
+        sizes = (min(self.batch_size, tokens - start) for start in range(0, tokens, self.batch_size))
+        for batch in self._mixed(coming, tokens, part) if self.shuffle else map(coming.take, sizes):
             if len(batch[self.names[0]]) == self.batch_size or not self.drop_last:
                 yield batch[self.names[0]] if self.single else batch
-
-    def _in_order(self, coming: _Coming, tokens: int) -> Iterator[Rows]:
-        for start in range(0, tokens, self.batch_size):
-            yield coming.take(min(self.batch_size, tokens - start))
 
     def _mixed(self, coming: _Coming, tokens: int, part: int) -> Iterator[Rows]:
         """Take a random batch out of the buffer, and refill its places with the next tokens."""
@@ -410,28 +430,3 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
         order = torch.from_numpy(random.permutation(size))
         for start in range(0, size, self.batch_size):
             yield _at(buffer, order[start : start + self.batch_size])
-
-
-def _at(of: Rows, index: slice | Tensor) -> Rows:
-    return {name: values[index] for name, values in of.items()}
-
-
-class _Coming:
-    """A stream of token runs, taken in portions of any size."""
-
-    def __init__(self, runs: Iterator[Rows]) -> None:
-        self._runs = runs
-        self._rest: Rows = {}
-        self._left = 0
-
-    def take(self, tokens: int) -> Rows:
-        parts = []
-        while tokens:
-            if not self._left:
-                self._rest = next(self._runs)
-                self._left = len(next(iter(self._rest.values())))
-            some = min(tokens, self._left)
-            parts.append(_at(self._rest, slice(some)))
-            self._rest = _at(self._rest, slice(some, None))
-            self._left, tokens = self._left - some, tokens - some
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}

@@ -1,7 +1,5 @@
 """`Waterfall`: how parts add up to a whole, one bar each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -58,7 +56,7 @@ class Waterfall(base.Picture):
         labels, shown = [self.labels[i] for i in kept], [values[i] for i in kept]
         return ([*labels, f"{len(rest)} others"], [*shown, sum(rest)]) if rest else (labels, shown)
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         labels, values = self.bars()
         steps = list(range(len(values) + 1))
         bars = base.plotly().Waterfall(
@@ -85,7 +83,7 @@ class Waterfall(base.Picture):
         }
         return base.plotly().Figure(bars, layout)
 
-    def drawing(self) -> Drawing:
+    def drawing(self) -> "Drawing":
         labels, values = self.bars()
         ends = list(accumulate(values))
         starts = [0.0, *ends[:-1]]

@@ -117,10 +117,7 @@ class StretchCall:
 
 
 def forward(route: Route, request: Request) -> Reply:
-    """Run blocks forward on one or several servers.
-
-    Finished parts are kept: if a later one fails, another server continues from its input.
-    """
+    """Run blocks forward on one or several servers; if a later one fails, another continues from its input."""
     tries = Tries(route, "forward", request.first, request.end)
     whole, at = Reply(), request.first
     stream = request.tensors["stream"]
@@ -136,10 +133,7 @@ def forward(route: Route, request: Request) -> Reply:
 
 
 def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Reply:
-    """Run gradients, `grad.stream` at the end and `grad.n` at kept activations, back through the blocks of a forward.
-
-    If servers are split differently from the forward, the stream between them is recomputed.
-    """
+    """Run gradients, `grad.stream` at the end and `grad.n` at kept activations, back through a forward's blocks."""
     tries = Tries(route, "backward", request.first, request.end)
     whole, end = Reply(), request.end
     streams = {request.first: request.tensors["stream"]}

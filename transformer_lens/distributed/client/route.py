@@ -50,10 +50,7 @@ class Recovery:
 
 
 class Route:
-    """Where a model's blocks run, and the servers' record so far.
-
-    `settings` are the model's `ClientSettings`, whose time limits are read at each call.
-    """
+    """Where a model's blocks run, and the servers' record so far; `settings` are the model's `ClientSettings`."""
 
     def __init__(self, n_layers: int, settings: Any) -> None:
         self.n_layers = n_layers
@@ -198,10 +195,7 @@ class Tries:
         self._excused: set[str] = set()  # peers asked in spite of a ban, for lack of others
 
     def ask(self, span: Span, request: Request) -> Reply | None:
-        """A server's answer, or `None` if another server has to be found.
-
-        Raises `SpanError` if a server refuses for a reason that others share, and when all attempts are used up.
-        """
+        """A server's answer, or `None` if another has to be found. Raises `SpanError` if all would refuse."""
         timeout = self._timeout()
         try:
             reply = ask(span, request, timeout=timeout)

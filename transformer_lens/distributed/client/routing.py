@@ -106,10 +106,7 @@ def permitted(settings: Any, peer: str) -> bool:
 
 
 class Health:
-    """Bans of peers that failed lately, and waiting times, by a model's `ClientSettings`.
-
-    Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it.
-    """
+    """Bans of peers that failed lately, longer with each failure in a row, and waiting times, by `ClientSettings`."""
 
     def __init__(self, settings: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings, self.clock = settings, clock

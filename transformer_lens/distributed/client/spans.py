@@ -61,10 +61,7 @@ class StaticSpans:
 def ask(
     span: Span, request: wire.Request, limits: wire.Limits | None = None, timeout: float | None = None
 ) -> wire.Reply:
-    """Send one request and return its reply; `timeout` is in seconds.
-
-    Raises `SpanError` with the server's words if it refuses, `SpanUnreachable` if no readable answer comes.
-    """
+    """A server's reply, within `timeout` seconds. Raises `SpanError` if it refuses, else `SpanUnreachable`."""
     limits = limits or wire.Limits()
     where = f"blocks {span.blocks.start} to {span.blocks.stop} on {span.peer}"
     message = wire.pack_request(request)

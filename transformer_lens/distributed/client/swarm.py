@@ -1,7 +1,5 @@
 """Servers found on the network: their blocks and latency, and spans that send messages to them."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os
@@ -31,7 +29,7 @@ WEIGHT = 0.3  # the weight of the latest ping in the moving average
 class RemoteSpan:
     """Blocks on another machine."""
 
-    def __init__(self, swarm: Swarm, peer: str, blocks: range) -> None:
+    def __init__(self, swarm: "Swarm", peer: str, blocks: range) -> None:
         self.swarm = swarm
         self.peer = peer
         self.blocks = blocks
@@ -41,10 +39,7 @@ class RemoteSpan:
         return f"RemoteSpan({self.peer!r}, {self.blocks})"
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """Send one message and return the answer. Raises `SpanUnreachable` if none comes within `timeout` seconds.
-
-        The first time, and after a failure, the peer has to answer a ping within `connect_timeout`.
-        """
+        """As `Span.send`; first, and after a failure, the peer has to answer a ping within `connect_timeout`."""
         settings = self.swarm.config
         seconds = settings.request_timeout if timeout is None else timeout
         until = time.monotonic() + seconds

@@ -293,10 +293,7 @@ CONFIGS: dict[str, type[Any]] = {"falcon": DistributedFalconConfig, "mixtral": D
 
 
 def config_class(model_type: Any, like: Any = None) -> type[Any]:
-    """The distributed config class of a family, made on first use from its adapter, for a config such as `like`.
-
-    Raises `ValueError` for an unsupported family.
-    """
+    """A family's distributed config, made from its adapter on first use. Raises `ValueError` for one without."""
     if model_type not in CONFIGS:
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"model_type {model_type!r} is not one that transformers knows")
