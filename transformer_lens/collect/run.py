@@ -107,7 +107,7 @@ class Captured:
             yield name, copied
 
 
-def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Mapping[str, Tensor]:
+def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Any:
     """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
     stop = stop_after(names)
     _, cache = bridge.run_with_cache(

@@ -12,9 +12,8 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.experts import routing
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
 from transformer_lens.checks import as_numbers, in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
-from transformer_lens.viz.heatmap import Heatmap, Heatmaps
+from transformer_lens.viz.figures import Heatmap, Heatmaps, Waterfall
 from transformer_lens.viz.token_text import TokenText
-from transformer_lens.viz.waterfall import Waterfall
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
 Numbers = int | Sequence[int] | None  # one number, several, or `None` for all

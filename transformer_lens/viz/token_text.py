@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.checks import as_numbers, in_words, listed
-from transformer_lens.viz.heatmap import Heatmap
+from transformer_lens.viz.figures import Heatmap
 from transformer_lens.viz.picture import FALL, FONT, RISE, Picture, entitle, new_drawing, visible
 
 if TYPE_CHECKING:

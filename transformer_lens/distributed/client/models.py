@@ -97,11 +97,9 @@ class DistributedCausalLM:
 
     config: Any
     base_model: Any
-    _swarm: Swarm | None = None
-    """Made by `from_pretrained` from `initial_peers`, and closed with the model."""
+    _swarm: Swarm | None = None  # made by `from_pretrained` from `initial_peers`, and closed with the model
     config_class: ClassVar[Any]
-    remote_base: ClassVar[type[Any]]
-    """The family's model without its head, over remote blocks."""
+    remote_base: ClassVar[type[Any]]  # the family's model without its head, over remote blocks
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -27,13 +27,6 @@ class _Segment:
     done: int = 0  # steps the session holds, as far as its server confirmed
 
 
-@dataclass
-class _Mask:
-    """The mask of a step and of those before it, as long as each step only adds columns."""
-
-    columns: Tensor
-
-
 def _end(step: Request) -> int:
     """The number of positions after a step."""
     return step.start + step.tensors["stream"].shape[1]
@@ -44,8 +37,8 @@ class _Stretch:
     """Blocks that are called together: every step so far, and the sessions with their keys and values."""
 
     steps: list[Request] = field(default_factory=list)  # the steps, without what is in `masks`
-    masks: list[_Mask | None] = field(default_factory=list)
-    """Each step's mask, mostly one shared object: separate ones would take quadratic memory."""
+    masks: list[list[Tensor] | None] = field(default_factory=list)
+    """Each step's mask, in a list shared by steps whose masks only add columns: alone, they take quadratic memory."""
     segments: list[_Segment] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
@@ -55,10 +48,10 @@ class _Stretch:
             self.masks.append(None)
             self.steps.append(request)
             return
-        if last is not None and torch.equal(last.columns[:, : request.start], new[:, : request.start]):
-            last.columns = new
+        if last is not None and torch.equal(last[0][:, : request.start], new[:, : request.start]):
+            last[0] = new
         else:
-            last = _Mask(new)
+            last = [new]
         self.masks.append(last)
         self.steps.append(replace(request, tensors={k: v for k, v in request.tensors.items() if k != "mask"}))
 
@@ -66,7 +59,7 @@ class _Stretch:
         step, mask = self.steps[nth], self.masks[nth]
         if mask is None:
             return step
-        return replace(step, tensors={**step.tensors, "mask": mask.columns[:, : _end(step)]})
+        return replace(step, tensors={**step.tensors, "mask": mask[0][:, : _end(step)]})
 
     def forget_from(self, length: int) -> None:
         """Forget steps that will be run again after a failure, perhaps with other hooks."""

@@ -38,15 +38,11 @@ class _Look(NamedTuple):
 class Recovery:
     """A call that failed at first and succeeded in the end."""
 
-    kind: str
-    """`forward`, `backward` or `step`."""
+    kind: str  # `forward`, `backward` or `step`
     blocks: range
-    peers: tuple[str, ...]
-    """The peers that failed, in order, with repeats."""
-    seconds: float
-    """From the first failure to the answer, including all waiting and replay."""
-    replayed: int
-    """Replayed steps, summed over servers."""
+    peers: tuple[str, ...]  # the peers that failed, in order, with repeats
+    seconds: float  # from the first failure to the answer, including all waiting and replay
+    replayed: int  # replayed steps, summed over servers
 
 
 class Route:

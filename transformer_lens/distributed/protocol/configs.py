@@ -128,22 +128,16 @@ def check_settings(config: Any) -> None:
 class DistributedConfig(ClientSettings, ModelSettings):
     """The common base of the configs: loading by name, the blocks' prefix, saving without client settings."""
 
-    block_prefix: ClassVar[str]
-    """A block is the module `{block_prefix}.{layer}`."""
-    block_class: ClassVar[type[nn.Module]]
-    """The class of a block."""
-    attn_class: ClassVar[type[nn.Module]]
-    """The class of a block's attention."""
+    block_prefix: ClassVar[str]  # a block is the module `{block_prefix}.{layer}`
+    block_class: ClassVar[type[nn.Module]]  # the class of a block
+    attn_class: ClassVar[type[nn.Module]]  # the class of a block's attention
     base_class: ClassVar[type[PreTrainedModel]]
     """The family's model without its head, which runs the blocks on a server."""
     collects: ClassVar[tuple[str, ...]]
     """What the family's models would collect inside their blocks if the config asks for it."""
-    dropouts: ClassVar[tuple[str, ...]]
-    """The config's dropout settings for its blocks."""
-    returns_tuple: ClassVar[bool]
-    """Whether its blocks return a tuple that starts with their stream."""
-    full_name_in_prefix: ClassVar[bool] = True
-    """Whether the prefix keeps the owner of a hub name."""
+    dropouts: ClassVar[tuple[str, ...]]  # the config's dropout settings for its blocks
+    returns_tuple: ClassVar[bool]  # whether its blocks return a tuple that starts with their stream
+    full_name_in_prefix: ClassVar[bool] = True  # whether the prefix keeps the owner of a hub name
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]

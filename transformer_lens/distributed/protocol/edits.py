@@ -25,8 +25,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "scale": lambda x, value: x * value,
     "zero": lambda x, _: torch.zeros_like(x),
     "project_out": _project_out,
-}
-"""Operation -> the new value of the chosen part, given the edit's value."""
+}  # operation -> the new value of the chosen part, given the edit's value
 
 AXES = {"positions": ("pos", "query_pos"), "heads": ("head", "kv_head"), "experts": ("expert",)}
 """What an edit can choose, with the axes in the hook table."""

@@ -39,8 +39,7 @@ ANSWERABLE = (
     MemoryError,
     RuntimeError,
     struct.error,
-)
-"""Errors a call may raise for its content. Other texts may name this machine's files and stay in its log."""
+)  # errors a call may raise for its content. Other texts may name this machine's files and stay in its log.
 
 VERSION = version("transformer-lens-bridge")  # read once, since looking it up opens files
 
