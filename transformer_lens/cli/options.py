@@ -169,12 +169,10 @@ def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and remarks unless the output is a terminal."""
     from transformers.utils import logging
 
-    if sys.stdout.isatty():
-        yield
-        return
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stdout.isatty():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:

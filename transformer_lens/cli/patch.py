@@ -33,7 +33,6 @@ SWEEPS = {  # what can be patched: the sweep of `transformer_lens.patching`, its
     "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "head", "a head's attention pattern"),
     "expert_out": ("get_act_patch_expert_out", "expert", "what an expert adds to the stream"),
 }
-SUFFIXES = (".html", ".png")
 
 
 def complete_what(incomplete: str) -> list[tuple[str, str]]:
@@ -82,7 +81,7 @@ one position at a time; heads and experts at all positions.
     if what not in SWEEPS:
         raise typer.BadParameter(f"got {what!r}, expected one of {', '.join(SWEEPS)}", param_hint="--what")
     for path in out or []:
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in (".html", ".png"):
             raise typer.BadParameter(f"got {path}, expected a name that ends in .html or .png", param_hint="--out")
     bridge = load_bridge(model, **vars(loading))
     found = sweep(bridge, clean, corrupted, answer, wrong, what)

@@ -207,7 +207,8 @@ class Job:
         around = manifest.environment(bridge.input_device())
         self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
         self.sharing = bridge.attachment.sharding.shards
-        """The processes that share the model, and this one's rank; the first has the files."""
+        self._writes: bool = self.sharing.rank == 0
+        """Whether this process is the first of those that share the model, which has the files."""
         self.done: dict[int, manifest.ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
@@ -223,10 +224,6 @@ class Job:
             for file in self._begun:
                 file.abandon()
         self._agreed(self.manifest.finish)
-
-    @property
-    def _writes(self) -> bool:
-        return bool(self.sharing.rank == 0)
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
@@ -292,7 +289,7 @@ class Job:
             raise changed_data(self.out_dir, before.shard)
         return stream
 
-    def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
+    def _bar(self) -> "AbstractContextManager[tqdm[Any] | None]":
         if not (self.options.progress and self._writes):
             # Not even a hidden bar, which would wait for the lock that tqdm shares among forked processes.
             return nullcontext()
@@ -311,7 +308,7 @@ class Job:
             most = guess if most is None else min(most, guess)
         return None if most is None else most // self.options.shard[1]
 
-    def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
+    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None") -> None:
         stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / manifest.shard_name(plan.number)

@@ -63,17 +63,6 @@ class Shards:
         self._open.move_to_end(place)
         return self._open[place]
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, slice]]:
-        """Where a range of tokens lies: places in `records`, and slices of those shards."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        found = []
-        for place in range(first, len(self.records)):
-            begin, end = int(self.starts[place]), int(self.starts[place + 1])
-            if begin >= stop:
-                break
-            found.append((place, slice(max(start, begin) - begin, min(stop, end) - begin)))
-        return found
-
 
 class StoredTensor:
     """One tensor over all tokens of a store; indexing along the tokens reads them.
@@ -109,7 +98,10 @@ class StoredTensor:
         return self._gather(wanted.reshape(-1).astype(np.int64)).reshape(*wanted.shape, *self.shape[1:])
 
     def _range(self, start: int, stop: int) -> Tensor:
-        parts = [self._shards.tensors(place)[self.name][rows] for place, rows in self._shards.pieces(start, stop)]
+        starts, parts = self._shards.starts, []
+        for place in range(int(np.searchsorted(starts, start, "right")) - 1, int(np.searchsorted(starts, stop))):
+            begin = int(starts[place])
+            parts.append(self._shards.tensors(place)[self.name][max(0, start - begin) : stop - begin])
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0, *self.shape[1:], dtype=self.dtype)

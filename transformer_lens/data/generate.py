@@ -66,9 +66,7 @@ class IOIExample:
 
 @dataclass(frozen=True)
 class IOIPair:
-    """A clean prompt, which `answer` follows, and a corrupted one, whose second subject is swapped for the indirect
-    object so that `wrong_answer` follows.
-    """
+    """A clean prompt, which `answer` follows, and one with its second subject swapped, which `wrong_answer` follows."""
 
     clean: str
     corrupted: str
@@ -147,10 +145,7 @@ def repeated_random_tokens(
 
 
 def padded_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The texts with BOS (if the tokenizer has one), padded on the right, and the position of each last token.
-
-    Attention is causal, so right padding needs no mask, and any token will do.
-    """
+    """Texts with BOS (if there is one), padded on the right, which needs no mask, and the place of each last token."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [[*front, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0

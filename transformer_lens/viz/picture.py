@@ -57,17 +57,14 @@ class Picture(ABC):
 
     def html(self) -> str:
         """A complete, self-contained page."""
-        found: str = self.figure().to_html(include_plotlyjs=True, full_html=True, config={"responsive": True})
-        return found
+        return str(self.figure().to_html(include_plotlyjs=True, full_html=True, config={"responsive": True}))
 
     def save(self, path: str | Path) -> Path:
         """Write one file, HTML or PNG by its extension. Raises `ValueError` for other extensions."""
         suffix = a_path("path", path).suffix.lower()
-        if suffix == ".html":
-            return self.save_html(path)
-        if suffix == ".png":
-            return self.save_png(path)
-        raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html or .png")
+        if suffix not in (".html", ".png"):
+            raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html or .png")
+        return self.save_html(path) if suffix == ".html" else self.save_png(path)
 
     def save_html(self, path: str | Path) -> Path:
         """Write one HTML file, in which values show on hover."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +96,7 @@ class DistributedCausalLM:
     """The common base of distributed causal models: remote blocks, partial loading, servers and trained prompts."""
 
     config: Any
-    base_model: Any
+    base_model: RemoteBlocks
     _swarm: Swarm | None = None  # made by `from_pretrained` from `initial_peers`, and closed with the model
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]  # the family's model without its head, over remote blocks
@@ -171,12 +171,10 @@ class DistributedCausalLM:
         if not isinstance(spans, Sequence) or spans:
             model.connect(spans)
         elif config.initial_peers:
-            with ExitStack() as stack:
-                swarm = Swarm(config)
-                stack.callback(swarm.close)
-                model.connect(swarm)
-                model._swarm = swarm
-                stack.pop_all()
+            with ExitStack() as undo:
+                model._swarm = undo.enter_context(closing(Swarm(config)))
+                model.connect(model._swarm)
+                undo.pop_all()
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -189,8 +187,7 @@ class DistributedCausalLM:
     @property
     def route(self) -> Route:
         """Where the blocks run; `route.recoveries` lists the repaired failures."""
-        found: Route = self.base_model.route
-        return found
+        return self.base_model.route
 
     def connect(self, spans: Sequence[Span] | SpanSource) -> None:
         """Run the blocks on these spans, or on those that a source finds.
@@ -221,8 +218,7 @@ class DistributedCausalLM:
     @property
     def prompts(self) -> TrainedPrompts | None:
         """The trained prompts; `None` without a `tuning_mode`."""
-        found: TrainedPrompts | None = self.base_model.prompts
-        return found
+        return self.base_model.prompts
 
     def _tuned(self, what: str) -> TrainedPrompts:
         if self.prompts is None:

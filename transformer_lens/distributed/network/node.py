@@ -254,7 +254,7 @@ class Node:
         """One unary call. Raises `ConnectionError` if it breaks, `SpanUnreachable` if time is up."""
         if self.dead:
             raise SpanUnreachable(self.dead)
-        engine, value = need_engine(), _value()
+        engine, value = need_engine(), needed("google.protobuf.wrappers_pb2", MISSING).BytesValue
         to = engine.p2p.PeerID.from_base58(peer)
         work = self._keep(self._p2p.call_protobuf_handler(to, HANDLER, value(value=frame), value))
         try:
@@ -271,11 +271,12 @@ class Node:
 
     def serve(self, handler: Handler) -> None:
         """Answer pieces of calls with `handler(piece, peer id of the caller)`."""
+        value = needed("google.protobuf.wrappers_pb2", MISSING).BytesValue
 
         async def answer(request: Any, context: Any) -> Any:
-            return _value()(value=await handler(request.value, context.remote_id.to_base58()))
+            return value(value=await handler(request.value, context.remote_id.to_base58()))
 
-        self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, _value()))
+        self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, value))
 
     def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
         """Store a value under each name and this peer's id for some seconds; returns whether any peer did."""
@@ -319,12 +320,6 @@ def peer_of(identity: str | os.PathLike[str]) -> str:
     """
     make_identity(identity)
     return str(need_engine().p2p.PeerID.from_identity(Path(identity).read_bytes()).to_base58())
-
-
-def _value() -> Any:
-    from google.protobuf.wrappers_pb2 import BytesValue
-
-    return BytesValue
 
 
 def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:

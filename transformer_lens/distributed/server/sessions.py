@@ -86,16 +86,12 @@ class Sessions:
     def check_room(self, peer: str, session: Session, positions: int) -> None:
         """Raise unless the peer's keys and values may grow by these positions."""
         held, more = self.held(peer), positions * session.rows * session.bytes_per_position
+        told = f"keys and values of this peer would take {held + more} bytes, and"
         if held + more > self.limits.session_bytes:
-            raise FullError(
-                f"keys and values of this peer would take {held + more} bytes, and it may have "
-                f"{self.limits.session_bytes}"
-            )
+            raise FullError(f"{told} it may have {self.limits.session_bytes}")
         if not has_room(more, held, self.limits.session_bytes, self.held(), self.limits.session_bytes_of_all):
-            raise FullError(
-                f"keys and values of this peer would take {held + more} bytes, and all peers have {self.held()} of "
-                f"{self.limits.session_bytes_of_all}; a peer may have as much as is left"
-            )
+            everyone = f"all peers have {self.held()} of {self.limits.session_bytes_of_all}"
+            raise FullError(f"{told} {everyone}; a peer may have as much as is left")
 
     def keep(self, peer: str, session: Session, digest: bytes, answer: bytes) -> None:
         """Replace the session's last answer, if the new one fits; without it, the client starts again."""
