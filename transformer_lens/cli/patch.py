@@ -1,7 +1,5 @@
 """`patch`: which clean activations restore the answer in a corrupted run, as a table and a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +100,7 @@ class Sweep:
     tokens: list[str]  # the clean prompt's tokens
     clean: float
     corrupted: float
-    restored: Tensor
+    restored: "Tensor"
     """How far each patch moves the metric from the corrupted (0) to the clean run (1): [layer pos] or [layer head]."""
 
     @property
@@ -116,7 +114,7 @@ class Sweep:
 
 
 def sweep(
-    bridge: TransformerBridge,
+    bridge: "TransformerBridge",
     clean: str,
     corrupted: str,
     answer: str,
@@ -145,7 +143,7 @@ def sweep(
             f"{bridge.to_str_tokens(corrupted)}"
         )
 
-    def measured(logits: Tensor) -> Tensor:
+    def measured(logits: "Tensor") -> "Tensor":
         last = logits[0, -1].float()
         return last.log_softmax(-1)[right] if other is None else last[right] - last[other]
 
@@ -188,7 +186,7 @@ def show(found: Sweep) -> None:
         )
 
 
-def share_table(restored: Tensor, names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
+def share_table(restored: "Tensor", names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
     """A table of restored shares [layer place]: labelled places down, named layers across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(axis, justify="right")

@@ -31,8 +31,7 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNHEEDED = frozenset(  # module settings that change no number of a forward, or follow from its length
     {"training", "gradient_checkpointing", "layer_idx", "name_or_path", "max_seq_len_cached", "preparations"}
 )
-ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})
-"""The PEFT layer settings whose names begin with an underscore."""
+ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})  # PEFT layer settings with an underscore
 WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"})
 """Config entries recorded elsewhere, or without effect on the computation."""
 

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(NamedTuple):
     """What is stored of a hook, with one token axis in place of batch and position."""
 
     axes: str
@@ -86,8 +85,7 @@ def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype 
     return found
 
 
-@dataclass(frozen=True)
-class Captured:
+class Captured(NamedTuple):
     """The values of one batch, which a GPU may still be computing."""
 
     values: Mapping[str, Tensor]
@@ -207,8 +205,7 @@ class Job:
         around = manifest.environment(bridge.input_device())
         self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
         self.sharing = bridge.attachment.sharding.shards
-        self._writes: bool = self.sharing.rank == 0
-        """Whether this process is the first of those that share the model, which has the files."""
+        self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
         self.done: dict[int, manifest.ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,8 +17,7 @@ TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Documents by number: texts, rows of a table, or token ids."""
 
     read: Callable[[int], Iterator[Any]]  # yields the documents from a number on

@@ -1,7 +1,5 @@
 """`Picture`: data that plotly draws as one self-contained HTML page and matplotlib as PNG, imported when they draw."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -48,11 +46,11 @@ class Picture(ABC):
     """Shows itself as the last line of a notebook cell; `save(path)` writes `.html` or `.png`."""
 
     @abstractmethod
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The picture as a plotly figure, which you can change before showing it."""
 
     @abstractmethod
-    def drawing(self) -> Drawing:
+    def drawing(self) -> "Drawing":
         """The picture as a matplotlib figure."""
 
     def html(self) -> str:
@@ -93,13 +91,13 @@ class Picture(ABC):
         }
 
 
-def new_drawing(width: float, height: float) -> Drawing:
+def new_drawing(width: float, height: float) -> "Drawing":
     """An empty matplotlib figure, sized in inches, without a window or global state."""
     make: type[Drawing] = needed("matplotlib.figure", MISSING).Figure
     return make(figsize=(max(7.5, width), height), layout="constrained")
 
 
-def entitle(figure: Drawing, title: str) -> None:
+def entitle(figure: "Drawing", title: str) -> None:
     """Add a left-aligned title, wrapped as needed: an inch holds about 11 letters of this size."""
     lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=11, parse_math=False)

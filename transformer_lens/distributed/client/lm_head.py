@@ -10,8 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CONVERTED = (torch.bfloat16, torch.float16)
-FEWEST_POSITIONS = 32
-"""From this many positions on, parts were faster on a CPU without native 16-bit support: benchmarks/lm_head.py."""
+FEWEST_POSITIONS = 32  # from here on parts were faster on a CPU without 16-bit instructions: benchmarks/lm_head.py
 
 
 def converts(weight: Tensor) -> bool:

@@ -25,8 +25,7 @@ INSTEAD = {  # what transformers would collect inside the blocks, and how to get
     "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
-HEADS = ("lm_head.weight", "embed_out.weight")
-"""Names of the head in checkpoints, which may differ from the installed release's."""
+HEADS = ("lm_head.weight", "embed_out.weight")  # its names in checkpoints, which may not be the installed release's
 
 
 class RemoteBlocks:

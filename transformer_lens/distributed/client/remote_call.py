@@ -269,14 +269,8 @@ class RemoteBlock(BlockElsewhere):
             hooks = self.requests()  # what its prompts add is in the stream
             for block in list(self.blocks)[self.layer + 1 : end]:
                 hooks += [*current.prompts_at(block.layer), *block.requests()]
-            request = Request(
-                "forward" if current.text is None else "step",
-                self.layer,
-                end,
-                actions=[action_of(hook) for hook in hooks],
-                use_cache=current.use_cache,
-                tensors=current.tensors,
-            )
+            kind, actions = "forward" if current.text is None else "step", [action_of(hook) for hook in hooks]
+            request = Request(kind, self.layer, end, actions, current.use_cache, tensors=current.tensors)
             hidden_states = StretchCall(self.route, request, hooks, text=current.text).run(hidden_states)
             current.done = end
         return (hidden_states, None) if self.returns_tuple else hidden_states

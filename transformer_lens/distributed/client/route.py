@@ -186,8 +186,7 @@ class Tries:
         self._began = self._first_failure = route.clock()
         self._deadline = self._began + route.health.longest(route.settings.request_timeout)
         self.replayed = self._tried = self._losses = self._waited = 0
-        self._looked = self._rested = False
-        """Whether the source was refreshed, and then waited for, since the last failure."""
+        self._looked = self._rested = False  # whether the source was refreshed, then waited for, since the last failure
         self._excused: set[str] = set()  # peers asked in spite of a ban, for lack of others
 
     def ask(self, span: Span, request: Request) -> Reply | None:

@@ -95,8 +95,7 @@ def best_path(
     return [Hop(peer, begin, stop) for (peer, begin), (_, stop) in itertools.pairwise(starts)]
 
 
-_Way = tuple[float, int, tuple[tuple[str, int], ...]]
-"""Seconds so far, hops so far, and the peer and first block of each hop."""
+_Way = tuple[float, int, tuple[tuple[str, int], ...]]  # seconds and hops so far; the peer and first block of each hop
 
 
 def permitted(settings: Any, peer: str) -> bool:

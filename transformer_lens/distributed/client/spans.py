@@ -1,8 +1,8 @@
 """Spans as a client sees them: some blocks, a way to send messages to their server, and their part of a call."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -102,8 +102,7 @@ def check_answer(request: wire.Request, reply: wire.Reply) -> None:
             )
 
 
-@dataclass(frozen=True)
-class RequestPart:
+class RequestPart(NamedTuple):
     """Some blocks of a call: the request, and its actions' numbers in the whole call."""
 
     request: wire.Request

@@ -18,8 +18,7 @@ PIECE = 3 * 2**20  # bytes of a piece. The engine's messages end at 4 MiB; above
 MAGIC = b"TLF1"
 REQUEST = struct.Struct("<4sB16sQQd")
 """Magic, the request kind, the call, its total bytes, this piece's offset, seconds left for the call."""
-REPLY = struct.Struct("<4sBQQ")
-"""Magic, the status, the answer's total bytes, this piece's offset (or the bytes received)."""
+REPLY = struct.Struct("<4sBQQ")  # magic, the status, the answer's total bytes, this piece's offset (or bytes received)
 
 PING, SEND, FETCH = range(3)
 PONG, MORE, ANSWER, REFUSED, NOT_NOW = range(5)
@@ -118,8 +117,7 @@ class Call:
     total: int
     used: float
     deadline: float = 0.0  # when the caller stops waiting, on the exchange's clock
-    received: bytearray = field(default_factory=bytearray)
-    """One buffer, so that many small pieces take no more memory than few large ones."""
+    received: bytearray = field(default_factory=bytearray)  # one buffer: many small pieces take no more than few
     have: int = 0
     answer: bytes | None = None
     fetched: bool = False
@@ -190,10 +188,6 @@ class Exchange:
         oldest = self.clock() - self.room.seconds
         for call in [call for call in self._all() if call.task is None and call.used < oldest]:
             self.drop(call)
-
-    def bytes_held(self, peer: str | None = None) -> int:
-        """The bytes of messages and answers held, for one peer or for all."""
-        return sum(call.have + len(call.answer or b"") for call in self._all() if peer in (None, call.peer))
 
     def unfetched(self) -> int:
         """The number of complete calls whose answer was not fetched."""

@@ -124,11 +124,7 @@ class Node:
                 identity_path=None if identity is None else os.fspath(identity),
                 dht_mode="server" if listen else "client",
                 startup_timeout=startup_timeout,
-                auto_nat=False,
-                nat_port_map=False,
-                use_relay=False,
-                use_auto_relay=False,
-                use_ipfs=False,
+                **dict.fromkeys(("auto_nat", "nat_port_map", "use_relay", "use_auto_relay", "use_ipfs"), False),
                 check_if_identity_free=False,  # it would start a second daemon, which maps ports
                 **here,
             )

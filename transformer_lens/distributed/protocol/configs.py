@@ -131,10 +131,8 @@ class DistributedConfig(ClientSettings, ModelSettings):
     block_prefix: ClassVar[str]  # a block is the module `{block_prefix}.{layer}`
     block_class: ClassVar[type[nn.Module]]  # the class of a block
     attn_class: ClassVar[type[nn.Module]]  # the class of a block's attention
-    base_class: ClassVar[type[PreTrainedModel]]
-    """The family's model without its head, which runs the blocks on a server."""
-    collects: ClassVar[tuple[str, ...]]
-    """What the family's models would collect inside their blocks if the config asks for it."""
+    base_class: ClassVar[type[PreTrainedModel]]  # the family's model without its head, which runs blocks on a server
+    collects: ClassVar[tuple[str, ...]]  # what the family's models collect inside their blocks if the config says so
     dropouts: ClassVar[tuple[str, ...]]  # the config's dropout settings for its blocks
     returns_tuple: ClassVar[bool]  # whether its blocks return a tuple that starts with their stream
     full_name_in_prefix: ClassVar[bool] = True  # whether the prefix keeps the owner of a hub name

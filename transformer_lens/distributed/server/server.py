@@ -30,16 +30,9 @@ from transformer_lens.model_bridge import BlockElsewhere, TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
 TOLD = (ValueError, TypeError)  # errors whose text is sent to the client; a `MessageError` is a `ValueError`
-ANSWERABLE = (
-    *TOLD,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-)  # errors a call may raise for its content. Other texts may name this machine's files and stay in its log.
+UNTOLD = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, struct.error)
+"""Others that a call may raise for its content; their texts may name this machine's files and stay in its log."""
+ANSWERABLE = (*TOLD, *UNTOLD)
 
 VERSION = version("transformer-lens-bridge")  # read once, since looking it up opens files
 
