@@ -111,7 +111,7 @@ class Seen:
 class SpanServer:
     """Serves the blocks of a span; a transport only needs `handle`.
 
-    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
+    >>> from transformer_lens.distributed.protocol.messages import Limits, Request, pack_request, unpack_reply
     >>> server = SpanServer("tiny-falcon", range(1, 3))
     >>> unpack_reply(server.handle(pack_request(Request("info", 0, 0))), Limits()).info["blocks"]
     [1, 3]
@@ -355,7 +355,7 @@ def _refusal(error: Exception, peer: str) -> bytes:
 class LocalSpan:
     """A span whose server is in this process; arguments as for `SpanServer`.
 
-    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
+    >>> from transformer_lens.distributed.protocol.messages import Limits, Request, pack_request, unpack_reply
     >>> span = LocalSpan("tiny-falcon", range(0, 2))
     >>> unpack_reply(span.send(pack_request(Request("info", 0, 0))), Limits()).info["n_layers"]
     4
