@@ -1,8 +1,8 @@
 """`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -201,17 +201,19 @@ class Pass:
         return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
 
 
-_innermost: ContextVar[Pass | None] = ContextVar("the forward that this thread is in", default=None)
+_innermost = threading.local()
+"""`current`: the forward that this thread is in. No context variable: a node's tasks would keep it, and its text."""
 
 
 @contextmanager
 def passing(current: Pass) -> Iterator[None]:
     """Make a model's forward the current one in this thread, for its blocks to find."""
-    before = _innermost.set(current)
+    before = vars(_innermost).get("current")
+    _innermost.current = current
     try:
         yield
     finally:
-        _innermost.reset(before)
+        _innermost.current = before
 
 
 class RemoteBlock(BlockElsewhere):
@@ -255,7 +257,7 @@ class RemoteBlock(BlockElsewhere):
 
     def _current(self) -> Pass | None:
         """This thread's forward, if it is one of this model."""
-        current = _innermost.get()
+        current: Pass | None = vars(_innermost).get("current")
         return current if current is not None and current.route is self.route else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
