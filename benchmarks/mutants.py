@@ -238,7 +238,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("arrived: _Way = (0.0, 0, ())", "0.0 -> 1.0"): "the same seconds more for every way",
     ("way = min(entered, riding[number]) if number in riding else entered", "arguments swapped"): SYMMETRIC,
     (
-        "return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))",
+        "return float(min(self.settings.max_backoff, self.settings.min_backoff * 2.0 ** min(nth - 1, 64)))",
         "64 -> 65",
     ): "longer than any that is allowed",
     ("super().__init__(text)", "statement dropped"): "an exception keeps what it was made with",

@@ -143,7 +143,6 @@ def recoveries(
                     victim.process.kill()
                     victim.process.wait()
                     model.config.allowed_servers = [victim.peer(), *halves]
-                    model.route.health.allowed_servers = None
                 return scores
 
             assert torch.equal(text(model, logits_processor=[kill]), expected)

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.swarm_costs import FALCON_180B, hop_seconds
 from transformer_lens.distributed import ServerFacts
 from transformer_lens.distributed.client.routing import Health, Hop, NoPath, best_path
+from transformer_lens.distributed.protocol.configs import ClientSettings
 
 Process = Generator[float, None, None]
 """Yields the seconds until it wants to go on."""
@@ -198,9 +199,8 @@ class Client:
         self.sim, self.world, self.number = simulation, simulation.world, number
         self.rng = random.Random(f"{self.world.seed} {number}")
         self.latency = {peer: self.rng.uniform(*self.world.latency) for peer in simulation.servers}
-        self.health = Health(
-            ban_timeout=self.world.ban_timeout, max_retries=self.world.max_retries, clock=lambda: simulation.now
-        )
+        settings = ClientSettings(ban_timeout=self.world.ban_timeout, max_retries=self.world.max_retries)
+        self.health = Health(settings, lambda: simulation.now)
 
     def live(self) -> Process:
         """Text after text."""

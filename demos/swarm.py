@@ -21,7 +21,7 @@ import torch
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.cli.options import quiet
-from transformer_lens.cli.status import look, show
+from transformer_lens.cli.serve import look, show
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit
 
 MODEL = "tiny-falcon"

@@ -21,9 +21,7 @@ from transformer_lens.cli.demo import (
     suitable_pair,
 )
 
-
-def plain(items, description):
-    return items
+QUIET = Console(file=io.StringIO())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def test_the_demo_is_short_and_says_what_to_do_next(tmp_path):
 
 
 def test_its_scores_are_those_of_the_analysis(falcon):
-    found = heads_that_repeat(falcon, plain)
+    found = heads_that_repeat(falcon, QUIET)
     induction, previous = induction_scores(falcon), previous_token_scores(falcon)
     assert len(found) >= 6
     for effect in found:
@@ -77,7 +75,7 @@ def test_its_scores_are_those_of_the_analysis(falcon):
 
 
 def test_the_heads_it_finds_are_induction_and_previous_token_heads(falcon):
-    found = heads_that_repeat(falcon, plain)
+    found = heads_that_repeat(falcon, QUIET)
     induction = {(effect.layer, effect.head) for effect in found if effect.induction > 0.8}
     previous = {(effect.layer, effect.head) for effect in found if effect.previous > 0.8}
     assert induction == {(1, 0), (1, 1), (1, 2), (1, 3)}

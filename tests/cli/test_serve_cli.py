@@ -9,8 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from transformer_lens.cli.app import app
-from transformer_lens.cli.serve import span_of, warn_if_open
-from transformer_lens.cli.status import show
+from transformer_lens.cli.serve import show, span_of, warn_if_open
 
 PEER = "12D3KooWSDoCAofrZc2bysLM1WbuvujxsPhdtRtyU1vTJvwpagEQ"
 

@@ -22,6 +22,7 @@ from transformer_lens.distributed import (
     StaticSpans,
 )
 from transformer_lens.distributed.client.routing import Health
+from transformer_lens.distributed.protocol.configs import ClientSettings
 from transformer_lens.distributed.protocol.messages import Reply, Request, pack_reply, unpack_reply, unpack_request
 
 Work = Callable[[TransformerBridge], Any]
@@ -171,7 +172,7 @@ class Place:
         route, clock = self.bridge.original_model.route, Clock()
         route.clock, route.sleep = clock, clock.sleep
         given = {"ban_timeout": 15, "min_backoff": 1, "max_backoff": 60, "max_retries": 5, **settings}
-        route.health = Health(**given, clock=clock)
+        route.health = Health(ClientSettings(**given), clock)
         route.recoveries.clear()
         route.closing.clear()
         self.bridge.original_model.connect(source)

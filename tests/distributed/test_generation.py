@@ -179,7 +179,7 @@ def test_another_server_takes_over_in_the_middle() -> None:
             logits = pair.remote.original_model(logits.argmax(-1), **with_cache(cache)).logits[:, -1:]
         first = pair.spans[0]
         first.span.close()
-        pair.remote.original_model.base_model.route.health.max_retries = 0
+        pair.remote.original_model.config.max_retries = 0
         with pytest.raises(SpanError, match=r"step of blocks 0 to 2: given up .* was closed"):
             pair.remote.original_model(logits.argmax(-1), **with_cache(cache))
         assert cache.get_seq_length() == 11

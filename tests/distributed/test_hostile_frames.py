@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.distributed.test_frames import bytes_held
 from transformer_lens.distributed.network.frames import (
     FETCH,
     MAGIC,
@@ -63,8 +64,8 @@ def test_an_exchange_under_attack(hostile: list[tuple[str, bytes, int]], message
                 for name, calls in exchange.of_peer.items()
             }
             assert all(held <= ROOM.receiving for held in declared.values())
-            assert exchange.bytes_held(peer) <= ROOM.receiving + ROOM.answers
-            assert exchange.bytes_held() <= ROOM.receiving_all + ROOM.answers_all
+            assert bytes_held(exchange, peer) <= ROOM.receiving + ROOM.answers
+            assert bytes_held(exchange) <= ROOM.receiving_all + ROOM.answers_all
             assert all(len(calls) <= 2 * ROOM.calls for calls in exchange.of_peer.values())
 
     talk = conversation(message, 20.0, most=64, piece=PIECE, call=b"h" * 16)
@@ -86,7 +87,7 @@ def test_an_exchange_under_attack(hostile: list[tuple[str, bytes, int]], message
     attack(99)
     now[0] += ROOM.seconds + 1
     exchange.forget()
-    assert exchange.bytes_held() == 0 and not exchange.of_peer
+    assert bytes_held(exchange) == 0 and not exchange.of_peer
 
 
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)

@@ -17,6 +17,7 @@ from tests.distributed.hostile import PAYLOAD, message_of, parts_of_reply
 from tests.support import with_cache
 from transformer_lens import TransformerBridge
 from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, Keep, Limits, LocalSpan, SpanError
+from transformer_lens.distributed.client.routing import Health
 from transformer_lens.distributed.protocol.messages import MessageError, Reply, pack_reply, unpack_reply, unpack_request
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
@@ -55,7 +56,7 @@ class World:
     def lie_from_now(self, change: Change | None) -> None:
         """Nobody is banned for what was before."""
         self.liar.change = change
-        self.route.health = type(self.route.health).of(self.route.settings, self.route.clock)
+        self.route.health = Health(self.route.settings, self.route.clock)
 
     def check(self, what: str) -> None:
         """Nobody lies: the same, bit for bit."""

@@ -24,7 +24,7 @@ from transformer_lens.distributed import (
     SpanServer,
 )
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig
-from transformer_lens.distributed.server.span_model import load_span
+from transformer_lens.distributed.server.server import load_span
 
 LAYERS = {"tiny-falcon": 4, "tiny-mixtral": 3}
 CLASSES = {"tiny-falcon": DistributedFalconForCausalLM, "tiny-mixtral": DistributedMixtralForCausalLM}

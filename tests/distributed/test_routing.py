@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transformer_lens.distributed import DistributedFalconConfig, ServerFacts
-from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, Hop, NoPath, best_path
+from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, Hop, NoPath, best_path, permitted
+from transformer_lens.distributed.protocol.configs import ClientSettings
 
 LAYERS = 6
 
@@ -123,7 +124,7 @@ class Clock:
 
 def test_bans_grow_and_are_forgotten() -> None:
     clock = Clock()
-    health = Health(ban_timeout=10, clock=clock)
+    health = Health(ClientSettings(ban_timeout=10), clock)
     lengths = []
     for _ in range(8):
         health.failed("a")
@@ -143,23 +144,26 @@ def test_bans_grow_and_are_forgotten() -> None:
 
 
 def test_backoff_and_the_longest_time() -> None:
-    health = Health(min_backoff=0.5, max_backoff=3, max_retries=4)
+    health = Health(ClientSettings(min_backoff=0.5, max_backoff=3, max_retries=4))
     assert [health.backoff(n) for n in range(1, 7)] == [0.5, 1, 2, 3, 3, 3]
     assert health.backoff(10**9) == 3
     assert health.longest(10) == 5 * 10 + 0.5 + 1 + 2 + 3
-    assert Health(max_retries=0).longest(7) == 7
-    assert Health().longest(180) == 6 * 180 + 31
+    assert Health(ClientSettings(max_retries=0)).longest(7) == 7
+    assert Health(ClientSettings()).longest(180) == 6 * 180 + 31
 
 
 def test_who_is_permitted() -> None:
-    assert Health().permits("a")
-    health = Health(allowed_servers=["a", "b"], blocked_servers=["b", "c"])
-    assert [health.permits(peer) for peer in "abcd"] == [True, False, False, False]
-    assert not Health(allowed_servers=[]).permits("a")
+    assert permitted(ClientSettings(), "a")
+    settings = ClientSettings(allowed_servers=["a", "b"], blocked_servers=["b", "c"])
+    assert [permitted(settings, peer) for peer in "abcd"] == [True, False, False, False]
+    assert not permitted(ClientSettings(allowed_servers=[]), "a")
 
 
 def test_settings_of_a_config() -> None:
     given = {"ban_timeout": 3, "min_backoff": 2, "max_backoff": 9, "max_retries": 7, "blocked_servers": ["x"]}
-    health = Health.of(DistributedFalconConfig(**given))
-    assert (health.ban_timeout, health.min_backoff, health.max_backoff, health.max_retries) == (3, 2, 9, 7)
-    assert not health.permits("x") and health.permits("y")
+    config = DistributedFalconConfig(**given)
+    health = Health(config, Clock())
+    health.failed("x")
+    assert health.banned() == {"x": 3} and [health.backoff(n) for n in (1, 9)] == [2, 9]
+    assert health.longest(1) == 8 + 2 + 4 + 8 + 4 * 9
+    assert not permitted(config, "x") and permitted(config, "y")

@@ -56,8 +56,8 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/calls/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
     ("model_bridge/access/weights.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
-    ("collect/identity.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
-    ("collect/identity.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
+    ("collect/manifest.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
+    ("collect/manifest.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
     (
         "distributed/client/remote_call.py",
         "getattr(entry.fn, '__name__', type(entry.fn).__name__)",

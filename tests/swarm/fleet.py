@@ -165,15 +165,15 @@ class Fleet:
     @contextmanager
     def settings(self, **changed: Any) -> Iterator[None]:
         """Other time limits and numbers of tries for a while."""
-        config, health = self.model.config, self.model.route.health
+        config = self.model.config
+        before = {name: getattr(config, name) for name in changed}
         try:
             for name, value in changed.items():
-                setattr(health if name == "max_retries" else config, name, value)
+                setattr(config, name, value)
             yield
         finally:
-            health.max_retries = config.max_retries
-            for name in changed.keys() & SETTINGS.keys():
-                setattr(config, name, SETTINGS[name])
+            for name, value in before.items():
+                setattr(config, name, value)
 
     def summary(self) -> str:
         if not self.seconds:

@@ -1,9 +1,4 @@
-"""The command line: `transformer-lens COMMAND`, or `python -m transformer_lens COMMAND`, on the public API alone.
-
-`app` has the commands; each is implemented in its own module, which is imported when the command runs.
-"""
-
-from __future__ import annotations
+"""The command line: `transformer-lens COMMAND`, or `python -m transformer_lens COMMAND`, on the public API alone."""
 
 import sys
 

@@ -1,9 +1,4 @@
-"""The commands: each reads its options, calls the public API and shows what it returns.
-
-Nothing here imports torch until a command runs, so that `--help` and completion answer at once.
-"""
-
-from __future__ import annotations
+"""The commands: each reads its options, calls the public API and shows what it returns; only then is torch imported."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +8,11 @@ from typer import Option
 
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
-from transformer_lens.cli.hooks import hooks
-from transformer_lens.cli.info import info
+from transformer_lens.cli.hooks import hooks, info
 from transformer_lens.cli.options import AsJson, Device, Loading, Model, complete_model, load_bridge, need_device
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
-from transformer_lens.cli.serve import serve
-from transformer_lens.cli.status import status
+from transformer_lens.cli.serve import serve, status
 
 app = Commands(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

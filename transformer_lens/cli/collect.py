@@ -1,7 +1,5 @@
 """`collect`: write the activations of a data set to disk; an interrupted command resumes when it is run again."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,9 +62,7 @@ class Layout:
 class Files:
     """Files and processes"""
 
-    store_dtype: str | None = Option(
-        None, help="Such as bfloat16, on disk. Default: as the model computes.", callback=dtype_of
-    )
+    store_dtype: str | None = Option(None, help="On disk, as bfloat16. Default: as computed.", callback=dtype_of)
     shard_tokens: int = Option(65536, metavar="N", min=1, help="About so many tokens in a file.")
     shard: str = Option("0/1", metavar="RANK/WORLD", help="This process's part of a job that several share.")
     check: bool = Option(
@@ -115,7 +111,7 @@ def collect(
         output().print(repr(store), markup=False)
 
 
-def chosen_hooks(bridge: TransformerBridge, patterns: Sequence[str]) -> list[str]:
+def chosen_hooks(bridge: "TransformerBridge", patterns: Sequence[str]) -> list[str]:
     """The hooks that names and wildcards match."""
     found = []
     for pattern in patterns:

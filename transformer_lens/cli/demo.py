@@ -1,16 +1,13 @@
 """The demo: hooks, cache, induction heads, a patched circuit, and the experts of a mixture."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -30,17 +27,12 @@ COLUMNS = (
     *("head", "attends to the\ninduction target", "attends to the\nprevious token", "kind"),
     "loss rise when\nmean-ablated\n(nats/token)",
 )
-FIRST_HOOKS = 5
-"""Rows of the hook table that the demo shows."""
+FIRST_HOOKS = 5  # rows of the hook table that the demo shows
 SENTENCE = "When Mary and John went to the store, John gave a drink to Mary."
 
 
 def run_demo(models: Sequence[str], out: Path, console: Console, device: str | None = None) -> None:
     """Run every part that each model allows, and write the pictures to `out`."""
-
-    def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
-        return track(list(items), description, console=console, transient=True)
-
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     silenced: list[tuple[int, int]] = []
@@ -57,28 +49,22 @@ def run_demo(models: Sequence[str], out: Path, console: Console, device: str | N
         if bridge.cfg.num_experts:
             show_routing(bridge, console)
         if not bridge.cfg.num_experts or len(models) == 1:
-            show_heads(heads_that_repeat(bridge, progress), console)
+            show_heads(heads_that_repeat(bridge, console), console)
             show_patching(*patch_residual_stream(bridge), out / Path(name).name, console)
     console.print(f"[dim]done in {time.perf_counter() - started:.0f} s")
     show_next(models[0], silenced, sorted(out.glob("*.html")), console)
 
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Wraps an iterable in a progress bar with a description."""
-
-
-@dataclass(frozen=True)
-class HeadEffect:
-    """What a head does on a repeated random sequence."""
+class HeadEffect(NamedTuple):
+    """A head on a repeated random sequence: its mean attention to the token after the previous occurrence and to the
+    previous token, and how much the loss on the repeat rises, in nats per token, when it is mean-ablated.
+    """
 
     layer: int
     head: int
     induction: float
-    """Mean attention, over the repeat, to the token after the previous occurrence."""
     previous: float
-    """Mean attention to the previous token."""
     loss_rise: float
-    """The rise in loss on the repeat when the head is mean-ablated, in nats per token."""
 
 
 def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], **hooks: Any) -> Tensor:
@@ -87,16 +73,16 @@ def second_half_loss(bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"]
     return per_token[:, tokens.shape[1] // 2 + 1 :].mean()
 
 
-def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates: int = 6) -> list[HeadEffect]:
+def heads_that_repeat(bridge: TransformerBridge, console: Console, candidates: int = 6) -> list[HeadEffect]:
     """The top induction and previous-token heads, each with the effect of ablating it."""
     tokens = random_repeats(bridge)
     induction, previous = induction_scores(bridge), previous_token_scores(bridge)
     tops = [scores.flatten().topk(min(candidates, scores.numel())).indices for scores in (induction, previous)]
-    best = dict.fromkeys(torch.cat(tops).tolist())
+    best = list(dict.fromkeys(torch.cat(tops).tolist()))
     found: list[HeadEffect] = []
     with torch.no_grad():
         baseline = second_half_loss(bridge, tokens)
-        for index in progress(best, "ablating heads"):
+        for index in track(best, "ablating heads", console=console, transient=True):
             layer, head = divmod(index, bridge.cfg.n_heads)
             ablated = second_half_loss(bridge, tokens, fwd_hooks=ablate_heads(bridge, (layer, head), mean=True))
             scores = float(induction[layer, head]), float(previous[layer, head])
@@ -105,7 +91,6 @@ def heads_that_repeat(bridge: TransformerBridge, progress: Progress, candidates:
 
 
 def suitable_pair(bridge: TransformerBridge, tries: int = 50) -> IOIPair:
-    """An indirect-object pair with prompts of equal token length and answers of one token for this model."""
     for seed in range(tries):
         pair = ioi_pair(seed)
         right, wrong = (bridge.to_answer_tokens(answer) for answer in (pair.answer, pair.wrong_answer))
@@ -128,21 +113,17 @@ def show_hooks(bridge: TransformerBridge, name: str, console: Console) -> None:
     table.rows = table.present()[:FIRST_HOOKS]
     console.print(table)
     rest = f"... and {whole - len(table)} more. All, with shapes and meanings: {_program()} hooks {shlex.quote(name)}\n"
-    console.print(rest, markup=False, highlight=False, soft_wrap=True)
+    console.out(rest, highlight=False)
 
 
 def show_next(model: str, heads: Sequence[tuple[int, int]], pages: Sequence[Path], console: Console) -> None:
     """Say where to go next: the pictures, a notebook and a page, a command."""
-    pictures = ", ".join(map(str, pages)) or "none was drawn"
-    prompt = "When Mary and John went to the store, John gave a drink to"
-    command = f"{_program()} generate {shlex.quote(model)} {prompt!r} -n 1"
+    pictures = f"{', '.join(map(str, pages))} (open in a browser)" if pages else "none was drawn"
+    command = f"{_program()} generate {shlex.quote(model)} {SENTENCE.removesuffix(' Mary.')!r} -n 1"
     command += "".join(f" --ablate-head L{layer}H{head}" for layer, head in heads)
-    for label, text in (
-        ("pictures", f"{pictures} (open in a browser)" if pages else pictures),
-        ("read on", "demos/1_main_demo.ipynb, or docs/tutorials/first_steps.md"),
-        ("try", command),
-    ):
-        console.print(f"{label + ':':<10}{text}", markup=False, highlight=False, soft_wrap=True)
+    read_on = "demos/1_main_demo.ipynb, or docs/tutorials/first_steps.md"
+    for label, text in (("pictures", pictures), ("read on", read_on), ("try", command)):
+        console.out(f"{label + ':':<10}{text}", highlight=False)
 
 
 def _program() -> str:
@@ -190,7 +171,6 @@ def show_heads(effects: Sequence[HeadEffect], console: Console) -> None:
 
 
 def show_patching(pair: IOIPair, found: Sweep, stem: Path, console: Console) -> None:
-    """Show the patching result as a table and save its picture."""
     console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {found.clean:+.2f}")
     console.print(f"corrupted: {pair.corrupted!r}: logit difference {found.corrupted:+.2f}")
     console.print("The share of the clean answer that one clean stream restores in the corrupted run:")

@@ -1,7 +1,5 @@
 """`generate`: continue prompts, with or without ablated heads and a steering vector."""
 
-from __future__ import annotations
-
 import inspect
 import json as json_text
 import re
@@ -35,9 +33,7 @@ class Choice:
     )
     temperature: float | None = Option(None, metavar="X", min=0, help="Above 1 wilder, below 1 tamer; 0 is greedy.")
     top_k: int | None = Option(None, metavar="N", min=1, help="Draw from so many likeliest.")
-    top_p: float | None = Option(
-        None, metavar="P", min=0, max=1, help="Draw from the likeliest with this much probability."
-    )
+    top_p: float | None = Option(None, metavar="P", min=0, max=1, help="Draw from the likeliest that together reach P.")
     seed: int | None = Option(None, metavar="N", help="The same seed draws the same tokens.")
     num_beams: int | None = Option(None, metavar="N", min=1, help="Beam search of this width.")
     stop_at_eos: bool = Option(True, "--stop-at-eos/--no-stop-at-eos", help="Stop at the end of a text.")
@@ -67,7 +63,7 @@ class Changes:
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Add the one vector in this .safetensors file at --steer-at, at every position.",
+        help="Add this .safetensors file's vector at --steer-at.",
     )
     steer_at: str | None = Option(
         None,
@@ -80,12 +76,8 @@ class Changes:
 
 def generate(
     model: Model,
-    prompts: list[str] | None = Argument(
-        None, metavar="PROMPT", help="Texts to continue, each in quotes.", show_default=False
-    ),
-    file: Path | None = Option(
-        None, "--file", "-f", metavar="FILE", help="Prompts, one on each line; - reads standard input."
-    ),
+    prompts: list[str] | None = Argument(None, metavar="PROMPT", help="Texts, each in quotes.", show_default=False),
+    file: Path | None = Option(None, "--file", "-f", metavar="FILE", help="Prompts, one a line; - is standard input."),
     max_new_tokens: int = Option(50, "--max-new-tokens", "-n", metavar="N", min=1, help="At most so many tokens."),
     stream: bool = Option(False, "--stream", help="Show the text token by token."),
     batch_size: int = Option(8, metavar="N", min=1, help="How many prompts run at once, padded on the left."),
@@ -176,9 +168,8 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def continued(
-    bridge: TransformerBridge, texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
+    bridge: "TransformerBridge", texts: Sequence[str], batch_size: int, how: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """Each prompt with the model's continuation."""
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
         for prompt, text in zip(batch, bridge.generate(batch, **how), strict=True):
@@ -207,7 +198,7 @@ def heads_of(texts: Sequence[str]) -> list[tuple[int, int]]:
 
 @contextmanager
 def edited(
-    bridge: TransformerBridge, heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
+    bridge: "TransformerBridge", heads: Sequence[tuple[int, int]], vector: Path | None, at: str, scale: float
 ) -> Iterator[None]:
     """Edit the model in a `with` block: heads ablated (`attn.hook_z` set to zero), a vector added at a layer or hook.
 
@@ -228,7 +219,7 @@ def edited(
         yield
 
 
-def read_vector(path: Path) -> Tensor:
+def read_vector(path: Path) -> "Tensor":
     """The one tensor of a safetensors file. Raises `ValueError` for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,7 +1,5 @@
 """The options that several commands share, and what they do: load a model, write JSON."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator
@@ -132,7 +130,7 @@ class Loading(LoadingPart):
     )
 
 
-def load_bridge(model: str, **loading: Any) -> TransformerBridge:
+def load_bridge(model: str, **loading: Any) -> "TransformerBridge":
     """Call `boot_transformers` quietly; errors say which model could not be read."""
     from transformer_lens import TransformerBridge
 
@@ -171,12 +169,10 @@ def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and remarks unless the output is a terminal."""
     from transformers.utils import logging
 
-    if sys.stdout.isatty():
-        yield
-        return
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if not sys.stdout.isatty():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -1,7 +1,5 @@
 """`patch`: which clean activations restore the answer in a corrupted run, as a table and a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformer_lens import TransformerBridge
 
-SWEEPS = {
+SWEEPS = {  # what can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning
     "resid_pre": ("get_act_patch_resid_pre", "pos", "the stream that enters a layer"),
     "resid_mid": ("get_act_patch_resid_mid", "pos", "the stream between attention and MLP (sequential blocks)"),
     "attn_out": ("get_act_patch_attn_out", "pos", "what attention adds to the stream"),
@@ -33,8 +31,6 @@ SWEEPS = {
     "head_pattern": ("get_act_patch_attn_head_pattern_all_pos", "head", "a head's attention pattern"),
     "expert_out": ("get_act_patch_expert_out", "expert", "what an expert adds to the stream"),
 }
-"""What can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning."""
-SUFFIXES = (".html", ".png")
 
 
 def complete_what(incomplete: str) -> list[tuple[str, str]]:
@@ -83,7 +79,7 @@ one position at a time; heads and experts at all positions.
     if what not in SWEEPS:
         raise typer.BadParameter(f"got {what!r}, expected one of {', '.join(SWEEPS)}", param_hint="--what")
     for path in out or []:
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in (".html", ".png"):
             raise typer.BadParameter(f"got {path}, expected a name that ends in .html or .png", param_hint="--out")
     bridge = load_bridge(model, **vars(loading))
     found = sweep(bridge, clean, corrupted, answer, wrong, what)
@@ -101,11 +97,10 @@ class Sweep:
 
     what: str
     measure: str
-    tokens: list[str]
-    """The clean prompt's tokens."""
+    tokens: list[str]  # the clean prompt's tokens
     clean: float
     corrupted: float
-    restored: Tensor
+    restored: "Tensor"
     """How far each patch moves the metric from the corrupted (0) to the clean run (1): [layer pos] or [layer head]."""
 
     @property
@@ -119,7 +114,7 @@ class Sweep:
 
 
 def sweep(
-    bridge: TransformerBridge,
+    bridge: "TransformerBridge",
     clean: str,
     corrupted: str,
     answer: str,
@@ -148,7 +143,7 @@ def sweep(
             f"{bridge.to_str_tokens(corrupted)}"
         )
 
-    def measured(logits: Tensor) -> Tensor:
+    def measured(logits: "Tensor") -> "Tensor":
         last = logits[0, -1].float()
         return last.log_softmax(-1)[right] if other is None else last[right] - last[other]
 
@@ -191,7 +186,7 @@ def show(found: Sweep) -> None:
         )
 
 
-def share_table(restored: Tensor, names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
+def share_table(restored: "Tensor", names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
     """A table of restored shares [layer place]: labelled places down, named layers across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(axis, justify="right")

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 failed or a check failed, 2 command line not understood, 1
 went away. With `--debug` an error keeps its traceback.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 import os
@@ -55,7 +53,8 @@ class Command(TyperCommand):
             say("\ninterrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            discard_output()
+            # What is left goes nowhere, or Python complains about the broken pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
         except ERRORS as error:
             if ctx.meta.get(_DEBUG):
@@ -78,10 +77,7 @@ class Commands(typer.Typer):
 
 
 def with_single_options(function: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer in which each dataclass parameter becomes one option per field, and `--debug` comes last.
-
-    The dataclass's docstring is the options' heading in the help.
-    """
+    """A command with an option per field of its dataclass parameters, under the class's docstring, and `--debug`."""
     given = inspect.signature(function, eval_str=True).parameters
     groups: dict[str, Any] = {name: p.annotation for name, p in given.items() if is_dataclass(p.annotation)}
     options: dict[str, inspect.Parameter] = {}
@@ -170,10 +166,3 @@ def warnings_in_a_line() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
-
-
-def discard_output() -> None:
-    """Discard remaining output, or Python complains about the broken pipe at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

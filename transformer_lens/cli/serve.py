@@ -1,6 +1,4 @@
-"""`serve`: run a span of a model's blocks for other machines, until a signal ends it."""
-
-from __future__ import annotations
+"""`serve`: run a span of a model's blocks for other machines; `status`: who runs which blocks of a model."""
 
 import ipaddress
 import logging
@@ -10,15 +8,17 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.measure import Measurement
+from rich.text import Text
 from typer import Option
 
-from transformer_lens.cli.options import DTYPES, LoadingPart, Model, named, need_device, quiet, torch_dtype
+import transformer_lens.cli.options as options
 from transformer_lens.cli.running import FAILED, say
 
 FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -28,9 +28,7 @@ FORMAT = "%(asctime)s %(levelname)s %(message)s"
 class Connection:
     """Network"""
 
-    initial_peers: list[str] | None = Option(
-        None, help="Address of a server to join, as it prints it; repeatable. Default: none."
-    )
+    initial_peers: list[str] | None = Option(None, help="Address that a server printed; repeatable. Default: none.")
     identity: Path | None = Option(None, help="File with this peer's key, made when missing. Default: a new key.")
     prefix: str | None = Option(
         None,
@@ -46,8 +44,7 @@ def span_of(text: str) -> range:
     return range(int(found[1]), int(found[2]))
 
 
-LEAST = 0.001
-"""The shortest time an option takes, in seconds."""
+LEAST = 0.001  # the shortest time an option takes, in seconds
 
 
 @dataclass(frozen=True)
@@ -72,20 +69,19 @@ class ServerLimits:
 
     def given(self) -> dict[str, Any]:
         """The limits that were set, by their names in `Limits`."""
-        limits: dict[str, Any] = {"session_seconds": self.session_seconds, "session_bytes": self.session_bytes}
-        limits["message"] = self.message_bytes
+        limits = {name.replace("message_bytes", "message"): value for name, value in vars(self).items()}
         return {name: value for name, value in limits.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class LoadingServed(LoadingPart):
+class LoadingServed(options.LoadingPart):
     """Loading the model"""
 
     threads: int | None = Option(None, min=1, help="CPU threads of torch. Default: its own choice.")
 
 
 def serve(
-    model: Model,
+    model: options.Model,
     *,
     blocks: range = Option(
         ..., parser=span_of, metavar="FIRST:END", help="Which blocks, such as 0:16; the end is not among them."
@@ -111,21 +107,21 @@ def serve(
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
     from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
-    need_device(loading.device)
+    options.need_device(loading.device)
     given = limits.given()
     address = address_of(network.host, network.port)
-    if loading.dtype not in (None, *DTYPES):
-        raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if loading.dtype not in (None, *options.DTYPES):
+        raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(options.DTYPES)}")
     check_options(given, network.update_period, network.drain_seconds, network.allow)
     need_engine()  # before minutes of reading weights
     warn_if_open(network.host, network.allow)
     if loading.threads is not None:
         torch.set_num_threads(loading.threads)
-    options = {"device": loading.device, "attn_implementation": loading.attn_implementation}
-    options |= {"revision": loading.revision, "dht_prefix": network.prefix, "dtype": torch_dtype(loading.dtype)}
+    settings = {**vars(loading), "dht_prefix": network.prefix, "dtype": options.torch_dtype(loading.dtype)}
+    del settings["threads"]
     with log_to_stderr() as log, signals() as (stop, now):
-        with quiet(), named(model):
-            told = {name: value for name, value in options.items() if value is not None}
+        with options.quiet(), options.named(model):
+            told = {name: value for name, value in settings.items() if value is not None}
             server = SpanServer(model, blocks, limits=Limits(**given), **told)
         read = server.read
         log.info("%s, %s: %d tensors, %d bytes", model, blocks, len(read.tensors), read.bytes)
@@ -157,7 +153,6 @@ def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
 
 @contextmanager
 def log_to_stderr() -> Iterator[logging.Logger]:
-    """Log what the server does to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(FORMAT))
     log = logging.getLogger("transformer_lens")
@@ -196,3 +191,73 @@ def signals() -> Iterator[tuple[threading.Event, threading.Event]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def status(model: options.Model, network: Connection, json: options.AsJson = False) -> None:
+    """Show a model's servers: blocks, state, load, latency; exit code 1 if a block has no server.
+
+    [bold]Example[/]
+
+    transformer-lens status tiny-falcon --initial-peers /ip4/127.0.0.1/tcp/31337/p2p/12D3KooW...
+    """
+    found = look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix)
+    if json:
+        options.write_json(found)
+    else:
+        show(found)
+    if found["missing"]:
+        raise typer.Exit(FAILED)
+
+
+def look(
+    model: str, initial_peers: Sequence[str], *, identity: Path | None = None, prefix: str | None = None
+) -> dict[str, Any]:
+    """Everything known about a model's servers. Raises `SpanUnreachable` if no peer answers."""
+    from transformer_lens.distributed import AutoDistributedConfig
+    from transformer_lens.distributed.client.swarm import Swarm
+
+    with options.quiet(), options.named(model):
+        config = AutoDistributedConfig.from_pretrained(
+            model, initial_peers=list(initial_peers), max_pinged=2**15, dht_prefix=prefix
+        )
+    with closing(Swarm(config, identity=identity)) as swarm:
+        rows = [row.describe() for row in swarm.known()]
+    serving = [row["blocks"] for row in rows if row["state"] == "serving"]
+    missing = [n for n in range(config.num_hidden_layers) if not any(first <= n < end for first, end in serving)]
+    about = {"model": model, "dht_prefix": config.dht_prefix, "n_layers": config.num_hidden_layers}
+    return {**about, "servers": rows, "missing": missing}
+
+
+WIDE = 1000
+COLUMNS = ("blocks", "state", "load", "sessions", "KV bytes", "free", "ms", "ms per block", "version", "peer")
+
+
+def show(found: dict[str, Any]) -> None:
+    from transformer_lens.text_table import TextTable
+
+    rows = [
+        (
+            "{}:{}".format(*row["blocks"]),
+            row["state"],
+            *(number(row[name]) for name in ("load", "sessions", "kv_bytes", "kv_bytes_free")),
+            *(number(row[name], 1000) for name in ("latency", "seconds_per_block")),
+            row["version"],
+            row["peer"],
+        )
+        for row in found["servers"]
+    ]
+    title = f"{found['model']}: {len(found['servers'])} servers of {found['n_layers']} blocks"
+    table = TextTable(title, COLUMNS, rows).__rich__()
+    for column in table.columns:
+        column.no_wrap = True
+    console = options.output()
+    # A peer id broken over lines is useless, so a narrow terminal wraps the lines itself.
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=WIDE), table).maximum)
+    console.print(table)
+    if found["missing"]:
+        console.print(Text(f"nobody serves the blocks {', '.join(map(str, found['missing']))}"))
+
+
+def number(value: float | None, scale: float = 1) -> str:
+    """A number as a table cell; empty if unknown."""
+    return "" if value is None else f"{value * scale:,.4g}" if scale != 1 else f"{value:,.0f}"

@@ -1,9 +1,4 @@
-"""Atomic files (written to a temporary file, flushed, renamed), and the safetensors layout.
-
-Every tensor's place in a shard is known in advance, so shards are written batch by batch.
-"""
-
-from __future__ import annotations
+"""Atomic files (written aside, flushed, renamed); every tensor's place in a shard is known before its first batch."""
 
 import errno
 import fcntl
@@ -11,19 +6,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import file_digest
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-DTYPES: Mapping[torch.dtype, str] = {
+DTYPES: Mapping[torch.dtype, str] = {  # the safetensors name of each dtype
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -35,59 +26,44 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The safetensors name of each dtype."""
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """One tensor of a shard: a value or an array for each token."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    """The shape for one token."""
-
-    @property
-    def token_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+    shape: tuple[int, ...]  # the shape for one token
 
 
-ABOUT_TOKENS = {
+ABOUT_TOKENS = {  # what is stored about each token: its context, document, id, and positions in context and document
     "context_ids": Column(torch.int64, ()),
     "document_ids": Column(torch.int64, ()),
     "token_ids": Column(torch.int32, ()),
     "positions": Column(torch.int32, ()),
     "document_positions": Column(torch.int32, ()),
 }
-"""What is stored about each token: its context, document, id, and positions in context and document."""
-
-
-def header_of(columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """A safetensors header, and the offset of each tensor."""
-    # The widest first, so that each begins at a multiple of its item size.
-    order = sorted(columns, key=lambda name: -columns[name].dtype.itemsize)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
-    begin = 0
-    for name in order:
-        column = columns[name]
-        end = begin + tokens * column.token_bytes
-        shape = [tokens, *column.shape]
-        entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + entries[name]["data_offsets"][0] for name in order} | {"": len(header) + begin}
 
 
 class ShardFile:
     """A shard being written, to a temporary file that no other process writes."""
 
     def __init__(self, path: Path, columns: Mapping[str, Column], tokens: int, about: Mapping[str, str]) -> None:
+        """Lay out the safetensors header and the place of each tensor."""
         self.path = path
         self.aside = path.with_name(path.name + ".part")
         self.columns = columns
-        self.header, self._places = header_of(columns, tokens, about)
-        self.bytes = self._places.pop("")
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt", **about}}
+        end = 0
+        # The widest first, so that each begins at a multiple of its item size.
+        for name, column in sorted(columns.items(), key=lambda pair: -pair[1].dtype.itemsize):
+            begin, end = end, end + tokens * prod(column.shape) * column.dtype.itemsize
+            shape = [tokens, *column.shape]
+            entries[name] = {"dtype": DTYPES[column.dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.bytes = len(self.header) + end
+        self._places = {name: len(self.header) + entries[name]["data_offsets"][0] for name in columns}
         self._file: int | None = None
 
     def open(self) -> None:
@@ -118,7 +94,7 @@ class ShardFile:
                 f"{list(column.shape)}, as in the job's first batch"
             )
         if values.numel():
-            raw = memoryview(cast("Buffer", values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
             self._write(raw, self._places[name])
             self._places[name] += len(raw)
 
@@ -142,7 +118,6 @@ class ShardFile:
         return found
 
     def abandon(self) -> None:
-        """Delete an unfinished file."""
         if self._file is not None:
             with suppress(FileNotFoundError):
                 self.aside.unlink()
@@ -188,7 +163,6 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, as from `sha256sum`."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 

@@ -1,24 +1,147 @@
-"""A job's manifest: what was asked of which model and data, and the shards with their checksums.
+"""What identifies a job, all that changes its numbers, and its manifest: what was asked, and the shards with checksums.
 
-It does not depend on when, or in how many runs, the job ran.
+A job that goes on has to find all of it unchanged. The manifest does not depend on when, or in how many runs, it ran.
 """
 
-from __future__ import annotations
-
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from transformer_lens.collect.files import locked, sha256_of, write_json
 from transformer_lens.collect.plan import Cursor
 
+if TYPE_CHECKING:
+    from transformer_lens import TransformerBridge
+
 FORMAT = 2
 MANIFEST = "manifest.json"
-SHOWN = 6
-"""The most differences an error lists."""
+SHOWN = 6  # the most differences an error lists
+LIBRARIES = ("transformer-lens-bridge", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+SAMPLED = 256  # values per parameter in the fingerprint of the weights, in addition to the sum of all its bits
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNHEEDED = frozenset(  # module settings that change no number of a forward, or follow from its length
+    {"training", "gradient_checkpointing", "layer_idx", "name_or_path", "max_seq_len_cached", "preparations"}
+)
+ADAPTERS = frozenset({"_active_adapter", "_disable_adapters"})  # PEFT layer settings with an underscore
+WRITTEN_ELSEWHERE = frozenset({"transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"})
+"""Config entries recorded elsewhere, or without effect on the computation."""
+
+
+def model_identity(bridge: "TransformerBridge") -> dict[str, Any]:
+    """The model's name and revision, with a fingerprint of its weights."""
+    model: Any = bridge.original_model
+    config = model.config
+    return {
+        "name": bridge.cfg.model_name,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": bridge.cfg.architecture,
+        "weights": weights_fingerprint(model),
+        "dtype": dtype_name(bridge.cfg.dtype),
+        "attention": config._attn_implementation,
+        "experts": getattr(config, "_experts_implementation", None),
+        "hooked": [name for name, point in bridge.hook_dict.items() if point.has_hooks()],
+        "in_hooks_places": {
+            name: f"{type(module).__name__} {weights_fingerprint(module)}"
+            for owner in (bridge, *bridge.components())
+            for slot, name in owner.full_names.items()
+            if (module := owner._modules.get(slot)) is not None and module is not bridge.hook_dict.get(name)
+        },
+    }
+
+
+def model_state(bridge: "TransformerBridge") -> dict[str, Any]:
+    """Everything else that changes a model's numbers, by name: its config, and every module's class and settings.
+
+    Adapters and whether they are active, disabled, merged or scaled are such settings. Settings that all layers share
+    are recorded once, under a `*`.
+    """
+    model: Any = bridge.original_model
+    config = model.config.to_diff_dict()
+    state = {f"config.{name}": value for name, value in config.items() if name not in WRITTEN_ELSEWHERE}
+    found: dict[str, list[Any]] = {}
+    for path, module in model.named_modules():
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+        kept = {n for n in vars(module) if n in ADAPTERS or not (n.startswith("_") or n in UNHEEDED)}
+        settings = {name: value for name, value in vars(module).items() if name in kept and _plain(value)}
+        for name, value in {"class": type(module).__name__, **settings}.items():
+            found.setdefault(f"{place}.{name}".lstrip("."), []).append(value)
+    state |= {name: values[0] if all(v == values[0] for v in values) else values for name, values in found.items()}
+    device = bridge.input_device().type
+    autocast = torch.is_autocast_enabled(device)
+    return {**state, "autocast": dtype_name(torch.get_autocast_dtype(device)) if autocast else None}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a number, a text, or a collection of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A checksum of every parameter and buffer: name, shape, the sum of its bits, and some of its values."""
+    found = sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        found.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        here = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+        # Offloaded weights are not here to read; of sharded ones, each process has its part.
+        if type(here) is Tensor and not here.is_meta and here.numel():
+            found.update(_content(here.detach()))
+    return found.hexdigest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    """The sum of a tensor's bits, which depends on every value, and a sample, which depends on their order."""
+    flat = tensor.reshape(-1)
+    some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+    total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
+    return f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes()
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
+    """What turned texts into tokens; for a fast tokenizer also its normaliser, splitting and merges."""
+    if tokenizer is None:
+        return None
+    rules = None
+    if tokenizer.is_fast:  # calls leave their padding in it
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = _checksum({key: value for key, value in whole.items() if key not in ("padding", "truncation")})
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": _checksum(sorted(tokenizer.get_vocab().items())),
+        "rules": rules,
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+
+
+def _checksum(document: Any) -> str:
+    return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else affects the last bits of a number."""
+    versions = {name: version(name) for name in LIBRARIES}
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    precision = torch.get_float32_matmul_precision()
+    return {"versions": versions, "device": device.type, "threads": threads, "matmul_precision": precision}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -29,21 +152,17 @@ class ShardRecord:
     file: str
     bytes: int
     sha256: str
-    tokens: int
-    """The number of stored tokens, after the filters."""
+    tokens: int  # the number of stored tokens, after the filters
     contexts: int
     first_document: int
     last_document: int
     begin: Cursor
     end: Cursor
-    last: bool
-    """Whether the data end with this shard."""
-    data_sha256: str
-    """The checksum of the token ids read for it."""
+    last: bool  # whether the data end with this shard
+    data_sha256: str  # the checksum of the token ids read for it
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> ShardRecord:
-        """A record as it stands in a file."""
+    def of(cls, entry: Mapping[str, Any]) -> Self:
         return cls(**{**entry, "begin": Cursor(**entry["begin"]), "end": Cursor(**entry["end"])})
 
     def problem(self, out_dir: Path, checksum: bool = True) -> str:
@@ -63,11 +182,6 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.safetensors"
 
 
-def record_path(out_dir: Path, number: int) -> Path:
-    """The path of a finished shard's record."""
-    return (out_dir / shard_name(number)).with_suffix(".json")
-
-
 class Manifest:
     """The manifest in a folder, and the records beside it."""
 
@@ -78,12 +192,12 @@ class Manifest:
         self.job = json.loads(json.dumps(job))
         self.state = json.loads(json.dumps(state, default=str))
         self.environment = json.loads(json.dumps(around))
-        self.job_sha256 = sha256(json.dumps(self.job, sort_keys=True).encode()).hexdigest()
+        self.job_sha256 = _checksum(self.job)
         self.complete = False
         self._shards: list[dict[str, Any]] = []
 
     @classmethod
-    def read(cls, out_dir: Path) -> Manifest:
+    def read(cls, out_dir: Path) -> Self:
         """Read a folder's manifest. Raises `ValueError` if there is none, or if it was edited by hand."""
         path = out_dir / MANIFEST
         if not path.is_file():
@@ -123,7 +237,7 @@ class Manifest:
         self.state, self.environment = before.state, before.environment
         self.complete, self._shards = before.complete, before._shards
 
-    def _changed_state(self, before: Manifest) -> list[str]:
+    def _changed_state(self, before: "Manifest") -> list[str]:
         """How the model's state differs; setting names may change between library versions."""
         names = dict.fromkeys([*before.state, *self.state])
         if before.environment["versions"] != self.environment["versions"]:
@@ -146,7 +260,7 @@ class Manifest:
 
     def keep(self, record: ShardRecord) -> None:
         """Write a shard's record, which marks it finished."""
-        write_json(record_path(self.out_dir, record.shard), asdict(record))
+        write_json((self.out_dir / record.file).with_suffix(".json"), asdict(record))
 
     def records(self) -> dict[int, ShardRecord]:
         """The finished shards by number."""

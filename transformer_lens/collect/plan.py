@@ -1,16 +1,11 @@
-"""Which tokens go into which context, batch and shard, as a function of data and options alone.
-
-A job resumed at any shard therefore makes the same batches as an uninterrupted one.
-"""
-
-from __future__ import annotations
+"""Which tokens go into which context, batch and shard: data and options alone decide, also when a job is resumed."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,8 +16,7 @@ from transformer_lens.collect.sources import Encoder, Source
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
 
-TOGETHER = 32
-"""Documents tokenised in one call."""
+TOGETHER = 32  # documents tokenised in one call
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,7 @@ class Cursor:
 
     document: int = 0
     offset: int = 0
-    tokens: int = 0
-    """The number of tokens before it."""
+    tokens: int = 0  # the number of tokens before it
 
 
 @dataclass(frozen=True)
@@ -51,15 +44,6 @@ class Layout:
 
 
 CONTEXT_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids that a job adds around texts and as padding."""
-
-    bos: int | None
-    eos: int | None
-    pad: int
 
 
 @dataclass(frozen=True)
@@ -97,19 +81,18 @@ class Options:
             raise ValueError(f"shard: got {self.shard!r}, expected (rank, world) with 0 <= rank < world")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Options:
+    def of(cls, given: Mapping[str, Any]) -> Self:
         """Options from keywords. Raises `TypeError` for an unknown one, with the nearest known ones."""
-        known = [field.name for field in fields(cls)]
+        known = cls.__dataclass_fields__
         for name in given:
             if name not in known:
                 raise TypeError(f"collect has no option {name!r}; the nearest is {nearest(name, known, most=1)}")
         return cls(**given)
 
-    def special_tokens(self, bridge: TransformerBridge) -> SpecialTokens:
-        """A model's special tokens for this job. Raises `ValueError` for one that it lacks."""
+    def frame(self, bridge: "TransformerBridge") -> tuple[int | None, int | None]:
+        """What stands before and after each text: BOS, EOS or nothing. Raises `ValueError` for one the model lacks."""
         adapter: Any = bridge.token_adapter
-        bos = adapter.bos if adapter is not None else None
-        eos = adapter.eos if adapter is not None else None
+        bos, eos = (None, None) if adapter is None else (adapter.bos, adapter.eos)
         wanted = bool(bridge.cfg.default_prepend_bos) and bos is not None
         wanted = wanted if self.prepend_bos is None else self.prepend_bos
         if wanted and bos is None:
@@ -118,10 +101,9 @@ class Options:
             raise ValueError("append_eos: this bridge knows no end-of-sequence token; pass append_eos=False")
         if self.drop_bos and bos is None:
             raise ValueError("drop_bos: this bridge knows no beginning-of-sequence token; pass drop_first=1")
-        pad = adapter.pad if adapter is not None and adapter.pad is not None else 0
-        return SpecialTokens(bos if wanted else None, eos if self.append_eos else None, pad)
+        return bos if wanted else None, eos if self.append_eos else None
 
-    def layout(self, bridge: TransformerBridge, special: SpecialTokens) -> Layout:
+    def layout(self, bridge: "TransformerBridge") -> Layout:
         """The layout of contexts and shards. Raises `ValueError` for contexts the model cannot take."""
         longest = bridge.cfg.n_ctx
         context = min(longest, CONTEXT_SIZE) if self.context_size is None else self.context_size
@@ -133,11 +115,10 @@ class Options:
             )
         # Whole batches, so that the end of a shard changes no batch.
         batches = max(1, round(self.shard_tokens / (context * self.batch_size)))
-        bos = bridge.token_adapter.bos if bridge.token_adapter is not None else None
+        adapter: Any = bridge.token_adapter
+        bos, pad = (None, None) if adapter is None else (adapter.bos, adapter.pad)
         kept = {name: getattr(self, name) for name in ("batch_size", "packing", "drop_bos", "drop_first", "max_tokens")}
-        return Layout(
-            context_size=context, contexts_per_shard=batches * self.batch_size, pad=special.pad, bos=bos, **kept
-        )
+        return Layout(context, contexts_per_shard=batches * self.batch_size, pad=pad or 0, bos=bos, **kept)
 
 
 class TokenStream:
@@ -163,14 +144,12 @@ class TokenStream:
             self._held.extend(self._encoder.encode(some))
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Some contexts, padded on the right to the longest, and a mask of the stored positions."""
 
     ids: np.ndarray
     keep: np.ndarray
-    tokens: int
-    """The number of tokens, padding excluded."""
+    tokens: int  # the number of tokens, padding excluded
 
 
 @dataclass(frozen=True)

@@ -4,50 +4,146 @@ The model runs in this thread, a second one writes. A shard depends on data and 
 at its next shard, and ends with the same bytes.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
+import transformer_lens.collect.manifest as manifest
 from transformer_lens.checks import directory_to_write, in_words
-from transformer_lens.collect.capture import Captured, Capturing, probe
-from transformer_lens.collect.files import ABOUT_TOKENS, ShardFile, advised
-from transformer_lens.collect.identity import environment, model_identity, model_state, tokenizer_identity
-from transformer_lens.collect.manifest import Manifest, ShardRecord, shard_name
-from transformer_lens.collect.plan import Cursor, Options, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.files import ABOUT_TOKENS, DTYPES, Column, ShardFile, advised
+from transformer_lens.collect.plan import Batch, Cursor, Options, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.sources import Encoder, open_source
 from transformer_lens.collect.store import ActivationStore
 from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformer_lens import TransformerBridge
 
-    NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
-
+NamesFilter = str | Callable[[str], bool] | Sequence[str] | None
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-WAITING = 4
-"""Batches that may wait for the writer, which bounds a job's memory."""
+WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
+
+
+class Hook(NamedTuple):
+    """What is stored of a hook, with one token axis in place of batch and position."""
+
+    axes: str
+    column: Column
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"axes": self.axes, "shape": list(self.column.shape), "dtype": manifest.dtype_name(self.column.dtype)}
+
+
+def stop_after(names: Sequence[str]) -> int | None:
+    """The smallest `stop_at_layer` at which all these hooks fire; `None` for the whole model."""
+    stop = 0
+    for name in names:
+        if name.startswith("blocks."):
+            stop = max(stop, int(name.split(".")[1]) + 1)
+        elif name != "hook_embed":
+            return None
+    return stop
+
+
+def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
+    """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
+    for name in names:
+        axes = bridge.hook_dict[name].axes
+        if "key_pos" in axes:
+            raise ValueError(
+                f"{name!r} has an entry for each pair of positions ({axes}), so what belongs to a token grows with its "
+                "context; collect attn.hook_rot_q and attn.hook_rot_k (attn.hook_q and attn.hook_k) and multiply, or "
+                "use run_with_cache"
+            )
+        if axes.split()[:2] != ["batch", "pos"]:
+            raise ValueError(
+                f"{name!r} has the axes {axes!r}, and only hooks with a value for each token, 'batch pos ...', can be "
+                "collected"
+            )
+    with torch.no_grad():
+        cache = _cached(bridge, torch.zeros(1, 2, dtype=torch.long), names)
+    found = {}
+    for name in names:
+        value, rest = cache[name], bridge.hook_dict[name].axes.split()[2:]
+        kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        if kept not in DTYPES:
+            raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
+        found[name] = Hook(" ".join(["token", *rest]), Column(kept, tuple(value.shape[2:])))
+    return found
+
+
+class Captured(NamedTuple):
+    """The values of one batch, which a GPU may still be computing."""
+
+    values: Mapping[str, Tensor]
+    ready: torch.cuda.Event | None
+
+    def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
+        """Each hook's values on the CPU, copied while the GPU goes on."""
+        if self.ready is None:
+            yield from self.values.items()
+            return
+        beside = torch.cuda.Stream()
+        beside.wait_event(self.ready)
+        for name, value in self.values.items():
+            with torch.cuda.stream(beside):
+                copied = value.to("cpu", non_blocking=True)
+            beside.synchronize()
+            yield name, copied
+
+
+def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Any:
+    """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
+    stop = stop_after(names)
+    _, cache = bridge.run_with_cache(
+        ids,
+        names_filter=list(names),
+        stop_at_layer=stop,
+        return_type=None if stop is None else "logits",
+        return_cache_object=False,
+        padding_side="right",
+    )
+    return cache
+
+
+def capture(bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch) -> Captured:
+    """The stored tokens' values at every hook, in the dtype they are stored in."""
+    cache = _cached(bridge, torch.from_numpy(batch.ids).to(bridge.input_device()), list(hooks))
+    everything = bool(batch.keep.all())
+    kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
+    values = {}
+    for name, hook in hooks.items():
+        flat = cache[name].reshape(-1, *cache[name].shape[2:])
+        some = flat if everything else flat.index_select(0, kept.to(flat.device))
+        values[name] = _cast(name, some, hook.column.dtype)
+    on_gpu = any(value.is_cuda for value in values.values())
+    return Captured(values, torch.cuda.current_stream().record_event() if on_gpu else None)
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = value.to(dtype)
+    if dtype is torch.float16 and value.dtype is not dtype and bool((cast.isinf() & ~value.isinf()).any()):
+        raise ValueError(
+            f"{name!r} reaches {float(value.abs().max()):.4g}, beyond float16's 65504; pass dtype=torch.bfloat16"
+        )
+    return cast
 
 
 class Background:
-    """Runs calls in another thread; the first error stops it, and is raised in the calling thread.
-
-    Leaving the block, even by an error, waits for the calls already made.
-    """
+    """Runs calls in another thread; the first error stops it, and is raised in the calling thread."""
 
     def __init__(self, waiting: int) -> None:
         self._waiting = waiting
@@ -81,7 +177,7 @@ class Background:
 class Job:
     """One process's part of a job. The constructor checks everything that can be checked before the first batch."""
 
-    def __init__(self, bridge: TransformerBridge, data: Any, names: Any, out_dir: Path, options: Options) -> None:
+    def __init__(self, bridge: "TransformerBridge", data: Any, names: Any, out_dir: Path, options: Options) -> None:
         if not isinstance(bridge, HookedRootModule):
             raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
         self.options, self.out_dir = options, out_dir
@@ -91,29 +187,29 @@ class Job:
             )
         chosen = bridge.select_names(names)
         self.source = open_source(data)
-        special = options.special_tokens(bridge)
-        self.layout = options.layout(bridge, special)
-        self.encoder = Encoder(bridge.tokenizer, options.text_key, special.bos, special.eos, bridge.cfg.d_vocab)
-        self.capturing = Capturing(bridge, probe(bridge, chosen, options.dtype))
+        bos, eos = options.frame(bridge)
+        self.layout = options.layout(bridge)
+        self.encoder = Encoder(bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab)
+        self.bridge, self.hooks = bridge, probe(bridge, chosen, options.dtype)
         identity = {
-            "model": model_identity(bridge),
-            "tokenizer": tokenizer_identity(bridge.tokenizer),
+            "model": manifest.model_identity(bridge),
+            "tokenizer": manifest.tokenizer_identity(bridge.tokenizer),
             "data": dict(self.source.about),
             "text_key": options.text_key,
-            "prepend_bos": special.bos is not None,
-            "append_eos": special.eos is not None,
-            "hooks": {name: hook.to_dict() for name, hook in self.capturing.hooks.items()},
-            "stop_at_layer": self.capturing.stop_at_layer,
+            "prepend_bos": bos is not None,
+            "append_eos": eos is not None,
+            "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
+            "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
         }
-        self.manifest = Manifest(out_dir, identity, model_state(bridge), environment(bridge.input_device()))
+        around = manifest.environment(bridge.input_device())
+        self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
         self.sharing = bridge.attachment.sharding.shards
-        """The processes that share the model, and this one's rank; the first has the files."""
-        self.done: dict[int, ShardRecord] = {}
+        self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
+        self.done: dict[int, manifest.ShardRecord] = {}
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
-        """Compute this process's missing shards."""
         self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
@@ -124,20 +220,16 @@ class Job:
         finally:
             for file in self._begun:
                 file.abandon()
-        self._agreed(self._end)
-
-    @property
-    def _writes(self) -> bool:
-        return bool(self.sharing.rank == 0)
+        self._agreed(self.manifest.finish)
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
         if self.sharing.size == 1:
-            return function()
+            return self._advised(function)
         answer: list[Any] = [None, None]
         if self._writes:
             try:
-                answer[0] = function()
+                answer[0] = self._advised(function)
             except (ValueError, OSError) as error:
                 answer[1] = error
         dist.broadcast_object_list(answer, group_src=0, group=self.sharing.group)
@@ -145,25 +237,19 @@ class Job:
             raise answer[1]
         return answer[0]  # type: ignore[no-any-return]
 
-    def _start(self) -> tuple[dict[int, ShardRecord], list[int], bool]:
+    def _start(self) -> tuple[dict[int, manifest.ShardRecord], list[int], bool]:
         """The finished shards, the broken ones among them, and whether nothing is left to do."""
-        with self._advising():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self.manifest.start(self.options.same_environment)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.manifest.start(self.options.same_environment)
         done = self.manifest.records()
         broken = [number for number, record in done.items() if record.problem(self.out_dir, self.options.check)]
         for number in broken:
-            logger.warning("%s is missing or not as it was written: computing it again", shard_name(number))
+            logger.warning("%s is missing or not as it was written: computing it again", manifest.shard_name(number))
         return done, broken, not broken and self.manifest.finish()
 
-    def _end(self) -> None:
-        with self._advising():
-            self.manifest.finish()
-
-    @contextmanager
-    def _advising(self) -> Iterator[None]:
+    def _advised(self, function: Callable[[], T]) -> T:
         try:
-            yield
+            return function()
         except OSError as error:
             raise advised(error, self.out_dir, len(self.done)) from error
 
@@ -200,7 +286,7 @@ class Job:
             raise changed_data(self.out_dir, before.shard)
         return stream
 
-    def _bar(self) -> AbstractContextManager[tqdm[Any] | None]:
+    def _bar(self) -> "AbstractContextManager[tqdm[Any] | None]":
         if not (self.options.progress and self._writes):
             # Not even a hidden bar, which would wait for the lock that tqdm shares among forked processes.
             return nullcontext()
@@ -219,56 +305,53 @@ class Job:
             most = guess if most is None else min(most, guess)
         return None if most is None else most // self.options.shard[1]
 
-    def _compute(self, plan: ShardPlan, writer: Background, bar: tqdm[Any] | None) -> None:
-        stored = {name: hook.column for name, hook in self.capturing.hooks.items()}
+    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None") -> None:
+        stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
-        path = self.out_dir / shard_name(plan.number)
+        path = self.out_dir / manifest.shard_name(plan.number)
         file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
-        if self._writes:
-            self._begun.append(file)
-            writer.call(lambda: self._begin(plan, file))
-        for batch in plan.batches(self.layout.batch_size):
-            captured = self.capturing.run(batch)
+
+        def later(step: Callable[..., None], *given: Any) -> None:
             if self._writes:
-                writer.call(lambda captured=captured: self._write(captured, file))  # type: ignore[misc]
+                writer.call(partial(self._advised, partial(step, *given)))
+
+        self._begun.append(file)
+        later(self._begin, plan, file)
+        for batch in plan.batches(self.layout.batch_size):
+            later(self._write, capture(self.bridge, self.hooks, batch), file)
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
-        if self._writes:
-            writer.call(lambda: self._finish(plan, file))
+        later(self._finish, plan, file)
 
     def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
-        with self._advising():
-            file.open()
-            for name, values in plan.columns().items():
-                file.write(name, torch.from_numpy(values))
+        file.open()
+        for name, values in plan.columns().items():
+            file.write(name, torch.from_numpy(values))
 
     def _write(self, captured: Captured, file: ShardFile) -> None:
-        with self._advising():
-            for name, values in captured.on_cpu():
-                file.write(name, values)
+        for name, values in captured.on_cpu():
+            file.write(name, values)
 
     def _finish(self, plan: ShardPlan, file: ShardFile) -> None:
         before = self.done.get(plan.number)
-        with self._advising():
-            checksum = file.finish()
-            record = ShardRecord(
-                shard=plan.number,
-                file=file.path.name,
-                bytes=file.bytes,
-                sha256=checksum,
-                tokens=int(plan.keep.sum()),
-                contexts=len(plan.ids),
-                first_document=int(plan.documents[0, 0]),
-                last_document=int(plan.documents.max()),
-                begin=plan.begin,
-                end=plan.end,
-                last=plan.last,
-                data_sha256=plan.digest(),
-            )
-            if before is None:
-                self.manifest.keep(record)
-        if before is not None and before != record:
+        record = manifest.ShardRecord(
+            shard=plan.number,
+            file=file.path.name,
+            sha256=file.finish(),
+            bytes=file.bytes,
+            tokens=int(plan.keep.sum()),
+            contexts=len(plan.ids),
+            first_document=int(plan.documents[0, 0]),
+            last_document=int(plan.documents.max()),
+            begin=plan.begin,
+            end=plan.end,
+            last=plan.last,
+            data_sha256=plan.digest(),
+        )
+        if before is None:
+            self.manifest.keep(record)
+        elif before != record:
             raise ValueError(
                 f"{file.path} was computed again and differs from what its record states: model or environment are not "
                 "what they were; collect into another folder"
@@ -285,7 +368,7 @@ def changed_data(out_dir: Path, number: int) -> ValueError:
 
 
 def collect(
-    bridge: TransformerBridge, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
+    bridge: "TransformerBridge", dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any
 ) -> ActivationStore:
     """Write a data set's activations at some hooks to disk, and open them.
 

@@ -1,9 +1,4 @@
-"""Where documents come from: files, data sets, lists of texts, token ids.
-
-A source gives its documents in a fixed order, from any number on, and holds only a few of them.
-"""
-
-from __future__ import annotations
+"""Where documents come from: files, data sets, texts or token ids, in a fixed order, read from any number on."""
 
 import json
 import sys
@@ -11,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -22,23 +17,16 @@ TEXT_SUFFIXES = (".txt", ".text")
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Documents by number: texts, rows of a table, or token ids."""
 
-    read: Callable[[int], Iterator[Any]]
-    """Yields the documents from a number on."""
-    about: Mapping[str, Any]
-    """What identifies the data in a manifest."""
-    documents: int | None = None
-    """The number of documents, if known without reading them."""
+    read: Callable[[int], Iterator[Any]]  # yields the documents from a number on
+    about: Mapping[str, Any]  # what identifies the data in a manifest
+    documents: int | None = None  # the number of documents, if known without reading them
 
 
 def open_source(data: Any) -> Source:
-    """The documents of anything `collect` takes.
-
-    Raises `ValueError` for a path that does not exist or is of an unknown kind, and `TypeError` for other things.
-    """
+    """The documents of anything `collect` takes. Raises `ValueError` for a bad path, `TypeError` for other things."""
     if isinstance(data, (str, Path)):
         return _files([Path(data)])
     if isinstance(data, (list, tuple)) and data and all(isinstance(item, Path) for item in data):
@@ -52,10 +40,8 @@ def open_source(data: Any) -> Source:
         if isinstance(data, library.IterableDataset):
             return Source(lambda start: iter(data.skip(start)), {"kind": "datasets.IterableDataset"})
         if isinstance(data, library.Dataset):
-            rows = len(data)
-            return Source(
-                lambda start: iter(data.select(range(start, rows))), {"kind": "datasets.Dataset", "rows": rows}, rows
-            )
+            about = {"kind": "datasets.Dataset", "rows": len(data)}
+            return Source(lambda start: iter(data.select(range(start, len(data)))), about, len(data))
     return _in_memory(data)
 
 
@@ -71,11 +57,8 @@ def _in_memory(data: Any) -> Source:
             "a Hugging Face data set, or another iterable of documents"
         )
     if isinstance(data, Sequence):
-        return Source(
-            lambda start: (data[i] for i in range(start, len(data))),
-            {"kind": "list", "documents": len(data)},
-            len(data),
-        )
+        about = {"kind": "list", "documents": len(data)}
+        return Source(lambda start: (data[i] for i in range(start, len(data))), about, len(data))
     return Source(lambda start: islice(iter(data), start, None), {"kind": "iterable"})
 
 
@@ -104,17 +87,13 @@ def _documents(files: Sequence[Path]) -> Iterator[Any]:
     """The documents of files, one for each line that is not blank: a text, or a JSON object."""
     for file in files:
         with file.open(encoding="utf-8") as lines:
-            numbered = enumerate(lines, 1)
-            for number, line in numbered:
-                if line.strip():
-                    yield _parsed(line, file, number) if file.suffix in JSON_SUFFIXES else line.rstrip("\r\n")
-
-
-def _parsed(line: str, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: not JSON ({error}); one object in each line is expected") from None
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line) if file.suffix in JSON_SUFFIXES else line.rstrip("\r\n")
+                except json.JSONDecodeError as error:
+                    told = f"not JSON ({error}); one object in each line is expected"
+                    raise ValueError(f"{file}, line {number}: {told}") from None
 
 
 @dataclass(frozen=True)
@@ -123,10 +102,8 @@ class Encoder:
 
     tokenizer: Any
     text_key: str
-    bos: int | None
-    """Prepended to each text that does not begin with it, unless `None`."""
-    eos: int | None
-    """Appended to each text, unless `None`."""
+    bos: int | None  # prepended to each text that does not begin with it, unless `None`
+    eos: int | None  # appended to each text, unless `None`
     d_vocab: int
 
     def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:
@@ -141,12 +118,12 @@ class Encoder:
         ]
 
     def _content(self, number: int, document: Any) -> Any:
-        if isinstance(document, Mapping):
-            if self.text_key not in document:
-                has = ", ".join(map(repr, document))
-                raise ValueError(f"document {number} has no {self.text_key!r}, only {has}; name the text with text_key")
-            return document[self.text_key]
-        return document
+        if not isinstance(document, Mapping):
+            return document
+        if self.text_key not in document:
+            has = ", ".join(map(repr, document))
+            raise ValueError(f"document {number} has no {self.text_key!r}, only {has}; name the text with text_key")
+        return document[self.text_key]
 
     def _framed(self, ids: Sequence[int]) -> np.ndarray:
         if not len(ids):

@@ -1,6 +1,4 @@
-"""`ActivationStore`: memory-mapped access to what `collect` wrote, by token, document or hook."""
-
-from __future__ import annotations
+"""`ActivationStore`: what `collect` wrote, memory-mapped, by token, document or hook, or in shuffled batches."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -9,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
-from transformer_lens.checks import a_path, as_array, in_words, nearest, needed, whole
-from transformer_lens.collect.batches import ActivationBatches
+from transformer_lens.checks import a_path, as_array, in_words, is_tensor, nearest, needed, whole
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
-from transformer_lens.collect.statistics import RunningStatistics
 from transformer_lens.utilities import get_act_name
 
 Names = str | Sequence[str | tuple[str, int]] | None
 Index = int | slice | Sequence[int] | Tensor | np.ndarray
-CHUNK = 8192
-"""Tokens a statistic reads at a time."""
-OPEN = 128
-"""Shards mapped at a time, far below the limit of open files per process."""
+Rows = dict[str, Tensor]
+CHUNK = 8192  # tokens a statistic reads at a time
+OPEN = 128  # shards mapped at a time, far below the limit of open files per process
+RUN = 256  # tokens of a batch that are read together: enough for an efficient disk read, few compared with any buffer
 
 
 class Shards:
@@ -65,17 +63,6 @@ class Shards:
         self._open.move_to_end(place)
         return self._open[place]
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, slice]]:
-        """Where a range of tokens lies: places in `records`, and slices of those shards."""
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        found = []
-        for place in range(first, len(self.records)):
-            begin, end = int(self.starts[place]), int(self.starts[place + 1])
-            if begin >= stop:
-                break
-            found.append((place, slice(max(start, begin) - begin, min(stop, end) - begin)))
-        return found
-
 
 class StoredTensor:
     """One tensor over all tokens of a store; indexing along the tokens reads them.
@@ -111,7 +98,10 @@ class StoredTensor:
         return self._gather(wanted.reshape(-1).astype(np.int64)).reshape(*wanted.shape, *self.shape[1:])
 
     def _range(self, start: int, stop: int) -> Tensor:
-        parts = [self._shards.tensors(place)[self.name][rows] for place, rows in self._shards.pieces(start, stop)]
+        starts, parts = self._shards.starts, []
+        for place in range(int(np.searchsorted(starts, start, "right")) - 1, int(np.searchsorted(starts, stop))):
+            begin = int(starts[place])
+            parts.append(self._shards.tensors(place)[self.name][max(0, start - begin) : stop - begin])
         if len(parts) == 1:
             return parts[0]
         return torch.cat(parts) if parts else torch.empty(0, *self.shape[1:], dtype=self.dtype)
@@ -128,6 +118,69 @@ class StoredTensor:
             rows = torch.from_numpy(wanted[here] - self._shards.starts[place])
             found[torch.from_numpy(here)] = self._shards.tensors(int(place))[self.name][rows]
         return found
+
+
+class RunningStatistics:
+    """Statistics of vectors that arrive in batches, in float64.
+
+    >>> from transformer_lens.collect import RunningStatistics
+    >>> running = RunningStatistics()
+    >>> running.update(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    >>> running.mean.tolist(), running.variance.tolist(), running.norm_mean.item()
+    ([1.5, 2.0], [2.25, 4.0], 2.5)
+
+    The variance divides by the number of tokens; batches are merged with the formula of Chan, Golub and LeVeque (1979),
+    which does not cancel. Norms are Euclidean, over the last axis.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._norms: Tensor | None = None
+
+    def update(self, values: Shaped[Tensor, "token ..."]) -> None:
+        """Add a batch. Raises `ValueError` if its shape differs from earlier ones."""
+        if not is_tensor(values) or values.ndim < 1:
+            raise TypeError(f"statistics: got {in_words(values)}, expected a tensor [token, ...]")
+        if not len(values):
+            return
+        exact = values.detach().to(torch.float64)
+        if self._mean is not None and exact.shape[1:] != self._mean.shape:
+            raise ValueError(f"statistics: got {list(exact.shape[1:])} for a token, before {list(self._mean.shape)}")
+        count, mean = len(exact), exact.mean(0)
+        squares, norms = (exact - mean).square().sum(0), exact.norm(dim=-1).sum(0)
+        if self._mean is None or self._squares is None or self._norms is None:
+            self.count, self._mean, self._squares, self._norms = count, mean, squares, norms
+            return
+        shift, total = mean - self._mean, self.count + count
+        self._squares += squares + shift.square() * (self.count * count / total)
+        self._mean += shift * (count / total)
+        self._norms += norms
+        self.count = total
+
+    @property
+    def mean(self) -> Float[Tensor, " *shape"]:
+        """The mean over tokens."""
+        return self._seen(self._mean)
+
+    @property
+    def variance(self) -> Float[Tensor, " *shape"]:
+        """The mean squared distance from the mean, per coordinate."""
+        return self._seen(self._squares) / self.count
+
+    @property
+    def norm_mean(self) -> Float[Tensor, " *shape"]:
+        """The mean length of the vectors along the last axis."""
+        return self._seen(self._norms) / self.count
+
+    def _seen(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise ValueError("statistics: no values were seen yet")
+        return value
+
+    def __repr__(self) -> str:
+        return f"RunningStatistics of {self.count} tokens"
 
 
 class ActivationStore:
@@ -227,7 +280,7 @@ class ActivationStore:
         buffer_tokens: int = 65536,
         seed: int = 0,
         drop_last: bool = False,
-    ) -> ActivationBatches:
+    ) -> "ActivationBatches":
         """Batches of tokens as a torch `IterableDataset`, each token once per epoch.
 
         One name gives tensors [token, ...], several (`None`: all hooks) give dictionaries of them. Shuffling mixes
@@ -277,3 +330,95 @@ def _rows(out_dir: str, chosen: tuple[str, ...], version: str) -> Iterator[dict[
         parts = {name: store.to_numpy(name, slice(start, start + CHUNK)) for name in chosen}
         for row in range(len(next(iter(parts.values())))):
             yield {name: values[row] for name, values in parts.items()}
+
+
+def _at(of: Rows, index: slice | Tensor) -> Rows:
+    return {name: values[index] for name, values in of.items()}
+
+
+class _Coming:
+    """A stream of token runs, taken in portions of any size."""
+
+    def __init__(self, runs: Iterator[Rows]) -> None:
+        self._runs = runs
+        self._rest: Rows = {}
+        self._left = 0
+
+    def take(self, tokens: int) -> Rows:
+        parts = []
+        while tokens:
+            if not self._left:
+                self._rest = next(self._runs)
+                self._left = len(next(iter(self._rest.values())))
+            some = min(tokens, self._left)
+            parts.append(_at(self._rest, slice(some)))
+            self._rest = _at(self._rest, slice(some, None))
+            self._left, tokens = self._left - some, tokens - some
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+
+class ActivationBatches(IterableDataset[Tensor | Rows]):
+    """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
+
+    Short runs of tokens are read in random order and mixed in a bounded buffer. The order depends only on `seed`, the
+    epoch and the number of workers. In `DataLoader(batches, batch_size=None, num_workers=n)` each worker has its part.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        names: str | list[str],
+        batch_size: int,
+        shuffle: bool,
+        buffer_tokens: int,
+        seed: int,
+        drop_last: bool,
+    ) -> None:
+        super().__init__()
+        batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed, 0)
+        buffer_tokens = whole("buffer_tokens", buffer_tokens, 1)
+        if shuffle and buffer_tokens < batch_size:
+            raise ValueError(f"buffer_tokens: got {buffer_tokens}, expected at least the batch_size, {batch_size}")
+        self.store = store
+        self.single = isinstance(names, str)
+        self.names = [names] if isinstance(names, str) else list(names)
+        self.batch_size, self.shuffle, self.buffer_tokens = batch_size, shuffle, buffer_tokens
+        self.seed, self.drop_last, self.epoch = seed, drop_last, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = whole("epoch", epoch, 0)
+
+    def __iter__(self) -> Iterator[Tensor | Rows]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        runs = np.arange(0, len(self.store), RUN)
+        if self.shuffle:
+            runs = np.random.default_rng([self.seed, self.epoch]).permutation(runs)
+        mine: list[int] = runs[part::parts].tolist()
+        tokens = sum(min(RUN, len(self.store) - run) for run in mine)
+        coming = _Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
+        sizes = (min(self.batch_size, tokens - start) for start in range(0, tokens, self.batch_size))
+        for batch in self._mixed(coming, tokens, part) if self.shuffle else map(coming.take, sizes):
+            if len(batch[self.names[0]]) == self.batch_size or not self.drop_last:
+                yield batch[self.names[0]] if self.single else batch
+
+    def _mixed(self, coming: _Coming, tokens: int, part: int) -> Iterator[Rows]:
+        """Take a random batch out of the buffer, and refill its places with the next tokens."""
+        random = np.random.default_rng([self.seed, self.epoch, part])
+        size = min(self.buffer_tokens, tokens)
+        left = tokens - size
+        buffer = coming.take(size)
+        while left:
+            places = random.choice(size, self.batch_size, replace=False)
+            yield _at(buffer, torch.from_numpy(places))
+            filled = places[:left]
+            left -= len(filled)
+            for name, values in coming.take(len(filled)).items():
+                buffer[name][torch.from_numpy(filled)] = values
+            if len(filled) < len(places):  # nothing is left to put into the others
+                kept = np.setdiff1d(np.arange(size), places[len(filled) :])
+                buffer, size = _at(buffer, torch.from_numpy(kept)), len(kept)
+        order = torch.from_numpy(random.permutation(size))
+        for start in range(0, size, self.batch_size):
+            yield _at(buffer, order[start : start + self.batch_size])

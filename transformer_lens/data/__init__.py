@@ -1,7 +1,5 @@
 """Generated English and the two small models trained on it, shipped with the package."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 TINY_MODELS: tuple[str, ...] = ("tiny-falcon", "tiny-mixtral")

@@ -4,8 +4,6 @@ A seed fixes the text on every machine. Name pairs are split once into training 
 `tiny-mixtral` never saw a sentence with a held-out pair.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -68,9 +66,7 @@ class IOIExample:
 
 @dataclass(frozen=True)
 class IOIPair:
-    """A clean prompt, which `answer` follows, and a corrupted one, whose second subject is swapped for the indirect
-    object so that `wrong_answer` follows.
-    """
+    """A clean prompt, which `answer` follows, and one with its second subject swapped, which `wrong_answer` follows."""
 
     clean: str
     corrupted: str
@@ -94,7 +90,6 @@ def name_pairs(held_out: bool = False) -> tuple[tuple[str, str], ...]:
 
 
 def _ordered_pair(rng: Random, held_out: bool) -> tuple[str, str]:
-    """A random pair from one side of the split, in random order."""
     first, second = rng.choice(name_pairs(held_out))
     return (first, second) if rng.random() < 0.5 else (second, first)
 
@@ -150,10 +145,7 @@ def repeated_random_tokens(
 
 
 def padded_prompts(tokenizer: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The texts with BOS (if the tokenizer has one), padded on the right, and the position of each last token.
-
-    Attention is causal, so right padding needs no mask, and any token will do.
-    """
+    """Texts with BOS (if there is one), padded on the right, which needs no mask, and the place of each last token."""
     front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [[*front, *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
     width, pad = max(map(len, rows)), tokenizer.pad_token_id or 0

@@ -1,7 +1,5 @@
 """The words the generated English is made of: every one is a single token of the tiny tokenizer."""
 
-from __future__ import annotations
-
 
 def _words(listed: str) -> tuple[str, ...]:
     return tuple(listed.split())

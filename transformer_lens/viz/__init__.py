@@ -1,6 +1,6 @@
 """Pictures: self-contained HTML and PNG. Needs the extra `[viz]`."""
 
-from transformer_lens.viz.heatmap import Heatmap, Heatmaps
+from transformer_lens.viz.figures import Heatmap, Heatmaps, Waterfall
 from transformer_lens.viz.of_runs import (
     attention_patterns,
     head_map,
@@ -12,7 +12,6 @@ from transformer_lens.viz.of_runs import (
 )
 from transformer_lens.viz.picture import Picture
 from transformer_lens.viz.token_text import TokenText
-from transformer_lens.viz.waterfall import Waterfall
 
 __all__ = [
     "Heatmap",

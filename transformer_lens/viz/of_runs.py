@@ -1,7 +1,5 @@
 """Pictures of runs: attention patterns, heads by layer, a logit lens, routing, losses by token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,15 +12,12 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.experts import routing
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
 from transformer_lens.checks import as_numbers, in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
-from transformer_lens.viz.heatmap import Heatmap, Heatmaps
+from transformer_lens.viz.figures import Heatmap, Heatmaps, Waterfall
 from transformer_lens.viz.token_text import TokenText
-from transformer_lens.viz.waterfall import Waterfall
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
-Numbers = int | Sequence[int] | None
-"""One number, several, or `None` for all."""
-Limits = tuple[float, float] | None
-"""The ends of the colour scale; `None` takes them from the data, centred on zero."""
+Numbers = int | Sequence[int] | None  # one number, several, or `None` for all
+Limits = tuple[float, float] | None  # the ends of the colour scale; `None` takes them from the data, centred on zero
 
 
 def attention_patterns(
@@ -58,16 +53,8 @@ def attention_patterns(
         shown = pattern.detach().float().cpu()
         unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
         name = _label(layer, head)
-        panels[name] = Heatmap(
-            shown.masked_fill(unseen, float("nan")),
-            rows=tokens[keys - queries :],
-            columns=tokens,
-            title=name,
-            row_title="from",
-            column_title="to",
-            value="attention",
-            limits=(0.0, 1.0),
-        )
+        shown = shown.masked_fill(unseen, float("nan"))
+        panels[name] = Heatmap(shown, tokens[keys - queries :], tokens, name, "from", "to", "attention", (0.0, 1.0))
     if wanted not in panels and first != (0, 0):
         raise ValueError(f"attention_patterns: got first={first!r}, and there is no {wanted} among the patterns given")
     return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
@@ -141,10 +128,8 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
         )
     batch = len(cache[names[0]]) if cache.has_batch_dim else 1
     if batch != 1:
-        raise ValueError(
-            f"attention_patterns: got a batch of {batch}, expected one text; choose it by "
-            "cache.apply_slice_to_batch_dim(i)"
-        )
+        how = "choose it by cache.apply_slice_to_batch_dim(i)"
+        raise ValueError(f"attention_patterns: got a batch of {batch}, expected one text; {how}")
     return {int(name.split(".")[1]): cache[name][0] if cache.has_batch_dim else cache[name] for name in names}
 
 
@@ -208,18 +193,9 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
         [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
         for row in zip(words, best.values.tolist(), strict=True)
     ]
-    return Heatmap(
-        best.values[..., 0].cpu(),
-        rows=labels,
-        columns=_tokens(bridge, text, prepend_bos),
-        title="Logit lens: the likeliest next token, layer by layer",
-        row_title="stream",
-        column_title="after",
-        value="probability",
-        limits=(0.0, 1.0),
-        texts=[[cell[0] for cell in row] for row in words],
-        notes=notes,
-    )
+    title, axes = "Logit lens: the likeliest next token, layer by layer", ("stream", "after", "probability")
+    columns, texts = _tokens(bridge, text, prepend_bos), [[cell[0] for cell in row] for row in words]
+    return Heatmap(best.values[..., 0].cpu(), labels, columns, title, *axes, (0.0, 1.0), texts, notes)
 
 
 @checked

@@ -1,9 +1,4 @@
-"""`Picture`: something that shows in Jupyter and saves as one HTML or PNG file.
-
-A picture is data; plotly draws it as self-contained HTML, matplotlib as PNG, each imported only when it draws.
-"""
-
-from __future__ import annotations
+"""`Picture`: data that plotly draws as one self-contained HTML page and matplotlib as PNG, imported when they draw."""
 
 import base64
 import html
@@ -21,15 +16,13 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MISSING = "drawing needs plotly and matplotlib: pip install 'transformer-lens-bridge[viz]'"
-DIVERGING = "RdBu"
-"""Colours around zero, distinguishable with the common kinds of colour blindness."""
-SEQUENTIAL = "Blues"
-"""Colours from little to much, in one hue that also works without colour vision and in print."""
+DIVERGING = "RdBu"  # colours around zero, distinguishable with the common kinds of colour blindness
+SEQUENTIAL = "Blues"  # colours from little to much, in one hue that also works without colour vision and in print
 RISE, FALL, TOTAL = "#0072B2", "#D55E00", "#777777"
 """From the palette of Okabe and Ito (2008), safe for the common kinds of colour blindness."""
 FONT = "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"
-MOST_LABELS = 60
-"""More labels than this along an axis are thinned out to stay readable."""
+LAYOUT = {"template": "plotly_white", "font": {"family": FONT}}
+MOST_LABELS = 60  # more labels than this along an axis are thinned out to stay readable
 SHOWN = {"\n": "⏎", "\t": "⇥"}
 
 
@@ -53,26 +46,23 @@ class Picture(ABC):
     """Shows itself as the last line of a notebook cell; `save(path)` writes `.html` or `.png`."""
 
     @abstractmethod
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         """The picture as a plotly figure, which you can change before showing it."""
 
     @abstractmethod
-    def drawing(self) -> Drawing:
+    def drawing(self) -> "Drawing":
         """The picture as a matplotlib figure."""
 
     def html(self) -> str:
         """A complete, self-contained page."""
-        found: str = self.figure().to_html(include_plotlyjs=True, full_html=True, config={"responsive": True})
-        return found
+        return str(self.figure().to_html(include_plotlyjs=True, full_html=True, config={"responsive": True}))
 
     def save(self, path: str | Path) -> Path:
         """Write one file, HTML or PNG by its extension. Raises `ValueError` for other extensions."""
         suffix = a_path("path", path).suffix.lower()
-        if suffix == ".html":
-            return self.save_html(path)
-        if suffix == ".png":
-            return self.save_png(path)
-        raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html or .png")
+        if suffix not in (".html", ".png"):
+            raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html or .png")
+        return self.save_html(path) if suffix == ".html" else self.save_png(path)
 
     def save_html(self, path: str | Path) -> Path:
         """Write one HTML file, in which values show on hover."""
@@ -101,18 +91,17 @@ class Picture(ABC):
         }
 
 
-def new_drawing(width: float, height: float) -> Drawing:
+def new_drawing(width: float, height: float) -> "Drawing":
     """An empty matplotlib figure, sized in inches, without a window or global state."""
     make: type[Drawing] = needed("matplotlib.figure", MISSING).Figure
     return make(figsize=(max(7.5, width), height), layout="constrained")
 
 
-def entitle(figure: Drawing, title: str) -> None:
+def entitle(figure: "Drawing", title: str) -> None:
     """Add a left-aligned title, wrapped as needed: an inch holds about 11 letters of this size."""
     lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
     figure.suptitle(lines, x=0.01, ha="left", fontsize=11, parse_math=False)
 
 
 def plotly() -> Any:
-    """plotly's graph objects."""
     return needed("plotly.graph_objects", MISSING)

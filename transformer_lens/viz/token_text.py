@@ -1,7 +1,5 @@
 """`TokenText`: running text, each token coloured by a number, with a menu if there are several."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer_lens.checks import as_numbers, in_words, listed
-from transformer_lens.viz.heatmap import Heatmap
+from transformer_lens.viz.figures import Heatmap
 from transformer_lens.viz.picture import FALL, FONT, RISE, Picture, entitle, new_drawing, visible
 
 if TYPE_CHECKING:
@@ -21,10 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
 
-Line = list[tuple[int, int, str]]
-"""The tokens of a line: index, first column and visible text."""
-COLUMNS, MOST_LINES = 80, 150
-"""Characters per line, and lines, of a PNG."""
+Line = list[tuple[int, int, str]]  # the tokens of a line: index, first column and visible text
+COLUMNS, MOST_LINES = 80, 150  # characters per line, and lines, of a PNG
 WIDTH, LINE, HEAD, FONT_SIZE = 8.0, 0.27, 0.3, 9.5
 """Inches: PNG width, line height, title height; then the font size in points, at which one character fills a column."""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -96,13 +92,14 @@ class TokenText(Picture):
         """The text as an HTML fragment, with its own few lines of script."""
         rows = [[round(float(v), 6) for v in row.double().tolist()] for row in self.values.values()]
         most = max(map(abs, rows[0]))
-        colours = [_tint(value, most) for value in rows[0]]  # a page that may run no script has the first row's
+        # A page that may run no script has the first row's colours.
+        tints = [f"{'0,114,178' if value >= 0 else '213,94,0'},{_share(value, most):.3f}" for value in rows[0]]
         data = json.dumps({"rows": rows, "unit": self.unit}).replace("<", "\\u003c")
         return FRAGMENT.format(
             font=html.escape(FONT),
             title=html.escape(self.title),
             options="".join(f"<option>{html.escape(name)}</option>" for name in self.values),
-            tokens="".join(_token(*pair) for pair in zip(self.tokens, colours, strict=True)),
+            tokens="".join(_token(*pair) for pair in zip(self.tokens, tints, strict=True)),
             data=data,
             script=SCRIPT,
         )
@@ -110,11 +107,11 @@ class TokenText(Picture):
     def html(self) -> str:
         return PAGE.format(title=html.escape(self.title), body=self.fragment())
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
         rows = torch.stack([row.detach().cpu().float() for row in self.values.values()])
         return Heatmap(rows, list(self.values), self.tokens, self.title, "", "token", self.unit or "value").figure()
 
-    def drawing(self) -> Drawing:
+    def drawing(self) -> "Drawing":
         """The text once per row of values, up to `MOST_LINES` lines in all."""
         lines = _lines(self.tokens)
         each = max(1, MOST_LINES // len(lines))
@@ -126,7 +123,7 @@ class TokenText(Picture):
         entitle(figure, self.title + ("" if whole else "   (the first part)"))
         return figure
 
-    def _write(self, axes: Axes, name: str, lines: Sequence[Line]) -> None:
+    def _write(self, axes: "Axes", name: str, lines: Sequence[Line]) -> None:
         """One row of values: its name and largest value, then the coloured text."""
         values = self.values[name].double().tolist()
         axes.set(xlim=(0, COLUMNS), ylim=(len(lines), 0))
@@ -172,12 +169,8 @@ def _share(value: float, most: float) -> float:
     return 0.75 * abs(value) / (most or 1.0)
 
 
-def _tint(value: float, most: float) -> str:
-    return f"rgba({'0,114,178' if value >= 0 else '213,94,0'},{_share(value, most):.3f})"
-
-
-def _token(token: str, colour: str) -> str:
+def _token(token: str, tint: str) -> str:
     shown = html.escape(visible(token).replace(" ", "\u00a0"))
-    style = f"padding:.15em .05em;border-radius:.2em;cursor:default;display:inline-block;background:{colour}"
+    style = f"padding:.15em .05em;border-radius:.2em;cursor:default;display:inline-block;background:rgba({tint})"
     wide = "<br>" if token.endswith("\n") else ""
     return f'<span style="{style}" data-token="{html.escape(token)}">{shown}</span>{wide}'

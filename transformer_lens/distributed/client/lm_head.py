@@ -1,9 +1,4 @@
-"""The LM head of a distributed model: one product, or one per part of the vocabulary.
-
-Parts are for 16-bit weights on a CPU, converted to float32 one at a time to save memory.
-"""
-
-from __future__ import annotations
+"""The LM head of a distributed model: one product, or (16-bit weights on a CPU) one for each part of the vocabulary."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CONVERTED = (torch.bfloat16, torch.float16)
-FEWEST_POSITIONS = 32
-"""From this many positions on, parts were faster on a CPU without native 16-bit support: benchmarks/lm_head.py."""
+FEWEST_POSITIONS = 32  # from here on parts were faster on a CPU without 16-bit instructions: benchmarks/lm_head.py
 
 
 def converts(weight: Tensor) -> bool:

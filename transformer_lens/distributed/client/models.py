@@ -1,10 +1,8 @@
 """Models with remote blocks: the embedding, final norm and unembedding run here, in the family's own code."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, ClassVar
 
 import torch
@@ -18,51 +16,30 @@ from transformer_lens.distributed.client.remote_call import Pass, RemoteBlock, p
 from transformer_lens.distributed.client.route import Route
 from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.client.swarm import Swarm
+from transformer_lens.distributed.protocol import configs
 from transformer_lens.distributed.protocol.checkpoint import block_of, filled, read_part
-from transformer_lens.distributed.protocol.configs import (
-    AutoDistributedConfig,
-    DistributedConfig,
-    DistributedFalconConfig,
-    DistributedMixtralConfig,
-    config_class,
-    config_with,
-    of_files,
-    one_dtype,
-    refuse_unknown,
-)
-from transformer_lens.model_bridge.upstream import (
-    CACHE,
-    MASK,
-    USE_CACHE,
-    Arguments,
-    arguments_of,
-    attribute,
-    output_name,
-)
+from transformer_lens.model_bridge import upstream
 
-INSTEAD = {
+INSTEAD = {  # what transformers would collect inside the blocks, and how to get it here
     "output_hidden_states": "run_with_cache(names_filter=lambda name: name.endswith('hook_resid_pre'))",
     "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
     "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
 }
-"""What transformers would collect inside the blocks, and how to get it here."""
-HEADS = ("lm_head.weight", "embed_out.weight")
-"""Names of the head in checkpoints, which may differ from the installed release's."""
+HEADS = ("lm_head.weight", "embed_out.weight")  # its names in checkpoints, which may not be the installed release's
 
 
 class RemoteBlocks:
     """A base model with remote blocks, which records each forward's mask and positions for the servers."""
 
     route: Route
-    arguments: Arguments
-    """The argument names of the family's forward."""
+    arguments: upstream.Arguments  # the argument names of the family's forward
     config: Any
     training: bool
     prompts: TrainedPrompts | None
 
     def place_blocks(self, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         self.route = Route(self.config.num_hidden_layers, self.config)
-        self.arguments = arguments_of(self.config.base_class)
+        self.arguments = upstream.arguments_of(self.config.base_class)
         blocks.extend(RemoteBlock(i, self.route, blocks, returns_tuple) for i in range(self.config.num_hidden_layers))
         tuned = self.config.tuning_mode is not None
         self.prompts = TrainedPrompts(PromptFacts.of(self.config), self.config.initializer_range) if tuned else None
@@ -74,14 +51,13 @@ class RemoteBlocks:
             super()._init_weights(module)  # type: ignore[misc]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The family's own forward, over remote blocks."""
         self._refuse(args, kwargs)
         self.route.close_sessions()
         given = ModelCall(self.arguments, args, kwargs)
-        cache = given[CACHE]
+        cache = given[upstream.CACHE]
         text = None if cache is None else remote_text(cache, self.route, self.config.num_hidden_layers)
         call = with_prompts(self, given, text)
-        use_cache = self.arguments.value(USE_CACHE, call.args, call.kwargs)
+        use_cache = self.arguments.value(upstream.USE_CACHE, call.args, call.kwargs)
         use_cache = text is not None or bool(self.config.use_cache if use_cache is None else use_cache)
         tensors = {"mask": call.mask, "position_ids": call.position_ids}
         sent = {name: tensor.long() for name, tensor in tensors.items() if tensor is not None}
@@ -93,7 +69,7 @@ class RemoteBlocks:
         if isinstance(output, tuple):
             return (stream,) if text is None else (stream, *output[1:])
         output.last_hidden_state = stream
-        setattr(output, output_name(output, CACHE), cache)  # without one, the servers kept nothing
+        setattr(output, upstream.output_name(output, upstream.CACHE), cache)  # without one, the servers kept nothing
         return output
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,16 +77,16 @@ class RemoteBlocks:
             raise TypeError("a distributed model takes its arguments after the first by name")
         for name in self.config.collects:
             given = kwargs.get(name)
-            if attribute(self.config, name) if given is None else given:
+            if upstream.attribute(self.config, name) if given is None else given:
                 raise ValueError(
                     f"{name}: it is inside blocks on other machines; use {INSTEAD[name]} of a TransformerBridge"
                 )
-        drops = [name for name in self.config.dropouts if attribute(self.config, name)]
+        drops = [name for name in self.config.dropouts if upstream.attribute(self.config, name)]
         if self.training and drops:
             raise ValueError(
                 f"model.train(): {', '.join(drops)} would act on servers, which evaluate; call model.eval()"
             )
-        mask = self.arguments.value(MASK, args, kwargs)
+        mask = self.arguments.value(upstream.MASK, args, kwargs)
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask: got {mask.ndim} axes, expected 2, [batch, pos], which servers are sent")
 
@@ -119,12 +95,10 @@ class DistributedCausalLM:
     """The common base of distributed causal models: remote blocks, partial loading, servers and trained prompts."""
 
     config: Any
-    base_model: Any
-    _swarm: Swarm | None = None
-    """Made by `from_pretrained` from `initial_peers`, and closed with the model."""
+    base_model: RemoteBlocks
+    _swarm: Swarm | None = None  # made by `from_pretrained` from `initial_peers`, and closed with the model
     config_class: ClassVar[Any]
-    remote_base: ClassVar[type[Any]]
-    """The family's model without its head, over remote blocks."""
+    remote_base: ClassVar[type[Any]]  # the family's model without its head, over remote blocks
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -132,7 +106,7 @@ class DistributedCausalLM:
         base = cls.config_class.base_class
         cls.remote_base = type(f"Distributed{base.__name__}", (RemoteBlocks, base), {"__module__": __name__})
 
-    def __init__(self, config: DistributedConfig) -> None:
+    def __init__(self, config: configs.DistributedConfig) -> None:
         here: Any = config
         layers, here.num_hidden_layers = here.num_hidden_layers, 0
         try:
@@ -152,7 +126,6 @@ class DistributedCausalLM:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The modules in place of the blocks."""
         found: nn.ModuleList = self.get_submodule(self.config.block_prefix)  # type: ignore[attr-defined]
         return found
 
@@ -180,15 +153,16 @@ class DistributedCausalLM:
         `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
         """
         name = pretrained_model_name_or_path
-        dtype, options = one_dtype(dtype, options)
+        dtype, options = configs.one_dtype(dtype, options)
         if config is None:
-            config = config_with(cls.config_class, name, options)
+            config = configs.config_with(cls.config_class, name, options)
         else:
-            refuse_unknown(name, options)
-        part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) is None, **of_files(options))
+            configs.refuse_unknown(name, options)
+        files, prefix = configs.of_files(options), config.block_prefix
+        part = read_part(name, lambda tensor: block_of(tensor, prefix) is None, **files)
         how = {"dtype": dtype, "attn_implementation": attn_implementation}
         load = super().from_pretrained  # type: ignore[misc]
-        head = next(iter(attribute(cls, "_tied_weights_keys")))
+        head = next(iter(upstream.attribute(cls, "_tied_weights_keys")))
         tensors = {head if place in HEADS else place: tensor for place, tensor in part.tensors.items()}
         model = filled(load, config, tensors, f"{name}: its weights outside the blocks", **how)
         model.read = part
@@ -196,12 +170,10 @@ class DistributedCausalLM:
         if not isinstance(spans, Sequence) or spans:
             model.connect(spans)
         elif config.initial_peers:
-            with ExitStack() as stack:
-                swarm = Swarm(config)
-                stack.callback(swarm.close)
-                model.connect(swarm)
-                model._swarm = swarm
-                stack.pop_all()
+            with ExitStack() as undo:
+                model._swarm = undo.enter_context(closing(Swarm(config)))
+                model.connect(model._swarm)
+                undo.pop_all()
         return model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -214,8 +186,7 @@ class DistributedCausalLM:
     @property
     def route(self) -> Route:
         """Where the blocks run; `route.recoveries` lists the repaired failures."""
-        found: Route = self.base_model.route
-        return found
+        return self.base_model.route
 
     def connect(self, spans: Sequence[Span] | SpanSource) -> None:
         """Run the blocks on these spans, or on those that a source finds.
@@ -246,8 +217,7 @@ class DistributedCausalLM:
     @property
     def prompts(self) -> TrainedPrompts | None:
         """The trained prompts; `None` without a `tuning_mode`."""
-        found: TrainedPrompts | None = self.base_model.prompts
-        return found
+        return self.base_model.prompts
 
     def _tuned(self, what: str) -> TrainedPrompts:
         if self.prompts is None:
@@ -284,13 +254,13 @@ class DistributedCausalLM:
 class DistributedFalconForCausalLM(DistributedCausalLM, FalconForCausalLM):
     """A Falcon whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
 
-    config_class = DistributedFalconConfig
+    config_class = configs.DistributedFalconConfig
 
 
 class DistributedMixtralForCausalLM(DistributedCausalLM, MixtralForCausalLM):
     """A Mixtral whose blocks are on other machines; wrap it in a `TransformerBridge` to look inside them."""
 
-    config_class = DistributedMixtralConfig
+    config_class = configs.DistributedMixtralConfig
 
 
 MODELS: dict[str, type[Any]] = {"falcon": DistributedFalconForCausalLM, "mixtral": DistributedMixtralForCausalLM}
@@ -300,7 +270,7 @@ MODELS: dict[str, type[Any]] = {"falcon": DistributedFalconForCausalLM, "mixtral
 def causal_lm_class(model_type: str) -> type[Any]:
     """The distributed causal model class of a family, made from its adapter on first use."""
     if model_type not in MODELS:
-        kind = config_class(model_type)
+        kind = configs.config_class(model_type)
         plain = MODEL_FOR_CAUSAL_LM_MAPPING[kind.base_class.config_class]
         says = {"config_class": kind, "__module__": __name__, "__doc__": f"`{plain.__name__}` over remote blocks."}
         MODELS[model_type] = type(f"Distributed{plain.__name__}", (DistributedCausalLM, plain), says)
@@ -317,11 +287,11 @@ class AutoDistributedModelForCausalLM:
         >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralForCausalLM'
         """
-        dtype, options = one_dtype(options.pop("dtype", "auto"), options)
+        dtype, options = configs.one_dtype(options.pop("dtype", "auto"), options)
         model = {key: options.pop(key) for key in ("spans", "attn_implementation") if key in options}
         if config is None:
-            config = config_with(AutoDistributedConfig, pretrained_model_name_or_path, options)
-            options = of_files(options)
+            config = configs.config_with(configs.AutoDistributedConfig, pretrained_model_name_or_path, options)
+            options = configs.of_files(options)
         return causal_lm_class(config.model_type).from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
         )

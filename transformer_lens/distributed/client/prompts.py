@@ -4,8 +4,6 @@ Only they are trained. Servers receive them as `add` edits and need not know of 
 holds positions; outside the model only the text's positions count.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -140,7 +138,7 @@ class TrainedPrompts(nn.Module):
         prompts.load_state_dict(values)
         return prompts
 
-    def take(self, other: TrainedPrompts, path: str | os.PathLike[str]) -> None:
+    def take(self, other: Self, path: str | os.PathLike[str]) -> None:
         """Copy another's values. Raises `ValueError`, changing nothing, if they are for another model."""
         mine, theirs = asdict(self.facts), asdict(other.facts)
         differing = [f"{name} {theirs[name]!r}, here {mine[name]!r}" for name in mine if mine[name] != theirs[name]]
@@ -174,25 +172,16 @@ def positions_in_front(positions: Tensor | None, mask: Tensor | None, count: int
 
 
 @dataclass(frozen=True)
-class PromptedCall:
-    """One forward of a base model with prompts: the arguments of its own code, and those of the servers."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    mask: Tensor | None
-    position_ids: Tensor | None
-    ahead: int = 0
-    """Positions before the text's, in the arguments and in the output."""
-    edits: Sequence[Edit] = ()
-
-
-@dataclass(frozen=True)
 class ModelCall:
-    """One forward of a base model as called; arguments after the first are passed by name."""
+    """One forward of a base model: the arguments of its own code, after the first by name, and what is sent."""
 
     arguments: Arguments
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    ahead: int = 0  # positions before the text's, in the arguments and in the output
+    edits: Sequence[Edit] = ()
 
     def __getitem__(self, word: Word) -> Any:
         return self.arguments.value(word, self.args, self.kwargs)
@@ -212,18 +201,18 @@ class ModelCall:
                 )
 
 
-def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> PromptedCall:
+def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> ModelCall:
     """The call of a base model with its prompts, if it has any: before the text, or already in the cache."""
     tokens, embeddings, mask, positions = (call[word] for word in (TOKENS, EMBEDDINGS, MASK, POSITIONS))
-    plain, prompts = PromptedCall(call.args, call.kwargs, mask, positions), model.prompts
+    call, prompts = replace(call, mask=mask, position_ids=positions), model.prompts
     if prompts is None or (tokens is None) == (embeddings is None):  # the latter is the family's to refuse
-        return plain
+        return call
     given = tokens if embeddings is None else embeddings
     call.check(given, 0 if text is None else text.length - text.ahead)
     if text is not None and text.length:
         # The model's own code does not see the prompts: the positions it computes are not used.
         positions = positions_in_front(positions, mask, text.ahead, first=False)
-        return replace(plain, mask=mask_in_front(mask, text.ahead), position_ids=positions)
+        return replace(call, mask=mask_in_front(mask, text.ahead), position_ids=positions)
     count, new, longest = prompts.facts.pre_seq_len, given.shape[1], model.config.max_position_embeddings
     if not BlockElsewhere.begins_at_embedding():  # the stream at a later block, which holds their positions already
         if new <= count:
@@ -231,7 +220,7 @@ def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> Prompt
                 f"start_at_layer: got a stream of {new} positions, and with trained prompts it holds {count} for them "
                 "and then those of the text, as stop_at_layer and hook_resid_pre give it"
             )
-        return replace(plain, ahead=count, edits=prompts.edits(model.dtype))
+        return replace(call, ahead=count, edits=prompts.edits(model.dtype))
     if count + new > longest:
         raise ValueError(
             f"{count} trained prompts and {new} tokens are {count + new} positions, and this model has {longest}; "
@@ -242,4 +231,4 @@ def with_prompts(model: Any, call: ModelCall, text: RemoteText | None) -> Prompt
     mask = mask_in_front(mask, count)
     named = {TOKENS: None, EMBEDDINGS: prompts.in_front(embeddings), MASK: mask, POSITIONS: positions}
     kwargs = {**call.kwargs, **call.arguments.named(named)}
-    return PromptedCall((), kwargs, mask, positions, count, prompts.edits(embeddings.dtype))
+    return ModelCall(call.arguments, (), kwargs, mask, positions, count, prompts.edits(embeddings.dtype))

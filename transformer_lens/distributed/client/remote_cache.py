@@ -1,9 +1,4 @@
-"""A text generated over remote blocks: servers hold the keys and values, the client holds what recreates them.
-
-Each server's inputs are kept, so that they can be replayed in the same chunks to a server that lost the session.
-"""
-
-from __future__ import annotations
+"""A text generated over remote blocks: servers hold its keys and values, the client what recreates them."""
 
 import uuid
 import weakref
@@ -27,19 +22,9 @@ class _Segment:
 
     leg: Leg
     session: str
-    source: SpanSource
-    """The source of its leg."""
-    streams: list[Tensor] = field(default_factory=list)
-    """Each step's input, as far as known."""
-    done: int = 0
-    """Steps the session holds, as far as its server confirmed."""
-
-
-@dataclass
-class _Mask:
-    """The mask of a step and of those before it, as long as each step only adds columns."""
-
-    columns: Tensor
+    source: SpanSource  # the source of its leg
+    streams: list[Tensor] = field(default_factory=list)  # each step's input, as far as known
+    done: int = 0  # steps the session holds, as far as its server confirmed
 
 
 def _end(step: Request) -> int:
@@ -51,10 +36,9 @@ def _end(step: Request) -> int:
 class _Stretch:
     """Blocks that are called together: every step so far, and the sessions with their keys and values."""
 
-    steps: list[Request] = field(default_factory=list)
-    """The steps, without what is in `masks`."""
-    masks: list[_Mask | None] = field(default_factory=list)
-    """Each step's mask, mostly one shared object: separate ones would take quadratic memory."""
+    steps: list[Request] = field(default_factory=list)  # the steps, without what is in `masks`
+    masks: list[list[Tensor] | None] = field(default_factory=list)
+    """Each step's mask, in a list shared by steps whose masks only add columns: alone, they take quadratic memory."""
     segments: list[_Segment] = field(default_factory=list)
 
     def add(self, request: Request) -> None:
@@ -64,10 +48,10 @@ class _Stretch:
             self.masks.append(None)
             self.steps.append(request)
             return
-        if last is not None and torch.equal(last.columns[:, : request.start], new[:, : request.start]):
-            last.columns = new
+        if last is not None and torch.equal(last[0][:, : request.start], new[:, : request.start]):
+            last[0] = new
         else:
-            last = _Mask(new)
+            last = [new]
         self.masks.append(last)
         self.steps.append(replace(request, tensors={k: v for k, v in request.tensors.items() if k != "mask"}))
 
@@ -75,7 +59,7 @@ class _Stretch:
         step, mask = self.steps[nth], self.masks[nth]
         if mask is None:
             return step
-        return replace(step, tensors={**step.tensors, "mask": mask.columns[:, : _end(step)]})
+        return replace(step, tensors={**step.tensors, "mask": mask[0][:, : _end(step)]})
 
     def forget_from(self, length: int) -> None:
         """Forget steps that will be run again after a failure, perhaps with other hooks."""
@@ -91,18 +75,14 @@ class RemoteText:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.length = 0
-        """Positions that the servers hold, including trained prompts."""
-        self.ahead = 0
-        """The number of prompt positions among them."""
-        self.rows: Tensor | None = None
-        """The earlier row that each row continues, if that changed since the last step."""
+        self.length = 0  # positions that the servers hold, including trained prompts
+        self.ahead = 0  # the number of prompt positions among them
+        self.rows: Tensor | None = None  # the earlier row that each row continues, if that changed since the last step
         self.stretches: dict[tuple[int, int], _Stretch] = {}
         self._sessions: deque[tuple[Span, str]] = deque()
         weakref.finalize(self, route.closing.extend, self._sessions).atexit = False
 
     def reorder(self, rows: Tensor) -> None:
-        """Reorder the rows, as beam search does."""
         self.rows = rows.long() if self.rows is None else self.rows[rows]
 
     def end_of_leg(self, layer: int) -> int:
@@ -202,7 +182,6 @@ class RemoteText:
         return session
 
     def _close(self, segment: _Segment) -> None:
-        """Let the server forget this session."""
         known = (segment.leg.span, segment.session)
         self._sessions.remove(known)
         self.route.closing.append(known)

@@ -1,9 +1,4 @@
-"""`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them.
-
-A `StretchCall` determines what is sent, what its hooks get, and how gradients flow through it.
-"""
-
-from __future__ import annotations
+"""`RemoteBlock` stands in for a block; one call goes out for each stretch of blocks without local work between them."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,24 +30,6 @@ def action_of(request: HookRequest) -> Action:
     return Action(request.name, "look" if request.entry.reads_only else "keep")
 
 
-def refusal(name: str, entry: HookEntry, direction: str) -> Exception | None:
-    """Why a hook cannot be sent to a server; `None` if it can."""
-    reads = entry.reads_only or isinstance(entry.fn, Capture)
-    if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
-        return None
-    kind = getattr(entry.fn, "__name__", type(entry.fn).__name__)
-    if direction == "bwd":
-        return ValueError(
-            f"backward hook {kind} at {name!r}: its block runs on another machine, where no Python of yours runs; read "
-            "gradients with run_with_cache(incl_bwd=True), or put the hook at hook_resid_pre or hook_resid_post"
-        )
-    return ValueError(
-        f"hook {kind} at {name!r}: its block runs on another machine, where no Python of yours runs; use an Edit "
-        "(set, add, scale, zero, project_out) or a Keep there, run_with_cache to read, or put the function at "
-        "hook_resid_pre or hook_resid_post"
-    )
-
-
 @dataclass
 class StretchCall:
     """Blocks `first` to `end` of one forward, with the hooks in them."""
@@ -63,8 +40,7 @@ class StretchCall:
     looked: dict[int, Tensor] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
-    text: RemoteText | None = None
-    """The text that this continues, if keys and values are kept."""
+    text: RemoteText | None = None  # the text that this continues, if keys and values are kept
 
     def values(self) -> dict[int, Tensor]:
         """The tensors of edits, by the number of their action."""
@@ -141,10 +117,7 @@ class StretchCall:
 
 
 def forward(route: Route, request: Request) -> Reply:
-    """Run blocks forward on one or several servers.
-
-    Finished parts are kept: if a later one fails, another server continues from its input.
-    """
+    """Run blocks forward on one or several servers; if a later one fails, another continues from its input."""
     tries = Tries(route, "forward", request.first, request.end)
     whole, at = Reply(), request.first
     stream = request.tensors["stream"]
@@ -160,10 +133,7 @@ def forward(route: Route, request: Request) -> Reply:
 
 
 def backward(route: Route, request: Request, gradients: dict[str, Tensor]) -> Reply:
-    """Run gradients, `grad.stream` at the end and `grad.n` at kept activations, back through the blocks of a forward.
-
-    If servers are split differently from the forward, the stream between them is recomputed.
-    """
+    """Run gradients, `grad.stream` at the end and `grad.n` at kept activations, back through a forward's blocks."""
     tries = Tries(route, "backward", request.first, request.end)
     whole, end = Reply(), request.end
     streams = {request.first: request.tensors["stream"]}
@@ -222,8 +192,7 @@ class Pass:
     tensors: dict[str, Tensor]
     use_cache: bool
     text: RemoteText | None
-    edits: Sequence[Edit] = ()
-    """What trained prompts add to each block's input."""
+    edits: Sequence[Edit] = ()  # what trained prompts add to each block's input
     done: int = 0
 
     def prompts_at(self, layer: int) -> list[HookRequest]:
@@ -232,26 +201,25 @@ class Pass:
         return [HookRequest(name, HookPoint(name), HookEntry(edit), "fwd") for edit in self.edits[layer : layer + 1]]
 
 
-_passes = threading.local()
-"""`stack`: the forwards this thread is in, innermost last."""
+_innermost = threading.local()
+"""`current`: the forward that this thread is in. No context variable: a node's tasks would keep it, and its text."""
 
 
 @contextmanager
 def passing(current: Pass) -> Iterator[None]:
     """Make a model's forward the current one in this thread, for its blocks to find."""
-    stack: list[Pass] = vars(_passes).setdefault("stack", [])
-    stack.append(current)
+    before = vars(_innermost).get("current")
+    _innermost.current = current
     try:
         yield
     finally:
-        stack.pop()
+        _innermost.current = before
 
 
 class RemoteBlock(BlockElsewhere):
     """Stands in for a block on a server. The first of a stretch sends the call, the others pass the stream on."""
 
-    blocks: Any
-    """All blocks of the model, including this one."""
+    blocks: Any  # all blocks of the model, including this one
 
     def __init__(self, layer: int, route: Route, blocks: nn.ModuleList, returns_tuple: bool) -> None:
         super().__init__()
@@ -261,8 +229,20 @@ class RemoteBlock(BlockElsewhere):
         self.returns_tuple = returns_tuple
 
     def refusal(self, name: str, entry: HookEntry, direction: str) -> Exception | None:
-        """Why a hook cannot work inside this block; `None` if it can."""
-        return refusal(name, entry, direction)
+        reads = entry.reads_only or isinstance(entry.fn, Capture)
+        if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
+            return None
+        kind = getattr(entry.fn, "__name__", type(entry.fn).__name__)
+        where = f"{kind} at {name!r}: its block runs on another machine, where no Python of yours runs"
+        if direction == "bwd":
+            return ValueError(
+                f"backward hook {where}; read gradients with run_with_cache(incl_bwd=True), or put the hook at "
+                "hook_resid_pre or hook_resid_post"
+            )
+        return ValueError(
+            f"hook {where}; use an Edit ({', '.join(EDITS)}) or a Keep there, run_with_cache to read, or put the "
+            "function at hook_resid_pre or hook_resid_post"
+        )
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the block on the stream with its prompts, added before any torch hook of this module sees it."""
@@ -273,13 +253,12 @@ class RemoteBlock(BlockElsewhere):
         return super().__call__(hidden_states, *args, **kwargs)
 
     def editing(self, operation: Literal["scale", "set"], value: Tensor | float) -> Edit:
-        """A hook that scales by a value or sets it, on servers too."""
         return Edit(operation, value)
 
     def _current(self) -> Pass | None:
         """This thread's forward, if it is one of this model."""
-        stack: list[Pass] = vars(_passes).get("stack", [])
-        return stack[-1] if stack and stack[-1].route is self.route else None
+        current: Pass | None = vars(_innermost).get("current")
+        return current if current is not None and current.route is self.route else None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The stream after this block, or unchanged if an earlier call included this block."""
@@ -292,14 +271,8 @@ class RemoteBlock(BlockElsewhere):
             hooks = self.requests()  # what its prompts add is in the stream
             for block in list(self.blocks)[self.layer + 1 : end]:
                 hooks += [*current.prompts_at(block.layer), *block.requests()]
-            request = Request(
-                "forward" if current.text is None else "step",
-                self.layer,
-                end,
-                actions=[action_of(hook) for hook in hooks],
-                use_cache=current.use_cache,
-                tensors=current.tensors,
-            )
+            kind, actions = "forward" if current.text is None else "step", [action_of(hook) for hook in hooks]
+            request = Request(kind, self.layer, end, actions, current.use_cache, tensors=current.tensors)
             hidden_states = StretchCall(self.route, request, hooks, text=current.text).run(hidden_states)
             current.done = end
         return (hidden_states, None) if self.returns_tuple else hidden_states

@@ -1,29 +1,24 @@
-"""`Route`: runs a model's calls on chosen servers, switches servers on failure, and gives up in bounded time.
-
-`Tries` holds the attempts of one call; `routing` makes the choice.
-"""
-
-from __future__ import annotations
+"""`Route`: runs a model's calls on chosen servers, switches servers on failure, and gives up in bounded time."""
 
 import copy
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path
+from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path, permitted
 from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask, check_answer
 from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Leg:
+class Leg(NamedTuple):
     """Blocks `first` to `end` of a path, and the span that runs them."""
 
     span: Span
@@ -31,45 +26,42 @@ class Leg:
     end: int
 
 
+class _Look(NamedTuple):
+    """What a server answered when asked what it is."""
+
+    span: Span
+    misfit: str
+    when: float
+
+
 @dataclass(frozen=True)
 class Recovery:
     """A call that failed at first and succeeded in the end."""
 
-    kind: str
-    """`forward`, `backward` or `step`."""
+    kind: str  # `forward`, `backward` or `step`
     blocks: range
-    peers: tuple[str, ...]
-    """The peers that failed, in order, with repeats."""
-    seconds: float
-    """From the first failure to the answer, including all waiting and replay."""
-    replayed: int
-    """Replayed steps, summed over servers."""
+    peers: tuple[str, ...]  # the peers that failed, in order, with repeats
+    seconds: float  # from the first failure to the answer, including all waiting and replay
+    replayed: int  # replayed steps, summed over servers
 
 
 class Route:
-    """Where a model's blocks run, and the servers' record so far.
-
-    `settings` are the model's `ClientSettings`, whose time limits are read at each call.
-    """
+    """Where a model's blocks run, and the servers' record so far; `settings` are the model's `ClientSettings`."""
 
     def __init__(self, n_layers: int, settings: Any) -> None:
         self.n_layers = n_layers
         self.settings = settings
         self.source: SpanSource | None = None
-        self.expected: dict[str, Any] = {}
-        """What a server has to report of itself."""
+        self.expected: dict[str, Any] = {}  # what a server has to report of itself
         self.clock: Callable[[], float] = time.monotonic
         self.sleep: Callable[[float], None] = time.sleep
-        self.health = Health.of(settings, lambda: self.clock())
-        self.recoveries: deque[Recovery] = deque(maxlen=1000)
-        """Repaired failures, latest last."""
-        self.closing: deque[tuple[Span, str]] = deque()
-        """Sessions of deleted texts, to be closed with the next call."""
-        self._looked_at: dict[int, _Look] = {}
-        """Spans whose server was asked what it is, by identity."""
+        self.health = Health(settings, lambda: self.clock())
+        self.recoveries: deque[Recovery] = deque(maxlen=1000)  # repaired failures, latest last
+        self.closing: deque[tuple[Span, str]] = deque()  # sessions of deleted texts, to be closed with the next call
+        self.looked_at: dict[int, _Look] = {}  # spans whose server was asked what it is, by identity
         self._shown: list[Leg] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Route:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Route":
         """Copies of a model share the servers."""
         other = Route(self.n_layers, self.settings)
         other.source, other.expected, other.health = self.source, self.expected, self.health
@@ -84,7 +76,8 @@ class Route:
         """
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
-        trial.source, trial.expected, trial.health = source, expected, self.health.anew()
+        trial.source, trial.expected = source, expected
+        trial.health = Health(self.health.settings, self.health.clock)
         if isinstance(spans, Sequence):
             missing = sorted(set(range(self.n_layers)) - {layer for span in spans for layer in span.blocks})
             if missing:
@@ -99,10 +92,9 @@ class Route:
             except SpanError as error:
                 raise ValueError(f"these spans cannot be used: {error}") from error
         self.source, self.expected, self.health = source, expected, trial.health
-        self._looked_at = trial._looked_at
+        self.looked_at = trial.looked_at
 
     def close(self) -> None:
-        """Close all sessions and disconnect."""
         self.close_sessions()
         self.source = None
 
@@ -122,10 +114,10 @@ class Route:
 
     def misfit(self, span: Span, timeout: float) -> str:
         """Why a span's server cannot be used, or "". It is asked once, and again after a failure."""
-        seen = self._looked_at.get(id(span))
-        if seen is None or (seen.misfit and self.clock() - seen.when > LONGEST_BAN * self.health.ban_timeout):
+        seen = self.looked_at.get(id(span))
+        if seen is None or (seen.misfit and self.clock() - seen.when > LONGEST_BAN * self.health.settings.ban_timeout):
             told = ask(span, Request("info", 0, 0), timeout=timeout).info
-            seen = self._looked_at[id(span)] = _Look(span, self._what_differs(span, told), self.clock())
+            seen = self.looked_at[id(span)] = _Look(span, self._what_differs(span, told), self.clock())
             if seen.misfit:
                 logger.warning("%s is not used: %s", span.peer, seen.misfit)
         return seen.misfit
@@ -142,10 +134,6 @@ class Route:
             return f"a span says it has {span.blocks}, and its server says {said}"
         return ""
 
-    def forget(self, span: Span) -> None:
-        """After a failure, a server that returns may be another one."""
-        self._looked_at.pop(id(span), None)
-
     def connected(self, layer: int = 0) -> SpanSource:
         """The source of spans. Raises `ValueError` if there is none."""
         if self.source is None:
@@ -155,19 +143,18 @@ class Route:
             )
         return self.source
 
-    def usable(self) -> list[Span]:
-        """The spans not known to be unusable."""
-        known = self.connected().spans()
-        self._looked_at = {key: look for key, look in self._looked_at.items() if any(look.span is s for s in known)}
-        misfits = {key for key, look in self._looked_at.items() if look.misfit}
-        return [span for span in known if self.health.permits(span.peer) and id(span) not in misfits]
-
     def plan(self, first: int, end: int, banned: dict[str, float]) -> list[Leg]:
-        """The fastest expected path through some blocks. Raises `NoPath`."""
+        """The fastest expected path through some blocks, on spans not known to be unusable. Raises `NoPath`."""
         source = self.connected(first)
-        spans = self.usable()
-        hops = best_path([source.facts(span) for span in spans], first, end, banned)
-        return [Leg(next(s for s in spans if hop.fits(s.peer, s.blocks)), hop.first, hop.end) for hop in hops]
+        known = source.spans()
+        self.looked_at = {key: look for key, look in self.looked_at.items() if any(look.span is s for s in known)}
+        misfits = {key for key, look in self.looked_at.items() if look.misfit}
+        spans = [s for s in known if permitted(self.health.settings, s.peer) and id(s) not in misfits]
+        legs = []
+        for peer, start, stop in best_path([source.facts(span) for span in spans], first, end, banned):
+            having = (s for s in spans if s.peer == peer and s.blocks.start <= start and stop <= s.blocks.stop)
+            legs.append(Leg(next(having), start, stop))
+        return legs
 
     def end_of_leg(self, layer: int) -> int:
         """The block at which a call that begins with this one should move to another server."""
@@ -183,15 +170,6 @@ class Route:
         logger.info("route: %s", ", ".join(f"blocks {leg.first} to {leg.end} on {leg.span.peer}" for leg in legs))
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a server answered when asked what it is."""
-
-    span: Span
-    misfit: str
-    when: float
-
-
 class Tries:
     """The attempts of one call so far, and what may still be tried.
 
@@ -204,26 +182,15 @@ class Tries:
         self.kind, self.blocks = kind, range(first, end)
         self.name = f"{kind} of blocks {first} to {end}"
         self.waits = waits
-        self.failures: list[tuple[str, str]] = []
-        """The peers that failed, and their errors."""
-        self.replayed = 0
-        self._began = route.clock()
+        self.failures: list[tuple[str, str]] = []  # the peers that failed, and their errors
+        self._began = self._first_failure = route.clock()
         self._deadline = self._began + route.health.longest(route.settings.request_timeout)
-        self._first_failure = self._began
-        self._tried = 0
-        self._losses = 0
-        self._waited = 0
-        self._looked = False
-        """Whether the source was refreshed since the last failure."""
-        self._rested = False
-        self._excused: set[str] = set()
-        """Peers asked in spite of a ban, for lack of others."""
+        self.replayed = self._tried = self._losses = self._waited = 0
+        self._looked = self._rested = False  # whether the source was refreshed, then waited for, since the last failure
+        self._excused: set[str] = set()  # peers asked in spite of a ban, for lack of others
 
     def ask(self, span: Span, request: Request) -> Reply | None:
-        """A server's answer, or `None` if another server has to be found.
-
-        Raises `SpanError` if a server refuses for a reason that others share, and when all attempts are used up.
-        """
+        """A server's answer, or `None` if another has to be found. Raises `SpanError` if all would refuse."""
         timeout = self._timeout()
         try:
             reply = ask(span, request, timeout=timeout)
@@ -239,7 +206,7 @@ class Tries:
     def failed(self, span: Span, error: SpanError) -> None:
         """Ban a server for a while. Raises `SpanError` when no attempt is left."""
         self.route.health.failed(span.peer)
-        self.route.forget(span)
+        self.route.looked_at.pop(id(span), None)  # a server that returns may be another one
         self._excused.discard(span.peer)
         self._looked = self._rested = False
         self._note(span.peer, error)
@@ -259,7 +226,7 @@ class Tries:
         logger.info("%s: %s failed: %s", self.name, who, error)
 
     def _check_number(self, failures: int) -> None:
-        most = self.route.health.max_retries
+        most = self.route.health.settings.max_retries
         if failures > most:
             raise self._given_up(f"{failures} failures, and max_retries is {most}")
 
@@ -280,14 +247,12 @@ class Tries:
         banned = self.route.health.banned()
         if leg.span.peer not in banned:
             return []
-        try:
+        with suppress(NoPath):
             legs = self.route.plan(leg.first, leg.end, banned)
-        except NoPath:
-            return []
-        if not all(self._fits(other.span) for other in legs):
-            return []
-        self._note(leg.span.peer, SpanError("it failed in another call"))
-        return legs
+            if all(self._fits(other.span) for other in legs):
+                self._note(leg.span.peer, SpanError("it failed in another call"))
+                return legs
+        return []
 
     def _fits(self, span: Span) -> bool:
         timeout = self._timeout()
@@ -303,7 +268,7 @@ class Tries:
             self._excused.add(min(error.banned, key=lambda peer: (error.banned[peer], peer)))
             return
         if self._looked:
-            if not self.waits or self._waited >= self.route.health.max_retries:
+            if not self.waits or self._waited >= self.route.health.settings.max_retries:
                 raise self._given_up(str(error)) from error
             self._waited += 1
             self.route.sleep(min(self._left(), self.route.health.backoff(self._waited)))
@@ -315,7 +280,6 @@ class Tries:
             self._note("the search for servers", lost)
 
     def _timeout(self) -> float:
-        """The seconds for one request."""
         return min(self._left(), float(self.route.settings.request_timeout))
 
     def _left(self) -> float:

@@ -1,18 +1,12 @@
-"""Which servers run which blocks: the fastest path over their spans, and bans after failures.
-
-Pure Python without its own clock, so that simulations run the client's code.
-"""
-
-from __future__ import annotations
+"""Which servers run which blocks: the fastest path over their spans, and bans. Pure Python: simulations run it too."""
 
 import itertools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-LONGEST_BAN = 16
-"""A ban doubles with every failure in a row, up to this many times `ban_timeout`."""
+LONGEST_BAN = 16  # a ban doubles with every failure in a row, up to this many times `ban_timeout`
 
 
 @dataclass(frozen=True)
@@ -42,17 +36,12 @@ class ServerFacts:
         return self.latency + (end - first) * self.seconds_of_block()
 
 
-@dataclass(frozen=True)
-class Hop:
+class Hop(NamedTuple):
     """One call of a path: a server, and which of its blocks it runs."""
 
     peer: str
     first: int
     end: int
-
-    def fits(self, peer: str, blocks: range) -> bool:
-        """Whether this is the server, and its span has these blocks."""
-        return peer == self.peer and blocks.start <= self.first and self.end <= blocks.stop
 
 
 class NoPath(LookupError):
@@ -60,8 +49,7 @@ class NoPath(LookupError):
 
     def __init__(self, missing: list[int], banned: dict[str, float], known: Collection[str]) -> None:
         self.missing = missing
-        self.banned = banned
-        """Banned servers with these blocks, and the seconds left."""
+        self.banned = banned  # banned servers with these blocks, and the seconds left
         text = f"no server that may be asked has the blocks {missing}"
         if banned:
             waits = ", ".join(f"{peer} for {seconds:.1f} s" for peer, seconds in banned.items())
@@ -107,8 +95,7 @@ def best_path(
     return [Hop(peer, begin, stop) for (peer, begin), (_, stop) in itertools.pairwise(starts)]
 
 
-_Way = tuple[float, int, tuple[tuple[str, int], ...]]
-"""Seconds so far, hops so far, and the peer and first block of each hop."""
+_Way = tuple[float, int, tuple[tuple[str, int], ...]]  # seconds and hops so far; the peer and first block of each hop
 
 
 def permitted(settings: Any, peer: str) -> bool:
@@ -117,42 +104,19 @@ def permitted(settings: Any, peer: str) -> bool:
     return peer not in blocked and (allowed is None or peer in allowed)
 
 
-@dataclass(kw_only=True, eq=False)
 class Health:
-    """Bans of peers that failed lately, and waiting times.
+    """Bans of peers that failed lately, longer with each failure in a row, and waiting times, by `ClientSettings`."""
 
-    Each failure in a row doubles a peer's ban, from `ban_timeout` to `LONGEST_BAN` times it; a success ends it.
-    """
-
-    ban_timeout: float = 15
-    min_backoff: float = 1
-    max_backoff: float = 60
-    max_retries: int = 5
-    allowed_servers: Collection[str] | None = None
-    blocked_servers: Collection[str] | None = None
-    clock: Callable[[], float] = time.monotonic
-    failures: dict[str, int] = field(default_factory=dict, init=False)
-    """Each peer's failures in a row."""
-    _until: dict[str, float] = field(default_factory=dict, init=False)
-
-    @classmethod
-    def of(cls, settings: Any, clock: Callable[[], float] = time.monotonic) -> Health:
-        """Health with the values of `ClientSettings`."""
-        names = ("ban_timeout", "min_backoff", "max_backoff", "max_retries", "allowed_servers", "blocked_servers")
-        return cls(**{name: getattr(settings, name) for name in names}, clock=clock)
-
-    def anew(self) -> Health:
-        """The same settings, without failures."""
-        return replace(self)
-
-    def permits(self, peer: str) -> bool:
-        return permitted(self, peer)
+    def __init__(self, settings: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings, self.clock = settings, clock
+        self.failures: dict[str, int] = {}  # each peer's failures in a row
+        self._until: dict[str, float] = {}
 
     def failed(self, peer: str) -> None:
         """Ban a peer after a failed call."""
         self.failures[peer] = self.failures.get(peer, 0) + 1
         times = min(2 ** (self.failures[peer] - 1), LONGEST_BAN)
-        self._until[peer] = self.clock() + self.ban_timeout * times
+        self._until[peer] = self.clock() + self.settings.ban_timeout * times
 
     def succeeded(self, peer: str) -> None:
         """Forget a peer's failures after a successful call."""
@@ -166,9 +130,9 @@ class Health:
 
     def backoff(self, nth: int) -> float:
         """The seconds to wait before the `nth` retry (from 1) for lack of another server."""
-        return float(min(self.max_backoff, self.min_backoff * 2.0 ** min(nth - 1, 64)))
+        return float(min(self.settings.max_backoff, self.settings.min_backoff * 2.0 ** min(nth - 1, 64)))
 
     def longest(self, request_timeout: float) -> float:
         """The most seconds a call may take, with every attempt and every wait."""
-        tries, waits = self.max_retries + 1, range(1, self.max_retries + 1)
-        return tries * request_timeout + sum(self.backoff(nth) for nth in waits)
+        waits = range(1, self.settings.max_retries + 1)
+        return (len(waits) + 1) * request_timeout + sum(map(self.backoff, waits))

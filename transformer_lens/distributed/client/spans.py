@@ -1,30 +1,13 @@
-"""Spans as a client sees them: some blocks, and a way to send messages to their server.
-
-A call is cut into parts, each with some of the blocks, the actions in them, and their renumbered tensors.
-"""
-
-from __future__ import annotations
+"""Spans as a client sees them: some blocks, a way to send messages to their server, and their part of a call."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from transformer_lens.distributed.client.routing import ServerFacts
-from transformer_lens.distributed.protocol.messages import (
-    READS,
-    Limits,
-    MessageError,
-    Reply,
-    Request,
-    SpanError,
-    SpanUnreachable,
-    pack_request,
-    printable,
-    too_much,
-    unpack_reply,
-)
+from transformer_lens.distributed.protocol import messages as wire
 
 
 class Span(Protocol):
@@ -75,65 +58,64 @@ class StaticSpans:
         """Does nothing: the spans belong to the caller."""
 
 
-def ask(span: Span, request: Request, limits: Limits | None = None, timeout: float | None = None) -> Reply:
-    """Send one request and return its reply; `timeout` is in seconds.
-
-    Raises `SpanError` with the server's words if it refuses, `SpanUnreachable` if no readable answer comes.
-    """
-    limits = limits or Limits()
+def ask(
+    span: Span, request: wire.Request, limits: wire.Limits | None = None, timeout: float | None = None
+) -> wire.Reply:
+    """A server's reply, within `timeout` seconds. Raises `SpanError` if it refuses, else `SpanUnreachable`."""
+    limits = limits or wire.Limits()
     where = f"blocks {span.blocks.start} to {span.blocks.stop} on {span.peer}"
-    message = pack_request(request)
-    excess = too_much(message, limits)
+    message = wire.pack_request(request)
+    excess = wire.too_much(message, limits)
     if excess:
-        raise SpanError(f"{where}: {excess}")
+        raise wire.SpanError(f"{where}: {excess}")
     try:
-        reply = unpack_reply(span.send(message, timeout), limits)
-    except MessageError as error:
-        raise SpanUnreachable(f"{where}: the answer cannot be read: {error}") from error
+        reply = wire.unpack_reply(span.send(message, timeout), limits)
+    except wire.MessageError as error:
+        raise wire.SpanUnreachable(f"{where}: the answer cannot be read: {error}") from error
     if reply.error:
-        raise SpanError(f"{where}: {printable(reply.error)}", reply.info)
+        raise wire.SpanError(f"{where}: {wire.printable(reply.error)}", reply.info)
     return reply
 
 
-def check_answer(request: Request, reply: Reply) -> None:
+def check_answer(request: wire.Request, reply: wire.Reply) -> None:
     """Raise `SpanUnreachable` unless a reply contains what was requested, so that nonsense counts as no answer."""
     back, stream = request.kind == "backward", request.tensors["stream"]
-    reads = [n for n, action in enumerate(request.actions) if (action.do == "gradient") == back and action.do in READS]
+    wanted = ("gradient",) if back else ("look", "keep")
+    reads = [n for n, action in enumerate(request.actions) if action.do in wanted]
     like = {"grad.stream" if back else "stream": stream}
     if back:  # a gradient comes back where there is one
         like |= {f"grad.{name}": tensor for name, tensor in request.tensors.items() if name.startswith("value.")}
         reads = [n for n in reads if f"seen.{n}" in reply.tensors]
     known, names = {*like, *(f"seen.{n}" for n in reads)}, set(reply.tensors)
     if names - known or not (back or known <= names):
-        told = printable(str(sorted(names)), 500)
-        raise SpanUnreachable(f"the server answered with the tensors {told}, expected {sorted(known)}")
+        told = wire.printable(str(sorted(names)), 500)
+        raise wire.SpanUnreachable(f"the server answered with the tensors {told}, expected {sorted(known)}")
     if sorted(reply.turns) != reads:
-        told = printable(str(reply.turns), 500)
-        raise SpanUnreachable(f"the server answered for the hooks {told}, expected {reads}")
+        told = wire.printable(str(reply.turns), 500)
+        raise wire.SpanUnreachable(f"the server answered for the hooks {told}, expected {reads}")
     for name, tensor in like.items():
         found = reply.tensors.get(name, tensor)
         if found.shape != tensor.shape or found.dtype != tensor.dtype:
-            raise SpanUnreachable(
+            raise wire.SpanUnreachable(
                 f"the server answered {name} as {found.dtype} {list(found.shape)}, expected {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
 
 
-@dataclass(frozen=True)
-class RequestPart:
+class RequestPart(NamedTuple):
     """Some blocks of a call: the request, and its actions' numbers in the whole call."""
 
-    request: Request
+    request: wire.Request
     numbers: list[int]
 
-    def add_to(self, whole: Reply, reply: Reply) -> None:
+    def add_to(self, whole: wire.Reply, reply: wire.Reply) -> None:
         """Append a server's answer to the whole reply, with the whole call's numbers."""
         back = dict(enumerate(self.numbers))
         whole.tensors.update(_renumbered(reply.tensors, back))
         whole.turns.extend(back[turn] for turn in reply.turns)
 
 
-def part_of(request: Request, first: int, end: int, changed: Mapping[str, Tensor]) -> RequestPart:
+def part_of(request: wire.Request, first: int, end: int, changed: Mapping[str, Tensor]) -> RequestPart:
     """The part of a call on blocks `first` to `end`, where `changed` replaces tensors of the whole.
 
     An action goes with the block in its name, so the end of one block and the start of the next, which are the same

@@ -1,9 +1,4 @@
-"""Servers found on the network: their blocks and latency, and spans that send messages to them.
-
-Announcements are read every `update_period`, and a few servers of each block pinged.
-"""
-
-from __future__ import annotations
+"""Servers found on the network: their blocks and latency, and spans that send messages to them."""
 
 import asyncio
 import logging
@@ -28,14 +23,13 @@ from transformer_lens.distributed.protocol.messages import (
 
 logger = logging.getLogger(__name__)
 
-WEIGHT = 0.3
-"""The weight of the latest ping in the moving average."""
+WEIGHT = 0.3  # the weight of the latest ping in the moving average
 
 
 class RemoteSpan:
     """Blocks on another machine."""
 
-    def __init__(self, swarm: Swarm, peer: str, blocks: range) -> None:
+    def __init__(self, swarm: "Swarm", peer: str, blocks: range) -> None:
         self.swarm = swarm
         self.peer = peer
         self.blocks = blocks
@@ -45,10 +39,7 @@ class RemoteSpan:
         return f"RemoteSpan({self.peer!r}, {self.blocks})"
 
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
-        """Send one message and return the answer. Raises `SpanUnreachable` if none comes within `timeout` seconds.
-
-        The first time, and after a failure, the peer has to answer a ping within `connect_timeout`.
-        """
+        """As `Span.send`; first, and after a failure, the peer has to answer a ping within `connect_timeout`."""
         settings = self.swarm.config
         seconds = settings.request_timeout if timeout is None else timeout
         until = time.monotonic() + seconds
@@ -68,17 +59,13 @@ class Server:
 
     announcement: Announcement
     span: RemoteSpan
-    latency: float | None = None
-    """In seconds, as a moving average; `None` if never measured."""
-    failed: bool = False
-    """Whether the last ping failed."""
+    latency: float | None = None  # in seconds, as a moving average; `None` if never measured
+    failed: bool = False  # whether the last ping failed
     pinged: float = float("-inf")
-    info: dict[str, Any] = field(default_factory=dict)
-    """The server's answer to the ping."""
+    info: dict[str, Any] = field(default_factory=dict)  # the server's answer to the ping
 
     @property
     def state(self) -> str:
-        """Its last known state."""
         if self.failed:
             return "no answer"
         told = self.info.get("state")
@@ -92,9 +79,7 @@ class Server:
             "blocks": [there.blocks.start, there.blocks.stop],
             "state": self.state,
             "load": self.number("load", there.load),
-            "sessions": self.number("sessions"),
-            "kv_bytes": self.number("kv_bytes"),
-            "kv_bytes_free": self.number("kv_bytes_free"),
+            **{name: self.number(name) for name in ("sessions", "kv_bytes", "kv_bytes_free")},
             "latency": self.latency,
             "seconds_per_block": self.number("seconds_per_block", there.seconds_per_block),
             "version": there.version,
@@ -128,8 +113,8 @@ class Swarm:
         self.uids = [config.block_uid(layer) for layer in range(config.num_hidden_layers)]
         self._servers: dict[str, Server] = {}
         self._looking: Future[None] | None = None
-        self._lock = threading.Lock()
         self._updates: Future[None] | None = None
+        self._lock = threading.Lock()
         self._owns_node = node is None
         self.node = node or Node(config.initial_peers, identity=identity, startup_timeout=config.daemon_startup_timeout)
         try:
@@ -156,14 +141,8 @@ class Swarm:
         if latency is None:
             measured = [other.latency for other in list(self._servers.values()) if other.latency is not None]
             latency = sum(measured) / len(measured) if measured else 0.0
-        there = server.announcement
-        return ServerFacts(
-            span.peer,
-            span.blocks,
-            latency=latency,
-            seconds_per_block=server.number("seconds_per_block", there.seconds_per_block),
-            load=server.number("load", there.load),
-        )
+        told = server.describe()
+        return ServerFacts(span.peer, span.blocks, latency, told["seconds_per_block"], told["load"])
 
     def refresh(self) -> None:
         """Look again now, and wait for the result. Raises `SpanUnreachable` if this process lost its daemon."""
@@ -174,7 +153,6 @@ class Swarm:
         looking.result()
 
     def close(self) -> None:
-        """Stop looking, and leave the network."""
         if self._updates is not None:
             self._updates.cancel()
         if self._owns_node:

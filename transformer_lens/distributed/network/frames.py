@@ -4,29 +4,25 @@ Pure bytes, without a network. `conversation` is the client's side, `Exchange` t
 before it stores anything, holds at most what `Room` allows, and runs a repeated call once.
 """
 
-from __future__ import annotations
-
+import math
 import struct
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformer_lens.distributed.protocol.messages import Limits
 
-PIECE = 3 * 2**20
-"""Bytes of a piece. The engine's messages end at 4 MiB; above 1 MiB its throughput is constant."""
+PIECE = 3 * 2**20  # bytes of a piece. The engine's messages end at 4 MiB; above 1 MiB its throughput is constant.
 MAGIC = b"TLF1"
 REQUEST = struct.Struct("<4sB16sQQd")
 """Magic, the request kind, the call, its total bytes, this piece's offset, seconds left for the call."""
-REPLY = struct.Struct("<4sBQQ")
-"""Magic, the status, the answer's total bytes, this piece's offset (or the bytes received)."""
+REPLY = struct.Struct("<4sBQQ")  # magic, the status, the answer's total bytes, this piece's offset (or bytes received)
 
 PING, SEND, FETCH = range(3)
 PONG, MORE, ANSWER, REFUSED, NOT_NOW = range(5)
-LONGEST = 7 * 24 * 3600.0
-"""The longest time limit of a call, in seconds."""
+LONGEST = 7 * 24 * 3600.0  # the longest time limit of a call, in seconds
 
 
 class FrameError(ValueError):
@@ -102,21 +98,14 @@ def _read_reply(reply: bytes) -> tuple[int, int, int, bytes]:
 class Room:
     """What a server holds for pending calls, in bytes."""
 
-    message: int = Limits().message
-    """The largest message."""
-    receiving: int = 2 * Limits().message
-    """The declared size of one peer's incomplete messages."""
-    receiving_all: int = 8 * Limits().message
-    """The received bytes of all peers' incomplete messages."""
-    answers: int = Limits().answer
-    """One peer's unfetched answers."""
+    message: int = Limits().message  # the largest message
+    receiving: int = 2 * Limits().message  # the declared size of one peer's incomplete messages
+    receiving_all: int = 8 * Limits().message  # the received bytes of all peers' incomplete messages
+    answers: int = Limits().answer  # one peer's unfetched answers
     answers_all: int = 4 * Limits().answer
-    kept: int = 16 * 2**20
-    """One peer's fetched answers, kept in case it asks again."""
-    calls: int = 32
-    """One peer's calls, from their first piece until the answer is fetched."""
-    seconds: float = 60
-    """An incomplete message or an answer is forgotten after this long without a request."""
+    kept: int = 16 * 2**20  # one peer's fetched answers, kept in case it asks again
+    calls: int = 32  # one peer's calls, from their first piece until the answer is fetched
+    seconds: float = 60  # an incomplete message or an answer is forgotten after this long without a request
 
 
 @dataclass(eq=False)
@@ -127,39 +116,27 @@ class Call:
     call: bytes
     total: int
     used: float
-    deadline: float = 0.0
-    """When the caller stops waiting, on the exchange's clock."""
-    received: bytearray = field(default_factory=bytearray)
-    """One buffer, so that many small pieces take no more memory than few large ones."""
+    deadline: float = 0.0  # when the caller stops waiting, on the exchange's clock
+    received: bytearray = field(default_factory=bytearray)  # one buffer: many small pieces take no more than few
     have: int = 0
     answer: bytes | None = None
     fetched: bool = False
-    task: Any = None
-    """What computes the answer; set by the transport, and read when a call is repeated."""
+    task: Any = None  # what computes the answer; set by the transport, and read when a call is repeated
 
     @property
     def message(self) -> bytes:
         return bytes(self.received)
 
 
+@dataclass(eq=False)
 class Exchange:
-    """The calls of all peers, whose pieces may arrive in any order and repeatedly.
+    """The calls of all peers, whose pieces may arrive in any order and repeatedly."""
 
-    `about` gives the answer to a ping, `clock` the time in seconds.
-    """
-
-    def __init__(
-        self,
-        room: Room | None = None,
-        piece: int = PIECE,
-        clock: Callable[[], float] = time.monotonic,
-        about: Callable[[], bytes] = bytes,
-    ) -> None:
-        self.room = room or Room()
-        self.piece = piece
-        self.clock = clock
-        self.about = about
-        self.of_peer: dict[str, dict[bytes, Call]] = {}
+    room: Room = field(default_factory=Room)
+    piece: int = PIECE
+    clock: Callable[[], float] = time.monotonic
+    about: Callable[[], bytes] = bytes  # the answer to a ping
+    of_peer: dict[str, dict[bytes, Call]] = field(default_factory=dict, init=False)
 
     def take(self, peer: str, frame: bytes) -> bytes | Call:
         """The answer to a piece, or the call whose answer is still to be computed."""
@@ -186,14 +163,17 @@ class Exchange:
         """Set the answer of a call, which is kept until it is fetched."""
         call.answer, call.received, call.task = answer, bytearray(), None
         call.used = self.clock()
-        self._make_room(call.peer)
+        for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
+            answered = [c for c in self._all() if c.answer is not None and (c.peer == call.peer or not mine)]
+            self._make_room(answered, most)
 
     def part(self, call: Call, offset: int) -> bytes:
         assert call.answer is not None
         data = call.answer[offset : offset + self.piece]
         call.used = self.clock()
         call.fetched = call.fetched or offset + len(data) == len(call.answer)
-        self._keep_little(call.peer)
+        fetched = [other for other in self.of_peer.get(call.peer, {}).values() if other.fetched]
+        self._make_room(fetched, self.room.kept, self.room.calls, least=0)
         return REPLY.pack(MAGIC, ANSWER, len(call.answer), offset) + data
 
     def drop(self, call: Call) -> None:
@@ -208,10 +188,6 @@ class Exchange:
         oldest = self.clock() - self.room.seconds
         for call in [call for call in self._all() if call.task is None and call.used < oldest]:
             self.drop(call)
-
-    def bytes_held(self, peer: str | None = None) -> int:
-        """The bytes of messages and answers held, for one peer or for all."""
-        return sum(call.have + len(call.answer or b"") for call in self._all() if peer in (None, call.peer))
 
     def unfetched(self) -> int:
         """The number of complete calls whose answer was not fetched."""
@@ -259,30 +235,15 @@ class Exchange:
             return call
         return REPLY.pack(MAGIC, MORE, 0, offset + len(data))
 
-    def _make_room(self, peer: str) -> None:
-        """Forget the oldest answers beyond the limit."""
-        for most, mine in ((self.room.answers, True), (self.room.answers_all, False)):
-            held = sorted(
-                (call for call in self._all() if call.answer is not None and (call.peer == peer or not mine)),
-                key=lambda call: (not call.fetched, call.used),
-            )
-            total = sum(len(call.answer or b"") for call in held)
-            for call in held[:-1]:
-                if total > most:
-                    total -= len(call.answer or b"")
-                    self.drop(call)
-
-    def _keep_little(self, peer: str) -> None:
-        """Keep only the latest of a peer's fetched answers."""
-        done = [call for call in self.of_peer.get(peer, {}).values() if call.fetched]
-        done.sort(key=lambda call: call.used)
-        total = sum(len(call.answer or b"") for call in done)
-        for number, call in enumerate(done):
-            if total > self.room.kept or len(done) - number > self.room.calls:
+    def _make_room(self, answered: Iterable[Call], most: int, calls: float = math.inf, least: int = 1) -> None:
+        """Forget answers beyond `most` bytes or `calls`, fetched and old ones first, all but `least` of them."""
+        held = sorted(answered, key=lambda call: (not call.fetched, call.used))
+        total = sum(len(call.answer or b"") for call in held)
+        for left, call in zip(range(len(held), least, -1), held, strict=False):
+            if total > most or left > calls:
                 total -= len(call.answer or b"")
                 self.drop(call)
 
 
 def refused(text: str, retry: bool) -> bytes:
-    """The answer to a rejected piece."""
     return REPLY.pack(MAGIC, NOT_NOW if retry else REFUSED, 0, 0) + text[:2000].encode()

@@ -4,8 +4,6 @@ Only unary calls, which fail at once when the other side dies. Nothing leaves th
 mapping, no public peers. Needs the extra `[swarm]`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import ipaddress
@@ -18,41 +16,31 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from transformer_lens.checks import needed
 from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
 from transformer_lens.distributed.network.records import PEER, validator
 from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
 
-HANDLER = "transformer_lens.span.1"
-"""The call's name in libp2p, whose number changes with incompatible versions."""
+HANDLER = "transformer_lens.span.1"  # the call's name in libp2p, whose number changes with incompatible versions
 MISSING = "servers on other machines need hivemind: pip install 'transformer-lens-bridge[swarm]'"
-GRACE = 3.0
-"""Seconds for the daemon to end before it is killed."""
-AFTER_FAILURE = 0.2
-"""Seconds for asyncio to notice that a daemon failed to start; without them it complains."""
+GRACE = 3.0  # seconds for the daemon to end before it is killed
+AFTER_FAILURE = 0.2  # seconds for asyncio to notice that a daemon failed to start; without them it complains
 ADDRESS = re.compile(rf"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d+(/[\w-]+)*/p2p/{PEER.pattern}")
 Result = TypeVar("Result")
 Handler = Callable[[bytes, str], Awaitable[bytes]]
 
 
-def _engine() -> Any:
-    try:
-        import hivemind.dht.node
-        import hivemind.dht.validation
-        import hivemind.p2p
-        import hivemind.p2p.p2p_daemon_bindings.utils
-    except ImportError as error:
-        raise ImportError(MISSING, name="hivemind") from error
-    return hivemind
-
-
-def need_engine() -> None:
-    """Raise `ImportError`, saying what to install, if the network library is missing."""
-    _engine()
+def need_engine() -> Any:
+    """The network library. Raises `ImportError`, saying what to install, if it is missing."""
+    for part in ("dht.node", "dht.validation", "p2p.p2p_daemon_bindings.utils"):
+        needed(f"hivemind.{part}", MISSING)
+    return needed("hivemind", MISSING)
 
 
 def address_of(host: str, port: int) -> str:
@@ -91,7 +79,7 @@ class Node:
                     f"initial_peers: got {address!r}, expected an address that a server prints, such as "
                     "/ip4/127.0.0.1/tcp/31337/p2p/12D3KooW..."
                 )
-        _engine()
+        need_engine()
         self.initial_peers = list(initial_peers)
         self.peer = ""
         self.addresses: list[str] = []
@@ -109,20 +97,15 @@ class Node:
         self._thread = threading.Thread(target=self._run, name="libp2p", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        started = False
-        try:
-            with tempfile.TemporaryDirectory(prefix="identity-") as folder:
-                if identity is None and listen:  # what it announces is signed
-                    identity = os.path.join(folder, "key")
-                if identity is not None:
-                    make_identity(identity)
-                    with open(identity, "rb") as file:
-                        self._identity = file.read()
-                self.wait(self._start(listen, identity, startup_timeout))
-            started = True
-        finally:
-            if not started:
-                self.close()
+        with ExitStack() as undo, tempfile.TemporaryDirectory(prefix="identity-") as folder:
+            undo.callback(self.close)
+            if identity is None and listen:  # what it announces is signed
+                identity = os.path.join(folder, "key")
+            if identity is not None:
+                make_identity(identity)
+                self._identity = Path(identity).read_bytes()
+            self.wait(self._start(listen, identity, startup_timeout))
+            undo.pop_all()
 
     def _run(self) -> None:
         # The daemon inherits this: Ctrl-C is for this process alone, which then shuts down in order.
@@ -132,7 +115,7 @@ class Node:
         self._loop.close()
 
     async def _start(self, listen: str | None, identity: Any, startup_timeout: float) -> None:
-        engine = _engine()
+        engine = need_engine()
         failures: tuple[type[Exception], ...] = (RuntimeError, *_engine_errors(engine))
         here = {"host_maddrs": [listen]} if listen else {"host_maddrs": [], "no_listen": True}
         try:
@@ -141,11 +124,7 @@ class Node:
                 identity_path=None if identity is None else os.fspath(identity),
                 dht_mode="server" if listen else "client",
                 startup_timeout=startup_timeout,
-                auto_nat=False,
-                nat_port_map=False,
-                use_relay=False,
-                use_auto_relay=False,
-                use_ipfs=False,
+                **dict.fromkeys(("auto_nat", "nat_port_map", "use_relay", "use_auto_relay", "use_ipfs"), False),
                 check_if_identity_free=False,  # it would start a second daemon, which maps ports
                 **here,
             )
@@ -184,7 +163,6 @@ class Node:
         self.ended.set()
 
     def close(self) -> None:
-        """Leave, and end the daemon."""
         if self._closing or os.getpid() != self._pid:
             return
         self._closing = True
@@ -220,7 +198,6 @@ class Node:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def wait(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run work in the node's thread, and wait for it."""
         future = self.begin(work)
         try:
             return future.result()
@@ -249,7 +226,6 @@ class Node:
         return self.wait(self.pinged(peer, seconds))
 
     async def pinged(self, peer: str, seconds: float) -> tuple[float, bytes]:
-        """`ping`, in the node's own thread."""
         begin = time.perf_counter()
         with _errors_of(peer):
             reply = await self._once(peer, ping(), seconds, seconds)
@@ -274,11 +250,9 @@ class Node:
         """One unary call. Raises `ConnectionError` if it breaks, `SpanUnreachable` if time is up."""
         if self.dead:
             raise SpanUnreachable(self.dead)
-        engine = _engine()
-        value = _value()
-        work = self._keep(
-            self._p2p.call_protobuf_handler(engine.p2p.PeerID.from_base58(peer), HANDLER, value(value=frame), value)
-        )
+        engine, value = need_engine(), needed("google.protobuf.wrappers_pb2", MISSING).BytesValue
+        to = engine.p2p.PeerID.from_base58(peer)
+        work = self._keep(self._p2p.call_protobuf_handler(to, HANDLER, value(value=frame), value))
         try:
             await asyncio.wait({work, self._ended}, timeout=max(left, 0.001), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -293,20 +267,18 @@ class Node:
 
     def serve(self, handler: Handler) -> None:
         """Answer pieces of calls with `handler(piece, peer id of the caller)`."""
+        value = needed("google.protobuf.wrappers_pb2", MISSING).BytesValue
 
         async def answer(request: Any, context: Any) -> Any:
-            return _value()(value=await handler(request.value, context.remote_id.to_base58()))
+            return value(value=await handler(request.value, context.remote_id.to_base58()))
 
-        self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, _value()))
+        self.wait(self._p2p.add_protobuf_handler(HANDLER, answer, value))
 
     def store(self, uids: Iterable[str], value: Any, seconds: float) -> bool:
         """Store a value under each name and this peer's id for some seconds; returns whether any peer did."""
         keys = list(uids)
-        stored: Mapping[Any, bool] = self.wait(
-            self._dht.store_many(
-                keys, [value] * len(keys), [time.time() + seconds] * len(keys), subkeys=[self.peer] * len(keys)
-            )
-        )
+        values, ends, peers = ([one] * len(keys) for one in (value, time.time() + seconds, self.peer))
+        stored: Mapping[Any, bool] = self.wait(self._dht.store_many(keys, values, ends, subkeys=peers))
         return all(stored.values())
 
     async def found(self, uids: Sequence[str]) -> dict[str, dict[Any, Any]]:
@@ -331,7 +303,7 @@ def make_identity(path: str | os.PathLike[str]) -> None:
     """Write a new key to this file, readable by its owner only; an existing file stays."""
     if os.path.exists(path):
         return
-    engine = _engine()
+    engine = need_engine()
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     engine.p2p.P2P.generate_identity(os.fspath(path))
 
@@ -343,17 +315,9 @@ def peer_of(identity: str | os.PathLike[str]) -> str:
     'QmNiBr4s9Cr9vNE2yLcbVLcMVoLC4jUcXgQuSKuzfHyyyV'
     """
     make_identity(identity)
-    with open(identity, "rb") as file:
-        return str(_engine().p2p.PeerID.from_identity(file.read()).to_base58())
-
-
-def _value() -> Any:
-    from google.protobuf.wrappers_pb2 import BytesValue
-
-    return BytesValue
+    return str(need_engine().p2p.PeerID.from_identity(Path(identity).read_bytes()).to_base58())
 
 
 def _engine_errors(engine: Any) -> tuple[type[Exception], ...]:
-    """The network errors that a call over the daemon may raise."""
     bindings = engine.p2p.p2p_daemon_bindings.utils
     return (bindings.P2PDaemonError, bindings.P2PHandlerError, OSError, EOFError)

@@ -4,8 +4,6 @@ They are untrusted: malformed ones are skipped, and a client asks the server its
 under a peer id is signed with the key that the id is the hash of, which needs the extra `[swarm]`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re
@@ -13,15 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-STATES = ("serving", "draining", "gone")
-"""`gone` replaces a record until it would have expired."""
-LIVES = 2.5
-"""A record's lifetime in announcing periods, so that one lost announcement does no harm."""
+STATES = ("serving", "draining", "gone")  # `gone` replaces a record until it would have expired
+LIVES = 2.5  # a record's lifetime in announcing periods, so that one lost announcement does no harm
 MAX_BYTES = 512
-MAX_SERVERS = 4096
-"""The most servers of one model that a client considers."""
-PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
-"""A libp2p peer id in base 58."""
+MAX_SERVERS = 4096  # the most servers of one model that a client considers
+PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")  # a libp2p peer id in base 58
 FIELDS = ("blocks", "state", "seconds_per_block", "load", "version")
 
 
@@ -37,7 +31,6 @@ class Announcement:
     version: str = ""
 
     def record(self) -> dict[str, Any]:
-        """What is stored under a block's uid."""
         values = ([self.blocks.start, self.blocks.stop], self.state, self.seconds_per_block, self.load, self.version)
         return dict(zip(FIELDS, values, strict=True))
 
@@ -90,8 +83,7 @@ def may_be_kept(peer: bytes, value: bytes) -> bool:
         return False
 
 
-SIGNED_BYTES = 2048
-"""The most bytes of a record with key and signature; a 2048-bit key and its signature take 550."""
+SIGNED_BYTES = 2048  # the most bytes of a record with key and signature; a 2048-bit key and its signature take 550
 
 
 def sign(identity: bytes, place: bytes, peer: bytes, record: bytes, ends: float) -> bytes:

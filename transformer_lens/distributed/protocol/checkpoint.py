@@ -1,9 +1,4 @@
-"""Partial reading of safetensors checkpoints: only the files and tensors that one side needs.
-
-A client needs everything outside the blocks, a server the blocks of its span.
-"""
-
-from __future__ import annotations
+"""Partial reading of safetensors checkpoints: a client needs all but the blocks, a server the blocks of its span."""
 
 import json
 import re
@@ -77,10 +72,7 @@ def read_part(name: str, wanted: Callable[[str], bool], **options: Any) -> PartO
 
 
 def filled(load: Callable[..., Any], config: Any, tensors: Mapping[str, Tensor], whose: str, **options: Any) -> Any:
-    """Load these tensors with a class's `from_pretrained`, in the given dtype, the config's, or the first tensor's.
-
-    Raises `ValueError`, naming `whose`, for missing or unexpected tensors and for wrong shapes.
-    """
+    """Load tensors with a `from_pretrained`. Raises `ValueError`, naming `whose`, unless they fit it exactly."""
     if options["dtype"] in (None, "auto"):
         options["dtype"] = config.dtype or next(iter(tensors.values())).dtype
     model, report = load(None, config=config, state_dict=tensors, output_loading_info=True, **options)

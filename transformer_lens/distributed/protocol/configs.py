@@ -1,16 +1,11 @@
-"""Configs of distributed models: a family's own config, and how a client uses servers.
-
-None needs the network library. Client settings are not saved to `config.json`.
-"""
-
-from __future__ import annotations
+"""Configs of distributed models: a family's own config, and how a client uses servers. No network library is needed."""
 
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,12 +72,15 @@ class ModelSettings:
 CLIENT_SETTINGS: tuple[str, ...] = tuple(field.name for field in fields(ClientSettings))
 
 
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what is expected
 
 
-def _is_count(least: int, value: Any) -> bool:
-    return type(value) is int and value >= least
+def _from(least: int) -> Rule:
+    return lambda value: type(value) is int and value >= least, f"a whole number, at least {least}"
+
+
+def _among(*options: Any) -> Rule:
+    return lambda value: is_one_of(value, options), f"one of {', '.join(map(repr, options))}"
 
 
 def _is_list(value: Any) -> bool:
@@ -90,29 +88,21 @@ def _is_list(value: Any) -> bool:
     return several and all(isinstance(one, str) and one for one in value)
 
 
-COUNTS = {"max_retries": 0, "max_pinged": 1, "pre_seq_len": 0, "chunked_forward_step": 1}
-"""Integer settings, with the minimum of each."""
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "show_route": (True, False, "inference"),
-    "tuning_mode": (None, "ptune", "deep_ptune"),
-    "use_chunked_forward": (True, False, "auto"),
-}
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        (field.name for field in fields(ClientSettings) if field.type == "float"),
-        (_is_time, "a time in seconds, above 0 and finite"),
-    ),
-    **{name: (partial(_is_count, least), f"a whole number, at least {least}") for name, least in COUNTS.items()},
+TIME: Rule = (lambda value: type(value) in (int, float) and 0 < value < inf, "a time in seconds, above 0 and finite")
+PEERS: Rule = (lambda value: value is None or _is_list(value), "a list of strings or None")
+RULES: dict[str, Rule] = {  # the check of each setting
+    **dict.fromkeys((field.name for field in fields(ClientSettings) if field.type is float), TIME),
+    "max_retries": _from(0),
+    "max_pinged": _from(1),
+    "pre_seq_len": _from(0),
+    "chunked_forward_step": _from(1),
     "initial_peers": (_is_list, "a list of strings"),
-    **dict.fromkeys(
-        ("allowed_servers", "blocked_servers"), (lambda v: v is None or _is_list(v), "a list of strings or None")
-    ),
-    **{
-        name: (partial(is_one_of, options=allowed), f"one of {', '.join(map(repr, allowed))}")
-        for name, allowed in CHOICES.items()
-    },
+    "allowed_servers": PEERS,
+    "blocked_servers": PEERS,
+    "show_route": _among(True, False, "inference"),
+    "tuning_mode": _among(None, "ptune", "deep_ptune"),
+    "use_chunked_forward": _among(True, False, "auto"),
 }
-"""The check of each setting."""
 
 
 def check_settings(config: Any) -> None:
@@ -138,22 +128,14 @@ def check_settings(config: Any) -> None:
 class DistributedConfig(ClientSettings, ModelSettings):
     """The common base of the configs: loading by name, the blocks' prefix, saving without client settings."""
 
-    block_prefix: ClassVar[str]
-    """A block is the module `{block_prefix}.{layer}`."""
-    block_class: ClassVar[type[nn.Module]]
-    """The class of a block."""
-    attn_class: ClassVar[type[nn.Module]]
-    """The class of a block's attention."""
-    base_class: ClassVar[type[PreTrainedModel]]
-    """The family's model without its head, which runs the blocks on a server."""
-    collects: ClassVar[tuple[str, ...]]
-    """What the family's models would collect inside their blocks if the config asks for it."""
-    dropouts: ClassVar[tuple[str, ...]]
-    """The config's dropout settings for its blocks."""
-    returns_tuple: ClassVar[bool]
-    """Whether its blocks return a tuple that starts with their stream."""
-    full_name_in_prefix: ClassVar[bool] = True
-    """Whether the prefix keeps the owner of a hub name."""
+    block_prefix: ClassVar[str]  # a block is the module `{block_prefix}.{layer}`
+    block_class: ClassVar[type[nn.Module]]  # the class of a block
+    attn_class: ClassVar[type[nn.Module]]  # the class of a block's attention
+    base_class: ClassVar[type[PreTrainedModel]]  # the family's model without its head, which runs blocks on a server
+    collects: ClassVar[tuple[str, ...]]  # what the family's models collect inside their blocks if the config says so
+    dropouts: ClassVar[tuple[str, ...]]  # the config's dropout settings for its blocks
+    returns_tuple: ClassVar[bool]  # whether its blocks return a tuple that starts with their stream
+    full_name_in_prefix: ClassVar[bool] = True  # whether the prefix keeps the owner of a hub name
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -254,7 +236,6 @@ class DistributedConfig(ClientSettings, ModelSettings):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as saved: plain data without client settings."""
         output: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return {key: value for key, value in output.items() if key not in CLIENT_SETTINGS}
 
@@ -304,10 +285,7 @@ CONFIGS: dict[str, type[Any]] = {"falcon": DistributedFalconConfig, "mixtral": D
 
 
 def config_class(model_type: Any, like: Any = None) -> type[Any]:
-    """The distributed config class of a family, made on first use from its adapter, for a config such as `like`.
-
-    Raises `ValueError` for an unsupported family.
-    """
+    """A family's distributed config, made from its adapter on first use. Raises `ValueError` for one without."""
     if model_type not in CONFIGS:
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"model_type {model_type!r} is not one that transformers knows")
@@ -358,7 +336,6 @@ def refuse_unknown(name: Name, options: dict[str, Any]) -> None:
 
 
 def of_files(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that say where a file comes from."""
     return {key: kwargs[key] for key in FILE_OPTIONS if key in kwargs}
 
 

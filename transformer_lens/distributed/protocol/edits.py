@@ -1,9 +1,4 @@
-"""`Edit` and `Keep`: hooks that also work inside remote blocks, since they can be sent there.
-
-They are ordinary hook functions, so the same objects run on a local bridge.
-"""
-
-from __future__ import annotations
+"""`Edit` and `Keep`: hook functions that also work inside remote blocks, since they can be sent there."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -24,14 +19,13 @@ def _project_out(x: Tensor, direction: Float[Tensor, "... width"]) -> Tensor:
     return rest
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # the chosen part's new value, given the edit's
     "set": lambda x, value: value.expand(x.shape),
     "add": lambda x, value: x + value,
     "scale": lambda x, value: x * value,
     "zero": lambda x, _: torch.zeros_like(x),
     "project_out": _project_out,
 }
-"""Operation -> the new value of the chosen part, given the edit's value."""
 
 AXES = {"positions": ("pos", "query_pos"), "heads": ("head", "kv_head"), "experts": ("expert",)}
 """What an edit can choose, with the axes in the hook table."""

@@ -1,9 +1,4 @@
-"""Messages between a client and a span's server: a msgpack head and safetensors, nothing executable.
-
-Everything is checked against `Limits` before a tensor is made. Needs the extra `[swarm]`.
-"""
-
-from __future__ import annotations
+"""Messages between client and server: a msgpack head and safetensors, checked against `Limits` before one is made."""
 
 import json
 import math
@@ -17,6 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from transformer_lens.checks import needed
+
+MISSING = "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
 MAGIC = b"TLB1"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 """The dtypes of tensors in a message, by safetensors name."""
@@ -24,8 +22,7 @@ FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
 INTEGER = DTYPES["I64"]
 
 KINDS = ("forward", "backward", "step", "close", "info")
-READS = ("look", "keep", "gradient")
-"""Actions that return the activation, the activation in the graph, or its gradient."""
+READS = ("look", "keep", "gradient")  # actions that return the activation, the activation in the graph, or its gradient
 EDITS = ("set", "add", "scale", "zero", "project_out")
 
 
@@ -119,19 +116,7 @@ class Reply:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     error: str = ""
-    turns: list[int] = field(default_factory=list)
-    """The reading actions, in the order in which the model reached them."""
-
-
-def _msgpack() -> Any:
-    try:
-        import msgpack
-    except ImportError as error:
-        raise ImportError(
-            "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'",
-            name="msgpack",
-        ) from error
-    return msgpack
+    turns: list[int] = field(default_factory=list)  # the reading actions, in the order in which the model reached them
 
 
 def printable(text: str, most: int = 2000) -> str:
@@ -140,14 +125,13 @@ def printable(text: str, most: int = 2000) -> str:
 
 
 def _frame(head: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    packed = _msgpack().packb(head)
+    packed = needed("msgpack", MISSING).packb(head)
     # One buffer for each tensor: safetensors refuses shared and strided ones.
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     return b"".join([MAGIC, struct.pack("<I", len(packed)), packed, save(plain)])
 
 
 def pack_request(request: Request) -> bytes:
-    """The bytes of a request."""
     head = {**vars(request), "actions": [vars(action) for action in request.actions]}
     tensors = head.pop("tensors")
     return _frame(head, tensors)
@@ -186,11 +170,7 @@ REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "session": lambda value: isinstance(value, str) and len(value) <= 64 and (value.isalnum() or not value),
     "start": lambda value: _is_int(value) and 0 <= value < 2**31,
 }
-"""The fields of a request, with their types."""
-
-
 REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
-"""The fields of a reply, with their types."""
 
 
 def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
@@ -201,7 +181,7 @@ def _split(message: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
     (size,) = struct.unpack_from("<I", message, 4)
     if size > limits.head or 8 + size > len(message):
         raise MessageError(f"the head says it has {size} bytes; at most {limits.head}, and what is there, are read")
-    msgpack = _msgpack()
+    msgpack = needed("msgpack", MISSING)
     try:
         # A list declares its length before its content: without a limit, nested lists reserve much memory.
         most = {"max_array_len": 2 * max(limits.actions, limits.places), "max_map_len": 64, "max_ext_len": 0}
@@ -251,7 +231,6 @@ def _no_number(word: str) -> None:
 
 
 def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
-    """The declared size of a tensor."""
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         raise MessageError(f"tensor {name[:64]!r} has other facts than dtype, shape and data_offsets")
     dtype, shape = row["dtype"], row["shape"]

@@ -1,7 +1,5 @@
 """A server's checks of a request before anything runs: its blocks, tensors and actions, and their cost."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -12,8 +10,7 @@ from transformer_lens.distributed.protocol.messages import EDITS, FLOATS, INTEGE
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-NUMBER = 8
-"""The most bytes of a number in an activation."""
+NUMBER = 8  # the most bytes of a number in an activation
 
 
 class Checks:
@@ -29,11 +26,9 @@ class Checks:
         self.neurons = max(math.prod(size for size in row.shape if isinstance(size, int)) for row in of_neurons)
 
     def check(self, request: Request) -> None:
-        """Raise for requests that do not fit these blocks, or are too expensive."""
-        if not self.blocks.start <= request.first < request.end <= self.blocks.stop:
-            raise MessageError(
-                f"blocks {request.first} to {request.end} were asked for, and this server has {self.blocks}"
-            )
+        first, end = request.first, request.end
+        if not self.blocks.start <= first < end <= self.blocks.stop:
+            raise MessageError(f"blocks {first} to {end} were asked for, and this server has {self.blocks}")
         self._check_stream(request)
         self._check_names(request)
         for nth, action in enumerate(request.actions):
@@ -102,16 +97,14 @@ class Checks:
 
     def _check_edit(self, action: Action, point: HookPoint, value: Tensor | None) -> None:
         if (value is not None) + (action.number is not None) != (action.do != "zero"):
-            raise MessageError(
-                f"{action.do} at {action.name!r}: expected {'no' if action.do == 'zero' else 'one'} value"
-            )
+            expected = "no" if action.do == "zero" else "one"
+            raise MessageError(f"{action.do} at {action.name!r}: expected {expected} value")
         if point.integer:
             experts = int(self.bridge.cfg.num_experts or 0)
             fits = action.do == "set" and value is not None and value.dtype == INTEGER
             if value is None or not fits or value.min() < 0 or value.max() >= experts:
-                raise MessageError(
-                    f"{action.name!r} holds the numbers of experts; it can be set, to 0 ... {experts - 1}"
-                )
+                told = f"it can be set, to 0 ... {experts - 1}"
+                raise MessageError(f"{action.name!r} holds the numbers of experts; {told}")
 
     def _check_cost(self, request: Request) -> None:
         """Bound the answer's size, and estimates of a call's memory and work, all from shapes alone."""
@@ -130,9 +123,8 @@ class Checks:
         edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
         memory = answer + (block * graph + edited) * NUMBER
         if memory > self.limits.memory:
-            raise MessageError(
-                f"the call would take about {memory} bytes, and at most {self.limits.memory} may be used"
-            )
+            most = self.limits.memory
+            raise MessageError(f"the call would take about {memory} bytes, and at most {most} may be used")
         passes = 3 if request.kind == "backward" else 1
         work = passes * (rows * new * blocks * cfg.d_model + sum(sizes))
         if work > self.limits.work:

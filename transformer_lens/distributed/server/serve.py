@@ -1,9 +1,4 @@
-"""A span's server on the network: it answers calls, announces itself, and shuts down in order.
-
-`ServedSpan` connects a `SpanServer`, which interprets messages, to a `Node`, which transports them.
-"""
-
-from __future__ import annotations
+"""A span's server on the network: it answers calls, announces itself, and shuts down in order."""
 
 import asyncio
 import logging
@@ -21,10 +16,8 @@ from transformer_lens.distributed.server.server import SpanServer
 
 logger = logging.getLogger(__name__)
 
-QUIET = 3.0
-"""A text whose last step is this many seconds old does not delay shutdown."""
-LOOKS = 0.1
-"""Seconds between two checks of whether a draining server is done."""
+QUIET = 3.0  # a text whose last step is this many seconds old does not delay shutdown
+LOOKS = 0.1  # seconds between two checks of whether a draining server is done
 
 
 class ServedSpan:
@@ -47,8 +40,7 @@ class ServedSpan:
             Room(message=server.limits.message, seconds=min(60.0, server.limits.session_seconds)),
             about=lambda: pack_reply(Reply(info=server.info())),
         )
-        self.calls = 0
-        """The number of answered calls."""
+        self.calls = 0  # the number of answered calls
         self._seen: set[str] = set()
         # A waiting call holds a thread; beyond its limits, the server refuses at once.
         self._threads = ThreadPoolExecutor(server.limits.calls_of_all + 1, thread_name_prefix="call")
@@ -150,7 +142,6 @@ class ServedSpan:
         )
 
     def close(self) -> None:
-        """Leave at once."""
         self.node.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.server.close()

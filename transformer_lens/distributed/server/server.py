@@ -1,13 +1,10 @@
-"""`SpanServer`: runs a span of unchanged blocks on request, with the bridge's ports and seams inside.
+"""`SpanServer`: runs a span of unchanged blocks on request, with the bridge's ports and seams inside."""
 
-It keeps nothing between calls but sessions' keys and values. A bad message gets an answer that says why.
-"""
-
-from __future__ import annotations
-
+import copy
 import hashlib
 import itertools
 import logging
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -15,53 +12,86 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from transformer_lens import GroupedCache
+from transformer_lens.distributed.protocol import messages as wire
+from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
 from transformer_lens.distributed.protocol.edits import Edit
-from transformer_lens.distributed.protocol.messages import (
-    EDITS,
-    FullError,
-    Limits,
-    MessageError,
-    Reply,
-    Request,
-    SpanUnreachable,
-    pack_reply,
-    printable,
-    unpack_request,
-)
 from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
-from transformer_lens.distributed.server.span_model import load_span
 from transformer_lens.hook_points import HookEntry, HookPoint
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import BlockElsewhere, TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 
-TOLD = (ValueError, TypeError)
-"""Errors whose text is sent to the client; a `MessageError` is a `ValueError`."""
-ANSWERABLE = (
-    *TOLD,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-)
-"""Errors a call may raise for its content. Other texts may name this machine's files and stay in its log."""
+TOLD = (ValueError, TypeError)  # errors whose text is sent to the client; a `MessageError` is a `ValueError`
+UNTOLD = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, struct.error)
+"""Others that a call may raise for its content; their texts may name this machine's files and stay in its log."""
+ANSWERABLE = (*TOLD, *UNTOLD)
 
-VERSION = version("transformer-lens-bridge")
-"""Read once, since looking it up opens files."""
+VERSION = version("transformer-lens-bridge")  # read once, since looking it up opens files
 
 logger = logging.getLogger(__name__)
 
-WEIGHT = 0.2
-"""The weight of the latest call in moving averages."""
+WEIGHT = 0.2  # the weight of the latest call in moving averages
+
+
+class SpanOf:
+    """A base model whose blocks outside a span are elsewhere; blocks keep their numbers."""
+
+    place: ClassVar[str]  # the base model's attribute for its blocks
+    here: ClassVar[range]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # the family's own, which allocates nothing yet
+        blocks: nn.ModuleList = self.get_submodule(self.place)  # type: ignore[attr-defined]
+        for layer in set(range(len(blocks))) - set(self.here):
+            blocks[layer] = BlockElsewhere()
+
+
+def load_span(
+    name: str,
+    blocks: range,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> tuple[PreTrainedModel, Any, PartOfCheckpoint]:
+    """Load a base model with a span's blocks; returns it, the whole model's config, and what was read.
+
+    >>> model, config, part = load_span("tiny-falcon", range(1, 3))
+    >>> [len(list(block.parameters())) for block in model.h], len(part.tensors)
+    ([0, 8, 8, 0], 16)
+
+    `options` are config settings and say where files come from. Weights keep the checkpoint's dtype unless `dtype` is
+    given. Raises `ValueError` for blocks the model lacks, or tensors the checkpoint lacks.
+    """
+    dtype, options = one_dtype(dtype, options)
+    config = config_with(AutoDistributedConfig, name, options)
+    layers = config.num_hidden_layers
+    if not isinstance(blocks, range):
+        raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
+    if not len(blocks) or blocks.step != 1 or blocks.start < 0 or blocks.stop > layers:
+        raise ValueError(f"blocks: got {blocks}, expected some of range(0, {layers}), one after the other")
+    part = read_part(name, lambda tensor: block_of(tensor, config.block_prefix) in blocks, **options)
+    place, base, here = config.block_prefix.rpartition(".")[2], config.base_class, copy.deepcopy(config)
+    here.vocab_size, here.pad_token_id = 1, None
+    kind: Any = type(base.__name__, (SpanOf, base), {"place": place, "here": blocks, "__module__": base.__module__})
+    with torch.device("meta"):
+        whole = dict(kind(here).named_parameters())
+    # The parts around the blocks never run: a one-row embedding, a final norm.
+    tensors = {end: torch.zeros(p.shape) for end, p in whole.items() if not end.startswith(f"{place}.")}
+    for tensor, weight in part.tensors.items():  # a checkpoint of the model with its head has a prefix
+        tensors[re.sub(rf"^.*?\b(?={re.escape(place)}\.\d)", "", tensor)] = weight
+    how = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model = filled(kind.from_pretrained, here, tensors, f"{name}: its blocks {blocks}", **how)
+    return model.to(device).eval().requires_grad_(False), config, part
 
 
 @dataclass(eq=False)
@@ -81,7 +111,7 @@ class Seen:
 class SpanServer:
     """Serves the blocks of a span; a transport only needs `handle`.
 
-    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
+    >>> from transformer_lens.distributed.protocol.messages import Limits, Request, pack_request, unpack_reply
     >>> server = SpanServer("tiny-falcon", range(1, 3))
     >>> unpack_reply(server.handle(pack_request(Request("info", 0, 0))), Limits()).info["blocks"]
     [1, 3]
@@ -91,10 +121,10 @@ class SpanServer:
     The blocks run in evaluation mode, one call at a time, in their own thread.
     """
 
-    def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
+    def __init__(self, name: str, blocks: range, *, limits: wire.Limits | None = None, **options: Any) -> None:
         self.model, self.config, self.read = load_span(name, blocks, **options)
         self.blocks = blocks
-        self.limits = limits or Limits()
+        self.limits = limits or wire.Limits()
         self.bridge = TransformerBridge(self.model)
         self.checks = Checks(self.bridge, self.config, blocks, self.limits)
         self.sessions = Sessions(self.limits)
@@ -129,32 +159,32 @@ class SpanServer:
         try:
             with self.queue.turn(peer, len(message)):
                 if deadline is not None and time.monotonic() > deadline:
-                    raise FullError("this call waited longer for its turn than its time limit")
+                    raise wire.FullError("this call waited longer for its turn than its time limit")
                 return self._worker.submit(self._answer, message, peer).result()
-        except FullError as error:
+        except wire.FullError as error:
             return _refusal(error, peer)
 
     def _answer(self, message: bytes, peer: str) -> bytes:
         self.sessions.expire()
         try:
-            request = unpack_request(message, self.limits)
+            request = wire.unpack_request(message, self.limits)
             if request.kind == "info":
                 self._told = self._held()
-                return pack_reply(Reply(info=self.info()))
+                return wire.pack_reply(wire.Reply(info=self.info()))
             if request.kind == "close":
                 self.sessions.drop(peer, request.session)
-                return pack_reply(Reply(info={"closed": request.session}))
+                return wire.pack_reply(wire.Reply(info={"closed": request.session}))
             if self.draining and (request.kind != "step" or not request.start):
-                raise FullError("this server is leaving and takes nothing new")
+                raise wire.FullError("this server is leaving and takes nothing new")
             self.checks.check(request)
             request.tensors = {name: tensor.to(self.model.device) for name, tensor in request.tensors.items()}
             begin = time.perf_counter()
             if request.kind == "backward":
-                return pack_reply(self._backward(request))
+                return wire.pack_reply(self._backward(request))
             if request.kind == "step":
                 answer = self._step(request, peer, hashlib.sha256(message).digest())
             else:
-                answer = pack_reply(self._forward(request))
+                answer = wire.pack_reply(self._forward(request))
             took = (time.perf_counter() - begin) / (request.end - request.first)
             self.seconds_per_block += (took - self.seconds_per_block) * (WEIGHT if self.seconds_per_block else 1)
             return answer
@@ -185,8 +215,7 @@ class SpanServer:
             "kv_bytes_free": max(0, self.limits.session_bytes_of_all - held),
         }
 
-    def _run(self, request: Request, stream: Tensor, cache: Any = None) -> Tensor:
-        """Run a request's blocks on its stream."""
+    def _run(self, request: wire.Request, stream: Tensor, cache: Any = None) -> Tensor:
         mask, positions = request.tensors.get("mask"), request.tensors.get("position_ids")
         given = {MASK: mask, POSITIONS: positions, USE_CACHE: request.use_cache}
         if cache is not None:
@@ -196,7 +225,7 @@ class SpanServer:
         return output
 
     @contextmanager
-    def _attached(self, request: Request, values: dict[int, Tensor], looking: bool = True) -> Iterator[list[Seen]]:
+    def _attached(self, request: wire.Request, values: dict[int, Tensor], looking: bool = True) -> Iterator[list[Seen]]:
         """Attach the hooks of a request's actions to the bridge, in order, while it runs. Yields those that read."""
         turns: list[int] = []
         reading: list[Seen] = []
@@ -205,7 +234,7 @@ class SpanServer:
             for nth, action in enumerate(request.actions):
                 if action.do == "look" and not looking:
                     continue
-                if action.do in EDITS:
+                if action.do in wire.EDITS:
                     places = {"positions": action.positions, "heads": action.heads, "experts": action.experts}
                     value = values.get(nth, action.number)
                     entry = HookEntry(Edit(action.do, value, **places))  # type: ignore[arg-type]
@@ -218,22 +247,22 @@ class SpanServer:
             yield reading
             silent = [name for _, entry, direction, name in entries if direction == "fwd" and not entry.fired]
             if silent:
-                raise MessageError(f"hooks that did not fire in blocks {request.first} to {request.end}: {silent}")
+                raise wire.MessageError(f"hooks that did not fire in blocks {request.first} to {request.end}: {silent}")
         finally:
             for point, entry, _, _ in entries:
                 point.remove(entry)
 
-    def _values(self, request: Request) -> dict[int, Tensor]:
+    def _values(self, request: wire.Request) -> dict[int, Tensor]:
         named = {nth: request.tensors.get(f"value.{nth}") for nth in range(len(request.actions))}
         return {nth: value for nth, value in named.items() if value is not None}
 
-    def _forward(self, request: Request) -> Reply:
+    def _forward(self, request: wire.Request) -> wire.Reply:
         stream = request.tensors["stream"]
         with torch.set_grad_enabled(request.grad), self._attached(request, self._values(request)) as hooks:
             output = self._run(request, stream.requires_grad_(request.grad))
         return _reply({"stream": output}, hooks)
 
-    def _backward(self, request: Request) -> Reply:
+    def _backward(self, request: wire.Request) -> wire.Reply:
         """Run the forward again with its graph, and the gradients back through it."""
         stream = request.tensors["stream"].requires_grad_()
         values = {n: v.requires_grad_() if v.is_floating_point() else v for n, v in self._values(request).items()}
@@ -245,7 +274,7 @@ class SpanServer:
             starts = {"grad.stream": stream}
             starts |= {f"grad.value.{n}": value for n, value in values.items() if value.requires_grad}
             if not ends:
-                raise MessageError("backward: no gradient came with the request")
+                raise wire.MessageError("backward: no gradient came with the request")
             found = torch.autograd.grad(
                 list(ends.values()),
                 list(starts.values()),
@@ -255,10 +284,10 @@ class SpanServer:
             gradients = {name: gradient for name, gradient in zip(starts, found, strict=True) if gradient is not None}
         return _reply(gradients, [hook for hook in hooks if not hook.in_graph])
 
-    def _step(self, request: Request, peer: str, digest: bytes) -> bytes:
+    def _step(self, request: wire.Request, peer: str, digest: bytes) -> bytes:
         """The next positions of a session; a repeated request gets the same answer without computing."""
         if any(action.do == "gradient" for action in request.actions):
-            raise MessageError("a step has no gradients; use forward and backward")
+            raise wire.MessageError("a step has no gradients; use forward and backward")
         stream = request.tensors["stream"]
         name = f"{request.session}:{request.first}-{request.end}"
         session = self.sessions.open(peer, name, lambda: self._new_session(request))
@@ -270,10 +299,10 @@ class SpanServer:
             held = f"{session.length} positions of {session.rows} rows"
             told = f"{stream.shape[0]} rows and starts at {request.start}"
             error = f"session {request.session!r} holds {held}, and the step has {told}"
-            return pack_reply(Reply(error=error, info={"held": session.length}))
+            return wire.pack_reply(wire.Reply(error=error, info={"held": session.length}))
         try:
             self.sessions.check_room(peer, session, stream.shape[1])
-        except FullError:
+        except wire.FullError:
             if not session.length:
                 self.sessions.drop(peer, name)
             raise
@@ -284,7 +313,7 @@ class SpanServer:
                     layer.reorder_cache(request.tensors["rows"])
             with torch.no_grad(), self._attached(request, self._values(request)) as hooks:
                 output = self._run(request, stream, session.cache)
-            answer = pack_reply(_reply({"stream": output}, hooks))
+            answer = wire.pack_reply(_reply({"stream": output}, hooks))
             session.length += stream.shape[1]
             self.sessions.keep(peer, session, digest, answer)
             done = True
@@ -293,7 +322,7 @@ class SpanServer:
                 self.sessions.drop(peer, name)
         return answer
 
-    def _new_session(self, request: Request) -> Session:
+    def _new_session(self, request: wire.Request) -> Session:
         cfg = self.bridge.cfg
         blocks = request.end - request.first
         each = 2 * blocks * cfg.n_key_value_heads * cfg.d_head * self.model.dtype.itemsize
@@ -303,11 +332,11 @@ class SpanServer:
         return Session(cache, bytes_per_position=each, rows=request.tensors["stream"].shape[0])
 
 
-def _reply(tensors: dict[str, Tensor], hooks: list[Seen]) -> Reply:
+def _reply(tensors: dict[str, Tensor], hooks: list[Seen]) -> wire.Reply:
     """A reply with tensors and what the hooks saw, in the order in which they fired."""
     seen = {f"seen.{hook.number}": hook.value for hook in hooks if hook.value is not None}
     turns = hooks[0].turns if hooks else []
-    return Reply({**tensors, **seen}, turns=[turn for turn in turns if f"seen.{turn}" in seen])
+    return wire.Reply({**tensors, **seen}, turns=[turn for turn in turns if f"seen.{turn}" in seen])
 
 
 def _refusal(error: Exception, peer: str) -> bytes:
@@ -315,16 +344,18 @@ def _refusal(error: Exception, peer: str) -> bytes:
     name = type(error).__name__
     if not isinstance(error, TOLD):
         logger.warning("a call of peer %r failed: %s: %.2000s", peer[:128], name, error)
-        return pack_reply(Reply(error=f"{name}: the blocks could not compute this; the server's log says more"))
+        return wire.pack_reply(
+            wire.Reply(error=f"{name}: the blocks could not compute this; the server's log says more")
+        )
     text = str(error.args[0]) if error.args else name
-    info = {"retry": "full"} if isinstance(error, FullError) else {}
-    return pack_reply(Reply(error=printable(f"{name}: {text}"), info=info))
+    info = {"retry": "full"} if isinstance(error, wire.FullError) else {}
+    return wire.pack_reply(wire.Reply(error=wire.printable(f"{name}: {text}"), info=info))
 
 
 class LocalSpan:
     """A span whose server is in this process; arguments as for `SpanServer`.
 
-    >>> from transformer_lens.distributed.protocol.messages import Request, pack_request, unpack_reply
+    >>> from transformer_lens.distributed.protocol.messages import Limits, Request, pack_request, unpack_reply
     >>> span = LocalSpan("tiny-falcon", range(0, 2))
     >>> unpack_reply(span.send(pack_request(Request("info", 0, 0))), Limits()).info["n_layers"]
     4
@@ -333,7 +364,7 @@ class LocalSpan:
 
     _numbers = itertools.count(1)
 
-    def __init__(self, name: str, blocks: range, *, limits: Limits | None = None, **options: Any) -> None:
+    def __init__(self, name: str, blocks: range, *, limits: wire.Limits | None = None, **options: Any) -> None:
         self.server = SpanServer(name, blocks, limits=limits, **options)
         self.blocks = blocks
         self.peer = f"local-{next(self._numbers)}"
@@ -342,7 +373,7 @@ class LocalSpan:
     def send(self, message: bytes, timeout: float | None = None) -> bytes:
         """Answer one message, without a time limit."""
         if self.closed:
-            raise SpanUnreachable(f"{self.peer} was closed")
+            raise wire.SpanUnreachable(f"{self.peer} was closed")
         return self.server.handle(message)
 
     def close(self) -> None:

@@ -4,8 +4,6 @@ Each peer has a budget within a common one that leaves room for others. Calls ru
 that many calls of one peer delay only its own.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
@@ -31,8 +29,7 @@ class Session:
     """One text: its cache, the cache's length, and the last answer in case it is asked for again."""
 
     cache: Any
-    bytes_per_position: int
-    """For one row."""
+    bytes_per_position: int  # for one row
     rows: int
     length: int = 0
     used: float = 0
@@ -89,16 +86,12 @@ class Sessions:
     def check_room(self, peer: str, session: Session, positions: int) -> None:
         """Raise unless the peer's keys and values may grow by these positions."""
         held, more = self.held(peer), positions * session.rows * session.bytes_per_position
+        told = f"keys and values of this peer would take {held + more} bytes, and"
         if held + more > self.limits.session_bytes:
-            raise FullError(
-                f"keys and values of this peer would take {held + more} bytes, and it may have "
-                f"{self.limits.session_bytes}"
-            )
+            raise FullError(f"{told} it may have {self.limits.session_bytes}")
         if not has_room(more, held, self.limits.session_bytes, self.held(), self.limits.session_bytes_of_all):
-            raise FullError(
-                f"keys and values of this peer would take {held + more} bytes, and all peers have {self.held()} of "
-                f"{self.limits.session_bytes_of_all}; a peer may have as much as is left"
-            )
+            everyone = f"all peers have {self.held()} of {self.limits.session_bytes_of_all}"
+            raise FullError(f"{told} {everyone}; a peer may have as much as is left")
 
     def keep(self, peer: str, session: Session, digest: bytes, answer: bytes) -> None:
         """Replace the session's last answer, if the new one fits; without it, the client starts again."""
@@ -134,11 +127,9 @@ class CallQueue:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[Call]] = {}
-        """The running call is the first of the first peer."""
+        self._queues: dict[str, deque[Call]] = {}  # the running call is the first of the first peer
 
     def load(self) -> int:
-        """The number of calls that wait or run."""
         with self._changed:
             return sum(map(len, self._queues.values()))
 

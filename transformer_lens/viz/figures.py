@@ -1,10 +1,11 @@
-"""`Heatmap`, a labelled matrix, and `Heatmaps`, several with a menu."""
+"""`Heatmap`, a labelled matrix, `Heatmaps`, several with a menu, and `Waterfall`, parts that add up to a whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -12,43 +13,27 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.checks import as_numbers, in_words, is_one_of, listed
+import transformer_lens.viz.picture as base
+from transformer_lens.checks import as_numbers, in_words, is_one_of, listed, whole
 from transformer_lens.utilities import to_numpy
-from transformer_lens.viz.picture import (
-    DIVERGING,
-    FONT,
-    MOST_LABELS,
-    SEQUENTIAL,
-    Picture,
-    entitle,
-    escaped,
-    new_drawing,
-    plotly,
-    ticks,
-    visible,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
     from plotly.graph_objects import Figure
 
-MOST_NUMBERS = 400
-"""The most cells whose values a PNG shows."""
-MOST_PANELS = 24
-"""The most panels a PNG shows side by side."""
+MOST_NUMBERS = 400  # the most cells whose values a PNG shows
+MOST_PANELS = 24  # the most panels a PNG shows side by side
 COLUMNS = 4
 
 
-def _are_ends(limits: object) -> bool:
-    """Whether these are two numbers in ascending order."""
-    if not isinstance(limits, (tuple, list)) or len(limits) != 2 or not all(isinstance(end, Real) for end in limits):
-        return False
-    return bool(-math.inf < limits[0] < limits[1] < math.inf)
+def _are_ends(limits: Any) -> bool:
+    pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(isinstance(end, Real) for end in limits)
+    return pair and bool(-math.inf < limits[0] < limits[1] < math.inf)
 
 
 @dataclass(frozen=True, repr=False)
-class Heatmap(Picture):
+class Heatmap(base.Picture):
     """A matrix with named rows and columns.
 
     >>> picture = Heatmap(torch.eye(2), rows=["a", "b"], columns=["x", "y"], title="identity")
@@ -107,23 +92,22 @@ class Heatmap(Picture):
 
     @property
     def colours(self) -> str:
-        return SEQUENTIAL if self.range[0] >= 0 else DIVERGING
+        return base.SEQUENTIAL if self.range[0] >= 0 else base.DIVERGING
 
     def trace(self) -> Any:
         """The cells as a plotly trace, with positions as coordinates since a label may occur twice."""
         low, high = self.range
-        rows, columns = escaped(self.rows), escaped(self.columns)
+        rows, columns = base.escaped(self.rows), base.escaped(self.columns)
         notes = self.notes or [[""] * len(columns)] * len(rows)
         about = [
             [[row, column, note and f"<br>{note}"] for column, note in zip(columns, line, strict=True)]
             for row, line in zip(rows, notes, strict=True)
         ]
-        labels = (
-            {}
-            if self.texts is None
-            else {"text": [escaped(r) for r in self.texts], "texttemplate": "%{text}", "textfont": {"size": 11}}
-        )
-        return plotly().Heatmap(
+        labels: dict[str, Any] = {}
+        if self.texts is not None:
+            texts = [base.escaped(row) for row in self.texts]
+            labels = {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11}}
+        return base.plotly().Heatmap(
             z=np.round(self.matrix, 5),
             x=list(range(len(columns))),
             y=list(range(len(rows))),
@@ -143,25 +127,19 @@ class Heatmap(Picture):
         )
 
     def layout(self) -> dict[str, Any]:
-        """Title and axes for plotly."""
         return {
+            **base.LAYOUT,
             "title": {"text": self.title},
-            "template": "plotly_white",
-            "font": {"family": FONT},
             "height": max(320, (34 if len(self.rows) <= 10 else 26) * min(len(self.rows), 60) + 220),
             "margin": {"l": 90, "r": 30},
-            "xaxis": {
-                **self._axis(self.columns, self.column_title),
-                "tickangle": None,  # as the labels need it
-                "autotickangles": [0, -40, -90],
-            },
-            "yaxis": {**self._axis(self.rows, self.row_title), "autorange": "reversed"},
+            # The labels of columns turn as they need to.
+            "xaxis": self._axis(self.columns, self.column_title, tickangle=None, autotickangles=[0, -40, -90]),
+            "yaxis": self._axis(self.rows, self.row_title, autorange="reversed"),
         }
 
     @staticmethod
-    def _axis(labels: Sequence[str], title: str) -> dict[str, Any]:
-        places = ticks(labels)
-        shown = escaped(labels)
+    def _axis(labels: Sequence[str], title: str, **more: Any) -> dict[str, Any]:
+        places, shown = base.ticks(labels), base.escaped(labels)
         return {
             "title": {"text": title},
             "tickvals": places,
@@ -170,29 +148,31 @@ class Heatmap(Picture):
             "showgrid": False,
             "zeroline": False,
             "automargin": True,
+            **more,
         }
 
     def figure(self) -> Figure:
-        return plotly().Figure(self.trace(), self.layout())
+        return base.plotly().Figure(self.trace(), self.layout())
 
     def draw(self, axes: Axes, width: float, size: float = 10, numbers: bool = True) -> Any:
         """Draw the cells into matplotlib axes about `width` inches wide; returns the image, for a colour bar."""
         matrix, (low, high) = self.matrix, self.range
         picture = axes.imshow(matrix, cmap=self.colours, vmin=low, vmax=high, aspect="auto")
-        x, y = ticks(self.columns), ticks(self.rows)
-        labels = [visible(self.columns[place]) for place in x]
+        x, y = base.ticks(self.columns), base.ticks(self.rows)
+        labels = [base.visible(self.columns[place]) for place in x]
         # Labels lie flat while the longest has room; a letter is about 0.009 inches wide per point of its size.
         room = width / max(1, len(x)) / (0.009 * size)
         lying = max(map(len, labels), default=0) + 1 <= room
         turn: dict[str, Any] = {} if lying else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         axes.set_xticks(x, labels, parse_math=False, **turn)
-        axes.set_yticks(y, [visible(self.rows[place]) for place in y], parse_math=False)
+        axes.set_yticks(y, [base.visible(self.rows[place]) for place in y], parse_math=False)
         axes.tick_params(labelsize=size)
         axes.set_xlabel(self.column_title, fontsize=max(8, size))
         axes.set_ylabel(self.row_title, fontsize=max(8, size))
         if numbers and self._written:
             for (row, column), cell in np.ndenumerate(matrix):
-                text = f"{round(float(cell), 2) + 0.0:.2f}" if self.texts is None else visible(self.texts[row][column])
+                number = f"{round(float(cell), 2) + 0.0:.2f}"
+                text = number if self.texts is None else base.visible(self.texts[row][column])
                 if np.isfinite(cell):
                     ink = _ink((cell - low) / (high - low), self.colours)
                     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
@@ -200,28 +180,27 @@ class Heatmap(Picture):
 
     @property
     def _written(self) -> bool:
-        """Whether a PNG has text in its cells."""
         return self.texts is not None or self.matrix.size <= MOST_NUMBERS
 
     def drawing(self) -> Drawing:
         width, height = (0.8 if self.texts is not None else 0.62, 0.42) if self._written else (0.2, 0.2)
-        columns, rows = (min(len(labels), MOST_LABELS) for labels in (self.columns, self.rows))
-        figure = new_drawing(width * columns + 2.5, max(3.2, height * rows + 2.0))
-        entitle(figure, self.title)
-        beside = 1.6 + 0.09 * max((len(visible(row)) for row in self.rows), default=0)  # row labels and colour bar
+        columns, rows = (min(len(labels), base.MOST_LABELS) for labels in (self.columns, self.rows))
+        figure = base.new_drawing(width * columns + 2.5, max(3.2, height * rows + 2.0))
+        base.entitle(figure, self.title)
+        beside = 1.6 + 0.09 * max((len(base.visible(row)) for row in self.rows), default=0)  # row labels and colour bar
         figure.colorbar(self.draw(figure.subplots(), figure.get_figwidth() - beside), label=self.value)
         return figure
 
 
 def _ink(share: float, colours: str) -> str:
     """Black or white, whichever contrasts better with a colour `share` of the way up."""
-    if colours == SEQUENTIAL:
+    if colours == base.SEQUENTIAL:
         return "w" if share > 0.55 else "k"
     return "w" if abs(share - 0.5) > 0.3 else "k"
 
 
 @dataclass(frozen=True, repr=False)
-class Heatmaps(Picture):
+class Heatmaps(base.Picture):
     """Several heat maps with a menu. A PNG shows them side by side, with one colour bar if they share a scale.
 
     >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
@@ -269,20 +248,19 @@ class Heatmaps(Picture):
         menu = {"buttons": buttons, "active": at, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
         layout = {**layouts[at], "title": {"text": self.title, "y": 0.98, "yanchor": "top"}, "updatemenus": [menu]}
         layout |= {"margin": {**layouts[at]["margin"], "t": 110}, "height": layouts[at]["height"] + 40}
-        return plotly().Figure(traces, layout)
+        return base.plotly().Figure(traces, layout)
 
     def drawing(self) -> Drawing:
         shown = list(self.panels.items())[:MOST_PANELS]
         columns = min(COLUMNS, len(shown))
         rows = -(-len(shown) // columns)
         sample = shown[0][1]
-        height = max(2.2, 0.16 * min(len(sample.rows), MOST_LABELS) + 1.0)
-        figure = new_drawing(3.2 * columns, height * rows + 0.6)
+        height = max(2.2, 0.16 * min(len(sample.rows), base.MOST_LABELS) + 1.0)
+        figure = base.new_drawing(3.2 * columns, height * rows + 0.6)
         grid = figure.subplots(rows, columns, squeeze=False)
         shared = len({(*panel.range, panel.value) for _, panel in shown}) == 1
-        left_out = len(self.panels) - len(shown)
-        more = f"   (the first {len(shown)} of {len(self.panels)})" if left_out else ""
-        entitle(figure, self.title + more)
+        more = f"   (the first {len(shown)} of {len(self.panels)})" if len(shown) < len(self.panels) else ""
+        base.entitle(figure, self.title + more)
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for place, ((name, panel), axes) in enumerate(zip(shown, grid.flat, strict=False)):
@@ -307,3 +285,92 @@ def _bar(figure: Drawing, image: Any, axes: Any, value: str, **options: Any) -> 
     bar = figure.colorbar(image, ax=axes, **options)
     bar.set_label(value, fontsize=8)
     bar.ax.tick_params(labelsize=6.5)
+
+
+@dataclass(frozen=True, repr=False)
+class Waterfall(base.Picture):
+    """The parts of a logit (or of any other sum), each bar starting where the previous one ended.
+
+    >>> Waterfall(torch.tensor([1.0, -0.5, 0.25]), ["embed", "L0H0", "bias"], title="logit of ' Mary'")
+    Waterfall "logit of ' Mary'": 3 parts, 0.750 in all
+
+    `most` keeps the largest parts, in their order, and sums the rest into one bar, so that the bars still end at the
+    whole. Raises `ValueError` if labels do not fit, or for a NaN.
+    """
+
+    values: Float[Tensor, " component"]
+    labels: Sequence[str]
+    title: str
+    value: str = "logits"
+    most: int = 24
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", as_numbers(f"waterfall {self.title!r}: values", self.values))
+        object.__setattr__(self, "labels", listed(f"waterfall {self.title!r}: labels", self.labels))
+        if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
+            raise ValueError(
+                f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "
+                f"{len(self.labels)} labels, expected one value for each label, at least one"
+            )
+        if not bool(self.values.isfinite().all()):
+            raise ValueError(f"waterfall {self.title!r}: got values that are not finite")
+        whole(f"waterfall {self.title!r}: most", self.most, 1)
+
+    def __repr__(self) -> str:
+        return f"Waterfall {self.title!r}: {len(self.labels)} parts, {float(self.values.double().sum()):.3f} in all"
+
+    def bars(self) -> tuple[list[str], list[float]]:
+        """The labels and values shown: the largest, and the sum of the others."""
+        values: list[float] = self.values.double().tolist()
+        order = sorted(range(len(values)), key=lambda i: -abs(values[i]))
+        kept, rest = sorted(order[: self.most]), [values[i] for i in order[self.most :]]
+        labels, shown = [self.labels[i] for i in kept], [values[i] for i in kept]
+        return ([*labels, f"{len(rest)} others"], [*shown, sum(rest)]) if rest else (labels, shown)
+
+    def figure(self) -> Figure:
+        labels, values = self.bars()
+        steps = list(range(len(values) + 1))
+        bars = base.plotly().Waterfall(
+            x=steps,
+            y=[*values, 0],
+            measure=["relative"] * len(values) + ["total"],
+            customdata=[*base.escaped(labels), "total"],
+            increasing={"marker": {"color": base.RISE}},
+            decreasing={"marker": {"color": base.FALL}},
+            totals={"marker": {"color": base.TOTAL}},
+            connector={"line": {"color": "#bbbbbb", "width": 1}},
+            hovertemplate=(
+                f"%{{customdata}}<br>adds %{{delta:.3f}} {self.value}<br>so far %{{final:.3f}}<extra></extra>"
+            ),
+        )
+        axis = {"tickvals": steps, "ticktext": [*base.escaped(labels), "total"], "tickangle": -40, "automargin": True}
+        layout = {
+            **base.LAYOUT,
+            "title": {"text": self.title},
+            "height": 460,
+            "showlegend": False,
+            "xaxis": axis,
+            "yaxis": {"title": {"text": self.value}, "zerolinecolor": "#444444"},
+        }
+        return base.plotly().Figure(bars, layout)
+
+    def drawing(self) -> Drawing:
+        labels, values = self.bars()
+        ends = list(accumulate(values))
+        starts = [0.0, *ends[:-1]]
+        figure = base.new_drawing(0.42 * len(values) + 2, 4.2)
+        axes = figure.subplots()
+        axes.bar(range(len(values)), values, bottom=starts, color=[base.RISE if v >= 0 else base.FALL for v in values])
+        axes.bar(len(values), ends[-1], color=base.TOTAL)
+        for place, end in enumerate(ends):
+            axes.plot([place - 0.4, place + 1.4], [end, end], color="#bbbbbb", linewidth=0.8)
+        axes.axhline(0, color="#444444", linewidth=0.8)
+        names = [*map(base.visible, labels), "total"]
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.use_sticky_edges = False  # bars would sit on the frame
+        axes.margins(y=0.08)
+        axes.set_ylabel(self.value)
+        base.entitle(figure, self.title)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        return figure
