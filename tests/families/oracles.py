@@ -93,6 +93,10 @@ def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]
         return {
             p: (attention.c_attn, lambda x, i=i: heads(n)(x[..., i * d : (i + 1) * d])) for i, p in enumerate("qkv")
         }
+    if hasattr(attention, "kv_b_proj"):  # keys and values of all positions, made from latent vectors
+        d = attention.v_head_dim
+        q = named(attention, ("q_b_proj", "q_proj"))
+        return {"q": (q, heads(n)), "v": (attention.kv_b_proj, lambda x: heads(n)(x[:, 0])[..., -d:])}
     if hasattr(attention, "query_key_value"):
         fused, d = attention.query_key_value, attention.head_size
         return {p: (fused, lambda x, i=i: heads(n)(x)[..., i * d : (i + 1) * d]) for i, p in enumerate("qkv")}
@@ -122,6 +126,12 @@ def normed(model: Any, attention: Any) -> dict[str, Place]:
         split: Split = heads(count) if wide else (lambda x: x.transpose(1, 2)) if first else whole
         found[f"attn.hook_{part}_normed"] = Place(norm, "out", split)
     return found
+
+
+def latents(attention: Any) -> dict[str, nn.Module]:
+    """The norms of latent vectors."""
+    found = {"kv": getattr(attention, "kv_a_layernorm", None), "q": getattr(attention, "q_a_layernorm", None)}
+    return {part: norm for part, norm in found.items() if norm is not None}
 
 
 def neurons(mlp: Any) -> dict[str, Place]:
@@ -167,6 +177,7 @@ def block_places(model: Any, layer: int) -> dict[str, Place]:
             "attn.hook_z": Place(named(attention, OUTPUT), "in", heads(config.num_attention_heads)),
             **{f"attn.hook_{p}": Place(at, "out", split) for p, (at, split) in projections(model, attention).items()},
             **normed(model, attention),
+            **{f"attn.hook_{p}_latent": Place(at, "out") for p, at in latents(attention).items()},
         }
     if any(getattr(block, name, None) is not None for name in IN_FRONT_OF_MLP):  # else one norm is for both branches
         read = mlp if config.model_type in NONE_IN_FRONT else named(block, IN_FRONT_OF_MLP)

@@ -269,6 +269,7 @@ IN_FLOAT32 = (
     "hy_v3",
     "solar",
     "exaone_moe",
+    "deepseek",
 )
 
 

@@ -148,6 +148,10 @@ class ArchitectureAdapter:
         """Fields of `BridgeConfig` that the family computes rather than reads."""
         return {}
 
+    def cached_numbers(self, layer: int) -> int:
+        """How many numbers per position a layer's keys and values are."""
+        return 2 * self.cfg.n_key_value_heads * self.cfg.d_head
+
     def cached_heads(self) -> int:
         """How many keys (and values) per position transformers' own KV cache holds in a layer."""
         return self.cfg.n_key_value_heads
@@ -216,7 +220,7 @@ class ArchitectureAdapter:
         rotation = theirs.get("rope_parameters") or {}
         if cfg.positional_embedding_type == "rotary" and "rope_theta" in rotation:
             cfg.rotary_base = float(rotation["rope_theta"])
-            cfg.rotary_dim = int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))
+            cfg.rotary_dim = cfg.rotary_dim or int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))
         return cfg
 
     @staticmethod

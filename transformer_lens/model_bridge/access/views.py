@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -117,6 +118,23 @@ class FusedBlocks:
         start, end = self._bounds()
         changed = x.clone()
         changed[..., start:end] = value.flatten(-2)
+        return changed
+
+
+@dataclass(frozen=True)
+class ExpandedValues:
+    """The values in an expanded latent vector, each after the part of a key of its head."""
+
+    n_heads: int
+    d_before: int
+
+    def get(self, x: Float[Tensor, "batch 1 pos flat"]) -> Float[Tensor, "batch pos head d_v"]:
+        split: Tensor = x[:, 0].unflatten(-1, (self.n_heads, -1))
+        return split[..., self.d_before :]
+
+    def put(self, x: Tensor, value: Float[Tensor, "batch pos head d_v"]) -> Float[Tensor, "batch 1 pos flat"]:
+        changed = x.clone()
+        self.get(changed).copy_(value)
         return changed
 
 
@@ -309,42 +327,29 @@ def heads_first(cfg: BridgeConfig) -> View:
 
 
 def query_heads(cfg: BridgeConfig) -> View:
-    return Heads(cfg.n_heads, cfg.d_head)
+    """What each query head has, of whatever width."""
+    return Heads(cfg.n_heads, -1)
 
 
 def key_value_heads(cfg: BridgeConfig) -> View:
-    return Heads(cfg.n_key_value_heads, cfg.d_head)
+    """What each group's key or value has, of whatever width."""
+    return Heads(cfg.n_key_value_heads, -1)
 
 
-def fused_q(cfg: BridgeConfig) -> View:
-    """The queries of a fused, grouped QKV."""
-    return _fused(cfg, "q")
+def expanded_values(cfg: BridgeConfig) -> View:
+    """The values in what a latent vector is expanded to."""
+    return ExpandedValues(cfg.n_heads, cfg.d_head - (cfg.rotary_dim or 0))
 
 
-def fused_k(cfg: BridgeConfig) -> View:
-    """The keys of a fused, grouped QKV."""
-    return _fused(cfg, "k")
-
-
-def fused_v(cfg: BridgeConfig) -> View:
-    """The values of a fused, grouped QKV."""
-    return _fused(cfg, "v")
-
-
-def _fused(cfg: BridgeConfig, part: Literal["q", "k", "v"]) -> View:
+def fused(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
+    """The queries, keys or values of a fused, grouped QKV."""
     return FusedQKV(cfg.n_key_value_heads, cfg.n_heads // cfg.n_key_value_heads, cfg.d_head, part)
 
 
-def block_q(cfg: BridgeConfig) -> View:
-    """The queries of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "q")
+def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
+    """The queries, keys or values of a fused `[Q | K | V]`."""
+    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, part)
 
 
-def block_k(cfg: BridgeConfig) -> View:
-    """The keys of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "k")
-
-
-def block_v(cfg: BridgeConfig) -> View:
-    """The values of a fused `[Q | K | V]`."""
-    return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, "v")
+fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
+block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

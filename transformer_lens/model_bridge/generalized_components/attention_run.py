@@ -157,7 +157,7 @@ class AttentionRun:
         self.call = self.call.given({CACHE: passing})
 
     def _before(self, keys: Float[Tensor, "B G Q D"], values: Tensor) -> KeysAndValues:
-        if not self.call.wants("hook_rot_k"):
+        if self.component.late_keys or not self.call.wants("hook_rot_k"):
             return keys, values
         each = keys.shape[1] // self.cfg.n_key_value_heads  # Falcon gives query heads their keys before it caches them
         shown = keys[:, ::each].transpose(1, 2)
@@ -193,6 +193,12 @@ class AttentionRun:
         if self.beside and not self.wants_any("hook_attn_scores", "hook_pattern"):
             raise Enough
         return value
+
+    def keys(self, value: Float[Tensor, "B H K D"]) -> Float[Tensor, "B H K D"]:
+        """All keys as attention reads them, where they are made after the KV cache."""
+        if not (self.component.late_keys and self.call.wants("hook_rot_k")):
+            return value
+        return self.call.fire("hook_rot_k", value.transpose(1, 2)).transpose(1, 2)
 
     def scores(self, value: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B H Q K"]:
         """Show the input of the softmax."""

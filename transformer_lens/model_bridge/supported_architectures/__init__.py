@@ -19,8 +19,9 @@ FILES = {
         hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral mistral olmo2 olmo3 phi3 qwen2
         qwen3 seed_oss smollm3 vaultgemma""",
     "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
-    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe hy_v3 mellum
-        minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",
+    "mixtral": """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss
+        granitemoe hunyuan_v1_moe hy_v3 mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe
+        sarvam_moe solar_open youtu""",
 }
 """File -> the families whose adapters its `FAMILIES` has."""
 ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {
