@@ -59,6 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma": ("VaultGemma", {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 7,
                                   "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
     "falcon 3": ("Llama", {**GROUPED, "head_dim": 10}),
+    "ministral3": ("Ministral3", {**GROUPED, "sliding_window": 4}),
     "ministral": ("Ministral", {**GROUPED, **WINDOWS}),
     "smollm3": ("SmolLM3", {**HALVED, "no_rope_layers": [1, 0]}),
     "seed_oss": ("SeedOss", {**GROUPED, "attention_out_bias": True}),
@@ -98,7 +99,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False}),
     "gptj": ("GPTJ", {**SMALL, "hidden_size": 64, "rotary_dim": 4, "n_inner": 20}),
     "gpt_neo": ("GPTNeo", {**SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 8, "n_layer": 2, "initializer_range": 0.3,
+                        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", SMALL),
+    "gpt_bigcode": ("GPTBigCode", {**SMALL, "n_inner": 20}),
     "gpt2, scaled": ("GPT2", {**SMALL, "n_inner": 20, "scale_attn_by_inverse_layer_idx": True,
                               "reorder_and_upcast_attn": True}),
     "qwen3_moe": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4}),
@@ -130,6 +134,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, yarn": ("DeepseekV3", {**LATENT, "rope_parameters": YARN, "rope_interleave": False}),
     "mistral4": ("Mistral4", LATENT),
     "youtu": ("Youtu", {**LATENT, "tie_word_embeddings": False}),
+    "sarvam_mla": ("SarvamMLA", {**LATENT, "q_lora_rank": None}),
     "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
     "glm4_moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True}),
     "glm4_moe, without norms": ("Glm4Moe", {**SIGMOIDS, "n_group": 1, "topk_group": 1}),
@@ -143,7 +148,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
-LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "youtu", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite")
 """Families with latent attention."""
 SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS), (5, 24))
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
@@ -160,9 +165,10 @@ HEADS = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3Text": "Gemma3ForCausalLM",
     "SarvamMoE": "Glm4MoeForCausalLM",
+    "SarvamMLA": "DeepseekV3ForCausalLM",
     **dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "LlamaForCausalLM"),
 }
-EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss")
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss", "Bloom")
 """transformers has no other attention for a cap on scores, nor for these."""
 
 

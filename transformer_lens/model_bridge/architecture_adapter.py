@@ -80,6 +80,8 @@ class ArchitectureAdapter:
     """Further attributes of the config that the family reads."""
     block_returns_tuple: ClassVar[bool] = False
     """Whether a block returns its stream as the first item of a tuple."""
+    takes_positions: ClassVar[bool] = True
+    """Whether its models are told positions; if not, they count by the mask."""
     dropouts: ClassVar[tuple[str, ...]] = ()
     """Config attributes that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()

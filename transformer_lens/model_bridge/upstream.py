@@ -178,9 +178,9 @@ def _of_its_file(module: nn.Module, what: str, *names: str) -> Any:
     return found
 
 
-def splitting_of(module: nn.Module) -> Any:
+def splitting_of(module: nn.Module, model_type: str) -> Any:
     """The method that reads q, k and v in a fused projection; `None` in families without one."""
-    name = SPLITTING.get(attribute(attribute(module, "config"), "model_type"))
+    name = SPLITTING.get(model_type)
     return None if name is None else attribute(module, name)
 
 

@@ -205,7 +205,7 @@ class InputMethods(TokenMethods):
             if attention_mask is not None or needs_mask(columns.mask):
                 kwargs[MASK] = columns.mask.long()
             positions = columns.positions(new)
-            if positions is not None:
+            if positions is not None and self.adapter.takes_positions:
                 kwargs[POSITIONS] = positions
         if past_key_values is not None:
             kwargs[CACHE] = past_key_values

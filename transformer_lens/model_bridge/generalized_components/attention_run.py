@@ -230,7 +230,7 @@ class AttentionRun:
     def show_results(self) -> None:
         """Show each head's share of the output projection; a write replaces the output by their sum."""
         if self.call.wants("hook_result"):
-            self.seams.enter_context(on_output(self.call.parts("o"), self._result))
+            self.seams.enter_context(on_output(self.call.parts("o"), self._result, first=True))
 
     def _result(self, z: Float[Tensor, "B Q flat"], _out: Tensor) -> Tensor | None:
         call, module = self.call, self.call.parts("o")

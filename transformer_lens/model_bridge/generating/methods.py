@@ -259,6 +259,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         # As `generate` itself counts positions: by the mask, whatever its zeros are.
         positions = Columns(mask.bool(), ~mask.bool()).positions(length - start)
         read = {TOKENS: tokens[:, start - before :], MASK: mask, POSITIONS: positions, CACHE: run.cache}
+        if not self.adapter.takes_positions:
+            del read[POSITIONS]
         with torch.no_grad(), run.forwards():
             self.original_model(**self.arguments.named(read))
         return ActivationCache(joined(run.pieces, self.hook_dict), self)

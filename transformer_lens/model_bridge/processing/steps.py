@@ -224,7 +224,7 @@ def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
         _center(bridge._component(role), draft)
     for block in bridge.blocks:
         for branch in block.branches:
-            writer = block.role(branch.returns)
+            writer = block.role(branch.post_norm or branch.mixer)
             if not writer.writes:
                 kind = type(writer).__name__
                 raise draft.refusal(writer, "weight", f"{kind} does not say which of its weights write to the stream")

@@ -37,7 +37,7 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
-from transformer_lens.model_bridge.supported_architectures import by_type
+from transformer_lens.model_bridge.supported_architectures import by_type, row
 from transformer_lens.model_bridge.upstream import attribute
 
 
@@ -172,4 +172,17 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
     harmless = ()
 
 
-FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)
+FAMILIES = by_type(
+    GPT2ArchitectureAdapter,
+    GPTNeoArchitectureAdapter,
+    GPTJArchitectureAdapter,
+    row(
+        GPT2ArchitectureAdapter,
+        "gpt_bigcode",
+        "GPT-2 whose heads share one key and value (StarCoder).",
+        block_parts={**BLOCK, "attn": Part(QKVBlocksAttentionBridge, "attn", BLOCK["attn"].parts)},
+        constants={**GPT2ArchitectureAdapter.constants, "n_key_value_heads": 1},
+        config_keys=("n_inner", "scale_attn_weights"),
+        harmless=("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
+    ),
+)

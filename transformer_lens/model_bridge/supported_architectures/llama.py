@@ -264,6 +264,7 @@ FAMILIES = by_type(
     Qwen3ArchitectureAdapter,
     GemmaArchitectureAdapter,
     Gemma2ArchitectureAdapter,
+    row(Mistral, "ministral3", "Mistral whose queries grow beyond a length."),
     row(Mistral, "ministral", "Mistral with sliding-window attention in some layers.", config_keys=("layer_types",)),
     row(
         Gemma2ArchitectureAdapter,

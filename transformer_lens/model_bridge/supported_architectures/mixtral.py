@@ -189,6 +189,7 @@ FAMILIES = by_type(
     Mixtral,
     row(Mixtral, "deepseek_v2", "Latent attention; dense first layers, then mixtures with a shared one.", **DEEPSEEK),
     row(Mixtral, "deepseek_v3", "DeepSeek V2 whose router scores with sigmoids.", **DEEPSEEK),
+    row(Mixtral, "sarvam_mla", "DeepSeek V3 under another name.", **DEEPSEEK),
     row(Mixtral, "mistral4", "DeepSeek V2 whose queries grow beyond a length.", **DEEPSEEK),
     row(
         Mixtral,

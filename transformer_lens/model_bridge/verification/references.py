@@ -41,7 +41,8 @@ def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
 
 
 def _embedded(e: Seen) -> Tensor | None:
-    out, scale = e.returned("embed"), e.bridge.adapter.embed_scale()
+    normed = "embed_norm" in e.components
+    out, scale = e.returned("embed_norm" if normed else "embed"), e.bridge.adapter.embed_scale()
     return out if out is None or scale == 1.0 else out * scale
 
 
@@ -73,7 +74,7 @@ def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     fused = e.returned(f"{attention}.qkv")
     if fused is None:
         return None
-    split = splitting_of(e.components[attention].original_component)
+    split = splitting_of(e.components[attention].original_component, e.bridge.adapter.model_type)
     if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
@@ -288,7 +289,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
     """`z @ W_O (+ b_O) == attn_out`, and each head's result."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
-        z, out = e.cache.get(f"{attention}.hook_z"), e.returned(attention)
+        z, out = e.cache.get(f"{attention}.hook_z"), e.returned(f"{attention}.o")
         if z is None or out is None:
             continue
         module: Any = e.components[f"{attention}.o"].original_component
