@@ -90,8 +90,11 @@ def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]
     n = model.config.num_attention_heads
     if hasattr(attention, "c_attn"):
         d = model.config.n_embd
+        widths, counts = (
+            ((d, d // n, d // n), (n, 1, 1)) if model.config.model_type == "gpt_bigcode" else ((d,) * 3, (n,) * 3)
+        )
         return {
-            p: (attention.c_attn, lambda x, i=i: heads(n)(x[..., i * d : (i + 1) * d])) for i, p in enumerate("qkv")
+            p: (attention.c_attn, lambda x, i=i: heads(counts[i])(x.split(widths, -1)[i])) for i, p in enumerate("qkv")
         }
     if hasattr(attention, "kv_b_proj"):  # keys and values of all positions, made from latent vectors
         d = attention.v_head_dim

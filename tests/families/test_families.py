@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 each_kind = pytest.mark.parametrize("name", ESSENCE)
 UNROTATED = {
     **dict.fromkeys(("smollm3", "cohere2", "exaone4", "exaone_moe", "jamba"), (1,)),
-    **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo", "bloom"), (0, 1)),
+    **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo", "gpt_bigcode", "bloom"), (0, 1)),
 }
 """The layers without position encoding."""
 MIXER = "MixerBridge does not say which of its weights read the stream"
