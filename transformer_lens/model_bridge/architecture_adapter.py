@@ -152,7 +152,8 @@ class ArchitectureAdapter:
 
     def cached_numbers(self, layer: int) -> int:
         """How many numbers per position a layer's keys and values are."""
-        return 2 * self.cfg.n_key_value_heads * self.cfg.d_head
+        cfg, latent = self.cfg, self.block(layer).parts["attn"].sizes.get("d_latent")
+        return 2 * cfg.n_key_value_heads * cfg.d_head if latent is None else latent + (cfg.rotary_dim or 0)
 
     def cached_heads(self) -> int:
         """How many keys (and values) per position transformers' own KV cache holds in a layer."""

@@ -145,7 +145,7 @@ def latent_attention(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[s
 
 def latent_sizes(adapter: LlamaArchitectureAdapter) -> Mapping[str, Any]:
     """Heads of which a part is rotated; YaRN may scale their products too (`yarn_apply_mscale` in transformers)."""
-    c, rotation = adapter.config, adapter.config.rope_parameters
+    c, rotation = adapter.config, adapter.config.to_dict()["rope_parameters"]
     d_head, scale = c.qk_nope_head_dim + c.qk_rope_head_dim, 1.0
     if rotation["rope_type"] != "default" and rotation.get("mscale_all_dim"):
         scale += 0.1 * rotation["mscale_all_dim"] * log(max(rotation["factor"], 1))
@@ -174,7 +174,6 @@ LATENT: Mapping[str, Any] = {
     "since": "5.24",
     "mixers": latent_attention,
     "variant": latent_sizes,
-    "cached_numbers": lambda adapter, layer: adapter.config.kv_lora_rank + adapter.config.qk_rope_head_dim,
     "config_keys": WIDTHS,
     "harmless": (*HARMLESS, "rope_interleave", "num_mtp_layers", "topk_method", "embedding_initializer_range"),
 }
