@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.calls.padding import (
     Columns,
     cached_length,
@@ -109,6 +110,7 @@ class InputMethods(TokenMethods):
     """How a bridge reads its input."""
 
     arguments: Arguments
+    adapter: ArchitectureAdapter
 
     def input_and_mask(
         self,

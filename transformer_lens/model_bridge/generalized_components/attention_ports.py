@@ -29,8 +29,8 @@ SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": (
 FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
 LATENT: Places = {"q": ("q", query_heads), "v": ("kv_b", expanded_values)}
 BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
-OF_ONE_MATMUL = (StreamMatrix("qkv"),)
-OF_PROJECTIONS = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
+OF_ONE_MATMUL: tuple[StreamMatrix, ...] = (StreamMatrix("qkv"),)
+OF_PROJECTIONS: tuple[StreamMatrix, ...] = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
 OUTPUT = (StreamMatrix("o"),)
 
 

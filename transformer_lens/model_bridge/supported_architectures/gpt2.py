@@ -116,7 +116,7 @@ class GPTNeoAttentionBridge(OpenAttentionBridge):
     hooks = (*qkv_hooks(SEPARATE), *SCORES)
     absent = QKVBlocksAttentionBridge.absent
     number = "layer_id"
-    attributes = ("config", "layer_id")
+    attributes: ClassVar[tuple[str, ...]] = ("config", "layer_id")
 
     def attend(self, run: AttentionRun) -> Any:
         if not run.wants_any(*PROBABILITIES):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -56,8 +56,8 @@ class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
         "act_fn": "hidden_act",
         "eps": "layer_norm_eps",
     }
-    config_keys = ("use_parallel_residual",)
-    harmless = ("attention_bias", "classifier_dropout", "is_decoder")
+    config_keys: ClassVar[tuple[str, ...]] = ("use_parallel_residual",)
+    harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "classifier_dropout", "is_decoder")
 
     def variant(self) -> Mapping[str, Any]:
         d_head = self.config.hidden_size // self.config.num_attention_heads

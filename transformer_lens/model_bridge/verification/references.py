@@ -41,8 +41,7 @@ def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
 
 
 def _embedded(e: Seen) -> Tensor | None:
-    normed = "embed_norm" in e.components
-    out, scale = e.returned("embed_norm" if normed else "embed"), e.bridge.adapter.embed_scale()
+    out, scale = e.returned("embed_norm" if "embed_norm" in e.components else "embed"), e.bridge.adapter.embed_scale()
     return out if out is None or scale == 1.0 else out * scale
 
 
