@@ -12,6 +12,7 @@ from tests.families.models import LATENTS, MODELS, build
 from tests.support import cache_of, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.patching import run_interventions
+from transformer_lens.collect.capture import probe
 from transformer_lens.model_bridge.loading.info import cache_memory
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
@@ -139,3 +140,21 @@ def test_configs_that_cannot_run_are_refused() -> None:
     config.num_experts_per_tok = None
     with pytest.raises(ValueError, match="it chooses None experts for each token and has 6"):
         adapter_for(config)
+
+
+def test_a_generation_shows_what_the_whole_text_shows() -> None:
+    bridge, options = TransformerBridge(build("deepseek_v3", "eager")), {"max_new_tokens": 4, "do_sample": False}
+    shown = {"return_cache": True, "names_filter": lambda name: ".attn." in name}
+    found, seen = bridge.generate(tokens(), return_type="tokens", verbose=False, **options, **shown)
+    _, whole = bridge.run_with_cache(found, names_filter=lambda name: ".attn." in name)
+    assert set(seen) == set(whole)
+    for name in seen:
+        assert seen[name].shape == whole[name].shape, name
+        torch.testing.assert_close(seen[name], whole[name], rtol=1e-4, atol=1e-4)
+
+
+def test_values_are_no_ones_for_collection() -> None:
+    bridge = TransformerBridge(build("deepseek_v3"))
+    with pytest.raises(ValueError, match="only hooks with a value for each token, 'batch pos ...'"):
+        probe(bridge, ["blocks.0.attn.hook_v"], None)
+    assert "blocks.0.attn.hook_kv_latent" in probe(bridge, ["blocks.0.attn.hook_kv_latent"], None)

@@ -313,12 +313,8 @@ def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig)
     return Times(view(cfg), scale)
 
 
-def first_half(cfg: BridgeConfig) -> View:
-    return Half(0)
-
-
-def second_half(cfg: BridgeConfig) -> View:
-    return Half(1)
+def half(which: Literal[0, 1], cfg: BridgeConfig) -> View:
+    return Half(which)
 
 
 def heads_first(cfg: BridgeConfig) -> View:
@@ -351,5 +347,6 @@ def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
     return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, part)
 
 
+first_half, second_half = partial(half, 0), partial(half, 1)
 fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
 block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

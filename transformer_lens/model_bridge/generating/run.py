@@ -148,6 +148,9 @@ def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoin
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():
         axes = points[name].axes.split()
+        if "key_pos" in axes and "query_pos" not in axes:  # made in each pass, of all positions
+            whole[name] = parts[-1]
+            continue
         along = next((axes.index(axis) for axis in ("pos", "query_pos") if axis in axes), 1)
         if "key_pos" in axes:
             length = sum(part.shape[along] for part in parts)
