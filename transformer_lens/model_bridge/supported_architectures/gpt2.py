@@ -131,10 +131,7 @@ class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
     model_type = "gpt_neo"
     constants = {"positional_embedding_type": "standard", "attn_scale": 1.0}
     block_returns_tuple = True
-    block_parts = {
-        **BLOCK,
-        "attn": Part(GPTNeoAttentionBridge, "attn.attention", linears(PROJECTIONS)),
-    }
+    block_parts = {**BLOCK, "attn": Part(GPTNeoAttentionBridge, "attn.attention", linears(PROJECTIONS))}
     dropouts = ("attention_dropout", "embed_dropout", "resid_dropout")
     cfg_names = {
         **GPT2ArchitectureAdapter.cfg_names,
