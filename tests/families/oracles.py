@@ -88,14 +88,11 @@ def softmaxed(model: Any, layer: int, scores: Tensor) -> Tensor:
 def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]]:
     """Where q, k and v come from."""
     n = model.config.num_attention_heads
-    if hasattr(attention, "c_attn"):
-        d = model.config.n_embd
-        widths, counts = (
-            ((d, d // n, d // n), (n, 1, 1)) if model.config.model_type == "gpt_bigcode" else ((d,) * 3, (n,) * 3)
-        )
-        return {
-            p: (attention.c_attn, lambda x, i=i: heads(counts[i])(x.split(widths, -1)[i])) for i, p in enumerate("qkv")
-        }
+    if hasattr(attention, "c_attn"):  # [Q | K | V], and in GPT-BigCode one key and value for all heads
+        d, shared = model.config.n_embd, model.config.model_type == "gpt_bigcode"
+        kv, count = (d // n, 1) if shared else (d, n)
+        bounds = {"q": (0, d, n), "k": (d, d + kv, count), "v": (d + kv, d + 2 * kv, count)}
+        return {p: (attention.c_attn, lambda x, at=at: heads(at[2])(x[..., at[0] : at[1]])) for p, at in bounds.items()}
     if hasattr(attention, "kv_b_proj"):  # keys and values of all positions, made from latent vectors
         d = attention.v_head_dim
         q = named(attention, ("q_b_proj", "q_proj"))
