@@ -25,6 +25,8 @@ EXPECTED = {
     "qwen2-7b": ("Qwen2", 4),
     "qwen3-8b": ("Qwen3", 8),
     "qwen3-30b-a3b": ("Qwen3Moe", 4),
+    "bloom-7b1": ("Bloom", 32),
+    "starcoder": ("GPTBigCode", 1),
 }
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     FalconConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -175,6 +177,20 @@ CARDS = {
          "d_vocab": 151936, "positional_embedding_type": "rotary", "parallel_attn_mlp": False,
          "num_experts": 128, "experts_per_token": 8},
         30.53,
+    ),
+    "bloom-7b1": Published(
+        BloomConfig(vocab_size=250880, hidden_size=4096, n_head=32, n_layer=30),
+        {"n_layers": 30, "n_heads": 32, "n_key_value_heads": 32, "d_model": 4096, "d_head": 128, "d_mlp": 16384,
+         "d_vocab": 250880, "positional_embedding_type": "alibi", "parallel_attn_mlp": False},
+        7.07,
+    ),
+    "starcoder": Published(
+        GPTBigCodeConfig(
+            vocab_size=49152, n_embd=6144, n_head=48, n_layer=40, n_positions=8192, n_inner=24576,
+        ),
+        {"n_layers": 40, "n_heads": 48, "n_key_value_heads": 1, "d_model": 6144, "d_head": 128, "d_mlp": 24576,
+         "d_vocab": 49152, "positional_embedding_type": "standard", "parallel_attn_mlp": False},
+        15.52,
     ),
 }  # fmt: skip
 

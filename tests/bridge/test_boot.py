@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
     FalconForSequenceClassification,
     MixtralForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 from tests.bridge.texts import tokenizer
@@ -155,8 +155,9 @@ def test_an_empty_directory(tmp_path):
 
 
 def test_another_family_is_refused_by_name(tmp_path):
-    model = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=2, vocab_size=16))
-    sentence = "model_type 'bloom' is not supported; of the 63 families that are"
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16, "ffn_dim": 8}
+    model = OPTForCausalLM(OPTConfig(**sizes))
+    sentence = "model_type 'opt' is not supported; of the 72 families that are"
     with pytest.raises(ValueError, match=sentence):
         TransformerBridge(model)
     model.config.save_pretrained(tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, DynamicCache
+from transformers import DynamicCache, OPTConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tests.support import LAYOUTS, VOCAB, cache_of, falcon, falcon_config, family, mixtral, tokens, with_cache
@@ -308,8 +308,8 @@ def test_an_empty_batch() -> None:
 
 
 def test_a_family_that_is_not_supported_is_refused() -> None:
-    with pytest.raises(ValueError, match="model_type 'bloom' is not supported"):
-        GroupedCache(BloomConfig())
+    with pytest.raises(ValueError, match="model_type 'opt' is not supported"):
+        GroupedCache(OPTConfig())
 
 
 def test_the_layers_are_there_from_the_config_alone() -> None:

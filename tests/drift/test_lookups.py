@@ -53,6 +53,10 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "model_bridge/verification/references.py",
         "getattr(e.components.get(f'{block}.attn'), 'sinks', False)",
     ): "an attribute of our own components",
+    (
+        "model_bridge/verification/decoding.py",
+        "getattr(e.components.get(attention), 'late_keys', False)",
+    ): "an attribute of our own components",
     ("model_bridge/calls/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
     ("model_bridge/access/weights.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",

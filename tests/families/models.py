@@ -33,6 +33,12 @@ SIGMOIDS: dict[str, Any] = {
     **HALVED, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "n_shared_experts": 2,
     "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.3,
 }  # fmt: skip
+LATENT: dict[str, Any] = {
+    **SIGMOIDS, "num_key_value_heads": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
+    "kv_lora_rank": 14, "q_lora_rank": 9, "attention_bias": True,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7, "mscale": 0.7,
+        "original_max_position_embeddings": 16}  # fmt: skip
 ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 16, "moe_num_shared_experts": 2,
          "moe_layer_start_index": 1}  # fmt: skip
 STATES = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
@@ -53,6 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma": ("VaultGemma", {**GROUPED, "sliding_window": 4, "query_pre_attn_scalar": 7,
                                   "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
     "falcon 3": ("Llama", {**GROUPED, "head_dim": 10}),
+    "ministral3": ("Ministral3", {**GROUPED, "sliding_window": 4}),
     "ministral": ("Ministral", {**GROUPED, **WINDOWS}),
     "smollm3": ("SmolLM3", {**HALVED, "no_rope_layers": [1, 0]}),
     "seed_oss": ("SeedOss", {**GROUPED, "attention_out_bias": True}),
@@ -92,7 +99,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox, sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False}),
     "gptj": ("GPTJ", {**SMALL, "hidden_size": 64, "rotary_dim": 4, "n_inner": 20}),
     "gpt_neo": ("GPTNeo", {**SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 8, "n_layer": 2, "initializer_range": 0.3,
+                        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", SMALL),
+    "gpt_bigcode": ("GPTBigCode", {**SMALL, "n_inner": 20}),
     "gpt2, scaled": ("GPT2", {**SMALL, "n_inner": 20, "scale_attn_by_inverse_layer_idx": True,
                               "reorder_and_upcast_attn": True}),
     "qwen3_moe": ("Qwen3Moe", {**MIXTURE, "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 4}),
@@ -117,6 +127,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("Phimoe", {**LOCAL, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True}),
     "granitemoe": ("GraniteMoe", {**LOCAL, "embedding_multiplier": 3.0, "residual_multiplier": 0.7}),
     "dots1": ("Dots1", {**SIGMOIDS, **WINDOWS}),
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2, whole queries": ("DeepseekV2", {**LATENT, "q_lora_rank": None, "n_group": None, "topk_group": None,
+                                                  "attention_bias": False}),
+    "deepseek_v3": ("DeepseekV3", LATENT),
+    "deepseek_v3, yarn": ("DeepseekV3", {**LATENT, "rope_parameters": YARN, "rope_interleave": False}),
+    "mistral4": ("Mistral4", LATENT),
+    "youtu": ("Youtu", {**LATENT, "tie_word_embeddings": False}),
+    "sarvam_mla": ("SarvamMLA", {**LATENT, "q_lora_rank": None}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
     "glm4_moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True}),
     "glm4_moe, without norms": ("Glm4Moe", {**SIGMOIDS, "n_group": 1, "topk_group": 1}),
     "sarvam_moe": ("SarvamMoE", {**SIGMOIDS, "head_dim": 6}),
@@ -129,7 +148,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
-SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1"), (5, 24))
+LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite")
+"""Families with latent attention."""
+SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS), (5, 24))
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
 for name, (family, _) in [*MODELS.items()]:
     if minor(transformers.__version__) < SINCE.get(name.split(",")[0], (0, 0)) or not hasattr(
@@ -144,9 +165,10 @@ HEADS = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3Text": "Gemma3ForCausalLM",
     "SarvamMoE": "Glm4MoeForCausalLM",
+    "SarvamMLA": "DeepseekV3ForCausalLM",
     **dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "LlamaForCausalLM"),
 }
-EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss")
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss", "Bloom")
 """transformers has no other attention for a cap on scores, nor for these."""
 
 

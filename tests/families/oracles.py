@@ -39,7 +39,7 @@ class Place(NamedTuple):
     split: Split = whole
 
 
-ATTENTION = ("self_attn", "attention", "attn")
+ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 FINAL = ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")
 MIXERS = ("conv", "mamba")
 OUTPUT = ("o_proj", "dense", "c_proj", "out_proj")
@@ -88,13 +88,17 @@ def softmaxed(model: Any, layer: int, scores: Tensor) -> Tensor:
 def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]]:
     """Where q, k and v come from."""
     n = model.config.num_attention_heads
-    if hasattr(attention, "c_attn"):
-        d = model.config.n_embd
-        return {
-            p: (attention.c_attn, lambda x, i=i: heads(n)(x[..., i * d : (i + 1) * d])) for i, p in enumerate("qkv")
-        }
+    if hasattr(attention, "c_attn"):  # [Q | K | V], and in GPT-BigCode one key and value for all heads
+        d, shared = model.config.n_embd, model.config.model_type == "gpt_bigcode"
+        kv, count = (d // n, 1) if shared else (d, n)
+        bounds = {"q": (0, d, n), "k": (d, d + kv, count), "v": (d + kv, d + 2 * kv, count)}
+        return {p: (attention.c_attn, lambda x, at=at: heads(at[2])(x[..., at[0] : at[1]])) for p, at in bounds.items()}
+    if hasattr(attention, "kv_b_proj"):  # keys and values of all positions, made from latent vectors
+        d = attention.v_head_dim
+        q = named(attention, ("q_b_proj", "q_proj"))
+        return {"q": (q, heads(n)), "v": (attention.kv_b_proj, lambda x: heads(n)(x[:, 0])[..., -d:])}
     if hasattr(attention, "query_key_value"):
-        fused, d = attention.query_key_value, attention.head_size
+        fused, d = attention.query_key_value, model.config.hidden_size // n
         return {p: (fused, lambda x, i=i: heads(n)(x)[..., i * d : (i + 1) * d]) for i, p in enumerate("qkv")}
     kv = getattr(model.config, "num_key_value_heads", n)
     if hasattr(attention, "qkv_proj"):
@@ -124,6 +128,12 @@ def normed(model: Any, attention: Any) -> dict[str, Place]:
     return found
 
 
+def latents(attention: Any) -> dict[str, nn.Module]:
+    """The norms of latent vectors."""
+    found = {"kv": getattr(attention, "kv_a_layernorm", None), "q": getattr(attention, "q_a_layernorm", None)}
+    return {part: norm for part, norm in found.items() if norm is not None}
+
+
 def neurons(mlp: Any) -> dict[str, Place]:
     """The hidden layers of a dense MLP."""
     into, out = (
@@ -141,17 +151,24 @@ def neurons(mlp: Any) -> dict[str, Place]:
     return {"hook_pre": Place(named(mlp, into), "out"), **post}
 
 
+def added(module: nn.Module) -> nn.Module:
+    """What hands over what is added to the stream; Bloom's modules add the stream to it themselves."""
+    outputs = {"BloomAttention": "dense", "BloomMLP": "dense_4h_to_h"}
+    name = outputs.get(type(module).__name__)
+    return getattr(module, name) if name else module
+
+
 def block_places(model: Any, layer: int) -> dict[str, Place]:
     """Hook -> where a block hands its tensor over."""
     block, config = layers_of(model)[layer], model.config
     mlp = named(block, ("mlp", "block_sparse_moe", "feed_forward"))
     behind = [getattr(block, name) for name in BEHIND.get(config.model_type, ()) if hasattr(block, name)]
     scale = getattr(config, "residual_multiplier", 1.0)
-    added = times(scale)
+    multiplied = times(scale)
     found = {
         "hook_resid_pre": Place(block, "in"),
         "hook_resid_post": Place(block, "out"),
-        "hook_mlp_out": Place(behind[1] if behind else mlp, "out", added),
+        "hook_mlp_out": Place(behind[1] if behind else added(mlp), "out", multiplied),
         "mlp.hook_in": Place(mlp, "in"),
     }
     for mixer in (getattr(block, name) for name in MIXERS if hasattr(block, name)):
@@ -161,12 +178,15 @@ def block_places(model: Any, layer: int) -> dict[str, Place]:
         attention = getattr(attention, "attention", attention)  # GPT-Neo has it one deeper
         found |= {
             "hook_attn_out": Place(
-                behind[0] if behind else attention, "out", times(getattr(config, "attention_out_multiplier", scale))
+                behind[0] if behind else added(attention),
+                "out",
+                times(getattr(config, "attention_out_multiplier", scale)),
             ),
             "attn.hook_in": Place(attention, "in"),
             "attn.hook_z": Place(named(attention, OUTPUT), "in", heads(config.num_attention_heads)),
             **{f"attn.hook_{p}": Place(at, "out", split) for p, (at, split) in projections(model, attention).items()},
             **normed(model, attention),
+            **{f"attn.hook_{p}_latent": Place(at, "out") for p, at in latents(attention).items()},
         }
     if any(getattr(block, name, None) is not None for name in IN_FRONT_OF_MLP):  # else one norm is for both branches
         read = mlp if config.model_type in NONE_IN_FRONT else named(block, IN_FRONT_OF_MLP)
@@ -181,7 +201,9 @@ def places(model: Any) -> dict[str, Place]:
     base = model.base_model
     scale = getattr(model.config, "embedding_multiplier", 1.0)
     found = {
-        "hook_embed": Place(base.get_input_embeddings(), "out", times(scale)),
+        "hook_embed": Place(
+            getattr(base, "word_embeddings_layernorm", base.get_input_embeddings()), "out", times(scale)
+        ),
         "ln_final.hook_out": Place(
             named(base, ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")), "out"
         ),
@@ -256,6 +278,8 @@ def into_attention(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **ca
     """Queries and keys that each layer of an eager model hands to its family's own attention function."""
     attention = named(layers_of(model)[-1], ATTENTION)
     family: Any = sys.modules[type(attention).__module__]
+    if hasattr(attention, "_reshape"):  # Bloom writes its attention out, from what this method splits
+        return split_by(type(attention), monkeypatch, lambda: model(*args, **call))
     written_out = getattr(attention, "attention", None)  # GPT-Neo's, which has a method for it
     place, name = (type(written_out), "_attn") if written_out is not None else (family, "eager_attention_forward")
     eager, seen = getattr(place, name), []
@@ -267,4 +291,19 @@ def into_attention(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **ca
     with monkeypatch.context() as patch:
         patch.setattr(place, name, spy)
         model(*args, **call)
+    return seen
+
+
+def split_by(kind: Any, monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[dict[str, Tensor]]:
+    """The queries and keys into which Bloom's layers split their projections in one call."""
+    split, seen = kind._reshape, []
+
+    def spy(module: Any, fused: Tensor) -> Any:
+        parts = split(module, fused)
+        seen.append({name: part.transpose(1, 2).clone() for name, part in zip("qk", parts, strict=False)})
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "_reshape", spy)
+        run()
     return seen

@@ -19,7 +19,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 each_kind = pytest.mark.parametrize("name", ESSENCE)
 UNROTATED = {
     **dict.fromkeys(("smollm3", "cohere2", "exaone4", "exaone_moe", "jamba"), (1,)),
-    **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo"), (0, 1)),
+    **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo", "gpt_bigcode", "bloom"), (0, 1)),
 }
 """The layers without position encoding."""
 MIXER = "MixerBridge does not say which of its weights read the stream"
@@ -108,7 +108,7 @@ def test_rotated_queries_and_keys_are_what_enters_attention(name: str, monkeypat
             assert torch.equal(next(cache[hook] for hook in shown if hook in cache), qk[part])
         assert rotates == (layer not in UNROTATED.get(name, ()))
         if not rotates:
-            with pytest.raises(KeyError, match="positions are added to the embeddings|has no position encoding"):
+            with pytest.raises(KeyError, match="added to the embeddings|has no position encoding|rotates nothing"):
                 bridge.run_with_cache(ids, names_filter=f"{attention}.hook_rot_q")
 
 
@@ -493,6 +493,8 @@ def test_scores_are_products_divided_by_what_the_config_says(name: str) -> None:
         products = (q * k)[0].sum(-1).T / cfg.attn_scale
         if "scaled" in name:  # by the layer's number, too
             products = products / (int(block.name.split(".")[1]) + 1)
+        if name == "bloom":  # ALiBi: a slope for each head, times the key's position
+            products = products + torch.outer(0.5 ** torch.arange(1, 9), torch.arange(5))
         if cfg.attn_scores_soft_cap > 0:
             products = cfg.attn_scores_soft_cap * torch.tanh(products / cfg.attn_scores_soft_cap)
         shown = cache[f"{block.name}.attn.hook_attn_scores"][0].diagonal(dim1=-2, dim2=-1)

@@ -11,12 +11,12 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    BloomConfig,
     DynamicCache,
     FalconConfig,
     FalconForSequenceClassification,
     FalconModel,
     MixtralConfig,
+    OPTConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -341,5 +341,5 @@ def test_dtypes_that_are_none(dtype: Any) -> None:
 def test_configs_that_cannot_run() -> None:
     with pytest.raises(ValueError, match="cannot be run by its own model class: new_decoder_architecture"):
         model_info(falcon_config(new_decoder_architecture=True, parallel_attn=False))
-    with pytest.raises(ValueError, match="model_type 'bloom' is not supported"):
-        model_info(BloomConfig())
+    with pytest.raises(ValueError, match="model_type 'opt' is not supported"):
+        model_info(OPTConfig())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BloomConfig, FalconConfig, MixtralConfig
+from transformers import FalconConfig, MixtralConfig, OPTConfig
 
 from tests.bridge.texts import tokenizer
 from tests.support import FALCON_SMALL, falcon, family, tokens
@@ -434,10 +434,10 @@ CALLS = {
 
 BOOTING = {
     "family": (
-        lambda: adapter_for(BloomConfig()),
+        lambda: adapter_for(OPTConfig()),
         ValueError,
-        "model_type 'bloom' is not supported; of the 63 families that are (docs/families.md), the nearest names are "
-        "'glm', 'stablelm', 'olmo'. docs/adding_an_architecture.md shows how to describe another",
+        "model_type 'opt' is not supported; of the 72 families that are (docs/families.md), the nearest names are "
+        "'gptj', 'gpt2', 'youtu'. docs/adding_an_architecture.md shows how to describe another",
     ),
     "nothing": (
         lambda: TransformerBridge.boot_transformers(),

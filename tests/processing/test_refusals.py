@@ -246,6 +246,8 @@ CENTRED = (
     "gpt_neo",
     "gptj",
     "gpt2",
+    "gpt_bigcode",
+    "bloom",
 )
 OTHERS = {
     **{name: STEPS for name in MODELS if name.split(",")[0] in (*CENTRED, "cohere2")},
@@ -256,7 +258,7 @@ OTHERS = {
     "phimoe": ("center_writing_weights", *PLAIN[1:]),  # its norm has a bias, and its router takes none
     "gpt_oss": ("center_unembed",),  # sinks, and experts that lie otherwise
 }
-# A norm, a scale of the logits or a router computes in float32.
+# A norm, a scale of the logits, a softmax or a router computes in float32.
 IN_FLOAT32 = (
     "gemma",
     "vaultgemma",
@@ -269,6 +271,9 @@ IN_FLOAT32 = (
     "hy_v3",
     "solar",
     "exaone_moe",
+    "deepseek",
+    "sarvam_mla",
+    "bloom",
 )
 
 

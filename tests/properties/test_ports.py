@@ -43,7 +43,7 @@ def test_a_port_reads_and_writes_through_its_view(heads: int, d: int) -> None:
     cfg: Any = SimpleNamespace(n_heads=heads, n_key_value_heads=1, d_head=d)
     port, x = Port(view=query_heads), torch.randn(2, 3, heads * d)
     view = port.view(cfg)
-    assert view == Heads(heads, d)
+    assert view == Heads(heads, -1)
     value = torch.randn(2, 3, heads, d)
     assert torch.equal(port.read(port.write(x, value, view, None, no_modules), view, None), value)
 

@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.access import views
 from transformer_lens.model_bridge.access.views import (
     Columns,
     EveryOther,
+    ExpandedValues,
     FusedBlocks,
     FusedQKV,
     Groups,
@@ -77,6 +78,11 @@ def seen(draw: st.DrawFn) -> Seen:
         Seen(Columns(groups, groups * per * d), flat, (batch, pos, groups * (per * d - 1))),
         Seen(Half(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
         Seen(EveryOther(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
+        Seen(
+            ExpandedValues(groups, 2),
+            torch.randn(batch, 1, pos, groups * (2 + d), dtype=dtype),
+            (batch, pos, groups, d),
+        ),
         Seen(Times(Heads(groups * per, d), 1.0), flat, (batch, pos, groups * per, d)),
         Seen(Transposed(Columns(0, pos)), fused, (batch, fused.shape[-1], pos)),
         Seen(Moved(Heads(groups * per, d), 0, -1), flat, (pos, groups * per, d, batch)),
@@ -266,8 +272,8 @@ def test_parts_by_hand() -> None:
     "make, expected",
     [
         ("whole", Whole()),
-        ("query_heads", Heads(8, 4)),
-        ("key_value_heads", Heads(2, 4)),
+        ("query_heads", Heads(8, -1)),
+        ("key_value_heads", Heads(2, -1)),
         ("fused_q", FusedQKV(2, 4, 4, "q")),
         ("fused_k", FusedQKV(2, 4, 4, "k")),
         ("fused_v", FusedQKV(2, 4, 4, "v")),

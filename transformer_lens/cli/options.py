@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 PUBLISHED = (
-    "falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-180b", "gemma-7b", "gemma-2-9b",
+    "bloom-7b1", "falcon-rw-1b", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-180b", "gemma-7b", "gemma-2-9b",
     "gpt2", "llama-2-7b", "llama-3-8b", "mistral-7b", "mixtral-8x7b", "mixtral-8x22b",
-    "pythia-6.9b", "qwen2-7b", "qwen3-8b", "qwen3-30b-a3b",
+    "pythia-6.9b", "qwen2-7b", "qwen3-8b", "qwen3-30b-a3b", "starcoder",
 )  # fmt: skip
 """The built-in shapes, for completion; importing them would import torch."""
 

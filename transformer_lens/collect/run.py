@@ -62,7 +62,7 @@ def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype 
     """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
     for name in names:
         axes = bridge.hook_dict[name].axes
-        if "key_pos" in axes:
+        if "query_pos" in axes:
             raise ValueError(
                 f"{name!r} has an entry for each pair of positions ({axes}), so what belongs to a token grows with its "
                 "context; collect attn.hook_rot_q and attn.hook_rot_k (attn.hook_q and attn.hook_k) and multiply, or "

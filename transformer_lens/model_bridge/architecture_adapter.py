@@ -80,6 +80,8 @@ class ArchitectureAdapter:
     """Further attributes of the config that the family reads."""
     block_returns_tuple: ClassVar[bool] = False
     """Whether a block returns its stream as the first item of a tuple."""
+    takes_positions: ClassVar[bool] = True
+    """Whether its models are told positions; if not, they count by the mask."""
     dropouts: ClassVar[tuple[str, ...]] = ()
     """Config attributes that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()
@@ -147,6 +149,11 @@ class ArchitectureAdapter:
     def variant(self) -> Mapping[str, Any]:
         """Fields of `BridgeConfig` that the family computes rather than reads."""
         return {}
+
+    def cached_numbers(self, layer: int) -> int:
+        """How many numbers per position a layer's keys and values are."""
+        cfg, latent = self.cfg, self.block(layer).parts["attn"].sizes.get("d_latent")
+        return 2 * cfg.n_key_value_heads * cfg.d_head if latent is None else latent + (cfg.rotary_dim or 0)
 
     def cached_heads(self) -> int:
         """How many keys (and values) per position transformers' own KV cache holds in a layer."""
@@ -216,7 +223,7 @@ class ArchitectureAdapter:
         rotation = theirs.get("rope_parameters") or {}
         if cfg.positional_embedding_type == "rotary" and "rope_theta" in rotation:
             cfg.rotary_base = float(rotation["rope_theta"])
-            cfg.rotary_dim = int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))
+            cfg.rotary_dim = cfg.rotary_dim or int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))
         return cfg
 
     @staticmethod

@@ -207,7 +207,13 @@ class TransformerBridge(
             self.attachment.bind(self, (hook,), self._root_role, layer)
         aliases = {alias: hook.name for hook in self.root_hooks for alias in hook.aliases}
         causal = "unembed" in self._modules
-        for word in (TOKENS, EMBEDDINGS, MASK, *((POSITIONS, CACHE) if causal else ())):
+        for word in (
+            TOKENS,
+            EMBEDDINGS,
+            MASK,
+            *((CACHE,) if causal else ()),
+            *((POSITIONS,) if causal and self.adapter.takes_positions else ()),
+        ):
             self.arguments.name(word)
         for component in self.components():
             layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1

@@ -153,31 +153,34 @@ ATTENTION_FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 """The name of the attention functions' registry in transformers' modeling files."""
 ROTATING = "apply_rotary_pos_emb"
 """The name of the function that applies RoPE to queries and keys."""
+ROTATING_COMPLEX = "apply_rotary_emb"
+"""Its name in DeepSeek-V2, where angles are complex numbers."""
 SPLITTING = {"falcon": "_split_heads"}
 """`model_type` -> the method by which attention reads queries, keys and values in its fused projection."""
 
 
 def attention_functions(module: nn.Module) -> Any:
     """The registry in which an attention module looks up its attention function."""
-    return _of_its_file(module, ATTENTION_FUNCTIONS, "registry")
+    return _of_its_file(module, "registry", ATTENTION_FUNCTIONS)
 
 
 def rotation_of(module: nn.Module) -> Any:
     """The function that applies RoPE in an attention module: `(q, k, cos, sin) -> (q, k)`."""
-    return _of_its_file(module, ROTATING, "function")
+    pairs = attribute(module, "config").to_dict().get("rope_interleave")
+    return _of_its_file(module, "function", *((f"{ROTATING}_interleave",) if pairs else (ROTATING, ROTATING_COMPLEX)))
 
 
-def _of_its_file(module: nn.Module, name: str, what: str) -> Any:
+def _of_its_file(module: nn.Module, what: str, *names: str) -> Any:
     files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__]
-    found = next((names[name] for names in files if name in names), None)
+    found = next((file[name] for name in names for file in files if name in file), None)
     if found is None:
-        raise UpstreamError(f"the file of {type(module).__name__}", f"{what} {name}", ())
+        raise UpstreamError(f"the file of {type(module).__name__}", f"{what} {names[0]}", ())
     return found
 
 
-def splitting_of(module: nn.Module) -> Any:
+def splitting_of(module: nn.Module, model_type: str) -> Any:
     """The method that reads q, k and v in a fused projection; `None` in families without one."""
-    name = SPLITTING.get(attribute(attribute(module, "config"), "model_type"))
+    name = SPLITTING.get(model_type)
     return None if name is None else attribute(module, name)
 
 

@@ -81,7 +81,9 @@ def run_interventions(
     with tqdm(total=len(named), disable=not verbose, desc="interventions", leave=False) as bar:
         hooked = any(point.has_hooks("fwd") for point in model.hook_points())
         stateful = any(name.endswith("hook_mixer_out") for name in model.hook_dict)  # no state to go on from
-        if hooked or stateful or "unembed.hook_out" not in model.hook_dict:
+        # What is made of all positions in each call cannot be changed at later positions alone.
+        whole = any({"pos", "query_pos"}.isdisjoint(model.hook_dict[name].axes.split()) for name, _ in named)
+        if hooked or stateful or whole or "unembed.hook_out" not in model.hook_dict:
             input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
             numbers = {}
             for number, one in enumerate(named):

@@ -112,6 +112,17 @@ class FusedBlocks(Some):
 
 
 @dataclass(frozen=True)
+class ExpandedValues(Some):
+    """The values in an expanded latent vector, each after the part of a key of its head."""
+
+    n_heads: int
+    d_before: int
+
+    def place(self, x: Float[Tensor, "batch 1 pos flat"]) -> Float[Tensor, "batch pos head d_v"]:
+        return x[:, 0].unflatten(-1, (self.n_heads, -1))[..., self.d_before :]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
 class TokenRows:
     """Flat tokens as `(batch, pos)`."""
 
@@ -270,12 +281,8 @@ def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig)
     return Times(view(cfg), scale)
 
 
-def first_half(cfg: BridgeConfig) -> View:
-    return Half(0)
-
-
-def second_half(cfg: BridgeConfig) -> View:
-    return Half(1)
+def half(which: Literal[0, 1], cfg: BridgeConfig) -> View:
+    return Half(which)
 
 
 def heads_first(cfg: BridgeConfig) -> View:
@@ -284,11 +291,18 @@ def heads_first(cfg: BridgeConfig) -> View:
 
 
 def query_heads(cfg: BridgeConfig) -> View:
-    return Heads(cfg.n_heads, cfg.d_head)
+    """What each query head has, of whatever width."""
+    return Heads(cfg.n_heads, -1)
 
 
 def key_value_heads(cfg: BridgeConfig) -> View:
-    return Heads(cfg.n_key_value_heads, cfg.d_head)
+    """What each group's key or value has, of whatever width."""
+    return Heads(cfg.n_key_value_heads, -1)
+
+
+def expanded_values(cfg: BridgeConfig) -> View:
+    """The values in what a latent vector is expanded to."""
+    return ExpandedValues(cfg.n_heads, cfg.d_head - (cfg.rotary_dim or 0))
 
 
 def fused(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
@@ -301,5 +315,6 @@ def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
     return FusedBlocks(cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, part)
 
 
+first_half, second_half = partial(half, 0), partial(half, 1)
 fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
 block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens.checks import a_tensor
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.calls.padding import (
     Columns,
     cached_length,
@@ -107,6 +108,7 @@ class InputMethods(TokenMethods):
     """How a bridge reads its input."""
 
     arguments: Arguments
+    adapter: ArchitectureAdapter
 
     def input_and_mask(
         self,
@@ -203,7 +205,7 @@ class InputMethods(TokenMethods):
             if attention_mask is not None or needs_mask(columns.mask):
                 kwargs[MASK] = columns.mask.long()
             positions = columns.positions(new)
-            if positions is not None:
+            if positions is not None and self.adapter.takes_positions:
                 kwargs[POSITIONS] = positions
         if past_key_values is not None:
             kwargs[CACHE] = past_key_values

@@ -6,7 +6,7 @@ each head's result is a formula of ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens.model_bridge.access.inside_call import InsideCall
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.access.seams import (
     Attend,
     BesideSinks,
@@ -32,6 +33,7 @@ from transformer_lens.model_bridge.access.sharding import Interior, Sharding
 from transformer_lens.model_bridge.generalized_components.attention_ports import (
     BLOCKS,
     FUSED,
+    LATENT,
     NORMED,
     NORMED_HEADS_FIRST,
     NORMED_WHOLE,
@@ -45,6 +47,8 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
+from transformer_lens.model_bridge.generalized_components.base import Hook, StreamMatrix
+from transformer_lens.model_bridge.generalized_components.block import PER_HEAD
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
 from transformer_lens.model_bridge.upstream import (
     ALIBI,
@@ -100,7 +104,8 @@ class FunctionAttentionBridge(OpenAttentionBridge):
         attention_functions(self.computing_module)
 
     def attend(self, run: AttentionRun) -> Any:
-        if not (run.widened or run.wants_any("hook_rot_q", *PROBABILITIES)):
+        rotated = ("hook_rot_q", "hook_rot_k") if self.late_keys else ("hook_rot_q",)
+        if not (run.widened or run.wants_any(*rotated, *PROBABILITIES)):
             return run.call.run()
         with attention_function(run.call.module, partial(self._instead, run)):
             return run.call.run()
@@ -111,7 +116,7 @@ class FunctionAttentionBridge(OpenAttentionBridge):
         def attend(
             module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Any, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            queries = run.queries(queries)
+            queries, keys = run.queries(queries), run.keys(keys)
             if run.widened:  # each query head has its key already, and nothing is to be repeated
                 module = beside(module, num_key_value_groups=1)
 
@@ -185,6 +190,44 @@ class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
         *(replace(hook, meaning=f"{hook.meaning} and their norm") for hook in ROTATED),
         *SCORES,
     )
+
+
+def _no_matrix(attention: AttentionPlace) -> Any:
+    raise ValueError(
+        f"{attention.name}: a norm stands between the stream and what is made from a latent vector, so no matrix maps "
+        f"one to the other; read the weights of its parts, such as {attention.name}.kv_b.original_component"
+    )
+
+
+class LatentAttentionBridge(FunctionAttentionBridge):
+    """Attention whose keys and values are made from a latent vector: roles `q`, `kv_a`, `kv_norm`, `kv_b`, `o`.
+
+    The KV cache holds latent vectors; keys and values of all positions are made in each call. Source: DeepSeek-V2.
+    """
+
+    places = LATENT
+    late_keys = True
+    reads = (StreamMatrix("q"), StreamMatrix("kv_a"))
+    hooks = (
+        *qkv_hooks(LATENT, "d_v", "key_pos"),
+        Hook("hook_kv_latent", "batch pos d_latent", "what keys and values are made from", Port("kv_norm")),
+        *(replace(hook, axes=hook.axes.replace("pos kv_head", "key_pos head")) for hook in ROTATED),
+        *SCORES,
+    )
+    absent: ClassVar[Mapping[str, str]] = {"hook_k": "keys are joined from two parts: read hook_rot_k, hook_kv_latent"}
+    closes = dict.fromkeys(PER_HEAD, "keys and values of all heads are made from one latent vector")
+    W_K = W_V = b_K = b_V = cast(Any, property(_no_matrix))
+
+
+class LatentQueryAttentionBridge(LatentAttentionBridge):
+    """The same, with queries from a latent vector of their own: roles `q_a` and `q_norm` too."""
+
+    reads = (StreamMatrix("q_a"), StreamMatrix("kv_a"))
+    hooks = (
+        *LatentAttentionBridge.hooks,
+        Hook("hook_q_latent", "batch pos d_q_latent", "what queries are made from", Port("q_norm")),
+    )
+    W_Q = W_Q_grouped = b_Q = b_Q_grouped = cast(Any, property(_no_matrix))
 
 
 class UnrotatedAttentionBridge(FunctionAttentionBridge):

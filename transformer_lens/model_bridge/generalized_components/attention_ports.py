@@ -11,6 +11,7 @@ from transformer_lens.model_bridge.access.views import (
     block_k,
     block_q,
     block_v,
+    expanded_values,
     fused_k,
     fused_q,
     fused_v,
@@ -26,20 +27,22 @@ Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
 """The role whose output holds q, k or v, and the view of it there."""
 SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
 FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
+LATENT: Places = {"q": ("q", query_heads), "v": ("kv_b", expanded_values)}
 BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
-OF_ONE_MATMUL = (StreamMatrix("qkv"),)
-OF_PROJECTIONS = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
+OF_ONE_MATMUL: tuple[StreamMatrix, ...] = (StreamMatrix("qkv"),)
+OF_PROJECTIONS: tuple[StreamMatrix, ...] = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
 OUTPUT = (StreamMatrix("o"),)
 
 
-def qkv_hooks(places: Places) -> tuple[Hook, ...]:
+def qkv_hooks(places: Places, width: str = "d_head", values: str = "pos") -> tuple[Hook, ...]:
+    """The rows of q, k, v and z; the axes of values and z end in `width`, and `values` are at these positions."""
     meanings = {"q": "queries", "k": "keys", "v": "values"}
     heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
     enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
     projections = tuple(
         Hook(
             f"hook_{part}",
-            f"batch pos {heads[part]} d_head",
+            f"batch {values if part == 'v' else 'pos'} {heads[part]} {width if part == 'v' else 'd_head'}",
             f"the {meanings[part]}" + (" before position encoding" if part != "v" else ""),
             Port(role, "out", view),
             aliases=(f"{part}.hook_out",),
@@ -48,7 +51,7 @@ def qkv_hooks(places: Places) -> tuple[Hook, ...]:
     )
     z = Hook(
         "hook_z",
-        "batch pos head d_head",
+        f"batch pos head {width}",
         "each head's output before W_O: the values averaged by its pattern",
         Port("o", "in", query_heads),
         aliases=("o.hook_in",),
@@ -104,6 +107,8 @@ class AttentionPlace(ComponentBridge):
     places: ClassVar[Places]
     sinks: ClassVar[bool] = False
     """Whether a row of the pattern sums to less than one because the rest goes to a sink."""
+    late_keys: ClassVar[bool] = False
+    """Whether keys and values are made in each call, of all positions, from what the KV cache holds."""
     number: ClassVar[str] = "layer_idx"
     """The module's attribute with its layer number, by which it asks the KV cache."""
 

@@ -157,7 +157,7 @@ class AttentionRun:
         self.call = self.call.given({CACHE: passing})
 
     def _before(self, keys: Float[Tensor, "B G Q D"], values: Tensor) -> KeysAndValues:
-        if not self.call.wants("hook_rot_k"):
+        if self.component.late_keys or not self.call.wants("hook_rot_k"):
             return keys, values
         each = keys.shape[1] // self.cfg.n_key_value_heads  # Falcon gives query heads their keys before it caches them
         shown = keys[:, ::each].transpose(1, 2)
@@ -194,6 +194,12 @@ class AttentionRun:
             raise Enough
         return value
 
+    def keys(self, value: Float[Tensor, "B H K D"]) -> Float[Tensor, "B H K D"]:
+        """All keys as attention reads them, where they are made after the KV cache."""
+        if not (self.component.late_keys and self.call.wants("hook_rot_k")):
+            return value
+        return self.call.fire("hook_rot_k", value.transpose(1, 2)).transpose(1, 2)
+
     def scores(self, value: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B H Q K"]:
         """Show the input of the softmax."""
         new = self.call.fire("hook_attn_scores", value) if self.call.wants("hook_attn_scores") else value
@@ -224,7 +230,7 @@ class AttentionRun:
     def show_results(self) -> None:
         """Show each head's share of the output projection; a write replaces the output by their sum."""
         if self.call.wants("hook_result"):
-            self.seams.enter_context(on_output(self.call.parts("o"), self._result))
+            self.seams.enter_context(on_output(self.call.parts("o"), self._result, first=True))
 
     def _result(self, z: Float[Tensor, "B Q flat"], _out: Tensor) -> Tensor | None:
         call, module = self.call, self.call.parts("o")

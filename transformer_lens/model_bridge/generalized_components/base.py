@@ -33,7 +33,7 @@ FIXED = {
     **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers"), MADE),
     **dict.fromkeys(("name", "parent", "path", "model", "sizes", "declared", "missing", "stages", "run"), MADE),
     **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes", "root_hooks"), MADE),
-    **dict.fromkeys(("scales", "number", "sinks"), MADE),
+    **dict.fromkeys(("scales", "number", "sinks", "closes", "late_keys"), MADE),
     "original_model": "the hooks of a bridge are on the model it was made for; for another model make a new "
     "TransformerBridge(model), for other weights use load_state_dict",
     "blocks": "they are the layers of the model; put modules in the places of a block's components "
@@ -218,6 +218,8 @@ class ComponentBridge(HookOwner):
     hooks: ClassVar[tuple[Hook, ...]] = ()
     absent: ClassVar[Mapping[str, str]] = {}
     """Hooks that other architectures have here, and why this component has none."""
+    closes: ClassVar[Mapping[str, str]] = {}
+    """Hooks of the block around it that this component does not serve, and why."""
     declared: tuple[Hook, ...]
     """The hooks of this component: those of its class, except those inside a part that is not opened."""
     missing: Mapping[str, str]

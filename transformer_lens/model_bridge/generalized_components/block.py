@@ -136,7 +136,9 @@ class BlockBridge(ComponentBridge):
         self.stages = part.stages
 
     def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
-        return hooks_of(part.stages), absent_of(part.stages)
+        closed = {name: why for inner in part.parts.values() for name, why in inner.kind.closes.items()}
+        hooks = tuple(hook for hook in hooks_of(part.stages) if hook.name not in closed)
+        return hooks, {**absent_of(part.stages), **closed}
 
     @property
     def hook_in(self) -> nn.Module:

@@ -16,7 +16,8 @@ class Branch:
     """One path from the residual stream and back, its parts by role.
 
     It adds `scale * post_norm(mixer(scale_in * norm(stream)))`. The mixer is "attn", "mlp" or "mixer"; `norm=""` and
-    `post_norm=""` mean that there is no such norm.
+    `post_norm=""` mean that there is no such norm. `adds` is the role of what is added if the mixer's module adds the
+    stream to that itself (Bloom).
 
     >>> Branch("ln2", "mlp").receives, Branch("", "attn", post_norm="ln1_post").returns
     ('ln2', 'ln1_post')
@@ -27,6 +28,7 @@ class Branch:
     post_norm: str = ""
     scale: float = 1.0
     scale_in: float = 1.0
+    adds: str = ""
 
     def __post_init__(self) -> None:
         if self.mixer not in READERS:
@@ -40,7 +42,7 @@ class Branch:
     @property
     def returns(self) -> str:
         """The role whose output, times `scale`, is added to the residual stream."""
-        return self.post_norm or self.mixer
+        return self.post_norm or self.adds or self.mixer
 
     @property
     def direct(self) -> bool:

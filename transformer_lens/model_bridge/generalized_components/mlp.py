@@ -38,10 +38,7 @@ class MLPBridge(DenseWeights, ComponentBridge):
             aliases=("out.hook_in",),
         ),
     )
-    absent = {
-        "hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two",
-        **NO_EXPERTS,
-    }
+    absent = {"hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two", **NO_EXPERTS}
 
 
 class GatedMLPBridge(GatedWeights, ComponentBridge):

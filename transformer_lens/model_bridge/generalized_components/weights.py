@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
@@ -120,7 +121,8 @@ class Weight:
 
 def weights_of(kind: type) -> list[Weight]:
     """The rows of a component class."""
-    return [weight for base in reversed(kind.__mro__) for weight in vars(base).values() if isinstance(weight, Weight)]
+    rows = dict.fromkeys(name for base in reversed(kind.__mro__) for name in vars(base))
+    return [row for name in rows if isinstance(row := getattr_static(kind, name), Weight)]
 
 
 WHOLE = Whole()
@@ -177,7 +179,7 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
 
 def _output(attention: Any) -> Place:
     module = attention.module_of("o")
-    heads = Heads(attention.cfg.n_heads, attention.cfg.d_head)
+    heads = Heads(attention.cfg.n_heads, -1)
     kept_as_out_in: View = Transposed(heads) if isinstance(module, Conv1D) else heads
     return Place(module, "weight", Moved(kept_as_out_in, 0, -1))
 

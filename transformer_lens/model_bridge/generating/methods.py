@@ -257,7 +257,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         mask = torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
         # As `generate` itself counts positions: by the mask, whatever its zeros are.
         positions = Columns(mask.bool(), ~mask.bool()).positions(length - start)
-        read = {TOKENS: tokens[:, start - before :], MASK: mask, POSITIONS: positions, CACHE: run.cache}
+        counted = {POSITIONS: positions} if self.adapter.takes_positions else {}
+        read = {TOKENS: tokens[:, start - before :], MASK: mask, CACHE: run.cache, **counted}
         with torch.no_grad(), run.forwards():
             self.original_model(**self.arguments.named(read))
         return ActivationCache(joined(run.pieces, self.hook_dict), self)

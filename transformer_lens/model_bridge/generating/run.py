@@ -146,8 +146,11 @@ def joined(pieces: Mapping[str, Sequence[Tensor]], points: Mapping[str, HookPoin
     """
     whole: dict[str, Tensor] = {}
     for name, parts in pieces.items():
-        along = points[name].position_axis
-        if "key_pos" in points[name].axes:
+        along, axes = points[name].position_axis, points[name].axes
+        if "key_pos" in axes and "query_pos" not in axes:  # made in each pass, of all positions
+            whole[name] = parts[-1]
+            continue
+        if "key_pos" in axes:
             length = sum(part.shape[along] for part in parts)
             lowest = name.endswith("hook_attn_scores")
             parts = _with_all_keys(parts, along, length, torch.finfo(parts[0].dtype).min if lowest else 0.0)

@@ -286,13 +286,13 @@ def cache_memory(adapter: ArchitectureAdapter, context: int, dtype: torch.dtype)
     earlier positions, and transformers holds these and the newest (`DynamicSlidingWindowLayer`).
     """
     cfg = adapter.cfg
-    each = 2 * cfg.d_head * dtype.itemsize
     attending = [layer for layer in range(cfg.n_layers) if "attn" in adapter.block(layer).parts]
     windows = [adapter.window(layer) or context + 1 for layer in attending]
+    sizes = [adapter.cached_numbers(layer) * dtype.itemsize for layer in attending]
     cut = adapter.cfg_names.get("sliding_window") == "sliding_window"  # the name by which a KV cache knows a window
-    needed = sum(min(context, window - 1) for window in windows)
-    held = sum(min(context, window) if cut else context for window in windows)
-    return CacheMemory(context, each * cfg.n_key_value_heads * needed, each * adapter.cached_heads() * held)
+    needed = sum(each * min(context, window - 1) for each, window in zip(sizes, windows, strict=True))
+    held = sum(each * (min(context, window) if cut else context) for each, window in zip(sizes, windows, strict=True))
+    return CacheMemory(context, needed, held * adapter.cached_heads() // cfg.n_key_value_heads)
 
 
 def _counted(config: Any, adapter: ArchitectureAdapter) -> tuple[str, int, int, tuple[WeightMemory, ...]]:

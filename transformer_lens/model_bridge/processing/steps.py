@@ -224,7 +224,7 @@ def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
         _center(bridge._component(role), draft)
     for block in bridge.blocks:
         for branch in block.branches:
-            writer = block.role(branch.returns)
+            writer = block.role(branch.post_norm or branch.mixer)
             if not writer.writes:
                 kind = type(writer).__name__
                 raise draft.refusal(writer, "weight", f"{kind} does not say which of its weights write to the stream")
@@ -261,15 +261,15 @@ def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
             raise draft.refusal(attention, "bias", f"{type(attention).__name__} does not say where its values are")
         role, make_view = attention.places["v"]
         view = make_view(cfg)
-        reading = next(matrix for matrix in attention.reads if matrix.role == role)
-        fused = draft.bias(attention, reading)
-        if fused is None:
+        reading = next((matrix for matrix in attention.reads if matrix.role == role), None)
+        fused = None if reading is None else draft.bias(attention, reading)
+        if reading is None or fused is None:  # the expansion of a latent vector has no bias
             continue
         (writing,) = attention.writes
         weight, bias = draft.weight(attention, writing, axis=-2), draft.bias(attention, writing)
         b_V = view.get(fused)
         per_query_head = b_V.repeat_interleave(cfg.n_heads // cfg.n_key_value_heads, dim=0).to(weight)
-        extra = torch.einsum("mhd,hd->m", weight.unflatten(-1, (cfg.n_heads, cfg.d_head)), per_query_head)
+        extra = torch.einsum("mhd,hd->m", weight.unflatten(-1, (cfg.n_heads, -1)), per_query_head)
         draft.write(attention, writing.role, writing.bias, extra if bias is None else bias + extra)
         draft.write(attention, role, reading.bias, view.put(fused, torch.zeros_like(b_V)))
 

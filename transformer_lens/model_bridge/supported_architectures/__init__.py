@@ -12,15 +12,16 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
     "falcon": "falcon",
-    "gpt2": "gpt2 gpt_neo gptj",
-    "gpt_neox": "gpt_neox",
+    "gpt2": "gpt2 gpt_bigcode gpt_neo gptj",
+    "gpt_neox": "bloom gpt_neox",
     "layer_norms": "cohere cohere2 jais2 nemotron olmo phi stablelm starcoder2",
     "llama": """apertus arcee cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite helium
-        hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral mistral olmo2 olmo3 phi3 qwen2
+        hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral ministral3 mistral olmo2 olmo3 phi3 qwen2
         qwen3 seed_oss smollm3 vaultgemma""",
     "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
-    "mixtral": """dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe hy_v3 mellum
-        minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open""",
+    "mixtral": """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss
+        granitemoe hunyuan_v1_moe hy_v3 mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe
+        sarvam_mla sarvam_moe solar_open youtu""",
 }
 """File -> the families whose adapters its `FAMILIES` has."""
 ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {

@@ -37,7 +37,7 @@ from transformer_lens.model_bridge.generalized_components.attention_ports import
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
-from transformer_lens.model_bridge.supported_architectures import by_type
+from transformer_lens.model_bridge.supported_architectures import by_type, row
 from transformer_lens.model_bridge.upstream import attribute
 
 
@@ -116,7 +116,7 @@ class GPTNeoAttentionBridge(OpenAttentionBridge):
     hooks = (*qkv_hooks(SEPARATE), *SCORES)
     absent = QKVBlocksAttentionBridge.absent
     number = "layer_id"
-    attributes = ("config", "layer_id")
+    attributes: ClassVar[tuple[str, ...]] = ("config", "layer_id")
 
     def attend(self, run: AttentionRun) -> Any:
         if not run.wants_any(*PROBABILITIES):
@@ -131,10 +131,7 @@ class GPTNeoArchitectureAdapter(GPT2ArchitectureAdapter):
     model_type = "gpt_neo"
     constants = {"positional_embedding_type": "standard", "attn_scale": 1.0}
     block_returns_tuple = True
-    block_parts = {
-        **BLOCK,
-        "attn": Part(GPTNeoAttentionBridge, "attn.attention", linears(PROJECTIONS)),
-    }
+    block_parts = {**BLOCK, "attn": Part(GPTNeoAttentionBridge, "attn.attention", linears(PROJECTIONS))}
     dropouts = ("attention_dropout", "embed_dropout", "resid_dropout")
     cfg_names = {
         **GPT2ArchitectureAdapter.cfg_names,
@@ -172,4 +169,17 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
     harmless = ()
 
 
-FAMILIES = by_type(GPT2ArchitectureAdapter, GPTNeoArchitectureAdapter, GPTJArchitectureAdapter)
+FAMILIES = by_type(
+    GPT2ArchitectureAdapter,
+    GPTNeoArchitectureAdapter,
+    GPTJArchitectureAdapter,
+    row(
+        GPT2ArchitectureAdapter,
+        "gpt_bigcode",
+        "GPT-2 whose heads share one key and value (StarCoder).",
+        block_parts={**BLOCK, "attn": Part(QKVBlocksAttentionBridge, "attn", BLOCK["attn"].parts)},
+        constants={**GPT2ArchitectureAdapter.constants, "n_key_value_heads": 1},
+        config_keys=("n_inner", "scale_attn_weights"),
+        harmless=("attention_softmax_in_fp32", "scale_attention_softmax_in_fp32"),
+    ),
+)

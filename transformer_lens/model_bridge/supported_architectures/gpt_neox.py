@@ -1,18 +1,23 @@
-"""GPT-NeoX (and Pythia): QKV fused head by head, and partial RoPE.
+"""GPT-NeoX (and Pythia), with partial RoPE, and Bloom, with ALiBi: QKV fused head by head.
 
-Source: `modeling_gpt_neox.py` in transformers >= 5.13. The fused matmul is Falcon's with one head per group.
+Source: their modeling files in transformers >= 5.13. The fused matmul is Falcon's with one head per group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
     PARALLEL,
+    ROOT_HOOKS,
     SEQUENTIAL,
+    ALiBiJointQKVAttentionBridge,
     BlockBridge,
+    Branch,
     EmbeddingBridge,
     FinalLayerNormBridge,
     JointQKVAttentionBridge,
@@ -22,7 +27,9 @@ from transformer_lens.model_bridge.generalized_components import (
     RotaryEmbeddingBridge,
     linears,
 )
+from transformer_lens.model_bridge.generalized_components.attention_ports import FUSED, OF_ONE_MATMUL, SCORES, qkv_hooks
 from transformer_lens.model_bridge.supported_architectures import by_type
+from transformer_lens.model_bridge.supported_architectures.gpt2 import GPTNeoAttentionBridge
 
 ATTENTION = Part(JointQKVAttentionBridge, "attention", linears({"qkv": "query_key_value", "o": "dense"}))
 BLOCK = {
@@ -49,8 +56,8 @@ class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
         "act_fn": "hidden_act",
         "eps": "layer_norm_eps",
     }
-    config_keys = ("use_parallel_residual",)
-    harmless = ("attention_bias", "classifier_dropout", "is_decoder")
+    config_keys: ClassVar[tuple[str, ...]] = ("use_parallel_residual",)
+    harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "classifier_dropout", "is_decoder")
 
     def variant(self) -> Mapping[str, Any]:
         d_head = self.config.hidden_size // self.config.num_attention_heads
@@ -65,4 +72,45 @@ class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
         }
 
 
-FAMILIES = by_type(GPTNeoXArchitectureAdapter)
+class BloomAttentionBridge(GPTNeoAttentionBridge):
+    """Bloom's attention, with ALiBi's bias in its scores and a softmax in its own code: roles `qkv`, `o`."""
+
+    places = FUSED
+    reads = OF_ONE_MATMUL
+    hooks = (*qkv_hooks(FUSED), *SCORES)
+    absent = ALiBiJointQKVAttentionBridge.absent
+    number = "layer_idx"
+    attributes = ("layer_idx",)
+
+
+class BloomArchitectureAdapter(GPTNeoXArchitectureAdapter):
+    """ALiBi, and a norm after the embeddings; attention and MLP add what they read from to their outputs themselves."""
+
+    model_type = "bloom"
+    takes_positions = False
+    block_returns_tuple = True
+    root_hooks = (replace(ROOT_HOOKS[0], port=Port("embed_norm"), aliases=()),)
+    cfg_names = {
+        **{"n_layers": "n_layer", "n_heads": "n_head", "n_key_value_heads": "n_head", "eps": "layer_norm_epsilon"},
+        **{"d_model": "hidden_size", "d_vocab": "vocab_size"},
+    }
+    config_keys = ()
+    harmless = ("pretraining_tp", "slow_but_exact")
+
+    def variant(self) -> Mapping[str, Any]:
+        d_model = self.config.hidden_size
+        sizes = {"d_head": d_model // self.config.n_head, "d_mlp": 4 * d_model, "n_ctx": 2048}
+        return {**sizes, "act_fn": "gelu_new", "positional_embedding_type": "alibi", "normalization_type": "LN"}
+
+    def components(self) -> dict[str, Part]:
+        attention = Part(BloomAttentionBridge, "self_attention", ATTENTION.parts)
+        stages = ((Branch("ln1", "attn", adds="attn.o"),), (Branch("ln2", "mlp", adds="mlp.out"),))
+        return {
+            "embed": Part(EmbeddingBridge, "word_embeddings"),
+            **linears({"embed_norm": "word_embeddings_layernorm"}),
+            "blocks": Part(BlockBridge, "h", {**BLOCK, "attn": attention}, stages),
+            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+        }
+
+
+FAMILIES = by_type(GPTNeoXArchitectureAdapter, BloomArchitectureAdapter)

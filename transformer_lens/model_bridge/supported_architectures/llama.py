@@ -221,10 +221,7 @@ GRANITE: Mapping[str, Any] = {
     "logit_multiplier": "logits_scaling",
     "config_keys": ("residual_multiplier", "embedding_multiplier", "attention_multiplier", "logits_scaling"),
 }
-EXAONE: Mapping[str, Any] = {
-    "attention": HEADS_FIRST,
-    "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED),
-}
+EXAONE: Mapping[str, Any] = {"attention": HEADS_FIRST, "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED)}
 BIASES = (*Llama.harmless, "use_bias")
 
 
@@ -264,6 +261,7 @@ FAMILIES = by_type(
     Qwen3ArchitectureAdapter,
     GemmaArchitectureAdapter,
     Gemma2ArchitectureAdapter,
+    row(Mistral, "ministral3", "Mistral whose queries grow beyond a length."),
     row(Mistral, "ministral", "Mistral with sliding-window attention in some layers.", config_keys=("layer_types",)),
     row(
         Gemma2ArchitectureAdapter,
@@ -316,12 +314,7 @@ FAMILIES = by_type(
         attention=HEADS_FIRST,
         dense=PLAIN,
     ),
-    row(
-        Llama,
-        "granite",
-        "Llama whose config scales embeddings, scores, branches and logits.",
-        **GRANITE,
-    ),
+    row(Llama, "granite", "Llama whose config scales embeddings, scores, branches and logits.", **GRANITE),
     row(Llama, "olmo2", "Post-norm Llama, with one norm over all queries and one over all keys.", **OLMO2),
     row(Llama, "olmo3", "OLMo 2 with sliding-window attention in most layers.", **OLMO2, **LAYER_TYPES),
     row(

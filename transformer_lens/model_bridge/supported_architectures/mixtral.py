@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
+from math import log, prod
 from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.generalized_components import (
@@ -25,6 +25,10 @@ from transformer_lens.model_bridge.generalized_components import (
     WeighedSharedExpertBridge,
     WeighedSharedMoEBridge,
     linears,
+)
+from transformer_lens.model_bridge.generalized_components.attention import (
+    LatentAttentionBridge,
+    LatentQueryAttentionBridge,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type, row
 from transformer_lens.model_bridge.supported_architectures.layer_norms import LAYER_NORM
@@ -79,7 +83,7 @@ class MixtralArchitectureAdapter(LlamaArchitectureAdapter):
 
     def refusals(self) -> list[str]:
         experts, chosen = (getattr(self.config, self.cfg_names[name]) for name in CHOSEN)
-        if chosen > experts and not all(map(self.is_dense, range(self.config.num_hidden_layers))):
+        if (chosen or experts + 1) > experts and not all(map(self.is_dense, range(self.config.num_hidden_layers))):
             return [f"it chooses {chosen} experts for each token and has {experts}"]
         return super().refusals()
 
@@ -128,6 +132,27 @@ def ernies_dense_layers(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
     return bool((layer + 1) % c.moe_layer_interval) or not c.moe_layer_start_index <= layer <= c.moe_layer_end_index
 
 
+def latent_attention(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
+    """Attention whose keys and values come from a latent vector, and its queries too where the config says so."""
+    c, places = adapter.config, {"kv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj"}
+    places |= {"q": "q_proj", "o": "o_proj"}
+    kind, sizes = LatentAttentionBridge, {"d_latent": c.kv_lora_rank, "d_v": c.v_head_dim}
+    if c.q_lora_rank is not None:
+        kind, sizes = LatentQueryAttentionBridge, {**sizes, "d_q_latent": c.q_lora_rank}
+        places |= {"q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q": "q_b_proj"}
+    return {"attn": Part(kind, "self_attn", linears(places), sizes=sizes), "mlp": adapter.mlp(layer)}
+
+
+def latent_sizes(adapter: LlamaArchitectureAdapter) -> Mapping[str, Any]:
+    """Heads of which a part is rotated; YaRN may scale their products too (`yarn_apply_mscale` in transformers)."""
+    c, rotation = adapter.config, adapter.config.to_dict()["rope_parameters"]
+    d_head, scale = c.qk_nope_head_dim + c.qk_rope_head_dim, 1.0
+    if rotation["rope_type"] != "default" and rotation.get("mscale_all_dim"):
+        scale += 0.1 * rotation["mscale_all_dim"] * log(max(rotation["factor"], 1))
+    heads = {"d_head": d_head, "rotary_dim": c.qk_rope_head_dim, "attn_scale": d_head**0.5 / scale**2}
+    return {**LlamaArchitectureAdapter.variant(adapter), **heads}
+
+
 Mixtral = MixtralArchitectureAdapter
 ATTENTION: Mapping[str, Any] = {"dropouts": ("attention_dropout",)}
 SIGMOIDS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
@@ -144,8 +169,34 @@ GLM4_MOE: Mapping[str, Any] = {
     "config_keys": (*SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size", "use_qk_norm"),
     "harmless": (*HARMLESS, "num_mtp_layers"),
 }
+WIDTHS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim")
+LATENT: Mapping[str, Any] = {
+    "since": "5.24",
+    "mixers": latent_attention,
+    "variant": latent_sizes,
+    "config_keys": WIDTHS,
+    "harmless": (*HARMLESS, "rope_interleave", "num_mtp_layers", "topk_method", "embedding_initializer_range"),
+}
+DEEPSEEK: Mapping[str, Any] = {
+    **LATENT,
+    **SHARED,
+    "is_dense": first_layers,
+    "config_keys": (*WIDTHS, *SIGMOIDS, "first_k_dense_replace", "n_shared_experts", "intermediate_size"),
+}
+GLM_LITE = (*WIDTHS, *SIGMOIDS, "mlp_layer_types", "n_shared_experts", "intermediate_size")
 FAMILIES = by_type(
     Mixtral,
+    row(Mixtral, "deepseek_v2", "Latent attention; dense first layers, then mixtures with a shared one.", **DEEPSEEK),
+    row(Mixtral, "deepseek_v3", "DeepSeek V2 whose router scores with sigmoids.", **DEEPSEEK),
+    row(Mixtral, "sarvam_mla", "DeepSeek V3 under another name.", **DEEPSEEK),
+    row(Mixtral, "mistral4", "DeepSeek V2 whose queries grow beyond a length.", **DEEPSEEK),
+    row(
+        Mixtral,
+        "glm4_moe_lite",
+        "DeepSeek V3 under another name.",
+        **{**DEEPSEEK, "is_dense": named_dense, "config_keys": GLM_LITE},
+    ),
+    row(LlamaArchitectureAdapter, "youtu", "Llama with latent attention.", **LATENT),
     Qwen3MoeArchitectureAdapter,
     row(
         Qwen3MoeArchitectureAdapter,

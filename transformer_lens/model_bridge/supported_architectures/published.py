@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
+    BloomConfig,
     FalconConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GPTBigCodeConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -39,6 +41,7 @@ def _gated(d_mlp: int, key_value_heads: int, context: int, **more: Any) -> dict[
 _A3B = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "norm_topk_prob": True}
 
 PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
+    "bloom-7b1": (BloomConfig, _sizes(4096, 32, 30, 250880)),
     "falcon-rw-1b": (FalconConfig, _sizes(2048, 32, 24, 50304, **_RW)),
     "falcon-7b": (FalconConfig, _sizes(4544, 71, 32, 65024)),
     "falcon-11b": (FalconConfig, _sizes(4096, 32, 60, 65024, **_11B)),
@@ -56,6 +59,7 @@ PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
     "qwen2-7b": (Qwen2Config, _sizes(3584, 28, 28, 152064, **_gated(18944, 4, 131072))),
     "qwen3-8b": (Qwen3Config, _sizes(4096, 32, 36, 151936, **_gated(12288, 8, 40960))),
     "qwen3-30b-a3b": (Qwen3MoeConfig, _sizes(2048, 32, 48, 151936, **_gated(6144, 4, 40960, **_A3B))),
+    "starcoder": (GPTBigCodeConfig, _sizes(6144, 48, 40, 49152, n_positions=8192, n_inner=24576)),
 }
 """Name -> config class, and the fields that differ from its defaults or decide a size."""
 

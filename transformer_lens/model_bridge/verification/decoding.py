@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -52,6 +52,14 @@ def fixed(e: Evidence) -> Cache:
     return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
 
 
+T = TypeVar("T")
+
+
+def giving_values(e: Seen, attention: str, calls: Sequence[T]) -> Sequence[T]:
+    """The calls that made the values which attention reads: all, or the last where it makes those of all positions."""
+    return calls[-1:] if getattr(e.components.get(attention), "late_keys", False) else calls
+
+
 @dataclass
 class Step(Seen):
     whole: Evidence
@@ -72,7 +80,8 @@ class Step(Seen):
 
     def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
         """The values of the cached keys, then the new ones, then the empty places of a cache of fixed size."""
-        pieces = [step.wide(f"{attention}.hook_v") for step in (*self.before, self)]
+        steps = giving_values(self, attention, (*self.before, self))
+        pieces = [step.wide(f"{attention}.hook_v") for step in steps]
         found = [piece for piece in pieces if piece is not None]
         if len(found) < len(pieces):
             return None
@@ -358,7 +367,8 @@ def _oracle(
             if attention not in e.components:
                 continue
             count, first = cache.get_mask_sizes(1, layer)
-            pieces = [references.projected(_Calls(e, call), attention, "v") for call in calls]
+            giving = giving_values(e, attention, calls)
+            pieces = [references.projected(_Calls(e, call), attention, "v") for call in giving]
             v = torch.cat([piece for piece in pieces if piece is not None], dim=1)[:, first : first + count]
             v, mine = v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2), _of(e, block, here)
             project = partial(_put_z, mine, v)

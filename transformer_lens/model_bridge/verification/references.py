@@ -28,9 +28,10 @@ def compared(
     return CheckResult(check, component, hook, largest_difference(got, expected), *tolerance, note=note)
 
 
-def _heads(e: Seen, x: Tensor | None) -> Tensor | None:
+def _heads(e: Seen, part: str, x: Tensor | None) -> Tensor | None:
     """The last axis as heads, if they have no axis of their own yet."""
-    return x if x is None or x.ndim == 4 else x.unflatten(-1, (-1, e.bridge.cfg.d_head))
+    count = e.bridge.cfg.n_key_value_heads if part in "kv" else e.bridge.cfg.n_heads
+    return x if x is None or x.ndim == 4 else x.unflatten(-1, (count, -1))
 
 
 def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
@@ -39,7 +40,7 @@ def _rows(e: Seen, x: Tensor | None) -> Tensor | None:
 
 
 def _embedded(e: Seen) -> Tensor | None:
-    out, scale = e.returned("embed"), e.bridge.adapter.embed_scale()
+    out, scale = e.returned("embed_norm" if "embed_norm" in e.components else "embed"), e.bridge.adapter.embed_scale()
     return out if out is None or scale == 1.0 else out * scale
 
 
@@ -67,11 +68,11 @@ def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
     own = _multiplied(e, attention, part)
     if own is not None:
-        return _heads(e, own)
+        return _heads(e, part, own)
     fused = e.returned(f"{attention}.qkv")
     if fused is None:
         return None
-    split = splitting_of(e.components[attention].original_component)
+    split = splitting_of(e.components[attention].original_component, e.bridge.adapter.model_type)
     if split is None:
         return None
     found: Tensor = split(fused)["qkv".index(part)]
@@ -84,11 +85,9 @@ def projected(e: Seen, attention: str, part: str) -> Tensor | None:
 
     That view is judged by the rotated queries and keys, and by `pattern @ v`.
     """
-    fused, own = e.returned(f"{attention}.qkv"), _own_projection(e, attention, part)
-    if own is not None or fused is None:
-        return own
-    _, view = cast("AttentionPlace", e.components[attention]).places[part]
-    return view(e.bridge.cfg).get(fused)
+    role, view = cast("AttentionPlace", e.components[attention]).places[part]
+    fused, own = e.returned(f"{attention}.{role}"), _own_projection(e, attention, part)
+    return own if own is not None or fused is None else view(e.bridge.cfg).get(fused)
 
 
 def _normed(e: Seen, attention: str, part: str) -> Tensor | None:
@@ -102,6 +101,8 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     call = e.own.calls.get(attention)
     if call is None:  # in another process
         return None
+    if cast("AttentionPlace", e.components[attention]).late_keys:
+        return _rotated_beside_latent(e, attention, part)
     late = e.returned(f"{attention}.{part}_late_norm")
     if late is not None:
         return late.transpose(1, 2)
@@ -117,6 +118,21 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
         return torch.cat([rotate(x[..., :width], *angles), x[..., width:]], dim=-1)
     found: Tensor = rotate(q[..., :width].transpose(1, 2), k[..., :width].transpose(1, 2), *angles)["qk".index(part)]
     return torch.cat([found.transpose(1, 2), x[..., width:]], dim=-1)
+
+
+def _rotated_beside_latent(e: Seen, attention: str, part: str) -> Tensor | None:
+    """A query or key whose last dimensions alone are rotated; those of a key are the same in all heads."""
+    call, component = e.own.calls[attention], e.components[attention]
+    module, heads, width = component.original_component, component.cfg.n_heads, component.cfg.rotary_dim or 0
+    q, shared, made = (cast(Tensor, e.returned(f"{attention}.{role}")) for role in ("q", "kv_a", "kv_b"))
+    q, keys = (x.unflatten(-1, (heads, -1)) for x in (q, made[:, 0]))
+    if part == "k" and keys.shape[1] != q.shape[1]:  # some are from the KV cache
+        return None
+    angles = arguments_of(type(module)).value(ROTATION, call.args, call.kwargs)
+    given = (q[..., -width:].transpose(1, 2), shared[:, None, :, -width:])
+    both = rotation_of(module)(*given, *(angles if isinstance(angles, tuple) else [angles]))
+    turned = both["qk".index(part)].transpose(1, 2).expand(-1, -1, heads, -1)
+    return torch.cat([(q if part == "q" else keys)[..., : component.cfg.d_head - width], turned], dim=-1)
 
 
 def _pattern(e: Seen, attention: str) -> Tensor | None:
@@ -151,9 +167,11 @@ REFERENCES: Mapping[str, Reference] = {
     "attn.hook_in": lambda e, c, i: e.received(c),
     **{f"attn.hook_{part}": _of(_own_projection, part) for part in "qkv"},
     **{f"attn.hook_{part}_normed": _of(_normed, part) for part in "qk"},
+    "attn.hook_kv_latent": lambda e, c, i: e.returned(f"{c}.kv_norm"),
+    "attn.hook_q_latent": lambda e, c, i: e.returned(f"{c}.q_norm"),
     **{f"attn.hook_rot_{part}": _of(_rotated, part) for part in "qk"},
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
-    "attn.hook_z": lambda e, c, i: _heads(e, e.received(f"{c}.o")),
+    "attn.hook_z": lambda e, c, i: _heads(e, "z", e.received(f"{c}.o")),
     "mlp.hook_in": lambda e, c, i: e.received(c),
     "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
     "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
@@ -265,7 +283,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
     """`z @ W_O (+ b_O) == attn_out`, and each head's result."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
-        z, out = e.cache.get(f"{attention}.hook_z"), e.returned(attention)
+        z, out = e.cache.get(f"{attention}.hook_z"), e.returned(f"{attention}.o")
         if z is None or out is None:
             continue
         module: Any = e.components[f"{attention}.o"].original_component

@@ -66,7 +66,7 @@ def _one_text_at_a_time(e: Evidence) -> str:
 
 
 def _no_positions(e: Evidence) -> str:
-    fixed = "head" in e.components and e.parameters.keys().isdisjoint(POSITIONS.names)
+    fixed = e.parameters.keys().isdisjoint(POSITIONS.names)
     return f"{e.bridge.cfg.architecture} takes no position ids" if fixed else ""
 
 
