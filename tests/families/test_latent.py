@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens.collect.capture import probe
 
 from tests.families.models import LATENTS, MODELS, build
 from tests.support import cache_of, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.patching import run_interventions
+from transformer_lens.collect.run import probe
 from transformer_lens.model_bridge.loading.info import cache_memory
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
