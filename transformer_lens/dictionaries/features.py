@@ -18,7 +18,7 @@ from transformer_lens.analysis.patching.engine import Metric
 from transformer_lens.asking import Input
 from transformer_lens.checks import in_words, is_several, is_tensor, whole_numbers
 from transformer_lens.collect import RunningStatistics
-from transformer_lens.collect.capture import stop_after
+from transformer_lens.collect.run import stop_after
 from transformer_lens.dictionaries.dictionary import Dictionary
 from transformer_lens.dictionaries.splice import At, Splice
 
