@@ -20,7 +20,10 @@ EXTRAS.demo-swarm = cli,viz,swarm
 TOO.dev = demo
 TOO.swarm = demo-swarm
 
-.PHONY: setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clients clean
+# Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
+# transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
+DICTIONARIES = $(VENV)-dictionaries
+.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -86,6 +89,17 @@ shapes: $(VENV)/.dev
 # Kills a job hundreds of times at random moments, and compares the bytes it ends with; some minutes.
 test-collect: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
+
+dictionary-fixtures: $(VENV)/.dev
+	$(PYTHON) -m venv $(DICTIONARIES) && $(PYTHON) -m venv $(DICTIONARIES)-circuits
+	PIP_CONSTRAINT=constraints.txt $(DICTIONARIES)/bin/python -m pip install -q sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+	$(DICTIONARIES)/bin/python -m pip uninstall -q -y torchvision
+	grep '^torch==' constraints.txt > $(DICTIONARIES)-circuits/torch.txt
+	PIP_CONSTRAINT=$(DICTIONARIES)-circuits/torch.txt $(DICTIONARIES)-circuits/bin/python -m pip install -q circuit-tracer==0.5.0
+	$(DICTIONARIES)/bin/python tests/dictionaries/make_fixtures.py saelens sparsify dictionary_learning
+	$(DICTIONARIES)-circuits/bin/python tests/dictionaries/make_fixtures.py circuit_tracer
+	$(BIN)/python -m tests.dictionaries.save_all out/dictionaries
+	$(DICTIONARIES)/bin/python tests/dictionaries/make_fixtures.py saved
 
 # Random calls of the whole public API; some minutes, FUZZ_EXAMPLES=2000 for longer. A failure prints how to run it again.
 fuzz: $(VENV)/.dev

@@ -50,6 +50,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     "analysis": ("analysis", "asking"),
     "pictures": ("viz",),
     "collect": ("collect",),
+    "dictionaries": ("dictionaries",),
     "distributed": ("distributed",),
     "command line": ("cli", "data"),
 }

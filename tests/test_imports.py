@@ -34,9 +34,9 @@ RANKS: list[tuple[str, ...]] = [
 ]
 """Everything else stands above these."""
 
-GUESTS = ("analysis", "collect", "distributed", "viz", "cli")
+GUESTS = ("analysis", "collect", "dictionaries", "distributed", "viz", "cli")
 """They use the public API alone."""
-METHODS_OF_GUESTS = (f"{BRIDGE}.bridge",)
+METHODS_OF_GUESTS = (f"{BRIDGE}.bridge", f"{BRIDGE}.steering")
 """Its methods import what they are a spelling of when they are called."""
 PUBLIC = {
     "transformer_lens",

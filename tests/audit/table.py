@@ -34,6 +34,7 @@ from transformer_lens.analysis.patching.sweeps import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.collect import ActivationStore, RunningStatistics
+from transformer_lens.dictionaries import Dictionary
 from transformer_lens.hook_points import Capture, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
@@ -100,6 +101,25 @@ def neutral(tensor: Tensor, hook: HookPoint) -> None:
     return None
 
 
+def weights() -> dict[str, Tensor]:
+    return {"W_enc": torch.ones(128, 4), "b_enc": torch.ones(4), "W_dec": torch.ones(4, 128), "b_dec": torch.ones(128)}
+
+
+def dictionary() -> Dictionary:
+    return Dictionary(weights()).requires_grad_(False)
+
+
+def spliced_bridge() -> TransformerBridge:
+    bridge = TransformerBridge.boot_transformers("tiny-falcon")
+    bridge.splice(dictionary(), 1)
+    return bridge
+
+
+def saved_dictionary(world: World) -> Path:
+    dictionary().save(world.folder / "dictionary")
+    return world.folder / "dictionary"
+
+
 def saved_lens(world: World) -> Path:
     TunedLens(world.falcon).save(world.folder / "lens")
     return world.folder / "lens"
@@ -113,6 +133,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "Capture": lambda w: Capture({}),
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
     "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
+    "Dictionary": lambda w: dictionary(),
     "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
     "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
     "ExpertView": lambda w: expert_view(w.cache("ExpertView"), 0, 2),
@@ -208,6 +229,7 @@ KINDS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(["batch", "most", "top", "top_k", "num_vectors", "k", "rows_each", "memory_budget"], COUNT),
     **dict.fromkeys(["max_new_tokens", "folds", "buffer_tokens", "d_vocab"], COUNT),
     **dict.fromkeys(["max_tokens_per_yield", "max_length", "num_proc", "n_ctx"], COUNT),
+    "dictionary": [THING, 5, "nonsense", nn.Linear(2, 2)],
     "eos_token_id": [THING, "end", 1.5, ["end"], [1.5], -1],
     "freq_penalty": [THING, "much", math.nan, -1.0],
     "hf_config_overrides": [THING, 5, [1], "nonsense", {"nonsense": 1}],
@@ -220,7 +242,19 @@ KINDS: dict[str, Sequence[Any]] = {
     **dict.fromkeys(["fwd_hooks", "bwd_hooks"], HOOKS),
     **dict.fromkeys(["names_filter", "names"], NAMES),
     **dict.fromkeys(
-        ["mode", "matrix", "other_matrix", "vector_type", "side", "parts", "return_type", "padding_side"], CHOICE
+        [
+            "activation",
+            "normalize_activations",
+            "mode",
+            "matrix",
+            "other_matrix",
+            "vector_type",
+            "side",
+            "parts",
+            "return_type",
+            "padding_side",
+        ],
+        CHOICE,
     ),
     **dict.fromkeys(["on", "direction", "dir", "at", "optimizer", "task", "error_measure"], CHOICE),
     **dict.fromkeys(["answer", "wrong_answer", "token", "wrong", "incorrect_tokens"], ANSWER),
@@ -281,6 +315,7 @@ KINDS |= {
 
 SWITCHES = frozenset(
     [
+        "allow_pickle",
         "allow_processed",
         "may_be_none",
         "add_bos_token",
@@ -292,6 +327,7 @@ SWITCHES = frozenset(
         "clone",
         "disable_warnings",
         "do_sample",
+        "error",
         "drop_last",
         "exclude_bos",
         "exclude_current_token",
@@ -361,7 +397,8 @@ NOT_AUDITED: dict[str, str] = {
         "called by hook points, with what they made",
     ),
     **dict.fromkeys(
-        ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__"], "made by the bridge"
+        ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__", "Splice.__init__"],
+        "made by the bridge",
     ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
@@ -549,6 +586,33 @@ ROWS: dict[str, Row] = {
     "TransformerBridge.run_with_cache": Row(wrong={}),
     "TransformerBridge.run_with_hooks": Row(wrong={}),
     "TransformerBridge.save_pretrained": Row(wrong={"kwargs": []}),
+    "TransformerBridge.splice": Row(
+        {"dictionary": lambda w: dictionary(), "at": 1}, {"at": [*PLACE, None]}, fresh=True
+    ),
+    "Dictionary.__init__": Row(
+        {"weights": weights()},
+        {
+            "weights": [THING, 5, {}, {"W_enc": torch.ones(2, 3)}],
+            "k": [2, "three"],
+            "metadata": [],
+            "rescale_acts_by_decoder_norm": [],
+            "apply_b_dec_to_input": [],
+        },
+    ),
+    "Dictionary.encode": Row({"x": torch.ones(2, 128)}, {"x": [*TENSOR, torch.ones(3), torch.ones(128).long()]}),
+    "Dictionary.forward": Row({"x": torch.ones(2, 128)}, {"x": [*TENSOR, torch.ones(3), torch.ones(128).long()]}),
+    "Dictionary.decode": Row({"features": torch.ones(2, 4)}, {"features": [*TENSOR, torch.ones(3)], "x": []}),
+    "dictionaries.dictionary.load_dictionary": Row(
+        {"name_or_path": lambda w: saved_dictionary(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
+    ),
+    "dictionaries.features.feature_attribution": Row({"bridge": lambda w: spliced_bridge()}),
+    **{
+        f"dictionaries.features.{name}": Row(
+            {"dictionary": lambda w: dictionary(), "features": 1, "at": 1},
+            {"at": [*PLACE, None], "features": [THING, "first", 1.5, 99, [99]], "texts": [THING, 5, [5.5], TEXT]},
+        )
+        for name in ("measure", "top_contexts", "feature_logits")
+    },
     "TransformerBridge.steer": Row(
         {"vector": torch.ones(128)},
         {"vector": [*TENSOR, torch.ones(3), torch.full((128,), math.nan)], "at": PLACE, **LATER},

@@ -6,7 +6,7 @@ Every user hook gets its own tensor, so no hook can change what another one, or 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -203,6 +203,9 @@ class HookPoint(nn.Module):
     fwd_hooks: list[HookEntry]
     bwd_hooks: list[HookEntry]
     on_change: Callable[[], None] | None
+    meaning: str = ""
+    sizes: Mapping[str, int | str] = {}
+    """What a table says of it, and of its axes, where no component declares it."""
     admit: Callable[[HookEntry, Direction], None] | None
 
     def __init__(self, name: str | None = None, axes: str = "", read_only: str = "", integer: bool = False) -> None:

@@ -314,7 +314,7 @@ class TransformerBridge(
         ('batch', 'pos', 2, 32)
         """
         title = f"{self.cfg.model_name}: {self.cfg.architecture}, {self.cfg.n_layers} layers"
-        return make_table(title, self.cfg, self.root_hooks, self.components(), self.absent_names)
+        return make_table(title, self.cfg, self.root_hooks, self.components(), self.absent_names, self.hook_points())
 
     def forward(
         self,

@@ -26,7 +26,7 @@ SIZES = {
 COLUMNS = ("hook", "axes", "kind", "meaning", "also called")
 
 
-def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int] = {}) -> tuple[int | str, ...]:
+def axis_sizes(axes: str, cfg: BridgeConfig, sizes: Mapping[str, int | str] = {}) -> tuple[int | str, ...]:
     """The length of each axis, or its name where it depends on the input; `sizes` are a component's own."""
     return tuple(sizes.get(axis) or (getattr(cfg, SIZES[axis]) if axis in SIZES else axis) for axis in axes.split())
 
@@ -158,8 +158,9 @@ def make_table(
     root_hooks: Iterable[Hook],
     components: Iterable[ComponentBridge],
     absent: Mapping[str, str],
+    points: Iterable[Any] = (),
 ) -> HookTable:
-    """The table of a model's hooks; hooks that several layers declare alike are one row."""
+    """The table of a model's hooks; hooks that several layers declare alike are one row. `points` may tell more."""
 
     known: dict[Any, HookRow] = {}
     layers: dict[HookRow, list[int]] = {}
@@ -182,6 +183,9 @@ def make_table(
     add("", root_hooks, {})
     for component in components:
         add(f"{component.name}.", component.declared, component.sizes)
+    for point in (point for point in points if point.meaning):
+        (general, layer), shape = _general(str(point.name)), axis_sizes(point.axes, cfg, point.sizes)
+        layers.setdefault(HookRow(general, point.axes, shape, "spliced", point.meaning, (), False), []).append(layer)
     for name, why in absent.items():
         general, layer = _general(name)
         layers.setdefault(HookRow(general, "", (), "absent", "", (), False, why), []).append(layer)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,10 @@ from transformer_lens.hooks.rows import Rows, on_rows
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import axis_sizes
+
+if TYPE_CHECKING:
+    from transformer_lens.dictionaries import Dictionary
+    from transformer_lens.dictionaries.splice import At, Splice
 
 Places = str | int | Sequence[str | int] | Callable[[str], bool]
 """A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""
@@ -106,6 +110,23 @@ class SteeringMethods(HookedRootModule):
         basis = _orthonormal(direction.reshape(len(direction) if several else 1, -1))
         return self.hooks([(names, partial(_remove, basis, _where(positions, rows, on)))])
 
+    def splice(self: Any, dictionary: Dictionary, at: At = None, *, error: bool = False) -> Splice:
+        """Put a dictionary in the model until `undo()` or the end of a `with` block: its reconstruction goes on.
+
+        >>> from transformer_lens.dictionaries import Dictionary
+        >>> weights = {"W_enc": torch.randn(128, 50), "b_enc": torch.ones(50), "W_dec": torch.randn(50, 128)}
+        >>> dictionary = Dictionary(weights | {"b_dec": torch.ones(128)})
+        >>> with bridge.splice(dictionary, at=1, error=True) as spliced:
+        ...     spliced.features, bridge.run_with_cache("Mary and John")[1][spliced.features].shape
+        ('blocks.1.hook_resid_post.features', torch.Size([1, 5, 50]))
+
+        `at` is a hook or a layer, for a transcoder two: where it reads and writes; default: what its file says. With
+        `error`, what it leaves out is added, and is a hook too, so that nothing changes until something is edited.
+        """
+        from transformer_lens.dictionaries.splice import Splice  # loaded only when needed
+
+        return Splice(self, dictionary, at, error)
+
     def _steered(self, what: str, at: Places) -> list[str]:
         """The selected hooks, each once. Raises for those that do not hold an activation of every position."""
         if callable(at):
@@ -125,7 +146,7 @@ class SteeringMethods(HookedRootModule):
     def _tail(self, name: str) -> list[int | str]:
         """A hook's shape without batch and positions."""
         owner = self.mod_dict.get(name.rpartition(".")[0])
-        sizes = owner.sizes if isinstance(owner, ComponentBridge) else {}
+        sizes = owner.sizes if isinstance(owner, ComponentBridge) else self.hook_dict[name].sizes
         return list(axis_sizes(self.hook_dict[name].axes, self.cfg, sizes)[2:])
 
 

@@ -1,0 +1,6 @@
+"""Sparse autoencoders and transcoders: their files, their place in a model, and their features."""
+
+from transformer_lens.dictionaries.dictionary import Dictionary, load_dictionary
+from transformer_lens.dictionaries.features import feature_attribution, feature_logits, measure, top_contexts
+
+__all__ = ["Dictionary", "feature_attribution", "feature_logits", "load_dictionary", "measure", "top_contexts"]
