@@ -15,6 +15,7 @@ import torch
 from benchmarks.budgets import ROWS as BUDGET_ROWS
 from benchmarks.budgets import Place, Row, Subject
 from benchmarks.collect_rows import COLLECT_ROWS
+from benchmarks.compiled_rows import COMPILED_ROWS
 from benchmarks.generation_rows import GENERATION_ROWS
 from benchmarks.import_cost import import_cost
 from benchmarks.models import FAMILIES, SIZES
@@ -22,12 +23,12 @@ from benchmarks.patching_rows import PATCHING_ROWS
 from benchmarks.report import BUDGET_COLUMNS, RESULTS, VERDICT_STYLES, budget_cells, environment, show, store
 from benchmarks.timing import QUICK, Effort, prepare_device
 
-ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS, **COLLECT_ROWS}
+ROWS = {**BUDGET_ROWS, **GENERATION_ROWS, **PATCHING_ROWS, **COLLECT_ROWS, **COMPILED_ROWS}
 THREADS = 2
 TITLE = "Budgets: the bridge beside bare transformers, in one process"
 # The rows that only mean something on some models; the others are measured on each.
 ONLY_TINY = ("port_hot_path", "names_by_predicate")
-ONLY_100M = tuple(PATCHING_ROWS)
+ONLY_100M = (*PATCHING_ROWS, *COMPILED_ROWS)
 # Deep and narrow: what it is there for is the row whose cost grows with every hook of every layer.
 ON_135M = ("verify",)
 

@@ -30,6 +30,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     "running": (
         *(f"model_bridge.{name}" for name in ("calls", "attaching.partial_run")),
         "model_bridge.verification",
+        "compiled",
         "utilities",
     ),
     "caches": ("cache",),

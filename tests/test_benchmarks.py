@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import bench, gpu, peers, pytest_run, report
 from benchmarks.budgets import Place, Row, Subject
+from benchmarks.compiled_rows import COMPILED_ROWS
 from benchmarks.models import FAMILIES, FULL_SIZE, SIZES, make_config, make_model, parameter_count, twin_of
 from benchmarks.patching_rows import PATCHING_ROWS
 from benchmarks.peer_packages import PACKAGES
@@ -113,7 +114,8 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     made.bridge.detach()
 
 
-@pytest.mark.parametrize("key", [key for key in bench.ROWS if key not in PATCHING_ROWS])  # test_bench_patching.py
+# The others have tests of their own: test_bench_patching.py, compiled/test_compiled_rows.py.
+@pytest.mark.parametrize("key", [key for key in bench.ROWS if key not in {*PATCHING_ROWS, *COMPILED_ROWS}])
 def test_every_row_can_be_measured(subject: Subject, key: str) -> None:
     (row,) = bench.measure(subject, [key])
     assert (row.key, row.model) == (key, subject.name)

@@ -23,7 +23,7 @@ RANKS: list[tuple[str, ...]] = [
     (
         *("transformer_lens.checks", "transformer_lens.asking", "transformer_lens.text_table"),
         *("transformer_lens.factored_matrix", f"{BRIDGE}.supported_versions", f"{BRIDGE}.upstream"),
-        *(f"transformer_lens.hooks.{name}" for name in ("names", "point", "slicing")),
+        *(f"transformer_lens.hooks.{name}" for name in ("edits", "names", "point", "slicing")),
     ),
     ("transformer_lens.hooks.root", "transformer_lens.hook_points"),
     (f"{BRIDGE}.config", f"{BRIDGE}.access"),

@@ -34,8 +34,9 @@ from transformer_lens.analysis.patching.sweeps import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.collect import ActivationStore, RunningStatistics
+from transformer_lens.compiled import CompiledRunner
 from transformer_lens.dictionaries import Dictionary
-from transformer_lens.hook_points import Capture, HookEntry
+from transformer_lens.hook_points import Capture, Edit, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
 
@@ -80,6 +81,11 @@ class World:
     @cached_property
     def store(self) -> ActivationStore:
         return self.falcon.collect([TEXT, OTHER], ["blocks.0.hook_resid_post"], self.folder / "store", progress=False)
+
+    @cached_property
+    def runner(self) -> CompiledRunner:
+        bridge = TransformerBridge.boot_transformers("tiny-falcon")
+        return bridge.compile(edits=[("blocks.1.hook_resid_post", Edit("scale", 2))], backend="eager")
 
     def itself(self, entry: str) -> Any:
         """The object whose method an entry is."""
@@ -132,11 +138,13 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "AttributionScores": lambda w: attribution_patching(w.falcon, TEXT, OTHER, metric, ["blocks.1.attn.hook_z"]),
     "Capture": lambda w: Capture({}),
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
+    "CompiledRunner": lambda w: w.runner,
     "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
     "Dictionary": lambda w: dictionary(),
     "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
     "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
     "ExpertView": lambda w: expert_view(w.cache("ExpertView"), 0, 2),
+    "GraphEdit": lambda w: w.runner.edits[0],
     "FactoredMatrix": lambda w: FactoredMatrix(torch.ones(2, 3, 1), torch.ones(2, 1, 4)),
     "Heatmap": lambda w: Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t"),
     "Heatmaps": lambda w: Heatmaps({"one": Heatmap(torch.eye(2), ["a", "b"], ["c", "d"], "t")}, "t"),
@@ -400,6 +408,9 @@ NOT_AUDITED: dict[str, str] = {
         ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__", "Splice.__init__"],
         "made by the bridge",
     ),
+    **dict.fromkeys(
+        ["CompiledRunner.__init__", "GraphEdit.__init__", "GraphEdit.apply", "GraphEdit.fit"], "made by bridge.compile"
+    ),
     **dict.fromkeys(["TransformerBridge.declare", "EdgeGraph.columns", "Heatmap.draw"], "between parts of the package"),
     **dict.fromkeys(
         ["analysis.attribution.activations.line_steps", "analysis.attribution.activations.mean_gradients"],
@@ -568,6 +579,15 @@ ROWS: dict[str, Row] = {
         {"name_or_path": "tiny-falcon"}, {"hf_model": [], "from_pretrained_kwargs": [], "model_name": [THING, 5]}
     ),
     "TransformerBridge.collect": Row({"dataset": [TEXT]}, {"dataset": [THING, 5, []]}),
+    "TransformerBridge.compile": Row(
+        wrong={
+            "reads": NAMES,
+            "edits": [*NAMES, [("hook_embed", 5)], [("nonsense", Edit("zero"))]],
+            "tokens": [THING, 5],
+        },
+        fresh=True,
+    ),
+    "GraphEdit.set": Row(wrong={"edit": [THING, 5, Edit("zero")], "on": [THING, 5, "yes", [1.0], [[True]], ["a"]]}),
     "TransformerBridge.forward": Row(
         {"start_at_layer": None}, {"start_at_layer": NUMBERS, "stop_at_layer": [*NUMBERS, 99, -99]}
     ),

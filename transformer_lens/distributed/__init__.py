@@ -13,9 +13,9 @@ from transformer_lens.distributed.protocol.configs import (
     DistributedFalconConfig,
     DistributedMixtralConfig,
 )
-from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import Limits, MessageError, SpanError, SpanUnreachable
 from transformer_lens.distributed.server.server import LocalSpan, SpanServer
+from transformer_lens.hook_points import Edit, Keep
 
 __all__ = [
     "AutoDistributedConfig",

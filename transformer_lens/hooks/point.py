@@ -80,6 +80,7 @@ class _ThreadState(threading.local):
         self.recalled: dict[tuple[int, int, str], Any] = {}
         self.pending: dict[Listener, None] | None = None
         self.generation: GenerationStep | None = None
+        self.runner: object = None  # whose compiled graph this thread is running
         self.memo: dict[Any, Any] | None = None
         """What layers of one forward pass with hooks share."""
         self.record: Any = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.asking import layer_number
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import a_text, in_words, one_of, whole
+from transformer_lens.compiled.runner import CompiledRunner, CompileMethods
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookedRootModule, NamesFilter, keywords_of
 from transformer_lens.model_bridge.access.sharding import Sharding, sharding_of
@@ -58,6 +59,7 @@ class TransformerBridge(
     GenerationMethods,
     OldNames,
     SteeringMethods,
+    CompileMethods,
     TokenMethods,
     WeightMethods,
     HookOwner,
@@ -107,6 +109,7 @@ class TransformerBridge(
         self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
+        self._runners: list[CompiledRunner] = []
 
     def _follow_model(self) -> None:
         """Let the config read from the model what can change."""
@@ -250,6 +253,8 @@ class TransformerBridge(
     def detach(self) -> nn.Module:
         """Remove every hook and give the model back exactly as it came; the bridge cannot be used afterwards."""
         if not self._detached:
+            for runner in tuple(self._runners):
+                runner.close()
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
             self.exchanged.undo()
@@ -378,12 +383,12 @@ class TransformerBridge(
         if start is not None and stop is not None and start > stop:
             raise ValueError(f"start_at_layer={start} lies above stop_at_layer={stop}")
 
-    def _answer(self, call: Call, return_type: str | None, per_token: bool) -> Any:
-        output = self.original_model(**call.kwargs)
+    def _answer(self, call: Call, return_type: str | None, per_token: bool, run: Any = None) -> Any:
+        output = self.original_model(**call.kwargs) if run is None else run(call.kwargs)
         call.done()
         if return_type is None:
             return None
-        logits = main_output(output)
+        logits = main_output(output) if run is None else output
         if return_type == "logits":
             return logits
         if "unembed" not in self._modules:

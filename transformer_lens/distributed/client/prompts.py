@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from transformer_lens.distributed.client.remote_cache import RemoteText
-from transformer_lens.distributed.protocol.edits import Edit
+from transformer_lens.hook_points import Edit
 from transformer_lens.model_bridge import BlockElsewhere
 from transformer_lens.model_bridge.upstream import EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, Word
 

@@ -13,9 +13,8 @@ from torch.autograd.function import once_differentiable
 from transformer_lens.distributed.client.remote_cache import RemoteText
 from transformer_lens.distributed.client.route import Route, Tries
 from transformer_lens.distributed.client.spans import part_of
-from transformer_lens.distributed.protocol.edits import Edit, Keep
 from transformer_lens.distributed.protocol.messages import EDITS, Action, Reply, Request, SpanError
-from transformer_lens.hook_points import Capture, HookEntry, HookPoint
+from transformer_lens.hook_points import Capture, Edit, HookEntry, HookPoint, Keep
 from transformer_lens.model_bridge import BlockElsewhere, HookRequest
 
 

@@ -22,10 +22,9 @@ from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol import messages as wire
 from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
-from transformer_lens.distributed.protocol.edits import Edit
 from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
-from transformer_lens.hook_points import HookEntry, HookPoint
+from transformer_lens.hook_points import Edit, HookEntry, HookPoint
 from transformer_lens.model_bridge import BlockElsewhere, TransformerBridge
 from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, USE_CACHE
 

@@ -124,18 +124,15 @@ class Tap:
         if state.depth:
             with nested_forward():
                 return self.on_output(module, args, output)
-        changed = output
-        if isinstance(output, Tensor):
-            for port in self.live:
-                changed = port.fire(changed)
-        else:
-            for port in self.live:
-                at = port.port.item
-                value = item(changed, at, module)
-                new = port.fire(value)
-                if new is not value:
-                    changed = with_item(changed, at, new)
-        return None if changed is output else changed
+        changed = None  # a compiler knows this one from a tuple, and not two tuples from one another
+        for port in self.live:
+            before = output if changed is None else changed
+            at = port.port.item
+            value = before if isinstance(before, Tensor) else item(before, at, module)
+            new = port.fire(value)
+            if new is not value:
+                changed = new if value is before else with_item(before, at, new)
+        return changed
 
 
 class BoundPort(Slot):

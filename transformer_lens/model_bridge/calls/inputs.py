@@ -179,10 +179,10 @@ class InputMethods(TokenMethods):
         self,
         input: ModelInput,
         start_at_layer: int | None,
-        prepend_bos: bool | None,
-        padding_side: str | None,
-        attention_mask: Tensor | None,
-        past_key_values: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
     ) -> Call:
         """Text, token ids or embeddings as the model's own arguments, with nothing added unless padding requires it."""
         what = "input" if start_at_layer is None else "start_at_layer takes the residual stream, and the input"

@@ -1,4 +1,4 @@
-"""`Edit` and `Keep`: hook functions that also work inside remote blocks, since they can be sent there."""
+"""`Edit` and `Keep`: hook functions that are data, and so work in remote blocks and in compiled graphs too."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hooks.point import HookPoint
 
 Operation = Literal["set", "add", "scale", "zero", "project_out"]
 
