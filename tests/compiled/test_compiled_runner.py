@@ -440,7 +440,7 @@ def test_what_makes_no_sense_is_refused(wrong: dict[str, Any], kind: type[Except
     bridge = small("mixtral", num_hidden_layers=1)
     with pytest.raises(kind, match=text):
         bridge.compile(**wrong, backend="eager")
-    assert torch_hooks(bridge.original_model) == 0 and bridge._runners == []
+    assert torch_hooks(bridge.original_model) == 0 and bridge.attachment.runners == []
 
 
 def test_what_makes_no_sense_is_refused_later_too() -> None:

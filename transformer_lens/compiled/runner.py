@@ -118,7 +118,7 @@ class CompiledRunner(AbstractContextManager[Any]):
         self.ports = {name: GraphPort(bound[name], self) for name, _ in (*kept, *written)}
         with ExitStack() as undo:
             undo.callback(self.close)
-            bridge._runners.append(self)
+            bridge.attachment.runners.append(self)
             taps = [GraphTap(tap, self.ports, self) for tap in bridge.attachment.taps.values()]
             self.taps = tuple(tap for tap in taps if tap.handle is not None)
             with torch.no_grad(), torch.random.fork_rng():  # one token shows what each port holds
@@ -193,7 +193,7 @@ class CompiledRunner(AbstractContextManager[Any]):
         """Take everything off the model."""
         for tap in self.taps:
             tap._take_off()
-        self.bridge._runners = [runner for runner in self.bridge._runners if runner is not self]
+        self.bridge.attachment.runners[:] = [one for one in self.bridge.attachment.runners if one is not self]
         self.closed, self.taps = True, ()
 
     def __exit__(self, *error: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.asking import layer_number
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import a_text, in_words, one_of, whole
-from transformer_lens.compiled.runner import CompiledRunner, CompileMethods
+from transformer_lens.compiled.runner import CompileMethods
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookedRootModule, NamesFilter, keywords_of
 from transformer_lens.model_bridge.access.sharding import Sharding, sharding_of
@@ -109,7 +109,6 @@ class TransformerBridge(
         self._bind(inner, sharding)
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
-        self._runners: list[CompiledRunner] = []
 
     def _follow_model(self) -> None:
         """Let the config read from the model what can change."""
@@ -253,8 +252,6 @@ class TransformerBridge(
     def detach(self) -> nn.Module:
         """Remove every hook and give the model back exactly as it came; the bridge cannot be used afterwards."""
         if not self._detached:
-            for runner in tuple(self._runners):
-                runner.close()
             self._undo_own_processing()
             self.reset_hooks(including_permanent=True)
             self.exchanged.undo()
@@ -409,9 +406,8 @@ class TransformerBridge(
         dictionary.
         """
         output, store = super().run_with_cache(*model_args, **kwargs)
-        if not return_cache_object:
-            return output, store
-        return output, ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        cache = ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
+        return output, cache if return_cache_object else store
 
     run_with_cache.__signature__ = keywords_of(HookedRootModule.run_with_cache, run_with_cache, forward)  # type: ignore[attr-defined]
 

@@ -245,6 +245,7 @@ class Attachment:
     taps: dict[tuple[str, Side, Word | None, bool], Tap] = field(default_factory=dict)
     opened: dict[str, BoundModule] = field(default_factory=dict)
     elsewhere: list[HookElsewhere] = field(default_factory=list)
+    runners: list[Any] = field(default_factory=list)  # compiled ones, whose torch hooks are their own
     attached: dict[Tap | BoundModule, None] = field(default_factory=dict)
     known: KnownModules = field(default_factory=KnownModules)
 
@@ -334,6 +335,8 @@ class Attachment:
 
     def remove(self) -> None:
         """Remove every torch hook and every replaced forward, also below modules put in hooks' places."""
+        for runner in tuple(self.runners):
+            runner.close()
         for module in self.opened.values():
             module.release()
         for slot in self.elsewhere:
