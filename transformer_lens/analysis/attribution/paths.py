@@ -294,7 +294,7 @@ def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> l
         def read(stream: Tensor, hook: HookPoint) -> Tensor:
             # Most readers read the same senders, and share one sum.
             wanted, which = live[:, :before, columns].unique(dim=2, return_inverse=True)
-            change = (wanted.mT[:, None, None] @ changed[:, :, :, :before])[:, :, :, which]
+            change: Tensor = (wanted.mT[:, None, None] @ changed[:, :, :, :before])[:, :, :, which]
             base = runs.streams[name]
             own = wide(base)[None, :, :, None] + change.to(base.device)
             return own.flatten(0, 1).reshape(stream.shape).to(stream.dtype)
