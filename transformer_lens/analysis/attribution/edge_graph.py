@@ -43,7 +43,8 @@ class Place:
 @dataclass(frozen=True, eq=False, repr=False)
 class EdgeGraph:
     """The graph of a model. Senders are labelled `embed`, `L0H1` (also `0.1` and `(0, 1)`), `0_mlp_out` and `L0E2` (an
-    expert); receivers `L1H2.q`, `.k`, `.v`, `1_mlp_in` (the router's and experts' shared input) and `logits`.
+    expert); `0_attn_out` where a norm or factor comes after the heads. Receivers are `L1H2.q`, `.k`, `.v`, `1_mlp_in`
+    (the router's and experts' shared input) and `logits`.
 
     >>> graph = EdgeGraph.of(bridge)
     >>> graph
@@ -85,6 +86,12 @@ class EdgeGraph:
         ends = {"sender": self.senders, "receiver": self.receivers}
         return {what: {one.label: number for number, one in enumerate(places)} for what, places in ends.items()}
 
+    @property
+    def _joint(self) -> dict[str, str]:
+        """What sends for each head that does not write to the stream by itself."""
+        heads = [(one.label.removesuffix(".q"), one.node) for one in self.receivers if one.label.endswith(".q")]
+        return {head: f"{node}_out" for head, node in heads if head != node}
+
     def sender(self, label: str | tuple[int, int]) -> int:
         """The number of a sender. Raises `KeyError` for an unknown label."""
         return self._number("sender", label)
@@ -98,7 +105,9 @@ class EdgeGraph:
         a_text(what, label)
         if label not in numbers:
             some = list(numbers)
-            raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}")
+            joint = self._joint.get(label) if what == "sender" else None
+            why = f"; {joint} sends for this head, for a norm or factor comes after it" if joint else ""
+            raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}{why}")
         return numbers[label]
 
     def has_edge(self, sender: str | tuple[int, int], receiver: str) -> bool:

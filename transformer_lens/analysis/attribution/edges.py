@@ -99,10 +99,10 @@ def _receiver_hooks(graph: EdgeGraph) -> list[str]:
 
 def _scores(graph: EdgeGraph, change: Tensor, gradients: dict[str, Tensor]) -> EdgeScores:
     """Every sender's change times every receiver's gradient, one product for each hook of receivers."""
-    parts = []
+    flat, parts = change.movedim(2, 0).flatten(1), []  # of each sender, laid out once for all products
     for hook in _receiver_hooks(graph):
         gradient = wide(gradients[hook]).to(change.device)
         if gradient.ndim == 3:
             gradient = gradient[:, :, None]
-        parts.append(torch.einsum("bpsd,bprd->sr", change.to(gradient.dtype), gradient))
+        parts.append(flat.to(gradient.dtype) @ gradient.movedim(2, 0).flatten(1).T)
     return EdgeScores(graph, torch.cat(parts, 1).masked_fill(~graph.exists.to(change.device), 0))

@@ -190,7 +190,7 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     """A receiver, or a head's three."""
     label = part_label(label)
     exact = [number for number, one in enumerate(graph.receivers) if one.label == label]
-    parts = [number for number, one in enumerate(graph.receivers) if one.node == label]
+    parts = [number for number, one in enumerate(graph.receivers) if label in (one.node, one.label[:-2])]
     return exact or parts or [graph.receiver(label)]
 
 
@@ -292,7 +292,9 @@ def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> l
         name = hook if hook in runs.streams else f"blocks.{bridge.hook_dict[hook].layer()}.hook_resid_pre"
 
         def read(stream: Tensor, hook: HookPoint) -> Tensor:
-            change = torch.einsum("cbpsd,csr->cbprd", changed[:, :, :, :before], live[:, :before, columns])
+            # Most readers read the same senders, and share one sum.
+            wanted, which = live[:, :before, columns].unique(dim=2, return_inverse=True)
+            change: Tensor = (wanted.mT[:, None, None] @ changed[:, :, :, :before])[:, :, :, which]
             base = runs.streams[name]
             own = wide(base)[None, :, :, None] + change.to(base.device)
             return own.flatten(0, 1).reshape(stream.shape).to(stream.dtype)

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from transformer_lens.distributed.protocol.configs import of_files, source_of
+from transformer_lens.data import source_of
+from transformer_lens.distributed.protocol.configs import of_files
 
 WHOLE, LISTED = "model.safetensors", "model.safetensors.index.json"
 

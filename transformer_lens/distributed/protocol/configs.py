@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from transformer_lens.checks import is_one_of
-from transformer_lens.data import TINY_MODELS, tiny_model_path
+from transformer_lens.data import REAL_MODELS, TINY_MODELS, source_of
 from transformer_lens.model_bridge import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, spelled
 
@@ -210,7 +210,7 @@ class DistributedConfig(ClientSettings, ModelSettings):
         'mistralai/Mixtral-8x7B-v0-1'
         """
         plain = plain_name(name)
-        if _is_local(source_of(plain)) and plain not in TINY_MODELS:
+        if plain not in (*TINY_MODELS, *REAL_MODELS) and _is_local(plain):
             raise ValueError(
                 f"{plain} is a local directory and its config names no dht_prefix, so nothing says under which name "
                 "servers announce its blocks; pass dht_prefix='...', the one the servers use"
@@ -345,11 +345,6 @@ def plain_name(name: Name) -> str:
         raise ValueError("pretrained_model_name_or_path: got None, expected a hub name or a directory")
     text = os.fspath(name)
     return text.rstrip("/") or text
-
-
-def source_of(name: str) -> str:
-    """Where a name's files are: a shipped model's directory, or the name itself."""
-    return str(tiny_model_path(name)) if name in TINY_MODELS and not _is_local(name) else name
 
 
 def _is_local(source: str) -> bool:

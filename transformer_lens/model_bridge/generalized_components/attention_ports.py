@@ -94,7 +94,7 @@ SCORES = (
     Hook(
         "hook_result",
         "batch pos head d_model",
-        "what each head adds to the residual stream; they sum to hook_attn_out less the bias",
+        "each head's z times its part of W_O; they sum to what attention returns, less the bias",
         Inside(kind="formula"),
         on_request=True,
     ),

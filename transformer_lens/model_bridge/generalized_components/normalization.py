@@ -23,7 +23,7 @@ SCALE = Hook(
 NORMALIZED = Hook(
     "hook_normalized",
     "batch pos d_model",
-    "the residual stream divided by its scale, before weight and bias",
+    "what the norm reads, divided by its scale, before weight and bias",
     Inside(kind="formula"),
 )
 FINAL_OUT = Hook("hook_out", "batch pos d_model", "the residual stream after the final norm", Port())

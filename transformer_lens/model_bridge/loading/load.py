@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedCo
 from transformers.utils import cached_file, has_file
 
 from transformer_lens.checks import a_path, device_of, is_one_of, refuse_unknown
-from transformer_lens.data import TINY_MODELS, tiny_model_path
+from transformer_lens.data import source_of
 from transformer_lens.model_bridge.access.weights import complete_quantisation
 from transformer_lens.model_bridge.loading.state import StateError, describe
 from transformer_lens.model_bridge.supported_architectures import adapter_for
@@ -42,12 +42,6 @@ MODEL_OPTIONS = (
     *("state_dict", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant"),
 )
 """Keywords of `from_pretrained` that are not in its signature."""
-
-
-def resolve_name(name_or_path: str | Path) -> str:
-    """The directory of a shipped model, or the name itself."""
-    name = str(name_or_path)
-    return str(tiny_model_path(name)) if name in TINY_MODELS and not Path(name).exists() else name
 
 
 def named_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -73,7 +67,7 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, **kwar
 
     Raises `ValueError` if it needs code from its repository and `trust_remote_code=True` was not given.
     """
-    source = Source(resolve_name(name_or_path), revision=revision, **kwargs).base()
+    source = Source(source_of(str(name_or_path)), revision=revision, **kwargs).base()
     return source.config(bool(kwargs.get("trust_remote_code")))
 
 
@@ -135,7 +129,7 @@ def load_model(
     or pickles that were not allowed (`trust_remote_code=True`, `allow_pickle=True`); and afterwards if checkpoint and
     model do not match, unless `strict=False`. Raises `TypeError` for an unknown keyword.
     """
-    source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
+    source = Source(source_of(str(name_or_path)), revision=revision, **kwargs)
     base = source.base()
     if Path(source.name).is_file():
         raise ValueError(f"{source.name} is a file, expected a hub name, or a directory with a config and weights")
@@ -199,7 +193,7 @@ def refuse_misfits(
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any) -> Any | None:
     """The checkpoint's tokenizer, or `None` with a warning where it has none."""
-    source = Source(resolve_name(name_or_path), revision=revision, **kwargs)
+    source = Source(source_of(str(name_or_path)), revision=revision, **kwargs)
     try:
         trust = bool(kwargs.get("trust_remote_code"))
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=trust, **source.hub)
