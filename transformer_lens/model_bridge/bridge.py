@@ -31,6 +31,7 @@ from transformer_lens.model_bridge.calls.caches import PrefixCache
 from transformer_lens.model_bridge.calls.inputs import RETURN_TYPES, Call, ModelInput, Output, main_output
 from transformer_lens.model_bridge.calls.text_methods import TokenMethods
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.drafting import DraftMethods
 from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
 from transformer_lens.model_bridge.generating.methods import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
@@ -56,6 +57,7 @@ class TransformerBridge(
     ProcessingMethods,
     StateMethods,
     VerifyMethods,
+    DraftMethods,
     GenerationMethods,
     OldNames,
     SteeringMethods,
@@ -89,7 +91,7 @@ class TransformerBridge(
         HookOwner.__init__(self)
         warn_of_a_newer_release()
         place, inner = inner_model(hf_model)
-        self.adapter = adapter_for(hf_model.config)
+        self.adapter = adapter_for(hf_model.config, hf_model)
         self.original_model = hf_model
         self.tokenizer = tokenizer
         self.cfg: BridgeConfig = self.adapter.cfg
