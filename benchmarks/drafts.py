@@ -158,7 +158,7 @@ def page(found: dict[str, dict[str, str]]) -> Iterator[str]:
     yield "What `TransformerBridge.draft` makes of each causal model of transformers "
     yield f"{transformers.__version__} that has no shipped adapter, on a small random model. Of {len(found)} families,"
     yield f"{len(built)} can be built small; for {len(passed)} of these every law holds, for {len(opened)} with attention"
-    yield "opened. `Mixer` is a module of which only input and output have hooks. The others break the law that is named."
+    yield "opened. `Mixer` is a module of which only input and output have hooks. The others break the law named."
     yield ""
     yield "| `model_type` | nearest | opened, or the law that failed |"
     yield "|---|---|---|"

@@ -44,7 +44,6 @@ from transformer_lens.model_bridge.steering import SteeringMethods
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
-from transformer_lens.model_bridge.verification.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss
@@ -56,7 +55,6 @@ if TYPE_CHECKING:
 class TransformerBridge(
     ProcessingMethods,
     StateMethods,
-    VerifyMethods,
     DraftMethods,
     GenerationMethods,
     OldNames,

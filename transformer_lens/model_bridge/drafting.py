@@ -18,15 +18,15 @@ from transformers import PreTrainedConfig
 
 import transformer_lens.model_bridge.generalized_components as kinds
 from transformer_lens.checks import file_to_write, in_words
-from transformer_lens.model_bridge.access.peft_layers import inner_model
 from transformer_lens.model_bridge.access.ports import FlatTokensPort
+from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.architecture_adapter import EVERYWHERE, HEADS, KEYS, ArchitectureAdapter, head_of
 from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import Branch, MixerBridge, Part, linears
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, all_shipped, nearest_family, walk
 from transformer_lens.model_bridge.verification.evidence import ModuleCall, tensors, undisturbed, watching
 from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
-from transformer_lens.model_bridge.verification.verify import FINDINGS
+from transformer_lens.model_bridge.verification.verify import FINDINGS, VerifyMethods
 
 SHAPE, MOST_LINES = (2, 11), 40
 NORMS = [vars(kinds)[name] for name in kinds.__all__ if re.fullmatch(r"(?!Final|Normali).*NormBridge", name)]
@@ -293,7 +293,7 @@ def tried(bridge: Any, model: Any, found: Draft) -> Draft:
     return replace(found, failed=failed[0], adapter=adapter, report=report)
 
 
-class DraftMethods:
+class DraftMethods(VerifyMethods):
     @classmethod
     def draft(cls, model: Any) -> Draft:
         """Propose an adapter for a causal model whose family has none, and hold it to the laws of `verify`.

@@ -7,7 +7,8 @@ bitsandbytes, torchao and PEFT are optional, and only looked up if they are impo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -154,9 +155,24 @@ def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
 
 
-def read_as_numbers(model: nn.Module) -> list[str]:
-    """The modules with stacked parameters that are quantised, and dequantised when they are read."""
-    return [path for path, module in model.named_modules() if is_parametrized(module)]
+@contextmanager
+def state_in_numbers(model: nn.Module) -> Iterator[None]:
+    """While it is open, the model's state has numbers for quantised experts, which transformers can read back.
+
+    Quantised once, they are the same when loading quantises them again (in 8 bits but for the rounding of a scale).
+    """
+
+    def numbers(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        names: Any = module._modules["parametrizations"]
+        read = {prefix + name: getattr(module, name).detach() for name in names}
+        for key in [key for key in state if key.startswith((f"{prefix}parametrizations.", *read))]:
+            del state[key]
+        state.update(read)
+
+    with ExitStack() as stack:
+        for module in filter(is_parametrized, model.modules()):
+            stack.callback(module.register_state_dict_post_hook(numbers).remove)
+        yield
 
 
 def _quantise_skipped(model: nn.Module, config: Any, skip: list[str]) -> list[str]:

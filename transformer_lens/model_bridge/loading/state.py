@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transformer_lens.checks import directory_to_write
-from transformer_lens.model_bridge.access.weights import other_linears, read_as_numbers
+from transformer_lens.model_bridge.access.weights import other_linears, state_in_numbers
 from transformer_lens.model_bridge.attaching.tree import Exchanged
 from transformer_lens.model_bridge.wrapped_model import MODEL, WrappedModel
 
@@ -108,7 +108,7 @@ class StateMethods(WrappedModel):
 
         Further keywords go to the model's own `save_pretrained`, so a model with an adapter saves that adapter. Raises
         `ValueError` for a processed model unless `allow_processed=True`, while another module is in a component's
-        place, and for a quantised Falcon or mixture, which could not be read back.
+        place, and for a quantised Falcon, which could not be read back.
         """
         directory = directory_to_write("save_pretrained", save_directory)
         if kwargs.get("push_to_hub"):
@@ -128,7 +128,8 @@ class StateMethods(WrappedModel):
                 f"save_pretrained: transformers could not read {len(packed)} quantised layers back ({packed[0]}, ...), "
                 "for it quantises no layers of their class; save the model before it is quantised, or an adapter alone"
             )
-        model.save_pretrained(directory, **kwargs)
+        with state_in_numbers(model):
+            model.save_pretrained(directory, **kwargs)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(directory)
 
@@ -148,8 +149,8 @@ class StateMethods(WrappedModel):
 def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
     """The quantised layers that transformers would expect in full precision when it reads them back.
 
-    They are instances of subclasses of `torch.nn.Linear` and stacked experts, which its bitsandbytes loading skips. An
-    adapter is saved by itself, so nothing below it has to be read back.
+    They are instances of subclasses of `torch.nn.Linear`, which its bitsandbytes loading skips. An adapter is saved by
+    itself, so nothing below it has to be read back.
     """
     settings: Any = model
     if not isinstance(model, PreTrainedModel) or getattr(settings.config, "quantization_config", None) is None:
@@ -158,8 +159,7 @@ def layers_transformers_would_not_pack(model: nn.Module) -> list[str]:
         return []
     with torch.device("meta"):
         plain = type(settings)(settings.config)
-    linears = [path for path, linear in other_linears(plain) if type(model.get_submodule(path)) is not type(linear)]
-    return [*linears, *read_as_numbers(model)]
+    return [path for path, linear in other_linears(plain) if type(model.get_submodule(path)) is not type(linear)]
 
 
 class StateError(ValueError, RuntimeError):

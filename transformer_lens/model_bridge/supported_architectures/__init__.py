@@ -68,7 +68,7 @@ def walk(part: Part, at: str = "") -> Iterator[tuple[str, str, Part]]:  # role, 
 @cache
 def shipped(model_type: str) -> tuple[Mapping[str, str], list[tuple[str, str, Part]]] | None:
     """A family's names in its config, and its parts by role and path; `None` if its default config says too little."""
-    with suppress(TypeError, KeyError):
+    with suppress(TypeError, KeyError, ValueError):
         adapter = adapter_class(model_type)(CONFIG_MAPPING[model_type]())
         blocks = [adapter.block(layer) for layer in range(adapter.cfg.n_layers)]
         ends = [(role, part.at, part) for role, part in adapter.outside().items()]
