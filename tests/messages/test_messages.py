@@ -437,7 +437,8 @@ BOOTING = {
         lambda: adapter_for(OPTConfig()),
         ValueError,
         "model_type 'opt' is not supported; of the 72 families that are (docs/families.md), the nearest names are "
-        "'gptj', 'gpt2', 'youtu'. docs/adding_an_architecture.md shows how to describe another",
+        "'gptj', 'gpt2', 'youtu'. docs/adding_an_architecture.md shows how to describe another"
+        "; TransformerBridge.draft(model) proposes one",
     ),
     "nothing": (
         lambda: TransformerBridge.boot_transformers(),

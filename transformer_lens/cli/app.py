@@ -96,6 +96,25 @@ def verify(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def draft(model: Model, save: Path | None = Option(None, help="The file to write, if every law holds.")) -> None:
+    """Propose an adapter for a model whose family has none; exit code 1 if a law fails, which is named.
+
+    [bold]Example[/]
+
+    transformer-lens draft tiiuae/falcon-mamba-7b --save falcon_mamba.py
+    """
+    from transformers import AutoModelForCausalLM
+
+    from transformer_lens import TransformerBridge
+
+    options = {"use_safetensors": True, "trust_remote_code": False}
+    found = TransformerBridge.draft(AutoModelForCausalLM.from_pretrained(model, **options))
+    typer.echo(found.source)
+    if found.failed or save is not None:
+        found.save(save or Path("draft.py"))  # raises, and names the law, if one failed
+
+
 app.command()(generate)
 app.command()(patch)
 app.command()(collect)

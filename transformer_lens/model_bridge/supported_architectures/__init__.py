@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from transformer_lens.checks import nearest
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import Part
 
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
@@ -52,19 +58,50 @@ def _remade(adapter: ArchitectureAdapter) -> tuple[Any, ...]:
     return adapter_for, (adapter.config,)
 
 
-def adapter_class(model_type: Any) -> type[ArchitectureAdapter]:
-    """The adapter of a `model_type`. Raises `ValueError` for an unsupported family."""
+def walk(part: Part, at: str = "") -> Iterator[tuple[str, str, Part]]:  # role, path and part of all below one
+    for role, sub in part.parts.items():
+        below = f"{at}.{sub.at}".strip(".")
+        yield role, below, sub
+        yield from walk(sub, below)
+
+
+@cache
+def shipped(model_type: str) -> tuple[Mapping[str, str], list[tuple[str, str, Part]]] | None:
+    """A family's names in its config, and its parts by role and path; `None` if its default config says too little."""
+    with suppress(TypeError, KeyError, ValueError):
+        adapter = adapter_class(model_type)(CONFIG_MAPPING[model_type]())
+        blocks = [adapter.block(layer) for layer in range(adapter.cfg.n_layers)]
+        ends = [(role, part.at, part) for role, part in adapter.outside().items()]
+        return adapter.cfg_names, ends + [found for block in blocks for found in walk(block, f"{block.at}.#")]
+    return None
+
+
+def all_shipped() -> dict[str, tuple[Mapping[str, str], list[tuple[str, str, Part]]]]:
+    return {name: found for name in ADAPTERS if (found := shipped(name)) is not None}
+
+
+def nearest_family(model: Any) -> str:
+    """The shipped family that has the most names of modules in common with a model."""
+    modules = getattr(model, "base_model", model).named_modules()
+    own = {re.sub(r"\.\d+(?=\.|$)", ".#", name) for name, m in modules if [*m.parameters(recurse=False)]}
+    paths = {family: {path for _, path, _ in places} for family, (_, places) in all_shipped().items()}
+    return max(paths, key=lambda family: len(own & paths[family]) / len(own | paths[family]))
+
+
+def adapter_class(model_type: Any, model: Any = None) -> type[ArchitectureAdapter]:
+    """The adapter of a `model_type`. Raises `ValueError` for an unsupported family, with the one nearest to a model."""
     if model_type not in ADAPTERS:
+        beside = "" if model is None else f"; by its modules, the nearest family is {nearest_family(model)!r}"
         raise ValueError(
             f"model_type {model_type!r} is not supported; of the {len(ADAPTERS)} families that are "
-            f"(docs/families.md), the nearest names are {nearest(str(model_type), ADAPTERS)}. "
-            "docs/adding_an_architecture.md shows how to describe another"
+            f"(docs/families.md), the nearest names are {nearest(str(model_type), ADAPTERS)}{beside}. "
+            "docs/adding_an_architecture.md shows how to describe another; TransformerBridge.draft(model) proposes one"
         )
     found = ADAPTERS[model_type]
     return register_adapter(import_module(found).FAMILIES[model_type]) if isinstance(found, str) else found
 
 
-def adapter_for(config: Any) -> ArchitectureAdapter:
+def adapter_for(config: Any, model: Any = None) -> ArchitectureAdapter:
     """The adapter of a Hugging Face config.
 
     >>> adapter_for(FalconConfig()).cfg.n_heads
@@ -72,4 +109,4 @@ def adapter_for(config: Any) -> ArchitectureAdapter:
 
     Raises `ValueError` for an unsupported family, or a configuration that it cannot run.
     """
-    return adapter_class(getattr(config, "model_type", None))(config)
+    return adapter_class(getattr(config, "model_type", None), model)(config)

@@ -95,7 +95,8 @@ def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range
     own, found, cache = list[tuple[OwnRun, list[tuple[int, int]]]](), list[Step](), make(e)
     with e.bare() as model:
         for columns in pieces:
-            keys = [cache.get_mask_sizes(len(columns), layer) for layer in range(e.bridge.cfg.n_layers)]
+            attending = [f"{block}.attn" in e.components for block in e.stages[:-1]]
+            keys = [cache.get_mask_sizes(len(columns), i) if here else (0, 0) for i, here in enumerate(attending)]
             tokens = e.tokens[:, columns.start : columns.stop]
             own.append((e.watched(model, tokens, **{str(e.takes_cache): cache}), keys))
     cache = make(e)
