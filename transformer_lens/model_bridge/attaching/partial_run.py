@@ -5,8 +5,6 @@ While hooks are attached, each forward pass first lets them follow replaced modu
 outside `torch.compile`, whose compiled code ignores hooks that came after it.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

@@ -4,8 +4,6 @@ All are values of the module's own code, at the update of its KV cache, its soft
 each head's result is a formula of ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace

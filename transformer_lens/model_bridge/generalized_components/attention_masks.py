@@ -3,8 +3,6 @@
 Axes: B batch, H query heads, G key-value heads, Q query positions, K key positions, D d_head.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

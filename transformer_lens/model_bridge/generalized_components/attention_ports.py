@@ -1,7 +1,5 @@
 """Where attention's tensors and weights are: the places of q, k and v, and the rows of its hooks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 

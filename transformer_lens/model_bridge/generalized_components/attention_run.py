@@ -3,8 +3,6 @@
 In every family keys and values pass the cache update, scores the softmax, and z the output projection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial

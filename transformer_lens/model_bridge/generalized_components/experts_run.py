@@ -1,7 +1,5 @@
 """One call of a mixture's experts, opened: by the kernel that computes them all at once, or expert by expert."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass

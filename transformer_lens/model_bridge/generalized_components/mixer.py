@@ -1,7 +1,5 @@
 """Mixers other than attention, such as state-space layers: what enters and leaves them."""
 
-from __future__ import annotations
-
 from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
 

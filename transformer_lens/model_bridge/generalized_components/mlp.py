@@ -1,7 +1,5 @@
 """The dense MLP: one hidden layer, whose neurons are read before and after the activation."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from transformer_lens.model_bridge.access.ports import Port

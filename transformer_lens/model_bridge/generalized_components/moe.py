@@ -1,7 +1,5 @@
 """The mixture of experts: a router chooses experts for each token, and their outputs are summed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Normalisation: LayerNorm or RMSNorm, before a branch or at the end of the model."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """The registry: which adapter describes which `model_type`. Adapters are imported when first needed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any

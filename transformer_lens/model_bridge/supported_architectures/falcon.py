@@ -3,8 +3,6 @@
 Source: `modeling_falcon.py` in transformers. `new_decoder_architecture` wins over `multi_query`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any

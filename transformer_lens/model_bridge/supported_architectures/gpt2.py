@@ -3,8 +3,6 @@
 Source: their modeling files in transformers >= 5.13 (GPT-J: 5.24). GPT-2's linear layers are transposed (`Conv1D`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

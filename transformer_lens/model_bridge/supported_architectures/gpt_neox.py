@@ -3,8 +3,6 @@
 Source: their modeling files in transformers >= 5.13. The fused matmul is Falcon's with one head per group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar

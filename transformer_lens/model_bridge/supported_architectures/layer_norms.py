@@ -3,8 +3,6 @@
 Source: the modeling files of these families in transformers >= 5.13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

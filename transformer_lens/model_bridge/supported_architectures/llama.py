@@ -4,8 +4,6 @@ RMSNorm before each branch, RoPE attention with separate projections, a gated ML
 families in transformers >= 5.13.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 Source: their modeling files in transformers >= 5.13 (Granite: 5.24). Mixtral 8x7B and 8x22B differ only in size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from math import log, prod

@@ -1,7 +1,5 @@
 """Checks on captured values, against Hugging Face's modules and against the equations they obey."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
