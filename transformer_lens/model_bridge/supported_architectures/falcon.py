@@ -19,7 +19,6 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     ComponentBridge,
     EmbeddingBridge,
-    FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LayerNormBridge,
     MLPBridge,
@@ -190,7 +189,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "word_embeddings"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
             "blocks": Part(BlockBridge, "h", inside, stages),
-            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
         }
 
     @staticmethod

@@ -15,7 +15,6 @@ from transformer_lens.model_bridge.generalized_components import (
     SEQUENTIAL,
     BlockBridge,
     EmbeddingBridge,
-    FinalLayerNormBridge,
     Hook,
     LayerNormBridge,
     MLPBridge,
@@ -102,7 +101,7 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "wte"),
             **self.positions,
             "blocks": Part(BlockBridge, "h", self.block_parts, self.stages),
-            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
         }
 
 

@@ -17,7 +17,6 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     Branch,
     EmbeddingBridge,
-    FinalLayerNormBridge,
     JointQKVAttentionBridge,
     LayerNormBridge,
     MLPBridge,
@@ -66,7 +65,7 @@ class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "embed_in"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
             "blocks": Part(BlockBridge, "layers", BLOCK, PARALLEL if self.config.use_parallel_residual else SEQUENTIAL),
-            "ln_final": Part(FinalLayerNormBridge, "final_layer_norm"),
+            "ln_final": Part(LayerNormBridge, "final_layer_norm"),
         }
 
 
@@ -107,7 +106,7 @@ class BloomArchitectureAdapter(GPTNeoXArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "word_embeddings"),
             **linears({"embed_norm": "word_embeddings_layernorm"}),
             "blocks": Part(BlockBridge, "h", {**BLOCK, "attn": attention}, stages),
-            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
         }
 
 

@@ -11,10 +11,6 @@ from transformer_lens.model_bridge.generalized_components import (
     SEQUENTIAL,
     BareLayerNormBridge,
     BiaslessLayerNormBridge,
-    FinalBareLayerNormBridge,
-    FinalBiaslessLayerNormBridge,
-    FinalLayerNormBridge,
-    FinalOffsetLayerNormBridge,
     LayerNormBridge,
     MLPBridge,
     OffsetLayerNormBridge,
@@ -38,11 +34,9 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 
 CENTRED = {**NAMES, "eps": "layer_norm_eps"}
 """The config names of a family with LayerNorms."""
-LAYER_NORM: Mapping[str, Any] = {"norm": LayerNormBridge, "final_norm": FinalLayerNormBridge}
 COHERE: Mapping[str, Any] = {
     "stages": PARALLEL_ONE_NORM,
     "norm": BiaslessLayerNormBridge,
-    "final_norm": FinalBiaslessLayerNormBridge,
     "logit_multiplier": "logit_scale",
     "harmless": (*Llama.harmless, "logit_scale"),
 }
@@ -52,7 +46,7 @@ class StableLmArchitectureAdapter(Llama):
     """Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence."""
 
     model_type = "stablelm"
-    norm, final_norm = LayerNormBridge, FinalLayerNormBridge
+    norm = LayerNormBridge
     cfg_names = CENTRED
     config_keys = ("use_parallel_residual",)
     dropouts = ("attention_dropout", "hidden_dropout")
@@ -68,7 +62,7 @@ FAMILIES = by_type(
         Llama,
         "jais2",
         "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
-        **LAYER_NORM,
+        norm=LayerNormBridge,
         dense=PLAIN,
         cfg_names=CENTRED,
     ),
@@ -77,7 +71,6 @@ FAMILIES = by_type(
         "olmo",
         "Llama with LayerNorms that have no weights.",
         norm=BareLayerNormBridge,
-        final_norm=FinalBareLayerNormBridge,
         cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
         constants={"eps": 1e-5},
     ),
@@ -85,7 +78,7 @@ FAMILIES = by_type(
         Llama,
         "phi",
         "Parallel attention and plain MLP after one LayerNorm; biases everywhere, partial RoPE.",
-        **LAYER_NORM,
+        norm=LayerNormBridge,
         stages=PARALLEL_ONE_NORM,
         attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
         dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
@@ -97,7 +90,7 @@ FAMILIES = by_type(
         Llama,
         "starcoder2",
         "Llama with LayerNorms, biases and a plain MLP.",
-        **LAYER_NORM,
+        norm=LayerNormBridge,
         dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
         cfg_names={**WINDOWED, "eps": "norm_epsilon"},
         dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
@@ -108,7 +101,6 @@ FAMILIES = by_type(
         "nemotron",
         "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
         norm=OffsetLayerNormBridge,
-        final_norm=FinalOffsetLayerNormBridge,
         dense=PLAIN,
         cfg_names={**NAMES, "eps": "norm_eps"},
     ),

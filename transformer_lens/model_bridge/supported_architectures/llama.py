@@ -14,8 +14,6 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     Branch,
     EmbeddingBridge,
-    FinalOffsetRMSNormBridge,
-    FinalRMSNormBridge,
     FusedGatedMLPBridge,
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
@@ -81,7 +79,6 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     model_type = "llama"
     stages: ClassVar[Stages] = SEQUENTIAL
     norm: ClassVar[type[NormalizationBridge]] = RMSNormBridge
-    final_norm: ClassVar[type[NormalizationBridge]] = FinalRMSNormBridge
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     attention: ClassVar[Part] = ROTATED
     unrotated: ClassVar[Part] = UNROTATED
@@ -108,10 +105,9 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     def variant(self) -> Mapping[str, Any]:
         # These families' attention asks for it in this way: the configs of some have no such field of their own.
         d_head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        kinds = {"positional_embedding_type": "rotary", "normalization_type": "LN" if self.norm.centres else "RMS"}
-        gated = self.dense.kind is not MLPBridge
-        ends = {"final_rms": not self.final_norm.centres, "gated_mlp": gated}
-        return {**kinds, **ends, "d_head": d_head, **self.constants}
+        norms = {"normalization_type": "LN" if self.norm.centres else "RMS", "final_rms": not self.norm.centres}
+        kinds = {"positional_embedding_type": "rotary", "gated_mlp": self.dense.kind is not MLPBridge}
+        return {**norms, **kinds, "d_head": d_head, **self.constants}
 
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
@@ -153,7 +149,7 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "embed_tokens"),
             **rotations,
             "blocks": self.layer,
-            "ln_final": Part(self.final_norm, self.ln_final),
+            "ln_final": Part(self.norm, self.ln_final),
         }
 
 
@@ -187,7 +183,7 @@ class GemmaArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama whose norms multiply by one plus their weight, and whose embeddings are scaled by sqrt(d_model)."""
 
     model_type = "gemma"
-    norm, final_norm = OffsetRMSNormBridge, FinalOffsetRMSNormBridge
+    norm = OffsetRMSNormBridge
 
 
 class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):

@@ -12,6 +12,7 @@ from transformer_lens.model_bridge.generalized_components import (
     ExpertsBridge,
     FlatSharedExpertBridge,
     InterleavedMoEBridge,
+    LayerNormBridge,
     LinearRoutedMoEBridge,
     LinearRouterBridge,
     MoEBridge,
@@ -29,7 +30,6 @@ from transformer_lens.model_bridge.generalized_components.attention import (
     LatentQueryAttentionBridge,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type, row
-from transformer_lens.model_bridge.supported_architectures.layer_norms import LAYER_NORM
 from transformer_lens.model_bridge.supported_architectures.llama import (
     EXAONE,
     GATED,
@@ -240,7 +240,7 @@ FAMILIES = by_type(
         "phimoe",
         "Mixtral with LayerNorms and biases; its router is a sparse mixer.",
         config_keys=(),
-        **LAYER_NORM,
+        norm=LayerNormBridge,
         mixture=mixes(router="router"),
         dropouts=("attention_dropout", "router_jitter_noise", "input_jitter_noise"),
         harmless=(*HARMLESS, "lm_head_bias"),
