@@ -1,4 +1,4 @@
-"""Llama and its relatives with RMSNorms and without experts: each row says how a family differs.
+"""Llama and its relatives without experts, with RMSNorms or LayerNorms: each row says how a family differs.
 
 RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
 families in transformers >= 5.13.
@@ -10,7 +10,10 @@ from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL_ONE_NORM,
     SEQUENTIAL,
+    BareLayerNormBridge,
+    BiaslessLayerNormBridge,
     BlockBridge,
     Branch,
     EmbeddingBridge,
@@ -18,9 +21,11 @@ from transformer_lens.model_bridge.generalized_components import (
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
     LateNormedQKAttentionBridge,
+    LayerNormBridge,
     MLPBridge,
     NormalizationBridge,
     NormedQKAttentionBridge,
+    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
@@ -217,6 +222,14 @@ GRANITE: Mapping[str, Any] = {
 }
 EXAONE: Mapping[str, Any] = {"attention": HEADS_FIRST, "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED)}
 BIASES = (*Llama.harmless, "use_bias")
+CENTRED = {**NAMES, "eps": "layer_norm_eps"}
+"""The config names of a family with LayerNorms."""
+COHERE: Mapping[str, Any] = {
+    "stages": PARALLEL_ONE_NORM,
+    "norm": BiaslessLayerNormBridge,
+    "logit_multiplier": "logit_scale",
+    "harmless": (*Llama.harmless, "logit_scale"),
+}
 
 
 class HyperClovaXArchitectureAdapter(Llama):
@@ -230,6 +243,20 @@ class HyperClovaXArchitectureAdapter(Llama):
 
     def stages_of(self) -> Stages:
         return AROUND if self.config.use_post_norm else SEQUENTIAL
+
+
+class StableLmArchitectureAdapter(Llama):
+    """Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence."""
+
+    model_type = "stablelm"
+    norm = LayerNormBridge
+    cfg_names = CENTRED
+    config_keys = ("use_parallel_residual",)
+    dropouts = ("attention_dropout", "hidden_dropout")
+    harmless = (*Llama.harmless, "use_qkv_bias")
+
+    def stages_of(self) -> Stages:
+        return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -298,6 +325,7 @@ FAMILIES = by_type(
     row(Llama, "iquestcoder", "Llama under another name."),
     row(Llama, "cwm", "Llama with sliding-window attention in some layers.", **LAYER_TYPES),
     HyperClovaXArchitectureAdapter,
+    StableLmArchitectureAdapter,
     row(Llama, "helium", "Llama whose RoPE rotates adjacent pairs of dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(
@@ -339,5 +367,69 @@ FAMILIES = by_type(
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
         harmless=(*Llama.harmless, "original_max_position_embeddings"),
+    ),
+    row(
+        Llama,
+        "jais2",
+        "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
+        norm=LayerNormBridge,
+        dense=PLAIN,
+        cfg_names=CENTRED,
+    ),
+    row(
+        Llama,
+        "olmo",
+        "Llama with LayerNorms that have no weights.",
+        norm=BareLayerNormBridge,
+        cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
+        constants={"eps": 1e-5},
+    ),
+    row(
+        Llama,
+        "phi",
+        "Parallel attention and plain MLP after one LayerNorm; biases everywhere, partial RoPE.",
+        norm=LayerNormBridge,
+        stages=PARALLEL_ONE_NORM,
+        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
+        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
+        ln_final="final_layernorm",
+        cfg_names=CENTRED,
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+    row(
+        Llama,
+        "starcoder2",
+        "Llama with LayerNorms, biases and a plain MLP.",
+        norm=LayerNormBridge,
+        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
+        cfg_names={**WINDOWED, "eps": "norm_epsilon"},
+        dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
+        harmless=BIASES,
+    ),
+    row(
+        Llama,
+        "nemotron",
+        "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
+        norm=OffsetLayerNormBridge,
+        dense=PLAIN,
+        cfg_names={**NAMES, "eps": "norm_eps"},
+    ),
+    row(
+        Llama,
+        "cohere",
+        "Parallel attention and MLP after one LayerNorm without a bias; scaled logits.",
+        **COHERE,
+        cfg_names=CENTRED,
+        config_keys=("use_qk_norm",),
+        mixers=normed_if_asked,
+    ),
+    row(
+        Llama,
+        "cohere2",
+        "Cohere with sliding-window attention in most layers, and no position encoding in the others.",
+        **COHERE,
+        cfg_names={**CENTRED, "sliding_window": "sliding_window"},
+        config_keys=("layer_types",),
+        rotates=in_windows,
     ),
 )
