@@ -10,8 +10,7 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
     "falcon": "falcon",
-    "gpt2": "gpt2 gpt_bigcode gpt_neo gptj",
-    "gpt_neox": "bloom gpt_neox",
+    "gpt2": "bloom gpt2 gpt_bigcode gpt_neo gpt_neox gptj",
     "llama": """apertus arcee cohere cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite
         helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama ministral ministral3 mistral nemotron
         olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma""",
