@@ -33,13 +33,14 @@ from transformer_lens.model_bridge.generalized_components import (
     Stages,
     linears,
 )
-from transformer_lens.model_bridge.generalized_components.attention import PROBABILITIES, OpenAttentionBridge
-from transformer_lens.model_bridge.generalized_components.attention_ports import (
+from transformer_lens.model_bridge.generalized_components.attention import (
     FUSED,
     OF_ONE_MATMUL,
     OF_PROJECTIONS,
+    PROBABILITIES,
     SCORES,
     SEPARATE,
+    OpenAttentionBridge,
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
