@@ -117,8 +117,6 @@ def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[N
 
 COMPILED = "_compiled_call_impl"
 """Where torch keeps what `module.compile()` made."""
-
-
 Follow = Callable[[], None]
 """Moves something to the modules that are in the model now."""
 

@@ -222,6 +222,19 @@ class PositionEmbeddingsAttentionBridge(FunctionAttentionBridge):
     hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
+class UnrotatedAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same without position encoding."""
+
+    hooks = (*qkv_hooks(SEPARATE), *SCORES)
+    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
+
+
+class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
+    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
+
+    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+
+
 class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
     """RoPE attention with sinks: each head has a learned score beside those of the keys."""
 
@@ -301,21 +314,6 @@ class LatentQueryAttentionBridge(LatentAttentionBridge):
         Hook("hook_q_latent", "batch pos d_q_latent", "what queries are made from", Port("q_norm")),
     )
     W_Q = W_Q_grouped = b_Q = b_Q_grouped = cast(Any, property(_no_matrix))
-
-
-class UnrotatedAttentionBridge(FunctionAttentionBridge):
-    """Attention without position encoding, with separate projections: roles `q`, `k`, `v`, `o`."""
-
-    places = SEPARATE
-    reads = OF_PROJECTIONS
-    hooks = (*qkv_hooks(SEPARATE), *SCORES)
-    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
-
-
-class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
-    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
-
-    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
 
 
 class JointQKVAttentionBridge(FunctionAttentionBridge):

@@ -232,31 +232,14 @@ COHERE: Mapping[str, Any] = {
 }
 
 
-class HyperClovaXArchitectureAdapter(Llama):
-    """Granite, with norms after attention and MLP where its config says so."""
-
-    model_type = "hyperclovax"
-    norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
-    multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
-    logit_multiplier = GRANITE["logit_multiplier"]
-    config_keys = (*GRANITE["config_keys"], "use_post_norm")
-
-    def stages_of(self) -> Stages:
-        return AROUND if self.config.use_post_norm else SEQUENTIAL
+def around_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
+    """Norms after attention and MLP too if the config asks for them."""
+    return AROUND if adapter.config.use_post_norm else SEQUENTIAL
 
 
-class StableLmArchitectureAdapter(Llama):
-    """Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence."""
-
-    model_type = "stablelm"
-    norm = LayerNormBridge
-    cfg_names = CENTRED
-    config_keys = ("use_parallel_residual",)
-    dropouts = ("attention_dropout", "hidden_dropout")
-    harmless = (*Llama.harmless, "use_qkv_bias")
-
-    def stages_of(self) -> Stages:
-        return PARALLEL_ONE_NORM if self.config.use_parallel_residual else SEQUENTIAL
+def parallel_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
+    """Attention and MLP in parallel if the config asks for it."""
+    return PARALLEL_ONE_NORM if adapter.config.use_parallel_residual else SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -320,12 +303,27 @@ FAMILIES = by_type(
         attention=LATE_NORMED,
         harmless=(*Llama.harmless, "eod_token_id"),
     ),
-    row(Llama, "exaone", "Llama under another name."),
-    row(Llama, "internlm3", "Llama under another name."),
-    row(Llama, "iquestcoder", "Llama under another name."),
+    *(row(Llama, name, "Llama under another name.") for name in ("exaone", "internlm3", "iquestcoder")),
     row(Llama, "cwm", "Llama with sliding-window attention in some layers.", **LAYER_TYPES),
-    HyperClovaXArchitectureAdapter,
-    StableLmArchitectureAdapter,
+    row(
+        Llama,
+        "hyperclovax",
+        "Granite, with norms after attention and MLP where its config says so.",
+        **{**GRANITE, "config_keys": (*GRANITE["config_keys"], "use_post_norm")},
+        norms={**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"},
+        stages_of=around_if_asked,
+    ),
+    row(
+        Llama,
+        "stablelm",
+        "Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence.",
+        norm=LayerNormBridge,
+        cfg_names=CENTRED,
+        config_keys=("use_parallel_residual",),
+        dropouts=("attention_dropout", "hidden_dropout"),
+        harmless=(*Llama.harmless, "use_qkv_bias"),
+        stages_of=parallel_if_asked,
+    ),
     row(Llama, "helium", "Llama whose RoPE rotates adjacent pairs of dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(

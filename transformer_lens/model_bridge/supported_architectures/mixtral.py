@@ -51,7 +51,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 def mixes(
     kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", more: Mapping[str, Part] | None = None
 ) -> Part:
-    """A mixture: its path, its router's, and its further parts."""
+    """A mixture: its path, its router's, and its further or other parts."""
     parts = {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts")}
     return Part(kind, at, {**parts, **(more or {})})
 
@@ -153,6 +153,7 @@ def latent_sizes(adapter: LlamaArchitectureAdapter) -> Mapping[str, Any]:
 
 Mixtral = MixtralArchitectureAdapter
 ATTENTION: Mapping[str, Any] = {"dropouts": ("attention_dropout",)}
+OLMOE: Mapping[str, Any] = {**ATTENTION, "cfg_names": {**NAMES, **CHOSEN}, "config_keys": ("norm_topk_prob",)}
 SIGMOIDS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 """Settings of a router that scores with sigmoids and chooses among groups of experts."""
 SHARED: Mapping[str, Any] = {
@@ -221,20 +222,10 @@ FAMILIES = by_type(
         Mixtral,
         "olmoe",
         "A mixture in every layer; one norm over all queries and one over all keys.",
-        **ATTENTION,
+        **OLMOE,
         attention=WHOLE_NORMED,
-        cfg_names={**NAMES, **CHOSEN},
-        config_keys=("norm_topk_prob",),
     ),
-    row(
-        Mixtral,
-        "flex_olmo",
-        "OLMo 2 with a mixture in every layer.",
-        **OLMO2,
-        **ATTENTION,
-        cfg_names={**NAMES, **CHOSEN},
-        config_keys=("norm_topk_prob",),
-    ),
+    row(Mixtral, "flex_olmo", "OLMo 2 with a mixture in every layer.", **OLMO2, **OLMOE),
     row(
         Mixtral,
         "phimoe",
@@ -317,11 +308,7 @@ FAMILIES = by_type(
         "Hunyuan with a mixture with a shared expert in every layer.",
         **ATTENTION,
         attention=LATE_NORMED,
-        mixture=Part(
-            LinearRoutedMoEBridge,
-            "mlp",
-            {"gate": Part(LinearRouterBridge, "gate", linears({"w": "wg"})), "experts": Part(ExpertsBridge, "experts")},
-        ),
+        mixture=mixes(LinearRoutedMoEBridge, more={"gate": Part(LinearRouterBridge, "gate", linears({"w": "wg"}))}),
         shared=Part(SharedExpertBridge, "shared_mlp", GATED.parts),
         shared_width=("intermediate_size",),
         cfg_names={**NAMES, "num_experts": "num_experts", "experts_per_token": "moe_topk"},
