@@ -62,7 +62,7 @@ class ExpertsBridge(ComponentBridge):
         if KernelRun.fits(call):
             return KernelRun(call).run()
         run = EagerRun(call)
-        if any(call.writes(name) for stage in STAGES for name in stage.hooks):
+        if any(call.writes(name) for stage in STAGES for name in stage):
             return run.written()
         return run.looked()
 
