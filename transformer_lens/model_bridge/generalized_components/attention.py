@@ -240,10 +240,9 @@ class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
 
     sinks = True
     probabilities = BesideSinks
-    hooks = (
-        *qkv_hooks(SEPARATE),
-        *ROTATED,
-        *(replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook for hook in SCORES),
+    hooks = tuple(
+        replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook
+        for hook in PositionEmbeddingsAttentionBridge.hooks
     )
 
 
@@ -333,11 +332,10 @@ class QKVBlocksAttentionBridge(FunctionAttentionBridge):
     absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
 
 
-class RotatedQKVBlocksAttentionBridge(FunctionAttentionBridge):
+class RotatedQKVBlocksAttentionBridge(JointQKVAttentionBridge):
     """RoPE attention with QKV fused as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
 
     places = BLOCKS
-    reads = OF_ONE_MATMUL
     hooks = (*qkv_hooks(BLOCKS), *ROTATED, *SCORES)
 
 

@@ -128,8 +128,7 @@ class RMSNormBridge(OpenNormalizationBridge):
     attributes = affine = ("weight",)
 
     def look(self, call: InsideCall) -> None:
-        divided = self.divided(call)
-        call.fire(NORMALIZED.name, divided.to(call.first.dtype))
+        call.fire(NORMALIZED.name, self.divided(call).to(call.first.dtype))
 
     def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
         return self.weighted(call, self.divided(call), call.first.dtype)

@@ -158,17 +158,11 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
         }
 
 
-class MistralArchitectureAdapter(LlamaArchitectureAdapter):
-    """Llama with sliding-window attention in every layer."""
-
-    model_type = "mistral"
-    cfg_names = WINDOWED
-
-
-class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
+class Qwen2ArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama with biases in q, k and v, and optional sliding-window attention in some layers."""
 
     model_type = "qwen2"
+    cfg_names = WINDOWED
     config_keys: ClassVar[tuple[str, ...]] = ("layer_types",)
     harmless: ClassVar[tuple[str, ...]] = (
         *LlamaArchitectureAdapter.harmless,
@@ -210,7 +204,6 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
 
 
 Llama = LlamaArchitectureAdapter
-Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
 """Sliding-window attention in some layers."""
 OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
@@ -260,13 +253,13 @@ def in_windows(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
 
 FAMILIES = by_type(
     Llama,
-    Mistral,
     Qwen2ArchitectureAdapter,
     Qwen3ArchitectureAdapter,
     GemmaArchitectureAdapter,
     Gemma2ArchitectureAdapter,
-    row(Mistral, "ministral3", "Mistral whose queries grow beyond a length."),
-    row(Mistral, "ministral", "Mistral with sliding-window attention in some layers.", config_keys=("layer_types",)),
+    row(Llama, "mistral", "Llama with sliding-window attention in every layer.", cfg_names=WINDOWED),
+    row(Llama, "ministral3", "Mistral whose queries grow beyond a length.", cfg_names=WINDOWED),
+    row(Llama, "ministral", "Mistral with sliding-window attention in some layers.", **LAYER_TYPES),
     row(
         Gemma2ArchitectureAdapter,
         "gemma3_text",
@@ -358,9 +351,10 @@ FAMILIES = by_type(
         norms={**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"},
     ),
     row(
-        Mistral,
+        Llama,
         "phi3",
         "Llama with fused QKV, and a fused gate and up projection.",
+        cfg_names=WINDOWED,
         attention=attends(RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),

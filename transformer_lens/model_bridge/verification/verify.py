@@ -23,7 +23,6 @@ from transformer_lens.model_bridge.verification.report import CheckResult, Verif
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
 
-
 FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What a model or a bridge that does not fit raises: a finding like any other."""
 
