@@ -43,9 +43,6 @@ READ = (
 TARGETS = {
     "attention": Target(f"{BRIDGE}/generalized_components/attention.py", (f"{INSIDE}/test_core.py",), INSIDE),
     "attention_run": Target(f"{BRIDGE}/generalized_components/attention_run.py", (f"{INSIDE}/test_core.py",), INSIDE),
-    "attention_masks": Target(
-        f"{BRIDGE}/generalized_components/attention_masks.py", (f"{INSIDE}/test_core.py",), INSIDE
-    ),
     "seams": Target(f"{BRIDGE}/access/seams.py", ("tests/adapters/test_seams.py", f"{INSIDE}/test_core.py"), INSIDE),
     "normalization": Target(
         f"{BRIDGE}/generalized_components/normalization.py",
@@ -113,7 +110,7 @@ TARGETS = {
         f"{WIRE}/network/records.py", (f"{REMOTE}/test_records.py", "tests/swarm/test_signing.py")
     ),
 }
-FORMULAS = ("attention", "attention_run", "attention_masks", "seams", "normalization", "moe", "experts_run")
+FORMULAS = ("attention", "attention_run", "seams", "normalization", "moe", "experts_run")
 """What runs without a name: seams, and the formulas beside them."""
 
 SWAPPED: dict[type[ast.AST], type[ast.AST]] = {

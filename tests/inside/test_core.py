@@ -34,7 +34,7 @@ from tests.inside.test_norms import test_writes_have_the_predicted_effect as nor
 from tests.support import mixtral, tokens
 from transformer_lens.model_bridge.access.views import block_k, block_q, block_v
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.attention_masks import (
+from transformer_lens.model_bridge.generalized_components.attention_run import (
     additive_mask,
     entries,
     repeat_groups,

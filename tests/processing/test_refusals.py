@@ -225,7 +225,7 @@ def test_rms_norms_read_the_mean_that_centring_would_take():
     with pytest.raises(ValueError) as caught:
         bridge.center_writing_weights()
     assert str(caught.value) == (
-        "center_writing_weights: the norms of this model (FinalRMSNormBridge, RMSNormBridge) do not take the mean off "
+        "center_writing_weights: the norms of this model (RMSNormBridge) do not take the mean off "
         "the stream, so the mean of what is written there counts. Nothing was changed"
     )
     assert same(model, before)

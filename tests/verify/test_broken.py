@@ -21,7 +21,6 @@ from transformer_lens.model_bridge.architecture_adapter import HEADS, Architectu
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     ExpertsBridge,
-    FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LayerNormBridge,
     MLPBridge,
@@ -340,7 +339,7 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         "blocks.1.ln2",
     ),
     "a hook that fires twice": (
-        lambda: adapted(family("7b"), ln_final={"kind": twice(FinalLayerNormBridge, "hook_scale")}),
+        lambda: adapted(family("7b"), ln_final={"kind": twice(LayerNormBridge, "hook_scale")}),
         {"fires"},
         "ln_final",
     ),
@@ -445,13 +444,13 @@ CASES: dict[str, tuple[Callable[[], TransformerBridge], set[str], str]] = {
         "blocks.0.mlp",
     ),
     "a gradient that is not a number": (
-        lambda: adapted(family("7b"), ln_final={"kind": returning(FinalLayerNormBridge, loses_the_gradient)}),
+        lambda: adapted(family("7b"), ln_final={"kind": returning(LayerNormBridge, loses_the_gradient)}),
         {"gradient"},
         "blocks.1",
     ),
     "a norm that cuts the graph": (
         lambda: adapted(
-            family("7b"), ln_final={"kind": shown(FinalLayerNormBridge, "hook_scale", Tensor.detach, lambda x: x)}
+            family("7b"), ln_final={"kind": shown(LayerNormBridge, "hook_scale", Tensor.detach, lambda x: x)}
         ),
         {"gradient"},
         "ln_final",
@@ -548,7 +547,7 @@ def test_the_one_hook_is_named_that_is_wrong_for_one_token() -> None:
 
 
 def test_only_the_broken_places_are_named() -> None:
-    report = adapted(family("40b"), ln_final={"kind": shown(FinalLayerNormBridge, "hook_scale", double, half)}).verify()
+    report = adapted(family("40b"), ln_final={"kind": shown(LayerNormBridge, "hook_scale", double, half)}).verify()
     (failure,) = report.failures()
     assert (failure.check, failure.component, failure.hook) == ("norm", "ln_final", "ln_final.hook_scale")
     assert failure.difference == pytest.approx(1.0)  # twice what it should be: off by all of it

@@ -1,7 +1,5 @@
 """Ports on and off an unchanged model: one torch hook per place, there only while a user hook needs it."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +25,26 @@ from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
 from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of, item, with_item
+
+
+@dataclass(eq=False)
+class Root:
+    """The base model, the part below the head, as a place for ports."""
+
+    model: nn.Module
+    path: str
+
+    @property
+    def in_place(self) -> nn.Module:
+        return self.model.get_submodule(self.path)
+
+
+Find = Callable[[str], ComponentBridge | Root]
+"""The part of a component in some role."""
+
+
+def _module_of(find: Find, role: str) -> nn.Module:
+    return find(role).in_place
 
 
 class Tap:
@@ -347,23 +365,3 @@ class Attachment:
                 port.owner.watchers.clear()
             tap.ports, tap.recall_for = [], []
             tap.refresh()
-
-
-@dataclass(eq=False)
-class Root:
-    """The base model, the part below the head, as a place for ports."""
-
-    model: nn.Module
-    path: str
-
-    @property
-    def in_place(self) -> nn.Module:
-        return self.model.get_submodule(self.path)
-
-
-Find = Callable[[str], ComponentBridge | Root]
-"""The part of a component in some role."""
-
-
-def _module_of(find: Find, role: str) -> nn.Module:
-    return find(role).in_place

@@ -2,8 +2,6 @@
 replace a module's `forward` while they are attached.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -85,7 +83,7 @@ def check_replacement(name: str, new: Any, old: Tensor) -> Tensor:
 class InsideForward(ForwardInPlace):
     """Replaces a module's `forward` on behalf of every bridge that has hooks inside."""
 
-    users: list[BoundModule]
+    users: list["BoundModule"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.depth:
@@ -96,7 +94,7 @@ class InsideForward(ForwardInPlace):
             return self.original(*args, **kwargs)
         return next(iter(users)).component.inside(self.call(args, kwargs, users))
 
-    def call(self, args: Any, kwargs: Any, users: dict[BoundModule, dict[str, BoundInside]]) -> InsideCall:
+    def call(self, args: Any, kwargs: Any, users: "dict[BoundModule, dict[str, BoundInside]]") -> InsideCall:
         """The call as the component sees it; every bridge's hook of a name fires, one after the other."""
         user = next(iter(users))
         rows: TokenRows | None = _first_recalled(users, "rows") if user.recalls else None
@@ -168,7 +166,7 @@ class BoundModule:
         self.hooks = {}
         self.refresh()
 
-    def wanted(self) -> dict[str, BoundInside]:
+    def wanted(self) -> dict[str, "BoundInside"]:
         """The hooks inside that fire in this thread's run."""
         record = current_record()
         if record is not None and record.replaying:
@@ -176,7 +174,7 @@ class BoundModule:
             return {name: hook for name, hook in self.hooks.items() if again and hook in record.outcomes}
         return {name: hook for name, hook in self.hooks.items() if hook.fires()} if covered(self.layer) else {}
 
-    def written(self, wanted: dict[str, BoundInside]) -> list[str]:
+    def written(self, wanted: dict[str, "BoundInside"]) -> list[str]:
         """The names of those that may change their value; a block's record keeps which."""
         record = current_record()
         if record is not None and record.replaying:

@@ -5,8 +5,6 @@ While hooks are attached, each forward pass first lets them follow replaced modu
 outside `torch.compile`, whose compiled code ignores hooks that came after it.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -119,8 +117,6 @@ def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[N
 
 COMPILED = "_compiled_call_impl"
 """Where torch keeps what `module.compile()` made."""
-
-
 Follow = Callable[[], None]
 """Moves something to the modules that are in the model now."""
 

@@ -3,8 +3,6 @@
 A `BlockElsewhere` replaces such a block in the model. It asks for its hooks before each run and delivers their tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal

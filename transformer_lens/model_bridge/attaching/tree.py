@@ -1,7 +1,5 @@
 """The tree of a bridge's components, beside the modules that they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -31,7 +29,7 @@ class Place:
         role: str,
         component: ComponentBridge,
         prepare: Prepare,
-        changed: Callable[[Place], None],
+        changed: Callable[["Place"], None],
     ) -> None:
         self.owner, self.role, self.component = owner, role, component
         self.prepare, self.changed = prepare, changed

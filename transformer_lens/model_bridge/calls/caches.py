@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from transformer_lens.model_bridge.calls.padding import BITS, inherit
-from transformer_lens.model_bridge.generalized_components.attention_masks import repeat_groups
+from transformer_lens.model_bridge.generalized_components.attention_run import repeat_groups
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 
 FEW = 2**19

@@ -31,6 +31,7 @@ from transformer_lens.model_bridge.generalized_components.branches import (
     Branch,
     Stages,
 )
+from transformer_lens.model_bridge.generalized_components.closed import LinearBridge, MixerBridge, linears
 from transformer_lens.model_bridge.generalized_components.embedding import (
     LOGITS_HOOK,
     POSITION_HOOK,
@@ -42,8 +43,6 @@ from transformer_lens.model_bridge.generalized_components.embedding import (
     RotaryEmbeddingBridge,
     UnembeddingBridge,
 )
-from transformer_lens.model_bridge.generalized_components.linear import LinearBridge, linears
-from transformer_lens.model_bridge.generalized_components.mixer import MixerBridge
 from transformer_lens.model_bridge.generalized_components.mlp import FusedGatedMLPBridge, GatedMLPBridge, MLPBridge
 from transformer_lens.model_bridge.generalized_components.moe import (
     ExpertsBridge,
@@ -61,12 +60,6 @@ from transformer_lens.model_bridge.generalized_components.moe import (
 from transformer_lens.model_bridge.generalized_components.normalization import (
     BareLayerNormBridge,
     BiaslessLayerNormBridge,
-    FinalBareLayerNormBridge,
-    FinalBiaslessLayerNormBridge,
-    FinalLayerNormBridge,
-    FinalOffsetLayerNormBridge,
-    FinalOffsetRMSNormBridge,
-    FinalRMSNormBridge,
     LayerNormBridge,
     NormalizationBridge,
     OffsetLayerNormBridge,
@@ -90,12 +83,6 @@ __all__ = [
     "ComponentBridge",
     "EmbeddingBridge",
     "ExpertsBridge",
-    "FinalBareLayerNormBridge",
-    "FinalBiaslessLayerNormBridge",
-    "FinalLayerNormBridge",
-    "FinalOffsetLayerNormBridge",
-    "FinalOffsetRMSNormBridge",
-    "FinalRMSNormBridge",
     "FlatSharedExpertBridge",
     "FusedGatedMLPBridge",
     "GatedMLPBridge",

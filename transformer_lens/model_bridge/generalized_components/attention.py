@@ -4,8 +4,6 @@ All are values of the module's own code, at the update of its KV cache, its soft
 each head's result is a formula of ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens.model_bridge.access.inside_call import InsideCall
-from transformer_lens.model_bridge.access.ports import Port
+from transformer_lens.model_bridge.access.ports import Inside, Port
 from transformer_lens.model_bridge.access.seams import (
     Attend,
     BesideSinks,
@@ -30,23 +28,22 @@ from transformer_lens.model_bridge.access.seams import (
     until_enough,
 )
 from transformer_lens.model_bridge.access.sharding import Interior, Sharding
-from transformer_lens.model_bridge.generalized_components.attention_ports import (
-    BLOCKS,
-    FUSED,
-    LATENT,
-    NORMED,
-    NORMED_HEADS_FIRST,
-    NORMED_WHOLE,
-    OF_ONE_MATMUL,
-    OF_PROJECTIONS,
-    OUTPUT,
-    ROTATED,
-    SCORES,
-    SEPARATE,
-    AttentionPlace,
-    qkv_hooks,
+from transformer_lens.model_bridge.access.views import (
+    View,
+    block_k,
+    block_q,
+    block_v,
+    expanded_values,
+    fused_k,
+    fused_q,
+    fused_v,
+    heads_first,
+    key_value_heads,
+    query_heads,
+    whole,
 )
-from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace, AttentionRun, Places
 from transformer_lens.model_bridge.generalized_components.base import Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.block import PER_HEAD
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
@@ -66,6 +63,82 @@ NO_POSITIONS = "this layer has no position encoding: it compares queries and key
 TO_NOTHING = "attention probabilities; the rest of each row goes to its sink"
 PROBABILITIES = ("hook_attn_scores", "hook_pattern")
 LEARNED = "positions are added to the embeddings, and nothing is rotated"
+
+
+SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
+FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
+LATENT: Places = {"q": ("q", query_heads), "v": ("kv_b", expanded_values)}
+BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
+OF_ONE_MATMUL: tuple[StreamMatrix, ...] = (StreamMatrix("qkv"),)
+OF_PROJECTIONS: tuple[StreamMatrix, ...] = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
+OUTPUT = (StreamMatrix("o"),)
+
+
+def qkv_hooks(places: Places, width: str = "d_head", values: str = "pos") -> tuple[Hook, ...]:
+    """The rows of q, k, v and z; the axes of values and z end in `width`, and `values` are at these positions."""
+    meanings = {"q": "queries", "k": "keys", "v": "values"}
+    heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
+    enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
+    projections = tuple(
+        Hook(
+            f"hook_{part}",
+            f"batch {values if part == 'v' else 'pos'} {heads[part]} {width if part == 'v' else 'd_head'}",
+            f"the {meanings[part]}" + (" before position encoding" if part != "v" else ""),
+            Port(role, "out", view),
+            aliases=(f"{part}.hook_out",),
+        )
+        for part, (role, view) in places.items()
+    )
+    z = Hook(
+        "hook_z",
+        f"batch pos head {width}",
+        "each head's output before W_O: the values averaged by its pattern",
+        Port("o", "in", query_heads),
+        aliases=("o.hook_in",),
+    )
+    return (enter, *projections, z)
+
+
+ROTATED = (
+    Hook("hook_rot_q", "batch pos head d_head", "the queries after rotary position encoding", Inside()),
+    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after rotary position encoding", Inside()),
+)
+
+
+def normed(**views: Callable[[BridgeConfig], View]) -> tuple[Hook, ...]:
+    """The hooks after QK-norm, by the view of heads in what the norms return."""
+    words = {"q": ("head", "the queries"), "k": ("kv_head", "the keys")}
+    return tuple(
+        Hook(
+            f"hook_{part}_normed",
+            f"batch pos {words[part][0]} d_head",
+            f"{words[part][1]} after their norm, before position encoding",
+            Port(f"{part}_norm", view=view),
+            aliases=(f"{part}_norm.hook_out",),
+        )
+        for part, view in views.items()
+    )
+
+
+NORMED = normed(q=whole, k=whole)
+NORMED_HEADS_FIRST = normed(q=heads_first, k=heads_first)
+NORMED_WHOLE = normed(q=query_heads, k=key_value_heads)
+SCORES = (
+    Hook(
+        "hook_attn_scores",
+        "batch head query_pos key_pos",
+        "attention scores, scaled and masked, before the softmax",
+        Inside(),
+    ),
+    Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
+    Hook(
+        "hook_result",
+        "batch pos head d_model",
+        "each head's z times its part of W_O; they sum to what attention returns, less the bias",
+        Inside(kind="formula"),
+        on_request=True,
+    ),
+)
 
 
 class OpenAttentionBridge(AttentionWeights, AttentionPlace):
@@ -149,15 +222,27 @@ class PositionEmbeddingsAttentionBridge(FunctionAttentionBridge):
     hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
 
 
+class UnrotatedAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """The same without position encoding."""
+
+    hooks = (*qkv_hooks(SEPARATE), *SCORES)
+    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
+
+
+class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
+    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
+
+    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+
+
 class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
     """RoPE attention with sinks: each head has a learned score beside those of the keys."""
 
     sinks = True
     probabilities = BesideSinks
-    hooks = (
-        *qkv_hooks(SEPARATE),
-        *ROTATED,
-        *(replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook for hook in SCORES),
+    hooks = tuple(
+        replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook
+        for hook in PositionEmbeddingsAttentionBridge.hooks
     )
 
 
@@ -230,21 +315,6 @@ class LatentQueryAttentionBridge(LatentAttentionBridge):
     W_Q = W_Q_grouped = b_Q = b_Q_grouped = cast(Any, property(_no_matrix))
 
 
-class UnrotatedAttentionBridge(FunctionAttentionBridge):
-    """Attention without position encoding, with separate projections: roles `q`, `k`, `v`, `o`."""
-
-    places = SEPARATE
-    reads = OF_PROJECTIONS
-    hooks = (*qkv_hooks(SEPARATE), *SCORES)
-    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
-
-
-class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
-    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
-
-    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
-
-
 class JointQKVAttentionBridge(FunctionAttentionBridge):
     """RoPE attention with fused, grouped QKV: roles `qkv`, `o` (GPT-NeoX: one head per group)."""
 
@@ -262,11 +332,10 @@ class QKVBlocksAttentionBridge(FunctionAttentionBridge):
     absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
 
 
-class RotatedQKVBlocksAttentionBridge(FunctionAttentionBridge):
+class RotatedQKVBlocksAttentionBridge(JointQKVAttentionBridge):
     """RoPE attention with QKV fused as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
 
     places = BLOCKS
-    reads = OF_ONE_MATMUL
     hooks = (*qkv_hooks(BLOCKS), *ROTATED, *SCORES)
 
 

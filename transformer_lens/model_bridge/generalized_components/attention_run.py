@@ -1,17 +1,16 @@
 """One call of an attention module: what its hooks ask for, and what has passed its seams so far.
 
-In every family keys and values pass the cache update, scores the softmax, and z the output projection.
+In every family keys and values pass the cache update, scores the softmax, and z the output projection. Axes: B batch, H
+query heads, G key-value heads, Q query positions, K key positions, D d_head, M d_model.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from transformer_lens.hooks.point import state
@@ -26,17 +25,46 @@ from transformer_lens.model_bridge.access.seams import (
     unhooked,
 )
 from transformer_lens.model_bridge.access.views import View
-from transformer_lens.model_bridge.generalized_components.attention_masks import (
-    additive_mask,
-    entries,
-    repeat_groups,
-    seeing_queries,
-)
-from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.generalized_components.normalization import at_least_float32
 from transformer_lens.model_bridge.generalized_components.weights import has_bias, matrix
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache
+
+Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
+"""The role whose output holds q, k or v, and the view of it there."""
+
+
+class AttentionPlace(ComponentBridge):
+    """Any attention; called by itself, it takes all arguments of its module."""
+
+    places: ClassVar[Places]
+    sinks: ClassVar[bool] = False
+    """Whether a row of the pattern sums to less than one because the rest goes to a sink."""
+    late_keys: ClassVar[bool] = False
+    """Whether keys and values are made in each call, of all positions, from what the KV cache holds."""
+    number: ClassVar[str] = "layer_idx"
+    """The module's attribute with its layer number, by which it asks the KV cache."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) <= 1:
+            raise ValueError(
+                f"{self.name}: got the normalised stream alone, and attention reads a mask and positions too, which "
+                f"the model makes for a whole block: call the block on a stream, bridge.{self._block()}(stream), with "
+                f"a hook at {self.name}.hook_in to change what attention reads, or pass everything that "
+                f"{type(self.original_component).__name__}.forward takes"
+            )
+        return super().forward(*args, **kwargs)
+
+    def part_names(self) -> dict[str, str]:
+        """The module's names for the parts that project q, k and v, by role."""
+        roles = dict.fromkeys(role for role, _ in self.places.values())
+        return {role: self.role(role).path.removeprefix(f"{self.path}.") for role in roles}
+
+    def _block(self) -> str:
+        block, layer = self.name.split(".")[:2]
+        return f"{block}[{layer}]"
 
 
 class AttentionRun:
@@ -50,7 +78,7 @@ class AttentionRun:
         self.projected: dict[str, Tensor] = {}
         """The outputs of the projections of q, k and v, by role."""
         self.keys_and_values: KeysAndValues
-        self.at_keys: Callable[[], object] = nothing
+        self.at_keys: Callable[[], object] = lambda: None
         """What to do once the keys are there."""
         self.changes = self._changes()
         """The changes of q, k and v by hooks at single query heads' inputs."""
@@ -245,9 +273,63 @@ class AttentionRun:
         return total + call.weight("o", "bias") if has_bias(module) else total
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 def _added(out: Tensor, view: View, change: Tensor) -> Tensor:
     return view.put(out, (view.get(out) + change).to(out.dtype))
+
+
+def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:
+    """Repeat each group's key or value for its query heads."""
+    batch, groups, keys, d_head = x_BGKD.shape
+    if groups == n_heads:
+        return x_BGKD
+    wide = x_BGKD[:, :, None].expand(batch, groups, n_heads // groups, keys, d_head)
+    return wide.reshape(batch, n_heads, keys, d_head)
+
+
+def entries(mask: Any, queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """An attention mask as a tensor; a flex attention block mask is evaluated at every entry."""
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    from torch.nn.attention.flex_attention import BlockMask, create_mask
+
+    if not isinstance(mask, BlockMask):
+        raise TypeError(
+            f"attention mask: got {type(mask).__name__}, expected a tensor, a flex BlockMask or None; "
+            "hooks inside attention need attn_implementation 'sdpa', 'eager', 'flex_attention' or 'flash_attention_2'"
+        )
+    batch, heads = mask.shape[:2]
+    return create_mask(mask.mask_mod, batch, heads, queries, keys, device=str(device))
+
+
+def additive_mask(
+    mask: Tensor | None, queries: int, keys: int, first: int, dtype: torch.dtype, device: torch.device
+) -> Shaped[Tensor, "#B #H Q K"] | None:
+    """What to add to the scores: 0 where a query may attend, the lowest number elsewhere.
+
+    `mask` is what `entries` returns: nothing (a causal kernel), booleans, numbers to add, or flash attention's padding
+    mask `[batch, keys]`. `first` is the position of the first query among the keys.
+    """
+    lowest = torch.finfo(dtype).min
+    if mask is None or mask.ndim == 2:
+        if queries == 1 and mask is None:
+            return None
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first)[None, None]
+        if mask is not None:
+            allowed = allowed & mask[:, None, None, -keys:].bool()
+    elif mask.dtype == torch.bool:
+        allowed = mask[..., :keys]
+    else:
+        return mask[..., :keys]
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.where(allowed, zero, lowest)
+
+
+def seeing_queries(mask: Tensor | None, queries: int) -> Tensor | None:
+    """Which queries attend to any key, `[batch, #head, query, 1]`; `None` if all do, or for an additive mask."""
+    if mask is None or mask.is_floating_point():
+        return None
+    if mask.ndim == 2:  # flash attention's padding mask: padding is taken out, and comes back as zeros
+        sees = mask.bool()[:, None, -queries:, None]
+    else:
+        sees = mask.any(-1, keepdim=True)
+    return None if bool(sees.all()) else sees

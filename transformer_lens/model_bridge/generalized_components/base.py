@@ -4,8 +4,6 @@ A component class declares its hooks once; names, axes, meanings, errors, docs a
 says where in the Hugging Face model the component is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,9 +74,9 @@ class StreamMatrix:
 class Part:
     """Where a component is: its class, its path below its parent's module, and its own parts by role."""
 
-    kind: type[ComponentBridge]
+    kind: type["ComponentBridge"]
     at: str = ""
-    parts: Mapping[str, Part] = field(default_factory=dict)
+    parts: Mapping[str, "Part"] = field(default_factory=dict)
     stages: Stages = ()
     """The branches of a block."""
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -116,7 +114,7 @@ class Watcher(Protocol):
 class Exchange(Protocol):
     """Replaces a component's module in the model."""
 
-    component: ComponentBridge
+    component: "ComponentBridge"
 
     @property
     def taken(self) -> bool: ...
@@ -224,7 +222,7 @@ class ComponentBridge(HookOwner):
     """The hooks of this component: those of its class, except those inside a part that is not opened."""
     missing: Mapping[str, str]
     """`absent`, and the hooks inside a part that is not opened."""
-    parent: ComponentBridge
+    parent: "ComponentBridge"
     """The component this one is a part of; not a submodule, to avoid a cycle."""
     reads: ClassVar[tuple[StreamMatrix, ...]] = ()
     """The weights that read the output of the norm in front of this component."""
@@ -346,7 +344,7 @@ class ComponentBridge(HookOwner):
         """Compute the module's call while hooks inside it wait; `call.fire` shows them its values."""
         raise NotImplementedError(f"{type(self).__name__} declares hooks inside its module and does not open it")
 
-    def role(self, role: str) -> ComponentBridge:
+    def role(self, role: str) -> "ComponentBridge":
         """This component (""), one of its parts, or what it is a part of ("parent")."""
         found: Any = self
         for name in role.split(".") if role else ():

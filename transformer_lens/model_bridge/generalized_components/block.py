@@ -1,7 +1,5 @@
 """The transformer block, whose hooks and absent names follow from the list of its branches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial

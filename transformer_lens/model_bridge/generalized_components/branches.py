@@ -3,8 +3,6 @@
 They determine a block's hooks, what each norm feeds, and what is added to the residual stream.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 READERS = {"attn": "attention", "mlp": "the MLP", "mixer": "the mixer"}

@@ -1,7 +1,5 @@
 """The two ends of the model: token and position embeddings, RoPE's table, unembedding, and other heads."""
 
-from __future__ import annotations
-
 from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.weights import Weight, linear, own

@@ -1,10 +1,7 @@
 """One call of a mixture's experts, opened: by the kernel that computes them all at once, or expert by expert."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -18,18 +15,11 @@ from transformer_lens.model_bridge.access.seams import MATMUL, Enough, FirstCall
 from transformer_lens.model_bridge.access.sharding import ALONE, Shards
 from transformer_lens.model_bridge.upstream import CHOICE_WEIGHTS, CHOSEN, STREAM, UpstreamError, eager_forward
 
-
-@dataclass(frozen=True)
-class Stage:
-    """A value inside each expert, and the hooks that show it."""
-
-    name: str
-    hooks: tuple[str, ...]
-
-
-HIDDEN = Stage("hidden", ("hook_pre", "hook_pre_linear"))
-NEURONS = Stage("neurons", ("hook_post",))
-OUTPUTS = Stage("outputs", ("hook_expert_out",))
+Stage = tuple[str, ...]
+"""A value inside each expert: the hooks that show it."""
+HIDDEN: Stage = ("hook_pre", "hook_pre_linear")
+NEURONS: Stage = ("hook_post",)
+OUTPUTS: Stage = ("hook_expert_out",)
 STAGES = (HIDDEN, NEURONS, OUTPUTS)
 
 
@@ -39,7 +29,7 @@ def show_hidden(
     """Show both halves of the hidden layer, side by side or interleaved."""
     aside = module.is_concatenated
     halves = value.chunk(2, dim=-1) if aside else (value[..., ::2], value[..., 1::2])
-    new = [fire(name, half) for name, half in zip(HIDDEN.hooks, halves, strict=True)]
+    new = [fire(name, half) for name, half in zip(HIDDEN, halves, strict=True)]
     if all(one is other for one, other in zip(new, halves, strict=True)):
         return value
     # In the layout of the module's own hidden layer, or the activation rounds differently.
@@ -93,15 +83,15 @@ class KernelRun:
             return self.module._apply_gate(hidden)  # type: ignore[no-any-return]
         if self.order is not None:
             self.place = torch.argsort(self.order)
-        neurons = self._fire(NEURONS.hooks[0], self.module._apply_gate(show_hidden(self.module, hidden, self._fire)))
-        self.step = "weighting" if self.call.wants(OUTPUTS.hooks[0]) else "done"
+        neurons = self._fire(NEURONS[0], self.module._apply_gate(show_hidden(self.module, hidden, self._fire)))
+        self.step = "weighting" if self.call.wants(OUTPUTS[0]) else "done"
         if self.step != "done":
             self.watched.enter_context(FirstCall((Tensor.mul,), self._weighted))
         return neurons
 
     def _weighted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.step = "done"
-        return function(self._fire(OUTPUTS.hooks[0], args[0]), *args[1:], **kwargs)
+        return function(self._fire(OUTPUTS[0], args[0]), *args[1:], **kwargs)
 
     def _fire(self, name: str, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "pair width"]:
         """Show a value to its hook by token, if any hook wants it."""
@@ -137,11 +127,11 @@ class EagerRun:
             weights = call.shards.entering(weights).T.reshape(-1)[self.pairs.here, None]
             arguments = {STREAM: self.x[self.pairs.row], CHOSEN: self.pairs.expert[:, None], CHOICE_WEIGHTS: weights}
         self.call = call.given(arguments)
-        self.known: dict[str, list[Tensor]] = {}
+        self.known: dict[Stage, list[Tensor]] = {}
 
     def looked(self) -> Any:
         """The module's output for hooks that only read: its own eager forward, or one beside it."""
-        wanted = [stage for stage in STAGES if any(map(self.call.wants, stage.hooks))]
+        wanted = [stage for stage in STAGES if any(map(self.call.wants, stage))]
         if self.module.config._experts_implementation == "eager" and self.call.shards.size == 1:
             with ExpertProducts(self.module, self.known, len(self.pairs.counts), wanted[-1], stops=False):
                 output = self.own.run()
@@ -157,13 +147,13 @@ class EagerRun:
     def written(self) -> Float[Tensor, "row d_model"]:
         """The module's output for hooks that write inside."""
         for stage in STAGES:
-            if any(map(self.call.wants, stage.hooks)):
+            if any(map(self.call.wants, stage)):
                 self._forward(stage)
                 self._show(stage)
         total = self._forward(None)
         if self.by_expert:
             total = torch.zeros_like(self.x).index_add(0, self.pairs.row, total)
-        partial = self.by_expert or OUTPUTS.name not in self.known
+        partial = self.by_expert or OUTPUTS not in self.known
         return self.call.shards.summed(total) if partial else total
 
     def _forward(self, until: Stage | None) -> Tensor:
@@ -174,16 +164,16 @@ class EagerRun:
         return self.x
 
     def _show(self, stage: Stage) -> None:
-        found = self.known[stage.name]
+        found = self.known[stage]
         value = torch.cat(found) if found else self.x.new_empty(0, self._width(stage))
         if stage is HIDDEN:
             new = show_hidden(self.module, value, partial(self.pairs.fire, self.call))
         else:
             # Where processes share the neurons, each has a part of every output.
             shown = value if stage is NEURONS or self.by_expert else self.call.shards.summed(value)
-            new = self.pairs.fire(self.call, stage.hooks[0], shown)
+            new = self.pairs.fire(self.call, stage[0], shown)
         if new is not value:
-            self.known[stage.name] = list(new.split(self.pairs.counts))
+            self.known[stage] = list(new.split(self.pairs.counts))
 
     def _width(self, stage: Stage) -> int:
         shape = (self.module.gate_up_proj if stage is HIDDEN else self.module.down_proj).shape[1:]
@@ -199,7 +189,7 @@ class ExpertProducts(TorchCalls):
     """
 
     def __init__(
-        self, module: Any, known: dict[str, list[Tensor]], experts: int, until: Stage | None, stops: bool = True
+        self, module: Any, known: dict[Stage, list[Tensor]], experts: int, until: Stage | None, stops: bool = True
     ) -> None:
         super().__init__()
         self.module = module
@@ -211,33 +201,33 @@ class ExpertProducts(TorchCalls):
         self.product: Tensor | None = None
         """The latest product, before its bias."""
         for stage in STAGES[: STAGES.index(until) + 1] if until else ():
-            known.setdefault(stage.name, [])
+            known.setdefault(stage, [])
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stage = OUTPUTS if self.products % 2 else HIDDEN
         if self.product is not None and function is Tensor.add and args[0] is self.product:
             self.product = None
             stage = HIDDEN if self.products % 2 else OUTPUTS
-            return self._value(stage.name, lambda: function(*args, **kwargs))
+            return self._value(stage, lambda: function(*args, **kwargs))
         if function not in MATMUL:
             return function(*args, **kwargs)
         self.products += 1
         if stage is OUTPUTS:
-            args = (self._value(NEURONS.name, lambda: args[0]), *args[1:])
+            args = (self._value(NEURONS, lambda: args[0]), *args[1:])
         if self.module.has_bias:
             self.product = function(*args, **kwargs)
             return self.product
-        return self._value(stage.name, lambda: function(*args, **kwargs))
+        return self._value(stage, lambda: function(*args, **kwargs))
 
-    def _value(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _value(self, stage: Stage, compute: Callable[[], Tensor]) -> Tensor:
         """The known value of the current expert, or a new one, kept if its stage is to be known."""
         expert = (self.products - 1) // 2
-        if name in self.given:
-            return self.given[name][expert]
+        if stage in self.given:
+            return self.given[stage][expert]
         value = compute()
-        if name in self.known:
-            self.known[name].append(value)
-            if self.until is not None and name == self.until.name and expert == self.experts - 1:
+        if stage in self.known:
+            self.known[stage].append(value)
+            if stage == self.until and expert == self.experts - 1:
                 raise Enough
         return value
 

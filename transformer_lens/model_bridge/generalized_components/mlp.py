@@ -1,7 +1,5 @@
 """The dense MLP: one hidden layer, whose neurons are read before and after the activation."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from transformer_lens.model_bridge.access.ports import Port
@@ -41,17 +39,22 @@ class MLPBridge(DenseWeights, ComponentBridge):
     absent = {"hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two", **NO_EXPERTS}
 
 
+def gated_hooks(gate: Port, hidden: Port) -> tuple[Hook, ...]:
+    """The rows of a gated MLP, from where its gate and its hidden layer are."""
+    return (
+        MLP_IN,
+        Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", gate),
+        Hook("hook_pre_linear", "batch pos d_mlp", "the hidden layer before gating", hidden),
+        Hook("hook_post", "batch pos d_mlp", "the neurons: activated gate times hidden layer", Port("out", "in")),
+    )
+
+
 class GatedMLPBridge(GatedWeights, ComponentBridge):
     """A dense gated MLP with the roles `gate`, `in` and `out`: `out(act(gate(x)) * in(x))`."""
 
     reads = (StreamMatrix("gate"), StreamMatrix("in"))
     writes = (StreamMatrix("out"),)
-    hooks: ClassVar[tuple[Hook, ...]] = (
-        MLP_IN,
-        Hook("hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate", "out")),
-        Hook("hook_pre_linear", "batch pos d_mlp", "the hidden layer before gating", Port("in", "out")),
-        Hook("hook_post", "batch pos d_mlp", "the neurons: activated gate times hidden layer", Port("out", "in")),
-    )
+    hooks: ClassVar[tuple[Hook, ...]] = gated_hooks(Port("gate"), Port("in"))
     absent = NO_EXPERTS
 
 
@@ -60,12 +63,5 @@ class FusedGatedMLPBridge(FusedGatedWeights, ComponentBridge):
 
     reads = (StreamMatrix("gate_up"),)
     writes = (StreamMatrix("out"),)
-    hooks = (
-        MLP_IN,
-        Hook(
-            "hook_pre", "batch pos d_mlp", "the gate before its activation function", Port("gate_up", view=first_half)
-        ),
-        Hook("hook_pre_linear", "batch pos d_mlp", "the hidden layer before gating", Port("gate_up", view=second_half)),
-        Hook("hook_post", "batch pos d_mlp", "the neurons: activated gate times hidden layer", Port("out", "in")),
-    )
+    hooks = gated_hooks(Port("gate_up", view=first_half), Port("gate_up", view=second_half))
     absent = NO_EXPERTS

@@ -1,7 +1,5 @@
 """The mixture of experts: a router chooses experts for each token, and their outputs are summed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -64,7 +62,7 @@ class ExpertsBridge(ComponentBridge):
         if KernelRun.fits(call):
             return KernelRun(call).run()
         run = EagerRun(call)
-        if any(call.writes(name) for stage in STAGES for name in stage.hooks):
+        if any(call.writes(name) for stage in STAGES for name in stage):
             return run.written()
         return run.looked()
 

@@ -1,7 +1,6 @@
 """Normalisation: LayerNorm or RMSNorm, before a branch or at the end of the model."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.access.inside_call import InsideCall
 from transformer_lens.model_bridge.access.ports import Inside, Port
 from transformer_lens.model_bridge.access.views import Shifted
-from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook
+from transformer_lens.model_bridge.generalized_components.base import ComponentBridge, Hook, Part
 from transformer_lens.model_bridge.generalized_components.weights import NormWeights, Weight, constant, own
 
 SCALE = Hook(
@@ -39,6 +38,10 @@ class NormalizationBridge(ComponentBridge):
     """The weight that multiplies by one."""
     centres: ClassVar[bool] = False
     """Whether the mean over d_model is subtracted."""
+
+    def table(self, part: Part) -> tuple[tuple[Hook, ...], Mapping[str, str]]:
+        """After the last block nothing else shows the output."""
+        return (*self.hooks, FINAL_OUT) if self.name == "ln_final" else self.hooks, self.absent
 
 
 class OpenNormalizationBridge(NormWeights, NormalizationBridge):
@@ -125,8 +128,7 @@ class RMSNormBridge(OpenNormalizationBridge):
     attributes = affine = ("weight",)
 
     def look(self, call: InsideCall) -> None:
-        divided = self.divided(call)
-        call.fire(NORMALIZED.name, divided.to(call.first.dtype))
+        call.fire(NORMALIZED.name, self.divided(call).to(call.first.dtype))
 
     def formula(self, call: InsideCall) -> Float[Tensor, "*batch d_model"]:
         return self.weighted(call, self.divided(call), call.first.dtype)
@@ -155,42 +157,6 @@ class OffsetRMSNormBridge(RMSNormBridge):
         new = call.fire(NORMALIZED.name, shown)
         wide = divided if new is shown else new.to(divided.dtype)
         return (wide * (1.0 + call.weight("").float())).to(dtype)
-
-
-class FinalLayerNormBridge(LayerNormBridge):
-    """The LayerNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
-class FinalOffsetLayerNormBridge(OffsetLayerNormBridge):
-    """Nemotron's LayerNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
-class FinalBiaslessLayerNormBridge(BiaslessLayerNormBridge):
-    """Cohere's LayerNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
-class FinalBareLayerNormBridge(BareLayerNormBridge):
-    """OLMo's LayerNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
-class FinalRMSNormBridge(RMSNormBridge):
-    """The RMSNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
-
-
-class FinalOffsetRMSNormBridge(OffsetRMSNormBridge):
-    """Gemma's RMSNorm after the last block."""
-
-    hooks = (SCALE, NORMALIZED, FINAL_OUT)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

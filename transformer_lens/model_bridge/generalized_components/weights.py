@@ -4,8 +4,6 @@ A `Weight` row has axes, meaning, and the parameter and view it is read through;
 and weights alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import getattr_static
@@ -115,7 +113,7 @@ class Weight:
     def __get__(self, component: Any, owner: type) -> Any:
         return self if component is None else self.place(component).read(component.cfg.dtype)
 
-    def __set__(self, component: ComponentBridge, value: Tensor) -> None:
+    def __set__(self, component: "ComponentBridge", value: Tensor) -> None:
         self.place(component).write(value, f"{component.name}.{self.name}")
 
 
@@ -133,10 +131,10 @@ def matrix(module: nn.Module, view: View = WHOLE) -> View:
     return view if isinstance(module, Conv1D) else Transposed(view)
 
 
-def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """The weight `[in, out]` or bias of the linear map in a role; `view` selects from its output."""
 
-    def place(component: ComponentBridge) -> Place:
+    def place(component: "ComponentBridge") -> Place:
         module: Any = component.module_of(role)
         seen = Times(view, component.scales[role]) if role in component.scales else view
         if parameter == "bias":
@@ -146,12 +144,12 @@ def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable
     return place
 
 
-def constant(value: float) -> Callable[[ComponentBridge], Place]:
+def constant(value: float) -> Callable[["ComponentBridge"], Place]:
     """A constant of length d_model for a parameter that the module does not have."""
     return lambda component: Place(component.model, "", WHOLE, (component.cfg.d_model,), value)
 
 
-def own(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+def own(parameter: str, view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """A parameter of the component's own module; a missing bias is read as d_model zeros."""
     return lambda component: Place(component.original_component, parameter, view, (component.cfg.d_model,))
 
@@ -254,10 +252,10 @@ class AttentionWeights:
         return per_group[:, None].expand(-1, per, -1, -1)
 
 
-def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridge], Place]:
+def experts(parameter: str, half: int | None = None) -> Callable[["ComponentBridge"], Place]:
     """The stacked weights of the experts as `[expert, in, out]`; `half` is 0 or 1 of two maps side by side."""
 
-    def place(component: ComponentBridge) -> Place:
+    def place(component: "ComponentBridge") -> Place:
         width = component.size("d_mlp")
         view: View = Whole() if half is None else Columns(half * width, (half + 1) * width)
         return Place(component.module_of("experts"), parameter, Transposed(view))
@@ -265,10 +263,10 @@ def experts(parameter: str, half: int | None = None) -> Callable[[ComponentBridg
     return place
 
 
-def no_bias(width: str) -> Callable[[ComponentBridge], Place]:
+def no_bias(width: str) -> Callable[["ComponentBridge"], Place]:
     """Zeros for a bias that experts do not have; `width` is the config field of its length."""
 
-    def place(component: ComponentBridge) -> Place:
+    def place(component: "ComponentBridge") -> Place:
         shape = (int(component.cfg.num_experts or 1), component.size(width))
         return Place(component.module_of("experts"), "bias", WHOLE, shape)
 
@@ -339,7 +337,7 @@ class ExpertWeights:
     W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate"))
 
 
-def stacked(parameter: str, view: View = WHOLE) -> Callable[[ComponentBridge], Place]:
+def stacked(parameter: str, view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """Weights or biases of experts as stored: `[expert, in, out]`, `[expert, out]`."""
     return lambda component: Place(component.module_of("experts"), parameter, view)
 
@@ -351,9 +349,7 @@ class InterleavedExpertWeights(ExpertWeights):
     'expert d_mlp'
     """
 
-    W_gate = Weight(
-        "expert d_model d_mlp", "what each neuron's gate reads", stacked("gate_up_proj", view=EveryOther(0))
-    )
+    W_gate = Weight("expert d_model d_mlp", "each neuron's gate weights", stacked("gate_up_proj", view=EveryOther(0)))
     W_in = Weight("expert d_model d_mlp", "each neuron's input weights", stacked("gate_up_proj", view=EveryOther(1)))
     W_out = Weight("expert d_mlp d_model", "each neuron's output weights", stacked("down_proj"))
     b_gate = Weight("expert d_mlp", "added to the gate", stacked("gate_up_proj_bias", view=EveryOther(0)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, NormalizationBridge, StreamMatrix
-from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace
 from transformer_lens.model_bridge.processing.changes import ConfigExchange, Exchange, ParameterExchange, ValueExchange
 
 if TYPE_CHECKING:

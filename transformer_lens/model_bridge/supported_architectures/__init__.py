@@ -1,7 +1,5 @@
 """The registry: which adapter describes which `model_type`. Adapters are imported when first needed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -18,12 +16,10 @@ from transformer_lens.model_bridge.generalized_components import Part
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
     "falcon": "falcon",
-    "gpt2": "gpt2 gpt_bigcode gpt_neo gptj",
-    "gpt_neox": "bloom gpt_neox",
-    "layer_norms": "cohere cohere2 jais2 nemotron olmo phi stablelm starcoder2",
-    "llama": """apertus arcee cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite helium
-        hunyuan_v1_dense hyperclovax internlm3 iquestcoder llama ministral ministral3 mistral olmo2 olmo3 phi3 qwen2
-        qwen3 seed_oss smollm3 vaultgemma""",
+    "gpt2": "bloom gpt2 gpt_bigcode gpt_neo gpt_neox gptj",
+    "llama": """apertus arcee cohere cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite
+        helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama ministral ministral3 mistral nemotron
+        olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma""",
     "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
     "mixtral": """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss
         granitemoe hunyuan_v1_moe hy_v3 mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe

@@ -3,8 +3,6 @@
 Source: `modeling_falcon.py` in transformers. `new_decoder_architecture` wins over `multi_query`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -21,7 +19,6 @@ from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,
     ComponentBridge,
     EmbeddingBridge,
-    FinalLayerNormBridge,
     JointQKVPositionEmbeddingsAttentionBridge,
     LayerNormBridge,
     MLPBridge,
@@ -31,6 +28,7 @@ from transformer_lens.model_bridge.generalized_components import (
     linears,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type
+from transformer_lens.model_bridge.supported_architectures.llama import NAMES
 
 BLOCKS: dict[str, tuple[Stages, dict[str, str]]] = {
     "sequential": (SEQUENTIAL, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
@@ -95,24 +93,14 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
     block_returns_tuple = True
     dropouts = ("attention_dropout", "hidden_dropout")
     cfg_names = {
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "d_model": "hidden_size",
+        **NAMES,
+        "n_key_value_heads": "num_kv_heads",  # in the new architecture; see key_value_groups
         "d_head": "head_dim",
         "d_mlp": "ffn_hidden_size",
-        "d_vocab": "vocab_size",
-        "n_ctx": "max_position_embeddings",
         "act_fn": "activation",
         "eps": "layer_norm_epsilon",
     }
-    config_keys = (
-        "alibi",
-        "multi_query",
-        "new_decoder_architecture",
-        "num_kv_heads",
-        "num_ln_in_parallel_attn",
-        "parallel_attn",
-    )
+    config_keys = ("alibi", "multi_query", "new_decoder_architecture", "num_ln_in_parallel_attn", "parallel_attn")
     harmless = ("bias",)
 
     def refusals(self) -> list[str]:
@@ -192,7 +180,7 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "word_embeddings"),
             "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
             "blocks": Part(BlockBridge, "h", inside, stages),
-            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
         }
 
     @staticmethod

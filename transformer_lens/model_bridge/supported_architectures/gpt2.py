@@ -1,24 +1,28 @@
-"""GPT-2, with QKV fused as `[Q | K | V]`, and its relatives GPT-Neo and GPT-J.
+"""GPT-2, with QKV fused as `[Q | K | V]`, GPT-Neo and GPT-J; GPT-NeoX (Pythia) and Bloom, with QKV fused by heads.
 
-Source: their modeling files in transformers >= 5.13 (GPT-J: 5.24). GPT-2's linear layers are transposed (`Conv1D`).
+Source: their modeling files in transformers >= 5.13 (GPT-J: 5.24). GPT-2's linear layers are transposed (`Conv1D`). The
+fused matmul of GPT-NeoX and Bloom is Falcon's with one head per group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.access.seams import Probabilities
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL,
     PARALLEL_ONE_NORM,
     POSITION_HOOK,
     ROOT_HOOKS,
     SEQUENTIAL,
+    ALiBiJointQKVAttentionBridge,
     BlockBridge,
+    Branch,
     EmbeddingBridge,
-    FinalLayerNormBridge,
     Hook,
+    JointQKVAttentionBridge,
     LayerNormBridge,
     MLPBridge,
     Part,
@@ -29,15 +33,19 @@ from transformer_lens.model_bridge.generalized_components import (
     Stages,
     linears,
 )
-from transformer_lens.model_bridge.generalized_components.attention import PROBABILITIES, OpenAttentionBridge
-from transformer_lens.model_bridge.generalized_components.attention_ports import (
+from transformer_lens.model_bridge.generalized_components.attention import (
+    FUSED,
+    OF_ONE_MATMUL,
     OF_PROJECTIONS,
+    PROBABILITIES,
     SCORES,
     SEPARATE,
+    OpenAttentionBridge,
     qkv_hooks,
 )
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionRun
 from transformer_lens.model_bridge.supported_architectures import by_type, row
+from transformer_lens.model_bridge.supported_architectures.llama import CENTRED
 from transformer_lens.model_bridge.upstream import attribute
 
 
@@ -104,7 +112,7 @@ class GPT2ArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "wte"),
             **self.positions,
             "blocks": Part(BlockBridge, "h", self.block_parts, self.stages),
-            "ln_final": Part(FinalLayerNormBridge, "ln_f"),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
         }
 
 
@@ -169,10 +177,84 @@ class GPTJArchitectureAdapter(GPT2ArchitectureAdapter):
     harmless = ()
 
 
+NEOX_BLOCK = {
+    "ln1": Part(LayerNormBridge, "input_layernorm"),
+    "attn": Part(JointQKVAttentionBridge, "attention", linears({"qkv": "query_key_value", "o": "dense"})),
+    "ln2": Part(LayerNormBridge, "post_attention_layernorm"),
+    "mlp": Part(MLPBridge, "mlp", linears({"in": "dense_h_to_4h", "out": "dense_4h_to_h"})),
+}
+
+
+class GPTNeoXArchitectureAdapter(ArchitectureAdapter):
+    """Every GPT-NeoX, with attention and MLP in parallel or in sequence."""
+
+    model_type = "gpt_neox"
+    dropouts = ("attention_dropout", "hidden_dropout")
+    cfg_names = {**CENTRED, "n_key_value_heads": "num_attention_heads"}
+    config_keys: ClassVar[tuple[str, ...]] = ("use_parallel_residual",)
+    harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "classifier_dropout", "is_decoder")
+
+    def variant(self) -> Mapping[str, Any]:
+        d_head = self.config.hidden_size // self.config.num_attention_heads
+        return {"d_head": d_head, "positional_embedding_type": "rotary", "normalization_type": "LN"}
+
+    def components(self) -> dict[str, Part]:
+        stages = PARALLEL if self.config.use_parallel_residual else SEQUENTIAL
+        return {
+            "embed": Part(EmbeddingBridge, "embed_in"),
+            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
+            "blocks": Part(BlockBridge, "layers", NEOX_BLOCK, stages),
+            "ln_final": Part(LayerNormBridge, "final_layer_norm"),
+        }
+
+
+class BloomAttentionBridge(GPTNeoAttentionBridge):
+    """Bloom's attention, with ALiBi's bias in its scores and a softmax in its own code: roles `qkv`, `o`."""
+
+    places = FUSED
+    reads = OF_ONE_MATMUL
+    hooks = (*qkv_hooks(FUSED), *SCORES)
+    absent = ALiBiJointQKVAttentionBridge.absent
+    number = "layer_idx"
+    attributes = ("layer_idx",)
+
+
+class BloomArchitectureAdapter(GPTNeoXArchitectureAdapter):
+    """ALiBi, and a norm after the embeddings; attention and MLP add what they read from to their outputs themselves."""
+
+    model_type = "bloom"
+    takes_positions = False
+    block_returns_tuple = True
+    root_hooks = (replace(ROOT_HOOKS[0], port=Port("embed_norm"), aliases=()),)
+    cfg_names = {
+        **{"n_layers": "n_layer", "n_heads": "n_head", "n_key_value_heads": "n_head", "eps": "layer_norm_epsilon"},
+        **{"d_model": "hidden_size", "d_vocab": "vocab_size"},
+    }
+    config_keys = ()
+    harmless = ("pretraining_tp", "slow_but_exact")
+
+    def variant(self) -> Mapping[str, Any]:
+        d_model = self.config.hidden_size
+        sizes = {"d_head": d_model // self.config.n_head, "d_mlp": 4 * d_model, "n_ctx": 2048}
+        return {**sizes, "act_fn": "gelu_new", "positional_embedding_type": "alibi", "normalization_type": "LN"}
+
+    def components(self) -> dict[str, Part]:
+        attention = Part(BloomAttentionBridge, "self_attention", NEOX_BLOCK["attn"].parts)
+        stages = ((Branch("ln1", "attn", adds="attn.o"),), (Branch("ln2", "mlp", adds="mlp.out"),))
+        return {
+            "embed": Part(EmbeddingBridge, "word_embeddings"),
+            **linears({"embed_norm": "word_embeddings_layernorm"}),
+            "blocks": Part(BlockBridge, "h", {**NEOX_BLOCK, "attn": attention}, stages),
+            "ln_final": Part(LayerNormBridge, "ln_f"),
+        }
+
+
 FAMILIES = by_type(
     GPT2ArchitectureAdapter,
     GPTNeoArchitectureAdapter,
     GPTJArchitectureAdapter,
+    GPTNeoXArchitectureAdapter,
+    BloomArchitectureAdapter,
     row(
         GPT2ArchitectureAdapter,
         "gpt_bigcode",

@@ -1,10 +1,8 @@
-"""Llama and its relatives with RMSNorms and without experts: each row says how a family differs.
+"""Llama and its relatives without experts, with RMSNorms or LayerNorms: each row says how a family differs.
 
 RMSNorm before each branch, RoPE attention with separate projections, a gated MLP. Source: the modeling files of these
 families in transformers >= 5.13.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,19 +10,22 @@ from typing import Any, ClassVar
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
 from transformer_lens.model_bridge.generalized_components import (
+    PARALLEL_ONE_NORM,
     SEQUENTIAL,
+    BareLayerNormBridge,
+    BiaslessLayerNormBridge,
     BlockBridge,
     Branch,
     EmbeddingBridge,
-    FinalOffsetRMSNormBridge,
-    FinalRMSNormBridge,
     FusedGatedMLPBridge,
     GatedMLPBridge,
     HeadsFirstNormedQKAttentionBridge,
     LateNormedQKAttentionBridge,
+    LayerNormBridge,
     MLPBridge,
     NormalizationBridge,
     NormedQKAttentionBridge,
+    OffsetLayerNormBridge,
     OffsetRMSNormBridge,
     Part,
     PositionEmbeddingsAttentionBridge,
@@ -83,7 +84,6 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     model_type = "llama"
     stages: ClassVar[Stages] = SEQUENTIAL
     norm: ClassVar[type[NormalizationBridge]] = RMSNormBridge
-    final_norm: ClassVar[type[NormalizationBridge]] = FinalRMSNormBridge
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     attention: ClassVar[Part] = ROTATED
     unrotated: ClassVar[Part] = UNROTATED
@@ -110,10 +110,9 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     def variant(self) -> Mapping[str, Any]:
         # These families' attention asks for it in this way: the configs of some have no such field of their own.
         d_head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        kinds = {"positional_embedding_type": "rotary", "normalization_type": "LN" if self.norm.centres else "RMS"}
-        gated = self.dense.kind is not MLPBridge
-        ends = {"final_rms": not self.final_norm.centres, "gated_mlp": gated}
-        return {**kinds, **ends, "d_head": d_head, **self.constants}
+        norms = {"normalization_type": "LN" if self.norm.centres else "RMS", "final_rms": not self.norm.centres}
+        kinds = {"positional_embedding_type": "rotary", "gated_mlp": self.dense.kind is not MLPBridge}
+        return {**norms, **kinds, "d_head": d_head, **self.constants}
 
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
@@ -155,21 +154,15 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
             "embed": Part(EmbeddingBridge, "embed_tokens"),
             **rotations,
             "blocks": self.layer,
-            "ln_final": Part(self.final_norm, self.ln_final),
+            "ln_final": Part(self.norm, self.ln_final),
         }
 
 
-class MistralArchitectureAdapter(LlamaArchitectureAdapter):
-    """Llama with sliding-window attention in every layer."""
-
-    model_type = "mistral"
-    cfg_names = WINDOWED
-
-
-class Qwen2ArchitectureAdapter(MistralArchitectureAdapter):
+class Qwen2ArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama with biases in q, k and v, and optional sliding-window attention in some layers."""
 
     model_type = "qwen2"
+    cfg_names = WINDOWED
     config_keys: ClassVar[tuple[str, ...]] = ("layer_types",)
     harmless: ClassVar[tuple[str, ...]] = (
         *LlamaArchitectureAdapter.harmless,
@@ -189,7 +182,7 @@ class GemmaArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama whose norms multiply by one plus their weight, and whose embeddings are scaled by sqrt(d_model)."""
 
     model_type = "gemma"
-    norm, final_norm = OffsetRMSNormBridge, FinalOffsetRMSNormBridge
+    norm = OffsetRMSNormBridge
 
 
 class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
@@ -211,7 +204,6 @@ class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
 
 
 Llama = LlamaArchitectureAdapter
-Mistral = MistralArchitectureAdapter
 LAYER_TYPES: Mapping[str, Any] = {"cfg_names": WINDOWED, "config_keys": ("layer_types",)}
 """Sliding-window attention in some layers."""
 OLMO2: Mapping[str, Any] = {"stages": BEHIND, "norms": BEHIND_NORMS, "attention": WHOLE_NORMED}
@@ -223,19 +215,24 @@ GRANITE: Mapping[str, Any] = {
 }
 EXAONE: Mapping[str, Any] = {"attention": HEADS_FIRST, "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED)}
 BIASES = (*Llama.harmless, "use_bias")
+CENTRED = {**NAMES, "eps": "layer_norm_eps"}
+"""The config names of a family with LayerNorms."""
+COHERE: Mapping[str, Any] = {
+    "stages": PARALLEL_ONE_NORM,
+    "norm": BiaslessLayerNormBridge,
+    "logit_multiplier": "logit_scale",
+    "harmless": (*Llama.harmless, "logit_scale"),
+}
 
 
-class HyperClovaXArchitectureAdapter(Llama):
-    """Granite, with norms after attention and MLP where its config says so."""
+def around_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
+    """Norms after attention and MLP too if the config asks for them."""
+    return AROUND if adapter.config.use_post_norm else SEQUENTIAL
 
-    model_type = "hyperclovax"
-    norms = {**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"}
-    multiplier, embed_multiplier = GRANITE["multiplier"], GRANITE["embed_multiplier"]
-    logit_multiplier = GRANITE["logit_multiplier"]
-    config_keys = (*GRANITE["config_keys"], "use_post_norm")
 
-    def stages_of(self) -> Stages:
-        return AROUND if self.config.use_post_norm else SEQUENTIAL
+def parallel_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
+    """Attention and MLP in parallel if the config asks for it."""
+    return PARALLEL_ONE_NORM if adapter.config.use_parallel_residual else SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -256,13 +253,13 @@ def in_windows(adapter: LlamaArchitectureAdapter, layer: int) -> bool:
 
 FAMILIES = by_type(
     Llama,
-    Mistral,
     Qwen2ArchitectureAdapter,
     Qwen3ArchitectureAdapter,
     GemmaArchitectureAdapter,
     Gemma2ArchitectureAdapter,
-    row(Mistral, "ministral3", "Mistral whose queries grow beyond a length."),
-    row(Mistral, "ministral", "Mistral with sliding-window attention in some layers.", config_keys=("layer_types",)),
+    row(Llama, "mistral", "Llama with sliding-window attention in every layer.", cfg_names=WINDOWED),
+    row(Llama, "ministral3", "Mistral whose queries grow beyond a length.", cfg_names=WINDOWED),
+    row(Llama, "ministral", "Mistral with sliding-window attention in some layers.", **LAYER_TYPES),
     row(
         Gemma2ArchitectureAdapter,
         "gemma3_text",
@@ -299,11 +296,27 @@ FAMILIES = by_type(
         attention=LATE_NORMED,
         harmless=(*Llama.harmless, "eod_token_id"),
     ),
-    row(Llama, "exaone", "Llama under another name."),
-    row(Llama, "internlm3", "Llama under another name."),
-    row(Llama, "iquestcoder", "Llama under another name."),
+    *(row(Llama, name, "Llama under another name.") for name in ("exaone", "internlm3", "iquestcoder")),
     row(Llama, "cwm", "Llama with sliding-window attention in some layers.", **LAYER_TYPES),
-    HyperClovaXArchitectureAdapter,
+    row(
+        Llama,
+        "hyperclovax",
+        "Granite, with norms after attention and MLP where its config says so.",
+        **{**GRANITE, "config_keys": (*GRANITE["config_keys"], "use_post_norm")},
+        norms={**Llama.norms, "ln1_post": "post_norm1", "ln2_post": "post_norm2"},
+        stages_of=around_if_asked,
+    ),
+    row(
+        Llama,
+        "stablelm",
+        "Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence.",
+        norm=LayerNormBridge,
+        cfg_names=CENTRED,
+        config_keys=("use_parallel_residual",),
+        dropouts=("attention_dropout", "hidden_dropout"),
+        harmless=(*Llama.harmless, "use_qkv_bias"),
+        stages_of=parallel_if_asked,
+    ),
     row(Llama, "helium", "Llama whose RoPE rotates adjacent pairs of dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
     row(
@@ -338,12 +351,77 @@ FAMILIES = by_type(
         norms={**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"},
     ),
     row(
-        Mistral,
+        Llama,
         "phi3",
         "Llama with fused QKV, and a fused gate and up projection.",
+        cfg_names=WINDOWED,
         attention=attends(RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
         harmless=(*Llama.harmless, "original_max_position_embeddings"),
+    ),
+    row(
+        Llama,
+        "jais2",
+        "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
+        norm=LayerNormBridge,
+        dense=PLAIN,
+        cfg_names=CENTRED,
+    ),
+    row(
+        Llama,
+        "olmo",
+        "Llama with LayerNorms that have no weights.",
+        norm=BareLayerNormBridge,
+        cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
+        constants={"eps": 1e-5},
+    ),
+    row(
+        Llama,
+        "phi",
+        "Parallel attention and plain MLP after one LayerNorm; biases everywhere, partial RoPE.",
+        norm=LayerNormBridge,
+        stages=PARALLEL_ONE_NORM,
+        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
+        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
+        ln_final="final_layernorm",
+        cfg_names=CENTRED,
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
+    row(
+        Llama,
+        "starcoder2",
+        "Llama with LayerNorms, biases and a plain MLP.",
+        norm=LayerNormBridge,
+        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
+        cfg_names={**WINDOWED, "eps": "norm_epsilon"},
+        dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
+        harmless=BIASES,
+    ),
+    row(
+        Llama,
+        "nemotron",
+        "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
+        norm=OffsetLayerNormBridge,
+        dense=PLAIN,
+        cfg_names={**NAMES, "eps": "norm_eps"},
+    ),
+    row(
+        Llama,
+        "cohere",
+        "Parallel attention and MLP after one LayerNorm without a bias; scaled logits.",
+        **COHERE,
+        cfg_names=CENTRED,
+        config_keys=("use_qk_norm",),
+        mixers=normed_if_asked,
+    ),
+    row(
+        Llama,
+        "cohere2",
+        "Cohere with sliding-window attention in most layers, and no position encoding in the others.",
+        **COHERE,
+        cfg_names={**CENTRED, "sliding_window": "sliding_window"},
+        config_keys=("layer_types",),
+        rotates=in_windows,
     ),
 )

@@ -3,8 +3,6 @@
 Source: the modeling files of these families in transformers >= 5.24.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar

@@ -3,8 +3,6 @@
 Source: their modeling files in transformers >= 5.13 (Granite: 5.24). Mixtral 8x7B and 8x22B differ only in size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from math import log, prod
@@ -14,6 +12,7 @@ from transformer_lens.model_bridge.generalized_components import (
     ExpertsBridge,
     FlatSharedExpertBridge,
     InterleavedMoEBridge,
+    LayerNormBridge,
     LinearRoutedMoEBridge,
     LinearRouterBridge,
     MoEBridge,
@@ -31,7 +30,6 @@ from transformer_lens.model_bridge.generalized_components.attention import (
     LatentQueryAttentionBridge,
 )
 from transformer_lens.model_bridge.supported_architectures import by_type, row
-from transformer_lens.model_bridge.supported_architectures.layer_norms import LAYER_NORM
 from transformer_lens.model_bridge.supported_architectures.llama import (
     EXAONE,
     GATED,
@@ -53,7 +51,7 @@ from transformer_lens.model_bridge.supported_architectures.llama import (
 def mixes(
     kind: type[MoEBridge] = MoEBridge, at: str = "mlp", router: str = "gate", more: Mapping[str, Part] | None = None
 ) -> Part:
-    """A mixture: its path, its router's, and its further parts."""
+    """A mixture: its path, its router's, and its further or other parts."""
     parts = {"gate": Part(RouterBridge, router), "experts": Part(ExpertsBridge, "experts")}
     return Part(kind, at, {**parts, **(more or {})})
 
@@ -155,6 +153,7 @@ def latent_sizes(adapter: LlamaArchitectureAdapter) -> Mapping[str, Any]:
 
 Mixtral = MixtralArchitectureAdapter
 ATTENTION: Mapping[str, Any] = {"dropouts": ("attention_dropout",)}
+OLMOE: Mapping[str, Any] = {**ATTENTION, "cfg_names": {**NAMES, **CHOSEN}, "config_keys": ("norm_topk_prob",)}
 SIGMOIDS = ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
 """Settings of a router that scores with sigmoids and chooses among groups of experts."""
 SHARED: Mapping[str, Any] = {
@@ -223,26 +222,16 @@ FAMILIES = by_type(
         Mixtral,
         "olmoe",
         "A mixture in every layer; one norm over all queries and one over all keys.",
-        **ATTENTION,
+        **OLMOE,
         attention=WHOLE_NORMED,
-        cfg_names={**NAMES, **CHOSEN},
-        config_keys=("norm_topk_prob",),
     ),
-    row(
-        Mixtral,
-        "flex_olmo",
-        "OLMo 2 with a mixture in every layer.",
-        **OLMO2,
-        **ATTENTION,
-        cfg_names={**NAMES, **CHOSEN},
-        config_keys=("norm_topk_prob",),
-    ),
+    row(Mixtral, "flex_olmo", "OLMo 2 with a mixture in every layer.", **OLMO2, **OLMOE),
     row(
         Mixtral,
         "phimoe",
         "Mixtral with LayerNorms and biases; its router is a sparse mixer.",
         config_keys=(),
-        **LAYER_NORM,
+        norm=LayerNormBridge,
         mixture=mixes(router="router"),
         dropouts=("attention_dropout", "router_jitter_noise", "input_jitter_noise"),
         harmless=(*HARMLESS, "lm_head_bias"),
@@ -319,11 +308,7 @@ FAMILIES = by_type(
         "Hunyuan with a mixture with a shared expert in every layer.",
         **ATTENTION,
         attention=LATE_NORMED,
-        mixture=Part(
-            LinearRoutedMoEBridge,
-            "mlp",
-            {"gate": Part(LinearRouterBridge, "gate", linears({"w": "wg"})), "experts": Part(ExpertsBridge, "experts")},
-        ),
+        mixture=mixes(LinearRoutedMoEBridge, more={"gate": Part(LinearRouterBridge, "gate", linears({"w": "wg"}))}),
         shared=Part(SharedExpertBridge, "shared_mlp", GATED.parts),
         shared_width=("intermediate_size",),
         cfg_names={**NAMES, "num_experts": "num_experts", "experts_per_token": "moe_topk"},

@@ -1,7 +1,5 @@
 """The shapes of the published models, from their model cards, so that `info falcon-40b` needs no network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Every step is evidence of its own, which the checks on values judge like a whole
 model compute what a write has to do.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,8 +27,6 @@ from transformer_lens.model_bridge.verification.report import CheckResult
 
 SPARE = 2
 """Empty places after the text in a cache of fixed size."""
-
-
 NAMED = 5
 """The most hooks named at once."""
 
@@ -68,7 +64,7 @@ class Step(Seen):
     captured: tuple[Tensor, dict[str, Tensor]]
     keys: Sequence[tuple[int, int]]
     """How many keys each layer attends to, and the column of the first, according to transformers' own cache."""
-    before: Sequence[Step]
+    before: Sequence["Step"]
 
     def __post_init__(self) -> None:
         self.bridge = self.whole.bridge

@@ -4,8 +4,6 @@ Nothing here reads the table of ports: a reference is the input or output of the
 KV cache goes in by the parameter that transformers itself annotates as one.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -174,7 +172,7 @@ class OwnRun:
 class Seen:
     """One call of the bare model and of the bridge, which the checks on values read."""
 
-    bridge: TransformerBridge
+    bridge: "TransformerBridge"
     tokens: Int[Tensor, "batch pos"]
     own: OwnRun
     """The bare model's run."""
@@ -198,7 +196,7 @@ class Seen:
     def cache(self) -> dict[str, Tensor]:
         return self.captured[1]
 
-    def wide(self, name: str) -> Float[Tensor, ...] | None:
+    def wide(self, name: str) -> Float[Tensor, "..."] | None:
         """A hook's value in at least float32."""
         value = self.cache.get(name)
         return None if value is None else value.to(torch.promote_types(value.dtype, torch.float32))
@@ -250,7 +248,7 @@ class Seen:
 class Evidence(Seen):
     """The runs that the checks share; each is made when first asked for."""
 
-    bridge: TransformerBridge
+    bridge: "TransformerBridge"
     tokens: Int[Tensor, "batch pos"]
     thorough: bool = False
     random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))

@@ -1,7 +1,5 @@
 """Checks on captured values, against Hugging Face's modules and against the equations they obey."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 
 from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.access.weights import is_quantised, read_weight
-from transformer_lens.model_bridge.generalized_components.attention_ports import AttentionPlace
+from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace
 from transformer_lens.model_bridge.upstream import ROTATION, arguments_of, rotation_of, splitting_of
 from transformer_lens.model_bridge.verification.evidence import Seen, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult

@@ -1,7 +1,5 @@
 """`VerificationReport`: the findings of `bridge.verify()`, as text, table, HTML or JSON."""
 
-from __future__ import annotations
-
 import html
 import json
 import math
@@ -164,7 +162,7 @@ class VerificationReport(Tabular):
     def _repr_html_(self) -> str:
         return self.table()._repr_html_() + "".join(f"<div>{html.escape(sentence)}</div>" for sentence in self.below())
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
         from rich.text import Text
 
         shown = self.table().__rich__()

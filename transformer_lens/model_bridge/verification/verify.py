@@ -3,8 +3,6 @@
 The checks are rows of `CHECKS`. Hooks, modes, gradients and random state are restored.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,6 @@ from transformer_lens.model_bridge.verification.report import CheckResult, Verif
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
-
 
 FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 """What a model or a bridge that does not fit raises: a finding like any other."""
@@ -187,7 +184,7 @@ class VerifyMethods:
         )
 
 
-def random_tokens(bridge: TransformerBridge, pos: int = 8) -> Int[Tensor, "batch pos"]:
+def random_tokens(bridge: "TransformerBridge", pos: int = 8) -> Int[Tensor, "batch pos"]:
     """Random ids, none of them special; two rows, or one for heads that find the end of a text by its padding."""
     config: Any = bridge.original_model.config
     special = {getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
@@ -206,7 +203,7 @@ def _checked(tokens: Tensor) -> Int[Tensor, "batch pos"]:
     return ids
 
 
-def _refuse_hooks(bridge: TransformerBridge) -> None:
+def _refuse_hooks(bridge: "TransformerBridge") -> None:
     if bridge._detached:
         raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
     bridge.exchanged.refuse()
