@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.support import FAMILIES, LAYOUTS, falcon_config, family, mixtral
 from transformer_lens.model_bridge import TransformerBridge
@@ -194,6 +195,16 @@ def test_an_unknown_family_is_refused(config: Any, shown: str) -> None:
     assert str(refusal.value).startswith(begin + " names are ")
     what_to_do = "shows how to describe another; TransformerBridge.draft(model) proposes one"
     assert str(refusal.value).endswith(f"docs/adding_an_architecture.md {what_to_do}")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_the_family_nearest_by_its_modules_is_named(family: str) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 50}
+    config = CONFIG_MAPPING[family](**sizes, intermediate_size=16, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config)
+    model.config = Stranger()
+    with pytest.raises(ValueError, match=f"by its modules, the nearest family is '{family}'"):
+        adapter_for(model.config, model)
 
 
 def test_an_adapter_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
