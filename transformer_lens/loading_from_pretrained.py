@@ -12,6 +12,8 @@ from transformer_lens.model_bridge.loading.load import FILE_OPTIONS, load_config
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
 
+__all__ = ["MODEL_ALIASES", "OFFICIAL_MODEL_NAMES", "get_num_params_of_pretrained", "get_official_model_name"]
+__all__ += ["get_pretrained_model_config"]
 OFFICIAL_MODEL_NAMES: tuple[str, ...] = (*TINY_MODELS, *PUBLISHED)
 """The shipped models, and those whose sizes are known without a network."""
 MODEL_ALIASES: dict[str, tuple[str, ...]] = {}

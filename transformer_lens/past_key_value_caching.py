@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import DynamicCache, DynamicLayer
 
+__all__ = ["HookedTransformerKeyValueCache", "HookedTransformerKeyValueCacheEntry"]
 HookedTransformerKeyValueCacheEntry = DynamicLayer
 
 
