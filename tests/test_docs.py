@@ -39,12 +39,13 @@ def run_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     torch.manual_seed(0)
-    for number, (title, code, printed) in enumerate(blocks(page), 1):
-        compiled = compile(code, f"{page}, block {number}", "exec")
-        if "not run here:" in title:
-            continue
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            exec(compiled, namespace)
-        if printed is not None:
-            assert said.getvalue() == printed, f"{page}, block {number}"
+    with torch.enable_grad():  # a page may switch gradients off for all of its blocks
+        for number, (title, code, printed) in enumerate(blocks(page), 1):
+            compiled = compile(code, f"{page}, block {number}", "exec")
+            if "not run here:" in title:
+                continue
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                exec(compiled, namespace)
+            if printed is not None:
+                assert said.getvalue() == printed, f"{page}, block {number}"

@@ -204,7 +204,7 @@ def test_the_family_nearest_by_its_modules_is_named(family: str) -> None:
     model = AutoModelForCausalLM.from_config(config)
     model.config = Stranger()
     with pytest.raises(ValueError, match=f"by its modules, the nearest family is '{family}'"):
-        adapter_for(model.config, model)
+        TransformerBridge(model)
 
 
 def test_an_adapter_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ RENAMED = ("exaone", "sarvam_moe")
 STATES = ("lfm2", "jamba", "falcon_h1", "mamba", "bamba", "qwen3_next", "granitemoehybrid")
 REFUSED = {name: "it has mixers, whose states servers do not keep" for name in MODELS if name.startswith(STATES)}
 REFUSED |= dict.fromkeys(RENAMED, "do not fit")
+REFUSED |= {name: "it takes no position ids" for name in MODELS if name.startswith("bloom")}
+REFUSED |= {name: "transformers lists no causal model of this family" for name in MODELS if name == "mistral4"}
 OVER_SERVERS = [name for name in MODELS if name not in REFUSED]
 
 
@@ -45,7 +47,7 @@ def test_a_family_over_two_servers(name: str, tmp_path: Path) -> None:
     assert torch.equal(remote.generate(ids, **how), local.generate(ids, **how))
     gradients = []
     for bridge in (local, remote):
-        value = torch.full((bridge.cfg.d_head,), 0.5, requires_grad=True)
+        value = torch.full(there["z", 1].shape[-1:], 0.5, requires_grad=True)
         edits = [("blocks.1.attn.hook_z", Edit("add", value, positions=[1]))]
         bridge.run_with_hooks(ids, fwd_hooks=edits).square().mean().backward()
         gradients.append(value.grad)

@@ -85,6 +85,12 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/loading/load.py", "getattr(config, 'transformers_weights', None)"): ONLY_WHEN,
     ("model_bridge/loading/state.py", "getattr(self.config, 'quantization_config', None)"): ONLY_WHEN,
     ("model_bridge/loading/state.py", "getattr(settings.config, 'quantization_config', None)"): ONLY_WHEN,
+    ("model_bridge/supported_architectures/__init__.py", "getattr(model.config, 'model_type', None)"): (
+        "a config that is none of transformers' own is then refused"
+    ),
+    ("model_bridge/supported_architectures/__init__.py", "getattr(model, 'base_model', model)"): (
+        "a model of somebody's own need not have one, and is then compared whole"
+    ),
     ("model_bridge/supported_architectures/__init__.py", "getattr(config, 'model_type', None)"): (
         "anything may be passed as a config, and is then refused"
     ),

@@ -31,7 +31,6 @@ from transformer_lens.model_bridge.calls.caches import PrefixCache
 from transformer_lens.model_bridge.calls.inputs import RETURN_TYPES, Call, ModelInput, Output, main_output
 from transformer_lens.model_bridge.calls.text_methods import TokenMethods
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.drafting import DraftMethods
 from transformer_lens.model_bridge.generalized_components import LOGITS_HOOK, WHOLE_MODEL, ComponentBridge, HookOwner
 from transformer_lens.model_bridge.generating.methods import GenerationMethods
 from transformer_lens.model_bridge.hook_table import HookTable, make_table
@@ -41,9 +40,10 @@ from transformer_lens.model_bridge.loading.state import StateMethods
 from transformer_lens.model_bridge.old_names import OldNames
 from transformer_lens.model_bridge.processing import ProcessingMethods
 from transformer_lens.model_bridge.steering import SteeringMethods
-from transformer_lens.model_bridge.supported_architectures import adapter_for
+from transformer_lens.model_bridge.supported_architectures import adapter_of
 from transformer_lens.model_bridge.supported_versions import warn_of_a_newer_release
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSITIONS, TOKENS, Arguments, arguments_of
+from transformer_lens.model_bridge.verification.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import ModelFacts
 from transformer_lens.utilities import lm_cross_entropy_loss
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 class TransformerBridge(
     ProcessingMethods,
     StateMethods,
-    DraftMethods,
+    VerifyMethods,
     GenerationMethods,
     OldNames,
     SteeringMethods,
@@ -89,7 +89,7 @@ class TransformerBridge(
         HookOwner.__init__(self)
         warn_of_a_newer_release()
         place, inner = inner_model(hf_model)
-        self.adapter = adapter_for(hf_model.config, hf_model)
+        self.adapter = adapter_of(hf_model)
         self.original_model = hf_model
         self.tokenizer = tokenizer
         self.cfg: BridgeConfig = self.adapter.cfg

@@ -25,8 +25,7 @@ from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import Branch, MixerBridge, Part, linears
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, all_shipped, nearest_family, walk
 from transformer_lens.model_bridge.verification.evidence import ModuleCall, tensors, undisturbed, watching
-from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
-from transformer_lens.model_bridge.verification.verify import FINDINGS, VerifyMethods
+from transformer_lens.model_bridge.verification.report import FINDINGS, CheckResult, VerificationReport
 
 SHAPE, MOST_LINES = (2, 11), 40
 NORMS = [vars(kinds)[name] for name in kinds.__all__ if re.fullmatch(r"(?!Final|Normali).*NormBridge", name)]
@@ -293,26 +292,18 @@ def tried(bridge: Any, model: Any, found: Draft) -> Draft:
     return replace(found, failed=failed[0], adapter=adapter, report=report)
 
 
-class DraftMethods(VerifyMethods):
-    @classmethod
-    def draft(cls, model: Any) -> Draft:
-        """Propose an adapter for a causal model whose family has none, and hold it to the laws of `verify`.
-
-        >>> TransformerBridge.draft(model)
-        Traceback (most recent call last):
-        ValueError: draft: 'falcon' has an adapter already: TransformerBridge(model) uses it
-        """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"draft: got {in_words(model)}, expected a Hugging Face model")
-        config: Any = model.config
-        if config.model_type in ADAPTERS:
-            raise ValueError(f"draft: {config.model_type!r} has an adapter already: TransformerBridge(model) uses it")
-        found = Draft(config.model_type, nearest_family(model))
-        try:
-            proposal = Proposal(model)
-            while True:
-                found = tried(cls, model, replace(found, source=proposal.source(found.nearest)))
-                if not found.failed or not proposal.refuse(found.report.failures() if found.report else None):
-                    return found
-        except Misfit as misfit:
-            return replace(found, failed=str(misfit))
+def drafted(bridge_class: type[Any], model: Any) -> Draft:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"draft: got {in_words(model)}, expected a Hugging Face model")
+    config: Any = model.config
+    if config.model_type in ADAPTERS:
+        raise ValueError(f"draft: {config.model_type!r} has an adapter already: TransformerBridge(model) uses it")
+    found = Draft(config.model_type, nearest_family(model))
+    try:
+        proposal = Proposal(model)
+        while True:
+            found = tried(bridge_class, model, replace(found, source=proposal.source(found.nearest)))
+            if not found.failed or not proposal.refuse(found.report.failures() if found.report else None):
+                return found
+    except Misfit as misfit:
+        return replace(found, failed=str(misfit))

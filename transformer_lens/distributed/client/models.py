@@ -271,6 +271,8 @@ def causal_lm_class(model_type: str) -> type[Any]:
     """The distributed causal model class of a family, made from its adapter on first use."""
     if model_type not in MODELS:
         kind = configs.config_class(model_type)
+        if kind.base_class.config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{model_type}: transformers lists no causal model of this family, so none is made remote")
         plain = MODEL_FOR_CAUSAL_LM_MAPPING[kind.base_class.config_class]
         says = {"config_class": kind, "__module__": __name__, "__doc__": f"`{plain.__name__}` over remote blocks."}
         MODELS[model_type] = type(f"Distributed{plain.__name__}", (DistributedCausalLM, plain), says)

@@ -192,8 +192,10 @@ class DistributedConfig(ClientSettings, ModelSettings):
         config._name_or_path = name
         check_settings(config)
         adapter = adapter_for(config)
-        if any("mixer" in adapter.block(layer).parts for layer in range(adapter.cfg.n_layers)):
-            raise ValueError(f"{name}: it has mixers, whose states servers do not keep, and cannot run over servers")
+        mixers = any("mixer" in adapter.block(layer).parts for layer in range(adapter.cfg.n_layers))
+        if mixers or not adapter.takes_positions:
+            why = "has mixers, whose states servers do not keep" if mixers else "takes no position ids"
+            raise ValueError(f"{name}: it {why}, and cannot run over servers")
         return (config, unused) if with_unused else config
 
     @classmethod

@@ -97,7 +97,7 @@ def adapter_class(model_type: Any, model: Any = None) -> type[ArchitectureAdapte
     return register_adapter(import_module(found).FAMILIES[model_type]) if isinstance(found, str) else found
 
 
-def adapter_for(config: Any, model: Any = None) -> ArchitectureAdapter:
+def adapter_for(config: Any) -> ArchitectureAdapter:
     """The adapter of a Hugging Face config.
 
     >>> adapter_for(FalconConfig()).cfg.n_heads
@@ -105,4 +105,8 @@ def adapter_for(config: Any, model: Any = None) -> ArchitectureAdapter:
 
     Raises `ValueError` for an unsupported family, or a configuration that it cannot run.
     """
-    return adapter_class(getattr(config, "model_type", None), model)(config)
+    return adapter_class(getattr(config, "model_type", None))(config)
+
+
+def adapter_of(model: Any) -> ArchitectureAdapter:
+    return adapter_class(getattr(model.config, "model_type", None), model)(model.config)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("check", "difference", "tolerance", "where it is largest", "result")
 
+FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+"""What a model or a bridge that does not fit raises: a finding like any other."""
+
 
 @dataclass(frozen=True)
 class CheckResult:

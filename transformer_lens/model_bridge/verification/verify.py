@@ -18,13 +18,11 @@ from transformer_lens.hooks.point import HookPoint
 from transformer_lens.model_bridge.upstream import POSITIONS
 from transformer_lens.model_bridge.verification import decoding, references, runs
 from transformer_lens.model_bridge.verification.evidence import ROUNDINGS, Evidence, undisturbed
-from transformer_lens.model_bridge.verification.report import CheckResult, VerificationReport
+from transformer_lens.model_bridge.verification.report import FINDINGS, CheckResult, VerificationReport
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
-
-FINDINGS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
-"""What a model or a bridge that does not fit raises: a finding like any other."""
+    from transformer_lens.model_bridge.drafting import Draft
 
 
 @dataclass(frozen=True)
@@ -145,6 +143,18 @@ def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:
 
 
 class VerifyMethods:
+    @classmethod
+    def draft(cls, model: Any) -> "Draft":
+        """Propose an adapter for a causal model whose family has none, and hold it to the laws of `verify`.
+
+        >>> TransformerBridge.draft(model)
+        Traceback (most recent call last):
+        ValueError: draft: 'falcon' has an adapter already: TransformerBridge(model) uses it
+        """
+        from transformer_lens.model_bridge.drafting import drafted  # loaded only when needed: it runs what it writes
+
+        return drafted(cls, model)
+
     def verify(
         self, tokens: Int[Tensor, "batch pos"] | None = None, *, thorough: bool = False, progress: bool = True
     ) -> VerificationReport:
