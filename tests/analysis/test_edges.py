@@ -428,6 +428,8 @@ def test_edges_that_lead_nowhere_do_nothing():
         (("embed", []), ValueError, "in which a step is empty"),
         (("L0H0.q", "logits"), KeyError, "sender: got 'L0H0.q'"),
         (("embed", "L0H9"), KeyError, "receiver: got 'L0H9'"),
+        (("embed", "logi"), KeyError, "receiver: got 'logi'"),
+        (("embed", "1_mlp_"), KeyError, "receiver: got '1_mlp_'"),
         (("L1H0", "L0H0.q"), ValueError, r"nothing of the step before reaches \['L0H0.q'\]"),
         (("embed", "L1H0.q", "L0H1.k"), ValueError, r"nothing of the step before reaches \['L0H1.k'\]"),
         (("embed", "logits", "logits"), ValueError, "nothing of the step before reaches"),

@@ -190,7 +190,7 @@ def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     """A receiver, or a head's three."""
     label = part_label(label)
     exact = [number for number, one in enumerate(graph.receivers) if one.label == label]
-    parts = [number for number, one in enumerate(graph.receivers) if label in (one.node, one.label[:-2])]
+    parts = [number for number, one in enumerate(graph.receivers) if label in (one.node, one.label.partition(".")[0])]
     return exact or parts or [graph.receiver(label)]
 
 
