@@ -138,6 +138,22 @@ def tokens_of(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, ...]]:
 ABOUT = ["context_ids", "positions", "token_ids", Q]
 
 
+def test_filling_the_buffer_keeps_few_files_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformer_lens.collect.store.OPEN", 1)
+    counts = []
+
+    class Watched(ActivationStore):
+        def __getitem__(self, index: Any) -> Any:
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            counts.append(len({line.split()[-1] for line in lines if str(folder) in line}))
+            return super().__getitem__(index)
+
+    watched = Watched(folder)
+    assert len(watched._shards.records) > 4
+    assert sum(len(batch) for batch in watched.batches(Q, 8, buffer_tokens=10**6)) == len(watched)
+    assert max(counts) - counts[0] <= 2  # the open one, and the one that the last run is in
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("batch", [1000, 96])

@@ -408,7 +408,11 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
         random = np.random.default_rng([self.seed, self.epoch, part])
         size = min(self.buffer_tokens, tokens)
         left = tokens - size
-        buffer = coming.take(size)
+        stored = {name: self.store[name] for name in self.names}
+        buffer = {name: torch.empty(size, *of.shape[1:], dtype=of.dtype) for name, of in stored.items()}
+        for start in range(0, size, RUN):  # a run at a time: until it is copied, what was taken keeps its shard mapped
+            for name, values in coming.take(min(RUN, size - start)).items():
+                buffer[name][start : start + RUN] = values
         while left:
             places = random.choice(size, self.batch_size, replace=False)
             yield _at(buffer, torch.from_numpy(places))
