@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -293,6 +294,13 @@ def test_functions_inside_are_refused_and_nothing_stays(pair: Pair, name: str) -
         setattr(pair.remote.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], torch.nn.Identity())
     assert not any(point.has_hooks() for point in pair.remote.hook_points())
     assert torch.equal(pair.remote(pair.tokens), pair.local(pair.tokens))
+
+
+def test_a_refused_partial_is_named_by_its_function(pair: Pair) -> None:
+    with pytest.raises(ValueError, match="hook double at 'blocks.1.hook_attn_out'"):
+        pair.remote.add_hook("blocks.1.hook_attn_out", partial(double))
+    with pytest.raises(ValueError, match="hook _add at 'blocks.1.hook_attn_out'"):
+        pair.remote.steer(torch.ones(pair.remote.cfg.d_model), at="blocks.1.hook_attn_out").__enter__()
 
 
 def test_a_fresh_hook_point_refuses_too(pair: Pair) -> None:

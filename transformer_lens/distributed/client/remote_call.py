@@ -231,7 +231,7 @@ class RemoteBlock(BlockElsewhere):
         reads = entry.reads_only or isinstance(entry.fn, Capture)
         if reads or (direction == "fwd" and isinstance(entry.fn, (Edit, Keep))):
             return None
-        kind = getattr(entry.fn, "__name__", type(entry.fn).__name__)
+        kind = getattr(getattr(entry.fn, "func", entry.fn), "__name__", type(entry.fn).__name__)
         where = f"{kind} at {name!r}: its block runs on another machine, where no Python of yours runs"
         if direction == "bwd":
             return ValueError(
