@@ -157,10 +157,7 @@ def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 @contextmanager
 def state_in_numbers(model: nn.Module) -> Iterator[None]:
-    """While it is open, the model's state has numbers for quantised experts, which transformers can read back.
-
-    Quantised once, they are the same when loading quantises them again (in 8 bits but for the rounding of a scale).
-    """
+    """While open, the model's state has quantised experts as numbers, which loading quantises to the same bits again."""
 
     def numbers(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
         names: Any = module._modules["parametrizations"]
