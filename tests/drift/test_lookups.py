@@ -64,8 +64,12 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("collect/manifest.py", "getattr(config, '_experts_implementation', None)"): "only of families with experts",
     (
         "distributed/client/remote_call.py",
-        "getattr(entry.fn, '__name__', type(entry.fn).__name__)",
+        "getattr(getattr(entry.fn, 'func', entry.fn), '__name__', type(entry.fn).__name__)",
     ): "a user's callable",
+    (
+        "distributed/client/remote_call.py",
+        "getattr(entry.fn, 'func', entry.fn)",
+    ): "a user's callable, perhaps a partial",
     ("utilities.py", "getattr(model, 'to_answer_tokens', None)"): "anything may be passed, and is then refused",
     ("model_bridge/generalized_components/weights.py", "getattr(module, 'bias', None)"): NO_BIAS,
     (

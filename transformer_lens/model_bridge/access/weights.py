@@ -157,7 +157,7 @@ def other_linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 @contextmanager
 def state_in_numbers(model: nn.Module) -> Iterator[None]:
-    """While open, the model's state has quantised experts as numbers, which loading quantises to the same bits again."""
+    """While open, the model's state has quantised experts as numbers; loading quantises them to the same bits again."""
 
     def numbers(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
         names: Any = module._modules["parametrizations"]
