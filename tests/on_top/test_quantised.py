@@ -168,6 +168,18 @@ def test_what_cannot_be_done_with_quantised_experts():
         bridge.fold_layer_norm()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "nf4 twice", "8-bit"])
+def test_experts_numbers_are_near_those_of_the_checkpoint(kind):
+    """Half a step of the code book, of the largest weight, as for projections; in 8 bits of each row's largest."""
+    plain = stacked(TransformerBridge.boot_transformers("tiny-mixtral").original_model)
+    for packed, full in zip(stacked(boot("tiny-mixtral", kind).original_model), plain, strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            numbers, weight = read_weight(packed, name), getattr(full, name)
+            largest = weight.abs().amax(-1, keepdim=True) if kind == "8-bit" else weight.abs().max()
+            share = 1 / 254 + 2**-11 if kind == "8-bit" else 1 / 6
+            assert ((numbers - weight).abs() <= share * largest).all() and not torch.equal(numbers, weight)
+
+
 def test_experts_that_are_to_be_skipped_are():
     config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["experts", "lm_head"])
     bridge = TransformerBridge.boot_transformers("tiny-mixtral", quantization_config=config)
