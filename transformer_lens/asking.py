@@ -97,6 +97,14 @@ def layer_numbers(cfg: BridgeConfig, layers: Layers, what: str = "layer") -> lis
     return numbers
 
 
+def layers_with(bridge: TransformerBridge, hook: str) -> list[int]:
+    """The layers that have a hook such as `attn.hook_z`. Raises `KeyError` with the reason where none has it."""
+    found = [layer for layer in range(bridge.cfg.n_layers) if f"blocks.{layer}.{hook}" in bridge.hook_dict]
+    if not found:
+        bridge.canonical_name(f"blocks.0.{hook}")
+    return found
+
+
 def place_name(model: Named, at: Any, what: str = "at") -> str:
     """A hook's name; a layer stands for the residual stream that leaves it. Raises `KeyError` for an unknown hook."""
     if isinstance(at, str):

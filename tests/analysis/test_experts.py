@@ -426,7 +426,9 @@ def run(make):
     return call
 
 
-OTHER = "routing statistics: got those of a model with [layers, experts, chosen] = [2, 4, 1], expected [2, 4, 2]"
+OTHER = (
+    "routing statistics: got those of a model with layers, experts, chosen = [[0, 1], 4, 1], expected [[0, 1], 4, 2]"
+)
 KINDS = "expected ints, a forward slice, a boolean mask [batch, pos] or None"
 ERRORS = [
     (lambda b: ablate_expert(b, 2, 0), "layer: got 2, expected -2 to 1 in a model of 2 layers"),

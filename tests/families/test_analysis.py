@@ -19,9 +19,19 @@ from transformer_lens.analysis.experts import (
     force_experts,
     logit_attribution,
     routing,
+    routing_statistics,
 )
+from transformer_lens.analysis.heads import detect_head, head_similarity, induction_scores, random_repeats
 from transformer_lens.analysis.lenses import TunedLens
-from transformer_lens.patching import get_act_patch_expert_out, get_act_patch_resid_pre
+from transformer_lens.analysis.svd import SVDInterpreter
+from transformer_lens.patching import (
+    generic_activation_patch,
+    get_act_patch_attn_head_out_all_pos,
+    get_act_patch_block_every,
+    get_act_patch_expert_out,
+    get_act_patch_resid_pre,
+    layer_head_vector_patch_setter,
+)
 
 
 def bridge_of(name: str, **options) -> TransformerBridge:
@@ -112,6 +122,53 @@ def test_sweeps_over_models_with_states_are_a_loop(name):
             assert torch.equal(found[layer, position], last(logits))
 
 
+def test_routing_has_the_layers_with_experts_alone():
+    bridge, ids = bridge_of("qwen3_moe, dense first"), tokens(2, 6)
+    found = routing(bridge, ids)
+    (logits,) = bridge.original_model(ids, output_router_logits=True).router_logits
+    assert found.layers == (1,)
+    assert torch.equal(found.indices, logits.view(1, 2, 6, -1).topk(found.indices.shape[-1]).indices)
+    assert "layer 1" in str(found) and "layer 0" not in str(found)
+    counted = routing_statistics(bridge, [ids], progress=False)
+    assert counted.layers == (1,) and str(counted.table()).splitlines()[2].startswith("1 ")
+    for expert in range(counted.load.shape[1]):
+        sent = [token.token for token in found.tokens_of(1, expert)]
+        assert len(sent) == counted.load[0, expert] == int((found.indices == expert).sum())
+        assert [(token.token, token.times) for token in counted.top_tokens(1, expert, n=99)] == [
+            (token, sent.count(token)) for token in sorted(set(sent), key=lambda token: (-sent.count(token), token))
+        ]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "jamba"])
+def test_layers_without_attention_have_no_numbers_and_the_others_are_right(name):
+    bridge, ids = bridge_of(name), tokens(1, 6)
+    _, clean = bridge.run_with_cache(ids)
+    swept = get_act_patch_attn_head_out_all_pos(bridge, ids.flip(1), clean, last, verbose=False)
+    every = get_act_patch_block_every(bridge, ids.flip(1), clean, last, verbose=False)
+    assert swept[0].isnan().all() and every[1, 0].isnan().all() and every[[0, 2]].isfinite().all()
+    for head in range(bridge.cfg.n_heads):
+
+        def put(z, hook, head=head):
+            z[:, :, head] = clean["z", 1][:, :, head]
+
+        logits = bridge.run_with_hooks(ids.flip(1), fwd_hooks=[("blocks.1.attn.hook_z", put)])
+        assert torch.equal(swept[1, head], last(logits))
+    with pytest.raises(KeyError, match="'blocks.0.attn.hook_z' is absent in this model: this block has no attention"):
+        generic_activation_patch(bridge, ids, clean, last, layer_head_vector_patch_setter, "z", index_df=[(0, 1)])
+
+    repeats = random_repeats(bridge, 4, 2)
+    pattern = bridge.run_with_cache(repeats)[1]["pattern", 1]
+    seen = torch.stack([pattern[:, :, q, q - 3] for q in range(5, 9)]).mean((0, 1))
+    scores = induction_scores(bridge, 4, 2)
+    assert scores[0].isnan().all() and torch.allclose(scores[1], seen, atol=1e-6)
+    found = detect_head(bridge, ids, "previous_token_head")
+    assert (found[0] == -1).all()
+    assert torch.equal(found[1:], detect_head(bridge, ids, "previous_token_head", heads={1: range(8)})[1:])
+    same = head_similarity(bridge)
+    assert same[0].isnan().all() and same[:, :, 0].isnan().all()
+    assert torch.allclose(same[1, :, 1].diagonal(), torch.ones(bridge.cfg.n_heads))
+
+
 def with_biased_head(bridge):
     bridge.original_model.lm_head.bias = torch.nn.Parameter(torch.ones(bridge.cfg.d_vocab))
     return bridge
@@ -131,7 +188,8 @@ REFUSED = [
     ("dots1", "correction_bias", lambda bridge, ids: forbid_experts(bridge, 1, 0)),
     ("dots1", "correction_bias", lambda bridge, ids: force_experts(bridge, 1, 0)),
     ("lfm2_moe", "expert_bias", lambda bridge, ids: forbid_experts(bridge, 1, 0)),
-    ("qwen3_moe, dense first", "some layers are dense", lambda bridge, ids: routing(bridge, ids)),
+    ("qwen3_moe, dense first", r"layer 0 has a dense MLP; .* are 1", lambda b, ids: routing(b, ids).tokens_of(0, 1)),
+    ("lfm2", "blocks.0 has no 'attn'", lambda bridge, ids: SVDInterpreter(bridge).singular_vectors("OV", 0, 1, 0)),
     ("olmoe", "has a bias", lambda bridge, ids: logit_attribution(with_biased_head(bridge), ids, 5)),
     ("gemma2", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).fit(ids)),
     ("granite", "caps or multiplies", lambda bridge, ids: TunedLens(bridge).evaluate(ids)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import Heads, check_one_text, head_pairs, refuse_embeddings
+from transformer_lens.asking import Heads, check_one_text, head_pairs, layers_with, refuse_embeddings
 from transformer_lens.checks import a_list, a_tensor, in_words, is_tensor, one_of
 
 __all__ = [
@@ -109,7 +109,8 @@ def detect_head(
     `run_with_cache(seq)` saves the run. Raises `ValueError` for patterns, measures, heads and texts that do not fit.
     """
     one_of("error_measure", error_measure, get_args(ErrorMeasure))
-    wanted = head_pairs(model.cfg, heads)
+    some = layers_with(model, "attn.hook_pattern") if heads is None else range(model.cfg.n_layers)
+    wanted = [(layer, head) for layer, head in head_pairs(model.cfg, heads) if layer in some]
     if not isinstance(seq, str):
         seq = a_tensor("seq", seq) if isinstance(seq, Tensor) else list(a_list("seq", seq))
     if not len(seq) or batch_size < 1:
@@ -124,14 +125,14 @@ def detect_head(
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
     for start in range(0, len(texts), batch_size if cache is None else len(texts)):
-        some = slice(start, start + batch_size if cache is None else None)
+        batch = slice(start, start + batch_size if cache is None else None)
         found: Any = cache
         if cache is None:
-            how: dict[str, Any] = {"names_filter": names, "return_type": None, "attention_mask": mask[some]}
-            _, found = model.run_with_cache(tokens[some], **how)
+            how: dict[str, Any] = {"names_filter": names, "return_type": None, "attention_mask": mask[batch]}
+            _, found = model.run_with_cache(tokens[batch], stop_at_layer=layers[-1] + 1, **how)
         for layer in layers:
-            attention = _of_batch(found, layer, mask[some])
-            for row, (real, pattern) in enumerate(zip(mask[some], patterns[some], strict=True)):
+            attention = _of_batch(found, layer, mask[batch])
+            for row, (real, pattern) in enumerate(zip(mask[batch], patterns[batch], strict=True)):
                 seen = attention[row][:, real][:, :, real].float().cpu()
                 total[layer] += _scores(seen, pattern, exclude_bos, exclude_current_token, error_measure)
     scores = torch.full_like(total, -1.0)

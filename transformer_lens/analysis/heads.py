@@ -13,7 +13,15 @@ from torch import Tensor
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.head_detection import detect_head as detect_head  # a name of this module too
-from transformer_lens.asking import Heads, Positions, checked_positions, head_pairs, layer_number, position_mask
+from transformer_lens.asking import (
+    Heads,
+    Positions,
+    checked_positions,
+    head_pairs,
+    layer_number,
+    layers_with,
+    position_mask,
+)
 from transformer_lens.checks import a_tensor, one_of
 from transformer_lens.data.generate import repeated_random_tokens
 from transformer_lens.factored_matrix import wide
@@ -45,7 +53,8 @@ def induction_scores(
     bridge: TransformerBridge, length: int = 16, batch: int = 16, seed: int = 0
 ) -> Float[Tensor, "layer head"]:
     """Each head's induction score, 0 to 1: its mean attention, over the second half of repeated random tokens, to the
-    token after the previous occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads").
+    token after the previous occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads"). Layers without
+    attention have NaN, here and in the two scores below.
 
     >>> (induction_scores(bridge) > 0.9).nonzero().tolist()
     [[1, 0], [1, 1], [1, 2], [1, 3]]
@@ -82,15 +91,16 @@ def _mean_attention(
     bridge: TransformerBridge, tokens: Int[Tensor, "batch pos"], first: int, back: int
 ) -> Float[Tensor, "layer head"]:
     """Each head's mean attention, for queries from `first` on, to the key `back` positions earlier."""
-    rows = []
+    cfg = bridge.cfg
+    means = torch.full((cfg.n_layers, cfg.n_heads), torch.nan)
     queries = torch.arange(first, tokens.shape[1])
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(bridge.cfg.n_layers)]
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers_with(bridge, "attn.hook_pattern")]
 
-    def keep(pattern: Float[Tensor, "batch head pos pos"], hook: Any) -> None:
-        rows.append(pattern[:, :, queries, queries - back].float().mean((0, 2)).cpu())
+    def keep(pattern: Float[Tensor, "batch head pos pos"], hook: HookPoint) -> None:
+        means[hook.layer()] = pattern[:, :, queries, queries - back].float().mean((0, 2)).cpu()
 
-    bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=bridge.cfg.n_layers)
-    return torch.stack(rows)
+    bridge.run_with_hooks(tokens, fwd_hooks=[(names, keep)], return_type=None, stop_at_layer=cfg.n_layers)
+    return means
 
 
 @checked
@@ -159,21 +169,22 @@ def head_similarity(
     torch.Size([4, 4, 4, 2])
 
     "W_O" is the subspace a head writes to; "W_Q", "W_K" and "W_V" are those it reads, with the preceding norm's weight
-    folded in. W_K and W_V have one head per group: query head `h` uses `h // (n_heads / n_key_value_heads)`. Memory
-    holds a basis of every head, as large as the weights.
+    folded in. W_K and W_V have one head per group: query head `h` uses `h // (n_heads / n_key_value_heads)`. Layers
+    without attention have NaN. Memory holds a basis of every head, as large as the weights.
     """
     for what, name in (("matrix", matrix), ("other", matrix if other is None else other)):
         one_of(what, name, MATRICES)
-    layers = range(bridge.cfg.n_layers)
-    first = [head_bases(bridge, matrix, layer) for layer in layers]
-    second = first if other is None else [head_bases(bridge, other, layer) for layer in layers]
-    rows = []
-    for bases in first:
-        overlaps = [
-            torch.einsum("hdi,gdj->hgij", bases, others.to(bases.device)).square().sum((-1, -2)) for others in second
-        ]
-        rows.append(torch.stack(overlaps, dim=1) / min(bases.shape[-1], second[0].shape[-1]))
-    return torch.stack([row.to(rows[0].device) for row in rows])
+    layers = layers_with(bridge, "attn.hook_z")
+    first = {layer: head_bases(bridge, matrix, layer) for layer in layers}
+    second = first if other is None else {layer: head_bases(bridge, other, layer) for layer in layers}
+    here, there = first[layers[0]], second[layers[0]]
+    n_layers = bridge.cfg.n_layers
+    found = here.new_full((n_layers, len(here), n_layers, len(there)), torch.nan)
+    for layer, bases in first.items():
+        for later, others in second.items():
+            overlap = torch.einsum("hdi,gdj->hgij", bases, others.to(bases.device)).square().sum((-1, -2))
+            found[layer, :, later] = overlap / min(bases.shape[-1], others.shape[-1])
+    return found
 
 
 @checked
@@ -188,10 +199,10 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     one_of("matrix", matrix, MATRICES)
     layer = layer_number(bridge.cfg, layer)
     block: Any = bridge.blocks[layer]
+    norm = block.branch("attn").norm
     weight = wide(getattr(block.attn, matrix).detach())
     if matrix == "W_O":
         return _basis(weight.mT)
-    norm = block.branch("attn").norm
     return _basis(weight * block.role(norm).w.detach().to(weight)[:, None] if norm else weight)
 
 

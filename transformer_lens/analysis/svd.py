@@ -197,6 +197,8 @@ class SVDInterpreter:
         circuit = kind in ("OV", "QK")
         experts = 0 if circuit else cfg.num_experts or 0
         _check_index("layer_index", layer, cfg.n_layers)
+        block: Any = self.model.blocks[layer]
+        block.branch("attn" if circuit else "mlp")
         for name, index, size in (
             ("head_index", head, cfg.n_heads if circuit else 0),
             ("expert_index", expert, experts),

@@ -243,7 +243,7 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
     axes = ("expert", "token", "weight of the expert")
     panels = {
         f"layer {i}": Heatmap(share.T, experts, tokens, f"layer {i}", *axes, limits=(0.0, 1.0))
-        for i, share in enumerate(shares[:, 0])
+        for i, share in zip(found.layers, shares[:, 0], strict=True)
     }
     return Heatmaps(panels, "Routing")
 

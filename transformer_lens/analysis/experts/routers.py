@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import log
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.asking import Input, Pair, need_experts, one_expert, refuse_embeddings
+from transformer_lens.asking import Input, Pair, layers_with, need_experts, one_expert, refuse_embeddings
 from transformer_lens.checks import is_several, whole
 from transformer_lens.text_table import Tabular, TextTable
 
@@ -37,11 +37,22 @@ class RoutedToken(NamedTuple):
     """The softmax of the router's logits, at this expert."""
 
 
+def _row_of(layers: Sequence[int], layer: int) -> int:
+    """A layer's row in a table of those with experts."""
+    if layer not in layers:
+        raise ValueError(f"layer {layer} has a dense MLP; the layers with experts are {', '.join(map(str, layers))}")
+    return layers.index(layer)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing(Tabular):
-    """Every router's choices for every token. Prints as a table; tensors are on the CPU."""
+    """Every router's choices for every token. Prints as a table; tensors are on the CPU, with a row for each layer that
+    has experts.
+    """
 
     bridge: TransformerBridge
+    layers: tuple[int, ...]
+    """The layers with experts, whose rows these are."""
     tokens: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     """False at padding tokens."""
@@ -66,8 +77,9 @@ class Routing(Tabular):
         >>> [(token.position, token.text, round(token.weight, 2)) for token in found.tokens_of(0, expert=2)]
         [(0, '<|bos|>', 0.72), (2, ' Mary', 0.6)]
         """
-        layer, expert = one_expert((len(self.indices), self.probabilities.shape[-1]), layer, expert)
-        sent = (self.indices[layer] == expert) & self.mask[..., None]
+        layer, expert = one_expert((self.bridge.cfg.n_layers, self.probabilities.shape[-1]), layer, expert)
+        row = _row_of(self.layers, layer)
+        sent = (self.indices[row] == expert) & self.mask[..., None]
         texts = self.str_tokens
         return [
             RoutedToken(
@@ -76,8 +88,8 @@ class Routing(Tabular):
                 int(self.tokens[batch, position]),
                 texts[batch][position],
                 place,
-                float(self.weights[layer, batch, position, place]),
-                float(self.probabilities[layer, batch, position, expert]),
+                float(self.weights[row, batch, position, place]),
+                float(self.probabilities[row, batch, position, expert]),
             )
             for batch, position, place in sent.nonzero().tolist()
         ]
@@ -93,16 +105,16 @@ class Routing(Tabular):
         'ary'      3 (0.67) 1 (0.33)  0 (0.62) 3 (0.38)  3 (0.66) 1 (0.34)
         ' and'     3 (0.70) 0 (0.30)  0 (0.61) 3 (0.39)  1 (0.62) 3 (0.38)
         """
-        columns = ["token", *(f"layer {i}" for i in range(len(self.indices)))]
+        columns = ["token", *(f"layer {layer}" for layer in self.layers)]
         texts = self.str_tokens
         rows = [
-            [repr(texts[batch][position]), *(self._cell(i, batch, position) for i in range(len(self.indices)))]
+            [repr(texts[batch][position]), *(self._cell(row, batch, position) for row in range(len(self.layers)))]
             for batch, position in self.mask.nonzero().tolist()
         ]
         return TextTable("Experts chosen for each token: expert (weight)", columns, rows)
 
-    def _cell(self, layer: int, batch: int, position: int) -> str:
-        at = (layer, batch, position)
+    def _cell(self, row: int, batch: int, position: int) -> str:
+        at = (row, batch, position)
         pairs = zip(self.indices[at].tolist(), self.weights[at].tolist(), strict=True)
         return " ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)
 
@@ -126,20 +138,20 @@ def routing(
     >>> found.indices.shape, found.mask.sum(-1).tolist()
     (torch.Size([3, 2, 5, 2]), [5, 3])
 
-    Keywords as in `bridge.forward`. Raises `ValueError` for a model with dense layers and `TypeError` for embeddings.
+    Keywords as in `bridge.forward`. Raises `ValueError` for a model without experts and `TypeError` for embeddings.
     """
     need_experts(bridge.cfg, "routing")
-    if any(f"blocks.{i}.mlp.{HOOKS[0]}" not in bridge.hook_dict for i in range(bridge.cfg.n_layers)):
-        raise ValueError("routing: some layers are dense; read blocks.{i}.mlp.hook_router_logits of those with experts")
     refuse_embeddings(input)
+    layers = layers_with(bridge, f"mlp.{HOOKS[0]}")
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side, attention_mask)
-    names = [f"blocks.{i}.mlp.{name}" for i in range(bridge.cfg.n_layers) for name in HOOKS]
+    names = [[f"blocks.{layer}.mlp.{name}" for layer in layers] for name in HOOKS]
+    every = [name for each in names for name in each]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
-            tokens, return_type=None, names_filter=names, device="cpu", attention_mask=attention_mask
+            tokens, return_type=None, names_filter=every, device="cpu", attention_mask=attention_mask
         )
-    logits, weights, indices = (cache.stack_activation(name.removeprefix("hook_")) for name in HOOKS)
-    return Routing(bridge, tokens, mask, indices, weights.float(), logits.float().softmax(-1))
+    logits, weights, indices = (torch.stack([cache[name] for name in each]) for each in names)
+    return Routing(bridge, tuple(layers), tokens, mask, indices, weights.float(), logits.float().softmax(-1))
 
 
 SUMMED = ("n_tokens", "load", "weight", "entropy_sum", "together", "onward")
@@ -160,9 +172,12 @@ class ExpertToken(NamedTuple):
 class RoutingStatistics(Tabular):
     """Routing counts over all tokens but padding; `a + b` combines two data sets.
 
-    A token counts once at each expert chosen for it, whatever its weight.
+    A token counts once at each expert chosen for it, whatever its weight. Tensors have a row for each layer that has
+    experts.
     """
 
+    layers: tuple[int, ...]
+    """The layers with experts, whose rows these are."""
     n_tokens: int
     n_chosen: int
     """Experts chosen per token."""
@@ -174,7 +189,7 @@ class RoutingStatistics(Tabular):
     together: Int[Tensor, "layer expert expert"]
     """Tokens sent to both experts of the layer; `load` on the diagonal."""
     onward: Int[Tensor, "layer-1 expert next_expert"]
-    """Tokens sent to one expert of a layer and to another of the next layer."""
+    """Tokens sent to one expert of a layer and to another of the next layer with experts."""
     tokens: Int[Tensor, " token"]
     """The distinct token ids seen."""
     token_counts: Int[Tensor, " token"]
@@ -209,8 +224,8 @@ class RoutingStatistics(Tabular):
         >>> [(token.text, token.times, token.share) for token in found.top_tokens(0, expert=0, n=2)]
         [('<|bos|>', 1, 1.0), (' and', 1, 1.0)]
         """
-        layer, expert = one_expert(self.load.shape, layer, expert)
-        counts = self.token_load[:, layer, expert]
+        layer, expert = one_expert((1 + max(self.layers), self.load.shape[1]), layer, expert)
+        counts = self.token_load[:, _row_of(self.layers, layer), expert]
         order = counts.argsort(descending=True, stable=True)[:n]
         return [
             ExpertToken(
@@ -238,16 +253,17 @@ class RoutingStatistics(Tabular):
         return torch.special.xlogy(joint, shares).sum((0, 2))  # type: ignore[no-any-return]
 
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
-        if self.load.shape != other.load.shape or self.n_chosen != other.n_chosen:
-            got, here = ([*found.load.shape, found.n_chosen] for found in (other, self))
+        got, here = ([list(found.layers), found.load.shape[1], found.n_chosen] for found in (other, self))
+        if got != here:
             raise ValueError(
-                f"routing statistics: got those of a model with [layers, experts, chosen] = {got}, expected {here}"
+                f"routing statistics: got those of a model with layers, experts, chosen = {got}, expected {here}"
             )
         tokens, rows = torch.cat([self.tokens, other.tokens]).unique(return_inverse=True)
         both = [torch.cat([self.token_counts, other.token_counts]), torch.cat([self.token_load, other.token_load])]
         counts, load = (part.new_zeros(len(tokens), *part.shape[1:]).index_add_(0, rows, part) for part in both)
         return RoutingStatistics(
             **{name: getattr(self, name) + getattr(other, name) for name in SUMMED},
+            layers=self.layers,
             n_chosen=self.n_chosen,
             tokens=tokens,
             token_counts=counts,
@@ -265,17 +281,17 @@ class RoutingStatistics(Tabular):
         1      55.6%     22.2%     55.6%     66.7%     1.059           0.629
         2      33.3%     66.7%     33.3%     66.7%     1.082           0.637
         """
-        layers, experts = self.load.shape
+        experts = self.load.shape[1]
         shares, information = self.load_share, self.mutual_information()
         columns = ["layer", *(f"expert {e}" for e in range(experts)), "entropy (nats)", "told by token (nats)"]
         rows = [
             [
-                str(i),
-                *(f"{share:.1%}" for share in shares[i].tolist()),
-                f"{float(self.entropy[i]):.3f}",
-                f"{float(information[i]):.3f}",
+                str(layer),
+                *(f"{share:.1%}" for share in shares[row].tolist()),
+                f"{float(self.entropy[row]):.3f}",
+                f"{float(information[row]):.3f}",
             ]
-            for i in range(layers)
+            for row, layer in enumerate(self.layers)
         ]
         title = (
             f"Share of {self.n_tokens} tokens at each expert, {self.n_chosen} chosen for each token "
@@ -299,6 +315,7 @@ def _counted(found: Routing) -> RoutingStatistics:
     token_load = torch.zeros(len(tokens), *sent.shape[::2], dtype=torch.long)
     token_load.index_add_(0, rows, sent.transpose(0, 1))
     return RoutingStatistics(
+        layers=found.layers,
         n_tokens=int(found.mask.sum()),
         n_chosen=chosen.shape[-1],
         load=sent.sum(1),

@@ -173,12 +173,12 @@ def generic_activation_patch(
     >>> generic_activation_patch(*sweep, index_df=[(0, 1), (2, 4)], verbose=False).shape
     torch.Size([2])
 
-    Give `index_axis_names` for every combination, in the result's shape; axes are `layer`, `pos`, `src_pos`,
-    `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`. Or give `index_df`, a table whose
-    first column is the layer, for a flat result. `return_index_df` returns the table too. `corrupted_tokens` may be
-    embeddings. The metric maps logits [batch pos d_vocab] to one number, and is called once per row, in no particular
-    order. Other keywords as in `run_interventions`. Raises `KeyError` for an activation that the model or the clean
-    cache lacks, with the reason, and `ValueError` for axes and shapes that do not fit.
+    Give `index_axis_names` for every combination, in the result's shape, with NaN for layers that lack the activation;
+    axes are `layer`, `pos`, `src_pos`, `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`.
+    Or give `index_df`, a table whose first column is the layer, for a flat result. `return_index_df` returns the table
+    too. `corrupted_tokens` may be embeddings. The metric maps logits [batch pos d_vocab] to one number, and is called
+    once per row, in no particular order. Other keywords as in `run_interventions`. Raises `KeyError` for an activation
+    that the model or the clean cache lacks, with the reason, and `ValueError` for axes and shapes that do not fit.
     """
     if (index_axis_names is None) == (index_df is None):
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
@@ -190,16 +190,21 @@ def generic_activation_patch(
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
         index_df = make_df_from_ranges(shape, index_axis_names)
     rows = index_rows(index_df)
+    done = list(range(len(rows)))
+    if index_axis_names is not None:
+        done = [i for i in done if _full_name(activation_name, rows[i][0]) not in model.absent_names] or done
     found = run_interventions(
         model,
         input,
-        _interventions(model, clean_cache, patch_setter, activation_name, rows),
+        _interventions(model, clean_cache, patch_setter, activation_name, [rows[i] for i in done]),
         patching_metric,
         attention_mask=mask,
         memory_budget=memory_budget,
         verbose=verbose,
     )
-    result = found if index_axis_names is None else found.reshape(shape)
+    result = found.new_full((len(rows),), torch.nan)
+    result[done] = found
+    result = result if index_axis_names is None else result.reshape(shape)
     return (result, index_df) if return_index_df else result
 
 
@@ -207,7 +212,11 @@ def _interventions(
     model: TransformerBridge, clean_cache: Cache, patch_setter: PatchSetter, activation_name: str, rows: list[list[int]]
 ) -> list[Intervention]:
     """A hook on its layer's activation for each row of an index table."""
-    names = {layer: _full_name(model, activation_name, layer) for layer in dict.fromkeys(row[0] for row in rows)}
+    names = {}
+    for layer in dict.fromkeys(row[0] for row in rows):
+        if not 0 <= layer < model.cfg.n_layers:
+            raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
+        names[layer] = model.canonical_name(_full_name(activation_name, layer))
     missing = next((name for name in names.values() if name not in clean_cache), None)
     if missing:
         raise KeyError(f"clean_cache: it holds no {missing!r}; cache that activation in the clean run as well")
@@ -231,12 +240,10 @@ def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: i
     return sizes[axis]
 
 
-def _full_name(model: TransformerBridge, activation_name: str, layer: int) -> str:
+def _full_name(activation_name: str, layer: int) -> str:
     """The full hook name of an activation such as `resid_pre`, `q` or `ln1.hook_scale`."""
-    if not 0 <= layer < model.cfg.n_layers:
-        raise ValueError(f"index: got layer {layer}, expected 0 to {model.cfg.n_layers - 1}")
     full = "hook_" in activation_name
-    return model.canonical_name(f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer))
+    return f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer)
 
 
 def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:

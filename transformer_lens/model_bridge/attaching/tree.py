@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.access.views import whole
 from transformer_lens.model_bridge.architecture_adapter import HEADS, NO_HEAD, ArchitectureAdapter, Preparation, head_of
 from transformer_lens.model_bridge.generalized_components import BlockBridge, ComponentBridge, HookOwner, Part
 from transformer_lens.model_bridge.generalized_components.base import is_replica
+from transformer_lens.model_bridge.generalized_components.branches import READERS
 from transformer_lens.model_bridge.wrapped_model import MODEL
 
 PUT: WeakSet[nn.Module] = WeakSet()
@@ -265,4 +266,18 @@ def absent_names(bridge: HookOwner, adapter: ArchitectureAdapter, inner: Any) ->
         absent["hook_logits"] = "the logits are what the head returns, at unembed.hook_out"
     for component in components_in(bridge):
         absent |= {f"{component.name}.{name}": why for name, why in component.missing.items()}
-    return absent
+    return _parts_of_other_blocks(bridge) | absent
+
+
+def _parts_of_other_blocks(bridge: Any) -> dict[str, str]:
+    """The hooks of parts that only some blocks have, for the blocks without, and why."""
+    blocks = [[part for part in block.modules() if isinstance(part, ComponentBridge)] for block in bridge.blocks]
+    places = [{part.name.split(".", 2)[2]: part.declared for part in parts[1:]} for parts in blocks]
+    every = {place: hooks for block in places for place, hooks in block.items()}
+    return {
+        f"blocks.{layer}.{place}.{hook.name}": f"this block has no {READERS.get(place, place).removeprefix('the ')}"
+        for layer, block in enumerate(places)
+        for place, hooks in every.items()
+        if place not in block
+        for hook in hooks
+    }
