@@ -377,7 +377,7 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
         mask, alibi = call.argument(MASK), call.argument(ALIBI)
         sees: list[Tensor | None] = []
 
-        def scores(value: Float[Tensor, "B H Q K"]) -> Float[Tensor, "B H Q K"]:
+        def scores(value: Tensor) -> Tensor:  # [B H Q K]; jaxtyping would make its types anew in each call
             added, seeing = run.eager_mask(mask, value.shape[-2], value.shape[-1], value)
             sees.append(seeing)
             return run.scores(value if added is None else value.add_(added) if run.reuses else value + added)
