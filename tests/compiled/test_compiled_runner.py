@@ -387,27 +387,6 @@ def test_in_inference_mode_and_out_of_it() -> None:
         assert not runner.edits[0].value.requires_grad  # under no_grad it is a number like any other
 
 
-INSIDE = {
-    "blocks.0.attn.hook_pattern": "attn.hook_q, hook_k or hook_z",
-    "blocks.0.hook_q_input": "hook_resid_pre or attn.hook_q",
-    "blocks.0.ln1.hook_scale": "attn.hook_in, mlp.hook_in or ln_final.hook_out",
-    "blocks.0.attn.hook_result": "attn.hook_z",
-    "blocks.0.mlp.hook_router_logits": "mlp.hook_expert_weights and mlp.hook_expert_indices",
-    "blocks.0.mlp.hook_post": r"another hook of kind 'port' in bridge.hook_table\(\)",
-}
-
-
-@pytest.mark.parametrize("name", INSIDE)
-def test_hooks_inside_modules_are_refused_with_what_to_use_instead(name: str) -> None:
-    bridge = small("mixtral", num_hidden_layers=1)
-    for wrong in ({"reads": [name]}, {"edits": [(name, Edit("scale", 2.0))]}):
-        with pytest.raises(
-            ValueError, match=f"{name}' is not a tensor .* no graph can show it; declare {INSIDE[name]}"
-        ):
-            bridge.compile(**wrong)
-    assert torch_hooks(bridge.original_model) == 0
-
-
 @pytest.mark.parametrize(
     ("wrong", "kind", "text"),
     [

@@ -50,7 +50,7 @@ class Read:
 
 
 class GraphRead:
-    """One `Read` at one hook, with its buffers; `like` has the hook's dtype and device, and its shape after `pos`."""
+    """One `Read` at one hook, with its buffers; `like` is the hook's value for one token."""
 
     buffers: tuple[Tensor, ...] = ()
 
@@ -70,15 +70,18 @@ class GraphRead:
         got = [] if self.directions is None else list(self.directions.shape)
         if got and got[1:] != [width]:
             raise ValueError(f"Read at {point.name!r}: got directions of shape {got}, expected [several, {width}]")
-        self.k = 0 if read.k is None else whole("k", read.k, 1, width, f", the last axis of {point.name!r}")
-        self.made: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        grows = point.axes.endswith("key_pos")
+        most = None if grows else width
+        self.k = 0 if read.k is None else whole("k", read.k, 1, most, f", the last axis of {point.name!r}")
+        self.made: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
-    def fit(self, shape: tuple[int, int]) -> None:
-        """Have buffers for a call of so many rows and positions: the same ones for the same shape, up to eight."""
+    def fit(self, shape: tuple[int, ...]) -> None:
+        """Have buffers for a value of this shape: the same ones for the same shape, up to eight."""
         if shape not in self.made:
-            self.slice.apply(torch.empty(shape), dim=1)  # raises for positions that are not there
-            value = self.like.new_empty(*shape, *self.like.shape[2:], device="meta")
-            parts = self.of(value, value.new_empty(shape, dtype=torch.bool))
+            rows_and_positions = shape[0], shape[self.axis]
+            self.slice.apply(torch.empty(rows_and_positions), dim=1)  # raises for positions that are not there
+            value = self.like.new_empty(shape, device="meta")
+            parts = self.of(value, value.new_empty(rows_and_positions, dtype=torch.bool))
             self.made[shape] = tuple(_put(None, torch.zeros_like(part, device=self.like.device)) for part in parts)
             if len(self.made) > 8:
                 del self.made[next(iter(self.made))]
@@ -90,8 +93,10 @@ class GraphRead:
             value = value[(slice(None),) * self.axis + (self.index,)]
         if self.reduce == "mean":
             counted = text if self.index is None else text[:, self.index]
-            counted = counted.reshape(*counted.shape, *[1] * (value.ndim - 2))
-            return ((wide(value).where(counted, 0).sum(1) / counted.sum(1)).to(value.dtype),)
+            counted = counted[
+                (slice(None), *[None] * (self.axis - 1), slice(None), *[None] * (value.ndim - self.axis - 1))
+            ]
+            return ((wide(value).where(counted, 0).sum(self.axis) / counted.sum(self.axis)).to(value.dtype),)
         if self.reduce == "norm":
             return (torch.linalg.vector_norm(wide(value), dim=-1),)
         if self.directions is not None:
@@ -112,7 +117,7 @@ class GraphEdit:
     on: bool | Bool[Tensor, " batch"] = True
     places: Any = None  # where the graph writes, and what: tensors with the hook's axes
     value: Any = None
-    _fitted: tuple[int, int] | None = None
+    _fitted: tuple[int, ...] | None = None
 
     def __init__(self, edit: Edit, point: HookPoint, like: Tensor) -> None:
         if point.read_only:
@@ -141,21 +146,21 @@ class GraphEdit:
     def apply(self, x: Tensor) -> Tensor:
         return torch.where(self.places, OPERATIONS[self.operation](x, self.value), x)
 
-    def fit(self, shape: tuple[int, int]) -> None:
-        """Have places and a value for a call of so many rows and positions, in the same memory where they fit."""
-        given, full, axes = self.edit.value, (*shape, *self.like.shape[2:]), self.like.ndim
+    def fit(self, shape: tuple[int, ...]) -> None:
+        """Have places and a value for a value of this shape, in the same memory where they fit."""
+        given, axes, along = self.edit.value, self.like.ndim, self.point.position_axis
         learns = isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled()
         if not learns and self._fitted == shape:
             return
-        ones, chosen = self.like.new_ones(full), dict[str, Any](self.edit.chosen)
+        ones, chosen = self.like.new_ones(shape), dict[str, Any](self.edit.chosen)
         self.edit(ones, self.point)  # raises what it raises eagerly
         if isinstance(self.on, Tensor) and len(self.on) != shape[0]:
             raise ValueError(f"edit at {self.point.name!r}: got on for {len(self.on)} rows, and a batch of {shape[0]}")
         places = Edit("zero", **chosen)(ones, self.point) == 0
         places = places if "expert" in self.point.axes else places[..., :1]  # the other last axes are never chosen from
         places &= torch.as_tensor(self.on, device=ones.device).reshape(-1, *[1] * (axes - 1))
-        if not (isinstance(given, Tensor) and given.ndim >= axes - 1 and given.shape[1 - axes] > 1):
-            ones, chosen = ones[:, :1], {**chosen, "positions": None}  # one value for all positions
+        if not (isinstance(given, Tensor) and given.ndim >= axes - along and given.shape[along - axes] > 1):
+            ones, chosen = ones.narrow(along, 0, 1), {**chosen, "positions": None}  # one value for all positions
         value = Edit("set", 0.0 if given is None else given, **chosen)(ones, self.point).contiguous()
         self.places, self.value = _put(self.places, places), value if learns else _put(self.value, value)
         self._fitted = None if learns else shape

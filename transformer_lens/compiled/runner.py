@@ -9,17 +9,20 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import in_words, listed
 from transformer_lens.compiled.declared import GraphEdit, GraphRead, Read
+from transformer_lens.compiled.hooks import GraphModule, GraphTap, graph_hook
 from transformer_lens.hooks.edits import Edit
 from transformer_lens.hooks.point import state
 from transformer_lens.hooks.root import HookedRootModule, HookSpec
-from transformer_lens.model_bridge.attaching.attachment import BoundPort, Tap
+from transformer_lens.model_bridge.access.seams import asking
 from transformer_lens.model_bridge.attaching.partial_run import Watch
 from transformer_lens.model_bridge.calls.inputs import ModelInput, main_output
+from transformer_lens.model_bridge.generalized_components.attention import FunctionAttentionBridge
+from transformer_lens.model_bridge.upstream import CACHE, attention_functions
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -28,60 +31,6 @@ EAGERLY = (
     "Python hooks are on this model, so the runner calls it eagerly, with its reads and edits as well; take the hooks "
     "off (bridge.reset_hooks()) to run the compiled graph"
 )
-INSTEAD = {
-    **dict.fromkeys(("hook_attn_scores", "hook_pattern", "hook_rot_q", "hook_rot_k"), "attn.hook_q, hook_k or hook_z"),
-    **dict.fromkeys(("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input"), "hook_resid_pre or attn.hook_q"),
-    **dict.fromkeys(("hook_scale", "hook_normalized"), "attn.hook_in, mlp.hook_in or ln_final.hook_out"),
-    "hook_router_logits": "mlp.hook_expert_weights and mlp.hook_expert_indices",
-    "hook_result": "attn.hook_z",
-}
-
-
-class GraphPort:
-    """A port inside the graph: reads and edits the value that the eager hooks see there."""
-
-    edits: tuple[GraphEdit, ...] = ()
-    reads: tuple[GraphRead, ...] = ()
-    like: Any = None
-    known: Any = None
-
-    def __init__(self, bound: BoundPort, runner: CompiledRunner) -> None:
-        self.bound, self.port, self.runner = bound, bound.port, runner
-
-    def remember(self, x: Tensor) -> None:
-        self.known = self.port.remember(x)
-
-    def fire(self, x: Tensor) -> Tensor:
-        known, self.known = self.known, None
-        new = value = self.port.read(x, self.bound.view, known)
-        if not torch.compiler.is_compiling():
-            self.like = value.new_empty(1, 1, *value.shape[2:])
-        for edit in self.edits:
-            new = edit.apply(new)
-        for read in self.reads:
-            for buffer, part in zip(read.buffers, read.of(new.detach(), self.runner.text), strict=True):
-                buffer.copy_(part)
-        self.runner.fired += 1
-        return x if new is value else self.port.write(x, new, self.bound.view, known, self.bound.modules)
-
-
-class GraphTap(Tap):
-    """The torch hook of the ports at one place, which acts in its runner's calls alone."""
-
-    runner: CompiledRunner
-
-    def __init__(self, tap: Tap, ports: dict[str, GraphPort], runner: CompiledRunner) -> None:
-        vars(self).update(vars(tap), handle=None, module=None, runner=runner)
-        self.live: Any = tuple(ports[port.name] for port in tap.ports if port.name in ports)
-        self.live_recalls: Any = tuple(ports[port.name] for port in tap.recall_for if port.name in ports)
-        if self.live or self.live_recalls:
-            self._put_on()
-
-    def on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        return super().on_input(module, args, kwargs) if state.runner is self.runner else None
-
-    def on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return super().on_output(module, args, output) if state.runner is self.runner else None
 
 
 class CompiledRunner(AbstractContextManager[Any]):
@@ -91,7 +40,10 @@ class CompiledRunner(AbstractContextManager[Any]):
     `close()`, or leaving a `with` block, takes everything off the model.
     """
 
-    taps: tuple[GraphTap, ...] = ()
+    places: tuple[GraphTap | GraphModule, ...] = ()
+    """What is on the model."""
+    registries: tuple[Any, ...] = ()
+    """Where its opened attention looks up its attention function."""
     closed, fired = False, 0
 
     def __init__(
@@ -107,38 +59,39 @@ class CompiledRunner(AbstractContextManager[Any]):
         if functions := [in_words(fn) for _, fn in written if not isinstance(fn, Edit)]:
             why = "no Python runs in a compiled graph; put functions on the bridge, which then runs eagerly"
             raise TypeError(f"bridge.compile: got {functions[0]}, expected an Edit: {why}")
-        bound = {port.name: port for tap in bridge.attachment.taps.values() for port in tap.ports}
-        for name in (name for name, _ in (*kept, *written)):
-            if type(bound.get(name)) is not BoundPort or points[name].axes.split()[:2] != ["batch", "pos"]:
-                instead = INSTEAD.get(name.rpartition(".")[2], "another hook of kind 'port' in bridge.hook_table()")
-                raise ValueError(
-                    f"bridge.compile: {name!r} is not a tensor by batch and pos that a module of this process receives "
-                    f"or returns whole, so no graph can show it; declare {instead}, or use run_with_cache"
-                )
-        self.ports = {name: GraphPort(bound[name], self) for name, _ in (*kept, *written)}
+        names = dict.fromkeys(name for name, _ in (*kept, *written))
+        self.hooks = {name: graph_hook(points[name], bridge.attachment, self) for name in names}
         with ExitStack() as undo:
             undo.callback(self.close)
             bridge.attachment.runners.append(self)
-            taps = [GraphTap(tap, self.ports, self) for tap in bridge.attachment.taps.values()]
-            self.taps = tuple(tap for tap in taps if tap.handle is not None)
+            self._put_on()
             with torch.no_grad(), torch.random.fork_rng():  # one token shows what each port holds
                 token, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
                 self._run(bridge._call(token, None, attention_mask=mask).kwargs, self._graph)
-            self.reads = [GraphRead(read, points[name], self.ports[name].like) for name, read in kept]
-            self.edits = [GraphEdit(edit, points[name], self.ports[name].like) for name, edit in written]
+            self.reads = [GraphRead(read, points[name], self.hooks[name].like) for name, read in kept]
+            self.edits = [GraphEdit(edit, points[name], self.hooks[name].like) for name, edit in written]
             self.declared: tuple[GraphRead | GraphEdit, ...] = (*self.reads, *self.edits)
             keys = [key for read in self.reads for key in read.keys]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
                 raise ValueError(f"bridge.compile: {', '.join(twice)} would be kept twice; leave one of the reads out")
-            for name, port in self.ports.items():
-                port.edits = tuple(edit for edit in self.edits if edit.point.name == name)
-                port.reads = tuple(read for read in self.reads if read.point.name == name)
+            for name, hook in self.hooks.items():
+                hook.edits = tuple(edit for edit in self.edits if edit.point.name == name)
+                hook.reads = tuple(read for read in self.reads if read.point.name == name)
             # torch counts the graphs of all functions with the same code together, so this one gets its own.
             own = FunctionType(CompiledRunner._graph.__code__.replace(), globals())
             self._compiled = torch.compile(MethodType(own, self), fullgraph=True, **options)
             if tokens is not None:
                 self(tokens, return_type=None)
             undo.pop_all()
+
+    def _put_on(self) -> None:
+        attachment = self.bridge.attachment
+        taps = [GraphTap(tap, self.hooks, self) for tap in attachment.taps.values()]
+        modules = [GraphModule(opened, self.hooks, self) for opened in attachment.opened.values()]
+        self.places = (*(tap for tap in taps if tap.handle is not None), *(one for one in modules if one.in_place))
+        attentions = (one.component for one in modules if one.in_place)
+        found = [attention_functions(a.computing_module) for a in attentions if isinstance(a, FunctionAttentionBridge)]
+        self.registries = tuple({id(registry): registry for registry in found}.values())
 
     def __call__(
         self, input: ModelInput, return_type: str | None = "logits", loss_per_token: bool = False, **options: Any
@@ -152,8 +105,13 @@ class CompiledRunner(AbstractContextManager[Any]):
         batch, pos = tokens.shape[:2]
         ones = torch.ones(batch, pos, dtype=torch.bool, device=tokens.device)
         self.text = ones if call.columns is None else call.columns.mask[:, -pos:].contiguous()
+        cache = self.bridge.arguments.value(CACHE, (), call.kwargs)
+        sizes = {"batch": batch, "pos": pos, "query_pos": pos, "key_pos": pos}
         for part in self.declared:
-            part.fit((batch, pos))
+            axes = part.point.axes.split()
+            if cache is not None and "key_pos" in axes:
+                sizes["key_pos"] = cache.get_mask_sizes(pos, part.point.layer())[0]
+            part.fit(tuple(sizes.get(axis, size) for axis, size in zip(axes, part.like.shape, strict=True)))
         return self.bridge._answer(call, return_type, loss_per_token, self._run)
 
     def _run(self, kwargs: dict[str, Any], run: Callable[..., tuple[Tensor, int]] | None = None) -> Tensor:
@@ -163,12 +121,15 @@ class CompiledRunner(AbstractContextManager[Any]):
             warnings.warn(EAGERLY, stacklevel=4)  # Python shows it once for each place
         outer, state.runner = state.runner, self
         try:
-            output, fired = run(kwargs)
+            with ExitStack() as asked:
+                for registry in self.registries:
+                    asked.enter_context(asking(registry))
+                output, fired = run(kwargs)
         finally:
             state.runner = outer
-        if fired != len(self.ports):
+        if fired != len(self.hooks):
             why = "a module of the model was exchanged since, or is not called; close this runner and make another"
-            raise ValueError(f"bridge.compile: {fired} of {len(self.ports)} declared hooks fired: {why}")
+            raise ValueError(f"bridge.compile: {fired} of {len(self.hooks)} declared hooks fired: {why}")
         return output
 
     def _graph(self, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
@@ -191,10 +152,10 @@ class CompiledRunner(AbstractContextManager[Any]):
 
     def close(self) -> None:
         """Take everything off the model."""
-        for tap in self.taps:
-            tap._take_off()
+        for place in self.places:
+            place._take_off()
         self.bridge.attachment.runners[:] = [one for one in self.bridge.attachment.runners if one is not self]
-        self.closed, self.taps = True, ()
+        self.closed, self.places = True, ()
 
     def __exit__(self, *error: object) -> None:
         self.close()

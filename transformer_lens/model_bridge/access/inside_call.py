@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge.access.sharding import ALONE, Shards
 from transformer_lens.model_bridge.access.weights import is_adapted, is_quantised, read_weight
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word, arguments_of
+from transformer_lens.model_bridge.upstream import Arguments, UpstreamError, Word
 
 DISPATCHED = "_old_forward"
 """Where accelerate keeps the original forward that its own calls."""
@@ -81,6 +81,7 @@ class InsideCall:
 
     module: nn.Module
     original: Callable[..., Any]
+    arguments: Arguments
     cfg: BridgeConfig
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -96,10 +97,6 @@ class InsideCall:
     """The processes that share the inside of the module; `cfg` describes this process's part."""
     divided: tuple[str, ...] = ()
     """The axes along which they share it."""
-
-    @property
-    def arguments(self) -> Arguments:
-        return arguments_of(type(self.module))
 
     def argument(self, word: Word) -> Any:
         """An argument of the module's forward, however it was passed; its default if it was left out."""

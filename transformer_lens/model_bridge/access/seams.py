@@ -189,10 +189,23 @@ _users: dict[int, int] = {}
 def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], Attend]) -> Iterator[None]:
     """For one call of an attention module in this thread, replace the attention function it asks transformers for.
 
-    `instead` is given the function that the model's config names and the family's own eager one.
+    `instead` is given the function that the model's config names and the family's own eager one. A compiled graph
+    holds no lock: its runner keeps `asking` open for it.
     """
-    registry = attention_functions(module)
     state.attending.append((module, len(state.executing), instead))
+    try:
+        if torch.compiler.is_compiling():
+            yield
+        else:
+            with asking(attention_functions(module)):
+                yield
+    finally:
+        state.attending.pop()
+
+
+@contextmanager
+def asking(registry: Any) -> Iterator[None]:
+    """Replace a registry's look-up by one that sees `attention_function`, until the last thread has left."""
     with _exchange:
         _users[id(registry)] = _users.get(id(registry), 0) + 1
         if _users[id(registry)] == 1:
@@ -200,7 +213,6 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
     try:
         yield
     finally:
-        state.attending.pop()
         with _exchange:
             _users[id(registry)] -= 1
             if not _users[id(registry)]:

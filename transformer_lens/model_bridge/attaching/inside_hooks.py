@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.access.sharding import Interior
 from transformer_lens.model_bridge.access.views import TokenRows
 from transformer_lens.model_bridge.attaching.partial_run import covered
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
+from transformer_lens.model_bridge.upstream import arguments_of
 
 attaching = threading.Lock()
 """Held while a model is changed, which bridges and threads share."""
@@ -85,11 +86,16 @@ class InsideForward(ForwardInPlace):
 
     users: list["BoundModule"]
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.arguments = arguments_of(type(module))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.depth:
             with nested_forward():
                 return self(*args, **kwargs)
-        users = {user: wanted for user in tuple(self.users) if (wanted := user.wanted())}
+        users = {user: user.wanted() for user in tuple(self.users)}
+        users = {user: wanted for user, wanted in users.items() if wanted}
         if not users:
             return self.original(*args, **kwargs)
         return next(iter(users)).component.inside(self.call(args, kwargs, users))
@@ -109,7 +115,7 @@ class InsideForward(ForwardInPlace):
                     value = hooks[name].fire(value, rows)
             return value
 
-        call = (self.module, self.original, user.interior.cfg, args, kwargs, user.component.module_of)
+        call = (self.module, self.original, self.arguments, user.interior.cfg, args, kwargs, user.component.module_of)
         hooks = (fire, wanted.__contains__, written.__contains__)
         return InsideCall(*call, *hooks, stream, user.interior.shards, user.interior.axes)
 

@@ -245,14 +245,17 @@ class AttentionRun:
 
     def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The mask as eager attention adds it to its scores, and which queries attend to anything."""
-        first, memo = self.end(keys) - queries, {} if state.memo is None else state.memo
-        key = (id(mask), queries, keys, first, like.dtype, like.device)
+        # A mask by query and key says where each query is; a graph cannot ask a cache of fixed size for its length.
+        first = 0 if isinstance(mask, Tensor) and mask.ndim == 4 else self.end(keys) - queries
+        memo = {} if state.memo is None else state.memo
+        key = None if torch.compiler.is_compiling() else (id(mask), queries, keys, first, like.dtype, like.device)
         found = memo.get(key)
         if found is None:
             given = entries(mask, queries, keys, like.device)
             added = additive_mask(given, queries, keys, first, like.dtype, like.device)
             found = (added, seeing_queries(given, queries), mask)  # held, so that no other mask has its id
-            memo[key] = found
+            if key is not None:
+                memo[key] = found
         return found[:2]
 
     def show_results(self) -> None:
@@ -332,4 +335,4 @@ def seeing_queries(mask: Tensor | None, queries: int) -> Tensor | None:
         sees = mask.bool()[:, None, -queries:, None]
     else:
         sees = mask.any(-1, keepdim=True)
-    return None if bool(sees.all()) else sees
+    return None if not torch.compiler.is_compiling() and bool(sees.all()) else sees

@@ -30,7 +30,8 @@ class RouterBridge(ComponentBridge):
         def logits(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return call.fire("hook_router_logits", function(*args, **kwargs))
 
-        with FirstCall(MATMUL, logits) as first:
+        first = FirstCall(MATMUL, logits)
+        with first:
             output = call.run()
         if not first.made:
             raise UpstreamError(type(call.module).__name__, "product with a matrix in its forward", ())
