@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.support import falcon_config
@@ -35,7 +36,7 @@ from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.collect import ActivationStore, RunningStatistics
 from transformer_lens.compiled import CompiledRunner
-from transformer_lens.dictionaries import Dictionary
+from transformer_lens.dictionaries import CrossLayerTranscoder, Dictionary
 from transformer_lens.hook_points import Capture, Edit, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
@@ -115,6 +116,21 @@ def dictionary() -> Dictionary:
     return Dictionary(weights()).requires_grad_(False)
 
 
+def cross_layer() -> CrossLayerTranscoder:
+    return CrossLayerTranscoder([dictionary(), dictionary()], [torch.ones(4, 1, 128)])
+
+
+def saved_cross_layer(world: World) -> Path:
+    folder = world.folder / "cross_layer"
+    folder.mkdir(exist_ok=True)
+    ends = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    (folder / "config.yaml").write_text(f"model_kind: cross_layer_transcoder\n{ends}")
+    encoder = {"W_enc_0": torch.ones(4, 128), "b_enc_0": torch.ones(4), "b_dec_0": torch.ones(128)}
+    save_file(encoder, folder / "W_enc_0.safetensors")
+    save_file({"W_dec_0": torch.ones(4, 1, 128)}, folder / "W_dec_0.safetensors")
+    return folder
+
+
 def spliced_bridge() -> TransformerBridge:
     bridge = TransformerBridge.boot_transformers("tiny-falcon")
     bridge.splice(dictionary(), 1)
@@ -140,6 +156,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
     "CompiledRunner": lambda w: w.runner,
     "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
+    "CrossLayerTranscoder": lambda w: cross_layer(),
     "Dictionary": lambda w: dictionary(),
     "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
     "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
@@ -625,6 +642,19 @@ ROWS: dict[str, Row] = {
     "Dictionary.decode": Row({"features": torch.ones(2, 4)}, {"features": [*TENSOR, torch.ones(3)], "x": []}),
     "dictionaries.dictionary.load_dictionary": Row(
         {"name_or_path": lambda w: saved_dictionary(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
+    ),
+    "CrossLayerTranscoder.__init__": Row(
+        {"layers": [dictionary(), dictionary()], "later": [torch.ones(4, 1, 128)]},
+        {"layers": [THING, 5, [], ["nonsense"]], "later": [THING, 5, [], [5], [torch.ones(4, 2, 128)]]},
+    ),
+    "CrossLayerTranscoder.encode": Row({"x": [torch.ones(128)] * 2}, {"x": [*TENSOR, [], [5, 5], [torch.ones(3)] * 2]}),
+    "CrossLayerTranscoder.forward": Row({"x": [torch.ones(128)] * 2}, {"x": [*TENSOR, [], [5, 5]]}),
+    "CrossLayerTranscoder.decode": Row(
+        {"features": [torch.ones(4)] * 2}, {"features": [*TENSOR, [], [5, 5], [torch.ones(3)] * 2], "x": [THING, 5, []]}
+    ),
+    "CrossLayerTranscoder.decoder": Row({"source": 0, "target": 1}, {"source": INDEX, "target": INDEX}),
+    "dictionaries.cross_layer.load_cross_layer": Row(
+        {"name_or_path": lambda w: saved_cross_layer(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
     ),
     "dictionaries.features.feature_attribution": Row({"bridge": lambda w: spliced_bridge()}),
     **{
