@@ -34,7 +34,7 @@ from transformer_lens.analysis.patching import (
 from transformer_lens.analysis.patching.sweeps import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
-from transformer_lens.collect import ActivationStore, RunningStatistics
+from transformer_lens.collect import ActivationStore, ActivationStream, RunningStatistics
 from transformer_lens.compiled import CompiledRunner
 from transformer_lens.dictionaries import CrossLayerTranscoder, Dictionary
 from transformer_lens.hook_points import Capture, Edit, HookEntry
@@ -151,6 +151,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "ActivationCache": lambda w: w.cache(""),
     "ActivationStore": lambda w: w.store,
     "ActivationBatches": lambda w: w.store.batches("blocks.0.hook_resid_post", 4),
+    "ActivationStream": lambda w: ActivationStream(w.falcon, [TEXT], 1),
     "AttributionScores": lambda w: attribution_patching(w.falcon, TEXT, OTHER, metric, ["blocks.1.attn.hook_z"]),
     "Capture": lambda w: Capture({}),
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
@@ -422,7 +423,13 @@ NOT_AUDITED: dict[str, str] = {
         "called by hook points, with what they made",
     ),
     **dict.fromkeys(
-        ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__", "Splice.__init__"],
+        [
+            "HookTable.__init__",
+            "WeightChanges.__init__",
+            "ActivationBatches.__init__",
+            "ActivationStream.__init__",
+            "Splice.__init__",
+        ],
         "made by the bridge",
     ),
     **dict.fromkeys(
@@ -525,6 +532,10 @@ ROWS: dict[str, Row] = {
     "ActivationStore.__init__": Row(
         {"out_dir": lambda w: w.store.out_dir}, {"out_dir": [*DIRECTORIES, "/nothing/here"]}
     ),
+    "ActivationStream.load_state_dict": Row(
+        {"state_dict": lambda w: ActivationStream(w.falcon, [TEXT], 1).state_dict()}
+    ),
+    "TransformerBridge.activation_stream": Row({"texts": [TEXT], "at": 1}, {"texts": [THING, 5], "at": PLACE}),
     "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5] + [5]}),
     "ActivationStore.document": Row({"number": 0}, {"number": [*NUMBERS, 99]}),
     "ActivationStore.to_dataset": Row(wrong={"options": []}),
