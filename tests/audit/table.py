@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.support import falcon_config
@@ -33,9 +34,9 @@ from transformer_lens.analysis.patching import (
 from transformer_lens.analysis.patching.sweeps import layer_pos_patch_setter
 from transformer_lens.analysis.probes import probe_layers
 from transformer_lens.analysis.svd import SVDInterpreter
-from transformer_lens.collect import ActivationStore, RunningStatistics
+from transformer_lens.collect import ActivationStore, ActivationStream, RunningStatistics
 from transformer_lens.compiled import CompiledRunner
-from transformer_lens.dictionaries import Dictionary
+from transformer_lens.dictionaries import CrossLayerTranscoder, Dictionary
 from transformer_lens.hook_points import Capture, Edit, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
@@ -115,6 +116,21 @@ def dictionary() -> Dictionary:
     return Dictionary(weights()).requires_grad_(False)
 
 
+def cross_layer() -> CrossLayerTranscoder:
+    return CrossLayerTranscoder([dictionary(), dictionary()], [torch.ones(4, 1, 128)])
+
+
+def saved_cross_layer(world: World) -> Path:
+    folder = world.folder / "cross_layer"
+    folder.mkdir(exist_ok=True)
+    ends = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    (folder / "config.yaml").write_text(f"model_kind: cross_layer_transcoder\n{ends}")
+    encoder = {"W_enc_0": torch.ones(4, 128), "b_enc_0": torch.ones(4), "b_dec_0": torch.ones(128)}
+    save_file(encoder, folder / "W_enc_0.safetensors")
+    save_file({"W_dec_0": torch.ones(4, 1, 128)}, folder / "W_dec_0.safetensors")
+    return folder
+
+
 def spliced_bridge() -> TransformerBridge:
     bridge = TransformerBridge.boot_transformers("tiny-falcon")
     bridge.splice(dictionary(), 1)
@@ -135,11 +151,13 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "ActivationCache": lambda w: w.cache(""),
     "ActivationStore": lambda w: w.store,
     "ActivationBatches": lambda w: w.store.batches("blocks.0.hook_resid_post", 4),
+    "ActivationStream": lambda w: ActivationStream(w.falcon, [TEXT], 1),
     "AttributionScores": lambda w: attribution_patching(w.falcon, TEXT, OTHER, metric, ["blocks.1.attn.hook_z"]),
     "Capture": lambda w: Capture({}),
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
     "CompiledRunner": lambda w: w.runner,
     "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
+    "CrossLayerTranscoder": lambda w: cross_layer(),
     "Dictionary": lambda w: dictionary(),
     "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
     "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
@@ -405,7 +423,13 @@ NOT_AUDITED: dict[str, str] = {
         "called by hook points, with what they made",
     ),
     **dict.fromkeys(
-        ["HookTable.__init__", "WeightChanges.__init__", "ActivationBatches.__init__", "Splice.__init__"],
+        [
+            "HookTable.__init__",
+            "WeightChanges.__init__",
+            "ActivationBatches.__init__",
+            "ActivationStream.__init__",
+            "Splice.__init__",
+        ],
         "made by the bridge",
     ),
     **dict.fromkeys(
@@ -508,6 +532,10 @@ ROWS: dict[str, Row] = {
     "ActivationStore.__init__": Row(
         {"out_dir": lambda w: w.store.out_dir}, {"out_dir": [*DIRECTORIES, "/nothing/here"]}
     ),
+    "ActivationStream.load_state_dict": Row(
+        {"state_dict": lambda w: ActivationStream(w.falcon, [TEXT], 1).state_dict()}
+    ),
+    "TransformerBridge.activation_stream": Row({"texts": [TEXT], "at": 1}, {"texts": [THING, 5], "at": PLACE}),
     "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5] + [5]}),
     "ActivationStore.document": Row({"number": 0}, {"number": [*NUMBERS, 99]}),
     "ActivationStore.to_dataset": Row(wrong={"options": []}),
@@ -625,6 +653,19 @@ ROWS: dict[str, Row] = {
     "Dictionary.decode": Row({"features": torch.ones(2, 4)}, {"features": [*TENSOR, torch.ones(3)], "x": []}),
     "dictionaries.dictionary.load_dictionary": Row(
         {"name_or_path": lambda w: saved_dictionary(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
+    ),
+    "CrossLayerTranscoder.__init__": Row(
+        {"layers": [dictionary(), dictionary()], "later": [torch.ones(4, 1, 128)]},
+        {"layers": [THING, 5, [], ["nonsense"]], "later": [THING, 5, [], [5], [torch.ones(4, 2, 128)]]},
+    ),
+    "CrossLayerTranscoder.encode": Row({"x": [torch.ones(128)] * 2}, {"x": [*TENSOR, [], [5, 5], [torch.ones(3)] * 2]}),
+    "CrossLayerTranscoder.forward": Row({"x": [torch.ones(128)] * 2}, {"x": [*TENSOR, [], [5, 5]]}),
+    "CrossLayerTranscoder.decode": Row(
+        {"features": [torch.ones(4)] * 2}, {"features": [*TENSOR, [], [5, 5], [torch.ones(3)] * 2], "x": [THING, 5, []]}
+    ),
+    "CrossLayerTranscoder.decoder": Row({"source": 0, "target": 1}, {"source": INDEX, "target": INDEX}),
+    "dictionaries.cross_layer.load_cross_layer": Row(
+        {"name_or_path": lambda w: saved_cross_layer(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
     ),
     "dictionaries.features.feature_attribution": Row({"bridge": lambda w: spliced_bridge()}),
     **{

@@ -237,6 +237,14 @@ def test_other_data_are_noticed(bridge: TransformerBridge, at: int, tmp_path: Pa
     assert bytes_of(tmp_path) == before
 
 
+def test_data_that_are_shorter_now(bridge: TransformerBridge, tmp_path: Path) -> None:
+    """A shard begins in the middle of a document that does not reach so far any more."""
+    with pytest.raises(RuntimeError):
+        bridge.collect(failing(documents(), 12), HOOK, tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="was made from other tokens; pass the documents of the first call"):
+        bridge.collect(([5] for _ in range(99)), HOOK, tmp_path, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [

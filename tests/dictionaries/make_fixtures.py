@@ -176,6 +176,7 @@ def dictionary_learning() -> None:
 
 def circuit_tracer() -> None:
     from circuit_tracer.transcoder.activation_functions import JumpReLU
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
     from circuit_tracer.transcoder.single_layer_transcoder import (
         SingleLayerTranscoder,
         TranscoderSet,
@@ -213,6 +214,15 @@ def circuit_tracer() -> None:
     )
     one = load_gemma_scope_2_transcoder(str(place / "params.safetensors"), 0, device=torch.device("cpu"))
     expect(place, x, one.encode(x), one(x))
+    # Cross-layer: what is expected has an axis of layers in front.
+    ends = "feature_input_hook: hook_resid_mid\nfeature_output_hook: hook_mlp_out\n"
+    for kind in ("relu", "jump_relu"):
+        made = CrossLayerTranscoder(3, D_SAE, D_IN, kind, lazy_decoder=False, **options)
+        scramble(made)
+        made.to_safetensors(str(place := folder(f"cross_layer_{kind}")))
+        (place / "config.yaml").write_text(f"model_name: tiny-mixtral\nmodel_kind: cross_layer_transcoder\n{ends}")
+        x = torch.stack([inputs() for _ in range(3)])
+        expect(place, x, made.encode(x), made(x))
 
 
 # -- what we save --------------------------------------------------------------------------------------------------

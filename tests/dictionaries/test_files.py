@@ -33,6 +33,7 @@ OTHERS = {
     *(f"dictionary_learning_{name}" for name in ("AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE")),
     "dictionary_learning_GatedAutoEncoder",
 }
+CROSS_LAYER = {"cross_layer_relu", "cross_layer_jump_relu"}
 TOLERANCE = 1e-6
 
 
@@ -54,7 +55,7 @@ def agrees(dictionary: Dictionary, expected: Path, exactly: bool) -> None:
 
 
 def test_every_fixture_is_tested() -> None:
-    assert folders() == EXACT | OTHERS | {"circuit_tracer", "refused_groupmax"}
+    assert folders() == EXACT | OTHERS | CROSS_LAYER | {"circuit_tracer", "refused_groupmax"}
 
 
 @pytest.mark.parametrize("name", sorted(EXACT | OTHERS))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from transformer_lens.checks import nearest
-from transformer_lens.collect.sources import Encoder, Source
+from transformer_lens.checks import in_words, nearest
+from transformer_lens.collect.sources import Encoder, Source, open_source
+from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
@@ -119,6 +120,34 @@ class Options:
         bos, pad = (None, None) if adapter is None else (adapter.bos, adapter.pad)
         kept = {name: getattr(self, name) for name in ("batch_size", "packing", "drop_bos", "drop_first", "max_tokens")}
         return Layout(context, contexts_per_shard=batches * self.batch_size, pad=pad or 0, bos=bos, **kept)
+
+
+class Reading(NamedTuple):
+    """A data set as contexts of tokens."""
+
+    source: Source
+    encoder: Encoder
+    layout: Layout
+
+    @classmethod
+    def of(
+        cls, what: str, bridge: "TransformerBridge", data: Any, options: Options, drop_padding: bool = False
+    ) -> Self:
+        """Raises `ValueError` and `TypeError` for a model, data or options that do not go together."""
+        if not isinstance(bridge, HookedRootModule):
+            raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
+        if bridge.original_model.training:
+            raise ValueError(
+                f"{what}: the model is in training mode, where dropout is random; call bridge.eval() first"
+            )
+        source = open_source(data)
+        bos, eos = options.frame(bridge)
+        adapter: Any = bridge.token_adapter
+        own = drop_padding and adapter is not None and adapter.pad not in (adapter.bos, adapter.eos)
+        encoder = Encoder(
+            bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab, adapter.pad if own else None
+        )
+        return cls(source, encoder, options.layout(bridge))
 
 
 class TokenStream:
@@ -254,6 +283,6 @@ def _next(stream: TokenStream, cursor: Cursor, layout: Layout) -> tuple[int, int
     found, offset = stream.at(cursor.document), 0
     if found is not None and found[0] == cursor.document:
         offset = cursor.offset
-        if offset == len(found[1]):
+        if offset >= len(found[1]):  # at its end, or behind it where the data changed
             found, offset = stream.at(cursor.document + 1), 0
     return None if found is None else (found[0], offset, found[1][offset:][:left])

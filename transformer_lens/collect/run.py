@@ -20,12 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import transformer_lens.collect.manifest as manifest
-from transformer_lens.checks import directory_to_write, in_words
+from transformer_lens.checks import directory_to_write
 from transformer_lens.collect.files import ABOUT_TOKENS, DTYPES, Column, ShardFile, advised
-from transformer_lens.collect.plan import Batch, Cursor, Options, ShardPlan, TokenStream, plan_shard
-from transformer_lens.collect.sources import Encoder, open_source
+from transformer_lens.collect.plan import Batch, Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.store import ActivationStore
-from transformer_lens.hook_points import HookedRootModule
 
 if TYPE_CHECKING:
     from transformer_lens import TransformerBridge
@@ -178,26 +176,16 @@ class Job:
     """One process's part of a job. The constructor checks everything that can be checked before the first batch."""
 
     def __init__(self, bridge: "TransformerBridge", data: Any, names: Any, out_dir: Path, options: Options) -> None:
-        if not isinstance(bridge, HookedRootModule):
-            raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
         self.options, self.out_dir = options, out_dir
-        if bridge.original_model.training:
-            raise ValueError(
-                "collect: the model is in training mode, where dropout is random; call bridge.eval() first"
-            )
-        chosen = bridge.select_names(names)
-        self.source = open_source(data)
-        bos, eos = options.frame(bridge)
-        self.layout = options.layout(bridge)
-        self.encoder = Encoder(bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab)
-        self.bridge, self.hooks = bridge, probe(bridge, chosen, options.dtype)
+        self.source, self.encoder, self.layout = Reading.of("collect", bridge, data, options)
+        self.bridge, self.hooks = bridge, probe(bridge, bridge.select_names(names), options.dtype)
         identity = {
             "model": manifest.model_identity(bridge),
             "tokenizer": manifest.tokenizer_identity(bridge.tokenizer),
             "data": dict(self.source.about),
             "text_key": options.text_key,
-            "prepend_bos": bos is not None,
-            "append_eos": eos is not None,
+            "prepend_bos": self.encoder.bos is not None,
+            "append_eos": self.encoder.eos is not None,
             "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
             "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),

@@ -105,6 +105,7 @@ class Encoder:
     bos: int | None  # prepended to each text that does not begin with it, unless `None`
     eos: int | None  # appended to each text, unless `None`
     d_vocab: int
+    padding: int | None = None  # cut off at both ends of given token ids, unless `None`
 
     def encode(self, documents: Sequence[tuple[int, Any]]) -> list[tuple[int, np.ndarray]]:
         contents = [(number, self._content(number, document)) for number, document in documents]
@@ -144,4 +145,5 @@ class Encoder:
                 f"document {number}: got token ids from {array.min()} to {array.max()}, expected 0 to "
                 f"{self.d_vocab - 1}"
             )
-        return array.astype(np.int64)
+        real = (array != self.padding).nonzero()[0] if self.padding is not None else range(len(array))
+        return array[real[0] : real[-1] + 1].astype(np.int64) if len(real) else np.empty(0, np.int64)

@@ -16,14 +16,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformer_lens.checks import a_path, as_array, in_words, is_tensor, nearest, needed, whole
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
+from transformer_lens.collect.mixing import RUN, Coming, Mixer, Rows, count
 from transformer_lens.utilities import get_act_name
 
 Names = str | Sequence[str | tuple[str, int]] | None
 Index = int | slice | Sequence[int] | Tensor | np.ndarray
-Rows = dict[str, Tensor]
 CHUNK = 8192  # tokens a statistic reads at a time
 OPEN = 128  # shards mapped at a time, far below the limit of open files per process
-RUN = 256  # tokens of a batch that are read together: enough for an efficient disk read, few compared with any buffer
 
 
 class Shards:
@@ -332,31 +331,6 @@ def _rows(out_dir: str, chosen: tuple[str, ...], version: str) -> Iterator[dict[
             yield {name: values[row] for name, values in parts.items()}
 
 
-def _at(of: Rows, index: slice | Tensor) -> Rows:
-    return {name: values[index] for name, values in of.items()}
-
-
-class _Coming:
-    """A stream of token runs, taken in portions of any size."""
-
-    def __init__(self, runs: Iterator[Rows]) -> None:
-        self._runs = runs
-        self._rest: Rows = {}
-        self._left = 0
-
-    def take(self, tokens: int) -> Rows:
-        parts = []
-        while tokens:
-            if not self._left:
-                self._rest = next(self._runs)
-                self._left = len(next(iter(self._rest.values())))
-            some = min(tokens, self._left)
-            parts.append(_at(self._rest, slice(some)))
-            self._rest = _at(self._rest, slice(some, None))
-            self._left, tokens = self._left - some, tokens - some
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-
 class ActivationBatches(IterableDataset[Tensor | Rows]):
     """Batches of a store's tensors, each token once in an epoch; `ActivationStore.batches` makes them.
 
@@ -397,32 +371,9 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
             runs = np.random.default_rng([self.seed, self.epoch]).permutation(runs)
         mine: list[int] = runs[part::parts].tolist()
         tokens = sum(min(RUN, len(self.store) - run) for run in mine)
-        coming = _Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
-        sizes = (min(self.batch_size, tokens - start) for start in range(0, tokens, self.batch_size))
-        for batch in self._mixed(coming, tokens, part) if self.shuffle else map(coming.take, sizes):
-            if len(batch[self.names[0]]) == self.batch_size or not self.drop_last:
-                yield batch[self.names[0]] if self.single else batch
-
-    def _mixed(self, coming: _Coming, tokens: int, part: int) -> Iterator[Rows]:
-        """Take a random batch out of the buffer, and refill its places with the next tokens."""
+        coming = Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
         random = np.random.default_rng([self.seed, self.epoch, part])
-        size = min(self.buffer_tokens, tokens)
-        left = tokens - size
-        stored = {name: self.store[name] for name in self.names}
-        buffer = {name: torch.empty(size, *of.shape[1:], dtype=of.dtype) for name, of in stored.items()}
-        for start in range(0, size, RUN):  # a run at a time: until it is copied, what was taken keeps its shard mapped
-            for name, values in coming.take(min(RUN, size - start)).items():
-                buffer[name][start : start + RUN] = values
-        while left:
-            places = random.choice(size, self.batch_size, replace=False)
-            yield _at(buffer, torch.from_numpy(places))
-            filled = places[:left]
-            left -= len(filled)
-            for name, values in coming.take(len(filled)).items():
-                buffer[name][torch.from_numpy(filled)] = values
-            if len(filled) < len(places):  # nothing is left to put into the others
-                kept = np.setdiff1d(np.arange(size), places[len(filled) :])
-                buffer, size = _at(buffer, torch.from_numpy(kept)), len(kept)
-        order = torch.from_numpy(random.permutation(size))
-        for start in range(0, size, self.batch_size):
-            yield _at(buffer, order[start : start + self.batch_size])
+        mixed = Mixer(coming, min(self.buffer_tokens, tokens), self.batch_size, random)
+        for batch in mixed if self.shuffle else iter(lambda: coming.take(self.batch_size), {}):
+            if count(batch) == self.batch_size or not self.drop_last:
+                yield batch[self.names[0]] if self.single else batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,21 +202,30 @@ def _options(file: Path, form: dict[str, Any], config: dict[str, Any], found: di
     return {**made, **facets, "metadata": metadata | told}
 
 
-def _place(name: str | Path, inside: str, revision: str | None) -> Path:
-    """A file or folder that is here; of a hub name, what is needed is downloaded first."""
+def place_of(name: str | Path, inside: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    """A file or folder that is here; of a hub name, the files that are `wanted` are downloaded first."""
     path = checks.a_path("name_or_path", name) / checks.a_text("inside", inside)
     if path.exists():
         return path
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise OSError(f"{path}: there is no such file or folder, and {str(name)!r} is no hub name ('owner/name')")
     hub = checks.needed("huggingface_hub", "hub names need huggingface_hub: pip install huggingface_hub")
-    files = {form.get(part, "*") for form in FORMATS.values() for part in ("weights", "config")}
-    named = [inside, f"{inside}/*", f"{Path(inside).parent}/config.*", "config.*"]
-    wanted = named if inside else [file for file in files if "*" not in file]
     try:
-        return Path(hub.snapshot_download(str(name), revision=revision, allow_patterns=wanted)) / inside
+        return Path(hub.snapshot_download(str(name), revision=revision, allow_patterns=list(wanted))) / inside
     except (OSError, ValueError) as error:  # no network, no such name, no such revision
         raise OSError(f"{name}: it is no folder here, and the hub says: {error}") from error
+
+
+def read_yaml(file: Path) -> Any:
+    return checks.needed("yaml", "pip install pyyaml").safe_load(file.read_text("utf-8"))
+
+
+def _files(inside: str) -> list[str]:
+    """The files of a hub name that may be a dictionary, or belong to it."""
+    if inside:
+        return [inside, f"{inside}/*", f"{Path(inside).parent}/config.*", "config.*"]
+    named = {form.get(part, "*") for form in FORMATS.values() for part in ("weights", "config")}
+    return [file for file in named if "*" not in file]
 
 
 def load_dictionary(
@@ -229,17 +238,18 @@ def load_dictionary(
     `FORMATS` lists what is recognised. Parameters are frozen. A pickle (`ae.pt`) is read only with `allow_pickle=True`,
     for its tensors alone. Raises `OSError` where nothing is, and `ValueError` for what may mean another function.
     """
-    place = _place(name_or_path, inside, revision)
+    place = place_of(name_or_path, inside, revision, _files(checks.a_text("inside", inside)))
     folder, pattern = (place.parent, place.name) if place.is_file() else (place, "*")
     forms = [form for form in FORMATS.values() if (folder / form.get("config", "")).exists()]
     found = [(file, form) for form in forms for file in sorted(folder.glob(form["weights"])) if file.match(pattern)]
     if len(found) != 1:
         known = "; ".join(f"{name}: {form['weights']} {form.get('config', '')}" for name, form in FORMATS.items())
         names = ", ".join(file.name for file, _ in found) or "none"
-        raise ValueError(f"{place}: got {names}, expected one dictionary ({known}); inside names one of several")
+        expected = f"one dictionary ({known}); inside names one of several, and load_cross_layer reads cross-layer ones"
+        raise ValueError(f"{place}: got {names}, expected {expected}")
     file, form = found[0]
-    text = (folder / form["config"]).read_text("utf-8") if "config" in form else "{}"
-    config = checks.needed("yaml", "pip install pyyaml").safe_load(text) if "hooks" in form else json.loads(text)
+    told = folder / form.get("config", "")
+    config = {} if told == folder else read_yaml(told) if "hooks" in form else json.loads(told.read_text("utf-8"))
     if file.suffix == ".pt" and not allow_pickle:
         raise ValueError(f"{file}: its weights are pickled; if you trust its source pass allow_pickle=True")
     options = _options(file, form, config.get(form.get("section"), config), READERS[file.suffix](file))

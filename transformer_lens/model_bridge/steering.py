@@ -26,10 +26,12 @@ from transformer_lens.model_bridge.generalized_components import ComponentBridge
 from transformer_lens.model_bridge.hook_table import axis_sizes
 
 if TYPE_CHECKING:
+    from transformer_lens.collect import ActivationStream
     from transformer_lens.dictionaries import Dictionary
     from transformer_lens.dictionaries.splice import At, Splice
 
-Places = str | int | Sequence[str | int] | Callable[[str], bool]
+Place = str | int
+Places = Place | Sequence[Place] | Callable[[str], bool]
 """A hook, a layer (its `hook_resid_post`; negative ones count from the end), several of both, or a predicate."""
 Part = Literal["prompt", "continuation", "all"]
 PARTS: tuple[Part, ...] = ("prompt", "continuation", "all")
@@ -126,6 +128,19 @@ class SteeringMethods(HookedRootModule):
         from transformer_lens.dictionaries.splice import Splice  # loaded only when needed
 
         return Splice(self, dictionary, at, error)
+
+    def activation_stream(self: Any, texts: Any, at: Place | Sequence[Place], **options: Any) -> ActivationStream:
+        """The activations of a data set at one place or several, in mixed batches, for a trainer of dictionaries.
+
+        >>> stream = bridge.activation_stream(["Mary and John", "went to the store"], at=1, buffer=8, batch_size=4)
+        >>> [tuple(batch.shape) for batch in stream]
+        [(4, 128), (4, 128), (1, 128)]
+
+        Options and errors: `transformer_lens.collect.ActivationStream`.
+        """
+        from transformer_lens.collect import ActivationStream  # loaded only when needed
+
+        return ActivationStream(self, texts, at, **options)
 
     def _steered(self, what: str, at: Places) -> list[str]:
         """The selected hooks, each once. Raises for those that do not hold an activation of every position."""
