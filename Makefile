@@ -16,14 +16,17 @@ EXTRAS.demo = cli,viz
 EXTRAS.dev = dev
 EXTRAS.swarm = swarm
 EXTRAS.demo-swarm = cli,viz,swarm
+EXTRAS.cluster = cluster
+EXTRAS.demo-cluster = cli,cluster
 # What else is there then.
 TOO.dev = demo
 TOO.swarm = demo-swarm
+TOO.cluster = demo-cluster
 
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm real mutants bench bench-peers bench-swarm gpu docs clients clean
+.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -32,7 +35,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(BIN)/python -m benchmarks.pinned
 	touch $(addprefix $(VENV)/.,$* $(TOO.$*))
 
-$(VENV)/.swarm: $(VENV)/.dev
+$(VENV)/.swarm $(VENV)/.cluster: $(VENV)/.dev
 
 setup: $(VENV)/.dev
 
@@ -109,6 +112,10 @@ fuzz: $(VENV)/.dev
 test-swarm: $(VENV)/.swarm
 	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m pytest -q -n 0 tests/swarm'
 
+# A Ray cluster of four nodes, each some processes, in a network of their own; loses processes and nodes.
+test-cluster: $(VENV)/.cluster
+	OMP_NUM_THREADS=1 unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python -m pytest -q -n 0 tests/cluster'
+
 # Two published models, from PyPI: converted once, into ~/.cache/transformer-lens-bridge/real or $TRANSFORMER_LENS_REAL.
 real: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.real_models
@@ -119,6 +126,12 @@ demo-swarm: $(VENV)/.demo-swarm
 	@if unshare -rn sh -c 'ip link set lo up' 2>/dev/null; \
 	then unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python demos/swarm.py'; \
 	else $(BIN)/python demos/swarm.py; fi
+
+# The same in a Ray cluster of three nodes on this machine, one of which is lost in the middle of a text.
+demo-cluster: $(VENV)/.demo-cluster
+	@if unshare -rn sh -c 'ip link set lo up' 2>/dev/null; \
+	then unshare -rn sh -c 'ip link set lo up && exec $(BIN)/python demos/cluster.py'; \
+	else $(BIN)/python demos/cluster.py; fi
 
 # Round trips, steps, throughput, starting and recovering, on servers in a network of their own.
 bench-swarm: $(VENV)/.swarm

@@ -34,6 +34,8 @@ DEFAULTS = {
     "request_timeout": 180,
     "update_period": 60,
     "max_retries": 5,
+    "same_libraries": True,
+    "limits": None,
     "min_backoff": 1,
     "max_backoff": 60,
     "ban_timeout": 15,

@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import save
 
 from tests.distributed.hostile import message_of, parts_of
-from transformer_lens.distributed import Limits, MessageError, SpanServer
+from transformer_lens import TransformerBridge
+from transformer_lens.distributed import AutoDistributedConfig, Limits, MessageError, SpanServer
 from transformer_lens.distributed.protocol.messages import (
+    PEAK,
     Action,
     FullError,
     Reply,
@@ -31,6 +33,7 @@ from transformer_lens.distributed.protocol.messages import (
     unpack_reply,
     unpack_request,
 )
+from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.server import ANSWERABLE
 from transformer_lens.distributed.server.sessions import Session, Sessions
 
@@ -366,18 +369,22 @@ def test_the_work_of_a_call(limits: dict[str, int], fine: Request, text: str) ->
 
 ZERO, KEEP = Action("blocks.1.hook_mlp_out", "zero"), Action("blocks.2.attn.hook_q", "keep")
 STREAMS = 2 * 5 * D_MODEL
-BLOCK = 2 * 5 * (12 * D_MODEL + 4 * 2 * 64 + 3 * 4 * 5)
-"""Numbers of one block: widths of 128, two experts of 64 for each token, four heads' scores of five keys."""
+BLOCK = 2 * 5 * (12 * D_MODEL + 4 * 2 * 64 + 3 * 5)
+"""Numbers of one block: widths of 128, two experts of 64 for each token, a mask of five keys."""
+SCORES = 2 * 5 * 3 * 3 * 5
+"""What three more heads add, where the scores of all four exist."""
+PATTERN = Action("blocks.1.attn.hook_pattern", "zero")
 
 
 @pytest.mark.parametrize(
     ("limit", "exact", "changes"),
     [
         ("answer", 8 * STREAMS, {"actions": [ZERO, KEEP]}),
-        ("memory", 8 * BLOCK, {}),
-        ("memory", 8 * (BLOCK + 3 * STREAMS), {"actions": [ZERO, ZERO]}),
-        ("memory", 8 * (2 * BLOCK + 3 * 2 * STREAMS), {"actions": [ZERO, ZERO], "grad": True}),
-        ("memory", 8 * (2 * BLOCK + STREAMS), {"actions": [KEEP], "kind": "backward"}),
+        ("memory", 4 * BLOCK, {}),
+        ("memory", 4 * (BLOCK + SCORES + 3 * 2 * 4 * 5 * 5), {"actions": [PATTERN]}),
+        ("memory", 4 * (BLOCK + 3 * STREAMS), {"actions": [ZERO, ZERO]}),
+        ("memory", 4 * (2 * BLOCK + 3 * 2 * STREAMS), {"actions": [ZERO, ZERO], "grad": True}),
+        ("memory", 4 * 2 * BLOCK + 8 * STREAMS, {"actions": [KEEP], "kind": "backward"}),
         ("work", 3 * (2 + 1) * STREAMS, {"actions": [KEEP], "kind": "backward"}),
     ],
 )
@@ -392,20 +399,53 @@ def test_what_a_call_would_take_by_hand(limit: str, exact: int, changes: dict[st
 
 
 def test_the_memory_of_a_call_is_bounded_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = make(memory=2 * 2**20)
+    server = make(memory=900 * 2**10)
     wide = torch.zeros(1, 64, D_MODEL)
     calls = {
         "forward": replace(FORWARD, tensors={"stream": wide}),
         "graph": replace(FORWARD, grad=True, tensors={"stream": wide}),
         "backward": replace(FORWARD, kind="backward", tensors={"stream": wide, "grad.stream": wide}),
         "edit": replace(FORWARD, tensors={"stream": wide}, actions=[Action("blocks.1.hook_attn_in", "zero")]),
-        "scores": replace(step(192, 64), tensors={"stream": wide}),
+        "scores": replace(step(192, 64), tensors={"stream": wide}, actions=[PATTERN]),
     }
     assert not answer(server, calls.pop("forward")).error
     monkeypatch.setattr(server, "_run", lambda *_: pytest.fail("it ran"))
     for request in calls.values():
         assert "the call would take about" in answer(server, request).error
     server.close()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32, torch.float64])
+def test_falcon_180b_may_run_its_own_length(kind: torch.dtype) -> None:
+    """Its published shape on one server that has a fifth of it, from shapes alone: nothing is allocated."""
+    config = AutoDistributedConfig.from_pretrained("tiny-falcon")
+    published = {"hidden_size": 14848, "num_attention_heads": 232, "num_kv_heads": 8, "num_hidden_layers": 80}
+    for name, value in published.items():
+        setattr(config, name, value)
+    config.ffn_hidden_size, config.max_position_embeddings = 4 * 14848, 2048
+    with torch.device("meta"):
+        bridge = TransformerBridge(config.base_class(config).to(kind))
+        stream = torch.empty(1, 2048, 14848, dtype=kind)
+    checks = Checks(bridge, config, range(0, 16), Limits())
+    checks.check(Request("forward", 0, 16, tensors={"stream": stream}))
+    checks.check(Request("step", 0, 16, tensors={"stream": stream}))
+    with pytest.raises(MessageError, match="the call would take about") as caught:  # a graph of 16 blocks
+        checks.check(Request("forward", 0, 16, grad=True, tensors={"stream": stream}))
+    assert caught.value.advice == {"fewer_blocks": True}
+    checks.check(Request("forward", 0, 2, grad=True, tensors={"stream": stream}))
+
+
+def test_the_peak_of_a_message_is_what_is_counted() -> None:
+    """Python counts the bytes: those that came, in the buffer that they came in, and what is made of them."""
+    message = pack_request(replace(FORWARD, tensors={"stream": torch.ones(64, 256, D_MODEL)}))
+    tracemalloc.start()
+    try:
+        arrived = bytes(bytearray(message))
+        unpack_request(arrived, Limits())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 2 * len(message) < peak < PEAK * len(message) + 2**20
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -708,14 +748,14 @@ def test_peers_take_turns() -> None:
 
 def test_bytes_that_wait() -> None:
     size = len(pack_request(FORWARD))
-    queue = Queue(waiting=2 * size, waiting_of_all=6 * size)
+    queue = Queue(waiting=2 * PEAK * size, waiting_of_all=6 * PEAK * size)
     for peer in ("one", "one", "one", "two", "two", "three", "three"):
         queue.send(peer)
     queue.finish()
     assert {peer: len(queue.errors(peer)) for peer in queue.answers} == {"one": 1, "two": 0, "three": 1}
     assert (
         queue.errors("one")[0]
-        == f"FullError: {2 * size} bytes of this peer and {2 * size} of all wait or run, and no more may"
+        == f"FullError: {2 * PEAK * size} bytes of this peer and {2 * PEAK * size} of all wait or run, and no more may"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Owner(NamedTuple):
 
     def put(self, **changes: Any) -> Record:
         """This peer's announcement, as it is sent."""
-        plain = Record(b"place", self.peer, self.record, 1e9 + 0.1)._replace(**changes)
+        plain = Record(b"place", self.peer, self.record, int(time.time()) + 100.1)._replace(**changes)
         return plain._replace(value=validator(object, self.identity).sign_value(plain))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 from typer import Option
 
+from transformer_lens.cli.cluster import cluster
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks, info
@@ -120,3 +121,4 @@ app.command()(patch)
 app.command()(collect)
 app.command()(serve)
 app.command()(status)
+app.add_typer(cluster, name="cluster")

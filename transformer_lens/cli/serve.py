@@ -53,7 +53,9 @@ class Network(Connection):
 
     host: str = Option("127.0.0.1", help="IP address to listen on. Others than loopback can be called.")
     port: int = Option(0, min=0, max=65535, help="Port to listen on; 0: any that is free.")
-    allow: list[str] | None = Option(None, help="Peer id that is served; repeatable. Default: everybody.")
+    allow: list[str] | None = Option(
+        None, help="Peer id that is served, and may announce blocks; repeatable. Default: everybody."
+    )
     address_file: Path | None = Option(None, help="File that gets the addresses, too, once calls are answered.")
     update_period: float = Option(60, min=LEAST, help="Seconds between two announcements.")
     drain_seconds: float = Option(30, min=0, help="Seconds that running texts have when a signal comes.")
@@ -66,11 +68,28 @@ class ServerLimits:
     session_seconds: float | None = Option(None, min=LEAST, help="A text that nobody goes on with is forgotten.")
     session_bytes: int | None = Option(None, min=1, help="Keys and values of one peer.")
     message_bytes: int | None = Option(None, min=1, help="The largest message.")
+    limit: list[str] | None = Option(None, help="Any limit by its name in `Limits`, as memory=64GiB; repeatable.")
 
     def given(self) -> dict[str, Any]:
         """The limits that were set, by their names in `Limits`."""
-        limits = {name.replace("message_bytes", "message"): value for name, value in vars(self).items()}
-        return {name: value for name, value in limits.items() if value is not None}
+        named = {"message": self.message_bytes, "session_bytes": self.session_bytes}
+        named |= {"session_seconds": self.session_seconds}
+        return {name: value for name, value in named.items() if value is not None} | numbers(self.limit)
+
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def numbers(texts: Sequence[str] | None) -> dict[str, float]:
+    """Limits such as "memory=64GiB" or "calls=4". Raises typer's `BadParameter`, exit code 2, for any other form."""
+    found = {}
+    for text in texts or ():
+        parts = re.fullmatch(r"(\w+)=(\d{1,18}(?:\.\d+)?)([KMGT]iB|)", text)
+        if parts is None:
+            raise typer.BadParameter(f"--limit: got {text!r}, expected a name and a number, such as memory=64GiB")
+        number = float(parts[2]) * UNITS[parts[3]]
+        found[parts[1]] = int(number) if number.is_integer() else number
+    return found
 
 
 @dataclass(frozen=True)
@@ -103,16 +122,17 @@ def serve(
     """
     import torch
 
-    from transformer_lens.distributed import Limits, SpanServer
+    from transformer_lens.distributed import SpanServer
     from transformer_lens.distributed.network.node import Node, address_of, need_engine
+    from transformer_lens.distributed.protocol.messages import limits_of
     from transformer_lens.distributed.server.serve import ServedSpan, check_options
 
     options.need_device(loading.device)
-    given = limits.given()
+    given = limits_of(limits.given())
     address = address_of(network.host, network.port)
     if loading.dtype not in (None, *options.DTYPES):
         raise ValueError(f"--dtype: got {loading.dtype!r}, expected one of {', '.join(options.DTYPES)}")
-    check_options(given, network.update_period, network.drain_seconds, network.allow)
+    check_options(network.update_period, network.drain_seconds, network.allow)
     need_engine()  # before minutes of reading weights
     warn_if_open(network.host, network.allow)
     if loading.threads is not None:
@@ -122,10 +142,10 @@ def serve(
     with log_to_stderr() as log, signals() as (stop, now):
         with options.quiet(), options.named(model):
             told = {name: value for name, value in settings.items() if value is not None}
-            server = SpanServer(model, blocks, limits=Limits(**given), **told)
+            server = SpanServer(model, blocks, limits=given, **told)
         read = server.read
         log.info("%s, %s: %d tensors, %d bytes", model, blocks, len(read.tensors), read.bytes)
-        node = Node(network.initial_peers or (), listen=address, identity=network.identity)
+        node = Node(network.initial_peers or (), listen=address, identity=network.identity, allow=network.allow)
         served = ServedSpan(server, node, allow=network.allow, update_period=network.update_period)
         try:
             ended_well = served.run(
@@ -215,6 +235,7 @@ def look(
     """Everything known about a model's servers. Raises `SpanUnreachable` if no peer answers."""
     from transformer_lens.distributed import AutoDistributedConfig
     from transformer_lens.distributed.client.swarm import Swarm
+    from transformer_lens.distributed.network.records import overview
 
     with options.quiet(), options.named(model):
         config = AutoDistributedConfig.from_pretrained(
@@ -222,10 +243,7 @@ def look(
         )
     with closing(Swarm(config, identity=identity)) as swarm:
         rows = [row.describe() for row in swarm.known()]
-    serving = [row["blocks"] for row in rows if row["state"] == "serving"]
-    missing = [n for n in range(config.num_hidden_layers) if not any(first <= n < end for first, end in serving)]
-    about = {"model": model, "dht_prefix": config.dht_prefix, "n_layers": config.num_hidden_layers}
-    return {**about, "servers": rows, "missing": missing}
+    return overview(model, config, rows)
 
 
 WIDE = 1000

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, FalconForCausalLM, MixtralForCausalLM
 
+from transformer_lens.distributed.client.cluster import ClusterSpans
 from transformer_lens.distributed.client.lm_head import LMHead
 from transformer_lens.distributed.client.prompts import ModelCall, PromptFacts, TrainedPrompts, with_prompts
 from transformer_lens.distributed.client.remote_cache import remote_text
@@ -17,7 +18,7 @@ from transformer_lens.distributed.client.route import Route
 from transformer_lens.distributed.client.spans import Span, SpanSource
 from transformer_lens.distributed.client.swarm import Swarm
 from transformer_lens.distributed.protocol import configs
-from transformer_lens.distributed.protocol.checkpoint import block_of, filled, read_part
+from transformer_lens.distributed.protocol.checkpoint import block_of, filled, identity_of, read_part
 from transformer_lens.model_bridge import upstream
 
 INSTEAD = {  # what transformers would collect inside the blocks, and how to get it here
@@ -96,7 +97,8 @@ class DistributedCausalLM:
 
     config: Any
     base_model: RemoteBlocks
-    _swarm: Swarm | None = None  # made by `from_pretrained` from `initial_peers`, and closed with the model
+    checkpoint: dict[str, Any]  # which one this is, as far as files here tell
+    _swarm: Swarm | ClusterSpans | None = None  # made by `from_pretrained`, and closed with the model
     config_class: ClassVar[Any]
     remote_base: ClassVar[type[Any]]  # the family's model without its head, over remote blocks
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"\bprompts\."]
@@ -138,6 +140,7 @@ class DistributedCausalLM:
         config: Any = None,
         dtype: torch.dtype | str = "auto",
         attn_implementation: str | None = None,
+        cluster: str | None = None,
         **options: Any,
     ) -> Any:
         """Load a model by hub name or directory, reading only the weights outside the blocks.
@@ -148,8 +151,9 @@ class DistributedCausalLM:
         ...     TransformerBridge(model)(torch.tensor([[1, 5, 7]])).shape
         torch.Size([1, 3, 735])
 
-        `spans`, or a source of them, run the blocks; without them, the servers found through `initial_peers` do, and
-        without those call `connect` later. `options` are config settings and say where files come from. Raises
+        `spans`, or a source of them, run the blocks; without them, those of a Ray `cluster` do ("auto", or its
+        address) or the servers found through `initial_peers`; else call `connect` later. `options` are config settings
+        and say where files come from. Raises
         `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
         """
         name = pretrained_model_name_or_path
@@ -166,12 +170,14 @@ class DistributedCausalLM:
         tensors = {head if place in HEADS else place: tensor for place, tensor in part.tensors.items()}
         model = filled(load, config, tensors, f"{name}: its weights outside the blocks", **how)
         model.read = part
+        model.checkpoint = identity_of(configs.plain_name(name), config, files)
         model._freeze()
         if not isinstance(spans, Sequence) or spans:
             model.connect(spans)
-        elif config.initial_peers:
+        elif config.initial_peers or cluster:
             with ExitStack() as undo:
-                model._swarm = undo.enter_context(closing(Swarm(config)))
+                source = ClusterSpans(config, cluster) if cluster else Swarm(config)
+                model._swarm = undo.enter_context(closing(source))
                 model.connect(model._swarm)
                 undo.pop_all()
         return model
@@ -196,10 +202,11 @@ class DistributedCausalLM:
         >>> model.connect([LocalSpan("tiny-falcon", range(0, 4))])
 
         Raises `ValueError`, and keeps the connection as it was, if a block is missing or a listed server has another
-        model (prefix, number of blocks, width, dtype or attention); such servers of a source are logged and not used.
+        model (prefix, number of blocks, width, dtype, attention, weights, releases of torch and transformers); such
+        servers of a source are logged and not used.
         The caller closes spans and sources.
         """
-        self.route.connect(spans, self.config.facts(self))
+        self.route.connect(spans, self.config.facts(self) | self.checkpoint)
 
     def close(self) -> None:
         """Close all sessions and leave the swarm of `initial_peers`; `connect` starts again."""
@@ -290,7 +297,7 @@ class AutoDistributedModelForCausalLM:
         'DistributedMixtralForCausalLM'
         """
         dtype, options = configs.one_dtype(options.pop("dtype", "auto"), options)
-        model = {key: options.pop(key) for key in ("spans", "attn_implementation") if key in options}
+        model = {key: options.pop(key) for key in ("spans", "attn_implementation", "cluster") if key in options}
         if config is None:
             config = configs.config_with(configs.AutoDistributedConfig, pretrained_model_name_or_path, options)
             options = configs.of_files(options)

@@ -13,9 +13,20 @@ import torch
 
 from transformer_lens.distributed.client.routing import LONGEST_BAN, Health, NoPath, best_path, permitted
 from transformer_lens.distributed.client.spans import Span, SpanSource, StaticSpans, ask, check_answer
-from transformer_lens.distributed.protocol.messages import Reply, Request, SpanError, SpanUnreachable, printable
+from transformer_lens.distributed.protocol.messages import (
+    Reply,
+    Request,
+    SpanError,
+    SpanUnreachable,
+    limits_of,
+    printable,
+)
 
 logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers")
+WHERE_KNOWN = ("hub_name", "revision")  # facts that are compared where both sides know them
+SHOWN = 8  # failures, and servers that are not used, that an error tells
 
 
 class Leg(NamedTuple):
@@ -24,6 +35,11 @@ class Leg(NamedTuple):
     span: Span
     first: int
     end: int
+
+    def parts(self, longest: int) -> "list[Leg]":
+        """The same blocks, in requests of no more than so many."""
+        starts = range(self.first, self.end, longest)
+        return [Leg(self.span, start, min(start + longest, self.end)) for start in starts]
 
 
 class _Look(NamedTuple):
@@ -53,6 +69,8 @@ class Route:
         self.settings = settings
         self.source: SpanSource | None = None
         self.expected: dict[str, Any] = {}  # what a server has to report of itself
+        self.weights: list[str] = []  # the fingerprint of each block, and of what is outside; "" until one is known
+        self.limits = limits_of(settings.limits)
         self.clock: Callable[[], float] = time.monotonic
         self.sleep: Callable[[float], None] = time.sleep
         self.health = Health(settings, lambda: self.clock())
@@ -65,6 +83,7 @@ class Route:
         """Copies of a model share the servers."""
         other = Route(self.n_layers, self.settings)
         other.source, other.expected, other.health = self.source, self.expected, self.health
+        other.weights = self.weights
         other.clock, other.sleep = self.clock, self.sleep
         return other
 
@@ -76,6 +95,7 @@ class Route:
         """
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
+        trial.weights = list(expected.pop("weights"))
         trial.source, trial.expected = source, expected
         trial.health = Health(self.health.settings, self.health.clock)
         if isinstance(spans, Sequence):
@@ -91,7 +111,7 @@ class Route:
                 Tries(trial, "search for servers", 0, self.n_layers, waits=False).legs(0, self.n_layers)
             except SpanError as error:
                 raise ValueError(f"these spans cannot be used: {error}") from error
-        self.source, self.expected, self.health = source, expected, trial.health
+        self.source, self.expected, self.health, self.weights = source, expected, trial.health, trial.weights
         self.looked_at = trial.looked_at
 
     def close(self) -> None:
@@ -106,7 +126,7 @@ class Route:
                 self.closing.append((span, session))  # later
                 continue
             try:
-                ask(span, Request("close", 0, 0, session=session), timeout=self.settings.connect_timeout)
+                ask(span, Request("close", 0, 0, session=session), self.limits, self.settings.connect_timeout)
             except SpanError as error:
                 logger.debug("a session was not closed: %s", error)
                 if isinstance(error, SpanUnreachable):  # do not wait for it once for each session
@@ -116,22 +136,36 @@ class Route:
         """Why a span's server cannot be used, or "". It is asked once, and again after a failure."""
         seen = self.looked_at.get(id(span))
         if seen is None or (seen.misfit and self.clock() - seen.when > LONGEST_BAN * self.health.settings.ban_timeout):
-            told = ask(span, Request("info", 0, 0), timeout=timeout).info
+            told = ask(span, Request("info", 0, 0), self.limits, timeout).info
             seen = self.looked_at[id(span)] = _Look(span, self._what_differs(span, told), self.clock())
             if seen.misfit:
                 logger.warning("%s is not used: %s", span.peer, seen.misfit)
         return seen.misfit
 
     def _what_differs(self, span: Span, told: dict[str, Any]) -> str:
+        model = f"the span of blocks {span.blocks.start} to {span.blocks.stop} serves another model: its"
         for what, wanted in self.expected.items():
-            if told.get(what) != wanted:
-                return (
-                    f"the span of blocks {span.blocks.start} to {span.blocks.stop} serves another model: its {what} is "
-                    f"{printable(repr(told.get(what)), 200)}, and this model's is {wanted!r}"
-                )
+            found = told.get(what)
+            unknown = what in WHERE_KNOWN and None in (found, wanted)
+            if found == wanted or unknown or (what in LIBRARIES and not self.settings.same_libraries):
+                continue
+            advice = "; same_libraries=False permits that" if what in LIBRARIES else ""
+            return f"{model} {what} is {printable(repr(found), 200)}, and this model's is {wanted!r}{advice}"
         if told.get("blocks") != [span.blocks.start, span.blocks.stop]:
             said = printable(repr(told.get("blocks")), 200)
             return f"a span says it has {span.blocks}, and its server says {said}"
+        weights = told.get("weights")
+        if not isinstance(weights, list) or len(weights) != len(self.weights):
+            return f"{model} weights have no fingerprints"
+        mine = {*span.blocks, self.n_layers}
+        for place, (found, wanted) in enumerate(zip(weights, self.weights, strict=True)):
+            if place in mine and found and wanted and found != wanted:
+                where = f"of block {place}" if place < self.n_layers else "outside the blocks"
+                said = printable(repr(found), 200)
+                return f"{model} weights {where} have the fingerprint {said}, and this model's {wanted!r}"
+        # What no file here tells is compared with the first server that has it.
+        known = (found if place in mine else "" for place, found in enumerate(weights))
+        self.weights[:] = [wanted or found for found, wanted in zip(known, self.weights, strict=True)]
         return ""
 
     def connected(self, layer: int = 0) -> SpanSource:
@@ -142,6 +176,10 @@ class Route:
                 "call model.connect(spans) first, or pass spans= to from_pretrained"
             )
         return self.source
+
+    def misfits(self) -> list[str]:
+        """Why servers are not used that are there."""
+        return [f"{look.span.peer} is not used: {look.misfit}" for look in self.looked_at.values() if look.misfit]
 
     def plan(self, first: int, end: int, banned: dict[str, float]) -> list[Leg]:
         """The fastest expected path through some blocks, on spans not known to be unusable. Raises `NoPath`."""
@@ -188,30 +226,43 @@ class Tries:
         self.replayed = self._tried = self._losses = self._waited = 0
         self._looked = self._rested = False  # whether the source was refreshed, then waited for, since the last failure
         self._excused: set[str] = set()  # peers asked in spite of a ban, for lack of others
+        self._refused: dict[str, SpanError] = {}  # peers that said no to this request
+        self._longest = route.n_layers  # the most blocks of one request
 
     def ask(self, span: Span, request: Request) -> Reply | None:
-        """A server's answer, or `None` if another has to be found. Raises `SpanError` if all would refuse."""
+        """A server's answer, or `None` to ask another, or for fewer blocks. Raises `SpanError` if all refuse."""
         timeout = self._timeout()
         try:
-            reply = ask(span, request, timeout=timeout)
+            reply = ask(span, request, self.route.limits, timeout)
             check_answer(request, reply)
         except SpanError as error:
-            if not isinstance(error, SpanUnreachable) and not error.info.get("retry"):
+            blocks = request.end - request.first
+            if "held" in error.info:
                 raise
-            self.failed(span, error)
+            if isinstance(error, SpanUnreachable) or error.info.get("retry"):
+                self.failed(span, error)
+            elif error.info.get("fewer_blocks") and blocks > 1 and request.kind != "step":
+                self._longest = blocks // 2
+                logger.info("%s: in parts of %d blocks, since %s", self.name, self._longest, error)
+            else:
+                self._refused[span.peer] = error
+                self._note(span.peer, error)
             return None
         self.route.health.succeeded(span.peer)
         return reply
 
     def failed(self, span: Span, error: SpanError) -> None:
         """Ban a server for a while. Raises `SpanError` when no attempt is left."""
+        self._ban(span, error)
+        self._tried += 1
+        self._check_number(self._tried)
+
+    def _ban(self, span: Span, error: SpanError) -> None:
         self.route.health.failed(span.peer)
         self.route.looked_at.pop(id(span), None)  # a server that returns may be another one
         self._excused.discard(span.peer)
         self._looked = self._rested = False
         self._note(span.peer, error)
-        self._tried += 1
-        self._check_number(self._tried)
 
     def lost(self, span: Span, error: SpanError) -> None:
         """Note that a server lost the text's beginning; it may be asked again at once."""
@@ -235,12 +286,14 @@ class Tries:
         while True:
             banned = {peer: left for peer, left in self.route.health.banned().items() if peer not in self._excused}
             try:
-                legs = self.route.plan(first, end, banned)
+                legs = self.route.plan(first, end, {**banned, **dict.fromkeys(self._refused, 0.0)})
             except NoPath as error:
+                if self._refused:
+                    raise next(iter(self._refused.values())) from error
                 self._nobody(error)
                 continue
             if all(self._fits(leg.span) for leg in legs):
-                return legs
+                return [part for leg in legs for part in leg.parts(self._longest)]
 
     def instead_of(self, leg: Leg) -> list[Leg]:
         """Other legs for the blocks of a server that recently failed in another call, or none."""
@@ -259,7 +312,7 @@ class Tries:
         try:
             return not self.route.misfit(span, timeout)
         except SpanError as error:  # also one that does not let this client in
-            self.failed(span, error)
+            self._ban(span, error)  # no attempt: whoever announces much must not use them up
             return False
 
     def _nobody(self, error: NoPath) -> None:
@@ -290,7 +343,9 @@ class Tries:
         return left
 
     def _given_up(self, why: str) -> SpanError:
-        told = "; ".join(f"{peer} said: {text}" for peer, text in self.failures) or "nobody was asked"
+        said = [f"{peer} said: {text}" for peer, text in self.failures] + self.route.misfits()
+        more = [f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else []
+        told = "; ".join([*said[-SHOWN:], *more]) or "nobody was asked"
         return SpanError(
             f"{self.name}: given up after {self.route.clock() - self._began:.1f} s: {why}. "
             f"{told}. Nothing was changed: start a server for these blocks and make the same call again, or raise "

@@ -67,7 +67,7 @@ def ask(
     message = wire.pack_request(request)
     excess = wire.too_much(message, limits)
     if excess:
-        raise wire.SpanError(f"{where}: {excess}")
+        raise wire.SpanError(f"{where}: {excess}", {"fewer_blocks": True})
     try:
         reply = wire.unpack_reply(span.send(message, timeout), limits)
     except wire.MessageError as error:

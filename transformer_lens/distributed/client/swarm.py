@@ -18,6 +18,7 @@ from transformer_lens.distributed.protocol.messages import (
     MessageError,
     SpanError,
     SpanUnreachable,
+    limits_of,
     unpack_reply,
 )
 
@@ -47,7 +48,8 @@ class RemoteSpan:
             if not self._reached:
                 self.swarm.node.ping(self.peer, min(seconds, settings.connect_timeout))
             self._reached = True
-            return self.swarm.node.call(self.peer, message, max(0.001, until - time.monotonic()))
+            most = limits_of(settings.limits).answer
+            return self.swarm.node.call(self.peer, message, max(0.001, until - time.monotonic()), most)
         except SpanUnreachable:
             self._reached = False
             raise
@@ -133,15 +135,11 @@ class Swarm:
         return [server for peer, server in list(self._servers.items()) if permitted(self.config, peer)]
 
     def facts(self, span: Any) -> ServerFacts:
-        """The speed of a span's server; if never pinged, the others' average."""
+        """The speed of a span's server; one that answered no ping comes after all that did."""
         server = self._servers.get(span.peer)
-        if server is None:
+        if server is None or server.failed or server.latency is None:
             return ServerFacts(span.peer, span.blocks, latency=self.config.ping_timeout)
-        latency = float(self.config.ping_timeout) if server.failed else server.latency
-        if latency is None:
-            measured = [other.latency for other in list(self._servers.values()) if other.latency is not None]
-            latency = sum(measured) / len(measured) if measured else 0.0
-        told = server.describe()
+        latency, told = server.latency, server.describe()
         return ServerFacts(span.peer, span.blocks, latency, told["seconds_per_block"], told["load"])
 
     def refresh(self) -> None:
@@ -181,15 +179,20 @@ class Swarm:
         for peer in self._servers.keys() - servers.keys():
             logger.info("server %s is gone", peer)
         self._servers = servers
-        await asyncio.gather(*(self._ping(server) for server in self._to_ping()))
+        began, most = time.monotonic(), self.config.max_pinged
+        while chosen := self._to_ping(began, most):
+            await asyncio.gather(*(self._ping(server) for server in chosen))
+            most *= 2  # whoever announces much must not hide those who answer
 
-    def _to_ping(self) -> list[Server]:
-        """At most `max_pinged` servers of each block, those pinged longest ago first."""
+    def _to_ping(self, began: float, most: int) -> list[Server]:
+        """Up to `most` servers of each block that none answered for since then, those pinged longest ago first."""
         chosen: dict[str, Server] = {}
         known = sorted(self.known(), key=lambda server: server.pinged)
         for layer in range(len(self.uids)):
             there = [server for server in known if layer in server.span.blocks]
-            chosen |= {server.span.peer: server for server in there[: self.config.max_pinged]}
+            if not any(server.pinged >= began and not server.failed for server in there):
+                waiting = [server for server in there if server.pinged < began]
+                chosen |= {server.span.peer: server for server in waiting[:most]}
         return list(chosen.values())
 
     async def _ping(self, server: Server) -> None:

@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from transformer_lens.checks import needed
 from transformer_lens.distributed.network.frames import FrameError, FrameRefused, conversation, ping, pong
-from transformer_lens.distributed.network.records import PEER, validator
+from transformer_lens.distributed.network.records import PEER, Table, bounded, validator
 from transformer_lens.distributed.protocol.messages import Limits, SpanError, SpanUnreachable
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,13 @@ Handler = Callable[[bytes, str], Awaitable[bytes]]
 
 def need_engine() -> Any:
     """The network library. Raises `ImportError`, saying what to install, if it is missing."""
-    for part in ("dht.node", "dht.validation", "p2p.p2p_daemon_bindings.utils"):
+    for part in ("dht.node", "dht.storage", "dht.validation", "p2p.p2p_daemon_bindings.utils"):
         needed(f"hivemind.{part}", MISSING)
-    return needed("hivemind", MISSING)
+    engine = needed("hivemind", MISSING)
+    protocol = engine.dht.protocol.DHTProtocol
+    if protocol.serializer is engine.utils.MSGPackSerializer:  # every table of this process reads with it
+        protocol.serializer = bounded(protocol.serializer, engine.dht.storage.DictionaryDHTValue)
+    return engine
 
 
 def address_of(host: str, port: int) -> str:
@@ -61,8 +65,8 @@ class Node:
     >>> other = Node(node.addresses)  # doctest: +SKIP
 
     `initial_peers` are addresses of peers to join, or empty for the first peer. `identity` is a key file, made if
-    missing, which keeps the peer id the same. Raises `SpanUnreachable` if no initial peer answers, and `RuntimeError`
-    if the daemon does not start.
+    missing, which keeps the peer id the same. `allow` are the peers whose records it keeps; `None` means all. Raises
+    `SpanUnreachable` if no initial peer answers, and `RuntimeError` if the daemon does not start.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Node:
         *,
         listen: str | None = None,
         identity: str | os.PathLike[str] | None = None,
+        allow: Collection[str] | None = None,
         startup_timeout: float = 60,
     ) -> None:
         for address in initial_peers:
@@ -104,7 +109,7 @@ class Node:
             if identity is not None:
                 make_identity(identity)
                 self._identity = Path(identity).read_bytes()
-            self.wait(self._start(listen, identity, startup_timeout))
+            self.wait(self._start(listen, identity, allow, startup_timeout))
             undo.pop_all()
 
     def _run(self) -> None:
@@ -114,7 +119,7 @@ class Node:
         self._loop.run_forever()
         self._loop.close()
 
-    async def _start(self, listen: str | None, identity: Any, startup_timeout: float) -> None:
+    async def _start(self, listen: str | None, identity: Any, allow: Any, startup_timeout: float) -> None:
         engine = need_engine()
         failures: tuple[type[Exception], ...] = (RuntimeError, *_engine_errors(engine))
         here = {"host_maddrs": [listen]} if listen else {"host_maddrs": [], "no_listen": True}
@@ -134,6 +139,7 @@ class Node:
         self.peer = self._p2p.peer_id.to_base58()
         self._ended = self._loop.create_future()
         self._keep(self._watch())
+        kept = Table(None if allow is None else {*allow, self.peer}) if listen else None
         try:
             self._dht = await engine.dht.node.DHTNode.create(
                 p2p=self._p2p,
@@ -142,7 +148,7 @@ class Node:
                 # Announcements are fetched anew each time, or a server that joins would be seen late.
                 cache_locally=False,
                 cache_nearest=0,
-                record_validator=validator(engine.dht.validation.RecordValidatorBase, self._identity),
+                record_validator=validator(engine.dht.validation.RecordValidatorBase, self._identity, kept),
             )
         except failures as error:
             raise self._not_started(error) from error

@@ -7,14 +7,18 @@ under a peer id is signed with the key that the id is the hash of, which needs t
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 STATES = ("serving", "draining", "gone")  # `gone` replaces a record until it would have expired
 LIVES = 2.5  # a record's lifetime in announcing periods, so that one lost announcement does no harm
 MAX_BYTES = 512
-MAX_SERVERS = 4096  # the most servers of one model that a client considers
+LONGEST_LIFE = 3600.0  # seconds after which every record has to be announced anew
+MAX_SERVERS = 4096  # the most servers of one model that a client considers, and of one block that are read
+MAX_RECORDS = 2**14  # the most records that a server keeps for others, of at most 2 KiB each
+MAX_RECORDS_EACH = 512  # the most of one peer: one for each of its blocks
 PEER = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")  # a libp2p peer id in base 58
 FIELDS = ("blocks", "state", "seconds_per_block", "load", "version")
 
@@ -68,6 +72,15 @@ def announced(found: Mapping[str, Mapping[Any, Any]], uids: Iterable[str]) -> li
                 latest[peer] = (ends, read)
     rows = [read for _, read in latest.values() if read.state != "gone"]
     return sorted(rows, key=lambda row: (row.blocks.start, row.blocks.stop, row.peer))
+
+
+def overview(model: str, config: Any, servers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything known of a model's servers, and the blocks that none of them serves, as plain data."""
+    layers = range(config.num_hidden_layers)
+    serving = [range(*server["blocks"]) for server in servers if server["state"] == "serving"]
+    missing = [layer for layer in layers if not any(layer in blocks for blocks in serving)]
+    about = {"model": model, "dht_prefix": config.dht_prefix, "n_layers": len(layers)}
+    return {**about, "servers": servers, "missing": missing}
 
 
 def may_be_kept(peer: bytes, value: bytes) -> bool:
@@ -153,8 +166,34 @@ def _text(place: bytes, peer: bytes, record: bytes, ends: float) -> bytes:
     return bytes(msgpack.packb(["transformer_lens.announcement.1", place, peer, record, ends]))
 
 
-def validator(base: type[Any], identity: bytes | None) -> Any:
-    """A validator for hivemind's table that accepts only announcements signed by their owners."""
+@dataclass
+class Table:
+    """Which records a server keeps for others: whose, how many, and for how long."""
+
+    allow: Collection[str] | None = None  # peers whose records are kept; `None` means all
+    most: int = MAX_RECORDS
+    most_each: int = MAX_RECORDS_EACH
+    clock: Callable[[], float] = time.time
+    kept: dict[tuple[bytes, bytes], float] = field(default_factory=dict)  # place and peer -> when it ends
+
+    def has_room(self, place: bytes, peer: bytes, ends: float) -> bool:
+        """Whether a record is kept, and counts from now on; one that replaces an earlier one always is."""
+        import msgpack
+
+        now = self.clock()
+        if not ends <= now + LONGEST_LIFE or not (self.allow is None or msgpack.unpackb(peer) in self.allow):
+            return False  # an expired one, which another clock may not know as such, ends by itself
+        if (place, peer) not in self.kept:
+            if len(self.kept) >= self.most:
+                self.kept = {record: end for record, end in self.kept.items() if end >= now}
+            if len(self.kept) >= self.most or sum(of == peer for _, of in self.kept) >= self.most_each:
+                return False
+        self.kept[place, peer] = ends
+        return True
+
+
+def validator(base: type[Any], identity: bytes | None, table: Table | None = None) -> Any:
+    """A validator for hivemind's table that accepts only announcements signed by their owners; and room in `table`."""
 
     class Announcements(base):
         def sign_value(self, record: Any) -> bytes:
@@ -164,9 +203,39 @@ def validator(base: type[Any], identity: bytes | None) -> Any:
 
         def validate(self, record: Any) -> bool:
             found = signed(record.key, record.subkey, record.value, record.expiration_time)
-            return found is not None and may_be_kept(record.subkey, found)
+            known = found is not None and may_be_kept(record.subkey, found)
+            return known and (table is None or table.has_room(record.key, record.subkey, record.expiration_time))
 
         def strip_value(self, record: Any) -> bytes:
             return signed(record.key, record.subkey, record.value, record.expiration_time) or b""
 
     return Announcements()
+
+
+def bounded(serializer: type[Any], dictionary: type[Any]) -> type[Any]:
+    """hivemind's serializer, reading no more than the records of one block.
+
+    Its own follows extension types inside extension types in C, before any validator sees them: some hundred bytes from
+    a stranger end the process. `dictionary` is what it keeps the records of one place in, as extension type 0x50.
+    """
+    import msgpack
+
+    few = {"max_array_len": MAX_SERVERS, "max_map_len": 8, "max_str_len": MAX_BYTES, "max_bin_len": SIGNED_BYTES}
+
+    class Bounded(serializer):
+        @classmethod
+        def loads(cls, buf: bytes) -> Any:
+            found = msgpack.unpackb(buf, raw=False, **few)  # an extension type stays bytes
+            if not isinstance(found, msgpack.ExtType):
+                return found
+            if found.code != 0x50:
+                raise ValueError(f"extension type {found.code:#x}, and no record holds one")
+            _, latest, items = msgpack.unpackb(found.data, raw=False, max_ext_len=0, **few)
+            records = dictionary()
+            with records.freeze():
+                for key, value, ends in items:
+                    records.store(key, value, ends)
+            records.latest_expiration_time = latest
+            return records
+
+    return Bounded

@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -22,6 +23,7 @@ from transformers import (
 
 from transformer_lens.checks import is_one_of
 from transformer_lens.data import REAL_MODELS, TINY_MODELS, source_of
+from transformer_lens.distributed.protocol.messages import limits_of
 from transformer_lens.model_bridge import adapter_for
 from transformer_lens.model_bridge.upstream import DTYPE, spelled
 
@@ -57,6 +59,10 @@ class ClientSettings:
     active_adapter: str | None = None
     max_pinged: int = 3
     ping_timeout: float = 2
+    same_libraries: bool = True
+    """Whether servers must have this client's releases of torch and transformers, without which bits may differ."""
+    limits: Mapping[str, Any] | None = None
+    """What this client sends and reads at most, by the names in `Limits`; `None` for their defaults."""
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -99,6 +105,7 @@ RULES: dict[str, Rule] = {  # the check of each setting
     "initial_peers": (_is_list, "a list of strings"),
     "allowed_servers": PEERS,
     "blocked_servers": PEERS,
+    "same_libraries": _among(True, False),
     "show_route": _among(True, False, "inference"),
     "tuning_mode": _among(None, "ptune", "deep_ptune"),
     "use_chunked_forward": _among(True, False, "auto"),
@@ -119,6 +126,7 @@ def check_settings(config: Any) -> None:
         if name in here and not fits(here[name]):
             kind = TypeError if "list" in expected else ValueError
             raise kind(f"{name}: got {here[name]!r}, expected {expected}")
+    limits_of(here.get("limits"))
     if config.min_backoff > config.max_backoff:
         raise ValueError(f"min_backoff: got {config.min_backoff}, expected at most max_backoff, {config.max_backoff}")
     if here.get("tuning_mode") is not None and not here["pre_seq_len"]:
@@ -235,6 +243,8 @@ class DistributedConfig(ClientSettings, ModelSettings):
             "d_model": self.hidden_size,  # type: ignore[attr-defined]
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": str(model.config._attn_implementation),
+            "torch": torch.__version__.partition("+")[0],
+            "transformers": transformers.__version__,
         }
 
     def to_dict(self) -> dict[str, Any]:

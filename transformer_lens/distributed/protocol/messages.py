@@ -3,9 +3,9 @@
 import json
 import math
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from transformer_lens.checks import needed
 
 MISSING = "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
 MAGIC = b"TLB1"
+PEAK = 3  # how many times a message is in memory while it is read: as it came, its tensors' part, and the tensors
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 """The dtypes of tensors in a message, by safetensors name."""
 FLOATS = tuple(dtype for dtype in DTYPES.values() if dtype.is_floating_point)
@@ -27,11 +28,17 @@ EDITS = ("set", "add", "scale", "zero", "project_out")
 
 
 class MessageError(ValueError):
-    """A malformed or oversized message."""
+    """A malformed or oversized message; `advice` tells the client what it may do about it."""
+
+    def __init__(self, text: str, **advice: Any) -> None:
+        super().__init__(text)
+        self.advice = advice
 
 
 class FullError(ValueError):
     """No room for a valid call; another server may have it, or this one later."""
+
+    advice: ClassVar[dict[str, Any]] = {"retry": "full"}
 
 
 class SpanError(RuntimeError):
@@ -77,9 +84,24 @@ class Limits:
     calls: int = 8
     """One peer's waiting or running calls."""
     calls_of_all: int = 64
-    waiting: int = 2**29
-    """One peer's messages of waiting or running calls."""
+    waiting: int = 2**30
+    """What one peer's messages of waiting or running calls take, `PEAK` times their size."""
     waiting_of_all: int = 2**31
+
+
+def limits_of(given: Mapping[str, Any] | None) -> Limits:
+    """The limits with some changed. Raises `ValueError` for an unknown one, and for one that is not above 0 and finite.
+
+    >>> limits_of({"memory": 64 * 2**30}).memory
+    68719476736
+    """
+    names = [field.name for field in fields(Limits)]
+    for name, number in (given or {}).items():
+        if name not in names:
+            raise ValueError(f"limits: got {name!r}, expected one of {', '.join(names)}")
+        if type(number) not in (int, float) or not 0 < number < math.inf:
+            raise ValueError(f"{name}: got {number}, expected a number above 0 and finite")
+    return Limits(**(given or {}))
 
 
 @dataclass(frozen=True)

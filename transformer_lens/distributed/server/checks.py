@@ -10,7 +10,9 @@ from transformer_lens.distributed.protocol.messages import EDITS, FLOATS, INTEGE
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-NUMBER = 8  # the most bytes of a number in an activation
+NUMBER = 8  # the most bytes of a number in an answer
+FLOAT = 4  # the fewest bytes of a number while a block runs: norms, softmaxes and routers compute in float32
+INSIDE = ("hook_attn_scores", "hook_pattern")  # with these, the scores of every head exist, whatever the attention
 
 
 class Checks:
@@ -28,7 +30,8 @@ class Checks:
     def check(self, request: Request) -> None:
         first, end = request.first, request.end
         if not self.blocks.start <= first < end <= self.blocks.stop:
-            raise MessageError(f"blocks {first} to {end} were asked for, and this server has {self.blocks}")
+            told = f"blocks {first} to {end} were asked for, and this server has {self.blocks}"
+            raise MessageError(told, retry="blocks")  # it may have had others before it was started again
         self._check_stream(request)
         self._check_names(request)
         for nth, action in enumerate(request.actions):
@@ -113,22 +116,26 @@ class Checks:
         sizes = [math.prod(self.shape(request, action)) for action in request.actions]
         answer = NUMBER * sum(n for n, a in zip(sizes, request.actions, strict=True) if a.do not in EDITS)
         if answer > self.limits.answer:
-            raise MessageError(f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made")
-        # One block's activations, a few of each width, with every head's scores, as hooked attention computes them.
-        scores = cfg.n_heads * (new + request.start)
+            told = f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made"
+            raise MessageError(told, fewer_blocks=True)
+        # One block's activations, a few of each width, with every head's scores where they are computed, else one mask.
+        eager = self.bridge.original_model.config._attn_implementation == "eager"
+        every = eager or any(action.name.endswith(INSIDE) for action in request.actions)
+        scores = (cfg.n_heads if every else 1) * (new + request.start)
         block = rows * new * (12 * cfg.d_model + 4 * self.neurons + 3 * scores)
         graph = blocks if request.grad or request.kind == "backward" else 1
         # An edit's activation exists three times while it is made, and as long as the graph.
         edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]
         edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
-        memory = answer + (block * graph + edited) * NUMBER
+        memory = answer + (block * graph + edited) * max(FLOAT, self.bridge.original_model.dtype.itemsize)
         if memory > self.limits.memory:
-            most = self.limits.memory
-            raise MessageError(f"the call would take about {memory} bytes, and at most {most} may be used")
+            told = f"the call would take about {memory} bytes, and at most {self.limits.memory} may be used"
+            raise MessageError(told, fewer_blocks=True)
         passes = 3 if request.kind == "backward" else 1
         work = passes * (rows * new * blocks * cfg.d_model + sum(sizes))
         if work > self.limits.work:
-            raise MessageError(f"the call would compute {work} numbers, and at most {self.limits.work} are computed")
+            told = f"the call would compute {work} numbers, and at most {self.limits.work} are computed"
+            raise MessageError(told, fewer_blocks=True)
 
 
 def _check_integers(request: Request, name: str, shapes: list[list[int]], most: int) -> None:

@@ -4,13 +4,13 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from transformer_lens.distributed.network.frames import Call, Exchange, Room, refused
 from transformer_lens.distributed.network.node import Node
-from transformer_lens.distributed.network.records import LIVES, PEER, Announcement
+from transformer_lens.distributed.network.records import LIVES, LONGEST_LIFE, PEER, Announcement
 from transformer_lens.distributed.protocol.messages import Reply, SpanUnreachable, pack_reply
 from transformer_lens.distributed.server.server import SpanServer
 
@@ -69,10 +69,9 @@ class ServedSpan:
     async def _compute(self, call: Call) -> None:
         begin = time.perf_counter()
         loop = asyncio.get_running_loop()
+        message, call.received = call.message, bytearray()  # one copy
         try:
-            answer = await loop.run_in_executor(
-                self._threads, self.server.handle, call.message, call.peer, call.deadline
-            )
+            answer = await loop.run_in_executor(self._threads, self.server.handle, message, call.peer, call.deadline)
             self.exchange.finish(call, answer)
         finally:
             if call.answer is None:  # a fault of ours, or the end of this process: the caller is told by libp2p
@@ -147,11 +146,13 @@ class ServedSpan:
         self.server.close()
 
 
-def check_options(limits: Mapping[str, Any], update_period: float, drain_seconds: float, allow: Any) -> None:
+def check_options(update_period: float, drain_seconds: float, allow: Any) -> None:
     """Raise `ValueError` for the first option that does not fit."""
-    for name, number in {**limits, "update_period": update_period}.items():
-        if not 0 < number < float("inf"):
-            raise ValueError(f"{name}: got {number}, expected a number above 0 and finite")
+    if not 0 < update_period < float("inf"):
+        raise ValueError(f"update_period: got {update_period}, expected a number above 0 and finite")
+    if update_period * LIVES > LONGEST_LIFE:
+        most = LONGEST_LIFE / LIVES
+        raise ValueError(f"update_period: got {update_period}, expected at most {most:g}: no record is kept for longer")
     if not 0 <= drain_seconds < float("inf"):
         raise ValueError(f"drain_seconds: got {drain_seconds}, expected a time in seconds, 0 or more")
     for peer in allow or ():

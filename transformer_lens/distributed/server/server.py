@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol import messages as wire
-from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, read_part
+from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, identity_of, read_part
 from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
 from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
@@ -132,6 +132,7 @@ class SpanServer:
         """Whether it refuses new texts; texts whose keys and values it holds go on."""
         self.seconds_per_block = 0.0
         """The recent time per block in forwards and steps, as a moving average."""
+        self._identity = self.config.facts(self.model) | identity_of(name, self.config, options)
         self._told = self._held()
         self._given: dict[str, Any] = {}
         self.model.register_forward_pre_hook(
@@ -196,7 +197,7 @@ class SpanServer:
     def info(self) -> dict[str, Any]:
         """What a client needs to know first, and how busy the server is; callable from any thread."""
         return {
-            **self.config.facts(self.model),
+            **self._identity,
             "blocks": [self.blocks.start, self.blocks.stop],
             "state": "draining" if self.draining else "serving",
             "load": self.queue.load(),
@@ -347,8 +348,8 @@ def _refusal(error: Exception, peer: str) -> bytes:
             wire.Reply(error=f"{name}: the blocks could not compute this; the server's log says more")
         )
     text = str(error.args[0]) if error.args else name
-    info = {"retry": "full"} if isinstance(error, wire.FullError) else {}
-    return wire.pack_reply(wire.Reply(error=wire.printable(f"{name}: {text}"), info=info))
+    advice = error.advice if isinstance(error, (wire.MessageError, wire.FullError)) else {}
+    return wire.pack_reply(wire.Reply(error=wire.printable(f"{name}: {text}"), info=advice))
 
 
 class LocalSpan:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformer_lens.distributed.protocol.messages import FullError, Limits
+from transformer_lens.distributed.protocol.messages import PEAK, FullError, Limits
 
 
 def has_room(more: int, mine: int, most: int, everyone: int, most_of_all: int) -> bool:
@@ -115,7 +115,7 @@ class Sessions:
 
 @dataclass(eq=False)
 class Call:
-    """A waiting or running call, and its message's bytes."""
+    """A waiting or running call, and the bytes that its message takes."""
 
     peer: str
     size: int
@@ -135,8 +135,8 @@ class CallQueue:
 
     @contextmanager
     def turn(self, peer: str, size: int) -> Iterator[None]:
-        """Wait for this call's turn, which lasts as long as the block."""
-        call = Call(peer, size)
+        """Wait for the turn of a call whose message has this size; the turn lasts as long as the block."""
+        call = Call(peer, PEAK * size)
         with self._changed:
             self._check(call)
             self._queues.setdefault(peer, deque()).append(call)
