@@ -145,7 +145,7 @@ def look_inside(bridge: TransformerBridge, local: TransformerBridge, checks: Che
     for position in row.topk(3).indices.sort().values.tolist():
         share = float(row[position])
         print(f"      {tokens[position]!r:>9} {'█' * round(30 * share):<30} {share:.3f}")
-    if find_spec("plotly") is not None:
+    if find_spec("matplotlib") is not None:
         from transformer_lens.viz import attention_patterns
 
         OUT.mkdir(exist_ok=True)

@@ -343,6 +343,7 @@ SWITCHES = frozenset(
     [
         "allow_pickle",
         "allow_processed",
+        "beside",
         "may_be_none",
         "add_bos_token",
         "apply_ln",
@@ -536,7 +537,7 @@ ROWS: dict[str, Row] = {
         {"state_dict": lambda w: ActivationStream(w.falcon, [TEXT], 1).state_dict()}
     ),
     "TransformerBridge.activation_stream": Row({"texts": [TEXT], "at": 1}, {"texts": [THING, 5], "at": PLACE}),
-    "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5] + [5]}),
+    "ActivationStore.batches": Row({"buffer_tokens": 4096}, {"names": [n for n in NAMES if n != 5]}),
     "ActivationStore.document": Row({"number": 0}, {"number": [*NUMBERS, 99]}),
     "ActivationStore.to_dataset": Row(wrong={"options": []}),
     "ActivationStore.to_numpy": Row({"name": "blocks.0.hook_resid_post"}),
@@ -566,7 +567,11 @@ ROWS: dict[str, Row] = {
     "FactoredMatrix.get_corner": Row(wrong={"k": [*NUMBERS, -1]}),
     "FactoredMatrix.unsqueeze": Row({"dim": 0}, {"dim": [*NUMBERS, 99, -99, True]}),
     "GroupedCache.__init__": Row({"config": lambda w: falcon_config()}),
-    "Heatmap.__init__": Row({"values": torch.eye(2), "rows": ["a", "b"], "columns": ["c", "d"]}),
+    "Heatmap.__init__": Row(
+        {"values": torch.eye(2), "rows": ["a", "b"], "columns": ["c", "d"]},
+        {"interval": [THING, 5, torch.eye(2), [torch.eye(2)], ["a", "b"]], "paths": [THING, 5, ["a", "b"], [{}]]},
+    ),
+    "Heatmap.image": Row({"kind": "png"}, {"kind": CHOICE}),
     "Heatmap.save": Row(
         {"path": lambda w: w.folder / "a.html"}, {"path": [*FILES, "a.nonsense", "/nothing/here/a.png"]}
     ),
@@ -597,7 +602,8 @@ ROWS: dict[str, Row] = {
     "Slice.__init__": Row(wrong={"input_slice": UNBOUND}),
     "Slice.apply": Row({"tensor": torch.ones(3, 2)}),
     "TokenText.__init__": Row(
-        {"tokens": ["a"], "values": {"v": torch.ones(1)}}, {"tokens": [THING, 5, [], ["a", "b"]]}
+        {"tokens": ["a"], "values": {"v": torch.ones(1)}},
+        {"tokens": [THING, 5, [], ["a", "b"]], "notes": [THING, 5, ["a", "b"]]},
     ),
     "TransformerBridge.__init__": Row({"hf_model": lambda w: w.falcon.original_model}),
     "TransformerBridge.accumulated_bias": Row(),
@@ -813,8 +819,30 @@ ROWS: dict[str, Row] = {
             "layers": [THING, "x", [0, 1]],
         },
     ),
-    "viz.of_runs.head_map": Row({"values": torch.eye(2)}),
-    "viz.of_runs.patching_map": Row({"values": torch.eye(2), "tokens": ["a", "b"]}, {"tokens": [THING, 5, ["a"]]}),
+    "viz.of_results.bootstrap": Row({"values": torch.ones(3, 2)}),
+    "viz.of_results.steering_sweep": Row(
+        {
+            "prompts": TEXT,
+            "vector": torch.ones(128),
+            "measure": " Mary",
+            "layers": 1,
+            "scales": [1.0],
+            "max_new_tokens": 1,
+        },
+        {"prompts": [THING, 5, [], [5.5]], "measure": [THING, 5], "scales": [THING, 5, [], ["big"], [math.nan]]},
+    ),
+    "viz.of_results.top_contexts_text": Row(
+        {"contexts": [(1.0, 0, 0, ["a", "b"])]}, {"contexts": [THING, 5, "text", [], [5], [(1.0, 2)]]}
+    ),
+    "viz.of_runs.lens_grids": Row({"lens": lambda w: TunedLens(w.falcon)}, {"lens": BRIDGE}),
+    "viz.of_runs.tuned_lens_grid": Row({"lens": lambda w: TunedLens(w.falcon)}, {"lens": BRIDGE}),
+    "viz.of_results.expert_map": Row({"values": torch.eye(2)}),
+    "viz.of_results.head_map": Row({"values": torch.eye(2)}),
+    "viz.of_results.patching_map": Row({"values": torch.eye(2), "tokens": ["a", "b"]}, {"tokens": [THING, 5, ["a"]]}),
+    "viz.of_results.path_map": Row(
+        {"values": torch.eye(2), "senders": ["a", "b"], "receivers": ["c", "d"]},
+        {"senders": [THING, 5, ["a"]], "receivers": [THING, 5, ["a"]]},
+    ),
 }
 
 

@@ -130,7 +130,7 @@ def test_pictures(tmp_path: Path) -> None:
     ("arguments", "code", "says"),
     [
         ((*TEXTS, "--what", "resid"), 2, "got 'resid', expected one of resid_pre, resid_mid"),
-        ((*TEXTS, "--out", "x.pdf"), 2, "got x.pdf, expected a name that ends in .html or .png"),
+        ((*TEXTS, "--out", "x.gif"), 2, "got x.gif, expected a name that ends in .html, .png, .svg or .pdf"),
         (TEXTS[:4], 2, "Missing option '--answer'"),
         (
             (*TEXTS, "--what", "resid_mid"),

@@ -90,6 +90,8 @@ def test_names(store: ActivationStore) -> None:
 def test_names_that_are_none(store: ActivationStore) -> None:
     for wrong in (1024, [], [3], {"a": 1}, [[Q]]):
         for use in (store.batches, store.statistics, store.to_dataset):
+            if (use, wrong) == (store.batches, 1024):
+                continue  # all hooks, so many tokens at a time
             with pytest.raises(TypeError, match="names: got .*, expected a hook's name, several, or None"):
                 use(wrong)
     with pytest.raises(TypeError, match="document: got 'a', expected a whole number"):
@@ -188,8 +190,11 @@ def test_sizes_that_do_not_fit(size: int, buffer: int, batch: int, tmp_path: Pat
         found = list(batches)
         assert sorted(tokens_of(found)) == sorted(tokens_of([store[:]]))
         assert all(len(b["token_ids"]) == batch for b in found[:-1])
+        assert len(batches) == len(found)
         batches.drop_last = True
-        assert len(list(batches)) == size // batch
+        assert len(list(batches)) == len(batches) == size // batch
+    short = store.batches(batch, buffer_tokens=buffer)
+    assert (short.batch_size, short.names) == (batch, store.hooks)
 
 
 def test_seeds_and_epochs(store: ActivationStore) -> None:

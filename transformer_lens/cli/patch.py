@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformer_lens import TransformerBridge
 
+ENDINGS = (".html", ".png", ".svg", ".pdf")
 SWEEPS = {  # what can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning
     "resid_pre": ("get_act_patch_resid_pre", "pos", "the stream that enters a layer"),
     "resid_mid": ("get_act_patch_resid_mid", "pos", "the stream between attention and MLP (sequential blocks)"),
@@ -55,7 +56,9 @@ def patch(
     ),
     what: str = Option("resid_pre", metavar="NAME", help=f"One of {', '.join(SWEEPS)}.", autocompletion=complete_what),
     out: list[Path] | None = Option(
-        None, metavar="FILE", help="Save the picture, as .html or .png; repeatable. Needs the extra \\[viz]."
+        None,
+        metavar="FILE",
+        help="Save the picture, as .html, .png, .svg or .pdf; repeatable. Needs the extra \\[viz].",
     ),
     json: AsJson = False,
 ) -> None:
@@ -79,8 +82,9 @@ one position at a time; heads and experts at all positions.
     if what not in SWEEPS:
         raise typer.BadParameter(f"got {what!r}, expected one of {', '.join(SWEEPS)}", param_hint="--what")
     for path in out or []:
-        if path.suffix.lower() not in (".html", ".png"):
-            raise typer.BadParameter(f"got {path}, expected a name that ends in .html or .png", param_hint="--out")
+        if path.suffix.lower() not in ENDINGS:
+            told = f"got {path}, expected a name that ends in .html, .png, .svg or .pdf"
+            raise typer.BadParameter(told, param_hint="--out")
     bridge = load_bridge(model, **vars(loading))
     found = sweep(bridge, clean, corrupted, answer, wrong, what)
     for path in out or []:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from transformer_lens.checks import a_path, as_array, in_words, is_tensor, nearest, needed, whole
+from transformer_lens.checks import a_path, as_array, in_words, is_tensor, is_whole, nearest, needed, whole
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
 from transformer_lens.collect.mixing import RUN, Coming, Mixer, Rows, count
@@ -272,7 +272,7 @@ class ActivationStore:
 
     def batches(
         self,
-        names: Names = None,
+        names: Names | int = None,
         batch_size: int = 4096,
         *,
         shuffle: bool = True,
@@ -284,9 +284,13 @@ class ActivationStore:
 
         One name gives tensors [token, ...], several (`None`: all hooks) give dictionaries of them. Shuffling mixes
         short runs of tokens in a buffer of `buffer_tokens`, which bounds memory; `seed` and `set_epoch(n)` choose the
-        order. Use it as `DataLoader(batches, batch_size=None, num_workers=n)`.
+        order. Use it as `DataLoader(batches, batch_size=None, num_workers=n)`. `store.batches(1024)` is short for all
+        hooks with that batch size.
         """
-        several = self._several(names)
+        chosen_names: Any = names
+        if is_whole(names):
+            chosen_names, batch_size = None, whole("batch_size", names)
+        several = self._several(chosen_names)
         chosen = several[0] if isinstance(names, str) else several
         return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
 
@@ -362,6 +366,11 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
         self.epoch = whole("epoch", epoch, 0)
+
+    def __len__(self) -> int:
+        """How many batches a pass in one process gives; each further worker may end with a smaller one of its own."""
+        whole_ones, rest = divmod(len(self.store), self.batch_size)
+        return whole_ones + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Tensor | Rows]:
         worker = get_worker_info()

@@ -43,7 +43,12 @@ class TextExample:
 
 @dataclass(frozen=True)
 class IOIExample:
-    """An indirect-object sentence without its last word, in order "ABB" (the indirect object first) or "BAB"."""
+    """An indirect-object sentence without its last word, in order "ABB" (the indirect object first) or "BAB".
+
+    >>> example = ioi_examples(1)[0]
+    >>> example.corrupted != example.prompt and example.corrupted.split()[:4] == example.prompt.split()[:4]
+    True
+    """
 
     prompt: str
     indirect_object: str
@@ -62,6 +67,13 @@ class IOIExample:
     def wrong_answer(self) -> str:
         """The subject, with its leading space."""
         return f" {self.subject}"
+
+    @property
+    def corrupted(self) -> str:
+        """The prompt with its second subject swapped for the indirect object, so that `wrong_answer` follows."""
+        names = (self.indirect_object, self.subject)
+        first, second = names if self.order == "ABB" else names[::-1]
+        return self.template.format(A=first, B=second, S=self.indirect_object, P=self.place, O=self.thing)
 
 
 @dataclass(frozen=True)
@@ -114,12 +126,7 @@ def ioi_pair(seed: int = 0, held_out: bool = True, order: Order | None = None) -
     True
     """
     example = ioi_example(Random(seed), held_out, order)
-    first, second = example.indirect_object, example.subject
-    if example.order == "BAB":
-        first, second = second, first
-    filled = {"A": first, "B": second, "S": example.indirect_object, "P": example.place, "O": example.thing}
-    corrupted = example.template.format(**filled)
-    return IOIPair(example.prompt, corrupted, example.answer, example.wrong_answer)
+    return IOIPair(example.prompt, example.corrupted, example.answer, example.wrong_answer)
 
 
 def ioi_examples(count: int, seed: int = 0, held_out: bool = True) -> list[IOIExample]:

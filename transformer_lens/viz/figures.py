@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -20,7 +20,6 @@ from transformer_lens.utilities import to_numpy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
-    from plotly.graph_objects import Figure
 
 MOST_NUMBERS = 400  # the most cells whose values a PNG shows
 MOST_PANELS = 24  # the most panels a PNG shows side by side
@@ -41,25 +40,30 @@ class Heatmap(base.Picture):
     Heatmap 'identity' of 2 x 2
 
     `value` says what a cell means, with its unit. Colours are centred on zero; `limits=(low, high)` with `low >= 0`
-    makes them sequential. `texts` are written into the cells, `notes` show on hover, NaN leaves a cell blank. Raises
-    `ValueError` if labels or texts do not fit.
+    makes them sequential. `texts` are written into the cells, `notes` show on hover, NaN leaves a cell blank.
+    `interval` holds the lower and the upper end of each value; an image brackets the values whose interval holds zero.
+    `paths` say, for each column, what a click on it follows down the rows. Raises `ValueError` if labels, texts or
+    intervals do not fit.
     """
 
+    script: ClassVar[str] = "grid"
     values: Float[Tensor, "row column"]
     rows: Sequence[str]
     columns: Sequence[str]
-    title: str
+    title: str = ""
     row_title: str = ""
     column_title: str = ""
     value: str = "value"
     limits: tuple[float, float] | None = None
     texts: Sequence[Sequence[str]] | None = None
     notes: Sequence[Sequence[str]] | None = None
+    interval: tuple[Tensor, Tensor] | None = None
+    paths: Sequence[Mapping[str, Sequence[float]]] | None = None
 
     def __post_init__(self) -> None:
         where, given = f"heat map {self.title!r}", vars(self)
         object.__setattr__(self, "values", as_numbers(f"{where}: values", self.values))
-        for name in ("rows", "columns", "texts", "notes"):
+        for name in ("rows", "columns", "texts", "notes", "paths"):
             if given[name] is not None:
                 object.__setattr__(self, name, listed(f"{where}: {name}", given[name]))
         got, expected = list(self.values.shape), [len(self.rows), len(self.columns)]
@@ -70,6 +74,13 @@ class Heatmap(base.Picture):
             widths = {len(row) if isinstance(row, (list, tuple)) else -1 for row in cells}
             if given[name] is not None and [len(cells), *widths] != expected:
                 raise ValueError(f"{where}: got {name} that do not fill {expected} cells")
+        if self.interval is not None:
+            ends = [as_numbers(f"{where}: interval", end) for end in listed(f"{where}: interval", self.interval)]
+            if [list(end.shape) for end in ends] != [expected, expected]:
+                raise ValueError(f"{where}: got an interval that does not fill {expected} cells")
+            object.__setattr__(self, "interval", tuple(ends))
+        if self.paths is not None and [isinstance(path, Mapping) for path in self.paths] != [True] * expected[1]:
+            raise ValueError(f"{where}: got paths that do not fit, expected values by name for each of the columns")
         if self.limits is not None and not _are_ends(self.limits):
             raise ValueError(f"{where}: got limits={self.limits}, expected (low, high), low below high")
 
@@ -94,65 +105,25 @@ class Heatmap(base.Picture):
     def colours(self) -> str:
         return base.SEQUENTIAL if self.range[0] >= 0 else base.DIVERGING
 
-    def trace(self) -> Any:
-        """The cells as a plotly trace, with positions as coordinates since a label may occur twice."""
-        low, high = self.range
-        rows, columns = base.escaped(self.rows), base.escaped(self.columns)
-        notes = self.notes or [[""] * len(columns)] * len(rows)
-        about = [
-            [[row, column, note and f"<br>{note}"] for column, note in zip(columns, line, strict=True)]
-            for row, line in zip(rows, notes, strict=True)
-        ]
-        labels: dict[str, Any] = {}
-        if self.texts is not None:
-            texts = [base.escaped(row) for row in self.texts]
-            labels = {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11}}
-        return base.plotly().Heatmap(
-            z=np.round(self.matrix, 5),
-            x=list(range(len(columns))),
-            y=list(range(len(rows))),
-            zmin=low,
-            zmax=high,
-            colorscale=self.colours,
-            hoverongaps=False,
-            xgap=1,
-            ygap=1,
-            colorbar={"title": {"text": self.value, "side": "right"}},
-            customdata=about,
-            hovertemplate=(
-                f"{self.row_title} %{{customdata[0]}}<br>{self.column_title} %{{customdata[1]}}<br>"
-                f"{self.value}: %{{z:.3f}}%{{customdata[2]}}<extra></extra>"
-            ),
-            **labels,
-        )
+    @property
+    def unsure(self) -> np.ndarray:
+        """The cells whose interval holds zero."""
+        if self.interval is None:
+            return np.zeros(self.matrix.shape, dtype=bool)
+        low, high = self.interval
+        return to_numpy((low <= 0) & (high >= 0))
 
-    def layout(self) -> dict[str, Any]:
-        return {
-            **base.LAYOUT,
-            "title": {"text": self.title},
-            "height": max(320, (34 if len(self.rows) <= 10 else 26) * min(len(self.rows), 60) + 220),
-            "margin": {"l": 90, "r": 30},
-            # The labels of columns turn as they need to.
-            "xaxis": self._axis(self.columns, self.column_title, tickangle=None, autotickangles=[0, -40, -90]),
-            "yaxis": self._axis(self.rows, self.row_title, autorange="reversed"),
+    def _panel(self, name: str = "") -> dict[str, Any]:
+        """What `grid.js` draws as one matrix."""
+        low, high = map(_numbers, self.interval) if self.interval else (None, None)
+        about = {
+            name: getattr(self, name) for name in ("row_title", "column_title", "value", "texts", "notes", "paths")
         }
+        names = {"name": name, "rows": list(self.rows), "columns": list(self.columns)}
+        return {**names, **about, "range": self.range, "values": _numbers(self.values), "low": low, "high": high}
 
-    @staticmethod
-    def _axis(labels: Sequence[str], title: str, **more: Any) -> dict[str, Any]:
-        places, shown = base.ticks(labels), base.escaped(labels)
-        return {
-            "title": {"text": title},
-            "tickvals": places,
-            "ticktext": [shown[place] for place in places],
-            "tickangle": 0,
-            "showgrid": False,
-            "zeroline": False,
-            "automargin": True,
-            **more,
-        }
-
-    def figure(self) -> Figure:
-        return base.plotly().Figure(self.trace(), self.layout())
+    def data(self) -> dict[str, Any]:
+        return {"panels": [self._panel()], "first": 0, "beside": False}
 
     def draw(self, axes: Axes, width: float, size: float = 10, numbers: bool = True) -> Any:
         """Draw the cells into matplotlib axes about `width` inches wide; returns the image, for a colour bar."""
@@ -169,27 +140,40 @@ class Heatmap(base.Picture):
         axes.tick_params(labelsize=size)
         axes.set_xlabel(self.column_title, fontsize=max(8, size))
         axes.set_ylabel(self.row_title, fontsize=max(8, size))
-        if numbers and self._written:
+        if self.texts is not None or (numbers and self.written):
             for (row, column), cell in np.ndenumerate(matrix):
                 number = f"{round(float(cell), 2) + 0.0:.2f}"
-                text = number if self.texts is None else base.visible(self.texts[row][column])
+                text = f"({number})" if self.unsure[row, column] else number
+                if self.texts is not None:
+                    text = base.visible(self.texts[row][column])
                 if np.isfinite(cell):
                     ink = _ink((cell - low) / (high - low), self.colours)
                     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
         return picture
 
     @property
-    def _written(self) -> bool:
+    def written(self) -> bool:
+        """Whether an image shows what its cells hold."""
         return self.texts is not None or self.matrix.size <= MOST_NUMBERS
 
-    def drawing(self) -> Drawing:
-        width, height = (0.8 if self.texts is not None else 0.62, 0.42) if self._written else (0.2, 0.2)
+    def size(self) -> tuple[float, float]:
+        """The width and height of an image, in inches."""
+        width, height = (0.8 if self.texts is not None else 0.62, 0.42) if self.written else (0.2, 0.2)
         columns, rows = (min(len(labels), base.MOST_LABELS) for labels in (self.columns, self.rows))
-        figure = base.new_drawing(width * columns + 2.5, max(3.2, height * rows + 2.0))
+        return max(7.5, width * columns + 2.5), max(3.2, height * rows + 2.0)
+
+    def drawing(self) -> Drawing:
+        figure = base.new_drawing(*self.size())
         base.entitle(figure, self.title)
         beside = 1.6 + 0.09 * max((len(base.visible(row)) for row in self.rows), default=0)  # row labels and colour bar
-        figure.colorbar(self.draw(figure.subplots(), figure.get_figwidth() - beside), label=self.value)
+        label = self.value + ("\n(in brackets: the interval holds 0)" if self.interval else "")
+        figure.colorbar(self.draw(figure.subplots(), figure.get_figwidth() - beside), label=label)
         return figure
+
+
+def _numbers(values: Tensor) -> list[list[float | None]]:
+    """Rows of numbers to five digits, for JSON; `None` for NaN."""
+    return [[float(f"{v:.5g}") if math.isfinite(v) else None for v in row] for row in values.double().tolist()]
 
 
 def _ink(share: float, colours: str) -> str:
@@ -201,7 +185,7 @@ def _ink(share: float, colours: str) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Heatmaps(base.Picture):
-    """Several heat maps with a menu. A PNG shows them side by side, with one colour bar if they share a scale.
+    """Several heat maps with a menu, or side by side. An image shows all, with one colour bar if they share a scale.
 
     >>> panels = {f"head {h}": Heatmap(torch.eye(2), ["a", "b"], ["a", "b"], "") for h in range(3)}
     >>> Heatmaps(panels, title="heads")
@@ -210,10 +194,13 @@ class Heatmaps(base.Picture):
     Raises `ValueError` for no panels, and for an unknown `first`.
     """
 
+    script: ClassVar[str] = "grid"
     panels: Mapping[str, Heatmap]
-    title: str
+    title: str = ""
     first: str = ""
     """The panel shown at the start; by default the first."""
+    beside: bool = False
+    """Whether a page shows all at once, so that pointing at a cell of one tells of the same cell of the others."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.panels, Mapping) or not all(isinstance(one, Heatmap) for one in self.panels.values()):
@@ -229,34 +216,24 @@ class Heatmaps(base.Picture):
         names = list(self.panels)
         return f"Heatmaps {self.title!r}: {len(names)} panels, {names[0]} to {names[-1]}"
 
-    def figure(self) -> Figure:
-        names = list(self.panels)
-        at = names.index(self.first or names[0])
-        traces = [panel.trace() for panel in self.panels.values()]
-        for place, trace in enumerate(traces):
-            trace.visible = place == at
-        layouts = [panel.layout() for panel in self.panels.values()]
-        buttons = [
-            {
-                "label": name,
-                "method": "update",
-                "args": [{"visible": [other == place for other in range(len(names))]}, {"xaxis": x, "yaxis": y}],
-            }
-            for place, name in enumerate(names)
-            for x, y in [(layouts[place]["xaxis"], layouts[place]["yaxis"])]
-        ]
-        menu = {"buttons": buttons, "active": at, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-        layout = {**layouts[at], "title": {"text": self.title, "y": 0.98, "yanchor": "top"}, "updatemenus": [menu]}
-        layout |= {"margin": {**layouts[at]["margin"], "t": 110}, "height": layouts[at]["height"] + 40}
-        return base.plotly().Figure(traces, layout)
+    @property
+    def place(self) -> int:
+        """The number of the panel shown at the start."""
+        return list(self.panels).index(self.first) if self.first else 0
+
+    def data(self) -> dict[str, Any]:
+        panels = [panel._panel(name) for name, panel in self.panels.items()]
+        return {"panels": panels, "first": self.place, "beside": self.beside}
 
     def drawing(self) -> Drawing:
         shown = list(self.panels.items())[:MOST_PANELS]
-        columns = min(COLUMNS, len(shown))
-        rows = -(-len(shown) // columns)
         sample = shown[0][1]
-        height = max(2.2, 0.16 * min(len(sample.rows), base.MOST_LABELS) + 1.0)
-        figure = base.new_drawing(3.2 * columns, height * rows + 0.6)
+        width, height = 3.2, max(2.2, 0.16 * min(len(sample.rows), base.MOST_LABELS) + 1.0)
+        if any(panel.texts is not None for _, panel in shown):
+            width, height = sample.size()  # what is written in the cells has to be read
+        columns = min(len(shown), max(1, int(COLUMNS * 3.2 / width)))
+        rows = -(-len(shown) // columns)
+        figure = base.new_drawing(width * columns, height * rows + 0.6)
         grid = figure.subplots(rows, columns, squeeze=False)
         shared = len({(*panel.range, panel.value) for _, panel in shown}) == 1
         more = f"   (the first {len(shown)} of {len(self.panels)})" if len(shown) < len(self.panels) else ""
@@ -264,7 +241,9 @@ class Heatmaps(base.Picture):
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for place, ((name, panel), axes) in enumerate(zip(shown, grid.flat, strict=False)):
-            image = panel.draw(axes, figure.get_figwidth() / columns - (0.8 if shared else 1.4), 6.5, numbers=False)
+            image = panel.draw(
+                axes, figure.get_figwidth() / columns - (0.8 if shared else 1.4), 6.5, numbers=len(panel.columns) <= 8
+            )
             if not shared:
                 _bar(figure, image, axes, panel.value)
             axes.set_title(name, loc="left", fontsize=9)
@@ -298,9 +277,10 @@ class Waterfall(base.Picture):
     whole. Raises `ValueError` if labels do not fit, or for a NaN.
     """
 
+    script: ClassVar[str] = "bars"
     values: Float[Tensor, " component"]
     labels: Sequence[str]
-    title: str
+    title: str = ""
     value: str = "logits"
     most: int = 24
 
@@ -327,32 +307,9 @@ class Waterfall(base.Picture):
         labels, shown = [self.labels[i] for i in kept], [values[i] for i in kept]
         return ([*labels, f"{len(rest)} others"], [*shown, sum(rest)]) if rest else (labels, shown)
 
-    def figure(self) -> Figure:
+    def data(self) -> dict[str, Any]:
         labels, values = self.bars()
-        steps = list(range(len(values) + 1))
-        bars = base.plotly().Waterfall(
-            x=steps,
-            y=[*values, 0],
-            measure=["relative"] * len(values) + ["total"],
-            customdata=[*base.escaped(labels), "total"],
-            increasing={"marker": {"color": base.RISE}},
-            decreasing={"marker": {"color": base.FALL}},
-            totals={"marker": {"color": base.TOTAL}},
-            connector={"line": {"color": "#bbbbbb", "width": 1}},
-            hovertemplate=(
-                f"%{{customdata}}<br>adds %{{delta:.3f}} {self.value}<br>so far %{{final:.3f}}<extra></extra>"
-            ),
-        )
-        axis = {"tickvals": steps, "ticktext": [*base.escaped(labels), "total"], "tickangle": -40, "automargin": True}
-        layout = {
-            **base.LAYOUT,
-            "title": {"text": self.title},
-            "height": 460,
-            "showlegend": False,
-            "xaxis": axis,
-            "yaxis": {"title": {"text": self.value}, "zerolinecolor": "#444444"},
-        }
-        return base.plotly().Figure(bars, layout)
+        return {"labels": labels, "values": values, "value": self.value}
 
     def drawing(self) -> Drawing:
         labels, values = self.bars()

@@ -1,7 +1,8 @@
-"""Pictures of runs: attention patterns, heads by layer, a logit lens, routing, losses by token."""
+"""Pictures of runs: attention patterns, lenses, routing, losses and predictions by token."""
 
+import base64
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -10,14 +11,62 @@ from torch import Tensor
 from transformer_lens import ActivationCache, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.experts import routing
+from transformer_lens.analysis.lenses import TunedLens
 from transformer_lens.asking import Heads, Pair, check_one_text, layer_numbers, need_experts, written_pair
-from transformer_lens.checks import as_numbers, in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
+from transformer_lens.checks import in_words, is_several, is_tensor, is_whole, listed, whole, whole_numbers
 from transformer_lens.viz.figures import Heatmap, Heatmaps, Waterfall
 from transformer_lens.viz.token_text import TokenText
 
 Pattern = Float[Tensor, "*layer_and_head query_pos key_pos"]
 Numbers = int | Sequence[int] | None  # one number, several, or `None` for all
-Limits = tuple[float, float] | None  # the ends of the colour scale; `None` takes them from the data, centred on zero
+MOST_EXACT = 5_000_000  # a page of more attention values than this rounds them to 1/255, to stay small
+
+
+class AttentionPatterns(Heatmaps):
+    """Attention patterns by head: a page has the text, one head large and thumbnails of all."""
+
+    script: ClassVar[str] = "attention"
+
+    def data(self) -> dict[str, Any]:
+        """The tokens, the heads by layer and, in base64, the patterns as whole numbers of 1/65535 (or 1/255) without
+        what a query cannot see.
+        """
+        names, sample = list(self.panels), next(iter(self.panels.values()))
+        patterns = torch.stack([panel.values for panel in self.panels.values()])
+        queries, keys = patterns.shape[1:]
+        seen = patterns[:, torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)].clamp(0, 1)
+        levels, kind = (65535, "<u2") if seen.numel() <= MOST_EXACT else (255, "u1")
+        values = (seen * levels).round().numpy().astype(kind).tobytes()
+        layers: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            layers.setdefault(name.rpartition("H")[0], []).append(number)
+        return {
+            "tokens": list(sample.columns),
+            "first_query": keys - queries,
+            "queries": queries,
+            "heads": names,
+            "layers": [{"name": name, "heads": numbers} for name, numbers in layers.items()],
+            "first": self.place,
+            "levels": levels,
+            "values": base64.b64encode(values).decode(),
+        }
+
+
+class RoutingMap(Heatmaps):
+    """Experts by layer: a page has the text, with each token's experts and their weights."""
+
+    script: ClassVar[str] = "experts"
+
+    def data(self) -> dict[str, Any]:
+        """The tokens and, layer by layer, the experts chosen for each, with their weights."""
+        layers = []
+        for name, panel in self.panels.items():
+            most = int((panel.values != 0).sum(0).max())
+            best = panel.values.T.topk(most)
+            weights = [[round(weight, 4) for weight in row] for row in best.values.tolist()]
+            layers.append({"name": name, "indices": best.indices.tolist(), "weights": weights})
+        sample = next(iter(self.panels.values()))
+        return {"tokens": list(sample.columns), "n_experts": len(sample.rows), "layers": layers}
 
 
 def attention_patterns(
@@ -27,8 +76,8 @@ def attention_patterns(
     title: str = "",
     heads: Numbers | Heads = None,
     layers: Numbers = None,
-) -> Heatmaps:
-    """Attention patterns, one head at a time, with a menu of heads.
+) -> AttentionPatterns:
+    """Attention patterns: one head large, thumbnails of all, and what each token of the text attends to.
 
     >>> tokens = bridge.to_str_tokens("Mary and John")
     >>> attention_patterns(tokens, cache, first="L1H2")
@@ -57,7 +106,7 @@ def attention_patterns(
         panels[name] = Heatmap(shown, tokens[keys - queries :], tokens, name, "from", "to", "attention", (0.0, 1.0))
     if wanted not in panels and first != (0, 0):
         raise ValueError(f"attention_patterns: got first={first!r}, and there is no {wanted} among the patterns given")
-    return Heatmaps(panels, title or "Attention patterns", wanted if wanted in panels else "")
+    return AttentionPatterns(panels, title or "Attention patterns", wanted if wanted in panels else "")
 
 
 def _label(layer: int | None, head: int) -> str:
@@ -133,42 +182,6 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
     return {int(name.split(".")[1]): cache[name][0] if cache.has_batch_dim else cache[name] for name in names}
 
 
-def head_map(values: Float[Tensor, "layer head"], title: str, value: str = "value", limits: Limits = None) -> Heatmap:
-    """A number for each head, by layer; `limits=(low, high)` fixes the ends of the colours, to compare maps.
-
-    >>> head_map(torch.zeros(4, 4), "score of previous-token heads").columns
-    ['0', '1', '2', '3']
-    """
-    values = _with_axes("head_map", values, "layer head")
-    rows, columns = (list(map(str, range(size))) for size in values.shape)
-    return Heatmap(values, rows, columns, title, "layer", "head", value, limits)
-
-
-def patching_map(
-    values: Float[Tensor, "layer pos"],
-    tokens: Sequence[str],
-    title: str,
-    value: str = "restored",
-    limits: Limits = None,
-) -> Heatmap:
-    """A number for each layer and position, such as the result of a patching sweep; `limits` as in `head_map`.
-
-    >>> tokens = bridge.to_str_tokens("Mary and John")
-    >>> patching_map(torch.zeros(4, 5), tokens, "patching the residual stream").rows
-    ['0', '1', '2', '3']
-    """
-    values = _with_axes("patching_map", values, "layer pos")
-    return Heatmap(values, list(map(str, range(len(values)))), tokens, title, "layer", "position", value, limits)
-
-
-def _with_axes(what: str, values: Any, axes: str) -> Tensor:
-    """Values as a tensor. Raises `ValueError` for any other axes."""
-    made = as_numbers(f"{what}: values", values)
-    if made.ndim != len(axes.split()):
-        raise ValueError(f"{what}: got values of shape {list(made.shape)}, expected [{axes}]")
-    return made
-
-
 @checked
 def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
     """The logit lens's top token at each layer and position, coloured by its probability; hovering lists `top` tokens.
@@ -180,22 +193,81 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
     Probabilities are those of `cache.logit_lens`: before a cap or multiplier of the logits.
     """
     check_one_text("logit_lens_grid", text)
-    top = whole("logit_lens_grid: top", top, 1, bridge.W_U.shape[1])
+    cache = _streams(bridge, text, prepend_bos)
+    lens, labels = cache.logit_lens(return_labels=True)
+    return _lens_map(bridge, text, lens, labels, top, "Logit lens", prepend_bos)
+
+
+@checked
+def tuned_lens_grid(lens: TunedLens, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmap:
+    """The same as `logit_lens_grid` under a tuned lens.
+
+    >>> from transformer_lens.analysis.lenses import TunedLens
+    >>> tuned_lens_grid(TunedLens(bridge), "Mary and John").rows[0]
+    '0_pre'
+    """
+    check_one_text("tuned_lens_grid", text)
+    if not isinstance(lens, TunedLens):
+        raise TypeError(f"lens: got {in_words(lens)}, expected a TunedLens")
+    cache = _streams(lens.bridge, text, prepend_bos)
+    labels: Any = cache.accumulated_resid(return_labels=True)[1]
+    with torch.no_grad():
+        logits = lens.logits(cache)
+    return _lens_map(lens.bridge, text, logits, labels, top, "Tuned lens", prepend_bos)
+
+
+@checked
+def lens_grids(lens: TunedLens, text: str, top: int = 5, prepend_bos: bool | None = None) -> Heatmaps:
+    """The logit lens and a tuned lens side by side: pointing at a token in one shows the same token in the other, and a
+    click follows it through the layers.
+
+    >>> from transformer_lens.analysis.lenses import TunedLens
+    >>> lens_grids(TunedLens(bridge), "Mary and John")
+    Heatmaps 'Logit lens and tuned lens': 2 panels, logit lens to tuned lens
+    """
+    tuned = tuned_lens_grid(lens, text, top, prepend_bos)
+    panels = {"logit lens": logit_lens_grid(lens.bridge, text, top, prepend_bos), "tuned lens": tuned}
+    return Heatmaps(panels, "Logit lens and tuned lens", beside=True)
+
+
+def _streams(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> ActivationCache:
+    """The residual streams between layers, of one text, without a batch."""
     names = ["resid_pre", "resid_post"]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(
             text, names_filter=lambda name: name.rpartition("hook_")[2] in names, prepend_bos=prepend_bos
         )
-        lens, labels = cache.apply_slice_to_batch_dim(0).logit_lens(return_labels=True)
-    best = lens.float().softmax(-1).topk(top)
+    return cast(ActivationCache, cache.apply_slice_to_batch_dim(0))
+
+
+def _lens_map(
+    bridge: TransformerBridge,
+    text: str,
+    logits: Float[Tensor, "layer pos d_vocab"],
+    labels: Sequence[str],
+    top: int,
+    title: str,
+    prepend_bos: bool | None,
+) -> Heatmap:
+    """The likeliest tokens of each layer and position, and the probability of each of them in all layers."""
+    top = whole("top", top, 1, logits.shape[-1])
+    chances = logits.detach().float().softmax(-1).cpu()
+    best = chances.topk(top)
     words = [[list(map(str, bridge.to_str_tokens(ids))) for ids in row] for row in best.indices.tolist()]
     notes = [
         [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
         for row in zip(words, best.values.tolist(), strict=True)
     ]
-    title, axes = "Logit lens: the likeliest next token, layer by layer", ("stream", "after", "probability")
-    columns, texts = _tokens(bridge, text, prepend_bos), [[cell[0] for cell in row] for row in words]
-    return Heatmap(best.values[..., 0].cpu(), labels, columns, title, *axes, (0.0, 1.0), texts, notes)
+    texts = [[cell[0] for cell in row] for row in words]
+    paths = [
+        {
+            texts[layer][pos]: [round(p, 4) for p in chances[:, pos, best.indices[layer, pos, 0]].tolist()]
+            for layer in range(len(texts))
+        }
+        for pos in range(chances.shape[1])
+    ]
+    about = f"{title}: the likeliest next token, layer by layer", "stream", "after", "probability", (0.0, 1.0)
+    return Heatmap(best.values[..., 0], labels, _tokens(bridge, text, prepend_bos), *about, texts, notes, paths=paths)
 
 
 @checked
@@ -230,7 +302,7 @@ def _named(cache: ActivationCache, token: str | int) -> str:
 
 
 @checked
-def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> Heatmaps:
+def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None = None) -> RoutingMap:
     """Each token's experts and their weights, one layer at a time. Raises `TypeError` for several texts.
 
     >>> routing_map(moe, "Mary and John")
@@ -245,7 +317,7 @@ def routing_map(bridge: TransformerBridge, text: str, prepend_bos: bool | None =
         f"layer {i}": Heatmap(share.T, experts, tokens, f"layer {i}", *axes, limits=(0.0, 1.0))
         for i, share in zip(found.layers, shares[:, 0], strict=True)
     }
-    return Heatmaps(panels, "Routing")
+    return RoutingMap(panels, "Routing")
 
 
 @checked
@@ -260,6 +332,33 @@ def token_losses(bridge: TransformerBridge, text: str, prepend_bos: bool | None 
         loss = bridge(text, return_type="loss", loss_per_token=True, prepend_bos=prepend_bos)[0]
     tokens = _tokens(bridge, text, prepend_bos)
     return TokenText(tokens, {"loss": torch.cat([loss.new_zeros(1), loss]).cpu()}, "Loss by token", "nats")
+
+
+@checked
+def token_predictions(bridge: TransformerBridge, text: str, top: int = 5, prepend_bos: bool | None = None) -> TokenText:
+    """Running text with the logit and the loss of each token and how unsure the model was; pointing at a token shows
+    what was expected there. The first token has no prediction.
+
+    >>> token_predictions(bridge, "Mary and John")
+    TokenText 'Predictions by token': 5 tokens, coloured by loss (nats), entropy (nats), logit
+    """
+    check_one_text("token_predictions", text)
+    ids = bridge.to_tokens(text, prepend_bos=prepend_bos)
+    with torch.no_grad():
+        logits = bridge(ids)[0, :-1].float()
+    log_probs, following = logits.log_softmax(-1), ids[0, 1:, None]
+    best = log_probs.exp().topk(whole("top", top, 1, logits.shape[-1]))
+    rows = {
+        "loss (nats)": -log_probs.gather(-1, following)[:, 0],
+        "entropy (nats)": -(log_probs.exp() * log_probs).sum(-1),
+        "logit": logits.gather(-1, following)[:, 0],
+    }
+    notes = ["the first token: nothing was expected here"]
+    for chosen, chances in zip(best.indices, best.values.tolist(), strict=True):
+        words = map(str, bridge.to_str_tokens(chosen))
+        notes.append("expected: " + ", ".join(f"{word!r} {p:.2f}" for word, p in zip(words, chances, strict=True)))
+    values = {name: torch.cat([row.new_zeros(1), row]).cpu() for name, row in rows.items()}
+    return TokenText(_tokens(bridge, text, prepend_bos), values, "Predictions by token", notes=notes)
 
 
 def _tokens(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> list[str]:
