@@ -101,6 +101,7 @@ dictionary-fixtures: $(VENV)/.dev
 	PIP_CONSTRAINT=$(DICTIONARIES)-circuits/torch.txt $(DICTIONARIES)-circuits/bin/python -m pip install -q circuit-tracer==0.5.0
 	$(DICTIONARIES)/bin/python tests/dictionaries/make_fixtures.py saelens sparsify dictionary_learning
 	$(DICTIONARIES)-circuits/bin/python tests/dictionaries/make_fixtures.py circuit_tracer
+	OMP_NUM_THREADS=1 $(DICTIONARIES)-circuits/bin/python tests/dictionaries/make_graphs.py
 	$(BIN)/python -m tests.dictionaries.save_all out/dictionaries
 	$(DICTIONARIES)/bin/python tests/dictionaries/make_fixtures.py saved
 

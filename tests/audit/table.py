@@ -37,6 +37,7 @@ from transformer_lens.analysis.svd import SVDInterpreter
 from transformer_lens.collect import ActivationStore, ActivationStream, RunningStatistics
 from transformer_lens.compiled import CompiledRunner
 from transformer_lens.dictionaries import CrossLayerTranscoder, Dictionary
+from transformer_lens.dictionaries.graphs import AttributionGraph, attribution_graph
 from transformer_lens.hook_points import Capture, Edit, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
@@ -137,6 +138,10 @@ def spliced_bridge() -> TransformerBridge:
     return bridge
 
 
+def attributions(world: World) -> AttributionGraph:
+    return attribution_graph(world.falcon, IDS, {1: dictionary()}, max_logits=2)
+
+
 def saved_dictionary(world: World) -> Path:
     dictionary().save(world.folder / "dictionary")
     return world.folder / "dictionary"
@@ -152,6 +157,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "ActivationStore": lambda w: w.store,
     "ActivationBatches": lambda w: w.store.batches("blocks.0.hook_resid_post", 4),
     "ActivationStream": lambda w: ActivationStream(w.falcon, [TEXT], 1),
+    "AttributionGraph": attributions,
     "AttributionScores": lambda w: attribution_patching(w.falcon, TEXT, OTHER, metric, ["blocks.1.attn.hook_z"]),
     "Capture": lambda w: Capture({}),
     "Circuit": lambda w: Circuit.of(EdgeGraph.of(w.falcon), [("embed", "L0H0.q")]),
@@ -673,6 +679,31 @@ ROWS: dict[str, Row] = {
     "dictionaries.cross_layer.load_cross_layer": Row(
         {"name_or_path": lambda w: saved_cross_layer(w)}, {"inside": [THING, 5, "nonsense"], "revision": []}
     ),
+    "dictionaries.graphs.attribution.attribution_graph": Row(
+        {"transcoders": lambda w: {1: dictionary()}, "max_logits": 2},
+        {
+            "transcoders": [THING, 5, [], [5], {1: 5}, {99: dictionary()}],
+            "max_logits": NUMBERS,
+            "logit_mass": [THING, "all", 2.0],
+            "max_features": NUMBERS,
+            "skip": [*NUMBERS[:-1], -1, 99],
+        },
+    ),
+    **{
+        f"dictionaries.graphs.files.{name}": Row(
+            {"graph": lambda w: attributions(w)},
+            {
+                "graph": [THING, 5],
+                **{name: [THING, "all", 2.0] for name in ("node_threshold", "edge_threshold")},
+                **{name: [THING, 5] for name in ("slug", "scan")},
+            },
+        )
+        for name in ("save_for_viewers", "save_page")
+    },
+    "AttributionGraph.index": Row({"node": 3}, {"node": [THING, "first", 1.5, 9999]}),
+    "AttributionGraph.intervene": Row({"factors": {3: 0.0}}, {"factors": [THING, 5, {}, {3: "off"}, {9999: 0.0}]}),
+    "AttributionGraph.of_kind": Row({"kind": "feature"}, {"kind": [THING, 5, "nonsense"]}),
+    "AttributionGraph.prune": Row(wrong={name: [THING, "all", 2.0] for name in ("node_threshold", "edge_threshold")}),
     "dictionaries.features.feature_attribution": Row({"bridge": lambda w: spliced_bridge()}),
     **{
         f"dictionaries.features.{name}": Row(

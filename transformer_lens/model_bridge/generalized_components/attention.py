@@ -11,7 +11,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, cast
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from transformer_lens.model_bridge.access.inside_call import InsideCall
