@@ -89,5 +89,5 @@ def test_as_a_module() -> None:
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["passed"] is True
-    assert data["seconds"] < 5
+    assert data["seconds"] < 60  # a second or two by itself; a busy machine may take much longer
     assert torch.get_num_threads() == 1  # this process is as it was

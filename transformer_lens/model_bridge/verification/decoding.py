@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +27,6 @@ from transformer_lens.model_bridge.verification.report import CheckResult
 
 SPARE = 2
 """Empty places after the text in a cache of fixed size."""
-NAMED = 5
-"""The most hooks named at once."""
 
 
 def chunks(length: int) -> list[range]:
@@ -175,54 +173,30 @@ def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
     First at ports, bit for bit, then at hooks inside modules, where each module's output is compared with its own and
     replaced by it.
     """
-    yield from _neutral_at_ports(e, [name for name in e.cache if name in e.ports or e.block_elsewhere(name)])
+    ports = [name for name in e.cache if name in e.ports or e.block_elsewhere(name)]
+    yield from _neutral(e, {"": ports}, e.rounding if e.elsewhere else e.same)
     inside = {owner: [name for name in names if name in e.cache] for owner, names in e.inside.items()}
-    yield from _neutral_inside(e, {owner: names for owner, names in inside.items() if names})
+    yield from _neutral(e, {owner: names for owner, names in inside.items() if names}, e.projecting)
 
 
-def _neutral(name: str, owner: str, change: Change, tolerance: tuple[float, str], together: str = "") -> CheckResult:
-    return CheckResult("rewriting", owner, name, change[0], *tolerance, note=f"{change[1]}{together}")
-
-
-def _neutral_at_ports(e: Evidence, names: Sequence[str]) -> Iterator[CheckResult]:
-    """All in one run; hooks that change something are found by bisection, or all are tried alone if thorough."""
-    tolerance = e.rounding if e.elsewhere else e.same
-    together = _changes(e, names)[""]
-    wrong = not together[0] <= tolerance[0]
-    alone = names if e.thorough else list(islice(_culprits(e, names, tolerance[0]), NAMED)) if wrong else []
-    for name in alone:
-        yield _neutral(name, name.rpartition(".")[0], _changes(e, [name])[""], tolerance)
-    if not wrong or not alone:
-        yield _neutral("", "", together, tolerance, ", at all hooks that a module hands over")
-
-
-def _culprits(e: Evidence, names: Sequence[str], bound: float) -> Iterator[str]:
-    """The hooks at which a neutral write changes more than `bound`; `names` together do."""
-    if len(names) == 1:
-        yield names[0]
-        return
-    for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-        if not _changes(e, half)[""][0] <= bound:
-            yield from _culprits(e, half, bound)
-
-
-def _neutral_inside(e: Evidence, owners: Mapping[str, Sequence[str]]) -> Iterator[CheckResult]:
-    """All in one run; where a module's output changed, or everywhere if thorough, each hook of the module alone."""
+def _neutral(e: Evidence, owners: Mapping[str, Sequence[str]], tolerance: tuple[float, str]) -> Iterator[CheckResult]:
+    """All in one run; where an output changed, or everywhere if thorough, each hook of that module alone."""
     together = _changes(e, [name for names in owners.values() for name in names], owners)
-    wrong = [owner for owner, change in together.items() if not change[0] <= e.projecting[0]]
+    wrong = [owner for owner, change in together.items() if not change[0] <= tolerance[0]]
     alone = {owner: owners[owner] for owner in (owners if e.thorough else wrong)}
     guilty = set[str]()
     for names in zip_longest(*alone.values()):
         chosen = {owner: name for owner, name in zip(alone, names, strict=True) if name is not None}
-        for owner, change in _changes(e, list(chosen.values()), chosen).items():
-            guilty |= {owner} if not change[0] <= e.projecting[0] else set()
-            yield _neutral(chosen[owner], owner, change, e.projecting)
-    for owner, change in together.items():
-        if owner not in wrong or owner not in guilty:
-            yield _neutral("", owner, change, e.projecting, ", all its hooks together")
+        for owner, (change, step) in _changes(e, list(chosen.values()), chosen).items():
+            guilty |= {owner} if not change <= tolerance[0] else set()
+            name = chosen[owner]
+            yield CheckResult("rewriting", owner or name.rpartition(".")[0], name, change, *tolerance, note=step)
+    for owner, (change, step) in together.items():
+        if owner not in guilty:
+            yield CheckResult("rewriting", owner, "", change, *tolerance, note=f"{step}, all its hooks together")
 
 
-def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> dict[str, Change]:
+def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str]) -> dict[str, Change]:
     """How much neutral writes change these modules' outputs, each given its own, or the model's ("")."""
     cache, worst = growing(e), dict[str, Change]()
     hooks = [(name, e.rewriting(name)) for name in names]
@@ -233,9 +207,9 @@ def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str] = ()) -> 
             if not (change <= most or math.isnan(most)):
                 worst[component] = change, str(step)
 
-        with e.own_outputs(modules, step.own.calls, note):
+        with e.own_outputs(filter(None, modules), step.own.calls, note):
             output = e.bridge.run_with_hooks(step.tokens, past_key_values=cache, fwd_hooks=hooks)
-        if not modules:
+        if "" in modules:
             note("", evidence.largest_difference(output, step.captured[0]))
     return worst
 
