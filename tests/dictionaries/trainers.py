@@ -122,4 +122,4 @@ if __name__ == "__main__":
                 LIBRARIES[library](model, Path(folder) / "trained")
                 share = explained(model, Path(folder) / "trained")
             print(f"{library} on {model}: {share:.3f} of the variance of unseen texts explained", flush=True)  # noqa: T201
-            assert share > 0.8
+            assert share > 0.7
