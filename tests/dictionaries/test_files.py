@@ -198,7 +198,8 @@ def test_a_pickle_is_read_when_asked_for_and_for_tensors_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "inside"), [("saelens_topk", ""), ("gemma_scope", "layer_3/width_24"), ("circuit_tracer", "")]
+    ("name", "inside"),
+    [("saelens_topk", ""), ("gemma_scope", "layer_3/width_24"), ("llama_scope", "L8R-8x"), ("circuit_tracer", "")],
 )
 def test_a_hub_name(name: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The layout of the hub's cache; HF_HUB_OFFLINE keeps the tests off the network.

@@ -84,7 +84,7 @@ def measure(
 class Contexts(NamedTuple):
     """Where features are strongest, the `k` strongest tokens of each first: values, the number of the text, that of the
     token in it, and token ids and values from 8 tokens before to 8 behind, -1 where the text is at its end. `histogram`
-    counts tokens by `BINS`, and `count` all tokens; `where` is the hook.
+    counts tokens by `BINS`, and `tokens` all of them; `where` is the hook.
     """
 
     values: Float[Tensor, "k feature"]
@@ -93,7 +93,7 @@ class Contexts(NamedTuple):
     around: Int[Tensor, "k feature window"]
     strengths: Float[Tensor, "k feature window"]
     histogram: Int[Tensor, "feature bin"]
-    count: int
+    tokens: int
     where: str
 
 
@@ -132,7 +132,8 @@ def strongest_contexts(
             count, first = count + int(mask.sum()), first + len(ids)
     if not best:
         raise ValueError("texts: got none, expected texts, or token ids [batch, pos]")
-    return Contexts(*best, histogram, count, where)
+    of_all = dict[str, Any](zip(Contexts._fields, best, strict=False))
+    return Contexts(**of_all, histogram=histogram, tokens=count, where=where)
 
 
 @checked

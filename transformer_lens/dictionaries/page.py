@@ -73,7 +73,7 @@ def feature_page(
     document = {
         "about": about,
         "bins": [_short(edge) for edge in BINS.tolist()],
-        "count": found.count,
+        "count": found.tokens,
         "tokens": dict(zip(used, words, strict=True)),
         "features": shown,
     }
