@@ -55,7 +55,7 @@ def agrees(dictionary: Dictionary, expected: Path, exactly: bool) -> None:
 
 
 def test_every_fixture_is_tested() -> None:
-    assert folders() == EXACT | OTHERS | CROSS_LAYER | {"circuit_tracer", "refused_groupmax"}
+    assert folders() == EXACT | OTHERS | CROSS_LAYER | {"circuit_tracer", "graphs", "refused_groupmax"}
 
 
 @pytest.mark.parametrize("name", sorted(EXACT | OTHERS))
