@@ -458,3 +458,13 @@ def test_features_of_experts_and_of_what_a_router_reads(end: str) -> None:
     else:
         weighted = (change * cache["blocks.1.mlp.hook_expert_weights"][..., None]).sum(-2)
         torch.testing.assert_close(after["mlp_out", 1], cache["mlp_out", 1] - weighted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transcoder_between_other_axes_is_refused() -> None:
+    """What every token has cannot be written to each expert that a token chose."""
+    places = ("blocks.1.mlp.hook_in", "blocks.1.mlp.hook_post")
+    with pytest.raises(
+        ValueError, match=r"at: got batch pos chosen=2 d_mlp=64 at '.*hook_post' and batch pos d_model=128"
+    ):
+        model("tiny-mixtral").splice(random_dictionary(128, 64), places)
+    assert not any(point.has_hooks() for point in model("tiny-mixtral").hook_points())

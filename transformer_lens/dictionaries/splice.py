@@ -41,13 +41,17 @@ class Splice:
         self.features, self.error = (f"{names[0]}.{end}" for end in ("features", "error"))
         if self.features in bridge.hook_dict:
             raise ValueError(f"splice at {names[0]!r}: a dictionary is there; undo() that one first")
-        rows = [bridge.hook_table().row(name) for name in names]
+        rows, outer = [bridge.hook_table().row(name) for name in names], []
         for row, width in zip(rows, (dictionary.d_out, dictionary.d_in), strict=True):
             # How many last axes make up its width: those of heads may be one or two.
             tail = [size if isinstance(size, int) else 0 for size in row.shape]
             fitting = [count for count in range(1, len(tail) - 1) if prod(tail[-count:]) == width]
             if not fitting:
                 raise ValueError(f"dictionary: got a {dictionary.extra_repr()}, and {row.name} has {row.sizes()}")
+            outer.append(tail[: -fitting[0]])
+        if outer[0] != outer[1]:
+            each = " and ".join(f"{row.sizes()} at {name!r}" for row, name in zip(rows, names, strict=True))
+            raise ValueError(f"at: got {each}, expected places with the same axes in front of the width")
         self.joined = -fitting[0]
         written, read = (dict(zip(row.axes.split(), row.shape, strict=True)) for row in rows)
         kept = dict([*read.items()][: self.joined], feature=dictionary.d_sae)
