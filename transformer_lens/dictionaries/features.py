@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -96,6 +96,13 @@ class Contexts(NamedTuple):
     tokens: int
     where: str
 
+    def of(self, column: int) -> Iterator[tuple[float, int, int, Tensor, Tensor]]:
+        """Those of one feature: value, text and place, then the token ids and the values around it."""
+        for row in range(int((self.values[:, column] > 0).sum())):
+            value, text, place = (part[row, column].item() for part in (self.values, self.texts, self.places))
+            real = self.around[row, column] >= 0
+            yield value, int(text), int(place), self.around[row, column][real], self.strengths[row, column][real]
+
 
 BINS = torch.logspace(-8, 12, 41, base=2)
 """Where the bins of `Contexts.histogram` begin and end: two for each doubling, those at the ends open."""
@@ -145,12 +152,11 @@ def top_contexts(
     """
     wanted = feature_numbers(dictionary, features)
     found = strongest_contexts(bridge, dictionary, texts, wanted, at, k)
-    best: dict[int, list[tuple[float, int, int, list[str]]]] = {}
-    for column, number in enumerate(wanted):
-        of_feature = zip(*(part[:, column].tolist() for part in found[:3]), found.around[:, column], strict=True)
-        words = [(*said, bridge.to_str_tokens(around[around >= 0])) for *said, around in of_feature if said[0] > 0]
-        best[number] = cast(Any, words)
-    return best
+    words: Any = bridge.to_str_tokens
+    return {
+        number: [(value, text, place, words(ids)) for value, text, place, ids, _ in found.of(column)]
+        for column, number in enumerate(wanted)
+    }
 
 
 def feature_numbers(dictionary: Dictionary, features: Features) -> list[int]:

@@ -87,20 +87,17 @@ def feature_page(
 
 def _feature(number: int, found: Contexts, column: int) -> dict[str, Any]:
     """What the page shows of a feature, but for its logits."""
-    contexts = []
-    for rank, value in enumerate(found.values[:, column].tolist()):
-        real = found.around[rank, column] >= 0
-        if value > 0:
-            contexts.append(
-                {
-                    "value": _short(value),
-                    "text": int(found.texts[rank, column]),
-                    "place": int(found.places[rank, column]),
-                    "peak": int(real[: len(WINDOW) // 2].sum()),
-                    "tokens": found.around[rank, column][real].tolist(),
-                    "strengths": [_short(one) for one in found.strengths[rank, column][real].tolist()],
-                }
-            )
+    contexts = [
+        {
+            "value": _short(value),
+            "text": text,
+            "place": place,
+            "peak": min(place, -int(WINDOW[0])),
+            "tokens": ids.tolist(),
+            "strengths": [_short(one) for one in strengths.tolist()],
+        }
+        for value, text, place, ids, strengths in found.of(column)
+    ]
     bins = found.histogram[column]
     histogram = [[place, int(bins[place])] for place in bins.nonzero().flatten().tolist()]
     return {"number": number, "histogram": histogram, "contexts": contexts}
