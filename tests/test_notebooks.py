@@ -15,7 +15,7 @@ from transformer_lens.data import tiny_model_path
 from transformer_lens.viz import Picture
 
 NAMES = build_notebooks.NAMES
-SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora"]
+SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "dictionaries"]
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -23,8 +23,8 @@ def code(name: str) -> list[str]:
     return [cell.source for cell in build_notebooks.notebook(name).cells if cell.cell_type == "code"]
 
 
-def test_there_are_seven():
-    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 7 and len(NAMES) == 7
+def test_there_are_eight():
+    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 8 and len(NAMES) == 8
     assert sorted(path.stem for path in build_notebooks.DEMOS.glob("*.ipynb")) == NAMES
 
 
