@@ -26,7 +26,7 @@ TOO.cluster = demo-cluster
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs clients clean
+.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -93,10 +93,18 @@ shapes: $(VENV)/.dev
 test-collect: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/collect
 
-dictionary-fixtures: $(VENV)/.dev
-	$(PYTHON) -m venv $(DICTIONARIES) && $(PYTHON) -m venv $(DICTIONARIES)-circuits
+$(DICTIONARIES)/.installed:
+	$(PYTHON) -m venv $(DICTIONARIES)
 	PIP_CONSTRAINT=constraints.txt $(DICTIONARIES)/bin/python -m pip install -q sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
 	$(DICTIONARIES)/bin/python -m pip uninstall -q -y torchvision
+	touch $@
+
+# Their own trainers on the activations that `bridge.activation_stream` feeds; some minutes.
+dictionary-trainers: $(DICTIONARIES)/.installed
+	PYTHONPATH=. WANDB_MODE=offline $(DICTIONARIES)/bin/python -m tests.dictionaries.trainers saelens sparsify
+
+dictionary-fixtures: $(VENV)/.dev $(DICTIONARIES)/.installed
+	$(PYTHON) -m venv $(DICTIONARIES)-circuits
 	grep '^torch==' constraints.txt > $(DICTIONARIES)-circuits/torch.txt
 	PIP_CONSTRAINT=$(DICTIONARIES)-circuits/torch.txt $(DICTIONARIES)-circuits/bin/python -m pip install -q circuit-tracer==0.5.0
 	$(DICTIONARIES)/bin/python tests/dictionaries/make_fixtures.py saelens sparsify dictionary_learning

@@ -38,6 +38,7 @@ from transformer_lens.collect import ActivationStore, ActivationStream, RunningS
 from transformer_lens.compiled import CompiledRunner
 from transformer_lens.dictionaries import CrossLayerTranscoder, Dictionary
 from transformer_lens.dictionaries.graphs import AttributionGraph, attribution_graph
+from transformer_lens.dictionaries.splice import Splice
 from transformer_lens.hook_points import Capture, Edit, HookEntry
 from transformer_lens.utilities import Slice
 from transformer_lens.viz import Heatmap, Heatmaps, TokenText, Waterfall
@@ -164,6 +165,7 @@ SELVES: Mapping[str, Callable[[World], Any]] = {
     "CompiledRunner": lambda w: w.runner,
     "DirectLogitAttribution": lambda w: direct_logit_attribution(w.falcon, w.cache(""), 5),
     "CrossLayerTranscoder": lambda w: cross_layer(),
+    "Splice": lambda w: Splice(TransformerBridge.boot_transformers("tiny-falcon"), dictionary(), 1, True),
     "Dictionary": lambda w: dictionary(),
     "EdgeGraph": lambda w: EdgeGraph.of(w.falcon),
     "EdgeScores": lambda w: edge_attribution_patching(w.falcon, TEXT, OTHER, metric),
@@ -712,6 +714,17 @@ ROWS: dict[str, Row] = {
         )
         for name in ("measure", "top_contexts", "feature_logits")
     },
+    "dictionaries.page.feature_page": Row(
+        {"dictionary": lambda w: dictionary(), "features": 1, "at": 1, "file": lambda w: w.folder / "features.html"},
+        {
+            "at": [*PLACE, None],
+            "features": [THING, "first", 1.5, 99, [99]],
+            "texts": [THING, 5, [5.5], [], TEXT],
+            "file": FILES,
+        },
+    ),
+    "Splice.ablate": Row({"features": [1]}, {"features": [THING, "first", 1.5, 99, [99]], "options": []}),
+    "Splice.steer": Row({"feature": 1}, {"feature": [THING, "first", 1.5, 99, [99]], "options": []}),
     "TransformerBridge.steer": Row(
         {"vector": torch.ones(128)},
         {"vector": [*TENSOR, torch.ones(3), torch.full((128,), math.nan)], "at": PLACE, **LATER},

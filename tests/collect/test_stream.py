@@ -209,6 +209,14 @@ def test_nothing_is_left_on_the_model_and_no_gradient_is_kept(falcon: Transforme
     assert not batch.requires_grad and not any(point.has_hooks() for point in falcon.hook_dict.values())
 
 
+def test_it_may_be_asked_in_inference_mode(falcon: TransformerBridge) -> None:
+    """sparsify's trainer asks what a module gives out in inference mode before it trains."""
+    stream, expected = (falcon.activation_stream(TEXTS, 1, **SMALL) for _ in range(2))
+    with torch.inference_mode():
+        first = next(stream)
+    assert not first.is_inference() and torch.equal(first, next(expected)) and torch.equal(next(stream), next(expected))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

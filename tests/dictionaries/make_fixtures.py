@@ -121,6 +121,39 @@ def saelens() -> None:
     sae, x = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(config)), inputs()
     sae.load_state_dict(state)
     expect(place, x, sae.encode(x), sae(x))
+    # Llama Scope's, likewise; SAELens folds the mean norm into the weights.
+    place = folder("llama_scope")
+    (place / "checkpoints").mkdir()
+    decoder = torch.nn.functional.normalize(torch.randn(D_IN, D_SAE), dim=0)
+    kept = {"encoder.weight": torch.randn(D_SAE, D_IN) / 4, "encoder.bias": torch.randn(D_SAE) / 3}
+    save_file(
+        kept | {"decoder.weight": decoder, "decoder.bias": torch.randn(D_IN) / 3},
+        place / "checkpoints/final.safetensors",
+    )
+    told = {"act_fn": "jumprelu", "jump_relu_threshold": 0.4, "norm_activation": "dataset-wise", "top_k": 50}
+    told |= {
+        "dataset_average_activation_norm": {"in": 6.5, "out": 6.5},
+        "use_decoder_bias": True,
+        "use_glu_encoder": False,
+    }
+    told |= {
+        "apply_decoder_bias_to_pre_encoder": False,
+        "d_model": D_IN,
+        "d_sae": D_SAE,
+        "sparsity_include_decoder_norm": True,
+    }
+    told |= dict.fromkeys(("hook_point_in", "hook_point_out"), "blocks.1.hook_resid_post")
+    (place / "hyperparams.json").write_text(json.dumps(told))
+    loaders.hf_hub_download = lambda repo_id, filename, subfolder="", **of: str(
+        place / ("checkpoints" if subfolder else "") / filename.split("/")[-1]
+    )
+    config, state, _ = loaders.llama_scope_sae_huggingface_loader(
+        "fnlp/Llama", "folder", cfg_overrides={"dtype": "float32"}
+    )
+    sae, x = sae_lens.SAE.from_dict(loaders.handle_config_defaulting(config)), inputs()
+    sae.load_state_dict(state)
+    sae.fold_activation_norm_scaling_factor(D_IN**0.5 / 6.5)
+    expect(place, x, sae.encode(x), sae(x))
 
 
 # -- sparsify ------------------------------------------------------------------------------------------------------

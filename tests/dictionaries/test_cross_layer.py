@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from tests.dictionaries.models import random_dictionary
@@ -61,6 +62,23 @@ def test_what_does_not_fit() -> None:
             ValueError, match=r"later: got the shapes .*, expected \[\[50, 1, 16\]\]: \[d_sae, layers after"
         ):
             CrossLayerTranscoder(layers, later)
+
+
+@pytest.mark.parametrize("inside", ["", "clt/large"])
+def test_a_hub_name(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The layout of the hub's cache; HF_HUB_OFFLINE keeps the tests off the network.
+    place = tmp_path / "models--someone--transcoders"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(FILES / "cross_layer_relu", place / "snapshots" / ("0" * 40) / inside)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    found, expected = load_cross_layer("someone/transcoders", inside), load_cross_layer(FILES / "cross_layer_relu")
+    assert all(torch.equal(one, other) for one, other in zip(found.parameters(), expected.parameters(), strict=True))
+    with pytest.raises(OSError, match="someone/else: it is no folder here, and the hub says: .*HF_HUB_OFFLINE"):
+        load_cross_layer("someone/else")
+    with pytest.raises(OSError, match=r"there is no such file or folder, and 'nothing' is no hub name"):
+        load_cross_layer("nothing")
 
 
 def test_each_loader_names_the_other(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ EXACT = {
     *("saelens_standard", "saelens_without_b_dec", "saelens_layer_norm", "saelens_gated", "saelens_topk"),
     *("saelens_topk_rescaled", "saelens_jumprelu", "saelens_bfloat16", "saelens_batchtopk", "saelens_before_6"),
     *("saelens_transcoder", "saelens_skiptranscoder", "saelens_jumprelutranscoder"),
-    *("saelens_jumpreluskiptranscoder", "gemma_scope"),
+    *("saelens_jumpreluskiptranscoder", "gemma_scope", "llama_scope"),
     *("dictionary_learning_JumpReluAutoEncoder", "dictionary_learning_MatryoshkaBatchTopKSAE"),
 }
 """Bit for bit. Elsewhere the library's own order of operations is another one, and 24 products are added in float32."""
@@ -97,7 +97,13 @@ def test_what_is_saved_is_what_saelens_wrote(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["sparsify_topk", "gemma_scope", "gemma_scope_2", *sorted(n for n in EXACT | OTHERS if n.startswith("dict"))],
+    [
+        "sparsify_topk",
+        "gemma_scope",
+        "gemma_scope_2",
+        "llama_scope",
+        *sorted(n for n in EXACT | OTHERS if n.startswith("dict")),
+    ],
 )
 def test_other_formats_become_saelens_files(name: str, tmp_path: Path) -> None:
     load_dictionary(FILES / name, allow_pickle=True).save(tmp_path / "deep" / "folder")
@@ -114,7 +120,7 @@ def changed(tmp_path: Path, name: str, **fields: object) -> Path:
     """A fixture with other values in its config."""
     place = tmp_path / name
     shutil.copytree(FILES / name, place)
-    (file,) = [file for file in place.iterdir() if file.name in ("cfg.json", "config.json")]
+    (file,) = [file for file in place.iterdir() if file.name in ("cfg.json", "config.json", "hyperparams.json")]
     config = json.loads(file.read_text())
     config.get("trainer", config).update(fields)
     file.write_text(json.dumps(config))
@@ -135,6 +141,9 @@ def changed(tmp_path: Path, name: str, **fields: object) -> Path:
         ("sparsify_topk", "gate", "soft"),
         ("dictionary_learning_AutoEncoder", "dict_class", "IdentityDict"),
         ("gemma_scope_2", "architecture", "topk"),
+        ("llama_scope", "act_fn", "topk"),
+        ("llama_scope", "norm_activation", "token-wise"),
+        ("llama_scope", "use_glu_encoder", True),
     ],
 )
 def test_what_may_mean_another_function_is_refused_by_name(
@@ -271,6 +280,28 @@ def test_what_a_reconstruction_needs() -> None:
 def test_another_device_is_told() -> None:
     with pytest.raises(ValueError, match=r"x: it is on cpu, expected meta; use dictionary.to"):
         Dictionary(WEIGHTS).to("meta").encode(torch.ones(2))
+
+
+def test_a_transcoder_of_llama_scope(tmp_path: Path) -> None:
+    """What it writes has a mean norm of its own, in which the threshold is; the decoder need not have norm 1."""
+    norms = {"in": 4.0, "out": 0.5}
+    ends = {"hook_point_in": "blocks.1.ln2.hook_normalized", "hook_point_out": "blocks.1.hook_mlp_out"}
+    place = changed(tmp_path, "llama_scope", dataset_average_activation_norm=norms, **ends)
+    kept = load_file(place / "checkpoints/final.safetensors")
+    kept["decoder.weight"] *= torch.linspace(0.5, 3, 24)
+    save_file(kept, place / "checkpoints/final.safetensors")
+    found, x = load_dictionary(place), torch.randn(50, 16)
+    before = x * (16**0.5 / 4.0) @ kept["encoder.weight"].T + kept["encoder.bias"]
+    written = before * kept["decoder.weight"].norm(dim=0) * (0.5 / 16**0.5)
+    features = before * (written > 0.4)
+    assert 50 < int((features > 0).sum()) < 600
+    torch.testing.assert_close(found.encode(x), features)
+    expected = (features @ kept["decoder.weight"].T + kept["decoder.bias"]) * (0.5 / 16**0.5)
+    torch.testing.assert_close(found(x), expected)
+    assert found.transcoder and found.metadata == {
+        "hook_name": ends["hook_point_in"],
+        "hook_name_out": ends["hook_point_out"],
+    }
 
 
 def test_a_dictionary_can_be_trained() -> None:

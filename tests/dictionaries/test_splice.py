@@ -13,7 +13,7 @@ from tests.dictionaries.models import MODELS, TEXT, llama, model, random_diction
 from tests.support import torch_hooks
 from transformer_lens import TransformerBridge
 from transformer_lens.collect import ActivationStore
-from transformer_lens.dictionaries import Dictionary
+from transformer_lens.dictionaries import Dictionary, feature_attribution
 
 RESID = "blocks.1.hook_resid_post"
 EXACTLY = {"rtol": 0, "atol": 0}
@@ -400,3 +400,61 @@ def test_dictionaries_that_do_not_suit(falcon: TransformerBridge) -> None:
         falcon.splice(random_dictionary(128, skip=True), RESID)
     with falcon.splice(random_dictionary(128), RESID), pytest.raises(ValueError, match="a dictionary is there; undo"):
         falcon.splice(random_dictionary(128), RESID)
+
+
+# -- ablating and steering by feature ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_features_are_ablated_and_steered_in_one_call() -> None:
+    """By what that does to the stream: the feature's own direction is added or taken away, and nothing else."""
+    falcon, dictionary = model("tiny-falcon"), random_dictionary(128)
+    ids, place = tokens(falcon), "blocks.1.hook_resid_post"
+    plain = falcon.run_with_cache(ids, names_filter=place)[1][place]
+    features = dictionary.encode(plain)
+    chosen = features.flatten(0, 1).sum(0).topk(2).indices.tolist()
+    with falcon.splice(dictionary, place, error=True) as spliced:
+        with spliced.ablate(chosen):
+            ablated = falcon.run_with_cache(ids, names_filter=[place, spliced.features])[1]
+        with spliced.steer(chosen[0], 2.5, positions=-1):
+            steered = falcon.run_with_cache(ids, names_filter=place)[1][place]
+        assert torch.equal(falcon.run_with_cache(ids, names_filter=place)[1][place], plain)
+        with pytest.raises(ValueError, match=r"features: got 50, expected 0 to 49 \(features\)"):
+            spliced.ablate([3, 50])
+    assert int((ablated[spliced.features][..., chosen] != 0).sum()) == 0
+    torch.testing.assert_close(
+        ablated[place], plain - features[..., chosen] @ dictionary.W_dec[chosen], rtol=1e-4, atol=1e-4
+    )
+    expected = plain.clone()
+    expected[:, -1] += 2.5 * dictionary.W_dec[chosen[0]]
+    torch.testing.assert_close(steered, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", ["mlp.hook_expert_out", "mlp.hook_in"])
+def test_features_of_experts_and_of_what_a_router_reads(end: str) -> None:
+    """At an expert's output each chosen expert has its own features; at the router's input, editing one re-routes."""
+    mixtral, dictionary = model("tiny-mixtral"), random_dictionary(128)
+    ids, place = tokens(mixtral), f"blocks.1.{end}"
+    logits, cache = mixtral.run_with_cache(ids)
+    features = dictionary.encode(cache[place])
+    feature = int(features.flatten(0, -2).sum(0).argmax())
+    with mixtral.splice(dictionary, place, error=True) as spliced:
+        same, seen = mixtral.run_with_cache(ids)
+        assert torch.equal(same, logits) and torch.equal(seen[spliced.features], features)
+        with spliced.ablate(feature):
+            after = mixtral.run_with_cache(ids)[1]
+        scores = feature_attribution(mixtral, ids, lambda logits: logits[:, -1, 5].sum()).scores[spliced.features]
+    assert scores.shape == features.shape and float(scores.abs().sum()) > 0
+    assert int((after[spliced.features][..., feature] != 0).sum()) == 0
+    change = features[..., [feature]] @ dictionary.W_dec[[feature]]
+    torch.testing.assert_close(after[place], cache[place] - change, rtol=1e-4, atol=1e-4)
+    if end == "mlp.hook_in":
+        router = mixtral.original_model.model.layers[1].mlp.gate.weight
+        expected = (cache[place] - change) @ router.T
+        torch.testing.assert_close(after["blocks.1.mlp.hook_router_logits"], expected, rtol=1e-4, atol=1e-4)
+        before, now = (kept["blocks.1.mlp.hook_expert_indices"] for kept in (cache, after))
+        assert not torch.equal(before, now), "another choice of experts"
+    else:
+        weighted = (change * cache["blocks.1.mlp.hook_expert_weights"][..., None]).sum(-2)
+        torch.testing.assert_close(after["mlp_out", 1], cache["mlp_out", 1] - weighted, rtol=1e-4, atol=1e-4)

@@ -110,7 +110,9 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
 
     def __next__(self) -> Any:
         """The next batch."""
-        batch = self._mixer.take() if self.shuffle else self._mixer.coming.take(self.batch_size)
+        # Ordinary tensors, whatever mode a trainer asks in: the buffer outlives it.
+        with torch.inference_mode(False), torch.no_grad():
+            batch = self._mixer.take() if self.shuffle else self._mixer.coming.take(self.batch_size)
         if not batch or (self.drop_last and count(batch) < self.batch_size):
             raise StopIteration
         return batch[self.names[0]] if self.single else batch
@@ -175,7 +177,6 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
 
     def _computed(self, plan: ShardPlan) -> Rows:
         (batch,) = plan.batches(len(plan.ids))
-        with torch.no_grad():
-            values = capture(self.bridge, self.hooks, batch).values
+        values = capture(self.bridge, self.hooks, batch).values
         known = {name: torch.from_numpy(column) for name, column in plan.columns().items()} | {**values}
         return {name: known[name].to(self.device) for name in self.names}

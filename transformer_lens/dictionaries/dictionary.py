@@ -32,7 +32,8 @@ READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
     ".npz": lambda file: {name: torch.from_numpy(array) for name, array in np.load(file, allow_pickle=False).items()},
     ".pt": partial(torch.load, map_location="cpu", weights_only=True),
 }
-FACETS, OFF = ("apply_b_dec_to_input", "normalize_activations", "rescale_acts_by_decoder_norm"), (None, False, "none")
+SWITCHES, OFF = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), (None, False, "none")
+ENDS = ("hook_name", "hook_name_out")
 
 
 class Dictionary(nn.Module):
@@ -154,8 +155,8 @@ class Dictionary(nn.Module):
         if kind is None or (rescaled and not self.k):
             raise ValueError(f"save: SAELens has no {self.extra_repr()}{', rescaled by decoder norm' * rescaled}")
         kind = f"{kind}{skip}transcoder" if self.transcoder else {"relu": "standard"}.get(kind, kind)
-        more = ("k", FACETS[2]) if self.k else ("d_out",) * self.transcoder
-        own = ("d_in", "d_sae", "metadata", *FACETS[:2], *more)
+        more = ("k", "rescale_acts_by_decoder_norm") if self.k else ("d_out",) * self.transcoder
+        own = ("d_in", "d_sae", "metadata", "apply_b_dec_to_input", "normalize_activations", *more)
         config = {name: getattr(self, name) for name in own} | {"architecture": kind, "device": "cpu"}
         config["dtype"] = str(self.W_enc.dtype).removeprefix("torch.")
         config["reshape_activations"] = "hook_z" if str(self.metadata.get("hook_name")).endswith("hook_z") else "none"
@@ -173,33 +174,62 @@ def _options(file: Path, form: dict[str, Any], config: dict[str, Any], found: di
     """What `Dictionary` is made with. Raises `ValueError` for what may mean another function."""
     if config.get("activation_fn", config.get("activation_fn_str")) == "topk":  # SAELens before 6.0
         config |= {"architecture": "topk", "k": config.get("activation_fn_kwargs", {}).get("k")}
-    kinds, teller = form["kinds"], form.get("kind", "")
+    made = dict(form["kinds"][_kind(file, form, config)])
+    weights = _weights(file, form.get("keys", {}) | made.pop("keys", {}), found)
+    if form.get("scaled"):
+        weights = _unscaled(weights, config)
+    if made["activation"] == "relu" and "threshold" in weights:
+        made["activation"] = "jumprelu"
+    if made["activation"] == "topk":
+        made["k"] = config.get("k")
+    made |= {name: bool(config[name]) for name in SWITCHES if name in config}
+    made["normalize_activations"] = config.get("normalize_activations") or "none"
+    made["metadata"] = _metadata(file, form, config, made.pop("transcoder", False))
+    return {**made, "weights": weights}
+
+
+def _kind(file: Path, form: dict[str, Any], config: dict[str, Any]) -> str:
+    """The kind of dictionary that a config names; no value in it may be one that is not understood."""
+    teller = form.get("kind", "")
     named = config.get(teller)
-    kind = str(named).lower() if isinstance(named, bool) else named or form.get("default")
-    known = {**form.get("known", {}), teller: [*kinds]}
+    kind: Any = str(named).lower() if isinstance(named, bool) else named or form.get("default")
     closed = form.get("closed_with") in config and form.get("open_with") not in config
     for key, value in {**config, teller: kind}.items():
-        options = known.get(key, [*OFF] if closed else [])
+        options = [*form["kinds"]] if key == teller else form.get("known", {}).get(key, [*OFF] if closed else [])
         if options and not checks.is_one_of(value, options if key == teller else (*OFF, *options)):
             expected = ", ".join(map(repr, options))
             raise ValueError(f"{file}: got {key}={value!r}, which may mean another function; expected {expected}")
-    made = dict(kinds[kind])
-    keys = {name: name for name in SHAPES} | form.get("keys", {}) | made.pop("keys", {})
-    unknown = ", ".join(sorted(set(found) - set(keys)))
-    if unknown:
+    return str(kind)
+
+
+def _weights(file: Path, keys: Mapping[str, str], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by our names."""
+    names = {name: name for name in SHAPES} | {**keys}
+    if unknown := ", ".join(sorted(set(found) - set(names))):
         raise ValueError(f"{file}: got the weights {unknown}, which may mean another function and are not known here")
-    ours = {name: keys[name].partition(".") for name in found if keys[name]}
-    made["weights"] = {to: found[name].T if turned else found[name] for name, (to, _, turned) in ours.items()}
-    if made["activation"] == "relu" and "threshold" in made["weights"]:
-        made["activation"] = "jumprelu"
-    hooks = [f"blocks.{re.findall('[0-9]+', file.name)[-1]}.{config[hook]}" for hook in form.get("hooks", ())]
-    ends = ("hook_name", "hook_name_out")[: 1 + made.pop("transcoder", False)]
-    metadata = dict(zip(ends, hooks or (config.get("hook_name"), None), strict=False))
-    facets = {name: config[name] or False for name in FACETS if name in config}
-    facets |= {} if facets.get("normalize_activations") else {"normalize_activations": "none"}
-    facets |= {"k": config.get("k")} if made["activation"] == "topk" else {}
+    ours = {name: names[name].partition(".") for name in found if names[name]}
+    return {to: found[name].T if turned else found[name] for name, (to, _, turned) in ours.items()}
+
+
+def _unscaled(weights: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Llama Scope scales activations to a mean norm of sqrt(d_model), and compares what a feature writes, before that,
+    with one threshold: folded into the weights, features have the values that SAELens gives them.
+    """
+    norms = config["dataset_average_activation_norm"]
+    reads, writes = (config["d_model"] ** 0.5 / norms[end] for end in ("in", "out"))
+    threshold = config["jump_relu_threshold"] * writes / weights["W_dec"].norm(dim=-1)
+    written = {name: weights[name] / writes for name in ("W_dec", "b_dec")}
+    return {**weights, **written, "W_enc": weights["W_enc"] * reads, "threshold": threshold}
+
+
+def _metadata(file: Path, form: dict[str, Any], config: dict[str, Any], transcoder: bool) -> dict[str, Any]:
+    """Where it belongs, and what else its file says: as SAELens does."""
+    layer = re.findall("[0-9]+", file.name)[-1:]  # of a file for each layer
+    hooks = [".".join(["blocks", *layer, config[name]]) if layer else config[name] for name in form.get("hooks", ())]
+    hooks = hooks or [config.get("hook_name"), None]
+    ends = ENDS if transcoder or hooks[1] not in (None, hooks[0]) else ENDS[:1]
     told = {key: value for key, value in (config.get("metadata") or {}).items() if key in ends or value is not None}
-    return {**made, **facets, "metadata": metadata | told}
+    return dict(zip(ends, hooks, strict=False)) | told
 
 
 def place_of(name: str | Path, inside: str, revision: str | None, wanted: Sequence[str]) -> Path:
@@ -249,7 +279,9 @@ def load_dictionary(
         raise ValueError(f"{place}: got {names}, expected {expected}")
     file, form = found[0]
     told = folder / form.get("config", "")
-    config = {} if told == folder else read_yaml(told) if "hooks" in form else json.loads(told.read_text("utf-8"))
+    config = (
+        {} if told == folder else read_yaml(told) if told.suffix == ".yaml" else json.loads(told.read_text("utf-8"))
+    )
     if file.suffix == ".pt" and not allow_pickle:
         raise ValueError(f"{file}: its weights are pickled; if you trust its source pass allow_pickle=True")
     options = _options(file, form, config.get(form.get("section"), config), READERS[file.suffix](file))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens import TransformerBridge
@@ -81,31 +81,81 @@ def measure(
     return Measures(bare, rebuilt, zeroed, recovered, l0, 1 - missed / variance, fired)
 
 
-@checked
+class Contexts(NamedTuple):
+    """Where features are strongest, the `k` strongest tokens of each first: values, the number of the text, that of the
+    token in it, and token ids and values from 8 tokens before to 8 behind, -1 where the text is at its end. `histogram`
+    counts tokens by `BINS`, and `count` all tokens; `where` is the hook.
+    """
+
+    values: Float[Tensor, "k feature"]
+    texts: Int[Tensor, "k feature"]
+    places: Int[Tensor, "k feature"]
+    around: Int[Tensor, "k feature window"]
+    strengths: Float[Tensor, "k feature window"]
+    histogram: Int[Tensor, "feature bin"]
+    count: int
+    where: str
+
+
+BINS = torch.logspace(-8, 12, 41, base=2)
+"""Where the bins of `Contexts.histogram` begin and end: two for each doubling, those at the ends open."""
+WINDOW = torch.arange(-8, 9)
+
+
 @torch.no_grad()
+def strongest_contexts(
+    bridge: TransformerBridge, dictionary: Dictionary, texts: Texts, wanted: list[int], at: At, k: int
+) -> Contexts:
+    """One pass over texts, of which a few at a time are held; no layer above the dictionary runs."""
+    best: list[Tensor] = []
+    histogram, count, first = torch.zeros(len(wanted), len(BINS) - 1, dtype=torch.long), 0, 0
+    with Splice(bridge, dictionary, at, error=True) as spliced:
+        where, stop = spliced.features, stop_after([spliced.features])
+        for ids, mask, attention in _batches(bridge, texts, 8):
+            kept = bridge.run_with_cache(ids, names_filter=where, attention_mask=attention, stop_at_layer=stop)[1]
+            values = kept[where][..., wanted].cpu().float().reshape(*mask.shape, -1, len(wanted)).amax(2)
+            values = values.masked_fill(~mask[..., None], 0)  # padding
+            bins = torch.bucketize(values.flatten(0, 1), BINS[1:-1]) + torch.arange(len(wanted)) * histogram.shape[1]
+            histogram += bins[values.flatten(0, 1) > 0].bincount(minlength=histogram.numel()).view_as(histogram)
+            found, places = values.flatten(0, 1).topk(min(k, mask.numel()), dim=0)
+            rows, columns = places // mask.shape[1], places % mask.shape[1]
+            near = columns[..., None] + WINDOW
+            inside = (near >= 0) & (near < mask.shape[1])
+            near = near.clamp(0, mask.shape[1] - 1)
+            inside &= mask[rows[..., None], near]
+            strengths = values[rows[..., None], near, torch.arange(len(wanted))[:, None]]
+            around = ids[rows[..., None], near].masked_fill(~inside, -1)
+            these = [found, first + rows, mask.cumsum(1)[rows, columns] - 1, around, strengths * inside]
+            both = [torch.cat(pair) for pair in zip(best or [part[:0] for part in these], these, strict=True)]
+            order = both[0].topk(min(k, len(both[0])), dim=0).indices
+            best = [part[order, torch.arange(len(wanted))] for part in both]
+            count, first = count + int(mask.sum()), first + len(ids)
+    if not best:
+        raise ValueError("texts: got none, expected texts, or token ids [batch, pos]")
+    return Contexts(*best, histogram, count, where)
+
+
+@checked
 def top_contexts(
     bridge: TransformerBridge, dictionary: Dictionary, texts: Texts, features: Features, at: At = None, *, k: int = 10
 ) -> dict[int, list[tuple[float, int, int, list[str]]]]:
     """The `k` tokens on which each feature is strongest: its value, the numbers of the text and of the token in it, and
     the tokens from 8 before to 8 behind. A few texts at a time are held, and no layer above the dictionary runs.
     """
-    with Splice(bridge, dictionary, at, error=True) as spliced:
-        wanted = whole_numbers("features", features, 0, dictionary.d_sae - 1, " (features)")
-        best: dict[int, list[tuple[float, int, int, list[str]]]] = {number: [] for number in wanted}
-        where, stop, first = spliced.features, stop_after([spliced.features]), 0
-        for ids, mask, attention in _batches(bridge, texts, 8):
-            kept = bridge.run_with_cache(ids, names_filter=where, attention_mask=attention, stop_at_layer=stop)[1]
-            found = kept[where][..., wanted].cpu().reshape(*mask.shape, -1, len(wanted)).amax(2)
-            found = found.masked_fill(~mask[..., None], 0)  # padding
-            for values, number in zip(found.unbind(-1), wanted, strict=True):
-                for place in values.flatten().topk(min(k, values.numel())).indices.tolist():
-                    row, column = divmod(place, ids.shape[1])
-                    real, at_token = ids[row][mask[row]], int(mask[row, :column].sum())
-                    words: Any = bridge.to_str_tokens(real[max(0, at_token - 8) : at_token + 9])
-                    best[number].append((float(values[row, column]), first + row, at_token, words))
-                best[number] = sorted((one for one in best[number] if one[0] > 0), reverse=True)[:k]
-            first += len(ids)
+    wanted = feature_numbers(dictionary, features)
+    found = strongest_contexts(bridge, dictionary, texts, wanted, at, k)
+    best: dict[int, list[tuple[float, int, int, list[str]]]] = {}
+    for column, number in enumerate(wanted):
+        of_feature = zip(*(part[:, column].tolist() for part in found[:3]), found.around[:, column], strict=True)
+        words = [(*said, bridge.to_str_tokens(around[around >= 0])) for *said, around in of_feature if said[0] > 0]
+        best[number] = cast(Any, words)
     return best
+
+
+def feature_numbers(dictionary: Dictionary, features: Features) -> list[int]:
+    if not isinstance(dictionary, Dictionary):
+        raise TypeError(f"dictionary: got {in_words(dictionary)}, expected a Dictionary; load_dictionary makes one")
+    return whole_numbers("features", features, 0, dictionary.d_sae - 1, " (features)")
 
 
 @checked
@@ -117,7 +167,7 @@ def feature_logits(bridge: TransformerBridge, dictionary: Dictionary, features: 
         raise ValueError(
             f"dictionary: got {in_words(dictionary)}, expected one that writes {bridge.cfg.d_model} numbers"
         )
-    wanted = whole_numbers("features", features, 0, dictionary.d_sae - 1, " (features)")
+    wanted = feature_numbers(dictionary, features)
     written, norm = dictionary.W_dec[wanted].to(bridge.W_U), dict[str, Any](bridge.named_children())["ln_final"]
     centred = written - written.mean(-1, keepdim=True) if bridge.cfg.normalization_type.startswith("LN") else written
     return torch.matmul(centred * norm.w, bridge.W_U).detach()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from transformer_lens.asking import place_name
-from transformer_lens.checks import in_words
+from transformer_lens.checks import in_words, whole_numbers
 from transformer_lens.dictionaries.dictionary import Dictionary
 from transformer_lens.hook_points import HookEntry, HookPoint
 
@@ -49,6 +51,7 @@ class Splice:
         self.joined = -fitting[0]
         written, read = (dict(zip(row.axes.split(), row.shape, strict=True)) for row in rows)
         kept = dict([*read.items()][: self.joined], feature=dictionary.d_sae)
+        self.tail = [int(size) for size in [*kept.values()][2:]]
         self.shown = {"features": (kept, "the features of a dictionary")}
         self.shown |= {"error": (written, "what a dictionary does not reconstruct")} if error else {}
         reading = HookEntry(self._hold, is_permanent=True, reads_only=True)
@@ -71,6 +74,32 @@ class Splice:
             del self.write._modules[end]
         self.shown = {}
         self.bridge.setup()
+
+    def ablate(self, features: int | Sequence[int], **options: Any) -> AbstractContextManager[Any]:
+        """Set features to zero while a `with` block runs.
+
+        >>> both = torch.cat([torch.eye(128), -torch.eye(128)])
+        >>> weights = {"W_enc": both.T, "b_enc": torch.zeros(256), "W_dec": both, "b_dec": torch.zeros(128)}
+        >>> with bridge.splice(Dictionary(weights), at=1, error=True) as spliced, spliced.ablate([3, 131]):
+        ...     bridge.run_with_cache("Mary and John")[1]["resid_post", 1][0, :, 3].tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
+
+        `options` are `positions`, `rows` and `on`, as in `bridge.steer`.
+        """
+        numbers, inner = self._numbers(features), prod(self.tail[:-1])
+        directions = torch.kron(torch.eye(inner), torch.eye(self.tail[-1])[numbers]).reshape(-1, *self.tail)
+        return self.bridge.project_out(directions, self.features, **options)
+
+    def steer(self, feature: int, scale: float = 1.0, **options: Any) -> AbstractContextManager[Any]:
+        """Add `scale` to a feature while a `with` block runs, in plain runs and in `generate`.
+
+        `options` are `positions`, `rows` and `on`, as in `bridge.steer`.
+        """
+        unit = torch.eye(self.tail[-1])[self._numbers(feature)[0]].expand(self.tail)
+        return self.bridge.steer(unit, self.features, scale=scale, **options)
+
+    def _numbers(self, features: int | Sequence[int]) -> list[int]:
+        return whole_numbers("features", features, 0, self.dictionary.d_sae - 1, " (features)")
 
     def __enter__(self) -> Self:
         return self
