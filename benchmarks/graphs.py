@@ -37,9 +37,10 @@ def main(place: Path, attention: str) -> dict[str, object]:
     before, wall, begin = peak_mib(), time.perf_counter(), time.process_time()
     graph = attribution_graph(bridge, peer["tokens"], transcoders, skip=1, batch_size=64)
     took = {"cpu_seconds": time.process_time() - begin, "seconds": time.perf_counter() - wall}
+    took["peak_mib"] = peak_mib() - before
     mine, seen = graph.adjacency(), torch.tensor([node.kind != "error" or node.position > 0 for node in graph.nodes])
     cosine = torch.cosine_similarity((mine * seen).double().flatten(), peer["adjacency"].double().flatten(), dim=0)
-    return {**took, "peak_mib": peak_mib() - before, "nodes": len(graph.nodes), "cosine": float(cosine)}
+    return {**took, "nodes": len(graph.nodes), "cosine": float(cosine)}
 
 
 if __name__ == "__main__":
