@@ -15,7 +15,7 @@ from transformer_lens.data import tiny_model_path
 from transformer_lens.viz import Picture
 
 NAMES = build_notebooks.NAMES
-SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora"]
+SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "graph"]
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -23,8 +23,8 @@ def code(name: str) -> list[str]:
     return [cell.source for cell in build_notebooks.notebook(name).cells if cell.cell_type == "code"]
 
 
-def test_there_are_seven():
-    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 7 and len(NAMES) == 7
+def test_there_are_eight():
+    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 8 and len(NAMES) == 8
     assert sorted(path.stem for path in build_notebooks.DEMOS.glob("*.ipynb")) == NAMES
 
 
@@ -54,7 +54,7 @@ def test_the_model_is_one_line(name):
     assert re.fullmatch(r'MODEL = "tiny-(falcon|mixtral)"  # or "[^"\n]+/[^"\n]+"(, "[^"\n]+/[^"\n]+")?', first)
     assert "mistralai/Mixtral-8x7B-v0.1" in first and ("tiny-mixtral" in first or "tiiuae/falcon-7b" in first)
     assert not [cell for cell in rest if "tiny-" in cell or re.search(r"\bMODEL\s*=[^=]", cell)]
-    assert sum(cell.count("MODEL") for cell in rest) == 1
+    assert sum(len(re.findall(r"\bMODEL\b", cell)) for cell in rest) == 1
 
 
 @every_notebook
