@@ -122,7 +122,8 @@ def refuse(bridge: TransformerBridge) -> None:
             held = all(f"blocks.{layer}.{name}" in bridge.hook_dict for name in FROZEN[:2])
             if branch.mixer == "mixer" or (branch.mixer == "attn" and not held):
                 raise ValueError(
-                    f"{what}: layer {layer} of {cfg.architecture} mixes positions without queries and keys"
+                    f"{what}: layer {layer} of {cfg.architecture} has no queries and keys that can be held; its "
+                    "attention is latent, or it mixes positions in another way"
                 )
 
 
