@@ -26,7 +26,7 @@ TOO.cluster = demo-cluster
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-swarm gpu docs clients clean
+.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -152,6 +152,11 @@ mutants: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bench
+
+# One attribution graph here and by circuit-tracer, in the environment that `make dictionary-fixtures` makes.
+bench-graphs: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(DICTIONARIES)-circuits/bin/python tests/dictionaries/make_graphs.py --time out/graphs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.graphs out/graphs
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers

@@ -15,7 +15,9 @@ from transformer_lens.data import tiny_model_path
 from transformer_lens.viz import Picture
 
 NAMES = build_notebooks.NAMES
-SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "dictionaries"]
+SUBJECTS = [
+    *("main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "graph", "dictionaries"),
+]
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -54,7 +56,7 @@ def test_the_model_is_one_line(name):
     assert re.fullmatch(r'MODEL = "tiny-(falcon|mixtral)"  # or "[^"\n]+/[^"\n]+"(, "[^"\n]+/[^"\n]+")?', first)
     assert "mistralai/Mixtral-8x7B-v0.1" in first and ("tiny-mixtral" in first or "tiiuae/falcon-7b" in first)
     assert not [cell for cell in rest if "tiny-" in cell or re.search(r"\bMODEL\s*=[^=]", cell)]
-    assert sum(cell.count("MODEL") for cell in rest) == 1
+    assert sum(len(re.findall(r"\bMODEL\b", cell)) for cell in rest) == 1
 
 
 @every_notebook

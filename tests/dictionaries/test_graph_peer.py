@@ -14,19 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from transformer_lens import TransformerBridge
 from transformer_lens.dictionaries import load_dictionary
+from transformer_lens.dictionaries.cross_layer import load_cross_layer
 from transformer_lens.dictionaries.graphs import AttributionGraph, attribution_graph, save_for_viewers
 
 FILES = Path(__file__).parent / "files" / "graphs"
-CASES = ("llama", "gemma2")
+CASES = ("llama", "gemma2", "cross_layer")
 
 
 def ours(case: str, **options: Any) -> AttributionGraph:
     # Gemma 2's cap of the scores is there in eager attention alone.
     hf_model = AutoModelForCausalLM.from_pretrained(FILES / case / "model", attn_implementation="eager")
     bridge = TransformerBridge(hf_model.eval())
-    parts = [
-        load_dictionary(FILES / case / "transcoders", f"layer_{i}.safetensors") for i in range(bridge.cfg.n_layers)
-    ]
+    place, layers = FILES / case / "transcoders", range(bridge.cfg.n_layers)
+    parts: Any = [load_dictionary(place, f"layer_{i}.safetensors") for i in layers] if case != "cross_layer" else None
+    parts = load_cross_layer(place) if parts is None else parts
     return attribution_graph(bridge, theirs(case)["tokens"], parts, skip=1, **options)
 
 

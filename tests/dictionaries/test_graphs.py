@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from tests.dictionaries.models import MODELS, llama, model, random_dictionary, tokens
+from tests.families.models import ESSENCE, build
+from tests.families.models import MODELS as MODELS_OF_FAMILIES
 from tests.support import LAYOUTS, falcon
 from transformer_lens import TransformerBridge
 from transformer_lens.dictionaries import Dictionary
@@ -153,6 +155,28 @@ def test_positions_without_features() -> None:
     bridge = model("llama")
     graph = attribution_graph(bridge, prompt(bridge), transcoders(bridge), skip=3)
     assert min(node.position for node in graph.nodes if node.kind == "feature") == 3 and graph.missing() < 1e-5
+
+
+@pytest.mark.parametrize("name", [*ESSENCE, "olmo2", "gpt_oss", "qwen2_moe", "granitemoe", "cohere"])
+def test_families_add_up(name: str) -> None:
+    """Norms before, after and both, learned positions, multipliers, sinks, shared experts, parallel branches."""
+    if name not in MODELS_OF_FAMILIES:
+        pytest.skip(f"this release of transformers has no {name}")
+    bridge = TransformerBridge(build(name))
+    parts = {0: random_dictionary(bridge.cfg.d_model, d_sae=12)}
+    graph = attribution_graph(bridge, torch.randint(3, 61, (1, 6)), parts, max_logits=2)
+    assert graph.missing() < 1e-5
+    effect = graph.intervene({best(graph, "feature"): 0.0})
+    torch.testing.assert_close(effect.direct, effect.direct_measured, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "deepseek_v3"])
+def test_families_without_queries_and_keys_to_hold(name: str) -> None:
+    if name not in MODELS_OF_FAMILIES:
+        pytest.skip(f"this release of transformers has no {name}")
+    bridge = TransformerBridge(build(name))
+    with pytest.raises(ValueError, match="layer 0 of .* has no queries and keys that can be held; its"):
+        attribution_graph(bridge, torch.randint(3, 61, (1, 6)), {0: random_dictionary(bridge.cfg.d_model)})
 
 
 # -- interventions -----------------------------------------------------------------------------------------------
@@ -343,7 +367,7 @@ def test_the_page_is_one_file(name: str, tmp_path: Path) -> None:
     graph = graph_of(name)
     text = save_page(graph, tmp_path / "graph.html").read_text()
     assert "GRAPH_DATA" not in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
-    assert ("writes towards" in text) == any(node.kind == "feature" for node in graph.prune().nodes)
+    assert ('"note": [' in text) == any(node.kind == "feature" for node in graph.prune().nodes)
     save_for_viewers(graph, tmp_path, "one")
     save_for_viewers(graph, tmp_path, "two")
     save_for_viewers(graph, tmp_path, "one")

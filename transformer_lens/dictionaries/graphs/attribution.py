@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -14,9 +15,7 @@ from transformer_lens.asking import Input
 from transformer_lens.checks import a_number, whole
 from transformer_lens.dictionaries.graphs.graph import AttributionGraph, influence_of
 from transformer_lens.dictionaries.graphs.local_model import LOGITS, STREAM, LocalModel, Node, Transcoders
-
-CHUNK = 2**24
-"""How many numbers of a product are made at once."""
+from transformer_lens.factored_matrix import wide
 
 
 @checked
@@ -45,7 +44,7 @@ def attribution_graph(
     features (in a layer without a transcoder, all it writes); in a mixture each chosen expert's share of that; each
     position's embedding; and of the logits at the last position the largest, until their probabilities add up to
     `logit_mass`, at most `max_logits`, each less the mean of all. `transcoders` are those of a set, which say where
-    they read and write, or `{layer: transcoder}` from `mlp.hook_in` to `hook_mlp_out`.
+    they read and write, `{layer: transcoder}` from `mlp.hook_in` to `hook_mlp_out`, or a cross-layer one.
 
     `max_features` keeps the most influential features, and so many experts' router logits; edges from features that
     were left out add up in `rest`. The features of the first `skip` positions are left to the errors (1 for BOS, whose
@@ -69,8 +68,13 @@ class _Rows:
             layer: local.kept[f"blocks.{layer}.hook_mlp_out"].detach().clone().requires_grad_() for layer in self.layers
         }
         self.stream = stream.detach().clone().requires_grad_()
+        self.written = {
+            (source, target): local.decoder(source, target)[active.number] * active.value[:, None]
+            for source, active in local.active.items()
+            for target in local.writes_at(source)
+        }
         with torch.enable_grad():
-            self.run = local.run(self.stream, lambda layer, x: local.through_skip(layer, self.leaves[layer], x))
+            self.run = local.run(self.stream, lambda layer, x: self.leaves[layer] + local.skipped(layer, x))
         with torch.no_grad():
             self.without = local.run(torch.zeros_like(stream), local.constant)
 
@@ -80,14 +84,15 @@ class _Rows:
         wanted = features if max_features is None else min(max_features, features)
         chosen, edges = logits, self.rows(logits)
         weights = edges.new_tensor([node.value if node.kind == "logit" else 0.0 for node in nodes])
-        while len(chosen) < len(logits) + wanted:
-            left = wanted + len(logits) - len(chosen)
-            influence = influence_of(edges, chosen, weights)[:features]
-            influence[[i for i in chosen if i < features]] = -1
-            some = influence.topk(min(left, 4 * self.batch_size if wanted < features else left)).indices.tolist()
+        while left := wanted + len(logits) - len(chosen):
+            some = list(range(features))
+            if wanted < features:
+                influence = influence_of(edges, chosen, weights)[:features]
+                influence[[i for i in chosen if i < features]] = -1
+                some = influence.topk(min(left, 4 * self.batch_size)).indices.tolist()
             chosen, edges = chosen + some, torch.cat([edges, self.rows(some)])
-        order = sorted(range(len(chosen)), key=lambda at: chosen[at])
-        rows, edges = [chosen[at] for at in order], edges[order]
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)
+        rows, edges = sorted(chosen), edges[order]
         experts = [i for i, node in enumerate(nodes) if node.kind == "expert"]
         if max_features is not None and len(experts) > max_features:
             strength = influence_of(edges, rows, weights)[experts]
@@ -95,13 +100,12 @@ class _Rows:
         routing = self.rows(experts)
         kept = [*(i for i in rows if i < features), *range(features, len(nodes))]
         new = {old: at for at, old in enumerate(kept)}
-        values, bias = self.values(rows, self.run), self.values(rows, self.without)
         graph = AttributionGraph(
             nodes=[nodes[i] for i in kept],
             rows=[new[i] for i in rows],
             edges=edges[:, kept],
-            values=values,
-            bias=bias,
+            values=self.values(rows, self.run),
+            bias=self.values(rows, self.without),
             rest=edges.sum(1) - edges[:, kept].sum(1),
             routing_rows=[new[i] for i in experts],
             routing=routing[:, kept],
@@ -111,7 +115,8 @@ class _Rows:
             logit_tokens=local.words([nodes[i].number for i in logits]),
             local=local,
         )
-        allowed = max(torch.finfo(dtype).eps for dtype in (edges.dtype, torch.float32)) ** 0.5  # of norms
+        # Norms compute in float32 in many families.
+        allowed = max(torch.finfo(dtype).eps for dtype in (self.stream.dtype, torch.float32)) ** 0.5
         if graph.missing() > allowed:
             raise ValueError(
                 f"attribution_graph: edges miss values by up to {graph.missing():.1e} of the largest, where rounding "
@@ -125,7 +130,7 @@ class _Rows:
 
     def rows(self, wanted: Sequence[int]) -> Float[Tensor, "row node"]:
         """The edges into some nodes."""
-        found = self.stream.new_zeros(len(wanted), len(self.nodes))
+        found = wide(self.stream.detach()).new_zeros(len(wanted), len(self.nodes))
         by_hook: dict[str, list[int]] = {}
         for at, number in enumerate(wanted):
             by_hook.setdefault(self.local.hook_of(self.nodes[number]), []).append(at)
@@ -151,19 +156,22 @@ class _Rows:
             materialize_grads=True,
         )
         with torch.no_grad():
-            return self.columns(gradients[0][:, 0], dict(zip(below, (one[:, 0] for one in gradients[1:]), strict=True)))
+            first, *others = (wide(gradient[:, 0]) for gradient in gradients)
+            return self.columns(first, dict(zip(below, others, strict=True)))
 
     def columns(self, stream: Tensor, below: dict[int, Tensor]) -> Float[Tensor, "row node"]:
         """What each node adds, from the gradients at the embeddings and at what the MLPs below write."""
         local, parts = self.local, []
         for source, active in local.active.items():
-            found = stream.new_zeros(len(stream), len(active.value))
-            for target in (layer for layer in below if layer >= source):
-                decoder = local.decoder(source, target)
-                for some in torch.arange(len(active.value)).split(max(1, CHUNK // below[target][:, 0].numel())):
-                    written = decoder[active.number[some]] * active.value[some, None]
-                    there = below[target][:, active.position[some]].to(written.dtype)
-                    found[:, some] += torch.einsum("bfd,fd->bf", there, written).to(found.dtype)
+            found, ends = (
+                stream.new_zeros(len(stream), len(active.value)),
+                active.position.bincount().cumsum(0).tolist(),
+            )
+            for target in below.keys() & set(local.writes_at(source)):
+                written = self.written[source, target].to(stream)
+                for at, (first, end) in enumerate(pairwise([0, *ends])):  # features stand by position
+                    if first < end:
+                        found[:, first:end] += below[target][:, at] @ written[first:end].T
             parts.append(found)
         for layer, error in local.errors.items():
             parts.append(_products(below.get(layer), error, stream))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,18 @@ import torch
 from transformer_lens.checks import a_text, directory_to_write, file_to_write, in_words
 from transformer_lens.dictionaries.features import feature_logits
 from transformer_lens.dictionaries.graphs.graph import AttributionGraph
-from transformer_lens.dictionaries.graphs.local_model import Node
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TYPES = {"feature": "cross layer transcoder", "token": "embedding", "logit": "logit"}
 """What the viewers call a node; errors and experts are what no feature explains."""
-IDS: dict[str, Callable[[Node, int], tuple[str, int, str, str]]] = {
-    "feature": lambda node, layers: (
-        f"{node.layer}_{node.number}_{node.position}",
-        (node.layer + node.number) * (node.layer + node.number + 1) // 2 + node.number,  # the pair as one number
-        str(node.layer),
-        f"{node.layer}_{node.number}-0",
-    ),
-    "error": lambda node, layers: (f"error_{node.layer}_{node.position}", -1, str(node.layer), ""),
-    "expert": lambda node, layers: (
-        f"expert_{node.layer}_{node.number}_{node.position}",
-        -2 - node.number,
-        str(node.layer),
-        "",
-    ),
-    "token": lambda node, layers: (
-        f"E_{node.number}_{node.position}",
-        node.position,
-        "E",
-        f"E_{node.number}-{node.position}",
-    ),
-    "logit": lambda node, layers: (
-        f"{layers + 1}_{node.number}_{node.position}",
-        node.number,
-        str(layers + 1),
-        f"L_{node.number}-{node.position}",
-    ),
+IDS = {
+    "feature": ("{layer}_{number}_{position}", "{layer}_{number}-0"),
+    "error": ("error_{layer}_{position}", "error_{layer}_{position}"),
+    "expert": ("expert_{layer}_{number}_{position}", "expert_{layer}_{number}_{position}"),
+    "token": ("E_{number}_{position}", "E_{number}-{position}"),
+    "logit": ("{layer}_{number}_{position}", "L_{number}-{position}"),
 }
-"""By kind: the viewers' id of a node, its number, its layer and the id that follows it from prompt to prompt."""
+"""By kind: a node's id, and the id by which it is followed from prompt to prompt."""
 
 
 def as_viewers_read(
@@ -57,25 +35,28 @@ def as_viewers_read(
     share[order] = influence[order].cumsum(0) / influence.sum()
     shares, part = dict(zip(graph.nodes, share.tolist(), strict=True)), graph.prune(node_threshold, edge_threshold)
     logits = [node for node in part.nodes if node.kind == "logit"]
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     for node in part.nodes:
-        name, feature, layer, followed = IDS[node.kind](node, graph.local.bridge.cfg.n_layers)
-        note = f"Expert {node.number} ({node.value:.2f})" if node.kind == "expert" else ""
-        if node.kind == "logit":
-            note = f'Output "{graph.logit_tokens[logits.index(node)]}" (p={node.value:.3f})'
-        said = {"node_id": name, "feature": feature, "layer": layer, "ctx_idx": node.position}
-        said |= {"feature_type": TYPES.get(node.kind, "mlp reconstruction error"), "jsNodeId": followed or name}
-        said |= {"token_prob": node.value if node.kind == "logit" else 0.0, "is_target_logit": node == logits[0]}
-        said |= {"run_idx": 0, "reverse_ctx_idx": 0, "clerp": note, "influence": shares[node]}
+        layer, number, is_logit = node.layer, node.number, node.kind == "logit"
+        both = layer + number
+        counted = {"error": -1, "expert": -2 - number, "token": node.position, "logit": number}
+        note = f"Expert {number} ({node.value:.2f})" if node.kind == "expert" else ""
+        if is_logit:
+            layer, note = layer + 1, f'Output "{graph.logit_tokens[logits.index(node)]}" (p={node.value:.3f})'
+        names = [one.format(layer=layer, number=number, position=node.position) for one in IDS[node.kind]]
+        said: dict[str, Any] = {"node_id": names[0], "jsNodeId": names[1], "ctx_idx": node.position, "clerp": note}
+        said["feature"] = counted.get(node.kind, both * (both + 1) // 2 + number)  # layer and number as one number
+        said["layer"] = "E" if node.kind == "token" else str(layer)
+        said["feature_type"] = TYPES.get(node.kind, "mlp reconstruction error")
+        said |= {"token_prob": node.value if is_logit else 0.0, "is_target_logit": node == logits[0]}
+        said |= {"run_idx": 0, "reverse_ctx_idx": 0, "influence": None if is_logit else shares[node]}
         nodes.append(said | {"activation": node.value if node.kind == "feature" else None})
-        if node.kind == "logit":
-            nodes[-1]["influence"] = None
     ids = [node["node_id"] for node in nodes]
     links = [
         {"source": ids[source], "target": ids[part.rows[row]], "weight": float(part.edges[row, source])}
         for row, source in part.edges.nonzero().tolist()
     ]
-    meta = {"slug": slug, "scan": scan, "transcoder_list": [], "prompt_tokens": graph.tokens}
+    meta: dict[str, Any] = {"slug": slug, "scan": scan, "transcoder_list": [], "prompt_tokens": graph.tokens}
     meta |= {"prompt": "".join(graph.tokens), "node_threshold": node_threshold, "schema_version": 1}
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
     return {"metadata": meta, "qParams": view, "nodes": nodes, "links": links}
@@ -118,9 +99,9 @@ def save_page(
     for layer, (dictionary, _) in graph.local.placed.items():
         here = [node for node in made["nodes"] if node["layer"] == str(layer) and node["feature"] >= 0]
         numbers = [int(node["node_id"].split("_")[1]) for node in here]
-        best = feature_logits(bridge, dictionary, numbers).topk(4).indices if here else []
+        best = feature_logits(bridge, dictionary, numbers).topk(4).indices if here else torch.zeros(0, 4)
         for node, ids in zip(here, best, strict=True):
-            node["note"] = "writes towards " + " ".join(map(repr, graph.local.words(ids)))
+            node["note"] = graph.local.words(ids)
     made["layers"] = bridge.cfg.n_layers
     shown = TEMPLATE.read_text("utf-8").replace("GRAPH_DATA", json.dumps(made).replace("</", "<\\/"))
     file.write_text(shown, encoding="utf-8")

@@ -17,14 +17,16 @@ from transformer_lens import TransformerBridge, asking
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.asking import Input
 from transformer_lens.checks import in_words, is_several, whole
+from transformer_lens.dictionaries.cross_layer import CrossLayerTranscoder
 from transformer_lens.dictionaries.dictionary import Dictionary
+from transformer_lens.factored_matrix import wide
 from transformer_lens.hook_points import Capture
 from transformer_lens.model_bridge import BlockElsewhere
 
 FROZEN = ("attn.hook_q", "attn.hook_k", "hook_scale")
 """What is held as it was: queries and keys, which make the patterns, and the divisors of the norms."""
 STREAM, LOGITS = "blocks.0.hook_resid_pre", "unembed.hook_out"
-Transcoders = Sequence[Dictionary] | Mapping[int, Dictionary]
+Transcoders = Sequence[Dictionary] | Mapping[int, Dictionary] | CrossLayerTranscoder
 Written = Callable[[int, Float[Tensor, "1 pos d_model"]], Float[Tensor, "1 pos d_model"]]
 """What the MLP of a layer writes, given the layer and what its transcoder reads."""
 
@@ -98,6 +100,7 @@ def by_layer(bridge: TransformerBridge, transcoders: Transcoders) -> dict[int, t
 
 
 def _listed(transcoders: Any) -> list[Any]:
+    transcoders = transcoders.layers if isinstance(transcoders, CrossLayerTranscoder) else transcoders
     if isinstance(transcoders, Dictionary) or not is_several(transcoders) or not len(transcoders):
         raise TypeError(
             f"transcoders: got {in_words(transcoders)}, expected a list of transcoders, or {{layer: transcoder}}"
@@ -119,7 +122,8 @@ def refuse(bridge: TransformerBridge) -> None:
             held = all(f"blocks.{layer}.{name}" in bridge.hook_dict for name in FROZEN[:2])
             if branch.mixer == "mixer" or (branch.mixer == "attn" and not held):
                 raise ValueError(
-                    f"{what}: layer {layer} of {cfg.architecture} mixes positions without queries and keys"
+                    f"{what}: layer {layer} of {cfg.architecture} has no queries and keys that can be held; its "
+                    "attention is latent, or it mixes positions in another way"
                 )
 
 
@@ -130,6 +134,7 @@ class LocalModel:
         refuse(bridge)
         asking.refuse_embeddings(input)
         self.bridge, self.placed = bridge, by_layer(bridge, transcoders)
+        self.across = transcoders if isinstance(transcoders, CrossLayerTranscoder) else None
         self.ids, mask, _ = bridge.input_and_mask(input)
         if len(self.ids) != 1 or not bool(mask.all()):
             raise ValueError(f"input: got {len(self.ids)} texts or padding, expected one text without padding")
@@ -171,11 +176,15 @@ class LocalModel:
         features[:, : self.skip] = 0
         return features
 
+    def writes_at(self, source: int) -> list[int]:
+        """The layers at which the features of a layer write."""
+        return [layer for layer in self.placed if layer >= source] if self.across is not None else [source]
+
     def decoder(self, source: int, target: int) -> Float[Tensor, "d_sae d_model"]:
-        """What one unit of each feature of a layer writes at that layer or a later one."""
+        """What one unit of each feature of a layer writes at a layer."""
         one = self.placed[source][0]
-        if source != target:
-            return torch.zeros_like(one.W_dec)
+        if source != target and self.across is not None:
+            return self.across.decoder(source, target)
         return one.W_dec / one.W_dec.norm(dim=-1, keepdim=True) if one.rescale_acts_by_decoder_norm else one.W_dec
 
     def directions(self, layer: int) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
@@ -192,7 +201,7 @@ class LocalModel:
         """What the features write at a layer, with the decoder's bias and skip connection."""
         found = self.placed[layer][0].decode(features[layer], x)
         for source, values in features.items():
-            if source < layer:
+            if source < layer and layer in self.writes_at(source):
                 found = found + values @ self.decoder(source, layer)
         return found
 
@@ -280,7 +289,7 @@ class LocalModel:
         """The values of features, logits and routers' logits in a run, the last two less their mean; `active` or not
         says whether features go through their activation function.
         """
-        found = self.kept[STREAM].new_zeros(len(nodes))
+        found = wide(self.kept[STREAM]).new_zeros(len(nodes))
         by_hook: dict[str, list[int]] = {}
         for at, node in enumerate(nodes):
             by_hook.setdefault(self.hook_of(node), []).append(at)
@@ -290,10 +299,10 @@ class LocalModel:
             if some[0].kind == "feature" and active:
                 values = self.encode(layer, run[hook])[0, positions, numbers]
             elif some[0].kind == "feature":
-                read = run[hook][0, positions].to(self.placed[layer][0].W_enc.dtype)
+                read = run[hook][0, positions].to(self.placed[layer][0].W_enc)
                 values = (read * self.directions_of(some)).sum(-1) + self.directions(layer)[1][numbers]
             else:
-                there = run[hook][0, [-1] if hook == LOGITS else positions]
+                there = wide(run[hook])[0, [-1] if hook == LOGITS else positions]
                 values = there.expand(len(some), -1)[range(len(some)), numbers] - there.mean(-1)
             found[places] = values.to(found.dtype)
         return found
@@ -338,12 +347,11 @@ class LocalModel:
         dictionary = self.placed[layer][0]
         return dictionary.decode(dictionary.W_dec.new_zeros(*x.shape[:-1], dictionary.d_sae), x)
 
-    def through_skip(self, layer: int, value: Tensor, x: Tensor) -> Tensor:
-        """A constant value whose gradient is that of the transcoder's skip connection."""
-        if layer not in self.placed or "W_skip" not in dict(self.placed[layer][0].named_parameters()):
-            return value
-        skipped = self.constant(layer, x)
-        return value + (skipped - skipped.detach())
+    def skipped(self, layer: int, x: Tensor) -> Tensor | int:
+        """How what a transcoder's skip connection writes differs from that of the run."""
+        return (
+            self.constant(layer, x) - self.constant(layer, self.kept[self.reads[layer]]) if layer in self.placed else 0
+        )
 
     def deltas(self, changes: Mapping[Node, float]) -> tuple[Tensor, dict[int, Tensor]]:
         """What multiplying nodes by one plus these numbers adds to the embeddings and to what each MLP writes."""
@@ -354,7 +362,7 @@ class LocalModel:
             if node.kind == "token":
                 stream[at] += change * self.kept[STREAM][at]
             elif node.kind == "feature":
-                for target in (layer for layer in written if layer >= node.layer):
+                for target in self.writes_at(node.layer):
                     written[target][at] += change * node.value * self.decoder(node.layer, target)[node.number]
             else:
                 part = self.errors[node.layer] if node.kind == "error" else self.experts[node.layer][:, node.number]
@@ -369,8 +377,7 @@ class LocalModel:
         features = dict[int, Tensor]()
 
         def held(layer: int, x: Tensor) -> Tensor:
-            value = self.kept[f"blocks.{layer}.hook_mlp_out"] + deltas[layer]
-            return value if layer not in self.placed else value + self._skipped(layer, x)
+            return self.kept[f"blocks.{layer}.hook_mlp_out"] + deltas[layer] + self.skipped(layer, x)
 
         def replaced(layer: int, x: Tensor) -> Tensor:
             missed = self.errors[layer] + rest[layer]
@@ -390,7 +397,3 @@ class LocalModel:
         added.append(([*self.reads.values(), *self.parts, LOGITS], Capture(free)))
         self.bridge.run_with_hooks(self.ids, fwd_hooks=added, return_type=None)
         return [*found, free]
-
-    def _skipped(self, layer: int, x: Tensor) -> Tensor:
-        """How a transcoder's skip connection differs from that of the run."""
-        return self.constant(layer, x) - self.constant(layer, self.kept[self.reads[layer]])
