@@ -128,7 +128,7 @@ def test_what_is_up_is_not_put_up_again(model: Any, nodes: Nodes) -> None:
 
 def test_what_finds_no_room(nodes: Nodes) -> None:
     with pytest.raises(ValueError, match="the blocks take .* bytes, and there is room for 0 of 4: add nodes"):
-        up("tiny-falcon", nodes=1, spans_per_node=2**30)
+        up("tiny-falcon", nodes=1, replicas=2**30)
     assert status("tiny-falcon")["missing"] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no server that may be asked has the blocks"):
         AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", cluster="auto")

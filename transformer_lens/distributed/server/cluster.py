@@ -89,7 +89,7 @@ def up(
     itemsize = (dtype or config.dtype or torch.float32).itemsize
     sizes = [itemsize * sum(weight.numel() for weight in block.parameters()) for block in blocks]
     rooms = {node["NodeID"]: node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]}
-    chosen = sorted(rooms, key=lambda node: -rooms[node])[:nodes] * spans_per_node
+    chosen = sorted(rooms, key=lambda node: -rooms[node])[:nodes] * min(spans_per_node, len(sizes))
     spans = placed(sizes, [rooms[node] / spans_per_node / replicas for node in chosen])
     started = []
     for replica, (number, span) in itertools.product(range(replicas), enumerate(spans)):
