@@ -147,6 +147,12 @@ def test_what_finds_no_room(nodes: Nodes) -> None:
         AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", cluster="auto")
 
 
+def test_a_span_that_does_not_start_leaves_nothing_behind(nodes: Nodes) -> None:
+    with pytest.raises(ValueError, match="tiny-falcon: a span did not start: "):
+        up("tiny-falcon", start_timeout=0.1)
+    assert status("tiny-falcon")["servers"] == []
+
+
 def test_by_command(nodes: Nodes) -> None:
     """With two copies of every block, a node that is lost is not waited for."""
 
