@@ -126,12 +126,31 @@ def test_what_is_up_is_not_put_up_again(model: Any, nodes: Nodes) -> None:
         up(NAME)
 
 
+def test_a_model_that_went_down_and_up_again(nodes: Nodes) -> None:
+    up("tiny-falcon", nodes=1, ping_timeout=60)
+    config = AutoDistributedConfig.from_pretrained("tiny-falcon", **PATIENT)
+    source = ClusterSpans(config)
+    model = AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", config=config, spans=source)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert down("tiny-falcon") == 1
+        up("tiny-falcon", nodes=1, ping_timeout=60)
+        assert torch.equal(model(IDS).logits, logits)
+    assert down("tiny-falcon") == 1
+
+
 def test_what_finds_no_room(nodes: Nodes) -> None:
     with pytest.raises(ValueError, match="the blocks take .* bytes, and there is room for 0 of 4: add nodes"):
-        up("tiny-falcon", nodes=1, spans_per_node=2**30)
+        up("tiny-falcon", nodes=1, replicas=2**30)
     assert status("tiny-falcon")["missing"] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="no server that may be asked has the blocks"):
         AutoDistributedModelForCausalLM.from_pretrained("tiny-falcon", cluster="auto")
+
+
+def test_a_span_that_does_not_start_leaves_nothing_behind(nodes: Nodes) -> None:
+    with pytest.raises(ValueError, match="tiny-falcon: a span did not start: "):
+        up("tiny-falcon", start_timeout=0.1)
+    assert status("tiny-falcon")["servers"] == []
 
 
 def test_by_command(nodes: Nodes) -> None:

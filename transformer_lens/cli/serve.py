@@ -61,6 +61,9 @@ class Network(Connection):
     drain_seconds: float = Option(30, min=0, help="Seconds that running texts have when a signal comes.")
 
 
+OWN = ("session_seconds", "session_bytes", "message")  # the limits with an option of their own
+
+
 @dataclass(frozen=True)
 class ServerLimits:
     """Limits"""
@@ -72,9 +75,8 @@ class ServerLimits:
 
     def given(self) -> dict[str, Any]:
         """The limits that were set, by their names in `Limits`."""
-        named = {"message": self.message_bytes, "session_bytes": self.session_bytes}
-        named |= {"session_seconds": self.session_seconds}
-        return {name: value for name, value in named.items() if value is not None} | numbers(self.limit)
+        named = {"message": self.message_bytes, **vars(self)}
+        return {name: named[name] for name in OWN if named[name] is not None} | numbers(self.limit)
 
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

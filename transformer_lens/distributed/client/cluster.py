@@ -22,7 +22,7 @@ class ClusterSpan:
         try:
             return bytes(ray.get(self.actor.handle.remote(message, self.source.client, seconds), timeout=seconds))
         except ray.exceptions.RayError as error:
-            self.source.told.pop(self.peer, None)
+            self.source.known.pop(self.peer, None)  # its name may soon be another actor's
             why = str(error).strip().partition("\n")[0]
             raise SpanUnreachable(f"{self.peer}: {type(error).__name__}: {why}") from error
 
@@ -39,20 +39,19 @@ class ClusterSpans:
         self.ray = joined(address)
         self.config = config
         self.client = uuid.uuid4().hex  # whose sessions these are
-        self.known: list[ClusterSpan] = []
-        self.told: dict[str, dict[str, Any]] = {}  # what each said that answered
+        self.known: dict[str, ClusterSpan] = {}  # whose actors answered the last time they were asked
+        self.told: dict[str, dict[str, Any]] = {}  # what they answered
         self.refresh()
 
     def spans(self) -> Sequence[ClusterSpan]:
-        """The spans whose actors answered the last time they were asked."""
-        return [span for span in self.known if span.peer in self.told and permitted(self.config, span.peer)]
+        """The spans whose actors answered."""
+        return [span for peer, span in list(self.known.items()) if permitted(self.config, peer)]
 
     def refresh(self) -> None:
         """Look for actors, and ask each what it is, within `ping_timeout`."""
-        before = {span.peer: span for span in self.known}
         names = actors_of(self.ray, self.config)
-        self.known = [before.get(name) or ClusterSpan(self, name, blocks) for name, blocks in names.items()]
         self.told = told_by(self.ray, names, self.config.ping_timeout)
+        self.known = {name: self.known.get(name) or ClusterSpan(self, name, names[name]) for name in self.told}
 
     def facts(self, span: Any) -> ServerFacts:
         """How fast a span is, as its server says."""

@@ -312,7 +312,10 @@ class Tries:
         try:
             return not self.route.misfit(span, timeout)
         except SpanError as error:  # also one that does not let this client in
-            self._ban(span, error)  # no attempt: whoever announces much must not use them up
+            if span.peer in self.route.health.proven:
+                self.failed(span, error)
+            else:
+                self._ban(span, error)  # no attempt: whoever announces much must not use them up
             return False
 
     def _nobody(self, error: NoPath) -> None:

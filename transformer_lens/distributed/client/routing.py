@@ -110,6 +110,7 @@ class Health:
     def __init__(self, settings: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings, self.clock = settings, clock
         self.failures: dict[str, int] = {}  # each peer's failures in a row
+        self.proven: set[str] = set()  # peers that answered a call
         self._until: dict[str, float] = {}
 
     def failed(self, peer: str) -> None:
@@ -120,6 +121,7 @@ class Health:
 
     def succeeded(self, peer: str) -> None:
         """Forget a peer's failures after a successful call."""
+        self.proven.add(peer)
         self.failures.pop(peer, None)
         self._until.pop(peer, None)
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from transformer_lens.checks import needed
@@ -45,8 +46,10 @@ def actors_of(ray: Any, config: Any) -> dict[str, range]:
 
 def told_by(ray: Any, names: Iterable[str], seconds: float) -> dict[str, dict[str, Any]]:
     """What the actors say of themselves that answer within these seconds, by name."""
-    until, told = time.monotonic() + seconds, {}
-    asked = {name: ray.get_actor(name, namespace=NAMESPACE).info.remote() for name in names}
+    until, asked, told = time.monotonic() + seconds, {}, {}
+    for name in names:
+        with suppress(ValueError):  # the actor has just been stopped
+            asked[name] = ray.get_actor(name, namespace=NAMESPACE).info.remote()
     for name, answer in asked.items():
         try:
             told[name] = ray.get(answer, timeout=max(0.0, until - time.monotonic()))

@@ -23,6 +23,8 @@ class Checks:
         self.config = config
         self.blocks = blocks
         self.limits = limits
+        model: Any = bridge.original_model
+        self.attention, self.number = model.config._attn_implementation, max(FLOAT, model.dtype.itemsize)
         self.table = bridge.hook_table()
         of_neurons = [row for row in self.table if row.name == "blocks.{i}.mlp.hook_post"]
         self.neurons = max(math.prod(size for size in row.shape if isinstance(size, int)) for row in of_neurons)
@@ -119,15 +121,14 @@ class Checks:
             told = f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made"
             raise MessageError(told, fewer_blocks=True)
         # One block's activations, a few of each width, with every head's scores where they are computed, else one mask.
-        eager = self.bridge.original_model.config._attn_implementation == "eager"
-        every = eager or any(action.name.endswith(INSIDE) for action in request.actions)
+        every = self.attention == "eager" or any(action.name.endswith(INSIDE) for action in request.actions)
         scores = (cfg.n_heads if every else 1) * (new + request.start)
         block = rows * new * (12 * cfg.d_model + 4 * self.neurons + 3 * scores)
         graph = blocks if request.grad or request.kind == "backward" else 1
         # An edit's activation exists three times while it is made, and as long as the graph.
         edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]
         edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
-        memory = answer + (block * graph + edited) * max(FLOAT, self.bridge.original_model.dtype.itemsize)
+        memory = answer + (block * graph + edited) * self.number
         if memory > self.limits.memory:
             told = f"the call would take about {memory} bytes, and at most {self.limits.memory} may be used"
             raise MessageError(told, fewer_blocks=True)

@@ -65,6 +65,7 @@ def up(
     spans_per_node: int = 1,
     replicas: int = 1,
     limits: Mapping[str, Any] | None = None,
+    start_timeout: float = 1800,
     **options: Any,
 ) -> dict[str, Any]:
     """Start actors for all blocks of a model on the nodes of a Ray cluster, and return their `status`.
@@ -76,7 +77,7 @@ def up(
     `spans_per_node`, for instance one for each GPU (`device="cuda"` asks Ray for one each). With `replicas`, every
     block is held so many times, on different nodes where there are several. `options` as in `load_span`; a hub name or
     a directory must mean the same on every node. The actors stay until `down`. Raises `ValueError` for blocks that find
-    no room, for a span that does not start, and for a model that is up already.
+    no room, for a span that has not started after `start_timeout` seconds, and for a model that is up already.
     """
     ray = joined(address)
     dtype, options = one_dtype(None, options)
@@ -89,7 +90,7 @@ def up(
     itemsize = (dtype or config.dtype or torch.float32).itemsize
     sizes = [itemsize * sum(weight.numel() for weight in block.parameters()) for block in blocks]
     rooms = {node["NodeID"]: node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]}
-    chosen = sorted(rooms, key=lambda node: -rooms[node])[:nodes] * spans_per_node
+    chosen = sorted(rooms, key=lambda node: -rooms[node])[:nodes] * min(spans_per_node, len(sizes))
     spans = placed(sizes, [rooms[node] / spans_per_node / replicas for node in chosen])
     started = []
     for replica, (number, span) in itertools.product(range(replicas), enumerate(spans)):
@@ -100,6 +101,7 @@ def up(
                 lifetime="detached",
                 max_restarts=-1,
                 max_concurrency=limits_of(limits).calls_of_all + 2,
+                num_cpus=0,  # Ray's default, one, would keep a node's spans from moving to another one
                 num_gpus=int(str(options.get("device")).startswith("cuda")),
                 memory=int(sum(sizes[layer] for layer in span) * MARGIN),
                 scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
@@ -108,7 +110,7 @@ def up(
             )
             started.append(made.remote(model, span, limits or {}, {**options, "dtype": dtype}))
     try:
-        ray.get([actor.info.remote() for actor in started])
+        ray.get([actor.info.remote() for actor in started], timeout=start_timeout)
     except ray.exceptions.RayError as error:
         down(model, address=address, **settings)
         raise ValueError(f"{model}: a span did not start: {error}") from error
