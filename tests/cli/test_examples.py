@@ -19,8 +19,8 @@ FENCE = re.compile(r"^```(bash|python)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?",
 COMMANDS = typer.main.get_command(app).commands
 HUB = "tiiuae/"
 """Examples with a model of the hub are read, not run."""
-NETWORK = ("serve", "status", "cluster")
-"""The same; tests/swarm and tests/cluster run these commands, in a network of their own."""
+NETWORK = ("serve", "status", "cluster", "look")
+"""Servers, and what asks them; tests/swarm and tests/cluster run them in a network of their own, test_look_cli `look`."""
 
 
 def run(line: str) -> str:
