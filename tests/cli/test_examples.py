@@ -20,7 +20,7 @@ COMMANDS = typer.main.get_command(app).commands
 HUB = "tiiuae/"
 """Examples with a model of the hub are read, not run."""
 NETWORK = ("serve", "status", "cluster", "look")
-"""Servers, and what asks them; tests/swarm and tests/cluster run them in a network of their own, test_look_cli `look`."""
+"""Servers, and what asks them; tests/swarm, tests/cluster and test_look_cli.py run them, in networks of their own."""
 
 
 def run(line: str) -> str:

@@ -100,7 +100,7 @@ class LiveModel:
         """Take another text, or make an edit, or undo it if it is there. Raises `ValueError` for anything else."""
         from transformer_lens.checks import in_words
 
-        (kind, value), *more = change.items() if isinstance(change, dict) and change else [("", None)]
+        (kind, value), *more = list(change.items()) if isinstance(change, dict) and change else [("", None)]
         if more or kind not in ("text", *KINDS) or not isinstance(value, str) or not value:
             raise ValueError(f"got {in_words(change)}, expected one of text, {', '.join(KINDS)}, with a text")
         with self.lock:
