@@ -156,7 +156,7 @@ class Request(BaseHTTPRequestHandler):
 
             self._answer(page("look", {"title": "transformer-lens look", **self.server.live.state()}), "text/html")
         elif path in self.server.live.views():
-            self._try(lambda: self._answer(self.server.live.view(cast(str, path)), "text/html"))
+            self._try(lambda: self._answer(self.server.live.view(path), "text/html"))
         elif path is not None:
             self.send_error(HTTPStatus.NOT_FOUND)
 

@@ -164,11 +164,11 @@ def steering_sweep(
                     loss = bridge(out, return_type="loss", loss_per_token=True)[0, ids.shape[1] - 1 :]
                 found[:, number, row, column] = torch.tensor([effect - plain, float(loss.mean())])
                 notes[row][column] += f"{text} → {bridge.to_string(out[0, ids.shape[1] :])}\n"
-    effect = ("change in the measure", "change")
+    named = {"change in the measure": "change"}
     if isinstance(measure, str):
-        effect = (f"change in the log-probability of {measure!r}", "nats")
+        named = {f"change in the log-probability of {measure!r}": "nats"}
     panels = {}
-    for (name, unit), values in zip((effect, ("fluency: loss", "nats per token")), found, strict=True):
+    for (name, unit), values in zip({**named, "fluency: loss": "nats per token"}.items(), found, strict=True):
         shown, interval = _averaged("steering_sweep", values if len(texts) > 1 else values[0], "layer strength")
         rows, columns = list(map(str, of_layers)), [f"{scale:g}" for scale in strengths]
         limits = (0.0, float(shown.max()) or 1.0) if name.startswith("fluency") else None
