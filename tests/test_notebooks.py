@@ -15,9 +15,7 @@ from transformer_lens.data import tiny_model_path
 from transformer_lens.viz import Picture
 
 NAMES = build_notebooks.NAMES
-SUBJECTS = [
-    *("main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "graph", "dictionaries"),
-]
+SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "graph", "dictionar"]
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -25,8 +23,8 @@ def code(name: str) -> list[str]:
     return [cell.source for cell in build_notebooks.notebook(name).cells if cell.cell_type == "code"]
 
 
-def test_there_are_eight():
-    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 8 and len(NAMES) == 8
+def test_there_are_nine():
+    assert [any(subject in name for name in NAMES) for subject in SUBJECTS] == [True] * 9 and len(NAMES) == 9
     assert sorted(path.stem for path in build_notebooks.DEMOS.glob("*.ipynb")) == NAMES
 
 

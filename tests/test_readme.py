@@ -42,13 +42,19 @@ torch.Size([1, 5, 4, 32])
 out of a cache of everything.
 
 """
-MARKS = ("<!-- hooks: written by tests/test_readme.py --write -->\n", "<!-- /hooks -->")
 FAMILY_MARKS = ("<!-- families: written by tests/test_readme.py --write -->\n", "<!-- /families -->")
 
 
+KNOWN = (
+    *("llama", "qwen3", "gemma3_text", "mistral", "mixtral", "deepseek_v3", "gpt_oss", "falcon", "olmo2", "phi3"),
+    *("granite", "gpt2", "gpt_neox", "jamba"),
+)
+
+
 def families_in_words() -> str:
-    """Every family of the registry, by the `model_type` of its config."""
-    return f"{len(ADAPTERS)} families, by the `model_type` of a config: {', '.join(sorted(ADAPTERS))}.\n"
+    """How many families the registry has, and the best known of them by the `model_type` of their configs."""
+    names = ", ".join(f"`{name}`" for name in KNOWN if name in ADAPTERS)
+    return f"[{len(ADAPTERS)} families](docs/families.md) of models, {names} among them.\n"
 
 
 def families_as_markdown() -> str:
@@ -63,35 +69,36 @@ def between(text: str, marks: tuple[str, str], new: str) -> str:
     return text[:start] + new + text[end:]
 
 
-SPEED_MARKS = ("<!-- speed: written by tests/test_readme.py --write -->\n", "<!-- /speed -->")
-SPEED_ROWS = {
-    "untouched_forward": "forward, nothing hooked",
-    "untouched_decode": "one-token decode, nothing hooked",
-    "resid_cache": "caching every `hook_resid_post`, 2,048 tokens",
-    "pattern_cache": "caching one layer's pattern, 2,048 tokens",
-    "port_cache": "caching every port, 128 tokens",
-    "full_cache": "caching everything, 128 tokens",
-    "steering": "steering one layer, 32 generated tokens",
+WHY_MARKS = ("<!-- why: written by tests/test_readme.py --write -->\n", "<!-- /why -->")
+WHY_ROWS = {
+    ("untouched_forward", "mixtral tiny"): "Mixtral: a forward pass with nothing hooked",
+    ("resid_cache", "mixtral tiny"): "Mixtral: caching the residual stream, 1,024 tokens",
+    ("head_patch", "mixtral tiny"): "Mixtral: ablating one head",
+    ("steering", "mixtral tiny"): "Mixtral: steering a generation of 32 tokens",
+    ("rw:logits", "falcon, 2 layers"): "Falcon RW: its logits",
+    ("40b:logits", "falcon, 2 layers"): "Falcon 40B's layout: its logits",
+    ("40b:mlp_out", "falcon, 2 layers"): "Falcon 40B's layout: what the MLP adds",
+    ("40b:q", "falcon, 2 layers"): "Falcon 40B's layout: the queries of each head",
 }
 
 
-def speed_as_markdown() -> str:
-    """The stored figures as ratios to bare transformers with sdpa."""
-    found: dict[str, dict[str, str]] = {}
-    machine = ""
-    for file in sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json")):
-        stored = json.loads(file.read_text())
-        where = stored["environment"]
-        machine = f"{where['processor']}, {where['threads']} threads, torch {where['packages']['torch']}, "
-        machine += f"transformers {where['packages']['transformers']}"
-        for row in stored["rows"]:
-            if row["key"] in SPEED_ROWS:
-                found.setdefault(row["model"], {})[row["key"]] = f"{row['measured']['median']:.2f}"
-    models = sorted(found, key=lambda name: ("tiny" not in name, name))
-    lines = [f"| time / bare model | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
-    for key, what in SPEED_ROWS.items():
-        lines.append(f"| {what} | {' | '.join(found[model].get(key, '') for model in models)} |")
-    return "\n".join([*lines, "", f"Medians of interleaved runs in one process ({machine}).", ""])
+def why_as_markdown() -> str:
+    """The stored figures of this package and others as a short table."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
+    found = {(row["task"], row["model"], row["package"]): row["text"] for row in stored["answers"]}
+    peers = {name: stored["packages"][name]["packages"][name] for name in ("transformer-lens", "nnsight")}
+    heads = [f"{name} {version}" for name, version in peers.items()]
+    lines = [f"| | this package | {' | '.join(heads)} |", "|---|---|---|---|"]
+    for (task, model), what in WHY_ROWS.items():
+        cells = [found[task, model, name] for name in ("ours", *peers)]
+        cells = [f"{float(cell):.2f}" if re.fullmatch(r"[0-9.]+", cell) else in_digits(cell) for cell in cells]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def in_digits(text: str) -> str:
+    """An error such as "off by 6.2e+00" in plain digits."""
+    return re.sub(r"[0-9.]+e[+-]\d+", lambda found: f"{float(found[0]):.2g}", text)
 
 
 def hooks_as_markdown() -> str:
@@ -124,9 +131,6 @@ def test_examples_print_what_the_page_says(page, printing):
 
 
 def test_the_table_of_hooks_is_that_of_the_models():
-    text = README.read_text()
-    start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    assert text[start:end] == hooks_as_markdown()
     assert HOOKS.read_text() == HOOKS_TEXT + hooks_as_markdown()
 
 
@@ -137,8 +141,8 @@ def test_the_families_are_those_of_the_registry():
 
 def test_the_figures_are_the_stored_ones():
     text = README.read_text()
-    start, end = text.index(SPEED_MARKS[0]) + len(SPEED_MARKS[0]), text.index(SPEED_MARKS[1])
-    assert text[start:end] == speed_as_markdown()
+    assert between(text, WHY_MARKS, why_as_markdown()) == text
+    assert len(why_as_markdown().splitlines()) <= 2 + 8
 
 
 def test_the_commands_the_readme_names_exist():
@@ -152,7 +156,7 @@ def test_the_commands_the_readme_names_exist():
 
 if __name__ == "__main__" and "--write" in sys.argv:
     text = README.read_text()
-    written = {MARKS: hooks_as_markdown(), FAMILY_MARKS: families_in_words(), SPEED_MARKS: speed_as_markdown()}
+    written = {FAMILY_MARKS: families_in_words(), WHY_MARKS: why_as_markdown()}
     for marks, new in written.items():
         text = between(text, marks, new)
     README.write_text(text)

@@ -41,6 +41,7 @@ OTHER_WORDS = {
     "attention weights": "attention-patterns",
     "steering vector": "steer-generation",
     "sparse autoencoder": "train-a-probe-or-sae",
+    "SAE": "train-a-probe-or-sae",
     "quantised": "use-my-own-model",
     "residual stream decode": "logit-lens",
 }

@@ -14,7 +14,9 @@ from transformer_lens import TransformerBridge
 from transformer_lens.analysis.lenses import TunedLens
 from transformer_lens.viz import (
     Heatmap,
+    Heatmaps,
     TokenText,
+    Waterfall,
     attention_patterns,
     expert_map,
     head_map,
@@ -30,6 +32,7 @@ from transformer_lens.viz import (
     top_contexts_text,
     tuned_lens_grid,
 )
+from transformer_lens.viz.of_runs import RoutingMap
 
 pytestmark = pytest.mark.browser
 TEXT = "When Mary and John went to the store, John gave a drink to"
@@ -248,6 +251,40 @@ def test_every_kind_is_drawn_within_the_page(show, falcon, mixtral):
         assert len(shown) > 1 or fills > 1 or "long" in repr(picture), f"{picture} has one colour"
         drawn.first.click()
         assert len(said(page)) > 8
+
+
+def test_the_other_kinds_open_at_the_size_of_a_7b(show):
+    layers, tokens, experts = 32, [f" word{i}" for i in range(64)], 64
+    texts = [[f" said{i}" for i in range(64)] for _ in range(layers)]
+    notes = [[", ".join(f"' w{n}' 0.10" for n in range(5))] * 64] * layers
+    paths = [{f" said{i}": [0.5] * layers, **{f" other{n}": [0.1] * layers for n in range(12)}} for i in range(64)]
+    chances, labels = torch.rand(layers, 64), [f"{i}_pre" for i in range(layers)]
+    axes = ("stream", "after", "probability", (0.0, 1.0))
+    lens = Heatmap(chances, labels, tokens, "lens", *axes, texts, notes, paths=paths)
+    weights = torch.rand(layers, experts, 64)
+    weights = weights * (weights >= weights.topk(8, dim=1).values[:, -1:])
+    names = list(map(str, range(experts)))
+    panels = {f"layer {i}": Heatmap(one, names, tokens, f"layer {i}") for i, one in enumerate(weights)}
+    sweep = Heatmap(torch.randn(layers, 9), list(map(str, range(layers))), list("123456789"), "", "layer", "strength")
+    pictures = [
+        (Heatmaps({"logit lens": lens, "tuned lens": lens}, "lenses", beside=True), ("td", 2 * layers * 64)),
+        (RoutingMap(panels, "Routing"), (".routed", 64)),
+        (patching_map(torch.randn(20, layers, 64), tokens, "patching"), ("td", layers * 64)),
+        (Heatmaps({"effect": sweep, "fluency": sweep}, "steering", beside=True), ("td", 2 * layers * 9)),
+        (TokenText(tokens * 32, torch.randn(2048), "a long text"), (".tokens .token", 2048)),
+        (head_map(torch.randn(32, 32), "heads"), ("td", 1024)),
+        (expert_map(torch.randn(32, 64), "experts"), ("td", 2048)),
+        (Waterfall(torch.randn(1100), [f"part {i}" for i in range(1100)], "parts", most=60), ("rect", 62)),
+    ]
+    for picture, (what, count) in pictures:
+        assert len(picture.html()) < 15_000_000
+        start = time.monotonic()
+        page = show(picture)
+        drawn = page.locator(what)
+        assert drawn.count() == count
+        drawn.nth(count // 2).click()
+        assert len(said(page)) > 8
+        assert time.monotonic() - start < 30  # a second or two on an idle machine
 
 
 def test_a_notebook_shows_the_page_where_scripts_run_and_the_image_elsewhere(browser, falcon, tmp_path):

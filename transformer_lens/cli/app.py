@@ -10,6 +10,7 @@ from transformer_lens.cli.cluster import cluster
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks, info
+from transformer_lens.cli.look import look
 from transformer_lens.cli.options import AsJson, Device, Loading, Model, complete_model, load_bridge, need_device
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
@@ -117,6 +118,7 @@ def draft(model: Model, save: Path | None = Option(None, help="The file to write
 
 
 app.command()(generate)
+app.command()(look)
 app.command()(patch)
 app.command()(collect)
 app.command()(serve)

@@ -164,14 +164,16 @@ def steering_sweep(
                     loss = bridge(out, return_type="loss", loss_per_token=True)[0, ids.shape[1] - 1 :]
                 found[:, number, row, column] = torch.tensor([effect - plain, float(loss.mean())])
                 notes[row][column] += f"{text} → {bridge.to_string(out[0, ids.shape[1] :])}\n"
-    what = f"log-probability of {measure!r}" if isinstance(measure, str) else "measure"
+    named = {"change in the measure": "change"}
+    if isinstance(measure, str):
+        named = {f"change in the log-probability of {measure!r}": "nats"}
     panels = {}
-    for name, values in zip((f"change in the {what}", "fluency: loss (nats per token)"), found, strict=True):
+    for (name, unit), values in zip({**named, "fluency: loss": "nats per token"}.items(), found, strict=True):
         shown, interval = _averaged("steering_sweep", values if len(texts) > 1 else values[0], "layer strength")
         rows, columns = list(map(str, of_layers)), [f"{scale:g}" for scale in strengths]
         limits = (0.0, float(shown.max()) or 1.0) if name.startswith("fluency") else None
         panels[name] = Heatmap(
-            shown, rows, columns, name, "layer", "strength", name, limits, notes=notes, interval=interval
+            shown, rows, columns, name, "layer", "strength", unit, limits, notes=notes, interval=interval
         )
     return Heatmaps(panels, "Steering by strength and layer", beside=True)
 
