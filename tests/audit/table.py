@@ -334,6 +334,7 @@ KINDS |= {
     **dict.fromkeys(["direction"], CHOICE),
     **dict.fromkeys(["types", "groups"], (THING, 5, [1, 2])),
     **dict.fromkeys(["past_key_values"], (THING, 5, "cache")),
+    "runner": (THING, 5, "blocks.0.hook_resid_post"),
     **dict.fromkeys(["single_token"], ANSWER),
     **dict.fromkeys(["threshold"], FLOAT),
     **dict.fromkeys(["dataset"], (THING, 5, [], [5])),

@@ -34,6 +34,7 @@ from transformer_lens.model_bridge.generating.options import (
     refuse_unknown_option,
     settings,
     take_prompt,
+    through,
     translate,
     with_tokenizer,
 )
@@ -93,6 +94,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         padding_side: str | None = None,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
+        runner: Any = None,
         **options: Any,
     ) -> Any:
         """Continue text, token ids or embeddings, as Hugging Face's `generate` does, with hooks.
@@ -114,21 +116,31 @@ class GenerationMethods(InputMethods, HookedRootModule):
         A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation" or "all"; default `on`)
         selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`.
 
+        `runner`, from `bridge.compile`, makes the forward passes, with its edits, on a static cache unless another is
+        passed; `return_cache=True` then gives its reads along the positions of all steps (the last token is read by
+        none), the mean of positions once for each step.
+
         Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases where
-        forward passes have none (no KV cache, assisted generation) and for a cache of beams.
+        forward passes have none (no KV cache, assisted generation), for a cache of beams, and for beams, guesses and a
+        second text by a runner.
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
         how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
+        options = through(runner, self, options)
         call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
-        run = self._generation_run(call, fwd_hooks, on)
-        if names_filter is not None and not return_cache:
-            raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
-        reads = self._capture(call, run, names_filter) if return_cache else {}
+        run = self._generation_run(call, fwd_hooks, on, runner)
+        if names_filter is not None and (runner is not None or not return_cache):
+            instead = "pass both, or neither" if runner is None else "a runner keeps its own reads; leave it out"
+            raise ValueError(f"generate: names_filter chooses what return_cache=True keeps; {instead}")
+        run.keeps = return_cache and runner is not None
+        reads = self._capture(call, run, names_filter) if return_cache and runner is None else {}
         with run, progress(call.chosen.max_new_tokens, verbose) as watching:
             with run.forwards():
                 output = call(**reads, **watching)
             tokens = run.written = output if isinstance(output, Tensor) else output.sequences
-            activations = self._activations(call, run, tokens) if return_cache else None
+            activations = self._activations(call, run, tokens) if return_cache and runner is None else None
+        if run.keeps:
+            activations = runner._joined(run.pieces)
         more = [*([activations] if return_cache else []), *([call.prompt.ids] if return_input_tokens else [])]
         return (call.answer(output, tokens), *more) if more else call.answer(output, tokens)
 
@@ -152,6 +164,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         padding_side: str | None = None,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
+        runner: Any = None,
         **options: Any,
     ) -> Iterator[Any]:
         """Yield what `generate` would add, piece by piece; the caller's own thread runs the model.
@@ -165,10 +178,11 @@ class GenerationMethods(InputMethods, HookedRootModule):
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
         how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
+        options = through(runner, self, options)
         call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
         refuse_unless_streamable(call)
         each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
-        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on), verbose), each)
+        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on, runner), verbose), each)
 
     def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
         """`generate` under the name that TransformerLens uses with Hugging Face's options.
@@ -223,9 +237,11 @@ class GenerationMethods(InputMethods, HookedRootModule):
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
         return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
 
-    def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
+    def _generation_run(
+        self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase, runner: Any
+    ) -> GenerationRun:
         one_of("on", on, PHASES)
-        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen), listed("fwd_hooks", fwd_hooks)
+        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen, runner), listed("fwd_hooks", fwd_hooks)
         phased = False
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
@@ -236,6 +252,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
             for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
                 run.entries.append((point, entry, phase, named))
         call.refuse(phased=phased, hooked=bool(fwd_hooks), captured=False)
+        if runner is not None:
+            call.refuse_through_runner()
         return run
 
     def _capture(self, call: GenerationCall, run: GenerationRun, names_filter: NamesFilter) -> dict[str, Any]:
