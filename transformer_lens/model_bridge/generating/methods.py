@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from types import EllipsisType
 from typing import Any
@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.calls.padding import SIDES, Columns
 from transformer_lens.model_bridge.calls.tokens import TextReader
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generating.many import ManyRequests, as_batch, check_served, engine_settings
 from transformer_lens.model_bridge.generating.options import (
     RETURN_TYPES,
     FrequencyPenalty,
@@ -183,6 +184,60 @@ class GenerationMethods(InputMethods, HookedRootModule):
         refuse_unless_streamable(call)
         each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
         return in_portions(stream(call, self._generation_run(call, fwd_hooks, on, runner), verbose), each)
+
+    def generate_batch(
+        self,
+        requests: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 20,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        *,
+        reads: NamesFilter | None = None,
+        edits: Mapping[int, Sequence[HookSpec]] | None = None,
+        prepend_bos: bool | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Serve many requests by transformers' continuous batching, each with its own hooks.
+
+        >>> mixtral = TransformerBridge.boot_transformers("tiny-mixtral")
+        >>> prompts = ["When Mary and John went to the store, John gave a drink to", "Mary and"]
+        >>> ablation = ("blocks.1.hook_mlp_out", Edit("zero"))
+        >>> texts, caches = mixtral.generate_batch(prompts, 3, reads="blocks.0.hook_resid_post", edits={1: [ablation]})
+        >>> texts[0][len(prompts[0]) :], caches[1]["resid_post", 0].shape
+        (' Mary.', torch.Size([1, 6, 128]))
+
+        `requests` are texts, or lists of ids of any lengths; the answers are texts, or ids `[pos]`. `edits` maps the
+        number of a request to `(name, function)` pairs as in `run_with_hooks`; a function sees that request's new
+        positions alone, `[1, pos, ...]`, with `hook.generation`, whatever they share a step with. `reads` are names or
+        a predicate: then `(answers, caches)` is returned, an `ActivationCache` for each request with all its tokens but
+        the last. `engine` are settings of transformers' `ContinuousBatchingConfig`.
+
+        Raises `ValueError` for a family whose attention no paged cache can serve (Falcon), for hooks with an axis of
+        keys, and for a request that failed. Meanwhile, other threads' calls of the model are wrong in transformers.
+        """
+        served: Any = inner_model(self.original_model)[1]
+        check_served(served)
+        how = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, 0.0, None)
+        given, mask = as_batch(requests)
+        said = dict(zip(CHOICES, how, strict=True))
+        call = self._generation_call("generate_batch", given, mask, said, "input", prepend_bos, None)
+        assert call.prompt.ids is not None
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(call.prompt.ids, call.prompt.mask, strict=True)]
+        names = [] if reads is None else self.select_names(reads)
+        many = ManyRequests(self, prompts, names, edits)
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        results = many.run(call.chosen, engine_settings(engine, lengths, self.input_device().type == "cpu"))
+        new = [result.generated_tokens for result in results]
+        answers: list[Any] = [torch.tensor([*prompt, *more]) for prompt, more in zip(prompts, new, strict=True)]
+        if call.prompt.texts is not None:
+            answers = [call.text_of(n, [*call.prompt.ids[n].tolist(), *more]) for n, more in enumerate(new)]
+        if reads is None:
+            return answers
+        return answers, [ActivationCache(many.kept(number), self) for number in range(len(prompts))]
 
     def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
         """`generate` under the name that TransformerLens uses with Hugging Face's options.
@@ -399,6 +454,6 @@ def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | lis
 
 OWN_KEYWORDS = {
     method.__name__: frozenset(inspect.signature(method).parameters)
-    for method in (GenerationMethods.generate, GenerationMethods.generate_stream)
+    for method in (GenerationMethods.generate, GenerationMethods.generate_stream, GenerationMethods.generate_batch)
 }
-"""The keywords of ours that each of the two takes."""
+"""The keywords of ours that each of them takes."""
