@@ -20,7 +20,7 @@ from transformer_lens.checks import in_words, listed, refuse_unknown, whole
 from transformer_lens.hooks.point import GenerationStep, HookPoint, state
 from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.attaching.inside_hooks import check_replacement
-from transformer_lens.model_bridge.upstream import CACHE, UpstreamError
+from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, UpstreamError
 
 MOST = 2**31 - 1
 """The largest token id; the engine keeps them in 32 bits."""
@@ -90,7 +90,7 @@ class ManyRequests:
         if processor is None or self.bridge.arguments.value(CACHE, args, kwargs) is not processor.cache:
             return
         self.columns, self.thread, start = [], threading.get_ident(), 0
-        positions = kwargs["position_ids"][0].tolist()
+        positions = self.bridge.arguments.value(POSITIONS, args, kwargs)[0].tolist()
         for served in processor.inputs_and_outputs.requests_in_batch:
             number, stop = int(served.state.request_id), start + served.query_length
             read = range(positions[start], positions[start] + served.query_length)
@@ -178,4 +178,4 @@ def as_batch(requests: Any) -> tuple[Any, dict[str, Tensor]]:
         torch.stack([F.pad(row, (longest - len(row), 0)) for row in each])
         for each in (rows, [torch.ones_like(row) for row in rows])
     )
-    return ids, {"attention_mask": mask}
+    return ids, {MASK.names[0]: mask}

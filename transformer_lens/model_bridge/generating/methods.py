@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import listed, one_of, whole
@@ -21,7 +18,6 @@ from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.calls.padding import SIDES, Columns
-from transformer_lens.model_bridge.calls.tokens import TextReader
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generating.many import ManyRequests, as_batch, check_served, engine_settings
 from transformer_lens.model_bridge.generating.options import (
@@ -40,14 +36,12 @@ from transformer_lens.model_bridge.generating.options import (
     with_tokenizer,
 )
 from transformer_lens.model_bridge.generating.run import PHASES, GenerationRun, Phase, joined
+from transformer_lens.model_bridge.generating.stream import in_portions, refuse_unless_streamable, stream
 from transformer_lens.model_bridge.upstream import (
     CACHE,
     MASK,
-    NEW_TOKENS,
     POSITIONS,
     TOKENS,
-    Arguments,
-    attribute,
     spelled,
 )
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
@@ -115,33 +109,22 @@ class GenerationMethods(InputMethods, HookedRootModule):
         and patterns have a key axis as long as the text.
 
         A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation" or "all"; default `on`)
-        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`.
+        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`. A `runner` of
+        `bridge.compile` makes the forward passes, on a static cache unless another is passed, and `return_cache=True`
+        gives its reads of all steps (the last token is read by none).
 
-        `runner`, from `bridge.compile`, makes the forward passes, with its edits, on a static cache unless another is
-        passed; `return_cache=True` then gives its reads along the positions of all steps (the last token is read by
-        none), the mean of positions once for each step.
-
-        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases where
-        forward passes have none (no KV cache, assisted generation), for a cache of beams, and for beams, guesses and a
-        second text by a runner.
+        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for beams with a
+        cache or a runner, and for phases where forward passes have none (no KV cache, assisted generation).
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
-        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
-        options = through(runner, self, options)
-        call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
-        run = self._generation_run(call, fwd_hooks, on, runner)
-        if names_filter is not None and (runner is not None or not return_cache):
-            instead = "pass both, or neither" if runner is None else "a runner keeps its own reads; leave it out"
-            raise ValueError(f"generate: names_filter chooses what return_cache=True keeps; {instead}")
-        run.keeps = return_cache and runner is not None
-        reads = self._capture(call, run, names_filter) if return_cache and runner is None else {}
+        texts = (return_type, prepend_bos, padding_side)
+        call, run = self._begin("generate", input, options, (*said, use_past_kv_cache), texts, (fwd_hooks, on, runner))
+        reads = self._kept(call, run, return_cache, names_filter)
         with run, progress(call.chosen.max_new_tokens, verbose) as watching:
             with run.forwards():
                 output = call(**reads, **watching)
             tokens = run.written = output if isinstance(output, Tensor) else output.sequences
-            activations = self._activations(call, run, tokens) if return_cache and runner is None else None
-        if run.keeps:
-            activations = runner._joined(run.pieces)
+            activations = self._activations(call, run, tokens) if return_cache else None
         more = [*([activations] if return_cache else []), *([call.prompt.ids] if return_input_tokens else [])]
         return (call.answer(output, tokens), *more) if more else call.answer(output, tokens)
 
@@ -178,12 +161,11 @@ class GenerationMethods(InputMethods, HookedRootModule):
         `generate`, except `return_cache` and `return_input_tokens`; beams and assistants raise `ValueError`.
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
-        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
-        options = through(runner, self, options)
-        call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
+        texts, hooks = (return_type, prepend_bos, padding_side), (fwd_hooks, on, runner)
+        call, run = self._begin("generate_stream", input, options, (*said, use_past_kv_cache), texts, hooks)
         refuse_unless_streamable(call)
         each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
-        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on, runner), verbose), each)
+        return in_portions(stream(call, run, verbose), each)
 
     def generate_batch(
         self,
@@ -246,6 +228,20 @@ class GenerationMethods(InputMethods, HookedRootModule):
         torch.Size([1, 735])
         """
         return self.generate(input, max_new_tokens, **options)
+
+    def _begin(
+        self,
+        what: str,
+        input: ModelInput | None,
+        options: dict[str, Any],
+        said: tuple[Any, ...],
+        texts: tuple[Any, ...],
+        hooks: tuple[Any, ...],
+    ) -> tuple[GenerationCall, GenerationRun]:
+        """The call and its hooks, from what a caller said of `CHOICES`, of texts, and of hooks and a runner."""
+        options = through(hooks[-1], self, options)
+        call = self._generation_call(what, input, options, dict(zip(CHOICES, said, strict=True)), *texts)
+        return call, self._generation_run(call, *hooks)
 
     def _generation_call(
         self,
@@ -311,8 +307,17 @@ class GenerationMethods(InputMethods, HookedRootModule):
             call.refuse_through_runner()
         return run
 
-    def _capture(self, call: GenerationCall, run: GenerationRun, names_filter: NamesFilter) -> dict[str, Any]:
-        """Let the run keep the chosen hooks; returns what the model has to be told for that."""
+    def _kept(
+        self, call: GenerationCall, run: GenerationRun, return_cache: bool, names_filter: NamesFilter
+    ) -> dict[str, Any]:
+        """Let the run keep the chosen hooks, or what its runner reads; returns what the model is told for that."""
+        runner = run.runner
+        if names_filter is not None and (runner is not None or not return_cache):
+            instead = "pass both, or neither" if runner is None else "a runner keeps its own reads; leave it out"
+            raise ValueError(f"generate: names_filter chooses what return_cache=True keeps; {instead}")
+        run.keeps = return_cache and runner is not None
+        if runner is not None or not return_cache:
+            return {}
         call.refuse(phased=False, hooked=False, captured=True)
         named = names_filter is not None and not callable(names_filter)
         names = self.select_names(names_filter, may_be_none=True)
@@ -322,7 +327,9 @@ class GenerationMethods(InputMethods, HookedRootModule):
         return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
-        """What was captured, with the last token, which the generation itself has not read."""
+        """What was captured, with the last token, which the generation itself has not read; or a runner's reads."""
+        if run.runner is not None:
+            return run.runner._joined(run.pieces)  # type: ignore[no-any-return]
         before = call.prompt.mask.shape[1] if call.prompt.ids is None else 0
         length = before + tokens.shape[1]
         start = run.read if run.cache is not None else 0
@@ -335,121 +342,6 @@ class GenerationMethods(InputMethods, HookedRootModule):
         with torch.no_grad(), run.forwards():
             self.original_model(**self.arguments.named(read))
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
-
-
-# Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
-# loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
-
-PARTS = (
-    *("_prefill", "_optimize_model_for_decode"),
-    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
-)
-"""The methods of a model that its own decoding loop calls."""
-
-
-def refuse_unless_streamable(call: GenerationCall) -> None:
-    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
-    for name in PARTS:
-        attribute(call.model, name)
-    chosen, options = call.chosen, call.options
-    asked = {
-        "num_beams": (chosen.num_beams or 1) > 1,
-        "assistant_model": options.get("assistant_model") is not None,
-        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
-        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
-        "token_healing": bool(chosen.token_healing),
-        "streamer": options.get("streamer") is not None,
-        "custom_generate": options.get("custom_generate") is not None,
-    }
-    wrong = [name for name, on in asked.items() if on]
-    if wrong:
-        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
-
-
-def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
-    """New token ids, or pieces of text, as they are chosen."""
-    with run, progress(call.chosen.max_new_tokens, verbose) as watching:
-        with run.forwards():
-            if call.chosen.stop_strings:  # handed a loop, `generate` forgets the tokenizer for them
-                ends = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
-                criteria = [*watching.get("stopping_criteria", ()), ends]
-                watching = {"stop_strings": None, "stopping_criteria": criteria}
-            steps = call(custom_generate=loop_of(run), **watching)
-        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
-            yield from steps
-        else:
-            yield from _pieces(call, steps)
-
-
-def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
-    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
-    if each == 1:
-        yield from pieces
-        return
-    while portion := list(islice(pieces, each)):
-        if isinstance(portion[0], Tensor):
-            yield torch.stack(portion, dim=-1)
-        elif isinstance(portion[0], str):
-            yield "".join(portion)
-        else:
-            yield ["".join(texts) for texts in zip(*portion, strict=True)]
-
-
-def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
-    """The decoding loop, to be called by `generate`."""
-
-    def loop(
-        model: Any,
-        input_ids: Int[Tensor, "batch pos"],
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Iterator[Int[Tensor, " batch"]]:
-        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
-        prepare = model.prepare_inputs_for_generation
-        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
-        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        output = None
-        while bool(going.any()):
-            with torch.no_grad(), run.forwards():
-                if output is None:
-                    output = model._prefill(input_ids, generation_config, model_kwargs)
-                else:
-                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
-                    inputs = prepare(input_ids, **new, **model_kwargs)
-                    with model._optimize_model_for_decode():
-                        output = model(**inputs, return_dict=True)
-                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
-                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-                scores = logits_processor(input_ids, logits)
-                drawn = generation_config.do_sample
-                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
-                if ends:
-                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
-                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-                going = going & ~stopping_criteria(input_ids, None)
-                run.written = input_ids
-            yield chosen
-
-    return loop
-
-
-def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
-    """What each step adds to the texts; a character is held back until all of its bytes are there."""
-    assert call.adapter is not None
-    readers: list[TextReader] = []
-
-    def of_rows(texts: list[str]) -> str | list[str]:
-        return texts if call.prompt.several or len(texts) > 1 else texts[0]
-
-    for chosen in steps:
-        readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
-        both = zip(readers, chosen.tolist(), strict=True)
-        yield of_rows(["" if token in reader.special else reader.add(token) for reader, token in both])
-    left = [reader.rest() for reader in readers]
-    if any(left):
-        yield of_rows(left)
 
 
 OWN_KEYWORDS = {
