@@ -92,6 +92,8 @@ class World:
 
     def itself(self, entry: str) -> Any:
         """The object whose method an entry is."""
+        if entry == "TransformerBridge.generate_batch":  # which no Falcon can
+            return self.moe
         return self.cache(entry) if entry.startswith("ActivationCache.") else SELVES[entry.partition(".")[0]](self)
 
 
@@ -336,6 +338,7 @@ KINDS |= {
     **dict.fromkeys(["direction"], CHOICE),
     **dict.fromkeys(["types", "groups"], (THING, 5, [1, 2])),
     **dict.fromkeys(["past_key_values"], (THING, 5, "cache")),
+    "runner": (THING, 5, "blocks.0.hook_resid_post"),
     **dict.fromkeys(["single_token"], ANSWER),
     **dict.fromkeys(["threshold"], FLOAT),
     **dict.fromkeys(["dataset"], (THING, 5, [], [5])),
@@ -637,6 +640,16 @@ ROWS: dict[str, Row] = {
     "TransformerBridge.from_pretrained": Row({"name_or_path": "tiny-falcon"}, {"kwargs": []}),
     "TransformerBridge.generate": Row({"input": IDS, "max_new_tokens": 1}, {"top_k": [*NUMBERS, -1]}),
     "TransformerBridge.generate_stream": Row({"input": IDS, "max_new_tokens": 1}, {"top_k": [*NUMBERS, -1]}),
+    "TransformerBridge.generate_batch": Row(
+        {"requests": [TEXT], "max_new_tokens": 1},
+        {
+            "requests": [THING, 5, TEXT, [], [[5.5]]],
+            "top_k": [*NUMBERS, -1],
+            "reads": NAMES,
+            "edits": [THING, {5: []}, {0: [("hook_embed", 5)]}],
+            "engine": [THING, 5, {"pages": 5}],
+        },
+    ),
     "TransformerBridge.get_caching_hooks": Row(wrong={"cache": [THING, 5], "pos_slice": UNBOUND}),
     "TransformerBridge.get_token_position": Row(
         {"single_token": 5}, {"single_token": [THING, 1.5, 10**6, "two words of text"]}

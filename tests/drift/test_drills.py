@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from tests.drift.later import Change, instances, renamed, returning, without, without_key
 from tests.support import CACHE_ARGUMENT, family, tokens
 from transformer_lens import TransformerBridge
-from transformer_lens.model_bridge.generating.methods import PARTS
+from transformer_lens.model_bridge.generating.stream import PARTS
 from transformer_lens.model_bridge.upstream import CACHE, NEWEST, OLDEST, Arguments, UpstreamError, output_name
 
 pytestmark = pytest.mark.core

@@ -152,7 +152,7 @@ def test_arguments_of_models_are_named_in_one_place() -> None:
 
 OURS = {
     ("options.py", "use_cache"),  # an option of `generate` itself
-    ("methods.py", "use_cache"),  # what `generate` hands its loop
+    ("stream.py", "use_cache"),  # what `generate` hands its loop
     ("info.py", "alibi"),  # a key of Falcon's config
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword

@@ -66,6 +66,7 @@ class Options:
     check: bool = False
     same_environment: bool = True
     progress: bool = True
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "shard_tokens": 1, "drop_first": 0, "max_tokens": 1, "context_size": 1}

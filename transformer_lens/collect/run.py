@@ -103,6 +103,25 @@ class Captured(NamedTuple):
             yield name, copied
 
 
+class CompiledModel:
+    """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded.
+
+    So there is one graph, and what is stored does not depend on the batches before.
+    """
+
+    def __init__(self, bridge: "TransformerBridge", names: Sequence[str], shape: tuple[int, int], pad: int) -> None:
+        self.runner, self.shape, self.pad = bridge.compile(reads=[list(names)], dynamic=False), shape, pad
+
+    def cached(self, ids: Tensor) -> Mapping[str, Tensor]:
+        """The values at its hooks, in memory of their own: the next batch overwrites the runner's."""
+        rows, columns = ids.shape
+        whole = ids.new_full(self.shape, self.pad)
+        whole[:rows, :columns] = ids
+        whole[rows:] = whole[0]
+        self.runner(whole, return_type=None, padding_side="right")
+        return {name: buffer[:rows, :columns].clone() for name, buffer in self.runner.cache.items()}
+
+
 def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Any:
     """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
     stop = stop_after(names)
@@ -117,9 +136,12 @@ def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> A
     return cache
 
 
-def capture(bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch) -> Captured:
+def capture(
+    bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch, compiled: CompiledModel | None = None
+) -> Captured:
     """The stored tokens' values at every hook, in the dtype they are stored in."""
-    cache = _cached(bridge, torch.from_numpy(batch.ids).to(bridge.input_device()), list(hooks))
+    ids = torch.from_numpy(batch.ids).to(bridge.input_device())
+    cache = _cached(bridge, ids, list(hooks)) if compiled is None else compiled.cached(ids)
     everything = bool(batch.keep.all())
     kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
     values = {}
@@ -189,12 +211,14 @@ class Job:
             "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
             "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
+            **({"compiled": True} if options.compiled else {}),
         }
         around = manifest.environment(bridge.input_device())
         self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
         self.sharing = bridge.attachment.sharding.shards
         self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
         self.done: dict[int, manifest.ShardRecord] = {}
+        self.compiled: CompiledModel | None = None
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
@@ -202,13 +226,21 @@ class Job:
         if finished:
             return
         try:
-            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad():
+            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), self._compiling():
                 for plan in self._missing(set(self.done) - set(broken)):
                     self._compute(plan, writer, bar)
         finally:
             for file in self._begun:
                 file.abandon()
         self._agreed(self.manifest.finish)
+
+    def _compiling(self) -> AbstractContextManager[Any]:
+        """The model compiled for the job, if that was asked for."""
+        if not self.options.compiled:
+            return nullcontext()
+        shape = (self.layout.batch_size, self.layout.context_size)
+        self.compiled = CompiledModel(self.bridge, list(self.hooks), shape, self.layout.pad)
+        return self.compiled.runner
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
@@ -306,7 +338,7 @@ class Job:
         self._begun.append(file)
         later(self._begin, plan, file)
         for batch in plan.batches(self.layout.batch_size):
-            later(self._write, capture(self.bridge, self.hooks, batch), file)
+            later(self._write, capture(self.bridge, self.hooks, batch, self.compiled), file)
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
@@ -382,6 +414,7 @@ def collect(
     - `shard=(rank, world)`: this process computes every `world`-th shard; the last to finish completes the manifest.
     - `check` first compares finished shards with their checksums, and recomputes those that differ.
     - `same_environment=False` resumes under other library versions, device or threads.
+    - `compiled` runs the model as one graph (`bridge.compile`); what is stored is equal within rounding.
     - `progress` shows tokens per second and the time left.
 
     Processes that share a model make the same call together, and the first of them writes. Raises `ValueError` for

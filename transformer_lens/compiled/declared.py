@@ -87,6 +87,20 @@ class GraphRead:
                 del self.made[next(iter(self.made))]
         self.buffers = self.made[shape]
 
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """What steps of a generation kept, in one tensor: along the positions, or a step axis where there are none.
+
+        Raises `ValueError` for patterns of a sliding window, whose keys are others in each step.
+        """
+        if self.reduce == "mean" or isinstance(self.index, int):
+            return torch.stack(list(parts), self.axis)
+        if self.reduce is None and any(part.shape[-1] != parts[0].shape[-1] for part in parts):
+            raise ValueError(
+                f"Read at {self.point.name!r}: a sliding window has other keys in each step; read them step by step, "
+                "with generate_stream and runner.cache"
+            )
+        return torch.cat(list(parts), self.axis)
+
     def of(self, value: Tensor, text: Bool[Tensor, "batch pos"]) -> tuple[Tensor, ...]:
         """What is kept of a value, given which positions are no padding."""
         if self.index is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import in_words, listed
@@ -22,7 +24,7 @@ from transformer_lens.model_bridge.access.seams import asking
 from transformer_lens.model_bridge.attaching.partial_run import Watch
 from transformer_lens.model_bridge.calls.inputs import ModelInput, main_output
 from transformer_lens.model_bridge.generalized_components.attention import FunctionAttentionBridge
-from transformer_lens.model_bridge.upstream import CACHE, attention_functions
+from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, TOKENS, attention_functions, output_name
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -31,6 +33,9 @@ EAGERLY = (
     "Python hooks are on this model, so the runner calls it eagerly, with its reads and edits as well; take the hooks "
     "off (bridge.reset_hooks()) to run the compiled graph"
 )
+
+
+CACHE_FIELD = output_name(CausalLMOutputWithPast(), CACHE)
 
 
 class CompiledRunner(AbstractContextManager[Any]):
@@ -101,18 +106,29 @@ class CompiledRunner(AbstractContextManager[Any]):
         if self.closed:
             raise ValueError("this runner was closed; make another with bridge.compile")
         call = self.bridge._call(input, None, **options)
-        tokens: Tensor = next(iter(call.kwargs.values()))
+        self._fit(call.kwargs, None if call.columns is None else call.columns.mask)
+        return self.bridge._answer(call, return_type, loss_per_token, self._run)
+
+    def _step(self, kwargs: dict[str, Any], mask: Bool[Tensor, "batch total"]) -> CausalLMOutputWithPast:
+        """One forward pass of a generation, whose last columns of `mask` it reads."""
+        self._fit(kwargs, mask)
+        cache = self.bridge.arguments.value(CACHE, (), kwargs)
+        return CausalLMOutputWithPast(logits=self._run(kwargs), **{CACHE_FIELD: cache})
+
+    def _fit(self, kwargs: dict[str, Any], mask: Bool[Tensor, "batch total"] | None) -> None:
+        """Have buffers, places and values for a call."""
+        words = (TOKENS, EMBEDDINGS)
+        tokens = next(x for word in words if (x := self.bridge.arguments.value(word, (), kwargs)) is not None)
         batch, pos = tokens.shape[:2]
         ones = torch.ones(batch, pos, dtype=torch.bool, device=tokens.device)
-        self.text = ones if call.columns is None else call.columns.mask[:, -pos:].contiguous()
-        cache = self.bridge.arguments.value(CACHE, (), call.kwargs)
+        self.text = ones if mask is None else mask[:, -pos:].contiguous()
+        cache = self.bridge.arguments.value(CACHE, (), kwargs)
         sizes = {"batch": batch, "pos": pos, "query_pos": pos, "key_pos": pos}
         for part in self.declared:
             axes = part.point.axes.split()
             if cache is not None and "key_pos" in axes:
                 sizes["key_pos"] = cache.get_mask_sizes(pos, part.point.layer())[0]
             part.fit(tuple(sizes.get(axis, size) for axis, size in zip(axes, part.like.shape, strict=True)))
-        return self.bridge._answer(call, return_type, loss_per_token, self._run)
 
     def _run(self, kwargs: dict[str, Any], run: Callable[..., tuple[Tensor, int]] | None = None) -> Tensor:
         run = run or self._compiled
@@ -135,9 +151,19 @@ class CompiledRunner(AbstractContextManager[Any]):
     def _graph(self, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
         """What is compiled: the model's own forward, and how many ports fired when it was traced."""
         self.fired = 0
-        output = main_output(self.bridge.original_model(**kwargs))
+        output = main_output(self.bridge.original_model._call_impl(**kwargs))
         fired, self.fired = self.fired, 0
         return output, fired
+
+    @property
+    def _reads_logits(self) -> bool:
+        """Whether any hook shows the logits, all of which the model has to compute then."""
+        return any(name.startswith(("unembed.", "hook_logits")) for name in self.hooks)
+
+    def _joined(self, pieces: Mapping[str, Sequence[Tensor]]) -> ActivationCache:
+        """What the steps of a generation kept."""
+        kept = {key: read.joined(pieces[key]) for read in self.reads for key in read.keys}
+        return ActivationCache(kept, self.bridge)
 
     @property
     def cache(self) -> ActivationCache:

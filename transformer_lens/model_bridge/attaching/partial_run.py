@@ -8,6 +8,7 @@ outside `torch.compile`, whose compiled code ignores hooks that came after it.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class Watch(ForwardInPlace):
         self.compiled: list[tuple[nn.Module, Any]] = []
         every = [model]
         for module in every:  # not `modules()`: it drops repeats, at several times the cost
-            if module.__dict__.get(COMPILED) is not None:
+            compiled = module.__dict__.get(COMPILED)
+            if compiled is not None and not isinstance(compiled, MethodType):  # a generation's own calls stay
                 self.compiled.append((module, module.__dict__.pop(COMPILED)))
             if module._modules:
                 every += [child for child in module._modules.values() if child is not None]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
-from transformers.generation.stopping_criteria import EosTokenCriteria, StopStringCriteria
 
 from transformer_lens.cache.activation_cache import ActivationCache
 from transformer_lens.checks import listed, one_of, whole
@@ -21,8 +18,8 @@ from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.calls.inputs import InputMethods, ModelInput
 from transformer_lens.model_bridge.calls.padding import SIDES, Columns
-from transformer_lens.model_bridge.calls.tokens import TextReader
 from transformer_lens.model_bridge.config import BridgeConfig
+from transformer_lens.model_bridge.generating.many import ManyRequests, as_batch, check_served, engine_settings
 from transformer_lens.model_bridge.generating.options import (
     RETURN_TYPES,
     FrequencyPenalty,
@@ -34,18 +31,17 @@ from transformer_lens.model_bridge.generating.options import (
     refuse_unknown_option,
     settings,
     take_prompt,
+    through,
     translate,
     with_tokenizer,
 )
 from transformer_lens.model_bridge.generating.run import PHASES, GenerationRun, Phase, joined
+from transformer_lens.model_bridge.generating.stream import in_portions, refuse_unless_streamable, stream
 from transformer_lens.model_bridge.upstream import (
     CACHE,
     MASK,
-    NEW_TOKENS,
     POSITIONS,
     TOKENS,
-    Arguments,
-    attribute,
     spelled,
 )
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
@@ -93,6 +89,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         padding_side: str | None = None,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
+        runner: Any = None,
         **options: Any,
     ) -> Any:
         """Continue text, token ids or embeddings, as Hugging Face's `generate` does, with hooks.
@@ -112,18 +109,17 @@ class GenerationMethods(InputMethods, HookedRootModule):
         and patterns have a key axis as long as the text.
 
         A hook is `(name, fn)` or `(name, fn, phase)`; the phase ("prompt", "continuation" or "all"; default `on`)
-        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`.
+        selects the forward passes in which it fires, and `hook.generation` is a `GenerationStep`. A `runner` of
+        `bridge.compile` makes the forward passes, on a static cache unless another is passed, and `return_cache=True`
+        gives its reads of all steps (the last token is read by none).
 
-        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for phases where
-        forward passes have none (no KV cache, assisted generation) and for a cache of beams.
+        Raises `TypeError` for an unknown keyword, and `ValueError` for a prompt that ends in padding, for beams with a
+        cache or a runner, and for phases where forward passes have none (no KV cache, assisted generation).
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
-        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
-        call = self._generation_call("generate", input, options, how, return_type, prepend_bos, padding_side)
-        run = self._generation_run(call, fwd_hooks, on)
-        if names_filter is not None and not return_cache:
-            raise ValueError("generate: names_filter chooses what return_cache=True keeps; pass both, or neither")
-        reads = self._capture(call, run, names_filter) if return_cache else {}
+        texts = (return_type, prepend_bos, padding_side)
+        call, run = self._begin("generate", input, options, (*said, use_past_kv_cache), texts, (fwd_hooks, on, runner))
+        reads = self._kept(call, run, return_cache, names_filter)
         with run, progress(call.chosen.max_new_tokens, verbose) as watching:
             with run.forwards():
                 output = call(**reads, **watching)
@@ -152,6 +148,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         padding_side: str | None = None,
         use_past_kv_cache: bool | None = None,
         verbose: bool = False,
+        runner: Any = None,
         **options: Any,
     ) -> Iterator[Any]:
         """Yield what `generate` would add, piece by piece; the caller's own thread runs the model.
@@ -164,11 +161,65 @@ class GenerationMethods(InputMethods, HookedRootModule):
         `generate`, except `return_cache` and `return_input_tokens`; beams and assistants raise `ValueError`.
         """
         said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, freq_penalty)
-        how = dict(zip(CHOICES, (*said, use_past_kv_cache), strict=True))
-        call = self._generation_call("generate_stream", input, options, how, return_type, prepend_bos, padding_side)
+        texts, hooks = (return_type, prepend_bos, padding_side), (fwd_hooks, on, runner)
+        call, run = self._begin("generate_stream", input, options, (*said, use_past_kv_cache), texts, hooks)
         refuse_unless_streamable(call)
         each = whole("max_tokens_per_yield", max_tokens_per_yield, 1)
-        return in_portions(stream(call, self._generation_run(call, fwd_hooks, on), verbose), each)
+        return in_portions(stream(call, run, verbose), each)
+
+    def generate_batch(
+        self,
+        requests: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 20,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | EllipsisType | None = ...,
+        do_sample: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        *,
+        reads: NamesFilter | None = None,
+        edits: Mapping[int, Sequence[HookSpec]] | None = None,
+        prepend_bos: bool | None = None,
+        engine: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Serve many requests by transformers' continuous batching, each with its own hooks.
+
+        >>> mixtral = TransformerBridge.boot_transformers("tiny-mixtral")
+        >>> prompts = ["When Mary and John went to the store, John gave a drink to", "Mary and"]
+        >>> ablation = ("blocks.1.hook_mlp_out", Edit("zero"))
+        >>> texts, caches = mixtral.generate_batch(prompts, 3, reads="blocks.0.hook_resid_post", edits={1: [ablation]})
+        >>> texts[0][len(prompts[0]) :], caches[1]["resid_post", 0].shape
+        (' Mary.', torch.Size([1, 6, 128]))
+
+        `requests` are texts, or lists of ids of any lengths; the answers are texts, or ids `[pos]`. `edits` maps the
+        number of a request to `(name, function)` pairs as in `run_with_hooks`; a function sees that request's new
+        positions alone, `[1, pos, ...]`, with `hook.generation`, whatever they share a step with. `reads` are names or
+        a predicate: then `(answers, caches)` is returned, an `ActivationCache` for each request with all its tokens but
+        the last. `engine` are settings of transformers' `ContinuousBatchingConfig`.
+
+        Raises `ValueError` for a family whose attention no paged cache can serve (Falcon), for hooks with an axis of
+        keys, and for a request that failed. Meanwhile, other threads' calls of the model are wrong in transformers.
+        """
+        served: Any = inner_model(self.original_model)[1]
+        check_served(served)
+        how = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, 0.0, None)
+        given, mask = as_batch(requests)
+        said = dict(zip(CHOICES, how, strict=True))
+        call = self._generation_call("generate_batch", given, mask, said, "input", prepend_bos, None)
+        assert call.prompt.ids is not None
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(call.prompt.ids, call.prompt.mask, strict=True)]
+        names = [] if reads is None else self.select_names(reads)
+        many = ManyRequests(self, prompts, names, edits)
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        results = many.run(call.chosen, engine_settings(engine, lengths, self.input_device().type == "cpu"))
+        new = [result.generated_tokens for result in results]
+        answers: list[Any] = [torch.tensor([*prompt, *more]) for prompt, more in zip(prompts, new, strict=True)]
+        if call.prompt.texts is not None:
+            answers = [call.text_of(n, [*call.prompt.ids[n].tolist(), *more]) for n, more in enumerate(new)]
+        if reads is None:
+            return answers
+        return answers, [ActivationCache(many.kept(number), self) for number in range(len(prompts))]
 
     def hf_generate(self, input: ModelInput = "", max_new_tokens: int = 10, **options: Any) -> Any:
         """`generate` under the name that TransformerLens uses with Hugging Face's options.
@@ -177,6 +228,20 @@ class GenerationMethods(InputMethods, HookedRootModule):
         torch.Size([1, 735])
         """
         return self.generate(input, max_new_tokens, **options)
+
+    def _begin(
+        self,
+        what: str,
+        input: ModelInput | None,
+        options: dict[str, Any],
+        said: tuple[Any, ...],
+        texts: tuple[Any, ...],
+        hooks: tuple[Any, ...],
+    ) -> tuple[GenerationCall, GenerationRun]:
+        """The call and its hooks, from what a caller said of `CHOICES`, of texts, and of hooks and a runner."""
+        options = through(hooks[-1], self, options)
+        call = self._generation_call(what, input, options, dict(zip(CHOICES, said, strict=True)), *texts)
+        return call, self._generation_run(call, *hooks)
 
     def _generation_call(
         self,
@@ -223,9 +288,11 @@ class GenerationMethods(InputMethods, HookedRootModule):
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
         return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
 
-    def _generation_run(self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase) -> GenerationRun:
+    def _generation_run(
+        self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase, runner: Any
+    ) -> GenerationRun:
         one_of("on", on, PHASES)
-        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen), listed("fwd_hooks", fwd_hooks)
+        run, fwd_hooks = GenerationRun(call.model, call.prompt, call.chosen, runner), listed("fwd_hooks", fwd_hooks)
         phased = False
         for spec in fwd_hooks:
             if not isinstance(spec, (tuple, list)) or len(spec) not in (2, 3):
@@ -236,10 +303,21 @@ class GenerationMethods(InputMethods, HookedRootModule):
             for point, entry, _, named in self._entries([(where, fn)], "fwd", run.run):
                 run.entries.append((point, entry, phase, named))
         call.refuse(phased=phased, hooked=bool(fwd_hooks), captured=False)
+        if runner is not None:
+            call.refuse_through_runner()
         return run
 
-    def _capture(self, call: GenerationCall, run: GenerationRun, names_filter: NamesFilter) -> dict[str, Any]:
-        """Let the run keep the chosen hooks; returns what the model has to be told for that."""
+    def _kept(
+        self, call: GenerationCall, run: GenerationRun, return_cache: bool, names_filter: NamesFilter
+    ) -> dict[str, Any]:
+        """Let the run keep the chosen hooks, or what its runner reads; returns what the model is told for that."""
+        runner = run.runner
+        if names_filter is not None and (runner is not None or not return_cache):
+            instead = "pass both, or neither" if runner is None else "a runner keeps its own reads; leave it out"
+            raise ValueError(f"generate: names_filter chooses what return_cache=True keeps; {instead}")
+        run.keeps = return_cache and runner is not None
+        if runner is not None or not return_cache:
+            return {}
         call.refuse(phased=False, hooked=False, captured=True)
         named = names_filter is not None and not callable(names_filter)
         names = self.select_names(names_filter, may_be_none=True)
@@ -249,7 +327,9 @@ class GenerationMethods(InputMethods, HookedRootModule):
         return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
-        """What was captured, with the last token, which the generation itself has not read."""
+        """What was captured, with the last token, which the generation itself has not read; or a runner's reads."""
+        if run.runner is not None:
+            return run.runner._joined(run.pieces)  # type: ignore[no-any-return]
         before = call.prompt.mask.shape[1] if call.prompt.ids is None else 0
         length = before + tokens.shape[1]
         start = run.read if run.cache is not None else 0
@@ -264,123 +344,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
         return ActivationCache(joined(run.pieces, self.hook_dict), self)
 
 
-# Hugging Face's `generate` prepares everything and hands it to a loop of ours (its `custom_generate`), which is the
-# loop of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
-
-PARTS = (
-    *("_prefill", "_optimize_model_for_decode"),
-    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
-)
-"""The methods of a model that its own decoding loop calls."""
-
-
-def refuse_unless_streamable(call: GenerationCall) -> None:
-    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
-    for name in PARTS:
-        attribute(call.model, name)
-    chosen, options = call.chosen, call.options
-    asked = {
-        "num_beams": (chosen.num_beams or 1) > 1,
-        "assistant_model": options.get("assistant_model") is not None,
-        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
-        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
-        "token_healing": bool(chosen.token_healing),
-        "streamer": options.get("streamer") is not None,
-        "custom_generate": options.get("custom_generate") is not None,
-    }
-    wrong = [name for name, on in asked.items() if on]
-    if wrong:
-        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
-
-
-def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
-    """New token ids, or pieces of text, as they are chosen."""
-    with run, progress(call.chosen.max_new_tokens, verbose) as watching:
-        with run.forwards():
-            if call.chosen.stop_strings:  # handed a loop, `generate` forgets the tokenizer for them
-                ends = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
-                criteria = [*watching.get("stopping_criteria", ()), ends]
-                watching = {"stop_strings": None, "stopping_criteria": criteria}
-            steps = call(custom_generate=loop_of(run), **watching)
-        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
-            yield from steps
-        else:
-            yield from _pieces(call, steps)
-
-
-def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
-    """The pieces of so many steps joined: texts one after the other, ids as `[batch, steps]`."""
-    if each == 1:
-        yield from pieces
-        return
-    while portion := list(islice(pieces, each)):
-        if isinstance(portion[0], Tensor):
-            yield torch.stack(portion, dim=-1)
-        elif isinstance(portion[0], str):
-            yield "".join(portion)
-        else:
-            yield ["".join(texts) for texts in zip(*portion, strict=True)]
-
-
-def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
-    """The decoding loop, to be called by `generate`."""
-
-    def loop(
-        model: Any,
-        input_ids: Int[Tensor, "batch pos"],
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Iterator[Int[Tensor, " batch"]]:
-        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
-        prepare = model.prepare_inputs_for_generation
-        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
-        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        output = None
-        while bool(going.any()):
-            with torch.no_grad(), run.forwards():
-                if output is None:
-                    output = model._prefill(input_ids, generation_config, model_kwargs)
-                else:
-                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
-                    inputs = prepare(input_ids, **new, **model_kwargs)
-                    with model._optimize_model_for_decode():
-                        output = model(**inputs, return_dict=True)
-                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
-                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-                scores = logits_processor(input_ids, logits)
-                drawn = generation_config.do_sample
-                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
-                if ends:
-                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
-                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-                going = going & ~stopping_criteria(input_ids, None)
-                run.written = input_ids
-            yield chosen
-
-    return loop
-
-
-def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
-    """What each step adds to the texts; a character is held back until all of its bytes are there."""
-    assert call.adapter is not None
-    readers: list[TextReader] = []
-
-    def of_rows(texts: list[str]) -> str | list[str]:
-        return texts if call.prompt.several or len(texts) > 1 else texts[0]
-
-    for chosen in steps:
-        readers = readers or [TextReader(call.adapter.tokenizer) for _ in chosen]
-        both = zip(readers, chosen.tolist(), strict=True)
-        yield of_rows(["" if token in reader.special else reader.add(token) for reader, token in both])
-    left = [reader.rest() for reader in readers]
-    if any(left):
-        yield of_rows(left)
-
-
 OWN_KEYWORDS = {
     method.__name__: frozenset(inspect.signature(method).parameters)
-    for method in (GenerationMethods.generate, GenerationMethods.generate_stream)
+    for method in (GenerationMethods.generate, GenerationMethods.generate_stream, GenerationMethods.generate_batch)
 }
-"""The keywords of ours that each of the two takes."""
+"""The keywords of ours that each of them takes."""

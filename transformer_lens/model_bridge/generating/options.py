@@ -223,6 +223,18 @@ def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
     return merged
 
 
+def through(runner: Any, bridge: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options for a generation whose forward passes a compiled runner makes."""
+    if runner is None:
+        return options
+    if not any(runner is one for one in bridge.attachment.runners):
+        raise ValueError(f"generate: got runner={in_words(runner)}, expected an open one of this bridge.compile")
+    given = any(options.get(name) is not None for name in (*CACHE.names, "cache_implementation", "generation_config"))
+    static = {} if given else {"cache_implementation": "static"}
+    logits = {"logits_to_keep": 0} if runner._reads_logits else {}
+    return {**static, **logits, **options, "disable_compile": True}
+
+
 def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A `GroupedCache` as the option `name`, where it saves memory and the caller chose no cache."""
     if options.get(name) is not None or chosen.cache_implementation is not None or chosen.use_cache is False:
@@ -299,6 +311,23 @@ class GenerationCall:
             raise ValueError(
                 "generate: return_cache needs a KV cache of its own, which grows; leave past_key_values and "
                 "cache_implementation out"
+            )
+
+    def refuse_through_runner(self) -> None:
+        """Raise `ValueError` for ways of generating that do not go on with one text for each row of a KV cache."""
+        chosen = self.chosen
+        asked = {
+            "num_beams": (chosen.num_beams or 1) > 1,
+            "assistant_model": self.options.get("assistant_model") is not None,
+            "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
+            "guidance_scale": (chosen.guidance_scale or 1) != 1,
+            "use_cache=False": chosen.use_cache is False,
+            "compile_config": chosen.compile_config is not None,
+        }
+        if wrong := [name for name, on in asked.items() if on]:
+            raise ValueError(
+                f"generate: {', '.join(wrong)}: a runner reads every token once, each row's own, in the graph that "
+                "bridge.compile described; leave it out, or the runner"
             )
 
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from transformer_lens.hooks.point import GenerationStep, HookEntry, HookPoint, Run, changing_together, state
 from transformer_lens.hooks.root import Capture
+from transformer_lens.model_bridge.attaching.partial_run import COMPILED
 from transformer_lens.model_bridge.calls.padding import Columns, cached_length, remember, still_text
 from transformer_lens.model_bridge.generating.options import Prompt
 from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, TOKENS, arguments_of
@@ -25,12 +26,14 @@ PHASES: tuple[Phase, ...] = ("prompt", "continuation", "all")
 class GenerationRun:
     """One generation's hooks; enter it around everything, and `forwards()` around whatever runs the model."""
 
-    def __init__(self, model: nn.Module, prompt: Prompt, chosen: GenerationConfig) -> None:
-        self.model, self.prompt, self.chosen = model, prompt, chosen
+    def __init__(self, model: nn.Module, prompt: Prompt, chosen: GenerationConfig, runner: Any = None) -> None:
+        self.model, self.prompt, self.chosen, self.runner = model, prompt, chosen, runner
         self.arguments, self.prompt_mask = arguments_of(type(model)), prompt.mask
         self.run = Run()
         self.entries: list[tuple[HookPoint, HookEntry, Phase, bool]] = []
         """The hooks, each with its phase, and whether it was asked for by name and so has to fire in that."""
+        self.keeps = False
+        """Whether what the runner reads is kept, step by step."""
         self.step = self.read = self.rows = 0
         self.cache: Any = None
         self.written: Tensor | None = None
@@ -46,9 +49,13 @@ class GenerationRun:
     def __enter__(self) -> Self:
         with ExitStack() as undo:
             undo.callback(self._remove)
-            self.handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-            self.handles.append(self.model.register_forward_hook(self._after))
             self._attach("prompt", "all")
+            if self.runner is not None:
+                self.had = self.model.__dict__.get(COMPILED)
+                self.model.__dict__[COMPILED] = self._through_runner
+            else:
+                self.handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+                self.handles.append(self.model.register_forward_hook(self._after))
             undo.pop_all()
         return self
 
@@ -82,6 +89,10 @@ class GenerationRun:
     def _remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        if self.model.__dict__.get(COMPILED) == self._through_runner:
+            del self.model.__dict__[COMPILED]
+            if self.had is not None:
+                self.model.__dict__[COMPILED] = self.had
         self._detach()
 
     def _remember(self) -> None:
@@ -121,6 +132,21 @@ class GenerationRun:
         if not self.step:  # guidance runs a second text, with a cache of its own, in between
             self.cache, self.rows = cache, len(read)
         state.generation = GenerationStep(self.step, columns, self.prompt_mask, len(read))
+
+    def _through_runner(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass of ours, by the runner; any other of the model as it is."""
+        model: Any = self.model
+        if not self._ours() or state.runner is not None:
+            return model._call_impl(*args, **kwargs)
+        self._before(model, args, kwargs)
+        step = state.generation
+        assert step is not None
+        mask = self.prompt_mask.bool().repeat_interleave(step.rows // len(self.prompt_mask), dim=0)
+        output = self.runner._step(kwargs, F.pad(mask, (0, max(0, step.columns.stop - mask.shape[1])), value=True))
+        if self.keeps:
+            self.captured.update({key: value.clone() for key, value in self.runner.cache.items()})
+        self._after(model, args, output)
+        return output
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._ours() or state.generation is None:
