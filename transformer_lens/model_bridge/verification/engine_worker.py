@@ -52,7 +52,7 @@ class Task:
             transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(self.folder)
         return transformers.AutoTokenizer.from_pretrained(self.folder)
 
-    def keep(self, at: str, **seen: Any) -> None:
+    def keep(self, at: str, seen: Any) -> None:
         self.found.update(flat(seen, at))
 
 
@@ -60,12 +60,12 @@ def bare(task: Task) -> None:
     """Plain torch hooks, and the model's own `hidden_states`."""
     model = task.model()
     for name, path in task.modules.items():
-        enter = partial(lambda name, _, args, kwargs: task.keep(name, args=args, kwargs=kwargs), name)
-        leave = partial(lambda name, _, args, output: task.keep(name, output=output), name)
+        enter = partial(lambda name, _, args, kwargs: task.keep(name, {"args": args, "kwargs": kwargs}), name)
+        leave = partial(lambda name, _, args, output: task.keep(name, {"output": output}), name)
         model.get_submodule(path).register_forward_pre_hook(enter, with_kwargs=True)
         model.get_submodule(path).register_forward_hook(leave)
     output = model(torch.tensor(task.tokens), output_hidden_states=True)
-    task.keep("model", output=output[0], hidden=output.hidden_states)
+    task.keep("model", {"output": output[0], "hidden": output.hidden_states})
 
 
 def nnsight(task: Task) -> None:
@@ -76,11 +76,11 @@ def nnsight(task: Task) -> None:
     with model.trace(torch.tensor(task.tokens)) as tracer:
         cache = tracer.cache(modules=[*paths.values()], include_inputs=True)
         output = model.output.save()
-    task.keep("model", output=output[0])
+    task.keep("model", {"output": output[0]})
     for name, path in paths.items():
         if path in cache:
             args, kwargs = cache[path].inputs
-            task.keep(name, args=args, kwargs=kwargs, output=cache[path].output)
+            task.keep(name, {"args": args, "kwargs": kwargs, "output": cache[path].output})
 
 
 def transformer_lens(task: Task) -> None:
@@ -100,7 +100,7 @@ def transformer_lens(task: Task) -> None:
         for ours, names in task.names.items():
             theirs = next((name for name in names if name in cache), None)
             if theirs is not None and ours not in task.found:
-                task.found.update(flat(cache[theirs], ours))
+                task.keep(ours, cache[theirs])
 
 
 def interp_engine(task: Task) -> None:
@@ -108,12 +108,24 @@ def interp_engine(task: Task) -> None:
     from interp_engine.model import EagerModel
 
     model = EagerModel(str(task.folder), hf_model=task.model(), tokenizer=task.tokenizer())
+    tokens, served = torch.tensor(task.tokens), dict[str, str]()
     for ours, points in task.names.items():
-        try:
-            theirs = next((point for point in points if model.refuses(point) is None), points[-1])
-            task.found.update(flat(capture(model, torch.tensor(task.tokens), [theirs])[theirs], ours))
-        except SAID as error:
-            task.refused[ours] = f"{type(error).__name__}: {error}"
+        reasons = {point: model.refuses(point) for point in points}
+        theirs = [point for point, reason in reasons.items() if reason is None]
+        if theirs:
+            served[ours] = theirs[0]
+        else:
+            task.refused[ours] = str(reasons[points[-1]])
+    try:
+        cache = capture(model, tokens, list(served.values()))
+        for ours, point in served.items():
+            task.keep(ours, cache[point])
+    except SAID:  # which of them it is
+        for ours, point in served.items():
+            try:
+                task.keep(ours, capture(model, tokens, [point])[point])
+            except SAID as error:
+                task.refused[ours] = f"{type(error).__name__}: {error}"
 
 
 ENGINES = {
