@@ -26,7 +26,7 @@ TOO.cluster = demo-cluster
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs clients clean
+.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs validate clients clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -160,6 +160,11 @@ bench-graphs: $(VENV)/.dev
 
 bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.peers
+
+# Every hook of every family beside other engines, each in an environment of its own; writes docs/validated.md.
+validate: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.real_models
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.validate
 
 # Packages written for TransformerLens at work on this one, each in an environment of its own; writes docs/clients.md.
 clients: $(VENV)/.dev

@@ -20,13 +20,17 @@ from typing import Any
 import torch
 
 from benchmarks.models import MORE_FAMILIES, SIZES
+from benchmarks.peer_packages import PACKAGES
 from benchmarks.peer_tasks import QUESTIONS, TIMINGS
 from benchmarks.peer_worker import ANSWER
 from benchmarks.pinned import CONSTRAINTS, REPOSITORY, pins
 from benchmarks.report import RESULTS, amount, environment, show, store
+from transformer_lens.model_bridge.verification.validation import ENGINES
 
 PEERS = REPOSITORY / "build" / "peers"
-VERSIONS: Mapping[str, str] = {"transformer-lens": "4.3.0", "nnsight": "0.8.1"}
+VERSIONS: Mapping[str, str] = {
+    name: engine["install"].partition("==")[2] for name, engine in ENGINES.items() if "install" in engine
+}
 TASK_LIMIT = 1800
 """Seconds one worker process may take."""
 
@@ -138,7 +142,7 @@ def tables(answers: Sequence[Answer], packages: Sequence[str]) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
-    made.add_argument("--package", nargs="+", choices=["ours", *VERSIONS], default=["ours", *VERSIONS])
+    made.add_argument("--package", nargs="+", choices=PACKAGES, default=list(PACKAGES))
     made.add_argument("--size", nargs="+", choices=SIZES, default=["tiny", "100m"])
     made.add_argument("--family", nargs="+", choices=MORE_FAMILIES, default=list(MORE_FAMILIES))
     made.add_argument("--task", nargs="+", choices=[*TIMINGS, *QUESTIONS], default=[*TIMINGS, *QUESTIONS])

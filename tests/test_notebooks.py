@@ -15,7 +15,17 @@ from transformer_lens.data import tiny_model_path
 from transformer_lens.viz import Picture
 
 NAMES = build_notebooks.NAMES
-SUBJECTS = ["main_demo", "indirect_object", "patching", "steering", "experts", "generation", "lora", "graph", "dictionar"]
+SUBJECTS = [
+    "main_demo",
+    "indirect_object",
+    "patching",
+    "steering",
+    "experts",
+    "generation",
+    "lora",
+    "graph",
+    "dictionar",
+]
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import BertConfig, BertLMHeadModel, OPTConfig, OPTForCausalLM, XGLMConfig, XGLMForCausalLM
 from typer.testing import CliRunner
 
 from tests.draft.homemade import HomemadeConfig, HomemadeForCausalLM, homemade
@@ -101,6 +101,31 @@ def test_a_hidden_family_is_found_again(family: str, monkeypatch: pytest.MonkeyP
     assert sorted(bridge.hook_dict) == sorted(names)
     assert {row.name: row.shape for row in bridge.hook_table()} == table
     assert bridge.verify().passed
+
+
+def test_an_mlp_without_a_module_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linear layers lie in the block: hooks at both, and a write has the effect that it has on paper."""
+    monkeypatch.setitem(ADAPTERS, "xglm", "")
+    del ADAPTERS["xglm"]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "d_model": 8, "ffn_dim": 12, "max_position_embeddings": 16}
+    model = XGLMForCausalLM(XGLMConfig(num_layers=1, attention_heads=2, init_std=0.3, **sizes)).eval()
+    draft = TransformerBridge.draft(model)
+    assert draft.failed == ""
+    assert draft.adapter is not None
+    assert 'Part(SpreadMLPBridge, "", linears({"in": "fc1", "out": "fc2"}))' in draft.source
+    register_adapter(draft.adapter)
+    bridge, block, seen = TransformerBridge(model), model.model.layers[0], []
+    handle = block.fc1.register_forward_hook(lambda module, args, out: seen.extend([args[0].clone(), out.clone()]))
+    _, cache = bridge.run_with_cache(TOKENS)
+    handle.remove()
+    assert torch.equal(cache["blocks.0.mlp.hook_in"], seen[0])
+    assert torch.equal(cache["blocks.0.mlp.hook_pre"], seen[1])
+    assert torch.equal(cache["blocks.0.hook_mlp_out"], block.fc2(cache["blocks.0.mlp.hook_post"]))
+    with bridge.hooks([("blocks.0.mlp.hook_post", lambda tensor, hook: torch.zeros_like(tensor))]):
+        _, silent = bridge.run_with_cache(TOKENS)
+    left = cache["blocks.0.hook_resid_mid"] + block.fc2.bias
+    assert torch.allclose(silent["blocks.0.hook_resid_post"], left, atol=1e-6)
 
 
 def test_a_stream_that_is_no_sum_is_named(tmp_path: Path) -> None:

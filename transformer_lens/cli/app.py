@@ -11,7 +11,16 @@ from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks, info
 from transformer_lens.cli.look import look
-from transformer_lens.cli.options import AsJson, Device, Loading, Model, complete_model, load_bridge, need_device
+from transformer_lens.cli.options import (
+    AsJson,
+    Device,
+    Loading,
+    Model,
+    complete_model,
+    load_bridge,
+    need_device,
+    write_json,
+)
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
 from transformer_lens.cli.serve import serve, status
@@ -94,6 +103,31 @@ def verify(
         typer.echo(report.to_json())
     else:
         Output().print(report)
+    if not report.passed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def validate(
+    model: Model,
+    loading: Loading,
+    against: list[str] = Option(
+        ["transformers"], help="transformers, transformer-lens, nnsight or interp-engine; repeatable."
+    ),
+    json: AsJson = False,
+) -> None:
+    """Compare every hook with other engines, each in its own environment; exit code 1 if one shows another value.
+
+    [bold]Example[/]
+
+    transformer-lens validate tiny-falcon --against transformers --against nnsight
+    """
+    given = vars(loading) | {"attn_implementation": loading.attn_implementation or "eager"}
+    report = load_bridge(model, **given).validate(against)
+    if json:
+        write_json(report.to_dicts())
+    else:
+        typer.echo(str(report))
     if not report.passed:
         raise typer.Exit(FAILED)
 

@@ -28,6 +28,8 @@ from transformer_lens.model_bridge.upstream import attribute
 HEADS: Mapping[str, tuple[str, Part]] = {
     "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
     "embed_out": ("unembed", Part(UnembeddingBridge, "embed_out")),  # GPT-NeoX's in older releases
+    "output_projection": ("unembed", Part(UnembeddingBridge, "output_projection")),
+    "proj_out": ("unembed", Part(UnembeddingBridge, "proj_out")),
     "score": ("head", Part(HeadBridge, "score")),
     "classifier": ("head", Part(HeadBridge, "classifier")),
     "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
@@ -24,6 +25,7 @@ from transformer_lens.model_bridge.architecture_adapter import EVERYWHERE, HEADS
 from transformer_lens.model_bridge.calls.inputs import main_output
 from transformer_lens.model_bridge.generalized_components import Branch, MixerBridge, Part, linears
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, all_shipped, nearest_family, walk
+from transformer_lens.model_bridge.upstream import POSITIONS
 from transformer_lens.model_bridge.verification.evidence import ModuleCall, tensors, undisturbed, watching
 from transformer_lens.model_bridge.verification.report import FINDINGS, CheckResult, VerificationReport
 
@@ -31,6 +33,7 @@ SHAPE, MOST_LINES = (2, 11), 40
 NORMS = [vars(kinds)[name] for name in kinds.__all__ if re.fullmatch(r"(?!Final|Normali).*NormBridge", name)]
 STAGES = {vars(kinds)[name]: name for name in ("PARALLEL", "PARALLEL_ONE_NORM", "SEQUENTIAL")}
 ATTENTIONS = [vars(kinds)[name] for name in kinds.__all__ if name.endswith("AttentionBridge")]
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 ALSO = {"q": "query wq", "k": "key wk", "v": "value wv", "qkv": "Wqkv", "o": "wo", "in": "fc1", "out": "fc2"}
 
 
@@ -71,8 +74,14 @@ class Proposal:
         base = next(name for name, module in self.modules.items() if module is self.inner.base_model)
         self.at: Any = lambda name: name.removeprefix(base).lstrip(".")
         self.calls, self.names, self.used = dict[str, ModuleCall](), dict[Any, list[str]](), set[str]()
-        self.refused, vocabulary = Counter[str](), model.get_input_embeddings().weight.shape[0]
+        self.refused, self.shared, self.eps, vocabulary = (
+            Counter[str](),
+            False,
+            0.0,
+            model.get_input_embeddings().weight.shape[0],
+        )
         told = {name: getattr(self.config, name) for name in self.config.attribute_map} | self.config.to_dict()
+        told |= {name: value for name in DEPTHS if (value := getattr(self.config, name, None))}  # it may be a property
         self.told = {name: value for name, value in told.items() if name.isidentifier()}  # as they become code
         with undisturbed(model), watching(self.modules, self.calls):
             self.logits = main_output(model((torch.arange(3, 25) % vocabulary).view(SHAPE).to(model.device)))
@@ -132,10 +141,29 @@ class Proposal:
                 return role, part
         return "mixer", Part(MixerBridge, host.rpartition(".")[2])
 
+    def spread(self, first: str, second: str) -> bool:
+        """Whether two modules of a block are the linear layers of an MLP that has no module of its own."""
+        hidden, read = self.returned(first), self.received(second)
+        leaves = not self.below(first) and not self.below(second)
+        return (
+            leaves
+            and hidden is not None
+            and read is not None
+            and hidden.shape == read.shape != self.received(first).shape
+        )
+
+    def between(self, first: str, second: str, layer: int) -> tuple[str, Part]:
+        if self.refused[f"blocks.{layer}.mlp"]:
+            raise Misfit(f"stream: {first} and {second} are no MLP")
+        into, out = (name.rpartition(".")[2] for name in (first, second))
+        sizes = {"d_mlp": self.received(second).shape[-1]}
+        return "mlp", Part(kinds.SpreadMLPBridge, "", linears({"in": into, "out": out}), sizes=sizes)
+
     def norm(self, name: str) -> Part:
         """A norm whose own formula gives what was seen; else a closed one."""
         given = {key: value.detach() for key, value in self.modules[name]._parameters.items() if value is not None}
         eps = next((value for key, value in vars(self.modules[name]).items() if "eps" in key), 0.0)
+        self.eps = eps or self.eps
         call: Any = SimpleNamespace(first=self.received(name), cfg=SimpleNamespace(eps=eps), wants=lambda hook: False)
         call.fire, call.weight = (lambda hook, value: value), (lambda _, key="weight": given[key])
         fits = [kind for kind in NORMS if {*kind.attributes} == {*given}]
@@ -146,23 +174,27 @@ class Proposal:
         """A block: its branches, from what each reads and what is added to the stream."""
         below, norms, parts = self.below(block), self.norms(self.below(block)), dict[str, Part]()
         mixers = [n for n in below if n not in norms and [*self.modules[n].parameters()]]
+        spread = {a: b for a, b in pairwise(mixers) if self.spread(a, b)}
+        mixers = [n for n in mixers if n not in spread.values()]
         streams, stages, sums = [self.received(block)], list[list[Branch]]([[]]), [0]
         for nth, mixer in enumerate(mixers, start=1):
-            read, out, (role, part) = self.received(mixer), self.returned(mixer), self.inside(mixer, layer)
+            read, out = self.received(mixer), self.returned(spread.get(mixer, mixer))
+            role, part = self.between(mixer, spread[mixer], layer) if mixer in spread else self.inside(mixer, layer)
             before = next((n for n in norms if same(read, self.returned(n))), "")
             behind = next((n for n in norms if n != before and same(self.received(n), out)), "")
             stream, added = self.received(before) if before else read, self.returned(behind) if behind else out
-            role = "mlp" if role == "mixer" and mixer == mixers[-1] else "mixer" if role in parts else role
+            role = "mlp" if role == "mixer" and mixer == mixers[-1] and "mlp" not in parts else role
+            role = "mixer" if role in parts else role
             if role in parts or stream is None or added is None or added.numel() != streams[0].numel():
                 raise Misfit(f"stream: {mixer} is no branch: one too many, or not from the stream and back")
             if not same(stream, streams[-1]):
-                streams, stages, sums = [*streams, stream], [*stages, []], [*sums, 0]
+                streams, stages, sums = [*streams, stream.reshape(streams[0].shape)], [*stages, []], [*sums, 0]
             used = [key for key, p in parts.items() if before and p.at == before.rpartition(".")[2]]
             pre = (used or [f"ln{1 + len({'ln1', 'ln2'} & {*parts})}"])[0] if before else ""
             post = f"{pre or f'ln{nth}'}_post" if behind else ""
             parts |= {key: self.norm(name) for key, name in ((pre, before), (post, behind)) if key}
             parts[role] = Part(MixerBridge, part.at) if role == "mixer" else part
-            stages[-1].append(Branch(pre, role, post))
+            stages[-1].append(Branch(pre, role, post, adds="mlp.out" if mixer in spread else ""))
             sums[-1] = sums[-1] + added.reshape(streams[0].shape)
         for change, (start, end) in zip(sums, pairwise([*streams, self.returned(block)]), strict=True):
             if not same(start + change, end):
@@ -208,7 +240,7 @@ class Proposal:
     def written(self, value: Any) -> str:
         """A part or stages as Python: their representation, without what is empty; sizes as fields of the config."""
         text = re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", repr(value))
-        text = re.sub(r", (parts|sizes|scales)=\{\}|, stages=\(\)|, post_norm=''|, scale(_in)?=1\.0", "", text)
+        text = re.sub(r", (parts|sizes|scales)=\{\}|, stages=\(\)|, (post_norm|adds)=''|, scale(_in)?=1\.0", "", text)
         text = re.sub(r"\b(kind|at|parts|stages|norm|mixer)=", "", text)
         for size in map(int, re.findall(r"sizes=\{'d_mlp': (\d+)", text)):
             like = [n for n, v in self.told.items() if v == size and re.search("intermediate|ffn|inner|mlp", n)]
@@ -228,7 +260,12 @@ class Proposal:
         for text, values in says.items() if len({*texts}) > 1 else ():
             if len(values) == len(texts) and len({*zip(values, texts, strict=True)}) == len({*values}):
                 self.used |= {*re.findall(r"config\.(\w+)", text)}
-                items = ", ".join(f"{value!r}: {kind}" for value, kind in dict(zip(values, texts, strict=True)).items())
+                of = dict(zip(values, texts, strict=True))
+                for value, kind in of.items():
+                    others = {other for key, other in of.items() if key != value}
+                    if len(others) == 1:
+                        return f"({kind} if str({text}) == {value!r} else {others.pop()})"
+                items = ", ".join(f"{value!r}: {kind}" for value, kind in of.items())
                 return f"{{{items}}}[str({text})]"
         of = list(dict.fromkeys(texts))
         return texts[0] if len(of) == 1 else f"({', '.join(of)})[{tuple(map(of.index, texts))}[layer]]"
@@ -245,6 +282,7 @@ class Proposal:
         for role, kind in (("rotary_emb", kinds.RotaryEmbeddingBridge), ("pos_embed", kinds.PositionEmbeddingBridge)):
             like = [n for n in outside if re.search({"pos_embed": "pos|wpe"}.get(role, "rotary"), n)]
             found |= {role: Part(kind, self.at(like[0]))} if len(like) == 1 else {}
+            self.shared |= role == "pos_embed" and len(like) == 1 and self.returned(like[0]).ndim < 3
         final = vars(kinds).get(f"Final{norm.kind.__name__}", norm.kind)
         return {**found, "ln_final": Part(final, self.at(finals[-1]))}
 
@@ -253,11 +291,12 @@ class Proposal:
         usual, ends = [names for names, _ in all_shipped().values()], self.ends()
         positions = "standard" if "pos_embed" in ends else "rotary" if "rotary_emb" in ends else "none"
         other = {"positional_embedding_type": positions, "normalization_type": "RMS" if "RMS" in str(ends) else "LN"}
-        seen: dict[str, Any] = {"n_ctx": 2048, "act_fn": "unknown", "n_heads": 1, "d_mlp": self.d_mlp}
+        measured = {"d_mlp": self.d_mlp, "eps": self.eps}
+        seen: dict[str, Any] = {"n_ctx": 2048, "act_fn": "unknown", "n_heads": 1, **measured}
         names, told = dict[str, str](), {n: v for n, v in self.told.items() if v is not None}
         for what in dict.fromkeys(key for row in usual for key in row):
             known = [row[what] for row in usual if what in row]
-            fits = [n for n in known if n in told and (what != "d_mlp" or told[n] == self.d_mlp)]
+            fits = [n for n in known if n in told and told[n] == measured.get(what, told[n])]
             names |= {what: max(fits, key=known.count)} if fits else {}
             other |= {what: seen[what]} if not fits and seen.get(what) else {}
         family: Any = next(kind for kind in type(self.config).__mro__ if kind.__module__.startswith("transformers."))
@@ -269,7 +308,11 @@ class Proposal:
         given |= {"block_returns_tuple": isinstance(self.calls[self.blocks[0]].output, tuple)}
         given |= {"dropouts": tuple(drops), "harmless": tuple(moved)}
         text = {name: repr(value) for name, value in given.items() if value}
-        text |= {"root_hooks": "(*ROOT_HOOKS, POSITION_HOOK)", "absent": "{}"} if positions == "standard" else {}
+        if positions == "standard":
+            hooks = {"root_hooks": "(*ROOT_HOOKS, POSITION_HOOK)", "absent": "{}"}
+            text |= {"absent": "{'hook_pos_embed': 'every text gets the same'}"} if self.shared else hooks
+        told_positions = set(POSITIONS.names) & set(signature(type(self.inner).forward).parameters)
+        text |= {} if told_positions else {"takes_positions": "False"}
         self.other, scaled = other, not same(self.logits, self.returned(str(head_of(self.inner))))
         return text | ({"changes_logits": "lambda self: True"} if scaled else {})
 

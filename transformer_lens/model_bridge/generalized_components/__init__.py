@@ -43,7 +43,12 @@ from transformer_lens.model_bridge.generalized_components.embedding import (
     RotaryEmbeddingBridge,
     UnembeddingBridge,
 )
-from transformer_lens.model_bridge.generalized_components.mlp import FusedGatedMLPBridge, GatedMLPBridge, MLPBridge
+from transformer_lens.model_bridge.generalized_components.mlp import (
+    FusedGatedMLPBridge,
+    GatedMLPBridge,
+    MLPBridge,
+    SpreadMLPBridge,
+)
 from transformer_lens.model_bridge.generalized_components.moe import (
     ExpertsBridge,
     FlatSharedExpertBridge,
@@ -117,6 +122,7 @@ __all__ = [
     "SharedExpertBridge",
     "SharedMoEBridge",
     "SinkAttentionBridge",
+    "SpreadMLPBridge",
     "Stages",
     "StreamMatrix",
     "UnembeddingBridge",

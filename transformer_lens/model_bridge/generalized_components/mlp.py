@@ -1,5 +1,6 @@
 """The dense MLP: one hidden layer, whose neurons are read before and after the activation."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from transformer_lens.model_bridge.access.ports import Port
@@ -37,6 +38,12 @@ class MLPBridge(DenseWeights, ComponentBridge):
         ),
     )
     absent = {"hook_pre_linear": "this MLP has no gate, so there is one hidden layer and not two", **NO_EXPERTS}
+
+
+class SpreadMLPBridge(MLPBridge):
+    """The same where `in` and `out` lie in the block itself, with no module around them (OPT, BART)."""
+
+    hooks = (replace(MLP_IN, port=Port("in", "in")), *MLPBridge.hooks[1:])
 
 
 def gated_hooks(gate: Port, hidden: Port) -> tuple[Hook, ...]:

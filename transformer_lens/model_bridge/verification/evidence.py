@@ -181,14 +181,19 @@ class Seen:
     repeats_to: float
     """How much repeating the same call changes: 0, unless a kernel adds in another order."""
 
+    def edge(self, component: str, role: str) -> str:
+        """The component, or its part of that role if no module of its own is around its parts."""
+        found, around = (self.components.get(name) for name in (component, component.rpartition(".")[0]))
+        return f"{component}.{role}" if found and around and found.path == around.path else component
+
     def received(self, component: str) -> Tensor | None:
         """What a component's module received; `None` if it was not called."""
-        call = self.own.calls.get(component)
+        call = self.own.calls.get(self.edge(component, "in"))
         return None if call is None else call.input
 
     def returned(self, component: str, item: int = 0) -> Tensor | None:
         """One item of what a component's module returned."""
-        call = self.own.calls.get(component)
+        call = self.own.calls.get(self.edge(component, "out"))
         items = tensors(call.output) if call else []
         return items[item] if item < len(items) else None
 

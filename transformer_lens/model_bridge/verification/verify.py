@@ -23,6 +23,7 @@ from transformer_lens.model_bridge.verification.report import FINDINGS, CheckRes
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.bridge import TransformerBridge
     from transformer_lens.model_bridge.drafting import Draft
+    from transformer_lens.model_bridge.verification.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,27 @@ class VerifyMethods:
             not_applicable=absent,
             sampled={} if thorough else {check.name: check.sampled for check in made if check.sampled},
         )
+
+    def validate(
+        self, against: Sequence[str] = ("transformers",), tokens: Int[Tensor, "batch pos"] | None = None
+    ) -> "Validation":
+        """Compare every hook with what other engines show at the same point, on the same weights and tokens.
+
+        >>> bridge.validate(["transformers"]).passed
+        True
+
+        The engines are `transformers` (plain torch hooks), `transformer-lens`, `nnsight` and `interp-engine`, each in
+        an environment of its own; an error says how to make one that is missing. With eager attention they all show
+        patterns. The report prints as a table and has `passed`, `worst()` and `to_dicts()`. `tokens` as in `verify`.
+        """
+        from transformer_lens.model_bridge.verification.validation import python_of, validated
+
+        bridge = cast("TransformerBridge", self)
+        _refuse_hooks(bridge)
+        pythons = {engine: python_of(engine) for engine in against}
+        ids = random_tokens(bridge) if tokens is None else _checked(tokens)
+        with undisturbed(bridge.original_model):
+            return validated(bridge, pythons, ids.to(bridge.input_device()))
 
 
 def random_tokens(bridge: "TransformerBridge", pos: int = 8) -> Int[Tensor, "batch pos"]:
