@@ -26,7 +26,7 @@ TOO.cluster = demo-cluster
 # Small dictionaries by the libraries that define their files, each in an environment of its own (circuit-tracer needs an older
 # transformers), with what they make of them; then SAELens reads what we save. No torchvision fits this torch, and none is needed.
 DICTIONARIES = $(VENV)-dictionaries
-.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs validate clients clean
+.PHONY: dictionary-fixtures dictionary-trainers setup demo test test-full check test-newest test-oldest matrix constraints pictures notebooks fmt shapes test-collect fuzz test-swarm demo-swarm test-cluster demo-cluster real mutants bench bench-peers bench-graphs bench-swarm gpu docs validate clients build clean
 
 # Installs, and looks whether everything that is there is what is pinned.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -169,6 +169,17 @@ validate: $(VENV)/.dev
 # Packages written for TransformerLens at work on this one, each in an environment of its own; writes docs/clients.md.
 clients: $(VENV)/.dev
 	OMP_NUM_THREADS=2 $(BIN)/python -m tests.clients.run
+
+# The source distribution, the wheel made from it, and the demo in a fresh environment that has the wheel alone.
+build:
+	rm -rf dist $(VENV)-built
+	test -x $(VENV)-build/bin/python || $(PYTHON) -m venv $(VENV)-build
+	PIP_CONSTRAINT=constraints.txt $(VENV)-build/bin/python -m pip install -q hatchling
+	$(VENV)-build/bin/python -m hatchling build -t sdist -d dist
+	$(VENV)-build/bin/python -m pip wheel -q --no-deps -w dist dist/*.tar.gz
+	$(PYTHON) -m venv $(VENV)-built
+	PIP_CONSTRAINT=constraints.txt $(VENV)-built/bin/python -m pip install -q "$$(ls dist/*.whl)[cli,viz]"
+	cd dist && ../$(VENV)-built/bin/python ../packaging/try_wheel.py && ../$(VENV)-built/bin/transformer-lens demo
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site

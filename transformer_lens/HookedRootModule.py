@@ -1,5 +1,3 @@
 """`HookedRootModule` under its known import path."""
 
-from transformer_lens.hooks.root import HookedRootModule
-
-__all__ = ["HookedRootModule"]
+from transformer_lens.hooks.root import HookedRootModule as HookedRootModule

@@ -23,13 +23,11 @@ __all__ = ["USE_DEFAULT_VALUE", "HookedRootModule", "HookedTransformer", "Hooked
 HookedTransformerConfig = BridgeConfig
 Loss = Tensor
 
-
 STEPS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 INSTEAD = {
     "checkpoint_index": "revision= names a checkpoint of a training run",
     "checkpoint_value": "revision= names a checkpoint of a training run",
     "n_devices": "device_map= puts layers on several devices",
-    "refactor_factored_attn_matrices": "attn.QK and attn.OV have every head's circuits, and svd() their vectors",
 }
 """Keywords of TransformerLens that ask for what is not there, and what to do."""
 
@@ -105,12 +103,10 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
         ('center_writing_weights', 'fold_value_biases')
 
         Log-probabilities do not change, and a step that does not apply to the family is left out. Further keywords are
-        those of `boot_transformers`. Raises `ValueError` for what is not supported: training checkpoints by number
-        (pass `revision=`), several devices by number (`device_map=`), refactored attention matrices (use `attn.QK` and
-        `attn.OV`).
+        those of `boot_transformers`. Raises `ValueError` for what is not supported, and says what there is: training
+        checkpoints and devices by number, refactored attention matrices.
         """
-        at_index, at_value = checkpoint_index is not None, checkpoint_value is not None
-        asked = (at_index, at_value, n_devices != 1, refactor_factored_attn_matrices)
+        asked = (checkpoint_index is not None, checkpoint_value is not None, n_devices != 1)
         for name, instead in compress(INSTEAD.items(), asked):
             raise ValueError(f"from_pretrained: {name} is not supported; {instead}")
         if first_n_layers is not None:
@@ -130,8 +126,8 @@ class HookedTransformer(TransformerBridge, metaclass=_AnyBridge):
             one_of("default_prepend_bos", default_prepend_bos, (True, False))
             model.cfg.default_prepend_bos = default_prepend_bos
         model._pad_at(default_padding_side)
-        steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases)
-        model.enable_compatibility_mode(disable_warnings=True, **dict(zip(STEPS, steps, strict=True)))
+        steps = (fold_ln, center_writing_weights, center_unembed, fold_value_biases, refactor_factored_attn_matrices)
+        model.enable_compatibility_mode(True, False, *steps)
         return model
 
     @classmethod

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens.checks import a_text, refuse_unknown
+from transformer_lens.checks import a_text
 from transformer_lens.data import TINY_MODELS
 from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.loading.info import model_info
-from transformer_lens.model_bridge.loading.load import FILE_OPTIONS, load_config
+from transformer_lens.model_bridge.loading.info import find_config, model_info
 from transformer_lens.model_bridge.supported_architectures import adapter_for
 from transformer_lens.model_bridge.supported_architectures.published import PUBLISHED
 
@@ -36,11 +35,7 @@ def get_pretrained_model_config(model_name: str, **options: Any) -> BridgeConfig
     >>> get_pretrained_model_config("tiny-mixtral").num_experts
     4
     """
-    refuse_unknown("get_pretrained_model_config", options, FILE_OPTIONS)
-    if model_name in PUBLISHED:
-        kind, sizes = PUBLISHED[model_name]
-        return adapter_for(kind(**sizes)).cfg
-    return adapter_for(load_config(model_name, **options)).cfg
+    return adapter_for(find_config(model_name, options)).cfg
 
 
 def get_num_params_of_pretrained(model_name: str) -> int:

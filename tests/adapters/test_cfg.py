@@ -35,6 +35,7 @@ COMMON: dict[str, Any] = {
     "attn_only": False, "default_prepend_bos": True, "dtype": torch.float32, "device": torch.device("cpu"),
     "attn_scale": 2.0, "attn_scores_soft_cap": -1.0, "output_logits_soft_cap": -1.0, "rotary_dim": 4,
     "rotary_base": 10000.0, "use_normalization_before_and_after": False, "tokenizer_name": None,
+    "ungroup_grouped_query_attention": False,
 }  # fmt: skip
 FALCON: dict[str, Any] = {
     **COMMON, "d_mlp": 48, "act_fn": "gelu", "eps": 1e-5, "normalization_type": "LN", "final_rms": False,

@@ -371,6 +371,7 @@ SWITCHES = frozenset(
         "exclude_current_token",
         "expand_neurons",
         "fold_ln",
+        "refactor_factored_attn_matrices",
         "fold_value_biases",
         "grad_drop",
         "has_batch_dim",
@@ -413,6 +414,7 @@ SWITCHES = frozenset(
         "stop_at_eos",
         "strict",
         "truncate",
+        "ungroup_grouped_query_attention",
         "use_attn_in",
         "use_attn_result",
         "use_hook_mlp_in",
@@ -521,7 +523,10 @@ LATER = {
 }
 """What is wrong before a batch is known."""
 ONE_TEXT = [THING, 5, [], [5.5], torch.zeros(0, 3, dtype=torch.long), torch.ones(1, 3), torch.ones(2, 3).long()]
-OLD_SWITCHES = ("use_attn_in", "use_attn_result", "use_hook_mlp_in", "use_split_qkv_input")
+OLD_SWITCHES = (
+    *("use_attn_in", "use_attn_result", "use_hook_mlp_in", "use_split_qkv_input"),
+    "ungroup_grouped_query_attention",
+)
 PLACE = [THING, 5.5, "nonsense", 99, []]
 PATTERN = torch.full((1, 2, 3, 3), 0.5)
 TOY = {"n_layers": 1, "d_model": 8, "n_heads": 2, "n_ctx": 8, "d_vocab": 9}
@@ -843,6 +848,18 @@ ROWS: dict[str, Row] = {
     "model_bridge.supported_architectures.adapter_for": Row({"config": lambda w: falcon_config()}),
     "model_bridge.loading.info.skeleton_bridge": Row(
         {"model": "falcon-7b"}, {"model": [None, *DIRECTORIES, "/nothing/here"]}
+    ),
+    "model_bridge.sources.build_bridge_from_module": Row(
+        {
+            **{"model": lambda w: w.falcon.original_model, "hf_config": lambda w: w.falcon.config, "tl_config": None},
+            **{"architecture": "FalconForCausalLM", "dtype": None, "device": None, "tokenizer": None},
+            "model_name": "mine",
+        },
+        {
+            **{"model": [None, THING, 5], "hf_config": [THING, 5], "tl_config": [THING, 5, TOY]},
+            **{"architecture": [THING, 5, "LlamaForCausalLM"], "dtype": ["float16", THING], "device": ["meta", THING]},
+            **{"tokenizer": [], "model_name": [THING, 5]},
+        },
     ),
     "model_bridge.access.weights.read_weight": Row({"module": nn.Linear(2, 2), "name": "weight"}),
     "hooks.rows.on_each": Row({"fns": [neutral]}),

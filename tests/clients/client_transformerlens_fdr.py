@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformerlens_fdr import PatchingAuditor
 from transformerlens_fdr.metrics import logit_difference
@@ -50,5 +57,15 @@ def mlps(name: str) -> None:
     assert torch.isfinite(results.raw_patching_effects).all() and results.raw_patching_effects.abs().max() > 0
 
 
+def its_own_tests(name: str) -> None:
+    """its own tests of audits of a native bridge, of metrics and of statistics pass"""
+    (tests,) = Path(sys.prefix).glob("suite/*/tests")
+    files = [str(tests / f"test_{part}.py") for part in ("bridge_native", "gemini_code", "stats", "stress_cases")]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        failed = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull, *files])
+    assert not failed, said.getvalue()[-3000:]
+    assert int(re.search(r"(\d+) passed", said.getvalue())[1]) > 10
+
+
 if __name__ == "__main__":
-    run(heads, mlps)
+    run(heads, mlps, its_own_tests)

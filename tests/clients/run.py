@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ class Client:
     beside: tuple[str, ...] = ()
     unmet: str = ""
     alone: tuple[str, ...] = ()
+    suite: bool = False
+    """Whether its own tests are run, which its source distribution has."""
 
     @property
     def program(self) -> str:
@@ -57,10 +60,17 @@ CLIENTS: tuple[Client, ...] = (
         *("auto-circuit", "1.0.1", "3.99", ("ordered-set", "lxml", "pycryptodomex", "word2word"), "kaleido 0.2.1"),
         ("blobfile==3.1.0",),
     ),
-    Client("transformerlens-fdr", "0.1.0", "4.99"),
+    Client("transformerlens-fdr", "0.1.0", "4.99", suite=True),
     Client("neuronscope-cli", "0.1.7", "3.99"),
     Client("entoscope", "0.1.0", "4.99", (), "numpy below 2 for tuned-lens", ("tuned-lens==0.2.0",)),
     Client("glassbox-mech-interp", "4.6.0", "2.99", (), "torch below 2.11"),
+    Client("circuitkit", "0.2.0", "3.8.0", ("ordered-set",), "torch-pruning, spacy, sentence-transformers"),
+    Client("nemotron-lens", "0.1.0", "3.99", SAE_LENS),
+    Client("logogram", "0.7.1", "4.99"),
+    Client(
+        *("dictionary-learning", "0.1.0", "3.99", ("wandb==0.28.2", "msgspec", "python-socketio", "sentencepiece")),
+        *("torchvision, which nnsight asks for", ("nnsight==0.3.7",)),
+    ),
 )
 
 
@@ -81,6 +91,11 @@ def python(client: Client) -> Path:
         subprocess.run([*install, *client.beside], check=True, env=env)
     alone = ["--no-deps", *client.alone] if client.unmet else []
     subprocess.run([*install, f"{client.name}=={client.version}", *alone], check=True, env=env)
+    if client.suite:
+        source = [*("--no-deps", "--no-binary"), client.name, f"{client.name}=={client.version}", *("-d", str(folder))]
+        subprocess.run([str(program), "-m", "pip", "download", "-q", *source], check=True, env=env)
+        (archive,) = folder.glob("*.tar.gz")
+        shutil.unpack_archive(archive, folder / "suite", filter="data")
     done.touch()
     return program
 

@@ -70,7 +70,10 @@ BY_RIGHT: dict[tuple[str, str], str] = {
         "distributed/client/remote_call.py",
         "getattr(entry.fn, 'func', entry.fn)",
     ): "a user's callable, perhaps a partial",
-    ("utilities.py", "getattr(model, 'to_answer_tokens', None)"): "anything may be passed, and is then refused",
+    (
+        "utilities/__init__.py",
+        "getattr(model, 'to_answer_tokens', None)",
+    ): "anything may be passed, and is then refused",
     ("model_bridge/generalized_components/weights.py", "getattr(module, 'bias', None)"): NO_BIAS,
     (
         "model_bridge/supported_architectures/llama.py",
@@ -156,6 +159,7 @@ OURS = {
     ("info.py", "alibi"),  # a key of Falcon's config
     ("published.py", "alibi"),
     ("bridge.py", "dtype"),  # our own keyword
+    ("sources.py", "dtype"),
     ("report.py", "dtype"),  # a row of the report
     ("runs.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns

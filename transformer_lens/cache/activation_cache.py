@@ -12,6 +12,7 @@ from transformer_lens.cache.direct_logits import Names
 from transformer_lens.cache.residual_stacks import ResidualStacks
 from transformer_lens.checks import device_of, in_words, is_one_of, whole
 from transformer_lens.hooks.names import get_act_name
+from transformer_lens.hooks.root import NamesFilter
 from transformer_lens.hooks.slicing import Slice, SliceInput
 
 CacheKey = str | tuple[str, int] | tuple[str, int, str] | tuple[str, None, str]
@@ -101,6 +102,13 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
         shorts = {(parts[-1].removeprefix("hook_"), int(parts[1])) for parts in inside}
         held: Any = self
         return [*self.cache_dict, *sorted({short for short, layer in shorts if (short, layer) in held})]
+
+    def _as_asked(self, asked: NamesFilter) -> dict[str, Tensor]:
+        """A plain dictionary, in the spelling in which hooks were asked for."""
+        if not isinstance(asked, (str, list, tuple)):
+            return self.cache_dict
+        every = [name for one in ([asked] if isinstance(asked, str) else asked) for name in (one, f"{one}_grad")]
+        return {name: self[name] for name in every if name in self}
 
     def remove_batch_dim(self) -> Self:
         """Drop the batch axis, in place. Raises `ValueError` unless every tensor has a batch of one."""

@@ -59,9 +59,9 @@ class DirectLogits(ABC):
 
         With its scale fixed, a norm is linear: centre (LayerNorm only), divide, multiply by the weight; its bias
         belongs to no component and is left out. `recompute_ln` scales each component by its own size, as a logit lens
-        does. `pos_slice` is the one that the stack was made with; `batch_slice` selects from the whole stack
-        `[component, batch, ...]`, or, with `has_batch_dim=False`, names the batch item that the stack belongs to.
-        Raises `ValueError` where stack and slices do not fit.
+        does. A stream without a component axis is scaled alike. `pos_slice` is the one that the stack was made with;
+        `batch_slice` selects from the whole stack `[component, batch, ...]`, or, with `has_batch_dim=False`, names the
+        batch item that the stack belongs to. Raises `ValueError` where stack and slices do not fit.
         """
         self._need_stack(residual_stack)
         norm = self._norm(layer, mlp_input)
@@ -71,7 +71,7 @@ class DirectLogits(ABC):
             scale = (x.square().mean(-1, keepdim=True) + self._bridge.cfg.eps).sqrt()
         else:
             scale = self._scale(norm, Slice(pos_slice), Slice(batch_slice)).to(x)
-            if x.shape[1:-1] != scale.shape[:-1]:
+            if scale.shape[:-1] not in (x.shape[1:-1], x.shape[:-1]):
                 raise ValueError(
                     f"apply_ln_to_stack: got a stack of {list(x.shape)} (component axis first), expected "
                     f"[component, {', '.join(map(str, scale.shape[:-1]))}, d_model] as {norm}.hook_scale has it; "

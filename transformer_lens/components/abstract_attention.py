@@ -1,5 +1,3 @@
 """`AbstractAttention` under its known import path."""
 
-from transformer_lens.components import AbstractAttention
-
-__all__ = ["AbstractAttention"]
+from transformer_lens.components import AbstractAttention as AbstractAttention

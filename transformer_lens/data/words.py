@@ -1,54 +1,17 @@
-"""The words the generated English is made of: every one is a single token of the tiny tokenizer."""
+"""The words the generated English is made of, from words.json: every one is a single token of the tiny tokenizer.
 
+Every object starts with a consonant sound, so "a" is always the right article. In openings and actions, {A} and {B} are
+the two names in order of mention, {S} the one said again, {P} the place and {O} the object.
+"""
 
-def _words(listed: str) -> tuple[str, ...]:
-    return tuple(listed.split())
+import json
+from pathlib import Path
 
-
-NAMES = _words("""
-    Mary John Tom James Dan Sid Martin Amy Lee Kate Anna Ben Sam Max Jack Emma Lucy Paul Peter Simon David Sarah
-    Laura Alice Emily Helen Julia Karen Linda Nancy Susan Carol Diana Henry Kevin Brian Steve Jason Oscar Felix
-    Victor Robert Daniel Rachel Ruth Jane Eric Adam Alan Carl Dean Fred Gary Greg Hugo Ivan Joel Karl Leon Luke Nick
-    Noah Owen Ryan Sean Nina
-    """)
-
-PLACES = _words("""
-    store school park garden beach market house farm church hotel museum station library bank lake forest bakery
-    castle cinema river
-    """)
-
-# Every object starts with a consonant sound, so "a" is always the right article.
-OBJECTS = _words("drink book ring ball kiss letter gift key cup hat coat map pen bell rose cake lamp box watch coin")
-
-COLORS = _words("red blue green black white brown pink gold")
-
-DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-MONTHS = _words("January February March April May June July August September October November December")
-NUMBERS = _words("one two three four five six seven eight nine ten eleven twelve")
-LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-
-# {A} and {B} are the two names in order of mention, {P} the place, {O} the object.
-OPENINGS: tuple[str, ...] = (
-    "When {A} and {B} went to the {P}",
-    "After {A} and {B} went to the {P}",
-    "When {A} and {B} got to the {P}",
-    "While {A} and {B} were at the {P}",
-    "Then, {A} and {B} had a long day at the {P}, and",
-    "Then, {A} and {B} were working at the {P}, and",
-    "Friends {A} and {B} found a {O} at the {P}, and",
-    "The {P} that {A} and {B} went to had a {O}, and",
+_FILE = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+_SERIES = ("NAMES", "PLACES", "OBJECTS", "COLORS", "DAYS", "MONTHS", "NUMBERS", "LETTERS")
+NAMES, PLACES, OBJECTS, COLORS, DAYS, MONTHS, NUMBERS, LETTERS = (
+    tuple[str, ...](_FILE[key].split()) for key in _SERIES
 )
-
-# {S} is the name said again, the subject; the indirect object comes next.
-ACTIONS: tuple[str, ...] = (
-    "{S} gave a {O} to",
-    "{S} handed the {O} to",
-    "{S} wanted to give a {O} to",
-    "{S} sent the {O} to",
-    "{S} bought a {O} for",
-    "{S} said hello to",
-)
-
-
+OPENINGS, ACTIONS = (tuple[str, ...](_FILE[key]) for key in ("OPENINGS", "ACTIONS"))
 # An opening that ends in "and" needs no comma before the action.
 TEMPLATES = tuple(f"{one}{' ' if one.endswith('and') else ', '}{action}" for one in OPENINGS for action in ACTIONS)

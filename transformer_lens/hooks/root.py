@@ -106,9 +106,18 @@ class HookedRootModule(nn.Module):
         assert self._points is not None
         return self._points
 
+    @hook_dict.setter
+    def hook_dict(self, points: dict[str, HookPoint]) -> None:
+        """For a subclass whose own `setup` lists its hook points."""
+        self._points = points
+
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
-        return dict(self.named_modules())
+        return self.__dict__.get("_listed", dict(self.named_modules()))
+
+    @mod_dict.setter
+    def mod_dict(self, modules: dict[str, nn.Module]) -> None:
+        self._listed = modules
 
     def hook_points(self) -> Iterable[HookPoint]:
         return self.hook_dict.values()

@@ -228,6 +228,7 @@ class ArchitectureAdapter:
             fields["attn_scale"] = 1 / float(theirs["attention_multiplier"])
         cfg = BridgeConfig(**fields)
         rotation = theirs.get("rope_parameters") or {}
+        rotation = rotation.get("full_attention", rotation)
         if cfg.positional_embedding_type == "rotary" and "rope_theta" in rotation:
             cfg.rotary_base = float(rotation["rope_theta"])
             cfg.rotary_dim = cfg.rotary_dim or int(cfg.d_head * rotation.get("partial_rotary_factor", 1.0))

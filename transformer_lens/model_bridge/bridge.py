@@ -208,14 +208,10 @@ class TransformerBridge(
             layer = self.cfg.n_layers if hook.port.at == WHOLE_MODEL else -1
             self.attachment.bind(self, (hook,), self._root_role, layer)
         aliases = {alias: hook.name for hook in self.root_hooks for alias in hook.aliases}
+        aliases["ln_final.hook_in"] = f"blocks.{self.cfg.n_layers - 1}.hook_resid_post"
         causal = "unembed" in self._modules
-        for word in (
-            TOKENS,
-            EMBEDDINGS,
-            MASK,
-            *((CACHE,) if causal else ()),
-            *((POSITIONS,) if causal and self.adapter.takes_positions else ()),
-        ):
+        more = (CACHE, *((POSITIONS,) if self.adapter.takes_positions else ())) if causal else ()
+        for word in (TOKENS, EMBEDDINGS, MASK, *more):
             self.arguments.name(word)
         for component in self.components():
             layer = int(component.name.split(".")[1]) if component.name.startswith("blocks.") else -1
@@ -403,11 +399,11 @@ class TransformerBridge(
         ['blocks.0.attn.hook_z']
 
         Keywords as in `HookedRootModule.run_with_cache` and `forward`; `return_cache_object=False` gives a plain
-        dictionary.
+        dictionary, in the spelling that was asked for.
         """
         output, store = super().run_with_cache(*model_args, **kwargs)
         cache = ActivationCache(store, self, has_batch_dim=not kwargs.get("remove_batch_dim", False))
-        return output, cache if return_cache_object else store
+        return output, cache if return_cache_object else cache._as_asked(kwargs.get("names_filter"))
 
     run_with_cache.__signature__ = keywords_of(HookedRootModule.run_with_cache, run_with_cache, forward)  # type: ignore[attr-defined]
 

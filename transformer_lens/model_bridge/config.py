@@ -92,7 +92,7 @@ class BridgeConfig:
     use_normalization_before_and_after: bool = False
     rotary_dim: int | None = None
     rotary_base: float | None = None
-    """The RoPE base; `None` without RoPE, or where layers have their own."""
+    """The RoPE base; `None` without RoPE; where sliding layers have another (Gemma 3), that of the full ones."""
     tie_word_embeddings: bool = False
     initializer_range: float = -1.0
     tokenizer_name: str | None = None
@@ -101,6 +101,7 @@ class BridgeConfig:
     use_attn_in: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
+    ungroup_grouped_query_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.n_heads == self.d_head == -1:
@@ -115,11 +116,6 @@ class BridgeConfig:
     def original_architecture(self) -> str | None:
         """The class of the model, under TransformerLens's name."""
         return self.architecture or None
-
-    @property
-    def ungroup_grouped_query_attention(self) -> bool:
-        """Always False: keys and values are shown once per group of query heads."""
-        return False
 
     @property
     def facts(self) -> Any | None:

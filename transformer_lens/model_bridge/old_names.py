@@ -62,6 +62,10 @@ class OldNames(InputMethods, HookedRootModule):
         """Does nothing: `hook_mlp_in` is always there."""
         self.cfg.use_hook_mlp_in = use_hook_mlp_in
 
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Does nothing: `hook_k_input` and `hook_v_input` are always per query head, `hook_k` and `hook_v` per key."""
+        self.cfg.ungroup_grouped_query_attention = ungroup_grouped_query_attention
+
     def get_params(self) -> dict[str, Tensor]:
         """Every weight under TransformerLens's name, with one key and value per group of query heads.
 

@@ -28,7 +28,7 @@ MADE = (
 )
 FIXED = {
     **dict.fromkeys(("adapter", "root", "attachment", "arguments", "aliases", "spellings", "absent_names"), MADE),
-    **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers"), MADE),
+    **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers", "hook_dict", "mod_dict"), MADE),
     **dict.fromkeys(("name", "parent", "path", "model", "sizes", "declared", "missing", "stages", "run"), MADE),
     **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes", "root_hooks"), MADE),
     **dict.fromkeys(("scales", "number", "sinks", "closes", "late_keys"), MADE),

@@ -23,7 +23,7 @@ READ_ALWAYS = (
 )
 OF_BRIDGE = (
     *("model_name", "default_prepend_bos", "seed", "initializer_range", "tokenizer_name"),
-    *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in"),
+    *("use_attn_result", "use_attn_in", "use_split_qkv_input", "use_hook_mlp_in", "ungroup_grouped_query_attention"),
 )
 """Fields that every model reads, or that follow from others; and those that the bridge's config keeps."""
 

@@ -108,6 +108,7 @@ class ProcessingMethods:
         center_writing_weights: bool = True,
         center_unembed: bool = True,
         fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
     ) -> WeightChanges:
         """`process_weights` under the name that older scripts call before they read weights.
 
@@ -117,6 +118,11 @@ class ProcessingMethods:
 
         Hook names of older scripts always work here, so `no_processing=True` leaves nothing to do.
         """
+        if refactor_factored_attn_matrices is not False:
+            raise ValueError(
+                "refactor_factored_attn_matrices is not supported; attn.QK and attn.OV have every head's circuits, and "
+                "svd() their vectors"
+            )
         names = _named(fold_ln, center_writing_weights, center_unembed, fold_value_biases)
         return self._process(() if no_processing else names, quiet=disable_warnings)
 
