@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import BlockElsewhere
 
 FROZEN = ("attn.hook_q", "attn.hook_k", "hook_scale")
 """What is held as it was: queries and keys, which make the patterns, and the divisors of the norms."""
+EXPERTS = tuple(f"mlp.hook_{part}" for part in PARTS)
 STREAM, LOGITS = "blocks.0.hook_resid_pre", "unembed.hook_out"
 Transcoders = Sequence[Dictionary] | Mapping[int, Dictionary] | CrossLayerTranscoder
 Written = Callable[[int, Float[Tensor, "1 pos d_model"]], Float[Tensor, "1 pos d_model"]]
@@ -139,25 +140,13 @@ class LocalModel:
         if len(self.ids) != 1 or not bool(mask.all()):
             raise ValueError(f"input: got {len(self.ids)} texts or padding, expected one text without padding")
         self.skip = whole("skip", skip, 0, self.ids.shape[1])
-        blocks = [f"blocks.{layer}." for layer in range(bridge.cfg.n_layers)]
-        known = bridge.hook_dict
-        self.writes = [name for block in blocks if (name := f"{block}hook_mlp_out") in known]
         self.reads = {layer: read for layer, (_, read) in self.placed.items()}
-        self.routers = [name for block in blocks if (name := f"{block}mlp.hook_router_logits") in known]
-        self.parts = [
-            f"{block}mlp.hook_{part}" for block in blocks for part in PARTS if f"{block}mlp.hook_{part}" in known
-        ]
-        self.frozen = [name for name in known if name.endswith(FROZEN)]
-        names = [
-            STREAM,
-            LOGITS,
-            *("hook_logits",) * ("hook_logits" in known),
-            *self.writes,
-            *self.reads.values(),
-            *self.frozen,
-            *self.routers,
-            *self.parts,
-        ]
+        self.frozen, self.writes, self.routers, self.parts, shown = (
+            [name for name in bridge.hook_dict if name.endswith(ends)]
+            for ends in (FROZEN, "hook_mlp_out", "mlp.hook_router_logits", EXPERTS, "hook_logits")
+        )
+        names = [STREAM, LOGITS, *shown, *self.reads.values()]
+        names += [*self.frozen, *self.writes, *self.routers, *self.parts]
         with torch.no_grad():
             _, cache = bridge.run_with_cache(self.ids, names_filter=names, return_type=None)
         self.kept: dict[str, Tensor] = {name: cache[name] for name in names}
