@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def survive(
             row = next(row for row in status(MODEL, ping_timeout=60)["servers"] if row["sessions"])
             lost.append(row["node"])
             cluster.remove_node(nodes.pop(row["node"]), allow_graceful=False)
+            with suppress(ProcessLookupError):  # its server dies with it
+                os.kill(row["pid"], signal.SIGKILL)
             first, end = row["blocks"]
             print(f"   {bridge.to_string(tokens[0, 1:])!r} ... the node of blocks {first}:{end} is gone")
         return scores

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,11 @@ class Nodes:
         node = self.cluster.add_node(**NODE)
         self.others[node.node_id] = node
 
-    def lose(self, node_id: str) -> None:
-        """As a machine that loses its power, as far as processes can."""
+    def lose(self, node_id: str, server: int) -> None:
+        """As a machine that loses its power, with the server on it, as far as processes can."""
         self.cluster.remove_node(self.others.pop(node_id), allow_graceful=False)
+        with suppress(ProcessLookupError):  # it ends when it notices
+            os.kill(server, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

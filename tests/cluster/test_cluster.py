@@ -105,8 +105,10 @@ def test_the_text_survives_the_end_of_a_process(model: Any, local: TransformerBr
 
 def test_the_text_survives_the_end_of_a_node(model: Any, local: TransformerBridge, nodes: Nodes) -> None:
     row = server_of(2)
-    found = text_of(model, 3, lambda: nodes.lose(row["node"]))
+    found = text_of(model, 3, lambda: nodes.lose(row["node"], row["pid"]))
     assert torch.equal(found, text_of(local.original_model))
+    recovery = model.route.recoveries[-1]
+    assert row["peer"] in recovery.peers and recovery.blocks == range(2, 3) and recovery.replayed == 4
     assert server_of(2)["node"] in nodes.others
     nodes.add()
 
