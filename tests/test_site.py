@@ -155,6 +155,27 @@ def test_errors_are_on_their_page(site: Path, index: list[dict[str, str]]) -> No
     assert "<!-- errors" not in (site / "errors" / "index.html").read_text()
 
 
+CODE_TOO_WIDE = """() => document.documentElement.scrollWidth > innerWidth ||
+    [...document.querySelectorAll("pre code:has(.n, .k)")].some((e) => e.scrollWidth > e.clientWidth + 1)"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_and_their_code_fit_a_desk_and_a_phone(site: Path, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        wide = []
+        for file in sorted(site.rglob("index.html")):
+            page.goto(file.as_uri())
+            if page.evaluate(CODE_TOO_WIDE):
+                wide.append(str(file.relative_to(site)))
+        browser.close()
+    assert not wide
+
+
 FIRST_RESULT = r"""place => [...document.querySelectorAll(".md-search-result__link")].slice(0, 2)
     .some(link => link.href.replace(/\?[^#]*/, "").endsWith(place))"""
 """Whether the first result is a place: a page's first link is the page, the second its best heading."""
