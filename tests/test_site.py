@@ -33,6 +33,7 @@ QUERIES = {
     "use own fine-tuned model": "howto/#use-my-own-model",
     "train probe activations": "howto/#train-a-probe-or-sae",
     "expert routing": "howto/#expert-routing",
+    "SAE": "dictionaries/",
 }
 """What people type -> where the answer is."""
 OTHER_WORDS = {
@@ -72,7 +73,7 @@ def words(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_the_ten_common_tasks_are_found_by_their_headings(query: str, index: list[dict[str, str]]) -> None:
+def test_the_common_tasks_are_found_by_their_headings(query: str, index: list[dict[str, str]]) -> None:
     asked = words(query)
     titled = [doc["location"] for doc in index if asked <= words(doc["title"])]
     assert QUERIES[query] in titled
@@ -152,6 +153,27 @@ def test_errors_are_on_their_page(site: Path, index: list[dict[str, str]]) -> No
     text = " ".join(doc["text"] for doc in index if doc["location"].startswith("errors/"))
     assert "these hooks were asked for and never fired" in text
     assert "<!-- errors" not in (site / "errors" / "index.html").read_text()
+
+
+CODE_TOO_WIDE = """() => document.documentElement.scrollWidth > innerWidth ||
+    [...document.querySelectorAll("pre code:has(.n, .k)")].some((e) => e.scrollWidth > e.clientWidth + 1)"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_and_their_code_fit_a_desk_and_a_phone(site: Path, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        wide = []
+        for file in sorted(site.rglob("index.html")):
+            page.goto(file.as_uri())
+            if page.evaluate(CODE_TOO_WIDE):
+                wide.append(str(file.relative_to(site)))
+        browser.close()
+    assert not wide
 
 
 FIRST_RESULT = r"""place => [...document.querySelectorAll(".md-search-result__link")].slice(0, 2)
