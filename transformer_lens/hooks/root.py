@@ -113,7 +113,7 @@ class HookedRootModule(nn.Module):
 
     @property
     def mod_dict(self) -> dict[str, nn.Module]:
-        return self.__dict__.get("_listed", dict(self.named_modules()))
+        return self.__dict__.get("_listed", dict(self.named_modules()))  # type: ignore[no-any-return]
 
     @mod_dict.setter
     def mod_dict(self, modules: dict[str, nn.Module]) -> None:
