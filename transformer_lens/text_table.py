@@ -6,7 +6,9 @@ import html
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from transformer_lens.checks import needed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +67,23 @@ class TextTable:
         return shown
 
 
-class Tabular(ABC):
+class Records:
+    """Anything that has rows of plain values."""
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows, as values by column."""
+        raise NotImplementedError
+
+    def to_dataframe(self) -> Any:
+        """The rows as a pandas DataFrame, unrounded. Raises `ImportError` if pandas is not installed.
+
+        >>> bridge.hook_table().to_dataframe().shape
+        (43, 9)
+        """
+        return needed("pandas", "to_dataframe needs pandas: pip install pandas").DataFrame(self.to_dicts())
+
+
+class Tabular(Records, ABC):
     """Anything with a table, which is how it is shown."""
 
     @abstractmethod

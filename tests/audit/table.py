@@ -420,6 +420,7 @@ SWITCHES = frozenset(
         "use_hook_mlp_in",
         "use_past_kv_cache",
         "use_split_qkv_input",
+        "each_text",
         "verbose",
     ]
 )
@@ -811,7 +812,24 @@ ROWS: dict[str, Row] = {
             "activation_name": "resid_pre",
             "index_axis_names": ("layer", "pos"),
         },
-        {"index_df": [[(0, 0)]], "index_axis_names": [THING, 5, [THING], ["nonsense"]]},
+        {
+            **{"index_df": [[(0, 0)]], "index_axis_names": [THING, 5, [THING], ["nonsense"]]},
+            "reduce": [THING, 5, "sum"],
+        },
+    ),
+    "tools.analysis.direct_logit_attribution": Row(
+        {
+            **{"input": TEXT, "answer_tokens": 5, "incorrect_tokens": 6, "unit": "head", "pos": -1, "cache": None},
+        },
+        {
+            **{
+                "input": [THING, None],
+                "answer_tokens": [THING, None],
+                "incorrect_tokens": [THING],
+                "cache": [THING, 5],
+            },
+            **{"unit": [THING, 5, "layers"], "pos": UNBOUND[:2]},
+        },
     ),
     "analysis.patching.engine.run_interventions": Row({"interventions": [("blocks.0.hook_resid_pre", neutral)]}),
     "analysis.patching.sweeps.index_rows": Row({"index_df": [(0, 1)]}, {"index_df": [THING, 5, [5]]}),

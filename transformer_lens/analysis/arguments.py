@@ -36,13 +36,15 @@ def a_mapping(what: str, value: Any) -> Mapping[Any, Any]:
     return value
 
 
-def metric_number(value: Any) -> Float[Tensor, ""]:
-    """A metric's result as a tensor without axes."""
+def metric_number(value: Any, texts: int | None = None) -> Float[Tensor, "*text"]:
+    """A metric's result as a tensor without axes or, with `texts`, of one number for each."""
     number = torch.as_tensor(value) if isinstance(value, (Tensor, float, int)) else None
-    if number is None or number.numel() != 1 or number.is_complex():
+    fits = number is not None and (number.numel() == 1 if texts is None else list(number.shape) == [texts])
+    if number is None or not fits or number.is_complex():
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
-    return number.reshape(())
+        expected = "one number; take a mean over the batch, for example"
+        raise TypeError(f"metric: it returned {got}, expected {expected if texts is None else f'[{texts}]'}")
+    return number.reshape(()) if texts is None else number
 
 
 COUNTS = (

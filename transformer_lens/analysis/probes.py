@@ -124,6 +124,10 @@ class ProbeTable(Tabular):
         """The hook with the highest score."""
         return max(self.scores, key=lambda name: self.scores[name].score)
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        columns = ("task", "score", "auc", "control", "selectivity", "shuffled")
+        return [{"activation": name} | {key: getattr(of, key) for key in columns} for name, of in self.scores.items()]
+
     def table(self) -> TextTable:
         """One row for each hook."""
         rows = [

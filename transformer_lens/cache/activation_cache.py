@@ -14,6 +14,7 @@ from transformer_lens.checks import device_of, in_words, is_one_of, whole
 from transformer_lens.hooks.names import get_act_name
 from transformer_lens.hooks.root import NamesFilter
 from transformer_lens.hooks.slicing import Slice, SliceInput
+from transformer_lens.text_table import TextTable
 
 CacheKey = str | tuple[str, int] | tuple[str, int, str] | tuple[str, None, str]
 
@@ -95,6 +96,10 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
     def __repr__(self) -> str:
         some = ", ".join(map(repr, list(self.cache_dict)[:4])) + (", ..." if len(self) > 4 else "")
         return f"ActivationCache with {len(self)} tensors: [{some}]"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, str(tuple(tensor.shape)), str(tensor.dtype)] for name, tensor in self.cache_dict.items()]
+        return TextTable(f"ActivationCache with {len(self)} tensors", ["name", "shape", "dtype"], rows)._repr_html_()
 
     def _ipython_key_completions_(self) -> list[str]:
         """What Tab completes inside the brackets."""

@@ -46,6 +46,7 @@ from transformer_lens.model_bridge.upstream import CACHE, EMBEDDINGS, MASK, POSI
 from transformer_lens.model_bridge.verification.verify import VerifyMethods
 from transformer_lens.model_bridge.weights import WeightMethods
 from transformer_lens.model_bridge.wrapped_model import ModelFacts
+from transformer_lens.text_table import TextTable
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 if TYPE_CHECKING:
@@ -414,6 +415,9 @@ class TransformerBridge(
             f"{type(self).__name__}({c.model_name}: {c.architecture}, {c.n_layers} layers, d_model {c.d_model}, "
             f"{heads}, {str(c.dtype).removeprefix('torch.')} on {c.device}, {len(self.hook_dict)} hooks)"
         )
+
+    def _repr_html_(self) -> str:
+        return TextTable(repr(self), ["", ""], [[k, str(v)] for k, v in self.cfg.to_dict().items()])._repr_html_()
 
     def collect(self, dataset: Any, names: NamesFilter, out_dir: str | Path, **options: Any) -> ActivationStore:
         """Write the activations of a data set at some hooks to disk, and open them.

@@ -20,12 +20,13 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import Answer, Input, answer_ids, columns
 from transformer_lens.checks import a_text, in_words, one_of, whole
 from transformer_lens.factored_matrix import wide
+from transformer_lens.text_table import Records
 
 __all__ = ["DirectLogitAttribution", "direct_logit_attribution"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DirectLogitAttribution:
+class DirectLogitAttribution(Records):
     """What each component adds to a logit or a logit difference; the values sum to `logit`, up to rounding."""
 
     labels: list[str]
@@ -50,6 +51,11 @@ class DirectLogitAttribution:
         means = self.values.mean(1)
         order = means.abs().argsort(descending=True, stable=True)[: max(n, 0)]
         return [(self.labels[int(at)], float(means[at])) for at in order]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One row for each component and text."""
+        each = zip(self.labels, self.values.tolist(), strict=True)
+        return [{"component": label, "text": i, "value": value} for label, row in each for i, value in enumerate(row)]
 
     def __repr__(self) -> str:
         return f"DirectLogitAttribution to {len(self.labels)} parts in {self.values.shape[1]} texts"

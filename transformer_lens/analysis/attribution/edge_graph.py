@@ -20,6 +20,7 @@ from transformer_lens.analysis.arguments import checked
 from transformer_lens.asking import part_label, refuse_shared_experts
 from transformer_lens.checks import a_text, in_words, whole
 from transformer_lens.model_bridge import Branch
+from transformer_lens.text_table import Records
 
 Edge = tuple[str, str]
 """The labels of a sender and of a receiver."""
@@ -227,7 +228,7 @@ class Circuit:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeScores:
+class EdgeScores(Records):
     """A score for every edge; zero for pairs without an edge."""
 
     graph: EdgeGraph
@@ -241,6 +242,11 @@ class EdgeScores:
     def values(self) -> Float[Tensor, " edge"]:
         """The scores of all edges, in the order of `graph.edges()`."""
         return self.scores[self.graph.exists]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One row for each edge."""
+        each = zip(self.graph.edges(), self.values().tolist(), strict=True)
+        return [{"sender": sender, "receiver": receiver, "score": score} for (sender, receiver), score in each]
 
     @checked
     def top(self, n: int) -> list[tuple[str, str, float]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,7 +64,7 @@ class Routing(Tabular):
     probabilities: Float[Tensor, "layer batch pos expert"]
     """The softmax of the router's logits over all experts; some routers weigh them in another way."""
 
-    @property
+    @cached_property
     def str_tokens(self) -> list[list[str]]:
         """The text of each token, padding included."""
         if self.bridge.tokenizer is None:
@@ -93,6 +94,12 @@ class Routing(Tabular):
             )
             for batch, position, place in sent.nonzero().tolist()
         ]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One row for each choice of an expert, without padding."""
+        sizes = self.probabilities.shape
+        each = [(i, e, one) for i in range(sizes[0]) for e in range(sizes[-1]) for one in self.tokens_of(i, e)]
+        return [{"layer": i, "expert": e, **one._asdict()} for i, e, one in each]
 
     def table(self) -> TextTable:
         """A table with one row per token, without padding, and one column per layer.
@@ -270,6 +277,12 @@ class RoutingStatistics(Tabular):
             token_load=load,
             texts=self.texts | other.texts,
         )
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One row for each expert of each layer."""
+        columns = {"load": self.load.tolist(), "weight": self.weight.tolist(), "load_share": self.load_share.tolist()}
+        places = torch.ones_like(self.load).nonzero().tolist()
+        return [{"layer": i, "expert": e, **{name: columns[name][i][e] for name in columns}} for i, e in places]
 
     def table(self) -> TextTable:
         """A table with one row per layer: the fraction of tokens each expert gets, and the router's entropy.

@@ -77,11 +77,13 @@ class LensScores(Tabular):
     cross_entropy: Float[Tensor, " component"]
     cross_entropy_logit_lens: Float[Tensor, " component"]
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        labels = [*(f"{i}_pre" for i in range(len(self.kl) - 1)), "final"]
+        return [{"stream": one} | {key: float(of[i]) for key, of in vars(self).items()} for i, one in enumerate(labels)]
+
     def table(self) -> TextTable:
         """The scores as a table."""
-        columns = (self.kl, self.kl_logit_lens, self.cross_entropy, self.cross_entropy_logit_lens)
-        labels = [*(f"{i}_pre" for i in range(len(self.kl) - 1)), "final"]
-        rows = [[label, *(f"{float(column[i]):z.2f}" for column in columns)] for i, label in enumerate(labels)]
+        rows = [[label, *(f"{value:z.2f}" for value in values)] for label, *values in map(dict.values, self.to_dicts())]
         title = "Nats per token: divergence from the model's prediction, and loss on the next token"
         return TextTable(title, ["stream", "KL", "KL, logit lens", "loss", "loss, logit lens"], rows)
 

@@ -8,6 +8,7 @@ from transformer_lens.analysis.patching.experts import (
     get_act_patch_router_logits_by_expert,
 )
 from transformer_lens.analysis.patching.sweeps import (
+    PatchingResult,
     generic_activation_patch,
     get_act_patch_attn_head_all_pos_every,
     get_act_patch_attn_head_by_pos_every,
@@ -39,6 +40,7 @@ from transformer_lens.analysis.patching.sweeps import (
 )
 
 __all__ = [
+    "PatchingResult",
     "generic_activation_patch",
     "get_act_patch_attn_head_all_pos_every",
     "get_act_patch_attn_head_by_pos_every",

@@ -48,7 +48,8 @@ def run_interventions(
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = False,
-) -> Float[Tensor, " intervention"]:
+    each_text: bool = False,
+) -> Float[Tensor, "intervention ..."]:
     """The metric of the logits under each of many interventions, equal up to rounding to a loop over
     `run_with_hooks(tokens, fwd_hooks=[intervention])`. An intervention is the name of a hook inside a block and a hook
     function, called once, on the whole activation of the run without interventions. The metric is called once for each,
@@ -67,9 +68,9 @@ def run_interventions(
 
     `tokens` may be embeddings; `attention_mask` as in `bridge.forward`. `memory_budget` limits a batch, in bytes, by an
     estimate from the model's sizes (at least one intervention runs; the base run's activations come on top). `verbose`
-    shows a progress bar. While user hooks are attached, and in a model with state-space layers or that predicts no
-    next token, each intervention is a forward of its own. Raises `KeyError` for unknown hooks and `ValueError` for
-    hooks outside the blocks.
+    shows a progress bar. With `each_text` the metric returns one number for each text, [batch]. While user hooks are
+    attached, and in a model with state-space layers or that predicts no next token, each intervention is a forward of
+    its own. Raises `KeyError` for unknown hooks and `ValueError` for hooks outside the blocks.
     """
     for one in interventions:
         if not isinstance(one, (tuple, list)) or len(one) != 2 or not callable(one[1]):
@@ -88,15 +89,15 @@ def run_interventions(
             numbers = {}
             for number, one in enumerate(named):
                 logits = model.run_with_hooks(input, fwd_hooks=[one], attention_mask=mask)
-                numbers[number] = metric_number(metric(logits))
+                numbers[number] = metric_number(metric(logits), len(logits) if each_text else None)
                 bar.update()
         else:
             base = _BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
-            sweep = _Sweep(base, metric, memory_budget, bar)
+            sweep = _Sweep(base, metric, memory_budget, bar, base.batch if each_text else None)
             numbers = dict(sweep.run(named))
     values = [numbers[i] for i in range(len(named))]
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
-    return torch.tensor([float(value.detach()) for value in values], dtype=dtype, device=model.cfg.device)
+    return torch.tensor([value.tolist() for value in values], dtype=dtype, device=model.cfg.device)
 
 
 @dataclass(eq=False)
@@ -105,6 +106,8 @@ class _Sweep:
     metric: Metric
     budget: int
     bar: Any
+    texts: int | None
+    """How many numbers the metric returns, one for each text; `None` for one number."""
     read: Tensor | None = None
     """The positions that the metric has read so far; `None` before its first call."""
 
@@ -216,7 +219,7 @@ class _Sweep:
     def looked_at(self, logits: LazyLogits) -> Tensor:
         """The metric of partly computed logits."""
         value = self.measured(logits, done=False)
-        missed = bool(value.isnan()) and not logits.there.all()
+        missed = bool(value.isnan().any()) and not logits.there.all()
         if missed or not logits.read.any():  # it may have gone around torch's functions, as vmap and dlpack do
             value = self.measured(logits.plain(torch.ones_like(logits.there)), done=False)
         self.read = logits.read if self.read is None else self.read | logits.read
@@ -224,7 +227,7 @@ class _Sweep:
         return value
 
     def measured(self, logits: Tensor, done: bool = True) -> Tensor:
-        value = metric_number(self.metric(logits))
+        value = metric_number(self.metric(logits), self.texts)
         self.bar.update(int(done))
         return value
 

@@ -28,7 +28,8 @@ from transformer_lens.analysis.patching.engine import (
     run_interventions,
 )
 from transformer_lens.asking import written_pair
-from transformer_lens.checks import a_list, a_text, in_words, is_one_of, whole_numbers
+from transformer_lens.checks import a_list, a_text, in_words, is_one_of, one_of, whole_numbers
+from transformer_lens.text_table import Records
 from transformer_lens.utilities import get_act_name
 
 
@@ -145,6 +146,33 @@ HEADS = ("head", "head_index")
 """Two names for an axis of heads."""
 
 
+@dataclass(frozen=True, eq=False)
+class PatchingResult(Records):
+    """The metric of each text under each patch of a sweep."""
+
+    values: Float[Tensor, "... text"]
+    axis_names: tuple[str, ...]
+    """The axes before that of the texts; none where a table of indices was given."""
+    index_df: Any
+
+    def mean(self) -> Tensor:
+        return self.values.mean(-1)
+
+    def stderr(self) -> Tensor:
+        """The standard error of the mean."""
+        return self.values.std(-1) / self.values.shape[-1] ** 0.5
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One row for each patch and text."""
+        rows, names = index_rows(self.index_df), getattr(self.index_df, "columns", range(9))
+        each = zip(rows, self.values.reshape(len(rows), -1).tolist(), strict=True)
+        return [
+            dict(zip(names, row, strict=False)) | {"text": i, "value": v}
+            for row, values in each
+            for i, v in enumerate(values)
+        ]
+
+
 @checked
 def generic_activation_patch(
     model: TransformerBridge,
@@ -157,6 +185,7 @@ def generic_activation_patch(
     index_df: Any = None,
     return_index_df: bool = False,
     *,
+    reduce: str = "scalar",
     attention_mask: Tensor | None = None,
     memory_budget: int = DEFAULT_BUDGET,
     verbose: bool = True,
@@ -177,34 +206,33 @@ def generic_activation_patch(
     axes are `layer`, `pos`, `src_pos`, `dest_pos`, `head` or `head_index` (key-value heads for k and v) and `expert`.
     Or give `index_df`, a table whose first column is the layer, for a flat result. `return_index_df` returns the table
     too. `corrupted_tokens` may be embeddings. The metric maps logits [batch pos d_vocab] to one number, and is called
-    once per row, in no particular order. Other keywords as in `run_interventions`. Raises `KeyError` for an activation
-    that the model or the clean cache lacks, with the reason, and `ValueError` for axes and shapes that do not fit.
+    once per row, in no particular order; with `reduce="mean"` or `"none"` to one for each text, [batch], and the result
+    has their means, or is a `PatchingResult`. Other keywords as in `run_interventions`. Raises `KeyError` for an absent
+    activation, with the reason, and `ValueError` for axes and shapes that do not fit.
     """
     if (index_axis_names is None) == (index_df is None):
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
+    one_of("reduce", reduce, ("scalar", "mean", "none"))
     input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
     shape: list[int] = []
+    if index_axis_names is not None and not len(index_axis_names):
+        raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
     if index_axis_names is not None:
-        if not len(index_axis_names):
-            raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
         index_df = make_df_from_ranges(shape, index_axis_names)
     rows = index_rows(index_df)
     done = list(range(len(rows)))
     if index_axis_names is not None:
         done = [i for i in done if _full_name(activation_name, rows[i][0]) not in model.absent_names] or done
-    found = run_interventions(
-        model,
-        input,
-        _interventions(model, clean_cache, patch_setter, activation_name, [rows[i] for i in done]),
-        patching_metric,
-        attention_mask=mask,
-        memory_budget=memory_budget,
-        verbose=verbose,
-    )
-    result = found.new_full((len(rows),), torch.nan)
+    changes = _interventions(model, clean_cache, patch_setter, activation_name, [rows[i] for i in done])
+    options: dict[str, Any] = {"attention_mask": mask, "memory_budget": memory_budget, "verbose": verbose}
+    found = run_interventions(model, input, changes, patching_metric, **options, each_text=reduce != "scalar")
+    found = found.mean(-1) if reduce == "mean" else found
+    result = found.new_full((len(rows), *found.shape[1:]), torch.nan)
     result[done] = found
-    result = result if index_axis_names is None else result.reshape(shape)
+    result = result if index_axis_names is None else result.reshape(*shape, *found.shape[1:])
+    if reduce == "none":
+        return PatchingResult(result, tuple(index_axis_names or ()), index_df)
     return (result, index_df) if return_index_df else result
 
 
@@ -304,6 +332,7 @@ class PatchSweeps:
     def __call__(
         self, model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
     ) -> Float[Tensor, "patch_type layer ..."]:
+        one_of("reduce", options.get("reduce", "scalar"), ("scalar", "mean"))
         found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in self.sweeps]
         return torch.stack([_heads_last(one, sweep, model) for one, sweep in zip(found, self.sweeps, strict=True)])
 

@@ -1,0 +1,1 @@
+"""Analyses under the import paths of TransformerLens 4."""
