@@ -160,7 +160,7 @@ class PatchingResult(Records):
 
     def stderr(self) -> Tensor:
         """The standard error of the mean."""
-        return self.values.std(-1) / self.values.shape[-1] ** 0.5
+        return self.values.std(-1) / self.values.shape[-1] ** 0.5  # type: ignore[no-any-return]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One row for each patch and text."""
