@@ -160,7 +160,7 @@ def differences(models: Mapping[str, Any], engines: Mapping[str, str]) -> Iterat
             for row in found:
                 if row["engine"] == engine and row["result"] == "wrong":
                     hooks.setdefault((row["hook"], bare[row["hook"]]), []).append(name)
-        rows += [[engine, f"`{hook}`", says, ", ".join(names)] for (hook, says), names in hooks.items()]
+        rows += [[engine, f"`{hook}`", says, "; ".join(names)] for (hook, says), names in hooks.items()]
     if not rows:
         yield "Nowhere."
         return
@@ -175,7 +175,7 @@ def refusals(models: Mapping[str, Any], engines: Mapping[str, str]) -> Iterator[
             if row["result"] == "refused":
                 short = " ".join(row["note"].split()).replace("|", "/")[:160]
                 reasons.setdefault((row["engine"], short), {})[name] = None
-    rows = [[engine, why, ", ".join(names)] for (engine, why), names in sorted(reasons.items())]
+    rows = [[engine, why, "; ".join(names)] for (engine, why), names in sorted(reasons.items())]
     yield markdown(("engine", "what it says", "models"), rows) if rows else "Nothing."
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from transformer_lens.model_bridge.access.weights import inner_model
 from transformer_lens.model_bridge.verification import references
-from transformer_lens.model_bridge.verification.evidence import Evidence, ModuleCall, OwnRun
+from transformer_lens.model_bridge.verification.evidence import Evidence, ModuleCall, OwnRun, largest_difference
 from transformer_lens.model_bridge.verification.report import CheckResult, over_layers
 from transformer_lens.text_table import Tabular, TextTable
 
@@ -137,7 +137,8 @@ def run_engine(engine: str, folders: Sequence[Path], python: str) -> None:
     left = list(folders)
     while left:
         command = [python, "-P", str(HERE / "engine_worker.py"), engine, *map(str, left)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        alone = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all there is to read is in the folder
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
         left = [folder for folder in left if not (folder / f"{engine}.json").exists()]
         if left:  # the process ended in the first of them
             said = {"refused": {"*": ["", *done.stderr.splitlines()][-1] or "it ended without a word"}, "order": []}
@@ -168,7 +169,10 @@ def by_name(evidence: Evidence, shown: Mapping[str, Tensor]) -> Iterator[CheckRe
     for hook, value in shown.items():
         ours = evidence.cache[hook]
         ours = ours.expand_as(value) if value.shape[1:] == ours.shape[1:] else ours  # positions, once for all texts
-        value = value.reshape(ours.shape) if value.numel() == ours.numel() else value
+        layouts = [value.reshape(ours.shape) if value.numel() == ours.numel() else value]
+        if ours.ndim == 4 and value.shape == ours.transpose(1, 2).shape:
+            layouts.append(value.transpose(1, 2))  # heads before positions
+        value = min(layouts, key=lambda layout: largest_difference(layout, ours))
         if ours.is_floating_point():
             lowest = torch.finfo(ours.dtype).min
             ours, value = (x.to(ours.dtype).masked_fill(x < MASKED, lowest) for x in (ours, value))
