@@ -1,6 +1,6 @@
 """`make gpu`: the tests and the budgets on CUDA, full-size random models included.
 
-python -m benchmarks.gpu [--quick] [--out FILE] [--skip tests table full] [--dry-run --device cpu]
+python -m benchmarks.gpu [--quick] [--out FILE] [--skip tests table full compiled] [--dry-run --device cpu]
 
 Needs no more than torch 2.11, transformers 5.17, einops, jaxtyping, safetensors, tqdm, pytest and hypothesis.
 """
@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import compiled_rows
 from benchmarks.bench import import_rows, measure, run_table
 from benchmarks.budgets import Place, Row, Subject
 from benchmarks.models import FAMILIES, FULL_SIZE, SIZES, make_config, make_model, parameter_count
@@ -38,7 +40,9 @@ FULL_ROWS = (
 )
 ROOM = 12e9
 """Bytes beside the weights: activations of 2,048 tokens, a cache of everything, cuBLAS's workspace."""
-STAGES = ("tests", "table", "full")
+STAGES = ("tests", "table", "full", "compiled")
+COMPILED_SECONDS = 480
+"""The most that the compiled rows may take of a device; those left then are named."""
 DRY_SHAPE: Mapping[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -90,6 +94,29 @@ def full_size(place: Place, dry_run: bool) -> tuple[list[Row], list[dict[str, An
             release(place.device)
         print(notes[-1], file=sys.stderr, flush=True)
     return rows, notes
+
+
+# -- compiled runners ----------------------------------------------------------------------------------
+
+
+def compiled(place: Place, size: str, dry_run: bool) -> tuple[list[Row], list[str]]:
+    """The rows of compiled runners, with CUDA graphs on CUDA, until the time is used up; and those left out."""
+    compiled_rows.BACKEND = "eager" if dry_run else compiled_rows.BACKEND
+    compiled_rows.MODE = "reduce-overhead" if place.device.type == "cuda" else None
+    rows, left, start = [], [], time.monotonic()
+    for family in FAMILIES:
+        subject = Subject.of(family, size, place)
+        for key, row in compiled_rows.COMPILED_ROWS.items():
+            if time.monotonic() - start > COMPILED_SECONDS:
+                left.append(f"{key} of {family}")
+                continue
+            torch._dynamo.reset()
+            with torch.no_grad():
+                rows.append(row(subject))
+            print(*budget_cells(rows[-1]), sep=" | ", file=sys.stderr, flush=True)
+        del subject
+        release(place.device)
+    return rows, left
 
 
 def dry_shape(family: str) -> dict[str, Any]:
@@ -165,12 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = ["tiny"] if options.dry_run else options.size
         rows += run_table(place, FAMILIES, sizes)
         rows += import_rows(1 if options.dry_run else 5)
+    left: list[str] = []
+    if "compiled" not in options.skip:
+        compiled_found, left = compiled(place, "tiny" if options.dry_run else "100m", options.dry_run)
+        rows += compiled_found
     notes: list[dict[str, Any]] = []
     if "full" not in options.skip:
         full_rows, notes = full_size(place, options.dry_run)
         rows += full_rows
     show(f"Budgets on {device}", BUDGET_COLUMNS, [budget_cells(row) for row in rows], VERDICT_STYLES)
-    store(options.out, {**document, "full_size": notes, "rows": [row.to_dict() for row in rows]})
+    store(options.out, {**document, "full_size": notes, "not_reached": left, "rows": [row.to_dict() for row in rows]})
     for run in document["tests"]:
         print(f"{run['name']}: exit status {run['exit_status']}, {run.get('tests', 0)} tests")
     print(f"stored in {options.out}")

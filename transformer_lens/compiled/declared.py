@@ -157,13 +157,24 @@ class GraphEdit:
                 raise TypeError(f"edit at {self.point.name!r}: got on={on!r}, expected a bool, or one for each row")
         self._fitted = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether gradients flow to its value, so that each call needs it anew."""
+        value = self.edit.value
+        return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+    @property
+    def settled(self) -> bool:
+        """Whether its places and value are those of the latest call's shape."""
+        return self._fitted is not None and not self.learns
+
     def apply(self, x: Tensor) -> Tensor:
         return torch.where(self.places, OPERATIONS[self.operation](x, self.value), x)
 
     def fit(self, shape: tuple[int, ...]) -> None:
         """Have places and a value for a value of this shape, in the same memory where they fit."""
         given, axes, along = self.edit.value, self.like.ndim, self.point.position_axis
-        learns = isinstance(given, Tensor) and given.requires_grad and torch.is_grad_enabled()
+        learns = self.learns
         if not learns and self._fitted == shape:
             return
         ones, chosen = self.like.new_ones(shape), dict[str, Any](self.edit.chosen)

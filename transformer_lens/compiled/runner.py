@@ -56,7 +56,7 @@ class CompiledRunner(AbstractContextManager[Any]):
     ) -> None:
         if Watch.on(bridge.original_model) is not None:
             raise ValueError("bridge.compile: Python hooks are on the model; take them off (bridge.reset_hooks())")
-        self.bridge, points = bridge, bridge.hook_dict
+        self.bridge, points, self._ones, self._fits = bridge, bridge.hook_dict, torch.ones(0, 0), False
         every = [read if isinstance(read, Read) else Read(read) for read in listed("reads", reads)]
         kept = [(name, read) for read in every for name in bridge.select_names(read.at)]
         entries: Any = bridge._entries(edits, "fwd", None)
@@ -76,6 +76,7 @@ class CompiledRunner(AbstractContextManager[Any]):
             self.reads = [GraphRead(read, points[name], self.hooks[name].like) for name, read in kept]
             self.edits = [GraphEdit(edit, points[name], self.hooks[name].like) for name, edit in written]
             self.declared: tuple[GraphRead | GraphEdit, ...] = (*self.reads, *self.edits)
+            self._keyed = any("key_pos" in part.point.axes for part in self.declared)
             keys = [key for read in self.reads for key in read.keys]
             if twice := sorted({key for key in keys if keys.count(key) > 1}):
                 raise ValueError(f"bridge.compile: {', '.join(twice)} would be kept twice; leave one of the reads out")
@@ -120,8 +121,11 @@ class CompiledRunner(AbstractContextManager[Any]):
         words = (TOKENS, EMBEDDINGS)
         tokens = next(x for word in words if (x := self.bridge.arguments.value(word, (), kwargs)) is not None)
         batch, pos = tokens.shape[:2]
-        ones = torch.ones(batch, pos, dtype=torch.bool, device=tokens.device)
-        self.text = ones if mask is None else mask[:, -pos:].contiguous()
+        if (batch, pos) != self._ones.shape or self._ones.device != tokens.device:
+            self._ones, self._fits = torch.ones(batch, pos, dtype=torch.bool, device=tokens.device), False
+        self.text = self._ones if mask is None else mask[:, -pos:].contiguous()
+        if self._fits and all(edit.settled for edit in self.edits):
+            return
         cache = self.bridge.arguments.value(CACHE, (), kwargs)
         sizes = {"batch": batch, "pos": pos, "query_pos": pos, "key_pos": pos}
         for part in self.declared:
@@ -129,6 +133,7 @@ class CompiledRunner(AbstractContextManager[Any]):
             if cache is not None and "key_pos" in axes:
                 sizes["key_pos"] = cache.get_mask_sizes(pos, part.point.layer())[0]
             part.fit(tuple(sizes.get(axis, size) for axis, size in zip(axes, part.like.shape, strict=True)))
+        self._fits = not self._keyed
 
     def _run(self, kwargs: dict[str, Any], run: Callable[..., tuple[Tensor, int]] | None = None) -> Tensor:
         run = run or self._compiled
