@@ -38,6 +38,12 @@ print(cache["z", 1].shape)
 torch.Size([1, 5, 4, 32])
 ```
 
+In every family `attn.hook_z` is what enters W_O, head by head, and `attn.hook_result` that times each head's part of
+W_O. Where a norm or a gate makes z of what attention returns (`bitnet`, `afmoe`, `qwen3_next`, `qwen3_5_text`,
+`qwen3_5_moe_text`), `attn.hook_attended` is what attention returns for each head: the values averaged by its pattern.
+`attn.hook_gate` is the gate before its sigmoid, and z is `hook_attended * hook_gate.sigmoid()`. Likewise
+`mlp.hook_post` is what enters W_out, and in `bitnet` `mlp.hook_activated` is what enters the norm in front of it.
+
 "Kind" says where the value is read: [ports, seams and formulas](concepts.md#ports). Hooks marked "on request" are left
 out of a cache of everything.
 
@@ -60,7 +66,9 @@ def families_in_words() -> str:
 def families_as_markdown() -> str:
     """The same as a table, with what each adapter says of it."""
     rows = [f"| `{name}` | {adapter_class(name).__doc__.splitlines()[0]} |" for name in sorted(ADAPTERS)]
-    return "\n".join(["| `model_type` | |", "|---|---|", *rows]) + "\n"
+    mixtures = sum("num_experts" in adapter_class(name).cfg_names for name in ADAPTERS)
+    count = f"{len(ADAPTERS)} families; {mixtures} of them have mixtures of experts."
+    return "\n".join(["| `model_type` | |", "|---|---|", *rows, "", count]) + "\n"
 
 
 def between(text: str, marks: tuple[str, str], new: str) -> str:

@@ -165,7 +165,8 @@ OURS = {
 
 GUARDED = {"layer_types", "architectures", "name_or_path", "tie_word_embeddings"}
 """What the base class reads where a family lists it, and what every config of transformers has."""
-NEVER = {("lfm2", "num_dense_layers"), ("solar_open", "intermediate_size")}
+NEVER = {("lfm2", "num_dense_layers"), ("solar_open", "intermediate_size"), ("kolibri1", "intermediate_size"),
+         ("qwen3_5_moe_text", "intermediate_size")}  # fmt: skip
 """What an inherited method reads that the family's layers never come to."""
 
 

@@ -37,11 +37,14 @@ LATENT: dict[str, Any] = {
     **SIGMOIDS, "num_key_value_heads": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
     "kv_lora_rank": 14, "q_lora_rank": 9, "attention_bias": True,
 }  # fmt: skip
+INDEX = {"index_topk": 3, "index_head_dim": 8, "index_n_heads": 8, "first_k_dense_replace": 1}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7, "mscale": 0.7,
         "original_max_position_embeddings": 16}  # fmt: skip
 ERNIE = {"moe_num_experts": 5, "moe_k": 3, "moe_intermediate_size": 16, "moe_num_shared_experts": 2,
          "moe_layer_start_index": 1}  # fmt: skip
 STATES = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+          "linear_key_head_dim": 6, "linear_value_head_dim": 10, "head_dim": 8}  # fmt: skip
 NEOX: dict[str, Any] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 48}
 UNCAPPED: dict[str, Any] = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
 
@@ -67,6 +70,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {**GROUPED, "head_dim": 4}),
     "arcee": ("Arcee", {**GROUPED, "mlp_bias": True}),
     "apertus": ("Apertus", HALVED),
+    "apertus1p5_text": ("Apertus1p5Text", {**HALVED, "attention_bias": True}),
+    "bitnet": ("BitNet", HALVED),
+    "bitnet, biased": ("BitNet", {**HALVED, "attention_bias": True}),
     "hunyuan_v1_dense": ("HunYuanDenseV1", {**GROUPED, "attention_bias": True}),
     "hunyuan_v1_moe": ("HunYuanMoEV1", {**GROUPED, "num_experts": 5, "moe_topk": 3}),
     "exaone": ("Exaone", {**GROUPED, "attention_bias": True}),
@@ -97,6 +103,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2", {**HALVED, **WINDOWS, "logit_scale": 0.3}),
     "gpt_neox": ("GPTNeoX", NEOX),
     "gpt_neox, sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False}),
+    "persimmon": ("Persimmon", NEOX),
     "gptj": ("GPTJ", {**SMALL, "hidden_size": 64, "rotary_dim": 4, "n_inner": 20}),
     "gpt_neo": ("GPTNeo", {**SMALL, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "bloom": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 8, "n_layer": 2, "initializer_range": 0.3,
@@ -135,6 +142,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("Mistral4", LATENT),
     "youtu": ("Youtu", {**LATENT, "tie_word_embeddings": False}),
     "sarvam_mla": ("SarvamMLA", {**LATENT, "q_lora_rank": None}),
+    "axk1": ("AXK1", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
+    "deepseek_v32": ("DeepseekV32", {**LATENT, **INDEX}),
+    "glm_moe_dsa": ("GlmMoeDsa", {**LATENT, **INDEX, "indexer_types": ["full", "shared"]}),
+    "glm_moe_dsa, all full": ("GlmMoeDsa", {**LATENT, **INDEX, "mlp_layer_types": ["sparse", "dense"]}),
     "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
     "glm4_moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True}),
     "glm4_moe, without norms": ("Glm4Moe", {**SIGMOIDS, "n_group": 1, "topk_group": 1}),
@@ -144,13 +155,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "solar_open": ("SolarOpen", {**SIGMOIDS, "head_dim": 6}),
     "exaone_moe": ("ExaoneMoe", {**ROUTES, **WINDOWS, "num_shared_experts": 2, "first_k_dense_replace": 1,
                                  "num_experts": 6, "n_group": 2, "topk_group": 1, "sliding_window_pattern": 2}),
+    "afmoe": ("Afmoe", {**MIXTURE, **WINDOWS, "num_shared_experts": 2, "mup_enabled": True, "route_scale": 1.3}),
+    "afmoe, without mup": ("Afmoe", {**MIXTURE, "num_dense_layers": 0, "global_attn_every_n_layers": 2}),
+    "qwen3_next": ("Qwen3Next", {**MIXTURE, **LINEAR, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "qwen3_5_moe_text": ("Qwen3_5MoeText", {**MIXTURE, **LINEAR, "shared_expert_intermediate_size": 20}),
+    "qwen3_5_text": ("Qwen3_5Text", {**GROUPED, **LINEAR, "attention_bias": True}),
+    "kolibri1": ("Kolibri1", {**MIXTURE, **WINDOWS, "shared_expert_intermediate_size": 20}),
+    "flint": ("Flint", {**MIXTURE, **WINDOWS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
+    "aria_text": ("AriaText", {**HALVED, "moe_num_experts": 5, "moe_topk": 3, "mlp_bias": True}),
+    "cohere2_moe": ("Cohere2Moe", {**GROUPED, **WINDOWS, "num_experts": 5, "num_experts_per_tok": 3, "logit_scale": 0.3,
+                                   "mlp_layer_types": ["sparse", "sparse"], "expert_selection_fn": "sigmoid"}),
+    "cohere2_moe, dense": ("Cohere2Moe", {**GROUPED, **WINDOWS, "num_experts": 5, "num_experts_per_tok": 3,
+                                          "mlp_layer_types": ["sparse", "dense"]}),
     "minimax_m2": ("MiniMaxM2", {**LOCAL, "head_dim": 6}),
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
-LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite")
+LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite", "axk1", "deepseek_v32",
+           "glm_moe_dsa")  # fmt: skip
 """Families with latent attention."""
-SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS), (5, 24))
+LINEARS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Families with linear attention in some layers."""
+SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS, *LINEARS), (5, 24))
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
 for name, (family, _) in [*MODELS.items()]:
     if minor(transformers.__version__) < SINCE.get(name.split(",")[0], (0, 0)) or not hasattr(
@@ -164,11 +190,13 @@ ESSENCE = ("llama", "qwen3", "gemma2", "gpt_neox", "gpt2", "qwen3_moe")
 HEADS = {
     "GPT2": "GPT2LMHeadModel",
     "Gemma3Text": "Gemma3ForCausalLM",
+    "Qwen3_5Text": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeText": "Qwen3_5MoeForCausalLM",
     "SarvamMoE": "Glm4MoeForCausalLM",
     "SarvamMLA": "DeepseekV3ForCausalLM",
     **dict.fromkeys(("Exaone", "InternLM3", "IQuestCoder"), "LlamaForCausalLM"),
 }
-EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss", "Bloom")
+EAGER = ("Gemma2", "VaultGemma", "GPTNeo", "GptOss", "Bloom", "Flint")
 """transformers has no other attention for a cap on scores, nor for these."""
 
 
@@ -181,6 +209,7 @@ def build(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, **c
     model = getattr(transformers, HEADS.get(family, f"{family}ForCausalLM"))(config)
     with torch.no_grad():
         for path, moved in (*model.named_parameters(), *model.named_buffers()):
-            if ("norm" in path and moved.ndim > 1) or "correction_bias" in path or "proj_bias" in path:
+            still = moved.ndim > 1 and not moved.any()  # a router whose weights start at zero
+            if still or ("norm" in path and moved.ndim > 1) or "correction_bias" in path or "proj_bias" in path:
                 moved.add_(0.2 * torch.randn_like(moved))
     return perturbed(model, dtype)

@@ -41,15 +41,17 @@ class Place(NamedTuple):
 
 ATTENTION = ("self_attn", "attention", "attn", "self_attention")
 FINAL = ("norm", "final_layer_norm", "final_layernorm", "embedding_norm", "ln_f")
-MIXERS = ("conv", "mamba")
+MIXERS = ("conv", "mamba", "linear_attn")
 OUTPUT = ("o_proj", "dense", "c_proj", "out_proj")
 IN_FRONT_OF_MLP = (
+    "pre_mlp_layernorm",
     *("pre_feedforward_layernorm", "feedforward_layernorm", "post_attention_layernorm", "ln_2"),
     *("ffn_norm", "pre_ff_layernorm"),
 )
 BEHIND = {
     "hyperclovax": ("post_norm1", "post_norm2"),
-    "glm4": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "afmoe": ("post_attention_layernorm", "post_mlp_layernorm"),
+    **dict.fromkeys(("glm4", "kolibri1"), ("post_self_attn_layernorm", "post_mlp_layernorm")),
     **dict.fromkeys(
         ("gemma2", "gemma3_text", "olmo2", "olmo3", "exaone4", "flex_olmo"),
         ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -57,7 +59,7 @@ BEHIND = {
 }
 """The norms through which what attention and MLP return goes before it is added."""
 NONE_IN_FRONT = ("olmo2", "olmo3", "exaone4", "flex_olmo")
-HEADS_FIRST = ("gemma3_text", "apertus", "exaone4", "exaone_moe", "hy_v3")
+HEADS_FIRST = ("gemma3_text", "apertus", "apertus1p5_text", "exaone4", "exaone_moe", "hy_v3", "kolibri1")
 """Families whose norms of queries and keys are given heads before positions."""
 
 
@@ -107,9 +109,13 @@ def projections(model: Any, attention: Any) -> dict[str, tuple[nn.Module, Split]
             p: (attention.qkv_proj, lambda x, i=i: heads(counts[i])(x.split([c * d for c in counts], -1)[i]))
             for i, p in enumerate("qkv")
         }
+    if attention.q_proj.out_features == 2 * n * attention.head_dim:  # each head's query, then its gate
+        q = {p: (attention.q_proj, lambda x, i=i: half(i)(heads(n)(x))) for i, p in enumerate(("q", "gate"))}
+        return {**q, **{p: (getattr(attention, f"{p}_proj"), heads(kv)) for p in "kv"}}
     scales = {"k": getattr(model.config, "key_multiplier", 1.0)}
     counts = {"q": n, "k": kv, "v": kv}
-    return {
+    gates = {"gate": (attention.gate_proj, heads(n))} if hasattr(attention, "gate_proj") else {}
+    return gates | {
         p: (getattr(attention, f"{p}_proj"), lambda x, p=p: times(scales.get(p, 1.0))(heads(counts[p])(x)))
         for p in "qkv"
     }
@@ -120,7 +126,8 @@ def normed(model: Any, attention: Any) -> dict[str, Place]:
     found = {}
     for part in "qk" if hasattr(attention, "q_norm") or hasattr(attention, "q_layernorm") else "":
         norm: Any = named(attention, (f"{part}_norm", f"{part}_layernorm"))
-        count = model.config.num_attention_heads if part == "q" else model.config.num_key_value_heads
+        n = model.config.num_attention_heads
+        count = n if part == "q" else getattr(model.config, "num_key_value_heads", n)
         wide = norm.weight.ndim == 1 and len(norm.weight) == count * attention.head_dim
         first = model.config.model_type in HEADS_FIRST
         split: Split = heads(count) if wide else (lambda x: x.transpose(1, 2)) if first else whole
@@ -141,6 +148,8 @@ def neurons(mlp: Any) -> dict[str, Place]:
         ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "w2", "fc_out"),
     )
     post = {"hook_post": Place(named(mlp, out), "in")}
+    if hasattr(mlp, "ffn_sub_norm"):
+        post["hook_activated"] = Place(mlp.ffn_sub_norm, "in")
     if hasattr(mlp, "gate_up_proj"):
         fused = mlp.gate_up_proj
         return {"hook_pre": Place(fused, "out", half(0)), "hook_pre_linear": Place(fused, "out", half(1)), **post}
@@ -199,7 +208,8 @@ def block_places(model: Any, layer: int) -> dict[str, Place]:
 def places(model: Any) -> dict[str, Place]:
     """Hook -> where the model hands its tensor over."""
     base = model.base_model
-    scale = getattr(model.config, "embedding_multiplier", 1.0)
+    scale = model.config.hidden_size**0.5 if getattr(model.config, "mup_enabled", False) else 1.0
+    scale = getattr(model.config, "embedding_multiplier", scale)
     found = {
         "hook_embed": Place(
             getattr(base, "word_embeddings_layernorm", base.get_input_embeddings()), "out", times(scale)
@@ -275,7 +285,7 @@ def written(model: Any, hook: str, change: Callable[[Tensor], Tensor], *args: An
 
 
 def into_attention(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **call: Any) -> list[dict[str, Tensor]]:
-    """Queries and keys that each layer of an eager model hands to its family's own attention function."""
+    """Queries and keys that each layer of an eager model hands to its family's own attention function; its output."""
     attention = named(layers_of(model)[-1], ATTENTION)
     family: Any = sys.modules[type(attention).__module__]
     if hasattr(attention, "_reshape"):  # Bloom writes its attention out, from what this method splits
@@ -285,8 +295,9 @@ def into_attention(model: Any, monkeypatch: pytest.MonkeyPatch, *args: Any, **ca
     eager, seen = getattr(place, name), []
 
     def spy(module: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
-        seen.append({"q": query.transpose(1, 2).clone(), "k": key.transpose(1, 2).clone()})
-        return eager(module, query, key, *rest, **options)
+        returned = eager(module, query, key, *rest, **options)
+        seen.append({"q": query.transpose(1, 2).clone(), "k": key.transpose(1, 2).clone(), "out": returned[0].clone()})
+        return returned
 
     with monkeypatch.context() as patch:
         patch.setattr(place, name, spy)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.families.models import ESSENCE, MODELS, build
+from tests.families.models import ESSENCE, LINEARS, MODELS, build
 from tests.families.oracles import attending, into_attention, places, recorded, softmaxed, torch_hooked, written
 from tests.support import cache_of, tokens, torch_hooks, with_cache
 from transformer_lens.model_bridge import TransformerBridge
@@ -18,15 +18,16 @@ from transformer_lens.model_bridge.supported_architectures import ADAPTERS
 every_model = pytest.mark.parametrize("name", MODELS)
 each_kind = pytest.mark.parametrize("name", ESSENCE)
 UNROTATED = {
-    **dict.fromkeys(("smollm3", "cohere2", "exaone4", "exaone_moe", "jamba"), (1,)),
+    **dict.fromkeys(("smollm3", "cohere2", "exaone4", "exaone_moe", "jamba", "afmoe", "afmoe, without mup"), (1,)),
+    **dict.fromkeys(("kolibri1", "flint", "cohere2_moe"), (1,)),
     **dict.fromkeys(("gpt2", "gpt2, scaled", "gpt_neo", "gpt_bigcode", "bloom"), (0, 1)),
 }
 """The layers without position encoding."""
 MIXER = "MixerBridge does not say which of its weights read the stream"
 UNFOLDED = {
-    "gpt_oss": "its shape is",
+    **dict.fromkeys(("gpt_oss", "aria_text"), "its shape is"),
     "phimoe": "the norm in front has a bias, and this module has none",
-    **dict.fromkeys(("lfm2", "lfm2, adjusted", "lfm2_moe", "jamba", "falcon_h1", "falcon_h1, plain"), MIXER),
+    **dict.fromkeys(("lfm2", "lfm2, adjusted", "lfm2_moe", "jamba", "falcon_h1", "falcon_h1, plain", *LINEARS), MIXER),
 }
 """Why the norms of some families cannot be folded into what reads them."""
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
@@ -106,6 +107,8 @@ def test_rotated_queries_and_keys_are_what_enters_attention(name: str, monkeypat
         for part in "qk":
             shown = [f"{attention}.hook_{kind}" for kind in (f"rot_{part}", f"{part}_normed", part)]
             assert torch.equal(next(cache[hook] for hook in shown if hook in cache), qk[part])
+        if f"{attention}.hook_attended" in cache:
+            assert torch.equal(cache[f"{attention}.hook_attended"], qk["out"])
         assert rotates == (layer not in UNROTATED.get(name, ()))
         if not rotates:
             with pytest.raises(KeyError, match="added to the embeddings|has no position encoding|rotates nothing"):
@@ -432,6 +435,7 @@ def test_the_stream_and_the_logits_come_apart(name: str) -> None:
 
 @pytest.mark.core
 @pytest.mark.filterwarnings("ignore:center_writing_weights is left out", "ignore:center_unembed is left out")
+@pytest.mark.filterwarnings("ignore:fold_value_biases is left out")
 @every_model
 def test_processed_weights_predict_the_same(name: str) -> None:
     model, ids = build(name), tokens()
@@ -445,6 +449,7 @@ def test_processed_weights_predict_the_same(name: str) -> None:
     with bridge.process_weights() as changes:
         capped, centred = bridge.adapter.logit_cap() is not None, bridge.cfg.normalization_type == "LN"
         assert ("center_unembed" in changes.steps, "center_writing_weights" in changes.steps) == (not capped, centred)
+        assert ("fold_value_biases" in changes.steps) == ("blocks.1.attn.hook_attended" not in bridge.hook_dict)
         torch.testing.assert_close(bridge(ids).log_softmax(-1), bare, rtol=1e-4, atol=1e-4)
         for norm in (*(bridge.blocks[0].role(role) for role in bridge.blocks[0].feeds), bridge.ln_final):
             assert torch.equal(norm.w, torch.ones_like(norm.w))

@@ -248,13 +248,18 @@ CENTRED = (
     "gpt2",
     "gpt_bigcode",
     "bloom",
+    "persimmon",
 )
 OTHERS = {
-    **{name: STEPS for name in MODELS if name.split(",")[0] in (*CENTRED, "cohere2")},
+    **{name: STEPS for name in MODELS if name.split(",")[0] in (*CENTRED, "cohere2", "cohere2_moe")},
     # Capped logits.
     **dict.fromkeys(["gemma2", "vaultgemma"], ("fold_ln", "fold_value_biases")),
     # A mixer does not say which of its weights read the stream.
     **{name: PLAIN[1:] for name in MODELS if name.startswith(("lfm2", "falcon_h1", "jamba"))},
+    # A gate or a norm between the values and W_O, or sinks.
+    **{name: PLAIN[:2] for name in MODELS if name.startswith(("bitnet", "afmoe", "flint"))},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), ("center_unembed",)),
+    "aria_text": PLAIN[1:],  # its experts lie otherwise
     "phimoe": ("center_writing_weights", *PLAIN[1:]),  # its norm has a bias, and its router takes none
     "gpt_oss": ("center_unembed",),  # sinks, and experts that lie otherwise
 }
@@ -274,6 +279,11 @@ IN_FLOAT32 = (
     "deepseek",
     "sarvam_mla",
     "bloom",
+    "afmoe",
+    "axk1",
+    "flint",
+    "glm_moe_dsa",
+    "kolibri1",
 )
 
 

@@ -20,7 +20,6 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from transformer_lens.model_bridge.access import views
 from transformer_lens.model_bridge.access.views import (
-    Columns,
     EveryOther,
     ExpandedValues,
     FusedBlocks,
@@ -75,7 +74,9 @@ def seen(draw: st.DrawFn) -> Seen:
         Seen(FusedQKV(groups, per, d, "q", grouped=True), fused, (batch, pos, groups, per, d)),
         Seen(Groups(Heads(groups * per, d), groups), flat, (batch, pos, groups, per, d)),
         Seen(Groups(FusedBlocks(groups * per, groups, d, "q"), groups), fused, (batch, pos, groups, per, d)),
-        Seen(Columns(groups, groups * per * d), flat, (batch, pos, groups * (per * d - 1))),
+        Seen(
+            FusedQKV(groups, 0, d, "v"), torch.randn(batch, pos, groups * 2 * d, dtype=dtype), (batch, pos, groups, d)
+        ),
         Seen(Half(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
         Seen(EveryOther(1), torch.cat([flat, flat], -1), (batch, pos, groups * per * d)),
         Seen(
@@ -84,7 +85,7 @@ def seen(draw: st.DrawFn) -> Seen:
             (batch, pos, groups, d),
         ),
         Seen(Times(Heads(groups * per, d), 1.0), flat, (batch, pos, groups * per, d)),
-        Seen(Transposed(Columns(0, pos)), fused, (batch, fused.shape[-1], pos)),
+        Seen(Transposed(Whole()), fused, (batch, fused.shape[-1], pos)),
         Seen(Moved(Heads(groups * per, d), 0, -1), flat, (pos, groups * per, d, batch)),
         Seen(Moved(Transposed(Heads(groups * per, d)), 1, -2), flat.mT, (batch, groups * per, pos, d)),
         Seen(Moved(Transposed(FusedQKV(groups, per, d, part)), 1, -2), fused.mT, (batch, heads, pos, d)),
@@ -257,7 +258,7 @@ def test_parts_by_hand() -> None:
     assert grouped == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
     by_group = FusedQKV(2, 2, 1, "q", grouped=True).get(whole).flatten(1)
     assert by_group.tolist() == [[0, 1], [4, 5]]
-    assert Transposed(Columns(1, 3)).get(numbered(4, 2)).tolist() == [[2, 4], [3, 5]]
+    assert Transposed(Half(1)).get(numbered(4, 2)).tolist() == [[4, 6], [5, 7]]
     both = torch.arange(6.0)
     assert [Half(which).get(both).tolist() for which in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
     assert [EveryOther(start).get(both).tolist() for start in (0, 1)] == [[0, 2, 4], [1, 3, 5]]

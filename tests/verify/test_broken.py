@@ -27,7 +27,7 @@ from transformer_lens.model_bridge.generalized_components import (
     Part,
     UnembeddingBridge,
 )
-from transformer_lens.model_bridge.generalized_components.attention import FUSED, ROTATED, SCORES, qkv_hooks
+from transformer_lens.model_bridge.generalized_components.attention_rows import FUSED, ROTATED, SCORES, qkv_hooks
 from transformer_lens.model_bridge.generating import run as generation_run
 from transformer_lens.model_bridge.supported_architectures import ADAPTERS, adapter_for
 from transformer_lens.model_bridge.upstream import CACHE, STREAM, layer_of_cache

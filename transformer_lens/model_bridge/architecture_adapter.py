@@ -88,6 +88,8 @@ class ArchitectureAdapter:
     """Config attributes that make its blocks random in training."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Further fields of the config that change nothing in what hooks mean."""
+    mixer_settings: ClassVar[tuple[str, ...]] = ()
+    """How the names of further such fields begin, which set up mixers that stay closed."""
     scales_given_embeddings: ClassVar[bool] = True
     """Whether `embed_scale` also multiplies embeddings that the model is called with; if not, no hook shows those."""
     root_hooks: tuple[Hook, ...] = ROOT_HOOKS
@@ -127,7 +129,9 @@ class ArchitectureAdapter:
         known = {*self.cfg_names.values(), *self.config_keys, *self.dropouts, *self.harmless, *EVERYWHERE}
         known |= {field.name for field in fields(PreTrainedConfig)}
         default: Any = family()  # where a default is `None`, it holds the number that the config puts there itself
-        for field in [field for field in fields(family) if field.name not in known]:
+        inside = tuple(f"{prefix}_" for prefix in self.mixer_settings)
+        unknown = [field for field in fields(family) if not (field.name in known or field.name.startswith(inside))]
+        for field in unknown:
             value = attribute(self.config, field.name)
             if value not in (field.default, attribute(default, field.name)):
                 raise ValueError(
@@ -164,7 +168,8 @@ class ArchitectureAdapter:
     def window(self, layer: int) -> int | None:
         """How many of the latest positions a layer attends to, itself included; `None` for all of them."""
         types = self.config.layer_types if "layer_types" in self.config_keys else None
-        kinds = {"sliding_attention": self.cfg.sliding_window, "full_attention": None, "conv": None}
+        kinds = dict.fromkeys(("full_attention", "conv", "linear_attention"))
+        kinds |= {"sliding_attention": self.cfg.sliding_window}
         return self.cfg.sliding_window if types is None else kinds[types[layer]]
 
     def embed_scale(self) -> float:

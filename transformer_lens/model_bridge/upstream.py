@@ -166,7 +166,8 @@ def attention_functions(module: nn.Module) -> Any:
 
 def rotation_of(module: nn.Module) -> Any:
     """The function that applies RoPE in an attention module: `(q, k, cos, sin) -> (q, k)`."""
-    pairs = attribute(module, "config").to_dict().get("rope_interleave")
+    config = attribute(module, "config").to_dict()
+    pairs = config.get("rope_interleave", "index_topk" in config)
     return _of_its_file(module, "function", *((f"{ROTATING}_interleave",) if pairs else (ROTATING, ROTATING_COMPLEX)))
 
 

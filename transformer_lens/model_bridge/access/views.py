@@ -151,17 +151,6 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Columns(Some):
-    """Some adjacent entries of the last axis."""
-
-    start: int
-    stop: int
-
-    def place(self, x: Shaped[Tensor, "*rows all"]) -> Shaped[Tensor, "*rows some"]:
-        return x[..., self.start : self.stop]
-
-
-@dataclass(frozen=True)
 class Half(Some):
     """One of the two halves of the last axis."""
 
@@ -266,7 +255,9 @@ class Shifted:
 
 def in_groups(view: View, kv_groups: int) -> View:
     """The query heads of a view as `(kv_group, heads_per_group)`, without copying them."""
-    return replace(view, grouped=True) if isinstance(view, FusedQKV) else Groups(view, kv_groups)
+    if isinstance(view, FusedQKV) and view.part == "q":
+        return replace(view, grouped=True)
+    return Groups(view, kv_groups)
 
 
 def whole(cfg: BridgeConfig) -> View:
@@ -295,6 +286,11 @@ def query_heads(cfg: BridgeConfig) -> View:
     return Heads(cfg.n_heads, -1)
 
 
+def beside_gate(part: Literal["k", "v"], cfg: BridgeConfig) -> View:
+    """Each head's query ("k") and its gate ("v"), laid out as key and value of a group without queries."""
+    return FusedQKV(cfg.n_heads, 0, cfg.d_head, part)
+
+
 def key_value_heads(cfg: BridgeConfig) -> View:
     """What each group's key or value has, of whatever width."""
     return Heads(cfg.n_key_value_heads, -1)
@@ -316,5 +312,6 @@ def block(part: Literal["q", "k", "v"], cfg: BridgeConfig) -> View:
 
 
 first_half, second_half = partial(half, 0), partial(half, 1)
+gated_q, gate_of_q = partial(beside_gate, "k"), partial(beside_gate, "v")
 fused_q, fused_k, fused_v = partial(fused, "q"), partial(fused, "k"), partial(fused, "v")
 block_q, block_k, block_v = partial(block, "q"), partial(block, "k"), partial(block, "v")

@@ -37,6 +37,11 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
         raise TypeError(f"module: got {in_words(module)}, expected a module of a model")
     if is_adapted(module):
         return adapted_weight(module, name, partial(read_weight, shard=shard))
+    if rounds(module):
+        raise ValueError(
+            f"the {name} of {type(module).__name__}: BitNet's layers round what they multiply to 8 bits in each call, "
+            "so no weight is what they compute with; hooks show what enters and leaves them"
+        )
     if not isinstance(name, str) or not hasattr(module, name):
         raise ValueError(f"name: got {in_words(name)}, expected the name of a weight of {type(module).__name__}")
     weight: Tensor = getattr(module, name)
@@ -75,6 +80,12 @@ def execution_device(module: nn.Module) -> torch.device:
         return device
     found = next(h.execution_device for h in _each(hook) if hasattr(h, "offload"))
     return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
+
+
+def rounds(module: nn.Module) -> bool:
+    """Whether a layer of BitNet's, which rounds what it multiplies, computes with no weight that it has."""
+    bitnet = sys.modules.get("transformers.integrations.bitnet")
+    return bitnet is not None and isinstance(module, (bitnet.BitLinear, bitnet.AutoBitLinear))
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -13,36 +13,12 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+import transformer_lens.model_bridge.generalized_components.attention_rows as rows
+from transformer_lens.model_bridge.access import seams
 from transformer_lens.model_bridge.access.inside_call import InsideCall
-from transformer_lens.model_bridge.access.ports import Inside, Port
-from transformer_lens.model_bridge.access.seams import (
-    Attend,
-    BesideSinks,
-    KeysAndValues,
-    PassingBy,
-    Probabilities,
-    Step,
-    attention_function,
-    beside,
-    until_enough,
-)
+from transformer_lens.model_bridge.access.ports import Port
 from transformer_lens.model_bridge.access.sharding import Interior, Sharding
-from transformer_lens.model_bridge.access.views import (
-    View,
-    block_k,
-    block_q,
-    block_v,
-    expanded_values,
-    fused_k,
-    fused_q,
-    fused_v,
-    heads_first,
-    key_value_heads,
-    query_heads,
-    whole,
-)
-from transformer_lens.model_bridge.config import BridgeConfig
-from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace, AttentionRun, Places
+from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace, AttentionRun
 from transformer_lens.model_bridge.generalized_components.base import Hook, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.block import PER_HEAD
 from transformer_lens.model_bridge.generalized_components.weights import AttentionWeights
@@ -57,93 +33,11 @@ from transformer_lens.model_bridge.upstream import (
     first_forward,
 )
 
-NOT_ROTATED = "ALiBi adds a bias to the scores and rotates nothing"
-NO_POSITIONS = "this layer has no position encoding: it compares queries and keys as they are"
-TO_NOTHING = "attention probabilities; the rest of each row goes to its sink"
-PROBABILITIES = ("hook_attn_scores", "hook_pattern")
-LEARNED = "positions are added to the embeddings, and nothing is rotated"
-
-
-SEPARATE: Places = {"q": ("q", query_heads), "k": ("k", key_value_heads), "v": ("v", key_value_heads)}
-FUSED: Places = {"q": ("qkv", fused_q), "k": ("qkv", fused_k), "v": ("qkv", fused_v)}
-LATENT: Places = {"q": ("q", query_heads), "v": ("kv_b", expanded_values)}
-BLOCKS: Places = {"q": ("qkv", block_q), "k": ("qkv", block_k), "v": ("qkv", block_v)}
-OF_ONE_MATMUL: tuple[StreamMatrix, ...] = (StreamMatrix("qkv"),)
-OF_PROJECTIONS: tuple[StreamMatrix, ...] = (StreamMatrix("q"), StreamMatrix("k"), StreamMatrix("v"))
-OUTPUT = (StreamMatrix("o"),)
-
-
-def qkv_hooks(places: Places, width: str = "d_head", values: str = "pos") -> tuple[Hook, ...]:
-    """The rows of q, k, v and z; the axes of values and z end in `width`, and `values` are at these positions."""
-    meanings = {"q": "queries", "k": "keys", "v": "values"}
-    heads = {"q": "head", "k": "kv_head", "v": "kv_head"}
-    enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
-    projections = tuple(
-        Hook(
-            f"hook_{part}",
-            f"batch {values if part == 'v' else 'pos'} {heads[part]} {width if part == 'v' else 'd_head'}",
-            f"the {meanings[part]}" + (" before position encoding" if part != "v" else ""),
-            Port(role, "out", view),
-            aliases=(f"{part}.hook_out",),
-        )
-        for part, (role, view) in places.items()
-    )
-    z = Hook(
-        "hook_z",
-        f"batch pos head {width}",
-        "each head's output before W_O: the values averaged by its pattern",
-        Port("o", "in", query_heads),
-        aliases=("o.hook_in",),
-    )
-    return (enter, *projections, z)
-
-
-ROTATED = (
-    Hook("hook_rot_q", "batch pos head d_head", "the queries after rotary position encoding", Inside()),
-    Hook("hook_rot_k", "batch pos kv_head d_head", "the keys after rotary position encoding", Inside()),
-)
-
-
-def normed(**views: Callable[[BridgeConfig], View]) -> tuple[Hook, ...]:
-    """The hooks after QK-norm, by the view of heads in what the norms return."""
-    words = {"q": ("head", "the queries"), "k": ("kv_head", "the keys")}
-    return tuple(
-        Hook(
-            f"hook_{part}_normed",
-            f"batch pos {words[part][0]} d_head",
-            f"{words[part][1]} after their norm, before position encoding",
-            Port(f"{part}_norm", view=view),
-            aliases=(f"{part}_norm.hook_out",),
-        )
-        for part, view in views.items()
-    )
-
-
-NORMED = normed(q=whole, k=whole)
-NORMED_HEADS_FIRST = normed(q=heads_first, k=heads_first)
-NORMED_WHOLE = normed(q=query_heads, k=key_value_heads)
-SCORES = (
-    Hook(
-        "hook_attn_scores",
-        "batch head query_pos key_pos",
-        "attention scores, scaled and masked, before the softmax",
-        Inside(),
-    ),
-    Hook("hook_pattern", "batch head query_pos key_pos", "attention probabilities; each row sums to one", Inside()),
-    Hook(
-        "hook_result",
-        "batch pos head d_model",
-        "each head's z times its part of W_O; they sum to what attention returns, less the bias",
-        Inside(kind="formula"),
-        on_request=True,
-    ),
-)
-
 
 class OpenAttentionBridge(AttentionWeights, AttentionPlace):
     """Attention whose inside has names; subclasses say where q, k and v are, and where the module's seams are."""
 
-    writes = OUTPUT
+    writes = rows.OUTPUT
     takes: ClassVar[tuple[Word, ...]] = (STREAM, MASK, CACHE)
     attributes: ClassVar[tuple[str, ...]] = ("config", "layer_idx")
 
@@ -154,8 +48,8 @@ class OpenAttentionBridge(AttentionWeights, AttentionPlace):
 
     def inside(self, call: InsideCall) -> Any:
         """The module's call, with its seams opened as far as hooks need."""
-        with ExitStack() as seams:
-            run = AttentionRun(self, call, seams)
+        with ExitStack() as opened:
+            run = AttentionRun(self, call, opened)
             run.amend_queries()
             run.show_results()
             run.open_cache()
@@ -169,7 +63,7 @@ class OpenAttentionBridge(AttentionWeights, AttentionPlace):
 class FunctionAttentionBridge(OpenAttentionBridge):
     """Attention that asks transformers for its attention function (`ALL_ATTENTION_FUNCTIONS`), as most families do."""
 
-    probabilities: ClassVar[type[Probabilities]] = Probabilities
+    probabilities: ClassVar[type[seams.Probabilities]] = seams.Probabilities
 
     def check_module(self) -> None:
         super().check_module()
@@ -177,72 +71,77 @@ class FunctionAttentionBridge(OpenAttentionBridge):
 
     def attend(self, run: AttentionRun) -> Any:
         rotated = ("hook_rot_q", "hook_rot_k") if self.late_keys else ("hook_rot_q",)
-        if not (run.widened or run.wants_any(*rotated, *PROBABILITIES)):
+        if not (run.widened or run.wants_any(*rotated, *rows.PROBABILITIES, rows.ATTENDED.name)):
             return run.call.run()
-        with attention_function(run.call.module, partial(self._instead, run)):
+        with seams.attention_function(run.call.module, partial(self._instead, run)):
             return run.call.run()
 
-    def _instead(self, run: AttentionRun, real: Attend, eager: Attend) -> Attend:
+    def _instead(self, run: AttentionRun, real: seams.Attend, eager: seams.Attend) -> seams.Attend:
         """The replacement of the attention function: with hooks on its queries, and on its inside."""
 
-        def attend(
-            module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: Any, *args: Any, **kwargs: Any
+        def computed(
+            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
-            queries, keys = run.queries(queries), run.keys(keys)
+            q, k = run.queries(q), run.keys(k)
             if run.widened:  # each query head has its key already, and nothing is to be repeated
-                module = beside(module, num_key_value_groups=1)
+                module = seams.beside(module, num_key_value_groups=1)
 
             def explicit(mask: Any, sees: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
                 pattern = partial(run.pattern, sees=sees)
                 with self.probabilities(module, run.scores, pattern, drops=True, reuses=run.reuses):
-                    return eager(module, queries, keys, values, mask, *args, **kwargs)
+                    return eager(module, q, k, v, mask, *args, **kwargs)
 
-            if not run.wants_any(*PROBABILITIES):
-                return real(module, queries, keys, values, mask, *args, **kwargs)
+            if not run.wants_any(*rows.PROBABILITIES):
+                return real(module, q, k, v, attention_mask, *args, **kwargs)
             if real is eager:
-                return explicit(mask)
-            added, sees = run.eager_mask(mask, queries.shape[2], keys.shape[2], queries)
-            if run.writes_any(*PROBABILITIES):
+                return explicit(attention_mask)
+            added, sees = run.eager_mask(attention_mask, q.shape[2], k.shape[2], q)
+            if run.writes_any(*rows.PROBABILITIES):
                 return explicit(added, sees)[0], None
-            output = real(module, queries, keys, values, mask, *args, **kwargs)
+            output = real(module, q, k, v, attention_mask, *args, **kwargs)
             run.beside = True
-            with until_enough():
+            with seams.until_enough():
                 explicit(added, sees)
             return output
 
-        return attend
+        def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            output, pattern = computed(*args, **kwargs)
+            return run.call.fire(rows.ATTENDED.name, output), pattern
+
+        return attend if run.wants_any(rows.ATTENDED.name) else computed
 
 
 class PositionEmbeddingsAttentionBridge(FunctionAttentionBridge):
     """RoPE attention with separate projections: roles `q`, `k`, `v`, `o` (Mixtral, Llama, Mistral)."""
 
-    places = SEPARATE
-    reads = OF_PROJECTIONS
-    hooks = (*qkv_hooks(SEPARATE), *ROTATED, *SCORES)
+    places = rows.SEPARATE
+    reads = rows.OF_PROJECTIONS
+    hooks = (*rows.qkv_hooks(rows.SEPARATE), *rows.ROTATED, *rows.SCORES)
 
 
-class UnrotatedAttentionBridge(PositionEmbeddingsAttentionBridge):
-    """The same without position encoding."""
-
-    hooks = (*qkv_hooks(SEPARATE), *SCORES)
-    absent = {"hook_rot_q": NO_POSITIONS, "hook_rot_k": NO_POSITIONS}
-
-
-class UnrotatedNormedQKAttentionBridge(UnrotatedAttentionBridge):
-    """The same with QK-norm, whose norms take heads before positions (Exaone 4)."""
-
-    hooks = (*UnrotatedAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+def unrotated(name: str, kind: type[Any]) -> type[Any]:
+    """A kind of attention without position encoding."""
+    hooks = tuple(hook for hook in kind.hooks if hook not in rows.ROTATED)
+    absent = {**kind.absent, "hook_rot_q": rows.NO_POSITIONS, "hook_rot_k": rows.NO_POSITIONS}
+    described = {"__doc__": f"`{kind.__name__}` without position encoding.", "__module__": __name__}
+    return type(name, (kind,), {**described, "hooks": hooks, "absent": absent})
 
 
 class SinkAttentionBridge(PositionEmbeddingsAttentionBridge):
     """RoPE attention with sinks: each head has a learned score beside those of the keys."""
 
     sinks = True
-    probabilities = BesideSinks
+    probabilities = seams.BesideSinks
     hooks = tuple(
-        replace(hook, meaning=TO_NOTHING) if hook.name == "hook_pattern" else hook
+        replace(hook, meaning=rows.TO_NOTHING) if hook.name == "hook_pattern" else hook
         for hook in PositionEmbeddingsAttentionBridge.hooks
     )
+
+
+class NormedSinkAttentionBridge(SinkAttentionBridge):
+    """The same with QK-norm (Flint)."""
+
+    hooks = (*SinkAttentionBridge.hooks, *rows.NORMED)
 
 
 class NormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
@@ -251,28 +150,28 @@ class NormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     `hook_q` and `hook_k` are what the projections return; the norms' outputs are at hooks of their own.
     """
 
-    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED)
+    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *rows.NORMED)
 
 
 class HeadsFirstNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     """QK-norm attention whose norms take heads before positions (Gemma 3, Apertus)."""
 
-    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_HEADS_FIRST)
+    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *rows.NORMED_HEADS_FIRST)
 
 
 class WholeNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     """QK-norm attention with one norm over all queries, and one over all keys (OLMo 2)."""
 
-    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *NORMED_WHOLE)
+    hooks = (*PositionEmbeddingsAttentionBridge.hooks, *rows.NORMED_WHOLE)
 
 
 class LateNormedQKAttentionBridge(PositionEmbeddingsAttentionBridge):
     """QK-norm attention whose norms follow RoPE: roles `q_late_norm`, `k_late_norm` too (Hunyuan)."""
 
     hooks = (
-        *qkv_hooks(SEPARATE),
-        *(replace(hook, meaning=f"{hook.meaning} and their norm") for hook in ROTATED),
-        *SCORES,
+        *rows.qkv_hooks(rows.SEPARATE),
+        *(replace(hook, meaning=f"{hook.meaning} and their norm") for hook in rows.ROTATED),
+        *rows.SCORES,
     )
 
 
@@ -283,20 +182,57 @@ def _no_matrix(attention: AttentionPlace) -> Any:
     )
 
 
+def _no_circuit(attention: AttentionPlace) -> Any:
+    raise ValueError(
+        f"{attention.name}: a norm or a gate stands between a head's values and W_O, so W_V @ W_O is not what the head "
+        f"writes; {attention.name}.hook_z is what enters W_O, and hook_result what each head writes"
+    )
+
+
+class SubNormedAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """RoPE attention with one norm over what all heads return, in front of W_O (BitNet)."""
+
+    hooks = rows.through("behind the norm over all heads", PositionEmbeddingsAttentionBridge.hooks)
+    OV = cast(Any, property(_no_circuit))
+
+
+class GatedAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """QK-norm attention whose heads are multiplied by gates: roles `gate`, `q_norm`, `k_norm` too (Afmoe)."""
+
+    places = rows.GATED
+    reads = (*rows.OF_PROJECTIONS, StreamMatrix("gate"))
+    hooks = rows.gated(rows.GATED)
+    OV = cast(Any, property(_no_circuit))
+
+
+class GatedQueryAttentionBridge(GatedAttentionBridge):
+    """The same with RoPE, and with query and gate of a head side by side in role `q` (Qwen 3 Next)."""
+
+    places = rows.GATED_QUERIES
+    reads = rows.OF_PROJECTIONS
+    hooks = rows.gated(rows.GATED_QUERIES)
+
+
+UnrotatedAttentionBridge = unrotated("UnrotatedAttentionBridge", PositionEmbeddingsAttentionBridge)
+UnrotatedNormedQKAttentionBridge = unrotated("UnrotatedNormedQKAttentionBridge", HeadsFirstNormedQKAttentionBridge)
+UnrotatedGatedAttentionBridge = unrotated("UnrotatedGatedAttentionBridge", GatedAttentionBridge)
+UnrotatedNormedSinkAttentionBridge = unrotated("UnrotatedNormedSinkAttentionBridge", NormedSinkAttentionBridge)
+
+
 class LatentAttentionBridge(FunctionAttentionBridge):
     """Attention whose keys and values are made from a latent vector: roles `q`, `kv_a`, `kv_norm`, `kv_b`, `o`.
 
     The KV cache holds latent vectors; keys and values of all positions are made in each call. Source: DeepSeek-V2.
     """
 
-    places = LATENT
+    places = rows.LATENT
     late_keys = True
-    reads = (StreamMatrix("q"), StreamMatrix("kv_a"))
+    reads: ClassVar[tuple[StreamMatrix, ...]] = (StreamMatrix("q"), StreamMatrix("kv_a"))
     hooks = (
-        *qkv_hooks(LATENT, "d_v", "key_pos"),
+        *rows.qkv_hooks(rows.LATENT, "d_v", "key_pos"),
         Hook("hook_kv_latent", "batch pos d_latent", "what keys and values are made from", Port("kv_norm")),
-        *(replace(hook, axes=hook.axes.replace("pos kv_head", "key_pos head")) for hook in ROTATED),
-        *SCORES,
+        *(replace(hook, axes=hook.axes.replace("pos kv_head", "key_pos head")) for hook in rows.ROTATED),
+        *rows.SCORES,
     )
     absent: ClassVar[Mapping[str, str]] = {"hook_k": "keys are joined from two parts: read hook_rot_k, hook_kv_latent"}
     closes = dict.fromkeys(PER_HEAD, "keys and values of all heads are made from one latent vector")
@@ -306,7 +242,7 @@ class LatentAttentionBridge(FunctionAttentionBridge):
 class LatentQueryAttentionBridge(LatentAttentionBridge):
     """The same, with queries from a latent vector of their own: roles `q_a` and `q_norm` too."""
 
-    reads = (StreamMatrix("q_a"), StreamMatrix("kv_a"))
+    reads: ClassVar[tuple[StreamMatrix, ...]] = (StreamMatrix("q_a"), StreamMatrix("kv_a"))
     hooks = (
         *LatentAttentionBridge.hooks,
         Hook("hook_q_latent", "batch pos d_q_latent", "what queries are made from", Port("q_norm")),
@@ -314,28 +250,46 @@ class LatentQueryAttentionBridge(LatentAttentionBridge):
     W_Q = W_Q_grouped = b_Q = b_Q_grouped = cast(Any, property(_no_matrix))
 
 
+class ChoosingAttentionBridge(LatentQueryAttentionBridge):
+    """The same for the keys that an indexer chooses, here or in a layer before (DeepSeek V3.2)."""
+
+    chooses = True
+
+
+class IndexedAttentionBridge(ChoosingAttentionBridge):
+    """The same with the indexer: roles `index_k`, `index_weights` too."""
+
+    reads = (*ChoosingAttentionBridge.reads, StreamMatrix("index_k"), StreamMatrix("index_weights"))
+
+
 class JointQKVAttentionBridge(FunctionAttentionBridge):
     """RoPE attention with fused, grouped QKV: roles `qkv`, `o` (GPT-NeoX: one head per group)."""
 
-    places = FUSED
-    reads = OF_ONE_MATMUL
-    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
+    places = rows.FUSED
+    reads = rows.OF_ONE_MATMUL
+    hooks = (*rows.qkv_hooks(rows.FUSED), *rows.ROTATED, *rows.SCORES)
+
+
+class NormedJointQKVAttentionBridge(JointQKVAttentionBridge):
+    """The same with QK-norm: roles `q_norm`, `k_norm` too (Persimmon)."""
+
+    hooks = (*JointQKVAttentionBridge.hooks, *rows.NORMED)
 
 
 class QKVBlocksAttentionBridge(FunctionAttentionBridge):
     """Attention with learned positions and QKV fused as `[Q | K | V]`: roles `qkv`, `o` (GPT-2)."""
 
-    places = BLOCKS
-    reads = OF_ONE_MATMUL
-    hooks = (*qkv_hooks(BLOCKS), *SCORES)
-    absent = {"hook_rot_q": LEARNED, "hook_rot_k": LEARNED}
+    places = rows.BLOCKS
+    reads = rows.OF_ONE_MATMUL
+    hooks = (*rows.qkv_hooks(rows.BLOCKS), *rows.SCORES)
+    absent = {"hook_rot_q": rows.LEARNED, "hook_rot_k": rows.LEARNED}
 
 
 class RotatedQKVBlocksAttentionBridge(JointQKVAttentionBridge):
     """RoPE attention with QKV fused as `[Q | K | V]`: roles `qkv`, `o` (Phi 3)."""
 
-    places = BLOCKS
-    hooks = (*qkv_hooks(BLOCKS), *ROTATED, *SCORES)
+    places = rows.BLOCKS
+    hooks = (*rows.qkv_hooks(rows.BLOCKS), *rows.ROTATED, *rows.SCORES)
 
 
 class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
@@ -344,27 +298,27 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
     If asked for its pattern, the module computes it, whatever the implementation (`FalconAttention.forward`).
     """
 
-    places = FUSED
-    reads = OF_ONE_MATMUL
+    places = rows.FUSED
+    reads = rows.OF_ONE_MATMUL
     takes = (*OpenAttentionBridge.takes, OUTPUT_ATTENTIONS, ALIBI)
-    hooks = (*qkv_hooks(FUSED), *ROTATED, *SCORES)
+    hooks = (*rows.qkv_hooks(rows.FUSED), *rows.ROTATED, *rows.SCORES)
 
     def attend(self, run: AttentionRun) -> Any:
         call, config = run.call, cast("Any", run.call.module).config
-        if not run.wants_any("hook_rot_q", *PROBABILITIES):
+        if not run.wants_any("hook_rot_q", *rows.PROBABILITIES):
             return call.run()
         if config._attn_implementation == "eager" or call.argument(OUTPUT_ATTENTIONS):
             with self._opened(run, run.scores, run.pattern):
                 return call.run()
-        if run.writes_any("hook_rot_q", *PROBABILITIES):
+        if run.writes_any("hook_rot_q", *rows.PROBABILITIES):
             own = call.original if config._attn_implementation == "sdpa" else _computing_pattern(call.module)
             output, _, *rest = self._explicitly(run, call, own)
             return (output, None, *rest)
         run.note_projections()
         output = call.run()
         run.beside = True
-        with until_enough():
-            there = call.given({CACHE: PassingBy(partial(_there, run))})
+        with seams.until_enough():
+            there = call.given({CACHE: seams.PassingBy(partial(_there, run))})
             self._explicitly(run, there, _computing_pattern(run.handing(run.projected)))
         return output
 
@@ -387,9 +341,11 @@ class JointQKVPositionEmbeddingsAttentionBridge(OpenAttentionBridge):
             return forward(*call.args, **call.kwargs)
 
     @contextmanager
-    def _opened(self, run: AttentionRun, scores: Step, pattern: Step) -> Iterator[None]:
+    def _opened(self, run: AttentionRun, scores: seams.Step, pattern: seams.Step) -> Iterator[None]:
         """Open the seams of the module's products and softmax, once its keys are there."""
-        seam = Probabilities(run.call.module, scores, pattern, drops=False, queries=run.queries, reuses=run.reuses)
+        seam = seams.Probabilities(
+            run.call.module, scores, pattern, drops=False, queries=run.queries, reuses=run.reuses
+        )
         with ExitStack() as opened:
             run.at_keys = lambda: opened.enter_context(seam)
             yield
@@ -402,7 +358,7 @@ def _computing_pattern(module: Any) -> Callable[..., Any]:
     return cast("Callable[..., Any]", MethodType(forward, module))
 
 
-def _there(run: AttentionRun, _keys: Tensor, _values: Tensor) -> KeysAndValues:
+def _there(run: AttentionRun, _keys: Tensor, _values: Tensor) -> seams.KeysAndValues:
     run.at_keys()
     return run.keys_and_values
 
@@ -410,5 +366,5 @@ def _there(run: AttentionRun, _keys: Tensor, _values: Tensor) -> KeysAndValues:
 class ALiBiJointQKVAttentionBridge(JointQKVPositionEmbeddingsAttentionBridge):
     """Falcon's ALiBi attention: roles `qkv`, `o`. Its mask already holds the bias."""
 
-    hooks = (*qkv_hooks(FUSED), *SCORES)
-    absent = {"hook_rot_q": NOT_ROTATED, "hook_rot_k": NOT_ROTATED}
+    hooks = (*rows.qkv_hooks(rows.FUSED), *rows.SCORES)
+    absent = {"hook_rot_q": rows.NOT_ROTATED, "hook_rot_k": rows.NOT_ROTATED}

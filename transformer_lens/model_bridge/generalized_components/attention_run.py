@@ -14,16 +14,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access import seams
 from transformer_lens.model_bridge.access.inside_call import InsideCall, on_output
-from transformer_lens.model_bridge.access.seams import (
-    Enough,
-    Handed,
-    KeysAndValues,
-    PassingBy,
-    beside,
-    cache_update,
-    unhooked,
-)
 from transformer_lens.model_bridge.access.views import View
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
@@ -36,12 +28,18 @@ Places = Mapping[str, tuple[str, Callable[[BridgeConfig], View]]]
 """The role whose output holds q, k or v, and the view of it there."""
 
 
+OF_ONE_HEAD = {"q", "gate"}
+"""What each query head has for itself."""
+
+
 class AttentionPlace(ComponentBridge):
     """Any attention; called by itself, it takes all arguments of its module."""
 
     places: ClassVar[Places]
     sinks: ClassVar[bool] = False
     """Whether a row of the pattern sums to less than one because the rest goes to a sink."""
+    chooses: ClassVar[bool] = False
+    """Whether it reads some of the keys that its mask allows."""
     late_keys: ClassVar[bool] = False
     """Whether keys and values are made in each call, of all positions, from what the KV cache holds."""
     number: ClassVar[str] = "layer_idx"
@@ -68,21 +66,21 @@ class AttentionPlace(ComponentBridge):
 
 
 class AttentionRun:
-    def __init__(self, component: AttentionPlace, call: InsideCall, seams: ExitStack) -> None:
+    def __init__(self, component: AttentionPlace, call: InsideCall, opened: ExitStack) -> None:
         self.component = component
         self.call = call
-        self.seams = seams
+        self.seams = opened
         self.cfg = call.cfg
         self.beside = False
         """Whether this computation runs beside the module, and may end once everything wanted was seen."""
         self.projected: dict[str, Tensor] = {}
         """The outputs of the projections of q, k and v, by role."""
-        self.keys_and_values: KeysAndValues
+        self.keys_and_values: seams.KeysAndValues
         self.at_keys: Callable[[], object] = lambda: None
         """What to do once the keys are there."""
         self.changes = self._changes()
         """The changes of q, k and v by hooks at single query heads' inputs."""
-        self.widened = any(part != "q" for part in self.changes)
+        self.widened = bool(self.changes.keys() - OF_ONE_HEAD)
         """Whether every query head has its own key and value in this call."""
 
     @property
@@ -99,14 +97,14 @@ class AttentionRun:
         return any(map(self.call.writes, names))
 
     def amend_queries(self) -> None:
-        """Add to q the changes by hooks at single query heads' inputs, before any hook sees q.
+        """Add to q, and to gates, the changes by hooks at single query heads' inputs, before any hook sees them.
 
         Keys and values, which a group shares, are changed for that query head alone, after the cache.
         """
-        if "q" in self.changes:
-            role, view = self.component.places["q"]
-            amend = partial(_added, view=view(self.cfg), change=self.changes["q"])
-            self.seams.enter_context(on_output(self.call.parts(role), lambda _, out: amend(out), first=True))
+        for part in self.changes.keys() & OF_ONE_HEAD:
+            role, view = self.component.places[part]
+            amend = partial(_added, view(self.cfg), self.changes[part])
+            self.seams.enter_context(on_output(self.call.parts(role), amend, first=True))
         if self.widened:
             self.note_projections()
 
@@ -126,7 +124,9 @@ class AttentionRun:
         stream = call.shards.entering(call.stream.to(call.argument(STREAM).device))
         plain = stream[:, :, None].expand(-1, -1, self.cfg.n_heads, -1)
         entering = call.fire("hook_attn_in", plain)
-        read = {part: call.fire(f"hook_{part}_input", entering) for part in self.component.places}
+        read = {part: call.fire(f"hook_{part}_input", entering) for part in self.component.places if part != "gate"}
+        if "gate" in self.component.places:  # the query head's own, so it reads what its query reads
+            read["gate"] = read["q"]
         norm = cast(BlockBridge, self.component.parent).entering("attn")
         return {part: self._change(part, norm(new), norm(plain)) for part, new in read.items() if new is not plain}
 
@@ -139,7 +139,7 @@ class AttentionRun:
         group_of_head = torch.arange(self.cfg.n_heads) // (self.cfg.n_heads // weight_MHD.shape[1])
         return torch.einsum("bqhm,mhd->bqhd", wide, weight_MHD[:, group_of_head])
 
-    def _edited(self) -> KeysAndValues:
+    def _edited(self) -> seams.KeysAndValues:
         """The edits' changes of every query head's new keys and values.
 
         Each is the difference between two results of the module's own code, for one query head of each group at a time.
@@ -150,41 +150,43 @@ class AttentionRun:
         found: list[list[Tensor]] = []
         for nth in range(each):
             handed = dict(self.projected)
-            for part in self.changes.keys() - {"q"}:
+            for part in self.changes.keys() - OF_ONE_HEAD:
                 role, view = self.component.places[part]
-                handed[role] = _added(handed[role], view(self.cfg), self.changes[part][:, :, nth::each])
+                handed[role] = _added(view(self.cfg), self.changes[part][:, :, nth::each], handed[role])
             differences = [new - old for new, old in zip(self._keys_and_values(handed), before, strict=True)]
             found.append([x[:, nth::each] if x.shape[1] == heads else x for x in differences])
         keys, values = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
         return keys, values
 
-    def _keys_and_values(self, handed: Mapping[str, Tensor]) -> KeysAndValues:
+    def _keys_and_values(self, handed: Mapping[str, Tensor]) -> seams.KeysAndValues:
         """The module's new keys and values for given outputs of its projections, with no hook on the way."""
-        found: list[KeysAndValues] = []
+        found: list[seams.KeysAndValues] = []
 
-        def stop(keys: Tensor, values: Tensor) -> KeysAndValues:
+        def stop(keys: Tensor, values: Tensor) -> seams.KeysAndValues:
             found.append((keys, values))
-            raise Enough
+            raise seams.Enough
 
         module = self.handing(handed)
-        call = self.call.given({CACHE: PassingBy(stop)})
-        with suppress(Enough):
+        call = self.call.given({CACHE: seams.PassingBy(stop)})
+        with suppress(seams.Enough):
             type(module).forward(module, *call.args, **call.kwargs)
         return found[0]
 
     def handing(self, handed: Mapping[str, Tensor]) -> Any:
         """The module with projections that return fixed values, and no hook on its other parts."""
         names = self.component.part_names()
-        parts = {name: unhooked(part) for name, part in self.call.module._modules.items() if part is not None}
-        return beside(self.call.module, parts | {names[role]: Handed(value) for role, value in handed.items()})
+        parts = {name: seams.unhooked(part) for name, part in self.call.module._modules.items() if part is not None}
+        return seams.beside(
+            self.call.module, parts | {names[role]: seams.Handed(value) for role, value in handed.items()}
+        )
 
     def open_cache(self) -> None:
         """Show the rotated keys before they are cached, and keep what the cache returns."""
         self.cache = self.call.argument(CACHE)
-        passing = self.seams.enter_context(cache_update(self.cache, self._before, self._after))
+        passing = self.seams.enter_context(seams.cache_update(self.cache, self._before, self._after))
         self.call = self.call.given({CACHE: passing})
 
-    def _before(self, keys: Float[Tensor, "B G Q D"], values: Tensor) -> KeysAndValues:
+    def _before(self, keys: Float[Tensor, "B G Q D"], values: Tensor) -> seams.KeysAndValues:
         if self.component.late_keys or not self.call.wants("hook_rot_k"):
             return keys, values
         each = keys.shape[1] // self.cfg.n_key_value_heads  # Falcon gives query heads their keys before it caches them
@@ -192,7 +194,7 @@ class AttentionRun:
         new = self.call.fire("hook_rot_k", shown)
         return (keys if new is shown else new.transpose(1, 2).repeat_interleave(each, dim=1)), values
 
-    def _after(self, keys: Float[Tensor, "B G K D"], values: Tensor) -> KeysAndValues:
+    def _after(self, keys: Float[Tensor, "B G K D"], values: Tensor) -> seams.KeysAndValues:
         if self.widened:
             wide = (repeat_groups(old, self.cfg.n_heads) for old in (keys, values))
             keys, values = map(self._changed, wide, self._edited())
@@ -219,7 +221,7 @@ class AttentionRun:
             new = self.call.fire("hook_rot_q", shown)
             value = value if new is shown else new.transpose(1, 2)
         if self.beside and not self.wants_any("hook_attn_scores", "hook_pattern"):
-            raise Enough
+            raise seams.Enough
         return value
 
     def keys(self, value: Float[Tensor, "B H K D"]) -> Float[Tensor, "B H K D"]:
@@ -232,7 +234,7 @@ class AttentionRun:
         """Show the input of the softmax."""
         new = self.call.fire("hook_attn_scores", value) if self.call.wants("hook_attn_scores") else value
         if self.beside and not self.call.wants("hook_pattern"):
-            raise Enough
+            raise seams.Enough
         return new
 
     def pattern(self, value: Float[Tensor, "B H Q K"], sees: Tensor | None = None) -> Float[Tensor, "B H Q K"]:
@@ -240,7 +242,7 @@ class AttentionRun:
         value = value if sees is None else value.masked_fill(~sees, 0)
         new = self.call.fire("hook_pattern", value) if self.call.wants("hook_pattern") else value
         if self.beside:
-            raise Enough
+            raise seams.Enough
         return new
 
     def eager_mask(self, mask: Any, queries: int, keys: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -276,8 +278,8 @@ class AttentionRun:
         return total + call.weight("o", "bias") if has_bias(module) else total
 
 
-def _added(out: Tensor, view: View, change: Tensor) -> Tensor:
-    return view.put(out, (view.get(out) + change).to(out.dtype))
+def _added(view: View, change: Tensor, *out: Tensor) -> Tensor:
+    return view.put(out[-1], (view.get(out[-1]) + change).to(out[-1].dtype))
 
 
 def repeat_groups(x_BGKD: Float[Tensor, "B G K D"], n_heads: int) -> Float[Tensor, "B H K D"]:

@@ -12,6 +12,7 @@ DENSE = "this MLP is dense: it has no router and no experts"
 NO_EXPERTS = dict.fromkeys(
     ("hook_router_logits", "hook_expert_weights", "hook_expert_indices", "hook_expert_out"), DENSE
 )
+NORMED = "the neurons that enter W_out: hook_activated, behind the norm over all of them"
 MLP_IN = Hook("hook_in", "batch pos d_model", "the normalised stream that enters the MLP", Port(side="in"))
 
 
@@ -63,6 +64,15 @@ class GatedMLPBridge(GatedWeights, ComponentBridge):
     writes = (StreamMatrix("out"),)
     hooks: ClassVar[tuple[Hook, ...]] = gated_hooks(Port("gate"), Port("in"))
     absent = NO_EXPERTS
+
+
+class SubNormedMLPBridge(GatedMLPBridge):
+    """The same with the role `norm`, in front of `out` (BitNet)."""
+
+    hooks = (
+        *(replace(hook, meaning=NORMED) if hook.name == "hook_post" else hook for hook in GatedMLPBridge.hooks),
+        Hook("hook_activated", "batch pos d_mlp", "activated gate times hidden layer", Port("norm", "in")),
+    )
 
 
 class FusedGatedMLPBridge(FusedGatedWeights, ComponentBridge):

@@ -174,4 +174,4 @@ class WeighedSharedMoEBridge(SharedMoEBridge):
 
 
 class InterleavedMoEBridge(InterleavedExpertWeights, MoEBridge):
-    """A mixture whose experts have biases, and interleaved gate and hidden layer (GPT-OSS)."""
+    """A mixture whose experts have biases, and a gate and a hidden layer that are interleaved (GPT-OSS)."""

@@ -7,7 +7,7 @@ and weights alike.
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import getattr_static
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from jaxtyping import Float
@@ -16,19 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
-from transformer_lens.model_bridge.access.views import (
-    Columns,
-    EveryOther,
-    Half,
-    Heads,
-    Moved,
-    Times,
-    Transposed,
-    View,
-    Whole,
-    in_groups,
-)
+from transformer_lens.model_bridge.access import views
 from transformer_lens.model_bridge.access.weights import execution_device, read_weight
+from transformer_lens.model_bridge.upstream import attribute
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge.generalized_components.base import ComponentBridge
@@ -48,7 +38,7 @@ class Place:
 
     module: nn.Module
     parameter: str
-    view: View
+    view: views.View
     shape: tuple[int, ...] = ()
     fill: float = 0.0
 
@@ -123,20 +113,20 @@ def weights_of(kind: type) -> list[Weight]:
     return [row for name in rows if isinstance(row := getattr_static(kind, name), Weight)]
 
 
-WHOLE = Whole()
+WHOLE = views.Whole()
 
 
-def matrix(module: nn.Module, view: View = WHOLE) -> View:
+def matrix(module: nn.Module, view: views.View = WHOLE) -> views.View:
     """A view of a linear map's weight as `[in, out]`, whichever way round the module keeps it."""
-    return view if isinstance(module, Conv1D) else Transposed(view)
+    return view if isinstance(module, Conv1D) else views.Transposed(view)
 
 
-def linear(role: str, parameter: str = "weight", view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
+def linear(role: str, parameter: str = "weight", view: views.View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """The weight `[in, out]` or bias of the linear map in a role; `view` selects from its output."""
 
     def place(component: "ComponentBridge") -> Place:
         module: Any = component.module_of(role)
-        seen = Times(view, component.scales[role]) if role in component.scales else view
+        seen = views.Times(view, component.scales[role]) if role in component.scales else view
         if parameter == "bias":
             return Place(module, parameter, seen, (_out_features(module),))
         return Place(module, parameter, matrix(module, seen))
@@ -149,7 +139,7 @@ def constant(value: float) -> Callable[["ComponentBridge"], Place]:
     return lambda component: Place(component.model, "", WHOLE, (component.cfg.d_model,), value)
 
 
-def own(parameter: str, view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
+def own(parameter: str, view: views.View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """A parameter of the component's own module; a missing bias is read as d_model zeros."""
     return lambda component: Place(component.original_component, parameter, view, (component.cfg.d_model,))
 
@@ -165,21 +155,21 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
         role, make = attention.places[part]
         module: Any = attention.module_of(role)
         view = make(attention.cfg)
-        view = Times(view, attention.scales[part]) if part in attention.scales else view
-        view = in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
+        view = views.Times(view, attention.scales[part]) if part in attention.scales else view
+        view = views.in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
         if parameter == "bias":
             return Place(module, parameter, view, (_out_features(module),))
         # The view reads [d_model, heads..., d_head].
-        return Place(module, parameter, Moved(matrix(module, view), 0, -2))
+        return Place(module, parameter, views.Moved(matrix(module, view), 0, -2))
 
     return place
 
 
 def _output(attention: Any) -> Place:
     module = attention.module_of("o")
-    heads = Heads(attention.cfg.n_heads, -1)
-    kept_as_out_in: View = Transposed(heads) if isinstance(module, Conv1D) else heads
-    return Place(module, "weight", Moved(kept_as_out_in, 0, -1))
+    heads = views.Heads(attention.cfg.n_heads, -1)
+    kept_as_out_in: views.View = views.Transposed(heads) if isinstance(module, Conv1D) else heads
+    return Place(module, "weight", views.Moved(kept_as_out_in, 0, -1))
 
 
 class AttentionWeights:
@@ -252,13 +242,19 @@ class AttentionWeights:
         return per_group[:, None].expand(-1, per, -1, -1)
 
 
-def experts(parameter: str, half: int | None = None) -> Callable[["ComponentBridge"], Place]:
-    """The stacked weights of the experts as `[expert, in, out]`; `half` is 0 or 1 of two maps side by side."""
+def experts(parameter: str, half: Literal[0, 1] | None = None) -> Callable[["ComponentBridge"], Place]:
+    """The stacked weights of the experts as `[expert, in, out]`, or their biases.
+
+    `half` is 0 or 1 of two maps, side by side or interleaved as the module says.
+    """
 
     def place(component: "ComponentBridge") -> Place:
-        width = component.size("d_mlp")
-        view: View = Whole() if half is None else Columns(half * width, (half + 1) * width)
-        return Place(component.module_of("experts"), parameter, Transposed(view))
+        module = component.module_of("experts")
+        aside, as_stored = attribute(module, "is_concatenated"), attribute(module, "is_transposed")
+        view: views.View = WHOLE if half is None else views.Half(half) if aside else views.EveryOther(half)
+        if not (as_stored or parameter.endswith("bias")):
+            view = views.Transposed(view)
+        return Place(module, parameter, view)
 
     return place
 
@@ -313,10 +309,10 @@ class FusedGatedWeights(DenseWeights):
     'd_model d_mlp'
     """
 
-    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate_up", view=Half(0)))
-    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("gate_up", view=Half(1)))
-    b_gate = Weight("d_mlp", "added to the gate", linear("gate_up", "bias", Half(0)))
-    b_in = Weight("d_mlp", "added before the activation function", linear("gate_up", "bias", Half(1)))
+    W_gate = Weight("d_model d_mlp", "each neuron's gate weights", linear("gate_up", view=views.Half(0)))
+    W_in = Weight("d_model d_mlp", "each neuron's input weights", linear("gate_up", view=views.Half(1)))
+    b_gate = Weight("d_mlp", "added to the gate", linear("gate_up", "bias", views.Half(0)))
+    b_in = Weight("d_mlp", "added before the activation function", linear("gate_up", "bias", views.Half(1)))
 
 
 class ExpertWeights:
@@ -337,21 +333,13 @@ class ExpertWeights:
     W_router = Weight("d_model expert", "maps the normalised stream to router logits", linear("gate"))
 
 
-def stacked(parameter: str, view: View = WHOLE) -> Callable[["ComponentBridge"], Place]:
-    """Weights or biases of experts as stored: `[expert, in, out]`, `[expert, out]`."""
-    return lambda component: Place(component.module_of("experts"), parameter, view)
-
-
 class InterleavedExpertWeights(ExpertWeights):
-    """The weights of experts as in GPT-OSS: `[expert, in, out]`, with interleaved gate and hidden layer, and biases.
+    """The weights of experts with biases, and an interleaved gate and hidden layer, as in GPT-OSS.
 
     >>> InterleavedExpertWeights.b_gate.axes
     'expert d_mlp'
     """
 
-    W_gate = Weight("expert d_model d_mlp", "each neuron's gate weights", stacked("gate_up_proj", view=EveryOther(0)))
-    W_in = Weight("expert d_model d_mlp", "each neuron's input weights", stacked("gate_up_proj", view=EveryOther(1)))
-    W_out = Weight("expert d_mlp d_model", "each neuron's output weights", stacked("down_proj"))
-    b_gate = Weight("expert d_mlp", "added to the gate", stacked("gate_up_proj_bias", view=EveryOther(0)))
-    b_in = Weight("expert d_mlp", "added to the hidden layer", stacked("gate_up_proj_bias", view=EveryOther(1)))
-    b_out = Weight("expert d_model", "added to the sum over neurons", stacked("down_proj_bias"))
+    b_gate = Weight("expert d_mlp", "added to the gate", experts("gate_up_proj_bias", 0))
+    b_in = Weight("expert d_mlp", "added to the hidden layer", experts("gate_up_proj_bias", 1))
+    b_out = Weight("expert d_model", "added to the sum over neurons", experts("down_proj_bias"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from transformer_lens.model_bridge.access.weights import rounds
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, NormalizationBridge, StreamMatrix
 from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace
 from transformer_lens.model_bridge.processing.changes import ConfigExchange, Exchange, ParameterExchange, ValueExchange
@@ -87,6 +88,8 @@ class Draft:
                 f"an adapter ({kind}) sits on it; merge it first, model = model.merge_and_unload(), "
                 "and make a bridge for that"
             )
+        if rounds(module):
+            raise refusal(f"its {kind} rounds what it multiplies in each call")
         if name not in module._parameters:
             raise refusal(f"its {kind} has no such parameter of its own")
         parameter = module._parameters[name]
@@ -293,8 +296,12 @@ def _needs_plain_logits(bridge: TransformerBridge) -> str | None:
 
 
 def _needs_whole_patterns(bridge: TransformerBridge) -> str | None:
-    sinks = any(isinstance(part, AttentionPlace) and part.sinks for part in bridge.components())
-    return "attention sinks take a share of each pattern, so its rows do not sum to one" if sinks else None
+    attentions = [part for part in bridge.components() if isinstance(part, AttentionPlace)]
+    if any(part.sinks for part in attentions):
+        return "attention sinks take a share of each pattern, so its rows do not sum to one"
+    if any("hook_attended" in part.rows for part in attentions):
+        return "a norm or a gate stands between the values and W_O"
+    return None
 
 
 @dataclass(frozen=True)

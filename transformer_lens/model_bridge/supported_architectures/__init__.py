@@ -16,14 +16,16 @@ from transformer_lens.model_bridge.generalized_components import Part
 HERE = "transformer_lens.model_bridge.supported_architectures"
 FILES = {
     "falcon": "falcon",
-    "gpt2": "bloom gpt2 gpt_bigcode gpt_neo gpt_neox gptj",
-    "llama": """apertus arcee cohere cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text glm glm4 granite
-        helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama ministral ministral3 mistral nemotron
-        olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma""",
-    "mixers": "falcon_h1 jamba lfm2 lfm2_moe",
-    "mixtral": """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss
-        granitemoe hunyuan_v1_moe hy_v3 mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe
-        sarvam_mla sarvam_moe solar_open youtu""",
+    "gpt2": "bloom gpt2 gpt_bigcode gpt_neo gpt_neox gptj persimmon",
+    "llama": """apertus apertus1p5_text arcee bitnet cohere cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text
+        glm glm4 granite helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama
+        ministral ministral3 mistral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm
+        starcoder2 vaultgemma""",
+    "mixers": "falcon_h1 jamba lfm2 lfm2_moe qwen3_5_moe_text qwen3_5_text qwen3_next",
+    "mixtral": """afmoe aria_text axk1 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe
+        flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe hunyuan_v1_moe hy_v3 kolibri1
+        mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_mla sarvam_moe solar_open
+        youtu""",
 }
 """File -> the families whose adapters its `FAMILIES` has."""
 ADAPTERS: dict[str, str | type[ArchitectureAdapter]] = {

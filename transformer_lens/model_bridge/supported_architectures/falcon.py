@@ -10,30 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.falcon.modeling_falcon import FalconMLP
 
+import transformer_lens.model_bridge.generalized_components as kinds
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, Preparation, refuse_unless_divisible
-from transformer_lens.model_bridge.generalized_components import (
-    PARALLEL,
-    PARALLEL_ONE_NORM,
-    SEQUENTIAL,
-    ALiBiJointQKVAttentionBridge,
-    BlockBridge,
-    ComponentBridge,
-    EmbeddingBridge,
-    JointQKVPositionEmbeddingsAttentionBridge,
-    LayerNormBridge,
-    MLPBridge,
-    Part,
-    RotaryEmbeddingBridge,
-    Stages,
-    linears,
-)
+from transformer_lens.model_bridge.generalized_components import Part, Stages, linears
 from transformer_lens.model_bridge.supported_architectures import by_type
 from transformer_lens.model_bridge.supported_architectures.llama import NAMES
 
 BLOCKS: dict[str, tuple[Stages, dict[str, str]]] = {
-    "sequential": (SEQUENTIAL, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
-    "parallel, one norm": (PARALLEL_ONE_NORM, {"ln1": "input_layernorm"}),
-    "parallel, two norms": (PARALLEL, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
+    "sequential": (kinds.SEQUENTIAL, {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}),
+    "parallel, one norm": (kinds.PARALLEL_ONE_NORM, {"ln1": "input_layernorm"}),
+    "parallel, two norms": (kinds.PARALLEL, {"ln1": "ln_attn", "ln2": "ln_mlp"}),
 }
 LAYOUT_NAMES = {
     (False, False, "sequential", True): "RW",
@@ -42,7 +28,7 @@ LAYOUT_NAMES = {
     (True, False, "parallel, two norms", False): "40B and 180B",
 }
 """The published models by new architecture, multi-query, kind of block, and ALiBi."""
-ATTENTION = {True: ALiBiJointQKVAttentionBridge, False: JointQKVPositionEmbeddingsAttentionBridge}
+ATTENTION = {True: kinds.ALiBiJointQKVAttentionBridge, False: kinds.JointQKVPositionEmbeddingsAttentionBridge}
 
 
 class FreshOutput(nn.Module):
@@ -173,14 +159,14 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
         stages, norms = BLOCKS[self.block_kind()]
         projections = linears({"qkv": "query_key_value", "o": "dense"})
         layers = linears({"in": "dense_h_to_4h", "out": "dense_4h_to_h"})
-        inside = {role: Part(LayerNormBridge, at) for role, at in norms.items()}
+        inside = {role: Part(kinds.LayerNormBridge, at) for role, at in norms.items()}
         inside["attn"] = Part(ATTENTION[bool(self.config.alibi)], "self_attention", projections)
-        inside["mlp"] = Part(MLPBridge, "mlp", layers)
+        inside["mlp"] = Part(kinds.MLPBridge, "mlp", layers)
         return {
-            "embed": Part(EmbeddingBridge, "word_embeddings"),
-            "rotary_emb": Part(RotaryEmbeddingBridge, "rotary_emb"),
-            "blocks": Part(BlockBridge, "h", inside, stages),
-            "ln_final": Part(LayerNormBridge, "ln_f"),
+            "embed": Part(kinds.EmbeddingBridge, "word_embeddings"),
+            "rotary_emb": Part(kinds.RotaryEmbeddingBridge, "rotary_emb"),
+            "blocks": Part(kinds.BlockBridge, "h", inside, stages),
+            "ln_final": Part(kinds.LayerNormBridge, "ln_f"),
         }
 
     @staticmethod
@@ -196,9 +182,9 @@ class FalconArchitectureAdapter(ArchitectureAdapter):
             return Preparation()
         return FreshOutputs([m for m in hf_model.modules() if type(m) in (FalconMLP, FreshOutputFalconMLP)])
 
-    def prepare_module(self, component: ComponentBridge, module: nn.Module) -> Preparation:
+    def prepare_module(self, component: kinds.ComponentBridge, module: nn.Module) -> Preparation:
         """The block adds into whatever its MLP returns."""
-        added_to = self.config.parallel_attn and isinstance(component, MLPBridge)
+        added_to = self.config.parallel_attn and isinstance(component, kinds.MLPBridge)
         return FreshOutputs([module]) if added_to else Preparation()
 
 

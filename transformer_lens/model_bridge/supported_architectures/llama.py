@@ -8,37 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import transformer_lens.model_bridge.generalized_components as kinds
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter, refuse_unless_divisible
-from transformer_lens.model_bridge.generalized_components import (
-    PARALLEL_ONE_NORM,
-    SEQUENTIAL,
-    BareLayerNormBridge,
-    BiaslessLayerNormBridge,
-    BlockBridge,
-    Branch,
-    EmbeddingBridge,
-    FusedGatedMLPBridge,
-    GatedMLPBridge,
-    HeadsFirstNormedQKAttentionBridge,
-    LateNormedQKAttentionBridge,
-    LayerNormBridge,
-    MLPBridge,
-    NormalizationBridge,
-    NormedQKAttentionBridge,
-    OffsetLayerNormBridge,
-    OffsetRMSNormBridge,
-    Part,
-    PositionEmbeddingsAttentionBridge,
-    RMSNormBridge,
-    RotaryEmbeddingBridge,
-    RotatedQKVBlocksAttentionBridge,
-    Stages,
-    UnrotatedAttentionBridge,
-    UnrotatedNormedQKAttentionBridge,
-    WholeNormedQKAttentionBridge,
-    linears,
-)
+from transformer_lens.model_bridge.generalized_components import Branch, Part, Stages, linears
+from transformer_lens.model_bridge.generalized_components.attention import SubNormedAttentionBridge
+from transformer_lens.model_bridge.generalized_components.mlp import SubNormedMLPBridge
 from transformer_lens.model_bridge.supported_architectures import by_type, row
+from transformer_lens.model_bridge.upstream import attribute
 
 PROJECTIONS = {role: f"{role}_proj" for role in "qkvo"}
 """The usual names of attention's projections, by role."""
@@ -62,15 +38,15 @@ def attends(kind: type[Any], places: Mapping[str, str] = PROJECTIONS) -> Part:
     return Part(kind, "self_attn", linears(places))
 
 
-ROTATED, UNROTATED = attends(PositionEmbeddingsAttentionBridge), attends(UnrotatedAttentionBridge)
+ROTATED, UNROTATED = attends(kinds.PositionEmbeddingsAttentionBridge), attends(kinds.UnrotatedAttentionBridge)
 LATE_NORMED = attends(
-    LateNormedQKAttentionBridge, {**PROJECTIONS, "q_late_norm": "query_layernorm", "k_late_norm": "key_layernorm"}
+    kinds.LateNormedQKAttentionBridge, {**PROJECTIONS, "q_late_norm": "query_layernorm", "k_late_norm": "key_layernorm"}
 )
-WHOLE_NORMED = attends(WholeNormedQKAttentionBridge, NORMED)
-HEADS_FIRST = attends(HeadsFirstNormedQKAttentionBridge, NORMED)
-GATED = Part(GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}))
-FUSED = Part(FusedGatedMLPBridge, "mlp", linears({"gate_up": "gate_up_proj", "out": "down_proj"}))
-PLAIN = Part(MLPBridge, "mlp", linears({"in": "up_proj", "out": "down_proj"}))
+WHOLE_NORMED = attends(kinds.WholeNormedQKAttentionBridge, NORMED)
+HEADS_FIRST = attends(kinds.HeadsFirstNormedQKAttentionBridge, NORMED)
+GATED = Part(kinds.GatedMLPBridge, "mlp", linears({"gate": "gate_proj", "in": "up_proj", "out": "down_proj"}))
+FUSED = Part(kinds.FusedGatedMLPBridge, "mlp", linears({"gate_up": "gate_up_proj", "out": "down_proj"}))
+PLAIN = Part(kinds.MLPBridge, "mlp", linears({"in": "up_proj", "out": "down_proj"}))
 BEHIND: Stages = ((Branch("", "attn", post_norm="ln1_post"),), (Branch("", "mlp", post_norm="ln2_post"),))
 """A norm after each branch, and none before it."""
 BEHIND_NORMS = {"ln1_post": "post_attention_layernorm", "ln2_post": "post_feedforward_layernorm"}
@@ -82,18 +58,20 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     """Every Llama that transformers can run."""
 
     model_type = "llama"
-    stages: ClassVar[Stages] = SEQUENTIAL
-    norm: ClassVar[type[NormalizationBridge]] = RMSNormBridge
+    stages: ClassVar[Stages] = kinds.SEQUENTIAL
+    norm: ClassVar[type[kinds.NormalizationBridge]] = kinds.RMSNormBridge
     norms: ClassVar[Mapping[str, str]] = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
     attention: ClassVar[Part] = ROTATED
     unrotated: ClassVar[Part] = UNROTATED
     dense: ClassVar[Part] = GATED
+    embed: ClassVar[str] = "embed_tokens"
+    layers: ClassVar[str] = "layers"
     ln_final: ClassVar[str] = "norm"
-    """The path of the final norm."""
+    """The paths of the token embedding, the blocks and the final norm."""
     constants: ClassVar[Mapping[str, Any]] = {}
     """Fields of `BridgeConfig` that all models of the family share."""
-    rotary_emb: ClassVar[str] = "rotary_emb"
-    """The path of RoPE's table; "" without RoPE."""
+    positions: ClassVar[Mapping[str, Part]] = {"rotary_emb": Part(kinds.RotaryEmbeddingBridge, "rotary_emb")}
+    """What stands beside the token embedding: RoPE's table, or a table of learned positions."""
     multiplier: ClassVar[str] = ""
     """The config name of the factor on each branch."""
     embed_multiplier: ClassVar[str] = ""
@@ -105,14 +83,15 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
     harmless: ClassVar[tuple[str, ...]] = ("attention_bias", "head_dim", "mlp_bias", "pretraining_tp")
 
     def refusals(self) -> list[str]:
-        return refuse_unless_divisible(self.config.num_attention_heads, self.config.num_key_value_heads)
+        heads, groups = (attribute(self.config, self.cfg_names[name]) for name in ("n_heads", "n_key_value_heads"))
+        return refuse_unless_divisible(heads, groups)
 
     def variant(self) -> Mapping[str, Any]:
         # These families' attention asks for it in this way: the configs of some have no such field of their own.
         d_head = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         norms = {"normalization_type": "LN" if self.norm.centres else "RMS", "final_rms": not self.norm.centres}
-        kinds = {"positional_embedding_type": "rotary", "gated_mlp": self.dense.kind is not MLPBridge}
-        return {**norms, **kinds, "d_head": d_head, **self.constants}
+        gated = {"positional_embedding_type": "rotary", "gated_mlp": self.dense.kind is not kinds.MLPBridge}
+        return {**norms, **gated, "d_head": d_head, **self.constants}
 
     def embed_scale(self) -> float:
         return float(getattr(self.config, self.embed_multiplier)) if self.embed_multiplier else 1.0
@@ -146,13 +125,12 @@ class LlamaArchitectureAdapter(ArchitectureAdapter):
         stages = self.branches(layer)
         roles = {role for stage in stages for branch in stage for role in branch.roles}
         inside = {role: Part(self.norm, at) for role, at in self.norms.items() if role in roles}
-        return Part(BlockBridge, "layers", {**inside, **self.mixers(layer)}, stages)
+        return Part(kinds.BlockBridge, self.layers, {**inside, **self.mixers(layer)}, stages)
 
     def components(self) -> Mapping[str, Any]:
-        rotations = {"rotary_emb": Part(RotaryEmbeddingBridge, self.rotary_emb)} if self.rotary_emb else {}
         return {
-            "embed": Part(EmbeddingBridge, "embed_tokens"),
-            **rotations,
+            "embed": Part(kinds.EmbeddingBridge, self.embed),
+            **self.positions,
             "blocks": self.layer,
             "ln_final": Part(self.norm, self.ln_final),
         }
@@ -175,14 +153,14 @@ class Qwen3ArchitectureAdapter(Qwen2ArchitectureAdapter):
     """Llama with QK-norm: each head's query and key are normalised before RoPE."""
 
     model_type = "qwen3"
-    attention = attends(NormedQKAttentionBridge, NORMED)
+    attention = attends(kinds.NormedQKAttentionBridge, NORMED)
 
 
 class GemmaArchitectureAdapter(LlamaArchitectureAdapter):
     """Llama whose norms multiply by one plus their weight, and whose embeddings are scaled by sqrt(d_model)."""
 
     model_type = "gemma"
-    norm = OffsetRMSNormBridge
+    norm = kinds.OffsetRMSNormBridge
 
 
 class Gemma2ArchitectureAdapter(GemmaArchitectureAdapter):
@@ -213,13 +191,22 @@ GRANITE: Mapping[str, Any] = {
     "logit_multiplier": "logits_scaling",
     "config_keys": ("residual_multiplier", "embedding_multiplier", "attention_multiplier", "logits_scaling"),
 }
-EXAONE: Mapping[str, Any] = {"attention": HEADS_FIRST, "unrotated": attends(UnrotatedNormedQKAttentionBridge, NORMED)}
+APERTUS: Mapping[str, Any] = {
+    "norms": {"ln1": "attention_layernorm", "ln2": "feedforward_layernorm"},
+    "attention": HEADS_FIRST,
+    "dense": PLAIN,
+}
+EXAONE: Mapping[str, Any] = {
+    "attention": HEADS_FIRST,
+    "unrotated": attends(kinds.UnrotatedNormedQKAttentionBridge, NORMED),
+}
+GLM4_NORMS = {**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"}
 BIASES = (*Llama.harmless, "use_bias")
 CENTRED = {**NAMES, "eps": "layer_norm_eps"}
 """The config names of a family with LayerNorms."""
 COHERE: Mapping[str, Any] = {
-    "stages": PARALLEL_ONE_NORM,
-    "norm": BiaslessLayerNormBridge,
+    "stages": kinds.PARALLEL_ONE_NORM,
+    "norm": kinds.BiaslessLayerNormBridge,
     "logit_multiplier": "logit_scale",
     "harmless": (*Llama.harmless, "logit_scale"),
 }
@@ -227,12 +214,12 @@ COHERE: Mapping[str, Any] = {
 
 def around_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
     """Norms after attention and MLP too if the config asks for them."""
-    return AROUND if adapter.config.use_post_norm else SEQUENTIAL
+    return AROUND if adapter.config.use_post_norm else kinds.SEQUENTIAL
 
 
 def parallel_if_asked(adapter: LlamaArchitectureAdapter) -> Stages:
     """Attention and MLP in parallel if the config asks for it."""
-    return PARALLEL_ONE_NORM if adapter.config.use_parallel_residual else SEQUENTIAL
+    return kinds.PARALLEL_ONE_NORM if adapter.config.use_parallel_residual else kinds.SEQUENTIAL
 
 
 def normed_if_asked(adapter: LlamaArchitectureAdapter, layer: int) -> Mapping[str, Part]:
@@ -270,7 +257,7 @@ FAMILIES = by_type(
         Gemma2ArchitectureAdapter,
         "vaultgemma",
         "Gemma 2 without the norms after attention and MLP.",
-        stages=SEQUENTIAL,
+        stages=kinds.SEQUENTIAL,
         norms={"ln1": "input_layernorm", "ln2": "pre_feedforward_layernorm"},
     ),
     row(
@@ -310,7 +297,7 @@ FAMILIES = by_type(
         Llama,
         "stablelm",
         "Llama with LayerNorms and partial RoPE; attention and MLP in parallel or in sequence.",
-        norm=LayerNormBridge,
+        norm=kinds.LayerNormBridge,
         cfg_names=CENTRED,
         config_keys=("use_parallel_residual",),
         dropouts=("attention_dropout", "hidden_dropout"),
@@ -319,13 +306,14 @@ FAMILIES = by_type(
     ),
     row(Llama, "helium", "Llama whose RoPE rotates adjacent pairs of dimensions."),
     row(Llama, "arcee", "Llama whose MLP has no gate: a squared ReLU.", dense=PLAIN),
+    row(Llama, "apertus", "Llama with QK-norm, and an MLP without a gate.", **APERTUS),
+    row(Llama, "apertus1p5_text", "Apertus under another name.", **APERTUS),
     row(
         Llama,
-        "apertus",
-        "Llama with QK-norm, and an MLP without a gate.",
-        norms={"ln1": "attention_layernorm", "ln2": "feedforward_layernorm"},
-        attention=HEADS_FIRST,
-        dense=PLAIN,
+        "bitnet",
+        "Llama with a norm in front of W_O, and one in front of W_out (Falcon-E; its linears may be of 1.58 bits).",
+        attention=attends(SubNormedAttentionBridge, {**PROJECTIONS, "norm": "attn_sub_norm"}),
+        dense=Part(SubNormedMLPBridge, "mlp", {**GATED.parts, **linears({"norm": "ffn_sub_norm"})}),
     ),
     row(Llama, "granite", "Llama whose config scales embeddings, scores, branches and logits.", **GRANITE),
     row(Llama, "olmo2", "Post-norm Llama, with one norm over all queries and one over all keys.", **OLMO2),
@@ -348,14 +336,14 @@ FAMILIES = by_type(
         "GLM with norms after attention and MLP too.",
         dense=FUSED,
         stages=AROUND,
-        norms={**Llama.norms, "ln1_post": "post_self_attn_layernorm", "ln2_post": "post_mlp_layernorm"},
+        norms=GLM4_NORMS,
     ),
     row(
         Llama,
         "phi3",
         "Llama with fused QKV, and a fused gate and up projection.",
         cfg_names=WINDOWED,
-        attention=attends(RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
+        attention=attends(kinds.RotatedQKVBlocksAttentionBridge, {"qkv": "qkv_proj", "o": "o_proj"}),
         dense=FUSED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
         harmless=(*Llama.harmless, "original_max_position_embeddings"),
@@ -364,7 +352,7 @@ FAMILIES = by_type(
         Llama,
         "jais2",
         "Llama with LayerNorms, biases and a plain MLP: a squared ReLU.",
-        norm=LayerNormBridge,
+        norm=kinds.LayerNormBridge,
         dense=PLAIN,
         cfg_names=CENTRED,
     ),
@@ -372,7 +360,7 @@ FAMILIES = by_type(
         Llama,
         "olmo",
         "Llama with LayerNorms that have no weights.",
-        norm=BareLayerNormBridge,
+        norm=kinds.BareLayerNormBridge,
         cfg_names={name: at for name, at in NAMES.items() if name != "eps"},
         constants={"eps": 1e-5},
     ),
@@ -380,10 +368,10 @@ FAMILIES = by_type(
         Llama,
         "phi",
         "Parallel attention and plain MLP after one LayerNorm; biases everywhere, partial RoPE.",
-        norm=LayerNormBridge,
-        stages=PARALLEL_ONE_NORM,
-        attention=attends(PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
-        dense=Part(MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
+        norm=kinds.LayerNormBridge,
+        stages=kinds.PARALLEL_ONE_NORM,
+        attention=attends(kinds.PositionEmbeddingsAttentionBridge, {**PROJECTIONS, "o": "dense"}),
+        dense=Part(kinds.MLPBridge, "mlp", linears({"in": "fc1", "out": "fc2"})),
         ln_final="final_layernorm",
         cfg_names=CENTRED,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
@@ -392,8 +380,8 @@ FAMILIES = by_type(
         Llama,
         "starcoder2",
         "Llama with LayerNorms, biases and a plain MLP.",
-        norm=LayerNormBridge,
-        dense=Part(MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
+        norm=kinds.LayerNormBridge,
+        dense=Part(kinds.MLPBridge, "mlp", linears({"in": "c_fc", "out": "c_proj"})),
         cfg_names={**WINDOWED, "eps": "norm_epsilon"},
         dropouts=("attention_dropout", "residual_dropout", "embedding_dropout"),
         harmless=BIASES,
@@ -402,7 +390,7 @@ FAMILIES = by_type(
         Llama,
         "nemotron",
         "LayerNorms that multiply by one plus their weight, and a plain MLP: a squared ReLU.",
-        norm=OffsetLayerNormBridge,
+        norm=kinds.OffsetLayerNormBridge,
         dense=PLAIN,
         cfg_names={**NAMES, "eps": "norm_eps"},
     ),

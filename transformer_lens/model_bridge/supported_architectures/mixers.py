@@ -7,64 +7,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from transformer_lens.model_bridge.generalized_components import (
-    Branch,
-    GatedMLPBridge,
-    MixerBridge,
-    NormedQKAttentionBridge,
-    Part,
-    Stages,
-    linears,
-)
-from transformer_lens.model_bridge.supported_architectures import by_type
-from transformer_lens.model_bridge.supported_architectures.llama import (
-    GATED,
-    NAMES,
-    PROJECTIONS,
-    UNROTATED,
-    LlamaArchitectureAdapter,
-    attends,
-)
-from transformer_lens.model_bridge.supported_architectures.mixtral import (
-    CHOSEN,
-    LOSSES,
-    NARROW,
-    MixtralArchitectureAdapter,
-    mixes,
-)
+import transformer_lens.model_bridge.generalized_components as kinds
+from transformer_lens.model_bridge.generalized_components import Branch, Part, Stages, linears
+from transformer_lens.model_bridge.generalized_components.attention import GatedQueryAttentionBridge
+from transformer_lens.model_bridge.supported_architectures import by_type, llama, mixtral, row
 
 PERIODS = tuple(f"{what}_layer_{how}" for what in ("attn", "expert") for how in ("period", "offset"))
 MIXED: Stages = ((Branch("ln1", "mixer"),), (Branch("ln2", "mlp"),))
 
 
-class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
-    """Short convolutions in some layers, attention in others; dense first layers, then mixtures."""
+class MixedArchitectureAdapter(mixtral.MixtureArchitectureAdapter):
+    """Attention in some layers, and another mixer in the others."""
 
-    model_type = "lfm2_moe"
     since = "5.24"
-    norms = {"ln1": "operator_norm", "ln2": "ffn_norm"}
-    ln_final = "embedding_norm"
-    rotary_emb = "pos_emb"
-    attention = attends(
-        NormedQKAttentionBridge, {**PROJECTIONS, "o": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
-    )
-    dense = Part(GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))
-    mixture = mixes(at="feed_forward")
-    mixer: ClassVar[Part] = Part(MixerBridge, "conv")
-    dropouts: ClassVar[tuple[str, ...]] = ()
-    cfg_names = {name: at for name, at in {**NARROW, **CHOSEN, "eps": "norm_eps"}.items() if name != "act_fn"}
-    constants = {"act_fn": "silu"}
-    config_keys: ClassVar[tuple[str, ...]] = ("layer_types", "num_dense_layers", "intermediate_size")
-    harmless: ClassVar[tuple[str, ...]] = (
-        *("output_router_logits", "routed_scaling_factor", "norm_topk_prob", "use_expert_bias"),
-        *("conv_bias", "conv_L_cache"),
-    )
+    mixer: ClassVar[Part]
+    mixer_settings = ("mamba", "conv", "linear")
 
     def attends(self, layer: int) -> bool:
         return bool(self.config.layer_types[layer] == "full_attention")
-
-    def is_dense(self, layer: int) -> bool:
-        return bool(layer < self.config.num_dense_layers)
 
     def branches(self, layer: int) -> Stages:
         return self.stages if self.attends(layer) else MIXED
@@ -73,20 +33,41 @@ class Lfm2MoeArchitectureAdapter(MixtralArchitectureAdapter):
         return super().mixers(layer) if self.attends(layer) else {"mixer": self.mixer, "mlp": self.mlp(layer)}
 
 
+class Lfm2MoeArchitectureAdapter(MixedArchitectureAdapter):
+    """Short convolutions in some layers, attention in others; dense first layers, then mixtures."""
+
+    model_type = "lfm2_moe"
+    norms = {"ln1": "operator_norm", "ln2": "ffn_norm"}
+    ln_final = "embedding_norm"
+    positions: ClassVar[Mapping[str, Part]] = {"rotary_emb": Part(kinds.RotaryEmbeddingBridge, "pos_emb")}
+    attention = llama.attends(
+        kinds.NormedQKAttentionBridge,
+        {**llama.PROJECTIONS, "o": "out_proj", "q_norm": "q_layernorm", "k_norm": "k_layernorm"},
+    )
+    dense = Part(kinds.GatedMLPBridge, "feed_forward", linears({"gate": "w1", "in": "w3", "out": "w2"}))
+    mixture = mixtral.mixes(at="feed_forward")
+    mixer = Part(kinds.MixerBridge, "conv")
+    dropouts = ()
+    cfg_names = {
+        name: at for name, at in {**mixtral.NARROW, **mixtral.CHOSEN, "eps": "norm_eps"}.items() if name != "act_fn"
+    }
+    constants = {"act_fn": "silu"}
+    config_keys: ClassVar[tuple[str, ...]] = ("layer_types", "num_dense_layers", "intermediate_size")
+    harmless = ("output_router_logits", "routed_scaling_factor", "norm_topk_prob", "use_expert_bias")
+
+    def is_dense(self, layer: int) -> bool:
+        return bool(layer < self.config.num_dense_layers)
+
+
 class Lfm2ArchitectureAdapter(Lfm2MoeArchitectureAdapter):
     """Short convolutions in some layers, attention in others."""
 
     model_type = "lfm2"
-    rotary_emb = "rotary_emb"
-    cfg_names = {name: at for name, at in {**NAMES, "eps": "norm_eps"}.items() if name != "act_fn"}
+    positions = MixedArchitectureAdapter.positions
+    cfg_names = {name: at for name, at in {**llama.NAMES, "eps": "norm_eps"}.items() if name != "act_fn"}
+    is_dense = mixtral.always
     config_keys = ("layer_types",)
-    harmless = (
-        *("conv_bias", "conv_L_cache", "full_attn_idxs", "block_auto_adjust_ff_dim"),
-        *("block_multiple_of", "block_ffn_dim_multiplier"),
-    )
-
-    def refusals(self) -> list[str]:
-        return super(MixtralArchitectureAdapter, self).refusals()
+    harmless = ("full_attn_idxs", "block_auto_adjust_ff_dim", "block_multiple_of", "block_ffn_dim_multiplier")
 
     def mlp(self, layer: int) -> Part:
         return self.dense
@@ -100,26 +81,21 @@ class Lfm2ArchitectureAdapter(Lfm2MoeArchitectureAdapter):
         return {**super().variant(), "d_mlp": width}
 
 
-class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
+class JambaArchitectureAdapter(MixedArchitectureAdapter):
     """State-space mixers, attention without position encoding in some layers, and mixtures in some."""
 
     model_type = "jamba"
     norms = {"ln1": "input_layernorm", "ln2": "pre_ff_layernorm"}
     ln_final = "final_layernorm"
-    rotary_emb = ""
-    attention = UNROTATED
-    dense = Part(GatedMLPBridge, "feed_forward", GATED.parts)
-    mixture = mixes(at="feed_forward", router="router")
-    mixer = Part(MixerBridge, "mamba")
-    dropouts = ("attention_dropout",)
-    cfg_names = {**NAMES, **CHOSEN}
+    positions = {}
+    attention = llama.UNROTATED
+    dense = Part(kinds.GatedMLPBridge, "feed_forward", llama.GATED.parts)
+    mixture = mixtral.mixes(at="feed_forward", router="router")
+    mixer = Part(kinds.MixerBridge, "mamba")
+    cfg_names = {**llama.NAMES, **mixtral.CHOSEN}
     constants = {"positional_embedding_type": "none"}
     config_keys = ("layers_block_type", "layers_num_experts", *PERIODS)
-    harmless = (
-        *LOSSES,
-        *(f"mamba_{name}" for name in ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "proj_bias")),
-        *("use_mamba_kernels", "use_mambapy", "use_associative_scan"),
-    )
+    harmless = (*mixtral.LOSSES, "use_mamba_kernels", "use_mambapy", "use_associative_scan")
 
     def attends(self, layer: int) -> bool:
         return bool(self.config.layers_block_type[layer] == "attention")
@@ -128,7 +104,7 @@ class JambaArchitectureAdapter(Lfm2MoeArchitectureAdapter):
         return bool(self.config.layers_num_experts[layer] == 1)
 
 
-class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
+class FalconH1ArchitectureAdapter(llama.LlamaArchitectureAdapter):
     """Attention and a state-space mixer in parallel after one norm, then an MLP, all with multipliers."""
 
     model_type = "falcon_h1"
@@ -144,12 +120,13 @@ class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
         *("key_multiplier", "mlp_multipliers", "embedding_multiplier"),
     )
     harmless = (
-        *LlamaArchitectureAdapter.harmless,
-        *("lm_head_multiplier", "ssm_multipliers", "ssm_in_multiplier", "num_logits_to_keep", "projectors_bias"),
-        *(f"mamba_{name}" for name in ("d_ssm", "n_heads", "d_head", "n_groups", "d_state", "d_conv", "expand")),
-        *(f"mamba_{name}" for name in ("chunk_size", "conv_bias", "proj_bias", "norm_before_gate", "rms_norm")),
+        *llama.LlamaArchitectureAdapter.harmless,
+        "lm_head_multiplier",
+        "projectors_bias",
+        "num_logits_to_keep",
         "time_step_limit",
     )
+    mixer_settings = ("mamba", "ssm")
 
     def branches(self, layer: int) -> Stages:
         c = self.config
@@ -161,11 +138,46 @@ class FalconH1ArchitectureAdapter(LlamaArchitectureAdapter):
         gate, out = self.config.mlp_multipliers
         return {
             "attn": replace(self.attention, scales={"k": self.config.key_multiplier}),
-            "mixer": Part(MixerBridge, "mamba"),
-            "mlp": Part(GatedMLPBridge, "feed_forward", GATED.parts, scales={"gate": gate, "out": out}),
+            "mixer": Part(kinds.MixerBridge, "mamba"),
+            "mlp": Part(kinds.GatedMLPBridge, "feed_forward", llama.GATED.parts, scales={"gate": gate, "out": out}),
         }
 
 
+QWEN_NEXT: Mapping[str, Any] = {
+    "norm": kinds.OffsetRMSNormBridge,
+    "attention": llama.attends(GatedQueryAttentionBridge, llama.NORMED),
+    "mixer": Part(kinds.MixerBridge, "linear_attn"),
+    "harmless": mixtral.MixtureArchitectureAdapter.harmless,
+}
 FAMILIES = by_type(
-    Lfm2ArchitectureAdapter, Lfm2MoeArchitectureAdapter, JambaArchitectureAdapter, FalconH1ArchitectureAdapter
+    Lfm2ArchitectureAdapter,
+    Lfm2MoeArchitectureAdapter,
+    JambaArchitectureAdapter,
+    FalconH1ArchitectureAdapter,
+    row(
+        MixedArchitectureAdapter,
+        "qwen3_next",
+        "Gated attention in some layers, linear attention in others; mixtures with a gated shared expert.",
+        **QWEN_NEXT,
+        **mixtral.WEIGHED_SHARED,
+        is_dense=mixtral.Qwen3MoeArchitectureAdapter.is_dense,
+        config_keys=(*mixtral.SPARSE, "layer_types", "shared_expert_intermediate_size"),
+    ),
+    row(
+        MixedArchitectureAdapter,
+        "qwen3_5_moe_text",
+        "Qwen 3 Next with another linear attention, and a mixture in every layer.",
+        **QWEN_NEXT,
+        **mixtral.WEIGHED_SHARED,
+        config_keys=("layer_types", "shared_expert_intermediate_size"),
+    ),
+    row(
+        MixedArchitectureAdapter,
+        "qwen3_5_text",
+        "Qwen 3 Next with another linear attention, and without mixtures.",
+        **QWEN_NEXT,
+        cfg_names=llama.NAMES,
+        is_dense=mixtral.always,
+        config_keys=("layer_types",),
+    ),
 )

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from transformer_lens.hooks.point import HookPoint
 from transformer_lens.hooks.root import HookSpec
+from transformer_lens.model_bridge.generalized_components.attention_run import AttentionPlace
 from transformer_lens.model_bridge.upstream import arguments_of
 from transformer_lens.model_bridge.verification import evidence, references
 from transformer_lens.model_bridge.verification.evidence import Evidence, Looking, ModuleCall, OwnRun, Seen
@@ -289,7 +290,12 @@ def writes(e: Evidence) -> Iterator[CheckResult]:
 
 def _has(e: Evidence, block: str, write: Write) -> bool:
     by_scores = write.hook in ("attn.hook_attn_scores", "attn.hook_rot_q")  # a sink takes its part of them
-    return f"{block}.{write.hook}" in e.bridge.hook_dict and not (by_scores and references.has_sinks(e, block))
+    by_values = by_scores or write.hook == "attn.hook_pattern"  # a norm or a gate may make z of what they come to
+    apart = by_values and f"{block}.attn.hook_attended" in e.bridge.hook_dict
+    attention = e.components.get(f"{block}.attn")
+    apart |= write.hook == "attn.hook_rot_q" and isinstance(attention, AttentionPlace) and attention.chooses
+    here = f"{block}.{write.hook}" in e.bridge.hook_dict
+    return here and not apart and not (by_scores and references.has_sinks(e, block))
 
 
 def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write]]:
@@ -308,7 +314,7 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
     for block in e.stages[:-1]:
         name = f"{block}.{write.hook}"
         elsewhere, pattern = e.block_elsewhere(name), last.cache.get(name)
-        if elsewhere is not None and pattern is not None:
+        if elsewhere is not None and pattern is not None and _has(e, block, write):
             hooks.append((name, elsewhere.editing("set", write.new(pattern))))
             hooks.append(([f"{block}.attn.hook_v", f"{block}.attn.hook_z"], seen))
     e.bridge.run_with_hooks(last.tokens, past_key_values=cache, return_type=None, fwd_hooks=hooks)

@@ -66,16 +66,24 @@ def _own_projection(e: Seen, attention: str, part: str) -> Tensor | None:
     """A query, key or value: of its own projection, or as the model's own function reads the fused one."""
     own = _multiplied(e, attention, part)
     if own is not None:
-        return _heads(e, part, own)
+        found = cast("Tensor", _heads(e, part, own))
+        return found[..., : e.bridge.cfg.d_head] if part == "q" else found  # a gate may follow each query
     fused = e.returned(f"{attention}.qkv")
     if fused is None:
         return None
     split = splitting_of(e.components[attention].original_component, e.bridge.adapter.model_type)
     if split is None:
         return None
-    found: Tensor = split(fused)["qkv".index(part)]
+    found = cast("Tensor", split(fused)["qkv".index(part)])
     heads = e.bridge.cfg.n_heads if part == "q" else e.bridge.cfg.n_key_value_heads
     return found[:, :, :: found.shape[2] // heads]  # it repeats a key for each query head of its group
+
+
+def _gate(e: Seen, attention: str) -> Tensor | None:
+    """Each head's gate: of its own projection, or behind the query of its head."""
+    own = _heads(e, "q", e.returned(f"{attention}.gate"))
+    both = _heads(e, "q", e.returned(f"{attention}.q"))
+    return own if own is not None or both is None else both[..., e.bridge.cfg.d_head :]
 
 
 def projected(e: Seen, attention: str, part: str) -> Tensor | None:
@@ -165,6 +173,7 @@ REFERENCES: Mapping[str, Reference] = {
     "attn.hook_in": lambda e, c, i: e.received(c),
     **{f"attn.hook_{part}": _of(_own_projection, part) for part in "qkv"},
     **{f"attn.hook_{part}_normed": _of(_normed, part) for part in "qk"},
+    "attn.hook_gate": lambda e, c, i: _gate(e, c),
     "attn.hook_kv_latent": lambda e, c, i: e.returned(f"{c}.kv_norm"),
     "attn.hook_q_latent": lambda e, c, i: e.returned(f"{c}.q_norm"),
     **{f"attn.hook_rot_{part}": _of(_rotated, part) for part in "qk"},
@@ -174,6 +183,7 @@ REFERENCES: Mapping[str, Reference] = {
     "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
     "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
+    "mlp.hook_activated": lambda e, c, i: e.received(f"{c}.norm"),
     "mlp.hook_out": lambda e, c, i: e.returned(c),
     "mlp.hook_gate": lambda e, c, i: e.returned(f"{c}_gate"),
     "mixer.hook_in": lambda e, c, i: e.received(c),
@@ -264,9 +274,10 @@ def has_sinks(e: Seen, block: str) -> bool:
 
 
 def mixed_values(e: Seen) -> Iterator[CheckResult]:
-    """`pattern @ v == z`, each query head with the value of its group."""
+    """`pattern @ v == z` (or what becomes z), each query head with the value of its group."""
     for attention in [f"{block}.attn" for block in _blocks(e)]:
-        weights, v, z = e.wide(f"{attention}.hook_pattern"), e.attended_values(attention), e.wide(f"{attention}.hook_z")
+        hook = next(h for h in ("hook_attended", "hook_z") if h == "hook_z" or f"{attention}.{h}" in e.cache)
+        weights, v, z = e.wide(f"{attention}.hook_pattern"), e.attended_values(attention), e.wide(f"{attention}.{hook}")
         if weights is None or v is None or z is None:
             continue
         if weights.shape[-1] != v.shape[1]:
@@ -275,7 +286,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
             continue
         per_head = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
         expected = torch.einsum("bhqk,bkhd->bqhd", weights, per_head)
-        yield compared("pattern @ v", f"{attention}.hook_z", z, expected, e.rounding)
+        yield compared("pattern @ v", f"{attention}.{hook}", z, expected, e.rounding)
 
 
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
