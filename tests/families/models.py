@@ -142,7 +142,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("Mistral4", LATENT),
     "youtu": ("Youtu", {**LATENT, "tie_word_embeddings": False}),
     "sarvam_mla": ("SarvamMLA", {**LATENT, "q_lora_rank": None}),
-    "axk1": ("AXK1", {**LATENT, "mlp_layer_types": ["dense", "sparse"]}),
     "deepseek_v32": ("DeepseekV32", {**LATENT, **INDEX}),
     "glm_moe_dsa": ("GlmMoeDsa", {**LATENT, **INDEX, "indexer_types": ["full", "shared"]}),
     "glm_moe_dsa, all full": ("GlmMoeDsa", {**LATENT, **INDEX, "mlp_layer_types": ["sparse", "dense"]}),
@@ -162,7 +161,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("Qwen3_5Text", {**GROUPED, **LINEAR, "attention_bias": True}),
     "kolibri1": ("Kolibri1", {**MIXTURE, **WINDOWS, "shared_expert_intermediate_size": 20}),
     "flint": ("Flint", {**MIXTURE, **WINDOWS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [0]}),
-    "aria_text": ("AriaText", {**HALVED, "moe_num_experts": 5, "moe_topk": 3, "mlp_bias": True}),
+    "aria_text": ("AriaText", {**HALVED, "moe_num_experts": 5, "moe_topk": 3, "attention_bias": True}),
     "cohere2_moe": ("Cohere2Moe", {**GROUPED, **WINDOWS, "num_experts": 5, "num_experts_per_tok": 3, "logit_scale": 0.3,
                                    "mlp_layer_types": ["sparse", "sparse"], "expert_selection_fn": "sigmoid"}),
     "cohere2_moe, dense": ("Cohere2Moe", {**GROUPED, **WINDOWS, "num_experts": 5, "num_experts_per_tok": 3,
@@ -171,7 +170,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe": ("Ernie4_5_Moe", {**HALVED, **ERNIE}),
     "ernie4_5_moe, none shared": ("Ernie4_5_Moe", {**HALVED, **ERNIE, "moe_num_shared_experts": 0}),
 }  # fmt: skip
-LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite", "axk1", "deepseek_v32",
+LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm4_moe_lite", "deepseek_v32",
            "glm_moe_dsa")  # fmt: skip
 """Families with latent attention."""
 LINEARS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")

@@ -50,7 +50,10 @@ def test_keys_and_values_are_made_from_the_latent_vector(name: str) -> None:
     assert not silent["v", 1].any() and not silent["z", 1].any()
     with bridge.hooks([("blocks.1.attn.hook_rot_k", lambda x, hook: torch.zeros_like(x))]):
         _, alike = bridge.run_with_cache(ids)
-    mean = cache["v", 1].cumsum(1) / torch.arange(1, 8)[:, None, None]
+    chosen = (cache["pattern", 1] > 0).float()  # by an indexer; elsewhere all that came before
+    mean = torch.einsum("bhqk,bkhd->bqhd", chosen / chosen.sum(-1, keepdim=True), cache["v", 1])
+    if not attn.chooses:
+        torch.testing.assert_close(mean, cache["v", 1].cumsum(1) / torch.arange(1, 8)[:, None, None])
     torch.testing.assert_close(alike["z", 1], mean, rtol=1e-4, atol=1e-5)
 
 

@@ -280,7 +280,6 @@ IN_FLOAT32 = (
     "sarvam_mla",
     "bloom",
     "afmoe",
-    "axk1",
     "flint",
     "glm_moe_dsa",
     "kolibri1",

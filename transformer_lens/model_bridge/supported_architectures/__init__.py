@@ -22,7 +22,7 @@ FILES = {
         ministral ministral3 mistral nemotron olmo olmo2 olmo3 phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm
         starcoder2 vaultgemma""",
     "mixers": "falcon_h1 jamba lfm2 lfm2_moe qwen3_5_moe_text qwen3_5_text qwen3_next",
-    "mixtral": """afmoe aria_text axk1 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe
+    "mixtral": """afmoe aria_text cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe
         flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe hunyuan_v1_moe hy_v3 kolibri1
         mellum minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_mla sarvam_moe solar_open
         youtu""",

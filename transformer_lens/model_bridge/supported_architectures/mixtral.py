@@ -239,7 +239,7 @@ FAMILIES = by_type(
     row(Mixture, "deepseek_v3", "DeepSeek V2 whose router scores with sigmoids.", **DEEPSEEK),
     row(Mixture, "sarvam_mla", "DeepSeek V3 under another name.", **DEEPSEEK),
     row(Mixture, "mistral4", "DeepSeek V2 whose queries grow beyond a length.", **DEEPSEEK),
-    *(row(Mixture, name, "DeepSeek V3 under another name.", **LISTED) for name in ("axk1", "glm4_moe_lite")),
+    row(Mixture, "glm4_moe_lite", "DeepSeek V3 under another name.", **LISTED),
     row(Mixture, "deepseek_v32", "DeepSeek V3 that attends to the tokens that an indexer chooses.", **INDEXED),
     row(
         Mixture,
@@ -367,6 +367,7 @@ FAMILIES = by_type(
         shared_width=("intermediate_size", "moe_num_shared_experts"),
         cfg_names={**NAMES, "num_experts": "moe_num_experts", "experts_per_token": "moe_topk"},
         config_keys=("moe_num_shared_experts",),
+        harmless=("attention_bias", "head_dim", "pretraining_tp"),
     ),
     row(
         Mixture,
