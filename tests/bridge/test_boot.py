@@ -157,7 +157,7 @@ def test_an_empty_directory(tmp_path):
 def test_another_family_is_refused_by_name(tmp_path):
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 16, "ffn_dim": 8}
     model = OPTForCausalLM(OPTConfig(**sizes))
-    sentence = "model_type 'opt' is not supported; of the 72 families that are"
+    sentence = "model_type 'opt' is not supported; of the 85 families that are"
     with pytest.raises(ValueError, match=sentence):
         TransformerBridge(model)
     model.config.save_pretrained(tmp_path)

@@ -14,12 +14,14 @@ from transformer_lens.distributed import AutoDistributedModelForCausalLM, Edit, 
 
 RENAMED = ("exaone", "sarvam_moe")
 """Their checkpoints call their tensors otherwise than the class that runs them, and a part of one is not translated."""
-STATES = ("lfm2", "jamba", "falcon_h1", "mamba", "bamba", "qwen3_next", "granitemoehybrid")
+STATES = ("lfm2", "jamba", "falcon_h1", "mamba", "bamba", "qwen3_next", "qwen3_5", "granitemoehybrid")
 REFUSED = {name: "it has mixers, whose states servers do not keep" for name in MODELS if name.startswith(STATES)}
 REFUSED |= dict.fromkeys(RENAMED, "do not fit")
 REFUSED |= {name: "it takes no position ids" for name in MODELS if name.startswith("bloom")}
 REFUSED |= {name: "transformers lists no causal model of this family" for name in MODELS if name == "mistral4"}
-OVER_SERVERS = [name for name in MODELS if name not in REFUSED]
+APART = ("glm_moe_dsa",)
+"""A layer that attends to what the one before chose has to be on its server."""
+OVER_SERVERS = [name for name in MODELS if name not in (*REFUSED, *APART)]
 
 
 def saved(name: str, folder: Path) -> dict[str, object]:

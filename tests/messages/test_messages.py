@@ -436,7 +436,7 @@ BOOTING = {
     "family": (
         lambda: adapter_for(OPTConfig()),
         ValueError,
-        "model_type 'opt' is not supported; of the 72 families that are (docs/families.md), the nearest names are "
+        "model_type 'opt' is not supported; of the 85 families that are (docs/families.md), the nearest names are "
         "'gptj', 'gpt2', 'youtu'. docs/adding_an_architecture.md shows how to describe another"
         "; TransformerBridge.draft(model) proposes one",
     ),
