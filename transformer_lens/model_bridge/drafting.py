@@ -267,8 +267,8 @@ class Proposal:
                         return f"({kind} if str({text}) == {value!r} else {others.pop()})"
                 items = ", ".join(f"{value!r}: {kind}" for value, kind in of.items())
                 return f"{{{items}}}[str({text})]"
-        of = list(dict.fromkeys(texts))
-        return texts[0] if len(of) == 1 else f"({', '.join(of)})[{tuple(map(of.index, texts))}[layer]]"
+        distinct = list(dict.fromkeys(texts))
+        return texts[0] if len(distinct) == 1 else f"({', '.join(distinct)})[{tuple(map(distinct.index, texts))}[layer]]"
 
     def ends(self) -> dict[str, Part]:
         """What is outside the blocks. Raises `Misfit` if no norm follows them, or the head has an unknown name."""
