@@ -177,9 +177,9 @@ def page(found: dict[str, dict[str, str]], hidden: dict[str, dict[str, str]]) ->
     yield "`Mixer` is a module of which only input and output have hooks. The others break the law named."
     yield ""
     if hidden:
-        yield f"Of the families that are shipped, each with its own adapter hidden, {there} can be built small, and for"
+        yield f"Of the {len(causal(True))} shipped families, {there} were tried with their own adapter hidden, and for"
         yield f"{again} every law holds, for {open_again} with attention opened. Together: {passed + again} of"
-        yield f"{here + there} causal models."
+        yield f"{here + there} causal models tried."
         failed = [
             f"`{name}` ({row['why'].partition(': ')[0]})" for name, row in hidden.items() if row["result"] == "fails"
         ]
