@@ -48,7 +48,7 @@ THEMES: Mapping[str, tuple[str, ...]] = {
     ),
     "patching": ("analysis.patching", "analysis.attribution.paths"),
     "experts": ("analysis.experts",),
-    "analysis": ("analysis", "asking"),
+    "analysis": ("analysis", "asking", "tools.analysis"),
     "pictures": ("viz",),
     "collect": ("collect",),
     "dictionaries": ("dictionaries",),

@@ -161,6 +161,7 @@ OURS = {
     ("bridge.py", "dtype"),  # our own keyword
     ("sources.py", "dtype"),
     ("report.py", "dtype"),  # a row of the report
+    ("validation.py", "dtype"),  # what the worker loads the model with
     ("runs.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns
 }
