@@ -135,8 +135,7 @@ def detect_head(
             attention = _of_batch(found, layer, mask[batch])
             for row, (real, pattern) in enumerate(zip(mask[batch], patterns[batch], strict=True)):
                 counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
-                if exclude_bos:
-                    counts[:, 0] = 0
+                counts[:, 0] *= not exclude_bos
                 seen = attention[row][:, real][:, :, real].float().cpu()
                 total[layer] += _scores(seen, pattern, counts, error_measure)
     scores = torch.full_like(total, -1.0)

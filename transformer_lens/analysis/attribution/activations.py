@@ -18,9 +18,9 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as runs
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution import gradient_runs as runs
 from transformer_lens.analysis.attribution.gradient_runs import At, one_number
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as runs
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution import gradient_runs as runs
 from transformer_lens.analysis.attribution.activations import mean_gradients
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScores
 from transformer_lens.analysis.attribution.gradient_runs import At

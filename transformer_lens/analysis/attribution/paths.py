@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as gradient_runs
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution import gradient_runs
 from transformer_lens.analysis.attribution.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
 from transformer_lens.analysis.attribution.gradient_runs import Vectors, one_number
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput

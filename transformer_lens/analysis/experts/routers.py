@@ -89,9 +89,9 @@ class Routing(Tabular):
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One row for each choice of an expert, without padding."""
-        sizes = self.probabilities.shape
-        each = [(i, e, one) for i in range(sizes[0]) for e in range(sizes[-1]) for one in self.tokens_of(i, e)]
-        return [{"layer": i, "expert": e, **one._asdict()} for i, e, one in each]
+        places = [(layer, expert) for layer in self.layers for expert in range(self.probabilities.shape[-1])]
+        each = [(layer, expert, one) for layer, expert in places for one in self.tokens_of(layer, expert)]
+        return [{"layer": layer, "expert": expert, **one._asdict()} for layer, expert, one in each]
 
     def table(self) -> TextTable:
         """A table with one row per token, without padding, and one column per layer.
@@ -263,7 +263,8 @@ class RoutingStatistics(Tabular):
         """One row for each expert of each layer."""
         columns = {"load": self.load.tolist(), "weight": self.weight.tolist(), "load_share": self.load_share.tolist()}
         places = torch.ones_like(self.load).nonzero().tolist()
-        return [{"layer": i, "expert": e, **{name: columns[name][i][e] for name in columns}} for i, e in places]
+        at = {(row, expert): {name: columns[name][row][expert] for name in columns} for row, expert in places}
+        return [{"layer": self.layers[row], "expert": expert, **values} for (row, expert), values in at.items()]
 
     def table(self) -> TextTable:
         """A table with one row per layer: the fraction of tokens each expert gets, and the router's entropy.

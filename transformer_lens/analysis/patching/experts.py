@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import transformer_lens.analysis.patching.sweeps as sweeps
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.patching import sweeps
 from transformer_lens.analysis.patching.engine import Metric, SweepInput, run_interventions
 from transformer_lens.analysis.patching.sweeps import Cache
 from transformer_lens.asking import need_whole_mlps

@@ -219,9 +219,8 @@ def generic_activation_patch(
     how: dict[str, Any] = {"attention_mask": mask, "memory_budget": memory_budget, "verbose": verbose}
     found = run_interventions(model, input, hooks, patching_metric, **how, each_text=reduce != "scalar")
     found = found.mean(-1) if reduce == "mean" else found
-    result = found.new_full((len(rows), *found.shape[1:]), torch.nan)
-    result[done] = found
-    result = result.reshape(*shape, *found.shape[1:])
+    result = found.new_full((*shape, *found.shape[1:]), torch.nan)
+    result.view(len(rows), *found.shape[1:])[done] = found
     if reduce == "none":
         return PatchingResult(result, tuple(index_axis_names or ()), index_df)
     return (result, index_df) if return_index_df else result
