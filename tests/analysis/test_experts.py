@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.adapters.block_kinds import build
 from tests.support import falcon, mixtral, tokens
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis import experts
@@ -516,3 +517,12 @@ def test_the_examples_in_the_docstrings_run(bridge, name):
     names = {public: getattr(experts, public) for public in experts.__all__}
     result = doctest.testmod(module, extraglobs={"bridge": bridge, "torch": torch, **names})
     assert result.attempted and not result.failed
+
+
+def test_rows_name_the_layer_where_the_first_has_a_dense_mlp():
+    bridge = TransformerBridge(build("ernie"))
+    ids = tokens(2, 5)
+    for rows in (routing(bridge, ids).to_dicts(), routing_statistics(bridge, [ids], progress=False).to_dicts()):
+        assert sorted({row["layer"] for row in rows}) == [1, 2]
+    load = routing_statistics(bridge, [ids], progress=False).load
+    assert [row["load"] for row in rows if row["layer"] == 1] == load[0].tolist()

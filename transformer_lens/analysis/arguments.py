@@ -66,10 +66,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("lr", "strength"), partial(a_number, least=0.0, above=True)),
     "directory": a_path,
     "activation_name": a_text,
-    **dict.fromkeys(("edges", "circuits", "paths", "interventions", "words", "index_df"), a_list),
-    **dict.fromkeys(
-        ("column_max_ranges", "column_names", "index_axis_names", "path", "types", "groups", "labels"), a_list
-    ),
+    **dict.fromkeys(("edges", "circuits", "paths", "path", "interventions", "words"), a_list),
+    **dict.fromkeys(("column_max_ranges", "column_names", "index_axis_names", "index_df"), a_list),
+    **dict.fromkeys(("types", "groups", "labels"), a_list),
     **dict.fromkeys(("pair", "separator", "placeholder"), a_text),
     **dict.fromkeys(("scores", "change", "gradient", "log_probs", "logits", "following"), a_tensor),
 }

@@ -124,8 +124,9 @@ def detect_head(
     layers = sorted({layer for layer, _ in wanted})
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     total = torch.zeros(model.cfg.n_layers, model.cfg.n_heads)
-    for start in range(0, len(texts), batch_size if cache is None else len(texts)):
-        batch = slice(start, start + batch_size if cache is None else None)
+    size = batch_size if cache is None else len(texts)
+    for start in range(0, len(texts), size):
+        batch = slice(start, start + size)
         found: Any = cache
         if cache is None:
             how: dict[str, Any] = {"names_filter": names, "return_type": None, "attention_mask": mask[batch]}
@@ -133,27 +134,20 @@ def detect_head(
         for layer in layers:
             attention = _of_batch(found, layer, mask[batch])
             for row, (real, pattern) in enumerate(zip(mask[batch], patterns[batch], strict=True)):
+                counts = torch.ones_like(pattern).tril(-1 if exclude_current_token else 0)
+                counts[:, 0] *= not exclude_bos
                 seen = attention[row][:, real][:, :, real].float().cpu()
-                total[layer] += _scores(seen, pattern, exclude_bos, exclude_current_token, error_measure)
+                total[layer] += _scores(seen, pattern, counts, error_measure)
     scores = torch.full_like(total, -1.0)
     for layer, head in wanted:
         scores[layer, head] = total[layer, head] / len(texts)
     return scores
 
 
-def _scores(
-    attention: Float[Tensor, "head pos pos"],
-    pattern: Float[Tensor, "pos pos"],
-    no_bos: bool,
-    no_self: bool,
-    measure: str,
-) -> Float[Tensor, " head"]:
-    counts = torch.ones_like(pattern).tril(-1 if no_self else 0)
-    if no_bos:
-        counts[:, 0] = 0
+def _scores(seen: Float[Tensor, "head pos pos"], pattern: Tensor, counts: Tensor, measure: str) -> Tensor:
     if measure == "abs":
-        return 1 - ((attention - pattern).abs() * counts).sum((-1, -2)) / len(pattern)
-    counted = attention * counts
+        return 1 - ((seen - pattern).abs() * counts).sum((-1, -2)) / len(pattern)
+    counted = seen * counts
     # A head with no attention left scores 0, not 0 / 0.
     return (counted * pattern).sum((-1, -2)) / counted.sum((-1, -2)).clamp(min=1e-30)
 
@@ -165,11 +159,9 @@ def _of_batch(cache: Any, layer: int, mask: Tensor) -> Float[Tensor, "batch head
     found = cache["pattern", layer]
     found = found if found.ndim == 4 else found[None]
     batch, pos = mask.shape
-    if found.shape[0] != batch or found.shape[-1] != pos or found.shape[-2] != pos:
-        raise ValueError(
-            f"cache: its pattern of layer {layer} has shape {list(found.shape)}, expected "
-            f"[{batch}, head, {pos}, {pos}] as seq has it"
-        )
+    if (found.shape[0], *found.shape[2:]) != (batch, pos, pos):
+        expected = f"[{batch}, head, {pos}, {pos}] as seq has it"
+        raise ValueError(f"cache: its pattern of layer {layer} has shape {list(found.shape)}, expected {expected}")
     return found
 
 
@@ -185,10 +177,8 @@ def _pattern(given: HeadName | Tensor, text: Int[Tensor, " pos"], number: int, t
         raise TypeError(f"detection_pattern: got {in_words(given)}, expected a tensor or a name")
     pattern = given[number] if given.ndim == 3 and len(given) == texts else given
     if list(pattern.shape) != [length, length]:
-        raise ValueError(
-            f"detection_pattern: got shape {list(given.shape)}, expected [{length}, {length}] for the {length} "
-            f"tokens of text {number}"
-        )
+        expected = f"[{length}, {length}] for the {length} tokens of text {number}"
+        raise ValueError(f"detection_pattern: got shape {list(given.shape)}, expected {expected}")
     pattern = pattern.float().cpu()
     if not bool(pattern.isfinite().all()) or bool(pattern.triu(1).any()):
         raise ValueError("detection_pattern: expected finite numbers, zero above the diagonal (no head looks ahead)")

@@ -10,18 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from transformer_lens import HookPoint, TransformerBridge
+from transformer_lens import HookPoint, TransformerBridge, asking
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.head_detection import detect_head as detect_head  # a name of this module too
-from transformer_lens.asking import (
-    Heads,
-    Positions,
-    checked_positions,
-    head_pairs,
-    layer_number,
-    layers_with,
-    position_mask,
-)
+from transformer_lens.asking import Heads, Positions, layers_with
 from transformer_lens.checks import a_tensor, one_of
 from transformer_lens.data.generate import repeated_random_tokens
 from transformer_lens.factored_matrix import wide
@@ -116,16 +108,16 @@ def ablate_heads(
     >>> bridge.to_string(bridge.run_with_hooks(prompt, fwd_hooks=hooks)[0, -1].argmax())
     ' John'
     """
-    where = checked_positions(positions)
+    where = asking.checked_positions(positions)
     of_layer: dict[int, list[int]] = {}
-    for layer, head in head_pairs(bridge.cfg, heads):
+    for layer, head in asking.head_pairs(bridge.cfg, heads):
         of_layer.setdefault(layer, []).append(head)
 
     def ablate(z: Float[Tensor, "batch pos head d_head"], hook: HookPoint) -> Float[Tensor, "batch pos head d_head"]:
         gone = torch.zeros(z.shape[2], dtype=torch.bool, device=z.device)
         gone[of_layer[hook.layer()]] = True
         instead = z.mean((0, 1), keepdim=True) if mean else torch.zeros_like(z)
-        return torch.where((position_mask(where, z, hook)[..., None] & gone)[..., None], instead, z)
+        return torch.where((asking.position_mask(where, z, hook)[..., None] & gone)[..., None], instead, z)
 
     return [(f"blocks.{layer}.attn.hook_z", ablate) for layer in sorted(of_layer)]
 
@@ -143,9 +135,8 @@ def principal_angles(
     a_tensor("first", first)
     a_tensor("second", second)
     if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0]:
-        raise ValueError(
-            f"principal_angles: got {list(first.shape)} and {list(second.shape)}, expected two matrices of as many rows"
-        )
+        got = f"{list(first.shape)} and {list(second.shape)}"
+        raise ValueError(f"principal_angles: got {got}, expected two matrices of as many rows")
     A, B = (_basis(given.double(), _rounding(given)) for given in (first, second))
     if A.shape[1] < B.shape[1]:
         A, B = B, A
@@ -172,16 +163,15 @@ def head_similarity(
     folded in. W_K and W_V have one head per group: query head `h` uses `h // (n_heads / n_key_value_heads)`. Layers
     without attention have NaN. Memory holds a basis of every head, as large as the weights.
     """
-    for what, name in (("matrix", matrix), ("other", matrix if other is None else other)):
-        one_of(what, name, MATRICES)
-    layers = layers_with(bridge, "attn.hook_z")
-    first = {layer: head_bases(bridge, matrix, layer) for layer in layers}
-    second = first if other is None else {layer: head_bases(bridge, other, layer) for layer in layers}
-    here, there = first[layers[0]], second[layers[0]]
-    n_layers = bridge.cfg.n_layers
+    second = matrix if other is None else other
+    one_of("matrix", matrix, MATRICES)
+    one_of("other", second, MATRICES)
+    layers, n_layers = layers_with(bridge, "attn.hook_z"), bridge.cfg.n_layers
+    bases_of = {name: {layer: head_bases(bridge, name, layer) for layer in layers} for name in (matrix, second)}
+    here, there = bases_of[matrix][layers[0]], bases_of[second][layers[0]]
     found = here.new_full((n_layers, len(here), n_layers, len(there)), torch.nan)
-    for layer, bases in first.items():
-        for later, others in second.items():
+    for layer, bases in bases_of[matrix].items():
+        for later, others in bases_of[second].items():
             overlap = torch.einsum("hdi,gdj->hgij", bases, others.to(bases.device)).square().sum((-1, -2))
             found[layer, :, later] = overlap / min(bases.shape[-1], others.shape[-1])
     return found
@@ -197,8 +187,7 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     (torch.Size([2, 128, 32]), True)
     """
     one_of("matrix", matrix, MATRICES)
-    layer = layer_number(bridge.cfg, layer)
-    block: Any = bridge.blocks[layer]
+    block: Any = bridge.blocks[asking.layer_number(bridge.cfg, layer)]
     norm = block.branch("attn").norm
     weight = wide(getattr(block.attn, matrix).detach())
     if matrix == "W_O":
@@ -206,9 +195,7 @@ def head_bases(bridge: TransformerBridge, matrix: Matrix, layer: int) -> Float[T
     return _basis(weight * block.role(norm).w.detach().to(weight)[:, None] if norm else weight)
 
 
-def _basis(
-    columns: Float[Tensor, "*head d_model rank"], rounding: float | None = None
-) -> Float[Tensor, "*head d_model rank"]:
+def _basis(columns: Float[Tensor, "*head d_model rank"], rounding: float | None = None) -> Tensor:
     """Orthonormal columns with the same span. Raises `ValueError` if the columns are linearly dependent."""
     U, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     floor = sizes[..., :1] * (rounding or _rounding(columns)) * max(columns.shape[-2:])

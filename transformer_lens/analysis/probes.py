@@ -6,8 +6,9 @@ Needs the extra `[probes]` (scikit-learn). `probe` takes any features, `probe_la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -90,7 +91,8 @@ def probe(
     group_of = _numbered("groups", groups, len(x))
     rng = np.random.default_rng(seed)
     splits = _splits(x, targets, group_of, task, folds, seed)
-    predictions, auc = _predicted(x, targets, splits, task, strength)
+    predict = partial(_predicted, x, splits=splits, task=task, strength=strength)
+    predictions, auc = predict(targets)
     type_of = _numbered("types", types, len(x))
     control = _control_labels(type_of, targets, rng)
     few = type_of is not None and len(np.unique(type_of)) < FEWEST_TYPES
@@ -100,9 +102,9 @@ def probe(
         score=_score(targets, predictions, task),
         interval=_interval(targets, predictions, group_of, task, confidence, rng),
         auc=auc,
-        control=math.nan if few else _score(control, _predicted(x, control, splits, task, strength)[0], task),
-        shuffled=_score(shuffled, _predicted(x, shuffled, splits, task, strength)[0], task),
-        direction=_direction(x, targets, task, strength),
+        control=math.nan if few else _score(control, predict(control)[0], task),
+        shuffled=_score(shuffled, predict(shuffled)[0], task),
+        direction=_direction(_model(task, strength).fit(x, targets)),
         classes=tuple(classes.tolist()),
     )
 
@@ -130,20 +132,13 @@ class ProbeTable(Tabular):
 
     def table(self) -> TextTable:
         """One row for each hook."""
-        rows = [
-            [
-                name,
-                f"{found.score:.2f}",
-                f"{found.interval[0]:.2f} to {found.interval[1]:.2f}",
-                *([f"{found.auc:.2f}"] if found.task == "classification" else []),
-                f"{found.control:.2f}",
-                f"{found.selectivity:.2f}",
-                f"{found.shuffled:.2f}",
-            ]
-            for name, found in self.scores.items()
-        ]
         classification = next(iter(self.scores.values())).task == "classification"
         measure = ["accuracy", "interval", "AUC"] if classification else ["R2", "interval"]
+        rows = []
+        for name, found in self.scores.items():
+            numbers = [*([found.auc] if classification else []), found.control, found.selectivity, found.shuffled]
+            interval = "{:.2f} to {:.2f}".format(*found.interval)
+            rows.append([name, f"{found.score:.2f}", interval, *(f"{number:.2f}" for number in numbers)])
         columns = ["activation", *measure, "control", "selectivity", "shuffled"]
         return TextTable("Linear probes, on examples left out of their training", columns, rows)
 
@@ -181,8 +176,7 @@ def probe_layers(
     if len(labels) != len(texts):
         raise ValueError(f"labels: got {len(labels)}, expected one for each of the {len(texts)} texts")
     _sklearn("metrics")
-    if at is None:
-        at = ["hook_embed", *range(bridge.cfg.n_layers)]
+    at = ["hook_embed", *range(bridge.cfg.n_layers)] if at is None else at
     places: list[Any] = list(at) if isinstance(at, (list, tuple)) else [at]
     features = activations_at(bridge, texts, places, position, batch_size=batch_size, verbose=verbose)
     if types is None and not isinstance(position, str):
@@ -206,19 +200,13 @@ def _model(task: Task, strength: float) -> Any:
 def _splits(
     x: Values, y: Values, groups: Values | None, task: Task, folds: int, seed: int
 ) -> list[tuple[Values, Values]]:
-    selection = _sklearn("model_selection")
-    kinds: dict[tuple[Task, bool], Callable[..., Any]] = {
-        ("classification", False): selection.StratifiedKFold,
-        ("classification", True): selection.StratifiedGroupKFold,
-        ("regression", False): selection.KFold,
-        ("regression", True): selection.GroupKFold,
-    }
     if groups is not None and len(np.unique(groups)) < folds:
         raise ValueError(f"groups: got {len(np.unique(groups))} of them for {folds} folds, expected as many or more")
     fewest = int(np.unique(y, return_counts=True)[1].min()) if task == "classification" else len(y)
     if fewest < folds:
         raise ValueError(f"folds: got {folds}, and the rarest label has {fewest} examples, expected as many or more")
-    splitter = kinds[task, groups is not None](n_splits=folds, shuffle=True, random_state=seed)
+    kind = f"{'Stratified' if task == 'classification' else ''}{'' if groups is None else 'Group'}KFold"
+    splitter = getattr(_sklearn("model_selection"), kind)(n_splits=folds, shuffle=True, random_state=seed)
     splits = list(splitter.split(x, y, groups))
     if task == "classification" and any(len(np.unique(y[train])) < len(np.unique(y)) for train, _ in splits):
         raise ValueError("groups: some fold leaves no example of a class to train on; use fewer folds or more groups")
@@ -273,10 +261,8 @@ def _control_labels(types: Values | None, y: Values, rng: np.random.Generator) -
     return rng.permutation(np.sort(y)[evenly])[kinds]
 
 
-def _direction(x: Values, y: Values, task: Task, strength: float) -> Tensor:
-    model = _model(task, strength).fit(x, y)
-    coefficients = np.atleast_2d(model[-1].coef_) / model[0].scale_
-    found: Tensor = torch.from_numpy(coefficients).float()
+def _direction(model: Any) -> Float[Tensor, "*class features"]:
+    found: Tensor = torch.from_numpy(np.atleast_2d(model[-1].coef_) / model[0].scale_).float()
     found = found / found.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     return found[0] if len(found) == 1 else found
 
@@ -300,8 +286,7 @@ def _checked(
     if not bool(features.isfinite().all()):
         raise ValueError(f"features: {int((~features.isfinite()).sum())} of them are not finite")
     floats = np.issubdtype(y.dtype, np.floating)
-    if task is None:
-        task = "regression" if floats else "classification"
+    task = ("regression" if floats else "classification") if task is None else task
     one_of("task", task, ("classification", "regression"))
     if floats and not np.isfinite(y).all():
         raise ValueError("labels: some are not finite")

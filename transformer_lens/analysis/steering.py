@@ -60,9 +60,8 @@ def activations_at(
             raise ValueError(f"{name!r} has the axes {bridge.hook_dict[name].axes!r}, expected batch and pos in front")
     check_texts(texts)
     if not len(texts) or not names or batch_size < 1:
-        raise ValueError(
-            f"got {len(texts)} texts, {len(names)} places and batch_size {batch_size}, expected one or more"
-        )
+        got = f"{len(texts)} texts, {len(names)} places and batch_size {batch_size}"
+        raise ValueError(f"got {got}, expected one or more")
     if isinstance(position, str) and position != "mean":
         raise ValueError(f"position: got {position!r}, expected an int, one for each text, or 'mean'")
     each = None if isinstance(position, str) or is_whole(position) else whole_numbers("position", position)
@@ -130,9 +129,8 @@ def steering_vector(
     """
     one_of("normalize", normalize, (None, "unit", "stream"))
     name = place_name(bridge, at)
-    sides = [
-        activations_at(bridge, texts, [name], position, batch_size=batch_size)[name] for texts in (positive, negative)
-    ]
+    both = (activations_at(bridge, texts, [name], position, batch_size=batch_size) for texts in (positive, negative))
+    sides = [side[name] for side in both]
     difference = sides[0].mean(0) - sides[1].mean(0)
     if normalize is not None:
         length = difference.norm()
@@ -141,7 +139,6 @@ def steering_vector(
         difference = difference / length
     if normalize == "stream":
         difference = difference * torch.cat(sides).norm(dim=-1).mean()
-    axes = bridge.hook_dict[name].axes.split()[2:]
     heads = {"head": bridge.cfg.n_heads, "kv_head": bridge.cfg.n_key_value_heads}
-    tail = [heads[axes[0]], -1] if axes[0] in heads else [-1]
-    return difference.reshape(tail).to(bridge.cfg.device)
+    first = bridge.hook_dict[name].axes.split()[2]
+    return difference.reshape([heads[first], -1] if first in heads else [-1]).to(bridge.cfg.device)

@@ -6,7 +6,7 @@ Interpretable".
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from transformer_lens.factored_matrix import wide
 from transformer_lens.text_table import TextTable
 
 VectorType = Literal["OV", "QK", "w_in", "w_gate", "w_out"]
-VECTOR_TYPES: tuple[VectorType, ...] = ("OV", "QK", "w_in", "w_gate", "w_out")
+VECTOR_TYPES: tuple[VectorType, ...] = get_args(VectorType)
 Side = Literal["right", "left"]
 
 
@@ -83,9 +83,9 @@ class SVDInterpreter:
 
     @torch.no_grad()
     def _logits(self, directions: Float[Tensor, "vector d_model"]) -> Float[Tensor, "d_vocab vector"]:
-        W_U = self.model.W_U.detach().to(directions.dtype)
+        W_U, norm = self.model.W_U.to(directions.dtype), cast(Any, self.model.get_submodule("ln_final"))
         if self.fold_ln:
-            W_U = self._norm("ln_final").to(W_U)[:, None] * W_U
+            W_U = norm.w.to(W_U)[:, None] * W_U
         return W_U.mT @ directions.to(W_U.device).mT
 
     @checked
@@ -165,7 +165,7 @@ class SVDInterpreter:
 
     def _neurons(self, kind: str, layer: int, expert: int | None) -> Float[Tensor, "d_mlp d_model"]:
         mlp: Any = self.model.blocks[layer].get_submodule("mlp")
-        weight = {"w_in": mlp.W_in, "w_out": mlp.W_out, "w_gate": mlp.W_gate if self.cfg.gated_mlp else None}[kind]
+        weight = getattr(mlp, kind.replace("w_", "W_"))
         matrix = wide(weight if expert is None else weight[expert]).detach()
         if kind == "w_out":
             return matrix
@@ -177,11 +177,7 @@ class SVDInterpreter:
         """The weight of the norm before a branch, or ones if there is none."""
         block: Any = self.model.blocks[layer]
         norm = block.branch(mixer).norm
-        return self._norm(f"{block.name}.{norm}") if norm else torch.ones(self.cfg.d_model)
-
-    def _norm(self, name: str) -> Float[Tensor, " d_model"]:
-        norm: Any = self.model.get_submodule(name)
-        return norm.w.detach()  # type: ignore[no-any-return]
+        return block.role(norm).w.detach() if norm else torch.ones(self.cfg.d_model)
 
     def _texts(self, tokens: Tensor) -> str:
         if self.model.tokenizer is None:
@@ -195,14 +191,11 @@ class SVDInterpreter:
         if kind == "w_gate" and not cfg.gated_mlp:
             raise ValueError("vector_type: this model's MLPs have no gate, expected 'w_in' or 'w_out'")
         circuit = kind in ("OV", "QK")
-        experts = 0 if circuit else cfg.num_experts or 0
+        heads, experts = (cfg.n_heads, 0) if circuit else (0, cfg.num_experts or 0)
         _check_index("layer_index", layer, cfg.n_layers)
         block: Any = self.model.blocks[layer]
         block.branch("attn" if circuit else "mlp")
-        for name, index, size in (
-            ("head_index", head, cfg.n_heads if circuit else 0),
-            ("expert_index", expert, experts),
-        ):
+        for name, index, size in (("head_index", head, heads), ("expert_index", expert, experts)):
             if size:
                 _check_index(name, index, size)
             elif index is not None:

@@ -18,15 +18,10 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as runs
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.gradient_runs import (
-    At,
-    differentiable_names,
-    gradient_run,
-    one_number,
-    prompt_pair,
-)
+from transformer_lens.analysis.attribution.gradient_runs import At, one_number
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.analysis.patching.experts import PARTS, expert_contributions
 from transformer_lens.asking import need_whole_mlps
@@ -101,16 +96,12 @@ def attribution_patching(
     d_vocab] to one number, with torch. Raises `ValueError` for inputs that do not fit, a metric that is not finite or
     has no gradient, and hooks of integers or of chosen experts.
     """
-    pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
-    found = differentiable_names(bridge, names)
-    with torch.no_grad():
-        _, kept = bridge.run_with_cache(
-            pair.other(at), names_filter=found, attention_mask=pair.mask, return_cache_object=False, return_type=None
-        )
-    run = gradient_run(bridge, pair.base(at), pair.mask, metric, found)
+    pair = runs.prompt_pair(bridge, clean, corrupted, attention_mask, at)
+    found = runs.differentiable_names(bridge, names)
+    there = runs.read(bridge, pair.other, pair.mask, found)
+    run = runs.gradient_run(bridge, pair.base, pair.mask, metric, found)
     here, gradients = run.activations(), run.gradients()
-    sign = -1 if at == "clean" else 1
-    scores = {name: sign * (wide(kept[name]) - wide(here[name])) * wide(gradients[name]) for name in found}
+    scores = {name: pair.sign * (wide(there[name]) - wide(here[name])) * wide(gradients[name]) for name in found}
     axes = {name: tuple(bridge.hook_dict[name].axes.split()) for name in found}
     return AttributionScores(scores, axes, run.value.detach())
 
@@ -134,21 +125,16 @@ def expert_attribution_patching(
     torch.Size([3, 1, 5, 4])
     """
     n_experts = need_whole_mlps(bridge, "attribution to experts")
-    pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
+    pair = runs.prompt_pair(bridge, clean, corrupted, attention_mask, at)
     layers = range(bridge.cfg.n_layers)
     names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
-    with torch.no_grad():
-        caches = [
-            bridge.run_with_cache(one, names_filter=names, attention_mask=pair.mask, return_type=None)[1]
-            for one in (pair.clean, pair.corrupted)
-        ]
+    both = [runs.read(bridge, one, pair.mask, names) for one in (pair.other, pair.base)]
     outputs = [f"blocks.{layer}.hook_mlp_out" for layer in layers]
-    gradients = gradient_run(bridge, pair.base(at), pair.mask, metric, outputs).gradients()
+    gradients = runs.gradient_run(bridge, pair.base, pair.mask, metric, outputs).gradients()
     scores = []
-    for layer in layers:
-        clean_parts, corrupted_parts = (wide(expert_contributions(cache, layer, n_experts)) for cache in caches)
-        gradient = wide(gradients[f"blocks.{layer}.hook_mlp_out"])
-        scores.append(torch.einsum("bped,bpd->bpe", clean_parts - corrupted_parts, gradient))
+    for layer, output in enumerate(outputs):
+        there, here = (wide(expert_contributions(kept, layer, n_experts)) for kept in both)
+        scores.append(torch.einsum("bped,bpd->bpe", pair.sign * (there - here), wide(gradients[output])))
     return torch.stack(scores)
 
 
@@ -210,20 +196,19 @@ def integrated_gradients(
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected the name of one hook")
-    (name,) = differentiable_names(bridge, name)
+    (name,) = runs.differentiable_names(bridge, name)
     x, _, mask = bridge.input_and_mask(input, attention_mask=attention_mask)
     layer = bridge.hook_dict[name].layer() if name.startswith("blocks.") else None
-    stream_name = [] if layer is None else [f"blocks.{layer}.hook_resid_pre"]
+    entering = f"blocks.{layer or 0}.hook_resid_pre"
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(
-            x, names_filter=[name, *stream_name], attention_mask=mask, return_cache_object=False
+            x, names_filter=[name, entering], attention_mask=mask, return_cache_object=False
         )
-    there = cache[name]
-    start = _baseline(baseline, there, name)
-    below = x if layer is None else cache[stream_name[0]]
-    with torch.no_grad():
+        there = cache[name]
+        start = _baseline(baseline, there, name)
         without = bridge.run_with_hooks(x, fwd_hooks=[(name, _replacing(start))], attention_mask=mask)
     total = one_number(metric(logits)).detach() - one_number(metric(without)).detach()
+    below = x if layer is None else cache[entering]
     mean = mean_gradients(bridge, below, mask, metric, [name], name, (start, there), (steps, steps_per_batch), layer)
     scores = (wide(there) - wide(start)) * mean[name]
     return IntegratedGradients(scores, tuple(bridge.hook_dict[name].axes.split()), total)
@@ -240,9 +225,7 @@ def mean_gradients(
     steps: tuple[int, int],
     layer: int | None = None,
 ) -> dict[str, Float[Tensor, "batch pos ..."]]:
-    """The mean gradient at some hooks while the value at `moved` goes from one end to the other, in so many steps and
-    so many of them at a time.
-    """
+    """The mean gradient at some hooks on the line between two values of `moved`; `steps` are all, and at a time."""
     points, weights = line_steps(steps[0])
     batch, mean = len(below), dict[str, Tensor]()
 
@@ -254,7 +237,7 @@ def mean_gradients(
         some = slice(first, first + steps[1])
         line = torch.cat([torch.lerp(*ends, point) for point in points[some]])
         copies = len(weights[some])
-        run = gradient_run(
+        run = runs.gradient_run(
             bridge,
             below.repeat(copies, *[1] * (below.ndim - 1)),
             None if mask is None else mask.repeat(copies, 1),
@@ -275,9 +258,7 @@ def _replacing(value: Tensor) -> Any:
 def _baseline(baseline: Tensor | float, there: Tensor, name: str) -> Tensor:
     if not isinstance(baseline, Tensor):
         return torch.full_like(there, a_number("baseline", baseline))
-    a_tensor("baseline", baseline)
-    if baseline.shape != there.shape and baseline.shape != there.shape[1:]:
-        raise ValueError(
-            f"baseline: got shape {list(baseline.shape)}, expected {list(there.shape)} as at {name!r}, or a row of it"
-        )
-    return baseline.detach().to(there.device, there.dtype).expand_as(there).clone()
+    if a_tensor("baseline", baseline).shape not in (there.shape, there.shape[1:]):
+        expected = f"{list(there.shape)} as at {name!r}, or a row of it"
+        raise ValueError(f"baseline: got shape {list(baseline.shape)}, expected {expected}")
+    return baseline.detach().to(there).expand_as(there).clone()

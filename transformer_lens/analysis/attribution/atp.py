@@ -15,7 +15,7 @@ from torch import Tensor
 
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair
+from transformer_lens.analysis.attribution.gradient_runs import At, gradient_run, prompt_pair, read
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.checks import is_one_of
 from transformer_lens.factored_matrix import wide
@@ -36,6 +36,7 @@ SOFTMAX = ("attn.hook_attn_scores", "attn.hook_pattern")
 
 Tensors = dict[str, Tensor]
 Scores = dict[str, Float[Tensor, "layer batch pos ..."]]
+Patterns = Float[Tensor, "batch head query_pos key_pos"]
 
 
 @checked
@@ -74,26 +75,30 @@ def atp_star(
     fixed = {part for part in parts if qk_fix and part in ("q", "k")}
     wanted = [_queries_and_keys(bridge) if part in fixed else [HOOKS[part]] for part in parts]
     compared = _in_layers(bridge, [name for names in wanted for name in names])
-    with torch.no_grad():
-        _, theirs = bridge.run_with_cache(
-            pair.other(at), names_filter=compared, attention_mask=pair.mask, return_cache_object=False, return_type=None
-        )
-    dropping = _Dropping()
+    theirs = read(bridge, pair.other, pair.mask, compared)
     names = list(dict.fromkeys([*compared, *_in_layers(bridge, SOFTMAX if fixed else ())]))
     writes = [name for name in _in_layers(bridge, WRITES) if name in bridge.hook_dict]
-    drops = [(writes, dropping)] if grad_drop else []
-    run = gradient_run(bridge, pair.base(at), pair.mask, metric, names, bwd_hooks=drops)
+    dropped: int | None = None
+
+    def drop(gradient: Tensor, hook: HookPoint) -> Tensor | None:
+        return torch.zeros_like(gradient) if hook.layer() == dropped else None
+
+    drops = [(writes, drop)] if grad_drop else []
+    run = gradient_run(bridge, pair.base, pair.mask, metric, names, bwd_hooks=drops)
     ours = run.activations()
     found: Scores = {}
     for dropped in layers if grad_drop else [None]:
-        dropping.layer = dropped
-        gradients = dropping.hidden(run.gradients(keep_graph=True))
+        gradients = run.gradients(keep_graph=True)
+        # Torch may show the gradient at the stop itself as before or after the hook.
+        stops = gradients.keys() & {f"blocks.{dropped}.{name}" for name in WRITES}
+        gradients |= {name: torch.zeros_like(gradients[name]) for name in stops}
         for part in parts:
             score = _softmaxed if part in fixed else _linear
             scores = torch.stack([score(bridge, part, f"blocks.{i}.", ours, theirs, gradients) for i in layers])
             if grad_drop:
-                scores = scores.abs() / (len(layers) - 1) + found.get(part, torch.zeros_like(scores))
-            found[part] = scores if grad_drop or at == "corrupted" else -scores
+                found[part] = found.get(part, 0) + scores.abs() / (len(layers) - 1)
+            else:
+                found[part] = pair.sign * scores
     return found
 
 
@@ -108,20 +113,6 @@ def _check(bridge: TransformerBridge, parts: Sequence[str], grad_drop: bool) -> 
 
 def _in_layers(bridge: TransformerBridge, names: Sequence[str]) -> list[str]:
     return [f"blocks.{i}.{name}" for i in range(bridge.cfg.n_layers) for name in dict.fromkeys(names)]
-
-
-class _Dropping:
-    """A backward hook that stops the gradient at one layer's output."""
-
-    layer: int | None = None
-
-    def __call__(self, gradient: Tensor, hook: HookPoint) -> Tensor | None:
-        return torch.zeros_like(gradient) if hook.layer() == self.layer else None
-
-    def hidden(self, gradients: Tensors) -> Tensors:
-        """The gradients, zero at the stop itself, where torch may show them as before or after the hook."""
-        stops = [f"blocks.{self.layer}.{name}" for name in WRITES]
-        return {name: torch.zeros_like(one) if name in stops else one for name, one in gradients.items()}
 
 
 def _queries_and_keys(bridge: TransformerBridge) -> list[str]:
@@ -151,8 +142,10 @@ def _softmaxed(
 ) -> Float[Tensor, "batch pos head"]:
     """The QK fix for queries or keys."""
     cfg, names = bridge.cfg, [block + name for name in _queries_and_keys(bridge)]
-    (q, k), (other_q, other_k) = (
-        [_per_head(run[name].double(), cfg.n_heads) for name in names] for run in (ours, theirs)
+    q, k, other_q, other_k = (
+        run[name].double().repeat_interleave(cfg.n_heads // run[name].shape[2], dim=2)
+        for run in (ours, theirs)
+        for name in names
     )
     scores, gradient = ours[block + SOFTMAX[0]].double(), gradients[block + SOFTMAX[1]].double()
     pair = (other_q - q, k) if part == "q" else (q, other_k - k)
@@ -163,26 +156,17 @@ def _softmaxed(
     return found.to(wide(ours[names[0]]).dtype)
 
 
-def _per_head(x: Float[Tensor, "batch pos kv_head d_head"], heads: int) -> Float[Tensor, "batch pos head d_head"]:
-    return x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
 def _hidden(scores: Tensor, change: Tensor, gradient: Tensor) -> Tensor:
     """Where the mask blocks attention: scores near the lowest number. Raises `ValueError` unless all have one shape."""
     if scores.ndim != 4 or not scores.shape == change.shape == gradient.shape:
-        shapes = ", ".join(str(list(one.shape)) for one in (scores, change, gradient))
-        raise ValueError(
-            f"scores, change and gradient: got {shapes}, expected one shape [batch, head, query_pos, key_pos]"
-        )
+        got = ", ".join(str(list(one.shape)) for one in (scores, change, gradient))
+        expected = "one shape [batch, head, query_pos, key_pos]"
+        raise ValueError(f"scores, change and gradient: got {got}, expected {expected}")
     return scores < torch.finfo(torch.float16).min * 0.9
 
 
 @checked
-def query_effects(
-    scores: Float[Tensor, "batch head query_pos key_pos"],
-    change: Float[Tensor, "batch head query_pos key_pos"],
-    gradient: Float[Tensor, "batch head query_pos key_pos"],
-) -> Float[Tensor, "batch head query_pos"]:
+def query_effects(scores: Patterns, change: Patterns, gradient: Patterns) -> Float[Tensor, "batch head query_pos"]:
     """The effect of patching one query at a time: `gradient . (softmax(scores + change) - softmax(scores))`, with the
     gradient at the pattern (Kramár et al. 2024, the query half of the QK fix).
 
@@ -191,17 +175,12 @@ def query_effects(
     tensor([[[0.3808]]])
     """
     hidden = _hidden(scores, change, gradient)
-    before, after = ((one.masked_fill(hidden, -torch.inf)) for one in (scores, scores + change))
-    difference = (after.softmax(-1) - before.softmax(-1)).masked_fill(hidden, 0)
-    return (difference * gradient).sum(-1)
+    before, after = (one.masked_fill(hidden, -torch.inf).softmax(-1) for one in (scores, scores + change))
+    return ((after - before).masked_fill(hidden, 0) * gradient).sum(-1)
 
 
 @checked
-def key_effects(
-    scores: Float[Tensor, "batch head query_pos key_pos"],
-    change: Float[Tensor, "batch head query_pos key_pos"],
-    gradient: Float[Tensor, "batch head query_pos key_pos"],
-) -> Float[Tensor, "batch head key_pos"]:
+def key_effects(scores: Patterns, change: Patterns, gradient: Patterns) -> Float[Tensor, "batch head key_pos"]:
     """The effect of patching one key at a time, which changes only its own column of the scores (the key half of the QK
     fix). With pattern `p` and change `c`, column `n` adds `(p'_n - p_n) * (gradient_n - G_n)`, where `G_n` is the
     gradient averaged by the pattern over the other keys and `p'_n = sigmoid(logit(p_n) + c_n)`: no softmax per key.

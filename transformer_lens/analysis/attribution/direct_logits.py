@@ -37,20 +37,18 @@ class DirectLogitAttribution(Records):
 
     def __getitem__(self, label: str | tuple[int, int]) -> Float[Tensor, " batch"]:
         """What one component adds in each text. Raises `KeyError` for an unknown label."""
-        label = asking.part_label(label)
-        a_text("label", label)
+        label = a_text("label", asking.part_label(label))
         if label not in self.labels:
-            raise KeyError(
-                f"direct logit attribution: got {label!r}, expected one of {', '.join(self.labels[:6])}, ..."
-            )
+            some = ", ".join(self.labels[:6])
+            raise KeyError(f"direct logit attribution: got {label!r}, expected one of {some}, ...")
         return self.values[self.labels.index(label)]
 
     @checked
     def top(self, n: int) -> list[tuple[str, float]]:
         """The `n` components with the largest mean contribution by size."""
         means = self.values.mean(1)
-        order = means.abs().argsort(descending=True, stable=True)[: max(n, 0)]
-        return [(self.labels[int(at)], float(means[at])) for at in order]
+        order = means.abs().argsort(descending=True, stable=True)[:n].tolist()
+        return [(self.labels[at], float(means[at])) for at in order]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One row for each component and text."""
@@ -64,11 +62,9 @@ class DirectLogitAttribution(Records):
 def _experts(cache: ActivationCache, **options: Any) -> Any:
     stack, labels = PARTS["head"](cache, **options)
     asking.refuse_shared_experts(cache._bridge, "parts='expert'")
-    routed = [
-        f"{i}_mlp_out" for i in range(cache._layers) if f"blocks.{i}.mlp.hook_expert_out" in cache.model.hook_dict
-    ]
-    kept = [number for number, label in enumerate(labels) if label not in routed]
     experts: Any = cache.stack_expert_results(**options)
+    routed = [f"{i}_mlp_out" for i in asking.layers_with(cache._bridge, "mlp.hook_expert_out")]
+    kept = [number for number, label in enumerate(labels) if label not in routed]
     return torch.cat([stack[kept], experts[0]]), [labels[number] for number in kept] + experts[1]
 
 
@@ -119,8 +115,8 @@ def direct_logit_attribution(
     stack, labels = PARTS[parts](cache, pos_slice=position, return_labels=True)
     values = cache.logit_attrs(stack, right, wrong, pos_slice=position)
     norm: Any = bridge.get_submodule("ln_final")
-    weight, offset = (one.detach().to(values.device, values.dtype) for one in (bridge.W_U, bridge.b_U))
-    bias = norm.b.detach().to(values.device, values.dtype) @ weight + offset
+    shift, weight, offset = (one.detach().to(values) for one in (norm.b, bridge.W_U, bridge.b_U))
+    bias = shift @ weight + offset
     logit, final = (_logit(one, right, wrong) for one in (logits.to(values), bias.expand_as(logits)))
     return DirectLogitAttribution([*labels, "final_bias"], torch.cat([values, final[None]]), logit)
 
@@ -157,6 +153,7 @@ class LogitAttribution:
 
 
 @checked
+@torch.no_grad()
 def logit_attribution(
     bridge: TransformerBridge,
     input: Input,
@@ -181,7 +178,7 @@ def logit_attribution(
     reach 15, within 1e-5 in float32 and 0.3 in bfloat16. Raises `ValueError` for a dense model, an answer of several
     tokens or outside the vocabulary, and a position that a text does not have.
     """
-    asking.need_whole_mlps(bridge, "expert logit attribution")
+    n_experts = asking.need_whole_mlps(bridge, "expert logit attribution")
     if bridge.cfg.normalization_type.startswith("LN") or bridge.b_U.any():
         raise ValueError("expert logit attribution: the final norm centres, or the unembedding has a bias")
     asking.refuse_embeddings(input)
@@ -193,18 +190,27 @@ def logit_attribution(
     right = answer_ids(bridge, "answer", answer, len(tokens))
     wrong = None if wrong_answer is None else answer_ids(bridge, "wrong_answer", wrong_answer, len(tokens))
     read, column = positions.unique(return_inverse=True)
+    layers = range(bridge.cfg.n_layers)
     inside = ("hook_attn_out", "mlp.hook_expert_indices", "mlp.hook_expert_weights", "mlp.hook_expert_out")
-    blocks = [f"blocks.{i}.{name}" for i in range(bridge.cfg.n_layers) for name in inside]
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            tokens,
-            return_type=None,
-            names_filter=["hook_embed", *blocks, "ln_final.hook_scale", "unembed.hook_out"],
-            device="cpu",
-            pos_slice=read.tolist(),
-            attention_mask=attention_mask,
-        )
-        return _attribution(cache, batch, positions, column, right, wrong)
+    blocks = [f"blocks.{i}.{name}" for i in layers for name in inside]
+    names = ["hook_embed", *blocks, "ln_final.hook_scale", "unembed.hook_out"]
+    how: dict[str, Any] = {"return_type": None, "device": "cpu", "attention_mask": attention_mask}
+    cache: ActivationCache = bridge.run_with_cache(tokens, names_filter=names, pos_slice=read.tolist(), **how)[1]
+
+    def at(name: str) -> Shaped[Tensor, "row layer chosen"]:
+        return torch.stack([cache[f"blocks.{i}.{name}"][batch, column] for i in layers], 1)
+
+    def adds(parts: Float[Tensor, "component batch pos d_model"]) -> Float[Tensor, "row component"]:
+        return cache.logit_attrs(parts, right, wrong)[:, batch, column].T
+
+    stream = adds(torch.stack([cache["hook_embed"], *(cache["attn_out", i] for i in layers)]))
+    # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
+    outputs = [adds(cache[f"blocks.{i}.mlp.hook_expert_out"].movedim(2, 0)) for i in layers]
+    chosen, by_choice = at("mlp.hook_expert_indices"), torch.stack(outputs, 1) * at("mlp.hook_expert_weights")
+    experts = by_choice.new_zeros(*by_choice.shape[:2], n_experts).scatter_add_(-1, chosen, by_choice)
+    logits = wide(cache["unembed.hook_out"][batch, column])
+    logit = _logit(logits, right[batch], None if wrong is None else wrong[batch])
+    return LogitAttribution(batch, positions, logit, stream[:, 0], stream[:, 1:], experts, chosen, by_choice)
 
 
 @checked
@@ -228,34 +234,3 @@ def expert_logit_attribution(
     """
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "padding_side": padding_side}
     return logit_attribution(bridge, input, answer, wrong_answer, position, **options).experts.mean(0)
-
-
-def _attribution(
-    cache: ActivationCache, batch: Tensor, position: Tensor, column: Tensor, right: Tensor, wrong: Tensor | None
-) -> LogitAttribution:
-    """The contributions at the rows to read; `column` is their position within what the cache kept."""
-    layers = range(cache._layers)
-
-    def at(name: str) -> Shaped[Tensor, "row layer chosen"]:
-        return torch.stack([cache[f"blocks.{i}.{name}"][batch, column] for i in layers], 1)
-
-    def adds(parts: Float[Tensor, "component batch pos d_model"]) -> Float[Tensor, "row component"]:
-        return cache.logit_attrs(parts, right, wrong)[:, batch, column].T
-
-    stream = adds(torch.stack([cache["hook_embed"], *(cache["attn_out", i] for i in layers)]))
-    chosen = at("mlp.hook_expert_indices")
-    # One layer at a time: all experts' outputs widened at once would be the largest tensor here.
-    outputs = [adds(cache[f"blocks.{i}.mlp.hook_expert_out"].movedim(2, 0)) for i in layers]
-    by_choice = torch.stack(outputs, 1) * at("mlp.hook_expert_weights")
-    experts = by_choice.new_zeros(*by_choice.shape[:2], int(cache._bridge.cfg.num_experts or 0))
-    logits = wide(cache["unembed.hook_out"][batch, column])
-    return LogitAttribution(
-        batch=batch,
-        position=position,
-        logit=_logit(logits, right[batch], None if wrong is None else wrong[batch]),
-        embedding=stream[:, 0],
-        attention=stream[:, 1:],
-        experts=experts.scatter_add_(-1, chosen, by_choice),
-        chosen=chosen,
-        by_choice=by_choice,
-    )

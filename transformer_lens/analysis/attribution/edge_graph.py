@@ -64,16 +64,13 @@ class EdgeGraph:
         refuse_shared_experts(bridge, "the graph of edges")
         senders = [Place("embed", "hook_embed", None, 0, "embed")]
         receivers: list[Place] = []
-        number = 0
-        for i, block in enumerate(bridge.blocks):
-            for stage in block.stages:
-                number += 1
-                for branch in stage:
-                    senders += _writing(bridge, i, branch, number)
-                    receivers += _reading(bridge, i, branch, number)
+        stages = [(i, stage) for i, block in enumerate(bridge.blocks) for stage in block.stages]
+        for number, (i, stage) in enumerate(stages, 1):
+            for branch in stage:
+                senders += _writing(bridge, i, branch, number)
+                receivers += _reading(bridge, i, branch, number)
         last = f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post"
-        receivers.append(Place("logits", last, None, number + 1, "logits"))
-        return cls(tuple(senders), tuple(receivers))
+        return cls(tuple(senders), (*receivers, Place("logits", last, None, len(stages) + 1, "logits")))
 
     @cached_property
     def exists(self) -> Bool[Tensor, "sender receiver"]:
@@ -83,15 +80,14 @@ class EdgeGraph:
         return sent[:, None] < read
 
     @cached_property
+    def receiver_hooks(self) -> list[str]:
+        """The hooks that show what receivers read, in the order of the model."""
+        return list(dict.fromkeys(one.hook for one in self.receivers))
+
+    @cached_property
     def _numbers(self) -> dict[str, dict[str, int]]:
         ends = {"sender": self.senders, "receiver": self.receivers}
         return {what: {one.label: number for number, one in enumerate(places)} for what, places in ends.items()}
-
-    @property
-    def _joint(self) -> dict[str, str]:
-        """What sends for each head that does not write to the stream by itself."""
-        heads = [(one.label.removesuffix(".q"), one.node) for one in self.receivers if one.label.endswith(".q")]
-        return {head: f"{node}_out" for head, node in heads if head != node}
 
     def sender(self, label: str | tuple[int, int]) -> int:
         """The number of a sender. Raises `KeyError` for an unknown label."""
@@ -102,12 +98,12 @@ class EdgeGraph:
         return self._number("receiver", label)
 
     def _number(self, what: str, label: Any) -> int:
-        label, numbers = part_label(label), self._numbers[what]
-        a_text(what, label)
+        label, numbers = a_text(what, part_label(label)), self._numbers[what]
         if label not in numbers:
             some = list(numbers)
-            joint = self._joint.get(label) if what == "sender" else None
-            why = f"; {joint} sends for this head, for a norm or factor comes after it" if joint else ""
+            node = next((one.node for one in self.receivers if one.label == f"{label}.q"), None)
+            joint = what == "sender" and node is not None
+            why = f"; {node}_out sends for this head, for a norm or factor comes after it" if joint else ""
             raise KeyError(f"{what}: got {label!r}, expected one of {', '.join(some[:4])}, ..., {some[-1]}{why}")
         return numbers[label]
 
@@ -133,11 +129,17 @@ class EdgeGraph:
         """The mask of some edges. Raises `ValueError` for a pair without an edge."""
         kept = torch.zeros_like(self.exists)
         for edge in edges:
-            sender, receiver = _pair(edge)
-            if not self.has_edge(sender, receiver):
-                raise ValueError(f"edges: {sender!r} does not come before {receiver!r}, so there is no edge")
-            kept[self.sender(sender), self.receiver(receiver)] = True
+            place = self._place(edge)
+            if not self.exists[place]:
+                raise ValueError(f"edges: {edge[0]!r} does not come before {edge[1]!r}, so there is no edge")
+            kept[place] = True
         return kept
+
+    def _place(self, edge: Any) -> tuple[int, int]:
+        """The numbers of an edge's sender and receiver."""
+        if not isinstance(edge, (tuple, list)) or len(edge) != 2:
+            raise TypeError(f"edge: got {in_words(edge)}, expected (sender, receiver)")
+        return self.sender(edge[0]), self.receiver(edge[1])
 
     def __repr__(self) -> str:
         edges = int(self.exists.sum())
@@ -171,12 +173,6 @@ def _reading(bridge: TransformerBridge, layer: int, branch: Branch, stage: int) 
         for part in "qkv"
         for head in range(bridge.cfg.n_heads)
     ]
-
-
-def _pair(edge: Any) -> tuple[Any, Any]:
-    if not isinstance(edge, (tuple, list)) or len(edge) != 2:
-        raise TypeError(f"edge: got {in_words(edge)}, expected (sender, receiver)")
-    return edge[0], edge[1]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -236,8 +232,7 @@ class EdgeScores(Records):
 
     def __getitem__(self, edge: Edge) -> float:
         """The score of one edge, by its labels."""
-        sender, receiver = _pair(edge)
-        return float(self.scores[self.graph.sender(sender), self.graph.receiver(receiver)])
+        return float(self.scores[self.graph._place(edge)])
 
     def values(self) -> Float[Tensor, " edge"]:
         """The scores of all edges, in the order of `graph.edges()`."""

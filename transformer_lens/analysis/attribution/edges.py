@@ -8,18 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as runs
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.activations import mean_gradients
 from transformer_lens.analysis.attribution.edge_graph import EdgeGraph, EdgeScores
-from transformer_lens.analysis.attribution.gradient_runs import (
-    At,
-    SenderValues,
-    gradient_run,
-    prompt_pair,
-    read_senders,
-    sender_hooks,
-)
+from transformer_lens.analysis.attribution.gradient_runs import At
 from transformer_lens.analysis.patching.engine import Metric, SweepInput
 from transformer_lens.factored_matrix import wide
 
@@ -50,15 +44,14 @@ def edge_attribution_patching(
     keys. It costs two forwards and one backward, and one product per layer of receivers. Memory holds every head's and
     expert's output: texts x positions x senders x d_model numbers. Errors as in `attribution_patching`.
     """
-    pair = prompt_pair(bridge, clean, corrupted, attention_mask, at)
+    pair = runs.prompt_pair(bridge, clean, corrupted, attention_mask, at)
     graph = EdgeGraph.of(bridge)
-    here = SenderValues()
-    hooks = sender_hooks(bridge, graph, here)
-    run = gradient_run(bridge, pair.base(at), pair.mask, metric, _receiver_hooks(graph), fwd_hooks=hooks)
+    here = runs.SenderValues()
+    hooks = runs.sender_hooks(bridge, graph, here)
+    run = runs.gradient_run(bridge, pair.base, pair.mask, metric, graph.receiver_hooks, fwd_hooks=hooks)
     gradients = run.gradients()
-    _, there, _ = read_senders(bridge, graph, pair.other(at), pair.mask)
-    change = (there - here.all()) * (-1 if at == "clean" else 1)
-    return _scores(graph, change, gradients)
+    _, there, _ = runs.read_senders(bridge, graph, pair.other, pair.mask)
+    return _scores(graph, (there - here.all()) * pair.sign, gradients)
 
 
 @checked
@@ -83,26 +76,20 @@ def edge_attribution_patching_ig(
 
     It costs two forwards, and `steps` forwards and backwards, `steps_per_batch` at a time.
     """
-    pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
+    pair = runs.prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
     graph = EdgeGraph.of(bridge)
-    _, here, embeds = read_senders(bridge, graph, pair.corrupted, pair.mask, ["hook_embed"])
-    _, there, others = read_senders(bridge, graph, pair.clean, pair.mask, ["hook_embed"])
-    ends, names = (embeds["hook_embed"], others["hook_embed"]), _receiver_hooks(graph)
+    _, here, embeds = runs.read_senders(bridge, graph, pair.base, pair.mask, ["hook_embed"])
+    _, there, others = runs.read_senders(bridge, graph, pair.other, pair.mask, ["hook_embed"])
+    ends, names = (embeds["hook_embed"], others["hook_embed"]), graph.receiver_hooks
     how = (steps, steps_per_batch)
-    mean = mean_gradients(bridge, pair.corrupted, pair.mask, metric, names, "hook_embed", ends, how)
+    mean = mean_gradients(bridge, pair.base, pair.mask, metric, names, "hook_embed", ends, how)
     return _scores(graph, there - here, mean)
-
-
-def _receiver_hooks(graph: EdgeGraph) -> list[str]:
-    return list(dict.fromkeys(one.hook for one in graph.receivers))
 
 
 def _scores(graph: EdgeGraph, change: Tensor, gradients: dict[str, Tensor]) -> EdgeScores:
     """Every sender's change times every receiver's gradient, one product for each hook of receivers."""
     flat, parts = change.movedim(2, 0).flatten(1), []  # of each sender, laid out once for all products
-    for hook in _receiver_hooks(graph):
-        gradient = wide(gradients[hook]).to(change.device)
-        if gradient.ndim == 3:
-            gradient = gradient[:, :, None]
+    for hook in graph.receiver_hooks:
+        gradient = runs.by_part(wide(gradients[hook]).to(change.device))
         parts.append(flat.to(gradient.dtype) @ gradient.movedim(2, 0).flatten(1).T)
     return EdgeScores(graph, torch.cat(parts, 1).masked_fill(~graph.exists.to(change.device), 0))

@@ -29,17 +29,12 @@ At = Literal["corrupted", "clean"]
 class PromptPair(NamedTuple):
     """Two inputs that match token by token, and their common mask."""
 
-    clean: Tensor
-    corrupted: Tensor
+    base: Tensor
+    """The input at which gradients are taken, or which is patched."""
+    other: Tensor
     mask: Tensor | None
-
-    def base(self, at: At) -> Tensor:
-        """The input at which gradients are taken."""
-        return self.clean if at == "clean" else self.corrupted
-
-    def other(self, at: At) -> Tensor:
-        """The input whose values are compared with the base's."""
-        return self.corrupted if at == "clean" else self.clean
+    sign: int
+    """1 if the base is the corrupted input, else -1: what makes other minus base clean minus corrupted."""
 
 
 def prompt_pair(
@@ -48,7 +43,7 @@ def prompt_pair(
     """Check two prompts. Raises `ValueError` if they do not match."""
     if not is_one_of(at, ("corrupted", "clean")):
         raise ValueError(f"at: got {at!r}, expected 'corrupted' or 'clean': the run whose gradient is taken")
-    (x, seen, mask), (y, seen_too, other) = (
+    (x, seen, mask), (y, seen_too, mask_too) = (
         bridge.input_and_mask(one, attention_mask=attention_mask) for one in (clean, corrupted)
     )
     if x.shape[:2] != y.shape[:2] or not x.numel():
@@ -58,7 +53,8 @@ def prompt_pair(
         )
     if not x.is_floating_point() and not y.is_floating_point() and not torch.equal(seen, seen_too):
         raise ValueError("clean and corrupted: their padding differs, so positions do not correspond")
-    return PromptPair(x, y, other if mask is None else mask)
+    base, other, sign = (x, y, -1) if at == "clean" else (y, x, 1)
+    return PromptPair(base, other, mask_too if mask is None else mask, sign)
 
 
 def one_number(value: Any) -> Float[Tensor, ""]:
@@ -74,14 +70,12 @@ class GradientRun:
     """A forward that keeps its graph."""
 
     value: Float[Tensor, ""]
-    """The metric."""
     tensors: dict[str, Tensor]
 
     def gradients(self, keep_graph: bool = False) -> dict[str, Tensor]:
         """The gradient of the metric at every kept activation; zero where it does not depend on it."""
-        found = torch.autograd.grad(
-            self.value, list(self.tensors.values()), retain_graph=keep_graph, materialize_grads=True
-        )
+        at = list(self.tensors.values())
+        found = torch.autograd.grad(self.value, at, retain_graph=keep_graph, materialize_grads=True)
         return dict(zip(self.tensors, found, strict=True))
 
     def activations(self) -> dict[str, Tensor]:
@@ -91,9 +85,7 @@ class GradientRun:
 def gradient_run(
     bridge: TransformerBridge, input: Tensor, mask: Tensor | None, metric: Metric, names: Sequence[str], **options: Any
 ) -> GradientRun:
-    """Run the model with the options of `run_with_hooks`, and keep the named activations in the graph; `fwd_hooks` are
-    first at their points.
-    """
+    """Run the model with the options of `run_with_hooks`, whose hooks come first, and keep activations in the graph."""
     if torch.is_inference_mode_enabled():
         raise ValueError("attribution needs gradients, which torch.inference_mode() rules out; leave it")
     kept: dict[str, Tensor] = {}
@@ -134,39 +126,39 @@ Receive = Callable[[slice, Vectors], None]
 """Takes the outputs of some senders, with their numbers."""
 
 
-def sender_hooks(
-    bridge: TransformerBridge, graph: EdgeGraph, receive: Receive, first_layer: int | None = None
-) -> list[Any]:
-    """Hooks that pass on each sender's output, for layers from `first_layer` on."""
+def sender_hooks(bridge: TransformerBridge, graph: EdgeGraph, receive: Receive, first_layer: int = -1) -> list[Any]:
+    """Hooks that pass on each sender's output, for layers from `first_layer` on; the embedding is layer -1."""
     hooks: list[Any] = []
     for hook in dict.fromkeys(one.hook for one in graph.senders):
         layer = bridge.hook_dict[hook].layer() if hook.startswith("blocks.") else -1
-        if first_layer is not None and layer < first_layer:
-            continue
         columns = graph.columns(graph.senders, hook)
+        if layer < first_layer:
+            continue
         if hook.endswith("hook_expert_out"):
-            hooks += _expert_hooks(bridge, layer, columns, receive)
+            names = [f"blocks.{layer}.mlp.hook_{part}" for part in PARTS]
+            hooks.append((names, partial(_hand_experts, layer, columns, receive, {})))
         else:
             hooks.append((hook, partial(_hand, columns, receive)))
     return hooks
 
 
+def by_part(vectors: Tensor) -> Vectors:
+    """What one part writes or reads, with an axis of parts like that of heads."""
+    return vectors[:, :, None] if vectors.ndim == 3 else vectors
+
+
 def _hand(columns: slice, receive: Receive, written: Tensor, hook: HookPoint) -> None:
-    receive(columns, written[:, :, None] if written.ndim == 3 else written)
+    receive(columns, by_part(written))
 
 
-def _expert_hooks(bridge: TransformerBridge, layer: int, columns: slice, receive: Receive) -> list[Any]:
+def _hand_experts(
+    layer: int, columns: slice, receive: Receive, seen: dict[str, Tensor], value: Tensor, hook: HookPoint
+) -> None:
     """An expert writes its weighted output, which fires after the weights and choices."""
-    seen: dict[str, Tensor] = {}
-    names = {part: f"blocks.{layer}.mlp.hook_{part}" for part in PARTS}
-
-    def note(value: Tensor, hook: HookPoint) -> None:
-        seen[str(hook.name)] = value.detach().clone()
-        if hook.name == names["expert_out"]:
-            receive(columns, expert_contributions(seen, layer, columns.stop - columns.start))
-            seen.clear()
-
-    return [(names[part], note) for part in ("expert_indices", "expert_weights", "expert_out")]
+    seen[str(hook.name)] = value.detach().clone()
+    if len(seen) == len(PARTS):
+        receive(columns, expert_contributions(seen, layer, columns.stop - columns.start))
+        seen.clear()
 
 
 class SenderValues(dict[int, Tensor]):
@@ -177,6 +169,13 @@ class SenderValues(dict[int, Tensor]):
 
     def all(self) -> Vectors:
         return torch.cat([self[start].to(self[0].device) for start in sorted(self)], dim=2)
+
+
+@torch.no_grad()
+def read(bridge: TransformerBridge, input: Tensor, mask: Tensor | None, names: Sequence[str]) -> dict[str, Tensor]:
+    """The named activations of one forward."""
+    how: dict[str, Any] = {"return_cache_object": False, "return_type": None}
+    return bridge.run_with_cache(input, names_filter=names, attention_mask=mask, **how)[1]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Patching"; Hanna et al. 2024 (faithfulness).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,16 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+import transformer_lens.analysis.attribution.gradient_runs as gradient_runs
 from transformer_lens import HookPoint, TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.attribution.edge_graph import Circuit, Edge, EdgeGraph, EdgeScores
-from transformer_lens.analysis.attribution.gradient_runs import (
-    Vectors,
-    one_number,
-    prompt_pair,
-    read_senders,
-    sender_hooks,
-)
+from transformer_lens.analysis.attribution.gradient_runs import Vectors, one_number
 from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput
 from transformer_lens.asking import is_pair, part_label
 from transformer_lens.checks import in_words
@@ -61,8 +56,7 @@ def path_patching(
     Raises `KeyError` for unknown labels, `ValueError` for a step without an edge.
     """
     runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
-    experiments = [along_path(runs.graph, path) for path in paths]
-    return runs.measure(experiments, metric, memory_budget)
+    return runs.measure([along_path(runs.graph, path) for path in paths], metric, memory_budget)
 
 
 @checked
@@ -88,11 +82,10 @@ def edge_effects(
     runs = _EdgeRuns.of(bridge, clean, corrupted, attention_mask)
     chosen = runs.graph.edges() if edges is None else list(edges)
     experiments = [along_path(runs.graph, edge) for edge in chosen]
-    base = one_number(metric(runs.corrupted_logits)).detach()
-    effects = runs.measure(experiments, metric, memory_budget) - base
+    effects = runs.measure(experiments, metric, memory_budget) - one_number(metric(runs.corrupted_logits)).detach()
     scores = effects.new_zeros(runs.graph.exists.shape)
-    for (sender, receiver), effect in zip(chosen, effects, strict=True):
-        scores[runs.graph.sender(sender), runs.graph.receiver(receiver)] = effect
+    for edge, effect in zip(chosen, effects, strict=True):
+        scores[runs.graph._place(edge)] = effect
     return EdgeScores(runs.graph, scores)
 
 
@@ -173,8 +166,7 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
         raise ValueError(f"path: got {path!r}, in which a step is empty")
     forced = torch.zeros(len(graph.senders), dtype=torch.bool)
     forced[[graph.sender(label) for label in stops[0]]] = True
-    live = graph.exists.clone()
-    writing = forced
+    live, writing = graph.exists.clone(), forced
     for step in stops[1:]:
         readers = torch.zeros(len(graph.receivers), dtype=torch.bool)
         readers[[number for label in step for number in _receivers(graph, label)]] = True
@@ -188,10 +180,9 @@ def along_path(graph: EdgeGraph, path: Sequence[Stop]) -> _Experiment:
 
 def _receivers(graph: EdgeGraph, label: Any) -> list[int]:
     """A receiver, or a head's three."""
+    names = [(one.label, one.node, one.label.partition(".")[0]) for one in graph.receivers]
     label = part_label(label)
-    exact = [number for number, one in enumerate(graph.receivers) if one.label == label]
-    parts = [number for number, one in enumerate(graph.receivers) if label in (one.node, one.label.partition(".")[0])]
-    return exact or parts or [graph.receiver(label)]
+    return [number for number, known in enumerate(names) if label in known] or [graph.receiver(label)]
 
 
 # Every receiver reads the corrupted run's stream, plus the change of each sender whose edge to it is live. A sender
@@ -211,47 +202,38 @@ class _EdgeRuns:
 
     bridge: TransformerBridge
     graph: EdgeGraph
-    input: Tensor
-    """The corrupted input."""
     mask: Tensor | None
     clean_logits: Float[Tensor, "batch pos d_vocab"]
     corrupted_logits: Float[Tensor, "batch pos d_vocab"]
     clean: Vectors
+    """Every sender's output."""
     corrupted: Vectors
-    """Every sender's output in the corrupted run."""
     streams: dict[str, Float[Tensor, "batch pos d_model"]]
     """The corrupted run's stream at each hook that reads it."""
 
     @classmethod
-    def of(
-        cls, bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, attention_mask: Tensor | None = None
-    ) -> _EdgeRuns:
+    def of(cls, bridge: TransformerBridge, clean: SweepInput, corrupted: SweepInput, mask: Tensor | None) -> _EdgeRuns:
         """Run the model on both inputs. Raises `ValueError` if they do not match."""
-        pair = prompt_pair(bridge, clean, corrupted, attention_mask, "corrupted")
+        pair = gradient_runs.prompt_pair(bridge, clean, corrupted, mask, "corrupted")
         graph = EdgeGraph.of(bridge)
         entering = [f"blocks.{i}.hook_resid_pre" for i in range(bridge.cfg.n_layers)]
         names = [*entering, *(one.hook for one in graph.receivers if one.index is None)]
-        corrupted_logits, written, streams = read_senders(bridge, graph, pair.corrupted, pair.mask, names)
-        logits, clean_written, _ = read_senders(bridge, graph, pair.clean, pair.mask)
-        return cls(bridge, graph, pair.corrupted, pair.mask, logits, corrupted_logits, clean_written, written, streams)
+        corrupted_logits, written, streams = gradient_runs.read_senders(bridge, graph, pair.base, pair.mask, names)
+        logits, clean_written, _ = gradient_runs.read_senders(bridge, graph, pair.other, pair.mask)
+        return cls(bridge, graph, pair.mask, logits, corrupted_logits, clean_written, written, streams)
 
     @torch.no_grad()
-    def measure(
-        self, experiments: Sequence[_Experiment], metric: Metric, memory_budget: int = DEFAULT_BUDGET
-    ) -> Float[Tensor, " experiment"]:
-        """The metric of every experiment."""
+    def measure(self, experiments: Sequence[_Experiment], metric: Metric, budget: int) -> Float[Tensor, " experiment"]:
+        """The metric of every experiment, in batches of so many bytes."""
         # Experiments that start at the same layer share a batch, and skip the layers below.
         order = sorted(range(len(experiments)), key=lambda number: self.first_layer(experiments[number]))
-        size = max(1, memory_budget // (8 * self.corrupted.nbytes))
+        size = max(1, budget // (8 * self.corrupted.nbytes))
         values: dict[int, Tensor] = {}
         for first in range(0, len(order), size):
             some = order[first : first + size]
-            logits = self.logits([experiments[number] for number in some])
-            batches = logits.split(len(self.input))
+            batches = self.logits([experiments[number] for number in some]).split(len(self.corrupted))
             values |= {number: one_number(metric(rows)) for number, rows in zip(some, batches, strict=True)}
-        if not values:
-            return torch.zeros(0)
-        return torch.stack([values[number] for number in range(len(experiments))])
+        return torch.stack([values[number] for number in sorted(values)]) if values else torch.zeros(0)
 
     def first_layer(self, experiment: _Experiment) -> int:
         """The first layer that reads a change."""
@@ -266,42 +248,34 @@ class _EdgeRuns:
         stream = self.streams[f"blocks.{layer}.hook_resid_pre"]
         return self.bridge.run_with_hooks(  # type: ignore[no-any-return]
             stream.repeat(copies, 1, 1),
-            fwd_hooks=_hooks(self, experiments, layer),
+            fwd_hooks=self.hooks(experiments, layer),
             attention_mask=None if self.mask is None else self.mask.repeat(copies, 1),
             start_at_layer=layer,
         )
 
+    def hooks(self, experiments: Sequence[_Experiment], layer: int) -> list[Any]:
+        """Experiments in one forward from a layer on: writers record their change, readers get their own stream."""
+        graph, points, device = self.graph, self.bridge.hook_dict, self.corrupted.device
+        live = torch.stack([one.live & graph.exists for one in experiments]).to(self.corrupted)
+        forced = torch.stack([one.forced for one in experiments]).to(device)[:, None, None, :, None]
+        # Each sender's change in each experiment: known if forced, unknown at first otherwise.
+        changed = torch.where(forced, (self.clean - self.corrupted)[None], 0)
 
-def _hooks(runs: _EdgeRuns, experiments: Sequence[_Experiment], layer: int) -> list[Any]:
-    """Run experiments in one forward from a layer on: writers record their change, readers get their own stream."""
-    graph, bridge = runs.graph, runs.bridge
-    device, dtype = runs.corrupted.device, runs.corrupted.dtype
-    live = torch.stack([one.live & graph.exists for one in experiments]).to(device, dtype)
-    forced = torch.stack([one.forced for one in experiments]).to(device)[:, None, None, :, None]
-    # Each sender's change in each experiment: known if forced, unknown at first otherwise.
-    changed = torch.where(forced, (runs.clean - runs.corrupted)[None], 0)
-
-    def note(columns: slice, written: Vectors) -> None:
-        new = wide(written).unflatten(0, (len(live), -1)) - runs.corrupted[:, :, columns]
-        here = changed[:, :, :, columns]
-        here.copy_(torch.where(forced[:, :, :, columns], here, new.to(device)))
-
-    def reader(hook: str) -> Callable[..., Tensor]:
-        columns = graph.columns(graph.receivers, hook)
-        before = int(graph.exists[:, columns.start].sum())  # senders stand in the order of the model
-        name = hook if hook in runs.streams else f"blocks.{bridge.hook_dict[hook].layer()}.hook_resid_pre"
+        def note(columns: slice, written: Vectors) -> None:
+            new = wide(written).unflatten(0, (len(live), -1)) - self.corrupted[:, :, columns]
+            here = changed[:, :, :, columns]
+            here.copy_(torch.where(forced[:, :, :, columns], here, new.to(device)))
 
         def read(stream: Tensor, hook: HookPoint) -> Tensor:
+            columns = graph.columns(graph.receivers, str(hook.name))
+            before = int(graph.exists[:, columns.start].sum())  # senders stand in the order of the model
             # Most readers read the same senders, and share one sum.
             wanted, which = live[:, :before, columns].unique(dim=2, return_inverse=True)
             change: Tensor = (wanted.mT[:, None, None] @ changed[:, :, :, :before])[:, :, :, which]
-            base = runs.streams[name]
+            entering = f"blocks.{hook.layer()}.hook_resid_pre"
+            base = self.streams[str(hook.name) if hook.name in self.streams else entering]
             own = wide(base)[None, :, :, None] + change.to(base.device)
             return own.flatten(0, 1).reshape(stream.shape).to(stream.dtype)
 
-        return read
-
-    reading = [
-        hook for hook in dict.fromkeys(one.hook for one in graph.receivers) if bridge.hook_dict[hook].layer() >= layer
-    ]
-    return [*sender_hooks(bridge, graph, note, first_layer=layer), *((hook, reader(hook)) for hook in reading)]
+        reading = [hook for hook in graph.receiver_hooks if points[hook].layer() >= layer]
+        return [*gradient_runs.sender_hooks(self.bridge, graph, note, first_layer=layer), (reading, read)]

@@ -58,9 +58,7 @@ def ablate_expert(
     def noted(hook: HookPoint, name: str) -> Tensor:
         return seen.pop((threading.get_ident(), f"{_mlp(hook.layer())}.{name}"))
 
-    def ablate(
-        out: Float[Tensor, "batch pos chosen d_model"], hook: HookPoint
-    ) -> Float[Tensor, "batch pos chosen d_model"]:
+    def ablate(out: Float[Tensor, "batch pos chosen d_model"], hook: HookPoint) -> Tensor:
         chosen: Int[Tensor, "batch pos chosen"] = noted(hook, "hook_expert_indices")
         taken = torch.isin(chosen, torch.tensor(gone_of[hook.layer()], device=chosen.device))
         gone = taken & position_mask(positions, out, hook)[..., None]
@@ -72,12 +70,9 @@ def ablate_expert(
         scale = (total / rest).where(rest > 0, 1)
         return (left * scale[..., None]).to(out.dtype)
 
-    needed = ["hook_expert_indices", *(["hook_expert_weights"] if renormalize else [])]
-    hooks: Hooks = []
-    for i in gone_of:
-        hooks += [(f"{_mlp(i)}.{name}", note) for name in needed]
-        hooks.append((f"{_mlp(i)}.hook_expert_out", ablate))
-    return hooks
+    needed = ("hook_expert_indices", "hook_expert_weights") if renormalize else ("hook_expert_indices",)
+    hooks = [*((name, note) for name in needed), ("hook_expert_out", ablate)]
+    return [(f"{_mlp(i)}.{name}", hook) for i in gone_of for name, hook in hooks]
 
 
 @checked
@@ -107,10 +102,8 @@ def forbid_experts(
             f"experts: forbidding {forbidden} leaves {left} of {n_experts}, and the model chooses {needed} for each "
             "token; to send tokens to fewer, use force_experts"
         )
-    return [
-        (f"{_mlp(i)}.hook_router_logits", partial(_lower, forbidden, positions))
-        for i in asking.layer_numbers(bridge.cfg, layer)
-    ]
+    lower, layers = partial(_lower, forbidden, positions), asking.layer_numbers(bridge.cfg, layer)
+    return [(f"{_mlp(i)}.hook_router_logits", lower) for i in layers]
 
 
 @checked
@@ -149,16 +142,14 @@ def force_experts(
     if weights is None:
         _need_plain_choice(bridge, "force_experts without weights")
         return [(f"{_mlp(i)}.hook_router_logits", partial(_lower, others, positions)) for i in layers]
-    a_list("weights", weights)
-    weights = [a_number("weights", weight) for weight in weights]
+    weights = [a_number("weights", weight) for weight in a_list("weights", weights)]
     if len(weights) != len(forced):
         raise ValueError(f"weights: got {len(weights)}, expected one for each of the {len(forced)} experts")
     spare = places - len(forced)
-    hooks: Hooks = []
-    for i in layers:
-        hooks.append((f"{_mlp(i)}.hook_expert_weights", partial(_put, [*weights, *[0.0] * spare], positions)))
-        hooks.append((f"{_mlp(i)}.hook_expert_indices", partial(_put, [*forced, *others[:spare]], positions)))
-    return hooks
+    put_weights = partial(_put, [*weights, *[0.0] * spare], positions)
+    put_indices = partial(_put, [*forced, *others[:spare]], positions)
+    hooks = (("hook_expert_weights", put_weights), ("hook_expert_indices", put_indices))
+    return [(f"{_mlp(i)}.{name}", put) for i in layers for name, put in hooks]
 
 
 def _need_plain_choice(bridge: TransformerBridge, what: str) -> None:

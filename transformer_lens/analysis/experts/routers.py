@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from math import log
 from typing import Any, NamedTuple
 
@@ -47,9 +48,7 @@ def _row_of(layers: Sequence[int], layer: int) -> int:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing(Tabular):
-    """Every router's choices for every token. Prints as a table; tensors are on the CPU, with a row for each layer that
-    has experts.
-    """
+    """Every router's choices for every token. Prints as a table; tensors are on the CPU."""
 
     bridge: TransformerBridge
     layers: tuple[int, ...]
@@ -79,27 +78,20 @@ class Routing(Tabular):
         [(0, '<|bos|>', 0.72), (2, ' Mary', 0.6)]
         """
         layer, expert = one_expert((self.bridge.cfg.n_layers, self.probabilities.shape[-1]), layer, expert)
-        row = _row_of(self.layers, layer)
-        sent = (self.indices[row] == expert) & self.mask[..., None]
-        texts = self.str_tokens
-        return [
-            RoutedToken(
-                batch,
-                position,
-                int(self.tokens[batch, position]),
-                texts[batch][position],
-                place,
-                float(self.weights[row, batch, position, place]),
-                float(self.probabilities[row, batch, position, expert]),
-            )
-            for batch, position, place in sent.nonzero().tolist()
-        ]
+        row, texts = _row_of(self.layers, layer), self.str_tokens
+        found = []
+        for batch, position, place in ((self.indices[row] == expert) & self.mask[..., None]).nonzero().tolist():
+            token, text = int(self.tokens[batch, position]), texts[batch][position]
+            weight = float(self.weights[row, batch, position, place])
+            probability = float(self.probabilities[row, batch, position, expert])
+            found.append(RoutedToken(batch, position, token, text, place, weight, probability))
+        return found
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One row for each choice of an expert, without padding."""
-        sizes = self.probabilities.shape
-        each = [(i, e, one) for i in range(sizes[0]) for e in range(sizes[-1]) for one in self.tokens_of(i, e)]
-        return [{"layer": i, "expert": e, **one._asdict()} for i, e, one in each]
+        places = [(layer, expert) for layer in self.layers for expert in range(self.probabilities.shape[-1])]
+        each = [(layer, expert, one) for layer, expert in places for one in self.tokens_of(layer, expert)]
+        return [{"layer": layer, "expert": expert, **one._asdict()} for layer, expert, one in each]
 
     def table(self) -> TextTable:
         """A table with one row per token, without padding, and one column per layer.
@@ -114,23 +106,24 @@ class Routing(Tabular):
         """
         columns = ["token", *(f"layer {layer}" for layer in self.layers)]
         texts = self.str_tokens
-        rows = [
-            [repr(texts[batch][position]), *(self._cell(row, batch, position) for row in range(len(self.layers)))]
-            for batch, position in self.mask.nonzero().tolist()
-        ]
+        rows = []
+        for batch, position in self.mask.nonzero().tolist():
+            cells = map(_cell, self.indices[:, batch, position], self.weights[:, batch, position])
+            rows.append([repr(texts[batch][position]), *cells])
         return TextTable("Experts chosen for each token: expert (weight)", columns, rows)
-
-    def _cell(self, row: int, batch: int, position: int) -> str:
-        at = (row, batch, position)
-        pairs = zip(self.indices[at].tolist(), self.weights[at].tolist(), strict=True)
-        return " ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)
 
     def __repr__(self) -> str:
         layers, batch, pos, chosen = self.indices.shape
         return f"Routing of {batch} x {pos} tokens: {chosen} experts chosen in each of {layers} layers"
 
 
+def _cell(experts: Int[Tensor, " chosen"], weights: Float[Tensor, " chosen"]) -> str:
+    pairs = zip(experts.tolist(), weights.tolist(), strict=True)
+    return " ".join(f"{expert} ({weight:.2f})" for expert, weight in pairs)
+
+
 @checked
+@torch.no_grad()
 def routing(
     bridge: TransformerBridge,
     input: Input,
@@ -152,11 +145,8 @@ def routing(
     layers = layers_with(bridge, f"mlp.{HOOKS[0]}")
     tokens, mask, attention_mask = bridge.input_and_mask(input, prepend_bos, padding_side, attention_mask)
     names = [[f"blocks.{layer}.mlp.{name}" for layer in layers] for name in HOOKS]
-    every = [name for each in names for name in each]
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            tokens, return_type=None, names_filter=every, device="cpu", attention_mask=attention_mask
-        )
+    how: dict[str, Any] = {"return_type": None, "device": "cpu", "attention_mask": attention_mask}
+    _, cache = bridge.run_with_cache(tokens, names_filter=list(chain(*names)), **how)
     logits, weights, indices = (torch.stack([cache[name] for name in each]) for each in names)
     return Routing(bridge, tuple(layers), tokens, mask, indices, weights.float(), logits.float().softmax(-1))
 
@@ -179,8 +169,7 @@ class ExpertToken(NamedTuple):
 class RoutingStatistics(Tabular):
     """Routing counts over all tokens but padding; `a + b` combines two data sets.
 
-    A token counts once at each expert chosen for it, whatever its weight. Tensors have a row for each layer that has
-    experts.
+    A token counts once at each expert chosen for it, whatever its weight.
     """
 
     layers: tuple[int, ...]
@@ -234,16 +223,9 @@ class RoutingStatistics(Tabular):
         layer, expert = one_expert((1 + max(self.layers), self.load.shape[1]), layer, expert)
         counts = self.token_load[:, _row_of(self.layers, layer), expert]
         order = counts.argsort(descending=True, stable=True)[:n]
-        return [
-            ExpertToken(
-                token := int(self.tokens[i]),
-                self.texts.get(token, str(token)),
-                int(counts[i]),
-                float(counts[i] / self.token_counts[i]),
-            )
-            for i in order.tolist()
-            if counts[i]
-        ]
+        columns = (self.tokens[order], counts[order], counts[order] / self.token_counts[order])
+        rows = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
+        return [ExpertToken(token, self.texts.get(token, str(token)), times, share) for token, times, share in rows]
 
     def mutual_information(self) -> Float[Tensor, " layer"]:
         """The mutual information of token and expert in nats: 0 if routing ignores the token, ln(experts) if the token
@@ -262,9 +244,8 @@ class RoutingStatistics(Tabular):
     def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
         got, here = ([list(found.layers), found.load.shape[1], found.n_chosen] for found in (other, self))
         if got != here:
-            raise ValueError(
-                f"routing statistics: got those of a model with layers, experts, chosen = {got}, expected {here}"
-            )
+            what = "those of a model with layers, experts, chosen"
+            raise ValueError(f"routing statistics: got {what} = {got}, expected {here}")
         tokens, rows = torch.cat([self.tokens, other.tokens]).unique(return_inverse=True)
         both = [torch.cat([self.token_counts, other.token_counts]), torch.cat([self.token_load, other.token_load])]
         counts, load = (part.new_zeros(len(tokens), *part.shape[1:]).index_add_(0, rows, part) for part in both)
@@ -282,7 +263,8 @@ class RoutingStatistics(Tabular):
         """One row for each expert of each layer."""
         columns = {"load": self.load.tolist(), "weight": self.weight.tolist(), "load_share": self.load_share.tolist()}
         places = torch.ones_like(self.load).nonzero().tolist()
-        return [{"layer": i, "expert": e, **{name: columns[name][i][e] for name in columns}} for i, e in places]
+        at = {(row, expert): {name: columns[name][row][expert] for name in columns} for row, expert in places}
+        return [{"layer": self.layers[row], "expert": expert, **values} for (row, expert), values in at.items()]
 
     def table(self) -> TextTable:
         """A table with one row per layer: the fraction of tokens each expert gets, and the router's entropy.
@@ -298,18 +280,11 @@ class RoutingStatistics(Tabular):
         shares, information = self.load_share, self.mutual_information()
         columns = ["layer", *(f"expert {e}" for e in range(experts)), "entropy (nats)", "told by token (nats)"]
         rows = [
-            [
-                str(layer),
-                *(f"{share:.1%}" for share in shares[row].tolist()),
-                f"{float(self.entropy[row]):.3f}",
-                f"{float(information[row]):.3f}",
-            ]
-            for row, layer in enumerate(self.layers)
+            [str(layer), *(f"{share:.1%}" for share in sent.tolist()), f"{float(spread):.3f}", f"{float(told):.3f}"]
+            for layer, sent, spread, told in zip(self.layers, shares, self.entropy, information, strict=True)
         ]
-        title = (
-            f"Share of {self.n_tokens} tokens at each expert, {self.n_chosen} chosen for each token "
-            f"(even: {self.n_chosen / experts:.1%}; ln {experts} = {log(experts):.3f} nats)"
-        )
+        even = f"even: {self.n_chosen / experts:.1%}; ln {experts} = {log(experts):.3f} nats"
+        title = f"Share of {self.n_tokens} tokens at each expert, {self.n_chosen} chosen for each token ({even})"
         return TextTable(title, columns, rows)
 
     def __repr__(self) -> str:

@@ -88,8 +88,7 @@ def expert_view(
     layer, expert = one_expert((cfg.n_layers, need_experts(cfg, "expert_view")), layer, expert)
     chosen = _batched(cache, layer, "hook_expert_indices") == expert
     if mask is not None:
-        a_tensor("mask", mask)
-        if mask.shape != chosen.shape[:2]:
+        if a_tensor("mask", mask).shape != chosen.shape[:2]:
             raise ValueError(f"mask: got shape {list(mask.shape)}, expected {list(chosen.shape[:2])}")
         chosen = chosen & mask.to(chosen.device).bool()[..., None]
     return ExpertView(cache, layer, expert, *chosen.nonzero(as_tuple=True))
@@ -104,13 +103,10 @@ def expert_activation(cache: ActivationCache, name: str) -> Tensor:
     >>> expert_activation(cache, "blocks.0.mlp.experts.2.hook_post").shape
     torch.Size([2, 64])
     """
-    a_text("name", name)
-    parts = _NAME.fullmatch(name)
+    parts = _NAME.fullmatch(a_text("name", name))
     if parts is None:
-        raise KeyError(
-            f"no expert activation is named {name!r}; expected blocks.{{i}}.mlp.experts.{{e}}. and one of "
-            f"{', '.join(HOOKS)}"
-        )
+        expected = f"blocks.{{i}}.mlp.experts.{{e}}. and one of {', '.join(HOOKS)}"
+        raise KeyError(f"no expert activation is named {name!r}; expected {expected}")
     layer, expert, hook, gradient = parts.groups(default="")
     return expert_view(cache, int(layer), int(expert)).rows(HOOKS[hook] + gradient)
 

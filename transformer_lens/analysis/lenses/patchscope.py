@@ -125,14 +125,11 @@ class Patchscope:
         numbers = [layer_number(self.bridge.cfg, layer, "layers", beyond=True) for layer in every]
         if not numbers or batch_size < 1:
             raise ValueError(f"sweep: got {len(numbers)} layers and batch_size {batch_size}, expected one or more")
-        streams = [self._mapped(stream) for stream in _streams(self.bridge, source, numbers, position)]
+        injected = list(map(self._injection, _streams(self.bridge, source, numbers, position), numbers))
         rows = []
         for start in range(0, len(numbers), batch_size):
-            some = range(start, min(start + batch_size, len(numbers)))
-            hooks = []
-            for row, i in enumerate(some):
-                name = stream_name(self.bridge, numbers[i] if self.layer is None else self.layer)
-                hooks.append((name, on_rows(row, self._writer(streams[i]))))
+            some = injected[start : start + batch_size]
+            hooks = [(name, on_rows(row, write)) for row, (name, write) in enumerate(some)]
             logits = self.bridge.run_with_hooks(self.tokens.expand(len(some), -1), fwd_hooks=hooks)
             rows.append(logits[:, -1])
         return torch.cat(rows)
@@ -144,25 +141,21 @@ class Patchscope:
             source = _streams(self.bridge, source, [number], position)[0]
         elif not is_tensor(source) or list(source.shape) != [self.bridge.cfg.d_model]:
             raise ValueError(f"source: got {in_words(source)}, expected a stream [{self.bridge.cfg.d_model}]")
-        name = stream_name(self.bridge, number if self.layer is None else self.layer)
-        return name, self._writer(self._mapped(source))
+        return self._injection(source, number)
 
-    def _mapped(self, stream: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    def _injection(self, stream: Float[Tensor, " d_model"], layer: int) -> tuple[str, Callable[..., None]]:
+        """Where the stream of a layer is injected, and a hook that writes it, in a plain run and in `generate`."""
         found = stream if self.mapping is None else self.mapping(stream)
         if not is_tensor(found) or found.shape != stream.shape:
             raise ValueError(f"mapping: it returned {in_words(found)}, expected a tensor of shape {list(stream.shape)}")
-        return found
-
-    def _writer(self, stream: Float[Tensor, " d_model"]) -> Callable[..., None]:
-        """A hook that writes a stream at the target position, in a plain run and in `generate`."""
         place = position_number(self.position, self.tokens.shape[1], "target position")
 
         def write(x: Float[Tensor, "batch pos d_model"], hook: HookPoint) -> None:
             columns = range(x.shape[1]) if hook.generation is None else hook.generation.columns
             if place in columns:
-                x[:, place - columns.start] = stream.to(x)
+                x[:, place - columns.start] = found.to(x)
 
-        return write
+        return stream_name(self.bridge, layer if self.layer is None else self.layer), write
 
 
 @checked

@@ -54,9 +54,8 @@ def next_token_loss(
     tensor([1.3863, 0.0000])
     """
     if following.is_floating_point() or following.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"following: got {in_words(following)}, expected the token ids that follow, {list(logits.shape[:-1])}"
-        )
+        expected = f"the token ids that follow, {list(logits.shape[:-1])}"
+        raise ValueError(f"following: got {in_words(following)}, expected {expected}")
     return torch.nn.functional.cross_entropy(logits, following, ignore_index=-1, reduction="none")
 
 
@@ -96,6 +95,7 @@ FORMAT = "tuned-lens-1"
 WEIGHTS, ABOUT = "lens.safetensors", "lens.json"
 SIZES = ("n_layers", "d_model", "d_vocab_out")
 SAMPLE = 64
+RATES = {"adamw": 1e-3, "muon": 2e-2}
 
 
 class TunedLens:
@@ -156,11 +156,13 @@ class TunedLens:
             raise ValueError("logits of one stream: expected its layer, and no pos_slice")
         return self._unembed(self.translate(source, layer)[None])[0]
 
-    def _need_plain_logits(self) -> None:
+    def _check(self, what: str, texts: Texts) -> None:
         if self.bridge.adapter.changes_logits():
-            raise ValueError(
-                f"tuned lens: {self.bridge.cfg.architecture} caps or multiplies what the unembedding gives"
-            )
+            name = self.bridge.cfg.architecture
+            raise ValueError(f"tuned lens: {name} caps or multiplies what the unembedding gives")
+        check_texts(texts)
+        if not len(texts):
+            raise ValueError(f"{what}: got 0 texts, expected one or more")
 
     def _unembed(self, stack: Float[Tensor, "component *batch_and_pos d_model"]) -> Tensor:
         return ActivationCache({}, self.bridge)._unembedded(stack)
@@ -194,15 +196,11 @@ class TunedLens:
         `verbose` shows a progress bar. After an exception, an interrupt or a non-finite loss (`ValueError`), the lens
         is unchanged.
         """
-        self._need_plain_logits()
-        check_texts(texts)
-        one_of("optimizer", optimizer, ("adamw", "muon"))
-        rate = lr if lr is not None else {"adamw": 1e-3, "muon": 2e-2}[optimizer]
-        if not len(texts):
-            raise ValueError("fit: got 0 texts, expected one or more")
+        self._check("fit", texts)
+        one_of("optimizer", optimizer, tuple(RATES))
         before = {name: value.clone() for name, value in self.translators.state_dict().items()}
         steps = epochs * math.ceil(len(texts) / batch_size)
-        optimizers = self._optimizers(optimizer, rate, weight_decay)
+        optimizers = self._optimizers(optimizer, RATES[optimizer] if lr is None else lr, weight_decay)
         schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 - step / steps) for each in optimizers]
         losses: list[Tensor] = []
         done = False
@@ -216,23 +214,19 @@ class TunedLens:
                     schedule.step()
             done = True
         finally:
-            for parameter in self.translators.parameters():
-                parameter.grad = None
+            self.translators.zero_grad()
             if not done:
                 self.translators.load_state_dict(before)
         return torch.stack(losses)
 
     def _optimizers(self, name: str, rate: float, decay: float) -> list[torch.optim.Optimizer]:
-        matrices = [parameter for parameter in self.translators.parameters() if parameter.ndim == 2]
-        biases = [parameter for parameter in self.translators.parameters() if parameter.ndim == 1]
+        matrices, biases = ([one for one in self.translators.parameters() if one.ndim == axes] for axes in (2, 1))
         if name == "adamw":
             return [torch.optim.AdamW([*matrices, *biases], lr=rate, weight_decay=decay)]
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay)
         return [muon, torch.optim.AdamW(biases, lr=min(rate, 1e-3), weight_decay=decay)]
 
-    def _step(
-        self, batch: InputAndMask, optimizers: list[torch.optim.Optimizer], tokens_at_once: int
-    ) -> Float[Tensor, " layer"]:
+    def _step(self, batch: InputAndMask, optimizers: list[torch.optim.Optimizer], tokens_at_once: int) -> Tensor:
         """One optimiser step on one batch. Returns each layer's loss."""
         streams, logits, _ = self._run(batch)
         wanted = logits.log_softmax(-1)
@@ -255,10 +249,7 @@ class TunedLens:
 
     @torch.no_grad()
     def _run(self, batch: InputAndMask) -> tuple[list[Tensor], Tensor, Int[Tensor, " token"]]:
-        """Run the model once: each layer's stream, the final one and the logits, at every token except padding.
-
-        The third item is the next token of each, -1 if there is none.
-        """
+        """The streams, the last also, the logits and the next tokens (-1 if there is none), of all but padding."""
         tokens, mask, attention_mask = batch
         layers = self.bridge.cfg.n_layers
         names = [f"blocks.{i}.hook_resid_pre" for i in range(layers)] + [f"blocks.{layers - 1}.hook_resid_post"]
@@ -279,16 +270,13 @@ class TunedLens:
         >>> torch.equal(scores.kl, scores.kl_logit_lens), scores.kl.shape
         (True, torch.Size([5]))
         """
-        self._need_plain_logits()
-        check_texts(texts)
-        if not len(texts):
-            raise ValueError("evaluate: got 0 texts, expected one or more")
+        self._check("evaluate", texts)
         plain = TunedLens(self.bridge)
         sums = torch.zeros(4, len(self.translators) + 1, dtype=torch.float64)
         tokens = predicted = 0
         batch_of = batches_of(self.bridge, texts)
         for start in range(0, len(texts), batch_size):
-            streams, logits, following = self._run(batch_of(range(start, min(start + batch_size, len(texts)))))
+            streams, logits, following = self._run(batch_of(range(len(texts))[start : start + batch_size]))
             tokens, predicted = tokens + len(logits), predicted + int((following >= 0).sum())
             target = logits.log_softmax(-1)
             for layer, stream in enumerate(streams):
@@ -300,8 +288,7 @@ class TunedLens:
                         sums[2 + row, layer] += float(next_token_loss(found, following[some]).double().sum())
         if not predicted:
             raise ValueError("evaluate: no text has two tokens, so nothing is predicted")
-        kl, plain_kl, ce, plain_ce = sums / torch.tensor([tokens, tokens, predicted, predicted])[:, None]
-        return LensScores(kl.float(), plain_kl.float(), ce.float(), plain_ce.float())
+        return LensScores(*(sums / torch.tensor([tokens, tokens, predicted, predicted])[:, None]).float())
 
     @checked
     def save(self, directory: str | Path) -> None:
@@ -343,12 +330,10 @@ def _read_lens(directory: Path, bridge: TransformerBridge, expected: Mapping[str
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{directory / ABOUT}: not of the format {FORMAT!r}")
     for name in SIZES:
-        wanted = getattr(bridge.cfg, name)
-        if about.get(name) != wanted:
-            raise ValueError(
-                f"{directory}: a lens of {about.get('model_name')!r} with {name}={about.get(name)}, and this model has "
-                f"{name}={wanted}"
-            )
+        got, wanted = about.get(name), getattr(bridge.cfg, name)
+        if got != wanted:
+            lens = f"a lens of {about.get('model_name')!r} with {name}={got}"
+            raise ValueError(f"{directory}: {lens}, and this model has {name}={wanted}")
     sample = tensors.pop("sample", None)
     shapes = {name: list(value.shape) for name, value in tensors.items()}
     if shapes != {name: list(value.shape) for name, value in expected.items()} or sample is None:
@@ -369,8 +354,6 @@ def _sample(bridge: TransformerBridge) -> Float[Tensor, " sampled"]:
     norm: Any = bridge.get_submodule("ln_final")
     pieces = []
     for weight in (bridge.W_U, norm.w):
-        flat = weight.shape.numel()
-        places = torch.arange(SAMPLE) * (flat - 1) // (SAMPLE - 1)
-        rows = torch.unravel_index(places, weight.shape)
-        pieces.append(weight[tuple(index.to(weight.device) for index in rows)].float().cpu())
+        places = torch.arange(SAMPLE, device=weight.device) * (weight.numel() - 1) // (SAMPLE - 1)
+        pieces.append(weight[torch.unravel_index(places, weight.shape)].float().cpu())
     return torch.cat(pieces)

@@ -79,22 +79,22 @@ def run_interventions(
     outside = [name for name, _ in named if not name.startswith("blocks.")]
     if outside:
         raise ValueError(f"interventions: {outside[0]!r} is not inside a block, and a sweep runs blocks again")
-    with tqdm(total=len(named), disable=not verbose, desc="interventions", leave=False) as bar:
-        hooked = any(point.has_hooks("fwd") for point in model.hook_points())
-        stateful = any(name.endswith("hook_mixer_out") for name in model.hook_dict)  # no state to go on from
-        # What is made of all positions in each call cannot be changed at later positions alone.
-        whole = any({"pos", "query_pos"}.isdisjoint(model.hook_dict[name].axes.split()) for name, _ in named)
-        if hooked or stateful or whole or "unembed.hook_out" not in model.hook_dict:
-            input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
-            numbers = {}
-            for number, one in enumerate(named):
-                logits = model.run_with_hooks(input, fwd_hooks=[one], attention_mask=mask)
-                numbers[number] = metric_number(metric(logits), len(logits) if each_text else None)
-                bar.update()
-        else:
-            base = _BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
-            sweep = _Sweep(base, metric, memory_budget, bar, base.batch if each_text else None)
-            numbers = dict(sweep.run(named))
+
+    def measured(logits: Tensor) -> Tensor:
+        return metric_number(metric(logits), len(logits) if each_text else None)
+
+    hooked = any(point.has_hooks("fwd") for point in model.hook_points())
+    stateful = any(name.endswith("hook_mixer_out") for name in model.hook_dict)  # no state to go on from
+    # What is made of all positions in each call cannot be changed at later positions alone.
+    whole = any({"pos", "query_pos"}.isdisjoint(model.hook_dict[name].axes.split()) for name, _ in named)
+    if hooked or stateful or whole or "unembed.hook_out" not in model.hook_dict:
+        input, _, mask = model.input_and_mask(tokens, attention_mask=attention_mask)
+        runs = (model.run_with_hooks(input, fwd_hooks=[one], attention_mask=mask) for one in named)
+        found: Iterable[tuple[int, Tensor]] = enumerate(map(measured, runs))
+    else:
+        base = _BaseRun.of(model, tokens, attention_mask, (name for name, _ in named))
+        found = _Sweep(base, measured, memory_budget, torch.zeros(base.pos, dtype=torch.bool)).run(named)
+    numbers = dict(tqdm(found, total=len(named), disable=not verbose, desc="interventions", leave=False))
     values = [numbers[i] for i in range(len(named))]
     dtype = torch.float64 if any(value.dtype == torch.float64 for value in values) else torch.float32
     return torch.tensor([value.tolist() for value in values], dtype=dtype, device=model.cfg.device)
@@ -103,13 +103,10 @@ def run_interventions(
 @dataclass(eq=False)
 class _Sweep:
     base: _BaseRun
-    metric: Metric
+    measured: Callable[[Tensor], Tensor]
     budget: int
-    bar: Any
-    texts: int | None
-    """How many numbers the metric returns, one for each text; `None` for one number."""
-    read: Tensor | None = None
-    """The positions that the metric has read so far; `None` before its first call."""
+    read: Bool[Tensor, " pos"]
+    """The positions that the metric has read so far."""
 
     def run(self, interventions: Sequence[Intervention]) -> Iterator[tuple[int, Tensor]]:
         """Each intervention's number and metric."""
@@ -129,17 +126,15 @@ class _Sweep:
         """Run changes as batches of rows that start at about the same position."""
         left = sorted(changes, key=lambda one: (one.first, one.layer))
         while left:
-            start, most = left[0].first, self.most_rows(left[0].first)
-            size = 1
-            while size < min(len(left), most) and self.fits(left[size].first, start, size):
+            start = left[0].first
+            size, tokens = 1, self.base.pos - start
+            # A row that could start later joins a small batch, or if it starts hardly later.
+            while size < min(len(left), self.most_rows(start)) and (
+                size * self.base.batch * tokens < ENOUGH_TOKENS or self.base.pos - left[size].first > 0.9 * tokens
+            ):
                 size += 1
             yield from self.batch(left[:size], start)
             left = left[size:]
-
-    def fits(self, first: int, start: int, size: int) -> bool:
-        """Whether a row that could start at `first` may join `size` others that start at `start`."""
-        rows = self.base.pos - start
-        return first == start or size * self.base.batch * rows < ENOUGH_TOKENS or self.base.pos - first > 0.9 * rows
 
     def batch(self, changes: Sequence[_Change], start: int) -> Iterator[tuple[int, Tensor]]:
         """One pass through the layers; each change joins at its own."""
@@ -149,9 +144,8 @@ class _Sweep:
         for layer in range(min(layers), self.base.bridge.cfg.n_layers):
             joining = layers.get(layer, [])
             if joining:
-                below = self.base.streams[layer][:, start:]
-                parts = [below.repeat(len(joining), 1, 1)]
-                stream = torch.cat(parts if stream is None else [stream, *parts])
+                below = self.base.streams[layer][:, start:].repeat(len(joining), 1, 1)
+                stream = below if stream is None else torch.cat([stream, below])
             stream = self.layer(stream, layer, start, joining)
         yield from self.metrics(ordered, stream, start)
 
@@ -179,20 +173,17 @@ class _Sweep:
         """Each change's metric, from the stream after the last layer."""
         rows = stream.unflatten(0, (len(changes), self.base.batch))
         left = [(one, resid[:, one.first - start :]) for one, resid in zip(changes, rows, strict=True)]
-        most = max(
-            1, self.budget // (4 * self.base.bridge.cfg.d_vocab_out * stream.element_size() * stream[0, :, 0].numel())
-        )
+        most = self.budget // (4 * self.base.bridge.cfg.d_vocab_out * stream.element_size() * stream.shape[1])
         while left:
             # The positions that the metric reads are known after its first call.
-            size = 1 if self.read is None else max(1, most // self.base.batch)
+            size = max(1, most // self.base.batch) if self.read.any() else 1
             yield from self.group_metrics(left[:size])
             left = left[size:]
 
     def group_metrics(self, group: Sequence[tuple[_Change, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         """The metrics of some changes, whose expected logits are computed together."""
         positions = torch.arange(self.base.pos)
-        expected = torch.zeros_like(positions, dtype=torch.bool) if self.read is None else self.read
-        needed = [expected & (positions >= one.first) for one, _ in group]
+        needed = [self.read & (positions >= one.first) for one, _ in group]
         parts = [resid[:, wanted[one.first :]] for (one, resid), wanted in zip(group, needed, strict=True)]
         logits = self.unembed(torch.cat([part.flatten(0, 1) for part in parts]))
         computed = logits.split([part.shape[0] * part.shape[1] for part in parts])
@@ -218,17 +209,11 @@ class _Sweep:
 
     def looked_at(self, logits: LazyLogits) -> Tensor:
         """The metric of partly computed logits."""
-        value = self.measured(logits, done=False)
+        value = self.measured(logits)
         missed = bool(value.isnan().any()) and not logits.there.all()
         if missed or not logits.read.any():  # it may have gone around torch's functions, as vmap and dlpack do
-            value = self.measured(logits.plain(torch.ones_like(logits.there)), done=False)
-        self.read = logits.read if self.read is None else self.read | logits.read
-        self.bar.update()
-        return value
-
-    def measured(self, logits: Tensor, done: bool = True) -> Tensor:
-        value = metric_number(self.metric(logits), self.texts)
-        self.bar.update(int(done))
+            value = self.measured(logits.plain(torch.ones_like(logits.there)))
+        self.read = self.read | logits.read
         return value
 
     def most_rows(self, start: int) -> int:
@@ -246,7 +231,6 @@ class _BaseRun:
     """One run without interventions, and what is needed to rerun its upper layers and later positions."""
 
     bridge: TransformerBridge
-    input: Tensor
     mask: Int[Tensor, "batch pos"] | None
     """Set only if the padding is on the left or the caller gave a mask, as in a plain call of the bridge."""
     seen: Bool[Tensor, "batch pos"]
@@ -273,13 +257,10 @@ class _BaseRun:
             past_key_values=past,
         )
         kept = {layer: cache[name] for layer, name in streams.items()}
-        return cls(bridge, input, mask, seen, logits, kept, {name: cache[name] for name in wanted}, past)
+        return cls(bridge, mask, seen, logits, kept, {name: cache[name] for name in wanted}, past)
 
     def mask_of_copies(self, copies: int, start: int) -> Int[Tensor, "copies_batch pos"] | None:
-        """The mask for so many copies run from position `start` on; earlier positions are in a KV cache.
-
-        It matches the base run: if that had no mask, copies also attend beyond the end of texts.
-        """
+        """The mask of copies run from position `start` on; where the base run had none, they also attend to padding."""
         everything = start and self.mask is None and not bool(self.seen.all())
         mask = torch.ones_like(self.seen, dtype=torch.long) if everything else self.mask
         return None if mask is None else mask.repeat(copies, 1)
@@ -298,7 +279,6 @@ class _Change:
     """One intervention's new values for an activation, at the positions where they differ."""
 
     number: int
-    """The intervention's number."""
     name: str
     layer: int
     axis: int
@@ -325,11 +305,9 @@ def _change(base: _BaseRun, number: int, name: str, fn: Any) -> _Change | None:
     after = own if result is None else result
     if not isinstance(after, Tensor):
         raise TypeError(f"intervention at {name!r}: got {type(after).__name__}, expected a Tensor or None")
-    if after.shape != before.shape or after.dtype != before.dtype:
-        raise ValueError(
-            f"intervention at {name!r}: got shape {list(after.shape)} and {after.dtype}, "
-            f"expected {list(before.shape)} and {before.dtype}"
-        )
+    got, expected = (f"{list(one.shape)} and {one.dtype}" for one in (after, before))
+    if got != expected:
+        raise ValueError(f"intervention at {name!r}: got shape {got}, expected {expected}")
     axis = point.position_axis
     differs = (after != before).movedim(axis, 0).flatten(1).any(1)
     positions = differs.nonzero().flatten()

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import transformer_lens.analysis.patching.sweeps as sweeps
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.analysis.patching.engine import Metric, SweepInput, run_interventions
-from transformer_lens.analysis.patching.sweeps import (
-    Cache,
-    PatchSweep,
-    layer_expert_patch_setter,
-    layer_pos_patch_setter,
-)
+from transformer_lens.analysis.patching.sweeps import Cache
 from transformer_lens.asking import need_whole_mlps
 from transformer_lens.checks import whole
 
 PARTS = ("expert_out", "expert_weights", "expert_indices")
 
-get_act_patch_router_logits = PatchSweep("router_logits", layer_pos_patch_setter)
-get_act_patch_router_logits_by_expert = PatchSweep("router_logits", layer_expert_patch_setter)
+get_act_patch_router_logits = sweeps.PatchSweep("router_logits", sweeps.layer_pos_patch_setter)
+get_act_patch_router_logits_by_expert = sweeps.PatchSweep("router_logits", sweeps.layer_expert_patch_setter)
 
 
 @checked
@@ -85,30 +81,23 @@ class ExpertSweep:
         names = [f"blocks.{layer}.mlp.hook_{part}" for layer in layers for part in PARTS]
         with torch.no_grad():
             _, corrupted = model.run_with_cache(input, names_filter=names, attention_mask=mask)
-        positions: Sequence[slice] = [slice(p, p + 1) for p in range(input.shape[1])] if self.by_pos else [slice(None)]
+        positions = [slice(p, p + 1) for p in range(input.shape[1])] if self.by_pos else [slice(None)]
         interventions = []
         for layer in layers:
-            clean = expert_contributions(clean_cache, layer, n_experts)
-            dirty = expert_contributions(corrupted, layer, n_experts)
+            clean, dirty = (expert_contributions(cache, layer, n_experts) for cache in (clean_cache, corrupted))
             if clean.shape[1:] != dirty.shape[1:] or len(clean) not in (1, len(dirty)):
-                raise ValueError(
-                    f"clean_cache: got experts' outputs of {list(clean.shape[:2])} rows and positions, expected "
-                    f"{list(dirty.shape[:2])} as in the corrupted run (or a batch of one)"
-                )
-            change = clean - dirty
-            interventions += [
-                (f"blocks.{layer}.hook_mlp_out", partial(_add, change, expert, where))
-                for where in positions
-                for expert in range(n_experts)
-            ]
+                got = f"experts' outputs of {list(clean.shape[:2])} rows and positions"
+                expected = f"{list(dirty.shape[:2])} as in the corrupted run (or a batch of one)"
+                raise ValueError(f"clean_cache: got {got}, expected {expected}")
+            add = partial(_add, clean - dirty)
+            places = product(positions, range(n_experts))
+            interventions += [(f"blocks.{layer}.hook_mlp_out", partial(add, *place)) for place in places]
         found = run_interventions(model, input, interventions, metric, attention_mask=mask, verbose=verbose, **options)
         return found.reshape(len(layers), *([len(positions)] if self.by_pos else []), n_experts)
 
 
-def _add(
-    change: Float[Tensor, "batch pos expert d_model"], expert: int, where: slice, mlp_out: Tensor, hook: Any
-) -> None:
-    mlp_out[:, where] += change[:, where, expert]
+def _add(change: Float[Tensor, "batch pos expert d_model"], at: slice, expert: int, mlp_out: Tensor, hook: Any) -> None:
+    mlp_out[:, at] += change[:, at, expert]
 
 
 get_act_patch_expert_out = ExpertSweep(by_pos=False)

@@ -13,17 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+METHODS = ("size", "dim", "numel", "__len__", "element_size", "is_floating_point")
+ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 KNOWN_WITHOUT_VALUES = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.__len__,
-    Tensor.element_size,
-    Tensor.is_floating_point,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
-    ),
+    *(getattr(Tensor, name) for name in METHODS),
+    *(getattr(Tensor, name).__get__ for name in ATTRIBUTES),
 }
 """What can be asked of a tensor before its values are computed."""
 
@@ -87,19 +81,16 @@ def _positions_used(func: Any, args: tuple[Any, ...], logits: LazyLogits) -> Boo
     index = args[1]
     if len(index) < 2 or not ((index[0] is Ellipsis and len(index) == 3) or _picks_one_axis(index[0])):
         return positions
-    if not _picks_one_axis(index[1]) or (isinstance(index[1], Tensor) and index[1].dtype == torch.uint8):
+    where, chosen = index[1], ~positions
+    if not _picks_one_axis(where) or (isinstance(where, Tensor) and where.dtype == torch.uint8):
         return positions
-    chosen = ~positions
-    chosen[index[1] if isinstance(index[1], (slice, Tensor)) else operator.index(index[1])] = True
+    chosen[where if isinstance(where, (slice, Tensor)) else operator.index(where)] = True
     return chosen
 
 
 def _picks_one_axis(index: Any) -> bool:
     """Whether an index covers one axis and is no mask over several."""
     if isinstance(index, Tensor):
-        return (
-            not index.is_floating_point()
-            and (index.dtype != torch.bool or index.ndim == 1)
-            and index.device.type == "cpu"
-        )
+        of_one = not index.is_floating_point() and (index.dtype != torch.bool or index.ndim == 1)
+        return of_one and index.device.type == "cpu"
     return isinstance(index, slice) or (hasattr(index, "__index__") and not isinstance(index, bool))

@@ -20,13 +20,7 @@ from torch import Tensor
 
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
-from transformer_lens.analysis.patching.engine import (
-    DEFAULT_BUDGET,
-    Intervention,
-    Metric,
-    SweepInput,
-    run_interventions,
-)
+from transformer_lens.analysis.patching.engine import DEFAULT_BUDGET, Metric, SweepInput, run_interventions
 from transformer_lens.asking import written_pair
 from transformer_lens.checks import a_list, a_text, in_words, is_one_of, one_of, whole_numbers
 from transformer_lens.text_table import Records
@@ -83,8 +77,7 @@ def index_rows(index_df: Any) -> list[list[int]]:
     for row in rows:
         if isinstance(row, str):
             row = written_pair("expert" if "E" in row else "head", row, "index_df")
-        a_list("index_df: a row", row)
-        made.append(whole_numbers("index_df", row))
+        made.append(whole_numbers("index_df", a_list("index_df: a row", row)))
     return made
 
 
@@ -165,12 +158,9 @@ class PatchingResult(Records):
     def to_dicts(self) -> list[dict[str, Any]]:
         """One row for each patch and text."""
         rows, names = index_rows(self.index_df), getattr(self.index_df, "columns", range(9))
-        each = zip(rows, self.values.reshape(len(rows), -1).tolist(), strict=True)
-        return [
-            dict(zip(names, row, strict=False)) | {"text": i, "value": v}
-            for row, values in each
-            for i, v in enumerate(values)
-        ]
+        places = [dict(zip(names, row, strict=False)) for row in rows]
+        each = zip(places, self.values.reshape(len(rows), -1).tolist(), strict=True)
+        return [place | {"text": i, "value": value} for place, values in each for i, value in enumerate(values)]
 
 
 @checked
@@ -214,23 +204,23 @@ def generic_activation_patch(
         raise ValueError("generic_activation_patch: expected one of index_axis_names and index_df")
     one_of("reduce", reduce, ("scalar", "mean", "none"))
     input, _, mask = model.input_and_mask(corrupted_tokens, attention_mask=attention_mask)
-    shape: list[int] = []
-    if index_axis_names is not None and not len(index_axis_names):
-        raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
     if index_axis_names is not None:
+        if not len(index_axis_names):
+            raise ValueError("index_axis_names: got none, expected axes such as ('layer', 'pos')")
         shape = [_axis_size(model, axis, activation_name, input.shape[1]) for axis in index_axis_names]
         index_df = make_df_from_ranges(shape, index_axis_names)
     rows = index_rows(index_df)
     done = list(range(len(rows)))
     if index_axis_names is not None:
         done = [i for i in done if _full_name(activation_name, rows[i][0]) not in model.absent_names] or done
-    changes = _interventions(model, clean_cache, patch_setter, activation_name, [rows[i] for i in done])
-    options: dict[str, Any] = {"attention_mask": mask, "memory_budget": memory_budget, "verbose": verbose}
-    found = run_interventions(model, input, changes, patching_metric, **options, each_text=reduce != "scalar")
+    else:
+        shape = [len(rows)]
+    hooks = _interventions(model, clean_cache, patch_setter, activation_name, [rows[i] for i in done])
+    how: dict[str, Any] = {"attention_mask": mask, "memory_budget": memory_budget, "verbose": verbose}
+    found = run_interventions(model, input, hooks, patching_metric, **how, each_text=reduce != "scalar")
     found = found.mean(-1) if reduce == "mean" else found
-    result = found.new_full((len(rows), *found.shape[1:]), torch.nan)
-    result[done] = found
-    result = result if index_axis_names is None else result.reshape(*shape, *found.shape[1:])
+    result = found.new_full((*shape, *found.shape[1:]), torch.nan)
+    result.view(len(rows), *found.shape[1:])[done] = found
     if reduce == "none":
         return PatchingResult(result, tuple(index_axis_names or ()), index_df)
     return (result, index_df) if return_index_df else result
@@ -238,7 +228,7 @@ def generic_activation_patch(
 
 def _interventions(
     model: TransformerBridge, clean_cache: Cache, patch_setter: PatchSetter, activation_name: str, rows: list[list[int]]
-) -> list[Intervention]:
+) -> list[tuple[str, Callable[..., Any]]]:
     """A hook on its layer's activation for each row of an index table."""
     names = {}
     for layer in dict.fromkeys(row[0] for row in rows):
@@ -249,10 +239,14 @@ def _interventions(
     if missing:
         raise KeyError(f"clean_cache: it holds no {missing!r}; cache that activation in the clean run as well")
 
-    def patch(index: list[int], corrupted_activation: Tensor, hook: Any) -> Any:
-        given = clean_cache[names[index[0]]].to(corrupted_activation.device)
-        _check_shapes(str(hook.name), given, corrupted_activation)
-        return patch_setter(corrupted_activation, index, given)
+    def patch(index: list[int], corrupted: Tensor, hook: Any) -> Any:
+        clean = clean_cache[names[index[0]]].to(corrupted.device)
+        if clean.shape[1:] != corrupted.shape[1:] or clean.ndim == 0 or len(clean) not in (1, len(corrupted)):
+            raise ValueError(
+                f"clean_cache at {hook.name!r}: got shape {list(clean.shape)}, expected {list(corrupted.shape)} as in "
+                "the corrupted run (or a batch of one); the prompts need as many tokens, and the cache its batch axis"
+            )
+        return patch_setter(corrupted, index, clean)
 
     return [(names[row[0]], partial(patch, row)) for row in rows]
 
@@ -261,8 +255,7 @@ def _axis_size(model: TransformerBridge, axis: str, activation_name: str, pos: i
     cfg = model.cfg
     heads = cfg.n_key_value_heads if activation_name in KEY_VALUE else cfg.n_heads
     sizes = {"layer": cfg.n_layers, "pos": pos, "src_pos": pos, "dest_pos": pos, "head": heads, "head_index": heads}
-    if cfg.num_experts:
-        sizes["expert"] = cfg.num_experts
+    sizes |= {"expert": cfg.num_experts} if cfg.num_experts else {}
     if not is_one_of(axis, sizes):
         raise ValueError(f"index_axis_names: got {axis!r}, expected some of {', '.join(sizes)}")
     return sizes[axis]
@@ -272,16 +265,6 @@ def _full_name(activation_name: str, layer: int) -> str:
     """The full hook name of an activation such as `resid_pre`, `q` or `ln1.hook_scale`."""
     full = "hook_" in activation_name
     return f"blocks.{layer}.{activation_name}" if full else get_act_name(activation_name, layer)
-
-
-def _check_shapes(name: str, clean: Tensor, corrupted: Tensor) -> None:
-    """Raise unless the runs match in shape; a clean batch of one serves every corrupted row."""
-    fits = clean.ndim == corrupted.ndim and clean.shape[1:] == corrupted.shape[1:]
-    if not fits or len(clean) not in (1, len(corrupted)):
-        raise ValueError(
-            f"clean_cache at {name!r}: got shape {list(clean.shape)}, expected {list(corrupted.shape)} as in the "
-            "corrupted run (or a batch of one); the prompts need as many tokens, and the cache its batch axis"
-        )
 
 
 @dataclass(frozen=True)
@@ -333,16 +316,13 @@ class PatchSweeps:
         self, model: TransformerBridge, corrupted_tokens: SweepInput, clean_cache: Cache, metric: Metric, **options: Any
     ) -> Float[Tensor, "patch_type layer ..."]:
         one_of("reduce", options.get("reduce", "scalar"), ("scalar", "mean"))
-        found = [sweep(model, corrupted_tokens, clean_cache, metric, **options) for sweep in self.sweeps]
-        return torch.stack([_heads_last(one, sweep, model) for one, sweep in zip(found, self.sweeps, strict=True)])
-
-
-def _heads_last(found: Tensor, sweep: PatchSweep, model: TransformerBridge) -> Tensor:
-    """A sweep with heads as the last axis, key-value heads repeated for their query heads."""
-    heads = [axis for axis, name in enumerate(sweep.index_axis_names) if name in HEADS]
-    for axis in heads:
-        found = found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis).movedim(axis, -1)
-    return found
+        results = []
+        for sweep in self.sweeps:
+            found = sweep(model, corrupted_tokens, clean_cache, metric, **options)
+            for axis in [at for at, name in enumerate(sweep.index_axis_names) if name in HEADS]:
+                found = found.repeat_interleave(model.cfg.n_heads // found.shape[axis], dim=axis).movedim(axis, -1)
+            results.append(found)
+        return torch.stack(results)
 
 
 get_act_patch_resid_pre = PatchSweep("resid_pre", layer_pos_patch_setter)
@@ -400,9 +380,8 @@ def noised_embeddings(
         raise TypeError(f"tokens: got {in_words(tokens)}, expected one prompt's text or token ids")
     pos = ids.shape[1]
     if len(ids) != 1 or samples < 1:
-        raise ValueError(
-            f"noised_embeddings: got {len(ids)} prompts and {samples} samples, expected 1 prompt, 1 sample up"
-        )
+        got = f"{len(ids)} prompts and {samples} samples"
+        raise ValueError(f"noised_embeddings: got {got}, expected 1 prompt, 1 sample up")
     positions = whole_numbers("positions", positions, -pos, pos - 1, f" in a prompt of {pos} tokens")
     if not positions:
         raise ValueError(f"positions: got none, expected {-pos} to {pos - 1}, one or more")
