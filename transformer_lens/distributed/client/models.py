@@ -159,7 +159,7 @@ class DistributedCausalLM:
         name = pretrained_model_name_or_path
         dtype, options = configs.one_dtype(dtype, options)
         if config is None:
-            config = configs.config_with(cls.config_class, name, options)
+            config = cls.config_class.from_pretrained(name, **options)
         else:
             configs.refuse_unknown(name, options)
         files, prefix = configs.of_files(options), config.block_prefix
@@ -299,7 +299,7 @@ class AutoDistributedModelForCausalLM:
         dtype, options = configs.one_dtype(options.pop("dtype", "auto"), options)
         model = {key: options.pop(key) for key in ("spans", "attn_implementation", "cluster") if key in options}
         if config is None:
-            config = configs.config_with(configs.AutoDistributedConfig, pretrained_model_name_or_path, options)
+            config = configs.AutoDistributedConfig.from_pretrained(pretrained_model_name_or_path, **options)
             options = configs.of_files(options)
         return causal_lm_class(config.model_type).from_pretrained(
             pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
