@@ -296,11 +296,6 @@ class AutoDistributedModelForCausalLM:
         >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralForCausalLM'
         """
-        dtype, options = configs.one_dtype(options.pop("dtype", "auto"), options)
-        model = {key: options.pop(key) for key in ("spans", "attn_implementation", "cluster") if key in options}
-        if config is None:
-            config = configs.AutoDistributedConfig.from_pretrained(pretrained_model_name_or_path, **options)
-            options = configs.of_files(options)
-        return causal_lm_class(config.model_type).from_pretrained(
-            pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
-        )
+        name = pretrained_model_name_or_path
+        kind = configs.config_class_of(name, options) if config is None else config
+        return causal_lm_class(kind.model_type).from_pretrained(name, config=config, **options)

@@ -202,8 +202,7 @@ def validator(base: type[Any], identity: bytes | None, table: Table | None = Non
             return sign(identity, record.key, record.subkey, record.value, record.expiration_time)
 
         def validate(self, record: Any) -> bool:
-            found = signed(record.key, record.subkey, record.value, record.expiration_time)
-            known = found is not None and may_be_kept(record.subkey, found)
+            known = may_be_kept(record.subkey, self.strip_value(record))
             return known and (table is None or table.has_room(record.key, record.subkey, record.expiration_time))
 
         def strip_value(self, record: Any) -> bytes:

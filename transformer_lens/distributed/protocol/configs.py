@@ -308,6 +308,12 @@ def config_class(model_type: Any, like: Any = None) -> type[Any]:
     return CONFIGS[model_type]
 
 
+def config_class_of(name: Name, options: dict[str, Any]) -> type[Any]:
+    """The distributed config of a checkpoint's family. Raises `ValueError` for an unsupported one."""
+    written, _ = PreTrainedConfig.get_config_dict(source_of(plain_name(name)), **of_files(options))
+    return config_class(written.get("model_type"), written)
+
+
 class AutoDistributedConfig:
     """Loads the distributed config of any supported family."""
 
@@ -320,10 +326,10 @@ class AutoDistributedConfig:
 
         Raises `ValueError` for an unsupported family.
         """
-        name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
-        written, _ = PreTrainedConfig.get_config_dict(source_of(name), **of_files(kwargs))
-        return config_class(written.get("model_type"), written).from_pretrained(name, **kwargs)
+        return config_class_of(pretrained_model_name_or_path, kwargs).from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
 
 
 def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
