@@ -38,8 +38,7 @@ class Leg(NamedTuple):
 
     def parts(self, longest: int) -> "list[Leg]":
         """The same blocks, in requests of no more than so many."""
-        starts = range(self.first, self.end, longest)
-        return [Leg(self.span, start, min(start + longest, self.end)) for start in starts]
+        return [Leg(self.span, at, min(at + longest, self.end)) for at in range(self.first, self.end, longest)]
 
 
 class _Look(NamedTuple):
@@ -88,11 +87,7 @@ class Route:
         return other
 
     def connect(self, spans: Sequence[Span] | SpanSource, expected: dict[str, Any]) -> None:
-        """Use these spans from now on, and forget earlier failures.
-
-        Raises `ValueError` if a block is missing, or a listed server has another model; a source's servers that have
-        another model, or do not answer, are skipped.
-        """
+        """Use these spans from now on, and forget earlier failures. Raises as a model's `connect` does."""
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
         trial.weights = list(expected.pop("weights"))

@@ -43,8 +43,7 @@ class Checks:
     def point(self, name: str) -> HookPoint:
         """The hook of a name in the whole model."""
         found = re.fullmatch(r"blocks\.(\d{1,5})\.([\w.]+)", name, re.ASCII)
-        layer = int(found.group(1)) if found else -1
-        if found is None or layer not in self.blocks:
+        if found is None or int(found[1]) not in self.blocks:
             raise MessageError(f"hook {name!r} is not in the blocks of this server, {self.blocks}")
         if name not in self.bridge.hook_dict:
             raise MessageError(f"no hook of these blocks is named {name!r}")

@@ -228,8 +228,8 @@ class SpanServer:
         """Attach the hooks of a request's actions to the bridge, in order, while it runs. Yields those that read."""
         turns: list[int] = []
         reading: list[Seen] = []
-        entries = []
-        try:
+        forward = []
+        with ExitStack() as undo:
             for nth, action in enumerate(request.actions):
                 if action.do == "look" and not looking:
                     continue
@@ -242,18 +242,17 @@ class SpanServer:
                     entry = HookEntry(reading[-1], reads_only=action.do != "keep")
                 point, direction = self.checks.point(action.name), "bwd" if action.do == "gradient" else "fwd"
                 point.attach(entry, direction)  # type: ignore[arg-type]
-                entries.append((point, entry, direction, action.name))
+                undo.callback(point.remove, entry)
+                if direction == "fwd":
+                    forward.append((action.name, entry))
             yield reading
-            silent = [name for _, entry, direction, name in entries if direction == "fwd" and not entry.fired]
+            silent = [name for name, entry in forward if not entry.fired]
             if silent:
                 raise wire.MessageError(f"hooks that did not fire in blocks {request.first} to {request.end}: {silent}")
-        finally:
-            for point, entry, _, _ in entries:
-                point.remove(entry)
 
     def _values(self, request: wire.Request) -> dict[int, Tensor]:
-        named = {nth: request.tensors.get(f"value.{nth}") for nth in range(len(request.actions))}
-        return {nth: value for nth, value in named.items() if value is not None}
+        named = {nth: f"value.{nth}" for nth in range(len(request.actions))}
+        return {nth: request.tensors[name] for nth, name in named.items() if name in request.tensors}
 
     def _forward(self, request: wire.Request) -> wire.Reply:
         stream = request.tensors["stream"]
