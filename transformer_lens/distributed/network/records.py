@@ -55,7 +55,7 @@ def read_record(peer: Any, value: Any, n_layers: int | None = None) -> Announcem
         and len(version) <= 64
         and version.isprintable()
     )
-    return Announcement(peer, range(*blocks), state, *map(float, speeds), version) if fits else None
+    return Announcement(peer, range(*blocks), state, float(speeds[0]), float(speeds[1]), version) if fits else None
 
 
 def announced(found: Mapping[str, Mapping[Any, Any]], uids: Iterable[str]) -> list[Announcement]:
