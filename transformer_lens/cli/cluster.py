@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import typer
 from typer import Option
 
 import transformer_lens.cli.options as options
-from transformer_lens.cli.running import FAILED, Commands, say
-from transformer_lens.cli.serve import numbers, show
+from transformer_lens.cli.running import Commands, say
+from transformer_lens.cli.serve import numbers, show, tell
 
 HELP = """Run all blocks of a model on the nodes of a Ray cluster.
 
@@ -67,12 +66,7 @@ def status(model: options.Model, *, where: Address, json: options.AsJson = False
 
     with options.quiet(), options.named(model):
         found = look(model, address=where.address, dht_prefix=where.prefix)
-    if json:
-        options.write_json(found)
-    else:
-        show(found)
-    if found["missing"]:
-        raise typer.Exit(FAILED)
+    tell(found, json)
 
 
 @cluster.command()

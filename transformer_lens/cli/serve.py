@@ -21,8 +21,6 @@ from typer import Option
 import transformer_lens.cli.options as options
 from transformer_lens.cli.running import FAILED, say
 
-FORMAT = "%(asctime)s %(levelname)s %(message)s"
-
 
 @dataclass(frozen=True)
 class Connection:
@@ -61,9 +59,6 @@ class Network(Connection):
     drain_seconds: float = Option(30, min=0, help="Seconds that running texts have when a signal comes.")
 
 
-OWN = ("session_seconds", "session_bytes", "message")  # the limits with an option of their own
-
-
 @dataclass(frozen=True)
 class ServerLimits:
     """Limits"""
@@ -75,8 +70,9 @@ class ServerLimits:
 
     def given(self) -> dict[str, Any]:
         """The limits that were set, by their names in `Limits`."""
-        named = {"message": self.message_bytes, **vars(self)}
-        return {name: named[name] for name in OWN if named[name] is not None} | numbers(self.limit)
+        own = {name: getattr(self, name) for name in ("session_seconds", "session_bytes")}
+        own["message"] = self.message_bytes
+        return {name: most for name, most in own.items() if most is not None} | numbers(self.limit)
 
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -176,7 +172,7 @@ def show_addresses(addresses: Sequence[str], file: Path | None) -> None:
 @contextmanager
 def log_to_stderr() -> Iterator[logging.Logger]:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("transformer_lens")
     level = log.level
     log.addHandler(handler)
@@ -222,11 +218,12 @@ def status(model: options.Model, network: Connection, json: options.AsJson = Fal
 
     transformer-lens status tiny-falcon --initial-peers /ip4/127.0.0.1/tcp/31337/p2p/12D3KooW...
     """
-    found = look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix)
-    if json:
-        options.write_json(found)
-    else:
-        show(found)
+    tell(look(model, network.initial_peers or (), identity=network.identity, prefix=network.prefix), json)
+
+
+def tell(found: dict[str, Any], json: bool) -> None:
+    """Print what is known of a model's servers. Exit code 1 if a block has none."""
+    (options.write_json if json else show)(found)
     if found["missing"]:
         raise typer.Exit(FAILED)
 

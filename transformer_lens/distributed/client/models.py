@@ -21,10 +21,10 @@ from transformer_lens.distributed.protocol import configs
 from transformer_lens.distributed.protocol.checkpoint import block_of, filled, identity_of, read_part
 from transformer_lens.model_bridge import upstream
 
-INSTEAD = {  # what transformers would collect inside the blocks, and how to get it here
-    "output_hidden_states": "run_with_cache(names_filter=lambda name: name.endswith('hook_resid_pre'))",
-    "output_attentions": "run_with_cache(names_filter=lambda name: name.endswith('hook_pattern'))",
-    "output_router_logits": "run_with_cache(names_filter=lambda name: name.endswith('hook_router_logits'))",
+INSTEAD = {  # what transformers would collect inside the blocks, and the hook that reads it
+    "output_hidden_states": "hook_resid_pre",
+    "output_attentions": "hook_pattern",
+    "output_router_logits": "hook_router_logits",
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # its names in checkpoints, which may not be the installed release's
 
@@ -79,9 +79,8 @@ class RemoteBlocks:
         for name in self.config.collects:
             given = kwargs.get(name)
             if upstream.attribute(self.config, name) if given is None else given:
-                raise ValueError(
-                    f"{name}: it is inside blocks on other machines; use {INSTEAD[name]} of a TransformerBridge"
-                )
+                how = f"run_with_cache(names_filter=lambda name: name.endswith({INSTEAD[name]!r}))"
+                raise ValueError(f"{name}: it is inside blocks on other machines; use {how} of a TransformerBridge")
         drops = [name for name in self.config.dropouts if upstream.attribute(self.config, name)]
         if self.training and drops:
             raise ValueError(
@@ -153,13 +152,13 @@ class DistributedCausalLM:
 
         `spans`, or a source of them, run the blocks; without them, those of a Ray `cluster` do ("auto", or its
         address) or the servers found through `initial_peers`; else call `connect` later. `options` are config settings
-        and say where files come from. Raises
-        `ValueError` for a checkpoint that lacks a weight, and for spans that do not fit.
+        and say where files come from. Raises `ValueError` for a checkpoint that lacks a weight, and for spans that do
+        not fit.
         """
         name = pretrained_model_name_or_path
         dtype, options = configs.one_dtype(dtype, options)
         if config is None:
-            config = configs.config_with(cls.config_class, name, options)
+            config = cls.config_class.from_pretrained(name, **options)
         else:
             configs.refuse_unknown(name, options)
         files, prefix = configs.of_files(options), config.block_prefix
@@ -203,8 +202,7 @@ class DistributedCausalLM:
 
         Raises `ValueError`, and keeps the connection as it was, if a block is missing or a listed server has another
         model (prefix, number of blocks, width, dtype, attention, weights, releases of torch and transformers); such
-        servers of a source are logged and not used.
-        The caller closes spans and sources.
+        servers of a source are logged and not used. The caller closes spans and sources.
         """
         self.route.connect(spans, self.config.facts(self) | self.checkpoint)
 
@@ -296,11 +294,6 @@ class AutoDistributedModelForCausalLM:
         >>> type(AutoDistributedModelForCausalLM.from_pretrained("tiny-mixtral")).__name__
         'DistributedMixtralForCausalLM'
         """
-        dtype, options = configs.one_dtype(options.pop("dtype", "auto"), options)
-        model = {key: options.pop(key) for key in ("spans", "attn_implementation", "cluster") if key in options}
-        if config is None:
-            config = configs.config_with(configs.AutoDistributedConfig, pretrained_model_name_or_path, options)
-            options = configs.of_files(options)
-        return causal_lm_class(config.model_type).from_pretrained(
-            pretrained_model_name_or_path, config=config, dtype=dtype, **model, **options
-        )
+        name = pretrained_model_name_or_path
+        kind = configs.config_class_of(name, options) if config is None else config
+        return causal_lm_class(kind.model_type).from_pretrained(name, config=config, **options)

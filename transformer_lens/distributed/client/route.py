@@ -38,8 +38,7 @@ class Leg(NamedTuple):
 
     def parts(self, longest: int) -> "list[Leg]":
         """The same blocks, in requests of no more than so many."""
-        starts = range(self.first, self.end, longest)
-        return [Leg(self.span, start, min(start + longest, self.end)) for start in starts]
+        return [Leg(self.span, at, min(at + longest, self.end)) for at in range(self.first, self.end, longest)]
 
 
 class _Look(NamedTuple):
@@ -88,11 +87,7 @@ class Route:
         return other
 
     def connect(self, spans: Sequence[Span] | SpanSource, expected: dict[str, Any]) -> None:
-        """Use these spans from now on, and forget earlier failures.
-
-        Raises `ValueError` if a block is missing, or a listed server has another model; a source's servers that have
-        another model, or do not answer, are skipped.
-        """
+        """Use these spans from now on, and forget earlier failures. Raises as a model's `connect` does."""
         source = StaticSpans(spans) if isinstance(spans, Sequence) else spans
         trial = copy.deepcopy(self)  # what is connected now stays if the new spans do not fit
         trial.weights = list(expected.pop("weights"))
@@ -251,18 +246,15 @@ class Tries:
         self.route.health.succeeded(span.peer)
         return reply
 
-    def failed(self, span: Span, error: SpanError) -> None:
-        """Ban a server for a while. Raises `SpanError` when no attempt is left."""
-        self._ban(span, error)
-        self._tried += 1
-        self._check_number(self._tried)
-
-    def _ban(self, span: Span, error: SpanError) -> None:
+    def failed(self, span: Span, error: SpanError, counts: bool = True) -> None:
+        """Ban a server for a while. Raises `SpanError` if this counts as an attempt and none is left."""
         self.route.health.failed(span.peer)
         self.route.looked_at.pop(id(span), None)  # a server that returns may be another one
         self._excused.discard(span.peer)
         self._looked = self._rested = False
         self._note(span.peer, error)
+        self._tried += counts
+        self._check_number(self._tried)
 
     def lost(self, span: Span, error: SpanError) -> None:
         """Note that a server lost the text's beginning; it may be asked again at once."""
@@ -312,10 +304,8 @@ class Tries:
         try:
             return not self.route.misfit(span, timeout)
         except SpanError as error:  # also one that does not let this client in
-            if span.peer in self.route.health.proven:
-                self.failed(span, error)
-            else:
-                self._ban(span, error)  # no attempt: whoever announces much must not use them up
+            # Whoever announces much must not use up the attempts.
+            self.failed(span, error, counts=span.peer in self.route.health.proven)
             return False
 
     def _nobody(self, error: NoPath) -> None:
@@ -363,7 +353,5 @@ class Tries:
         seconds = self.route.clock() - self._first_failure
         peers = tuple(peer for peer, _ in self.failures)
         self.route.recoveries.append(Recovery(self.kind, self.blocks, peers, seconds, self.replayed))
-        logger.info(
-            "%s: recovered in %.3f s from %s; %d steps were replayed",
-            *(self.name, seconds, ", ".join(peers), self.replayed),
-        )
+        told = f"recovered in {seconds:.3f} s from {', '.join(peers)}; {self.replayed} steps were replayed"
+        logger.info("%s: %s", self.name, told)

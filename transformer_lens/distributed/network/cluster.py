@@ -8,7 +8,7 @@ from typing import Any
 
 from transformer_lens.checks import needed
 from transformer_lens.distributed.network.records import overview
-from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig
 from transformer_lens.distributed.protocol.messages import SpanUnreachable
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def status(model: str, *, address: str = "auto", **options: Any) -> dict[str, An
 
     `options` are config settings; actors have `ping_timeout` seconds to answer.
     """
-    ray, config = joined(address), config_with(AutoDistributedConfig, model, options)
+    ray, config = joined(address), AutoDistributedConfig.from_pretrained(model, **options)
     names = actors_of(ray, config)
     told = told_by(ray, names, config.ping_timeout)
     unknown = dict.fromkeys(("load", "sessions", "kv_bytes", "kv_bytes_free", "latency", "seconds_per_block"))
@@ -75,7 +75,7 @@ def status(model: str, *, address: str = "auto", **options: Any) -> dict[str, An
 def down(model: str, *, address: str = "auto", **options: Any) -> int:
     """Stop the actors of a model; returns how many there were."""
     ray = joined(address)
-    names = actors_of(ray, config_with(AutoDistributedConfig, model, options))
+    names = actors_of(ray, AutoDistributedConfig.from_pretrained(model, **options))
     for name in names:
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     return len(names)

@@ -5,7 +5,6 @@ under a peer id is signed with the key that the id is the hash of, which needs t
 """
 
 import hashlib
-import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -45,17 +44,18 @@ def read_record(peer: Any, value: Any, n_layers: int | None = None) -> Announcem
         return None
     if not isinstance(value, dict) or set(value) != set(FIELDS):
         return None
-    blocks, state, version = value["blocks"], value["state"], value["version"]
-    if not isinstance(blocks, list) or len(blocks) != 2 or not all(type(end) is int for end in blocks):
-        return None
-    if not 0 <= blocks[0] < blocks[1] <= (2**15 if n_layers is None else n_layers):
-        return None
-    if state not in STATES or not isinstance(version, str) or len(version) > 64 or not version.isprintable():
-        return None
-    speeds = value["seconds_per_block"], value["load"]
-    if not all(type(speed) in (int, float) and math.isfinite(speed) and 0 <= speed <= 1e6 for speed in speeds):
-        return None
-    return Announcement(peer, range(*blocks), state, float(speeds[0]), float(speeds[1]), version)
+    blocks, state, *speeds, version = (value[name] for name in FIELDS)
+    fits = (
+        isinstance(blocks, list)
+        and [type(end) for end in blocks] == [int, int]
+        and 0 <= blocks[0] < blocks[1] <= (2**15 if n_layers is None else n_layers)
+        and state in STATES
+        and all(type(speed) in (int, float) and 0 <= speed <= 1e6 for speed in speeds)
+        and isinstance(version, str)
+        and len(version) <= 64
+        and version.isprintable()
+    )
+    return Announcement(peer, range(*blocks), state, float(speeds[0]), float(speeds[1]), version) if fits else None
 
 
 def announced(found: Mapping[str, Mapping[Any, Any]], uids: Iterable[str]) -> list[Announcement]:
@@ -202,8 +202,7 @@ def validator(base: type[Any], identity: bytes | None, table: Table | None = Non
             return sign(identity, record.key, record.subkey, record.value, record.expiration_time)
 
         def validate(self, record: Any) -> bool:
-            found = signed(record.key, record.subkey, record.value, record.expiration_time)
-            known = found is not None and may_be_kept(record.subkey, found)
+            known = may_be_kept(record.subkey, self.strip_value(record))
             return known and (table is None or table.has_room(record.key, record.subkey, record.expiration_time))
 
         def strip_value(self, record: Any) -> bytes:

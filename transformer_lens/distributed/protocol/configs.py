@@ -184,7 +184,7 @@ class DistributedConfig(ClientSettings, ModelSettings):
                 f"{cls.model_type!r}; AutoDistributedConfig chooses by itself"  # type: ignore[attr-defined]
             )
         if dht_prefix is None:
-            dht_prefix = written.get("dht_prefix") if _is_local(source) else None
+            dht_prefix = written.get("dht_prefix") if Path(source).exists() else None
         if dht_prefix is None:
             dht_prefix = cls.prefix_of(name)
         if "180B" in name:
@@ -220,7 +220,7 @@ class DistributedConfig(ClientSettings, ModelSettings):
         'mistralai/Mixtral-8x7B-v0-1'
         """
         plain = plain_name(name)
-        if plain not in (*TINY_MODELS, *REAL_MODELS) and _is_local(plain):
+        if plain not in (*TINY_MODELS, *REAL_MODELS) and Path(plain).exists():
             raise ValueError(
                 f"{plain} is a local directory and its config names no dht_prefix, so nothing says under which name "
                 "servers announce its blocks; pass dht_prefix='...', the one the servers use"
@@ -308,6 +308,12 @@ def config_class(model_type: Any, like: Any = None) -> type[Any]:
     return CONFIGS[model_type]
 
 
+def config_class_of(name: Name, options: dict[str, Any]) -> type[Any]:
+    """The distributed config of a checkpoint's family. Raises `ValueError` for an unsupported one."""
+    written, _ = PreTrainedConfig.get_config_dict(source_of(plain_name(name)), **of_files(options))
+    return config_class(written.get("model_type"), written)
+
+
 class AutoDistributedConfig:
     """Loads the distributed config of any supported family."""
 
@@ -320,17 +326,10 @@ class AutoDistributedConfig:
 
         Raises `ValueError` for an unsupported family.
         """
-        name = plain_name(pretrained_model_name_or_path)
         kwargs |= dict(zip(POSITIONAL, args, strict=False))
-        written, _ = PreTrainedConfig.get_config_dict(source_of(name), **of_files(kwargs))
-        return config_class(written.get("model_type"), written).from_pretrained(name, **kwargs)
-
-
-def config_with(kind: Any, name: Name, options: dict[str, Any]) -> Any:
-    """The config of a name with these settings. Raises `TypeError` for an unknown setting."""
-    config, unused = kind.from_pretrained(name, return_unused_kwargs=True, **options)
-    refuse_unknown(name, unused)
-    return config
+        return config_class_of(pretrained_model_name_or_path, kwargs).from_pretrained(
+            pretrained_model_name_or_path, **kwargs
+        )
 
 
 def one_dtype(dtype: torch.dtype | str | None, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -357,7 +356,3 @@ def plain_name(name: Name) -> str:
         raise ValueError("pretrained_model_name_or_path: got None, expected a hub name or a directory")
     text = os.fspath(name)
     return text.rstrip("/") or text
-
-
-def _is_local(source: str) -> bool:
-    return Path(source).exists()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from transformer_lens.checks import needed
+from transformer_lens.checks import is_whole, needed
 
 MISSING = "messages between clients and servers need msgpack: pip install 'transformer-lens-bridge[swarm]'"
 MAGIC = b"TLB1"
@@ -178,19 +178,15 @@ def too_much(message: bytes, limits: Limits) -> str:
     return ""
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 REQUEST_FIELDS: dict[str, Callable[[Any], bool]] = {
     "kind": lambda value: value in KINDS,
-    "first": lambda value: _is_int(value) and 0 <= value < 2**31,
-    "end": lambda value: _is_int(value) and 0 <= value < 2**31,
+    "first": lambda value: is_whole(value) and 0 <= value < 2**31,
+    "end": lambda value: is_whole(value) and 0 <= value < 2**31,
     "actions": lambda value: isinstance(value, list),
     "use_cache": lambda value: isinstance(value, bool),
     "grad": lambda value: isinstance(value, bool),
     "session": lambda value: isinstance(value, str) and len(value) <= 64 and (value.isalnum() or not value),
-    "start": lambda value: _is_int(value) and 0 <= value < 2**31,
+    "start": lambda value: is_whole(value) and 0 <= value < 2**31,
 }
 REPLY_FIELDS: dict[str, type] = {"error": str, "info": dict, "turns": list}
 
@@ -259,7 +255,7 @@ def _declared_bytes(name: str, row: Any, limits: Limits) -> int:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise MessageError(f"tensor {name[:64]!r} has the dtype {_shown(dtype)}; allowed are {', '.join(DTYPES)}")
     fits = isinstance(shape, list) and len(shape) <= limits.rank
-    if not fits or not all(_is_int(n) and 0 < n < 2**63 for n in shape):
+    if not fits or not all(is_whole(n) and 0 < n < 2**63 for n in shape):
         raise MessageError(f"tensor {name[:64]!r} has no shape of at most {limits.rank} lengths above 0")
     return DTYPES[dtype].itemsize * math.prod(shape)
 
@@ -292,7 +288,7 @@ def _action(row: Any, limits: Limits) -> Action:
         raise MessageError("the number of an action is a float")
     for what in ("positions", "heads", "experts"):
         places = row[what]
-        several = isinstance(places, list) and 0 < len(places) <= limits.places and all(map(_is_int, places))
+        several = isinstance(places, list) and 0 < len(places) <= limits.places and all(map(is_whole, places))
         if places is not None and not several:
             raise MessageError(f"{what} of an action: whole numbers, 1 to {limits.places} of them, or nothing")
     return Action(**row)
@@ -304,6 +300,6 @@ def unpack_reply(message: bytes, limits: Limits) -> Reply:
     head, data = _split(message, limits)
     if set(head) != set(REPLY_FIELDS) or not all(isinstance(head[name], kind) for name, kind in REPLY_FIELDS.items()):
         raise MessageError(f"a reply has the fields {', '.join(REPLY_FIELDS)}")
-    if len(head["turns"]) > limits.actions or not all(map(_is_int, head["turns"])):
+    if len(head["turns"]) > limits.actions or not all(map(is_whole, head["turns"])):
         raise MessageError("the turns of a reply are numbers of actions")
     return Reply(tensors=_tensors(data, limits), **head)

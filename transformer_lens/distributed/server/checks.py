@@ -43,8 +43,7 @@ class Checks:
     def point(self, name: str) -> HookPoint:
         """The hook of a name in the whole model."""
         found = re.fullmatch(r"blocks\.(\d{1,5})\.([\w.]+)", name, re.ASCII)
-        layer = int(found.group(1)) if found else -1
-        if found is None or layer not in self.blocks:
+        if found is None or int(found[1]) not in self.blocks:
             raise MessageError(f"hook {name!r} is not in the blocks of this server, {self.blocks}")
         if name not in self.bridge.hook_dict:
             raise MessageError(f"no hook of these blocks is named {name!r}")
@@ -117,9 +116,6 @@ class Checks:
         cfg, blocks = self.bridge.cfg, request.end - request.first
         sizes = [math.prod(self.shape(request, action)) for action in request.actions]
         answer = NUMBER * sum(n for n, a in zip(sizes, request.actions, strict=True) if a.do not in EDITS)
-        if answer > self.limits.answer:
-            told = f"the answer would have up to {answer} bytes, and at most {self.limits.answer} are made"
-            raise MessageError(told, fewer_blocks=True)
         # One block's activations, a few of each width, with every head's scores where they are computed, else one mask.
         every = self.attention == "eager" or any(action.name.endswith(INSIDE) for action in request.actions)
         scores = (cfg.n_heads if every else 1) * (new + request.start)
@@ -129,14 +125,15 @@ class Checks:
         edits = [n for n, action in zip(sizes, request.actions, strict=True) if action.do in EDITS]
         edited = 3 * (sum(edits) if graph > 1 else max(edits, default=0))
         memory = answer + (block * graph + edited) * self.number
-        if memory > self.limits.memory:
-            told = f"the call would take about {memory} bytes, and at most {self.limits.memory} may be used"
-            raise MessageError(told, fewer_blocks=True)
         passes = 3 if request.kind == "backward" else 1
         work = passes * (rows * new * blocks * cfg.d_model + sum(sizes))
-        if work > self.limits.work:
-            told = f"the call would compute {work} numbers, and at most {self.limits.work} are computed"
-            raise MessageError(told, fewer_blocks=True)
+        for cost, most, told in (
+            (answer, self.limits.answer, "the answer would have up to {} bytes, and at most {} are made"),
+            (memory, self.limits.memory, "the call would take about {} bytes, and at most {} may be used"),
+            (work, self.limits.work, "the call would compute {} numbers, and at most {} are computed"),
+        ):
+            if cost > most:
+                raise MessageError(told.format(cost, most), fewer_blocks=True)
 
 
 def _check_integers(request: Request, name: str, shapes: list[list[int]], most: int) -> None:

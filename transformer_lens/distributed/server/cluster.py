@@ -15,7 +15,7 @@ import torch
 
 from transformer_lens.checks import needed
 from transformer_lens.distributed.network.cluster import MISSING, NAMESPACE, actors_of, down, joined, status
-from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, one_dtype
 from transformer_lens.distributed.protocol.messages import limits_of
 from transformer_lens.distributed.server.server import SpanServer
 
@@ -82,7 +82,7 @@ def up(
     ray = joined(address)
     dtype, options = one_dtype(None, options)
     settings = {name: value for name, value in options.items() if name not in ("device", "attn_implementation")}
-    config = config_with(AutoDistributedConfig, model, dict(settings))
+    config = AutoDistributedConfig.from_pretrained(model, **settings)
     if actors_of(ray, config):
         raise ValueError(f"{model}: it is up already; `down` stops it")
     with torch.device("meta"):

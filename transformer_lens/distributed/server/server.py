@@ -9,7 +9,7 @@ import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformer_lens import GroupedCache
 from transformer_lens.distributed.protocol import messages as wire
 from transformer_lens.distributed.protocol.checkpoint import PartOfCheckpoint, block_of, filled, identity_of, read_part
-from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, config_with, one_dtype
+from transformer_lens.distributed.protocol.configs import AutoDistributedConfig, one_dtype
 from transformer_lens.distributed.server.checks import Checks
 from transformer_lens.distributed.server.sessions import CallQueue, Session, Sessions
 from transformer_lens.hook_points import Edit, HookEntry, HookPoint
@@ -72,7 +72,7 @@ def load_span(
     given. Raises `ValueError` for blocks the model lacks, or tensors the checkpoint lacks.
     """
     dtype, options = one_dtype(dtype, options)
-    config = config_with(AutoDistributedConfig, name, options)
+    config = AutoDistributedConfig.from_pretrained(name, **options)
     layers = config.num_hidden_layers
     if not isinstance(blocks, range):
         raise TypeError(f"blocks: got {type(blocks).__name__}, expected a range such as range(0, 16)")
@@ -165,11 +165,10 @@ class SpanServer:
             return _refusal(error, peer)
 
     def _answer(self, message: bytes, peer: str) -> bytes:
-        self.sessions.expire()
+        self._tidy()
         try:
             request = wire.unpack_request(message, self.limits)
             if request.kind == "info":
-                self._told = self._held()
                 return wire.pack_reply(wire.Reply(info=self.info()))
             if request.kind == "close":
                 self.sessions.drop(peer, request.session)
@@ -229,8 +228,8 @@ class SpanServer:
         """Attach the hooks of a request's actions to the bridge, in order, while it runs. Yields those that read."""
         turns: list[int] = []
         reading: list[Seen] = []
-        entries = []
-        try:
+        forward = []
+        with ExitStack() as undo:
             for nth, action in enumerate(request.actions):
                 if action.do == "look" and not looking:
                     continue
@@ -243,18 +242,17 @@ class SpanServer:
                     entry = HookEntry(reading[-1], reads_only=action.do != "keep")
                 point, direction = self.checks.point(action.name), "bwd" if action.do == "gradient" else "fwd"
                 point.attach(entry, direction)  # type: ignore[arg-type]
-                entries.append((point, entry, direction, action.name))
+                undo.callback(point.remove, entry)
+                if direction == "fwd":
+                    forward.append((action.name, entry))
             yield reading
-            silent = [name for _, entry, direction, name in entries if direction == "fwd" and not entry.fired]
+            silent = [name for name, entry in forward if not entry.fired]
             if silent:
                 raise wire.MessageError(f"hooks that did not fire in blocks {request.first} to {request.end}: {silent}")
-        finally:
-            for point, entry, _, _ in entries:
-                point.remove(entry)
 
     def _values(self, request: wire.Request) -> dict[int, Tensor]:
-        named = {nth: request.tensors.get(f"value.{nth}") for nth in range(len(request.actions))}
-        return {nth: value for nth, value in named.items() if value is not None}
+        named = {nth: f"value.{nth}" for nth in range(len(request.actions))}
+        return {nth: request.tensors[name] for nth, name in named.items() if name in request.tensors}
 
     def _forward(self, request: wire.Request) -> wire.Reply:
         stream = request.tensors["stream"]
@@ -293,21 +291,16 @@ class SpanServer:
         session = self.sessions.open(peer, name, lambda: self._new_session(request))
         if session.last is not None and session.last[0] == digest:
             return session.last[1]
-        if request.start != session.length or stream.shape[0] != session.rows:
-            if not session.length:
-                self.sessions.drop(peer, name)
-            held = f"{session.length} positions of {session.rows} rows"
-            told = f"{stream.shape[0]} rows and starts at {request.start}"
-            error = f"session {request.session!r} holds {held}, and the step has {told}"
-            return wire.pack_reply(wire.Reply(error=error, info={"held": session.length}))
-        try:
+        with ExitStack() as undo:
+            if not session.length:  # nothing is held under its name yet
+                undo.callback(self.sessions.drop, peer, name)
+            if request.start != session.length or stream.shape[0] != session.rows:
+                held = f"{session.length} positions of {session.rows} rows"
+                told = f"{stream.shape[0]} rows and starts at {request.start}"
+                error = f"session {request.session!r} holds {held}, and the step has {told}"
+                return wire.pack_reply(wire.Reply(error=error, info={"held": session.length}))
             self.sessions.check_room(peer, session, stream.shape[1])
-        except wire.FullError:
-            if not session.length:
-                self.sessions.drop(peer, name)
-            raise
-        done = False
-        try:
+            undo.callback(self.sessions.drop, peer, name)  # layers may hold these positions when another one fails
             if "rows" in request.tensors:  # each row goes on from another one, as in beam search
                 for layer in dict.fromkeys(session.cache.layers):  # blocks that are not run share the first one's
                     layer.reorder_cache(request.tensors["rows"])
@@ -316,10 +309,7 @@ class SpanServer:
             answer = wire.pack_reply(_reply({"stream": output}, hooks))
             session.length += stream.shape[1]
             self.sessions.keep(peer, session, digest, answer)
-            done = True
-        finally:
-            if not done:  # some layers may hold these positions already, so none of it can be used
-                self.sessions.drop(peer, name)
+            undo.pop_all()
         return answer
 
     def _new_session(self, request: wire.Request) -> Session:
@@ -344,9 +334,8 @@ def _refusal(error: Exception, peer: str) -> bytes:
     name = type(error).__name__
     if not isinstance(error, TOLD):
         logger.warning("a call of peer %r failed: %s: %.2000s", peer[:128], name, error)
-        return wire.pack_reply(
-            wire.Reply(error=f"{name}: the blocks could not compute this; the server's log says more")
-        )
+        text = "the blocks could not compute this; the server's log says more"
+        return wire.pack_reply(wire.Reply(error=f"{name}: {text}"))
     text = str(error.args[0]) if error.args else name
     advice = error.advice if isinstance(error, (wire.MessageError, wire.FullError)) else {}
     return wire.pack_reply(wire.Reply(error=wire.printable(f"{name}: {text}"), info=advice))

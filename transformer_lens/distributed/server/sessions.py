@@ -39,10 +39,6 @@ class Session:
         """Bytes of its keys and values."""
         return self.length * self.rows * self.bytes_per_position
 
-    def kept(self) -> int:
-        """Bytes of its last answer."""
-        return len(self.last[1]) if self.last else 0
-
 
 class Sessions:
     """The sessions of every peer. Raises `FullError` when a budget is used up."""
@@ -81,7 +77,7 @@ class Sessions:
 
     def kept(self, peer: str | None = None) -> int:
         """The bytes of answers kept for a peer, or for all."""
-        return sum(session.kept() for session in self._sessions(peer))
+        return sum(len(session.last[1]) for session in self._sessions(peer) if session.last)
 
     def check_room(self, peer: str, session: Session, positions: int) -> None:
         """Raise unless the peer's keys and values may grow by these positions."""
@@ -95,8 +91,7 @@ class Sessions:
 
     def keep(self, peer: str, session: Session, digest: bytes, answer: bytes) -> None:
         """Replace the session's last answer, if the new one fits; without it, the client starts again."""
-        session.last = None
-        limits = self.limits
+        session.last, limits = None, self.limits
         if has_room(len(answer), self.kept(peer), limits.kept, self.kept(), limits.kept_of_all):
             session.last = digest, answer
 
