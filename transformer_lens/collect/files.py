@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from math import prod
@@ -36,11 +36,8 @@ class Column(NamedTuple):
 
 
 ABOUT_TOKENS = {  # what is stored about each token: its context, document, id, and positions in context and document
-    "context_ids": Column(torch.int64, ()),
-    "document_ids": Column(torch.int64, ()),
-    "token_ids": Column(torch.int32, ()),
-    "positions": Column(torch.int32, ()),
-    "document_positions": Column(torch.int32, ()),
+    **dict.fromkeys(("context_ids", "document_ids"), Column(torch.int64, ())),
+    **dict.fromkeys(("token_ids", "positions", "document_positions"), Column(torch.int32, ())),
 }
 
 
@@ -85,18 +82,19 @@ class ShardFile:
         os.posix_fallocate(handle, 0, self.bytes)
         self._write(memoryview(self.header), 0)
 
-    def write(self, name: str, values: Tensor) -> None:
-        """Write the next tokens of one tensor."""
-        column = self.columns[name]
-        if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
-            raise ValueError(
-                f"{name!r}: got {values.dtype} {list(values.shape[1:])} for a token, expected {column.dtype} "
-                f"{list(column.shape)}, as in the job's first batch"
-            )
-        if values.numel():
-            raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            self._write(raw, self._places[name])
-            self._places[name] += len(raw)
+    def write(self, some: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the next tokens of some tensors."""
+        for name, values in some:
+            column = self.columns[name]
+            if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
+                raise ValueError(
+                    f"{name!r}: got {values.dtype} {list(values.shape[1:])} for a token, expected {column.dtype} "
+                    f"{list(column.shape)}, as in the job's first batch"
+                )
+            if values.numel():
+                raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                self._write(raw, self._places[name])
+                self._places[name] += len(raw)
 
     def _write(self, raw: memoryview, place: int) -> None:
         assert self._file is not None

@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -103,45 +103,43 @@ class Captured(NamedTuple):
             yield name, copied
 
 
-class CompiledModel:
-    """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded.
-
-    So there is one graph, and what is stored does not depend on the batches before.
+@contextmanager
+def compiled(
+    bridge: "TransformerBridge", names: Sequence[str], shape: tuple[int, int], pad: int
+) -> Iterator[Callable[[Tensor], Mapping[str, Tensor]]]:
+    """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded:
+    so what is stored does not depend on the batches before.
     """
 
-    def __init__(self, bridge: "TransformerBridge", names: Sequence[str], shape: tuple[int, int], pad: int) -> None:
-        self.runner, self.shape, self.pad = bridge.compile(reads=[list(names)], dynamic=False), shape, pad
-
-    def cached(self, ids: Tensor) -> Mapping[str, Tensor]:
-        """The values at its hooks, in memory of their own: the next batch overwrites the runner's."""
+    def read(ids: Tensor) -> Mapping[str, Tensor]:
         rows, columns = ids.shape
-        whole = ids.new_full(self.shape, self.pad)
+        whole = ids.new_full(shape, pad)
         whole[:rows, :columns] = ids
         whole[rows:] = whole[0]
-        self.runner(whole, return_type=None, padding_side="right")
-        return {name: buffer[:rows, :columns].clone() for name, buffer in self.runner.cache.items()}
+        runner(whole, return_type=None, padding_side="right")
+        # In memory of their own: the next batch overwrites the runner's.
+        return {name: buffer[:rows, :columns].clone() for name, buffer in runner.cache.items()}
+
+    with bridge.compile(reads=[list(names)], dynamic=False) as runner:
+        yield read
 
 
 def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Any:
     """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
     stop = stop_after(names)
-    _, cache = bridge.run_with_cache(
-        ids,
-        names_filter=list(names),
-        stop_at_layer=stop,
-        return_type=None if stop is None else "logits",
-        return_cache_object=False,
-        padding_side="right",
-    )
-    return cache
+    options: Any = {"stop_at_layer": stop, "return_type": None if stop is None else "logits", "padding_side": "right"}
+    return bridge.run_with_cache(ids, names_filter=list(names), return_cache_object=False, **options)[1]
 
 
 def capture(
-    bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch, compiled: CompiledModel | None = None
+    bridge: "TransformerBridge",
+    hooks: Mapping[str, Hook],
+    batch: Batch,
+    read: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Captured:
-    """The stored tokens' values at every hook, in the dtype they are stored in."""
+    """The stored tokens' values at every hook, in the dtype they are stored in; `read` runs the model otherwise."""
     ids = torch.from_numpy(batch.ids).to(bridge.input_device())
-    cache = _cached(bridge, ids, list(hooks)) if compiled is None else compiled.cached(ids)
+    cache = _cached(bridge, ids, list(hooks)) if read is None else read(ids)
     everything = bool(batch.keep.all())
     kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
     values = {}
@@ -199,15 +197,16 @@ class Job:
 
     def __init__(self, bridge: "TransformerBridge", data: Any, names: Any, out_dir: Path, options: Options) -> None:
         self.options, self.out_dir = options, out_dir
-        self.source, self.encoder, self.layout = Reading.of("collect", bridge, data, options)
+        self.reading = Reading.of("collect", bridge, data, options)
+        self.layout = self.reading.layout
         self.bridge, self.hooks = bridge, probe(bridge, bridge.select_names(names), options.dtype)
         identity = {
             "model": manifest.model_identity(bridge),
             "tokenizer": manifest.tokenizer_identity(bridge.tokenizer),
-            "data": dict(self.source.about),
+            "data": dict(self.reading.source.about),
             "text_key": options.text_key,
-            "prepend_bos": self.encoder.bos is not None,
-            "append_eos": self.encoder.eos is not None,
+            "prepend_bos": self.reading.encoder.bos is not None,
+            "append_eos": self.reading.encoder.eos is not None,
             "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
             "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
@@ -218,7 +217,6 @@ class Job:
         self.sharing = bridge.attachment.sharding.shards
         self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
         self.done: dict[int, manifest.ShardRecord] = {}
-        self.compiled: CompiledModel | None = None
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
@@ -226,21 +224,20 @@ class Job:
         if finished:
             return
         try:
-            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), self._compiling():
+            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), self._compiling() as read:
                 for plan in self._missing(set(self.done) - set(broken)):
-                    self._compute(plan, writer, bar)
+                    self._compute(plan, writer, bar, read)
         finally:
             for file in self._begun:
                 file.abandon()
         self._agreed(self.manifest.finish)
 
     def _compiling(self) -> AbstractContextManager[Any]:
-        """The model compiled for the job, if that was asked for."""
+        """What runs the model compiled for the job, if that was asked for."""
         if not self.options.compiled:
             return nullcontext()
         shape = (self.layout.batch_size, self.layout.context_size)
-        self.compiled = CompiledModel(self.bridge, list(self.hooks), shape, self.layout.pad)
-        return self.compiled.runner
+        return compiled(self.bridge, list(self.hooks), shape, self.layout.pad)
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
@@ -299,8 +296,8 @@ class Job:
         """The data, read from the shard before `number`, which has to be unchanged."""
         before = self.done.get(number - 1)
         if before is None:
-            return TokenStream(self.source, self.encoder, 0)
-        stream = TokenStream(self.source, self.encoder, before.begin.document)
+            return self.reading.tokens(0)
+        stream = self.reading.tokens(before.begin.document)
         again = plan_shard(stream, before.shard, before.begin, self.layout)
         if again is None or again.digest() != before.data_sha256 or again.last != before.last:
             raise changed_data(self.out_dir, before.shard)
@@ -317,7 +314,7 @@ class Job:
 
     def _expected_tokens(self, plan: ShardPlan) -> int | None:
         """An estimate of this process's total tokens, from the documents so far; `None` if unknown."""
-        most, documents = self.layout.max_tokens, self.source.documents
+        most, documents = self.layout.max_tokens, self.reading.source.documents
         if plan.last:
             most = plan.end.tokens
         elif documents is not None and plan.end.document:
@@ -325,7 +322,7 @@ class Job:
             most = guess if most is None else min(most, guess)
         return None if most is None else most // self.options.shard[1]
 
-    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None") -> None:
+    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None", read: Any) -> None:
         stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / manifest.shard_name(plan.number)
@@ -336,22 +333,14 @@ class Job:
                 writer.call(partial(self._advised, partial(step, *given)))
 
         self._begun.append(file)
-        later(self._begin, plan, file)
+        later(file.open)
+        later(file.write, plan.columns().items())
         for batch in plan.batches(self.layout.batch_size):
-            later(self._write, capture(self.bridge, self.hooks, batch, self.compiled), file)
+            later(file.write, capture(self.bridge, self.hooks, batch, read).on_cpu())
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
         later(self._finish, plan, file)
-
-    def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
-        file.open()
-        for name, values in plan.columns().items():
-            file.write(name, torch.from_numpy(values))
-
-    def _write(self, captured: Captured, file: ShardFile) -> None:
-        for name, values in captured.on_cpu():
-            file.write(name, values)
 
     def _finish(self, plan: ShardPlan, file: ShardFile) -> None:
         before = self.done.get(plan.number)

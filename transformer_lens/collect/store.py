@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformer_lens.checks import a_path, as_array, in_words, is_tensor, is_whole, nearest, needed, whole
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import Manifest, ShardRecord
-from transformer_lens.collect.mixing import RUN, Coming, Mixer, Rows, count
+from transformer_lens.collect.mixing import RUN, Mixer, Rows, count
 from transformer_lens.utilities import get_act_name
 
 Names = str | Sequence[str | tuple[str, int]] | None
@@ -134,9 +134,7 @@ class RunningStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
-        self._norms: Tensor | None = None
+        self._mean = self._squares = self._norms = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Shaped[Tensor, "token ..."]) -> None:
         """Add a batch. Raises `ValueError` if its shape differs from earlier ones."""
@@ -145,17 +143,13 @@ class RunningStatistics:
         if not len(values):
             return
         exact = values.detach().to(torch.float64)
-        if self._mean is not None and exact.shape[1:] != self._mean.shape:
+        if self.count and exact.shape[1:] != self._mean.shape:
             raise ValueError(f"statistics: got {list(exact.shape[1:])} for a token, before {list(self._mean.shape)}")
-        count, mean = len(exact), exact.mean(0)
-        squares, norms = (exact - mean).square().sum(0), exact.norm(dim=-1).sum(0)
-        if self._mean is None or self._squares is None or self._norms is None:
-            self.count, self._mean, self._squares, self._norms = count, mean, squares, norms
-            return
-        shift, total = mean - self._mean, self.count + count
-        self._squares += squares + shift.square() * (self.count * count / total)
-        self._mean += shift * (count / total)
-        self._norms += norms
+        count, mean, total = len(exact), exact.mean(0), self.count + len(exact)
+        shift = mean - self._mean
+        squares = (exact - mean).square().sum(0) + shift.square() * (self.count * count / total)
+        self._squares, self._mean = self._squares + squares, self._mean + shift * (count / total)
+        self._norms = self._norms + exact.norm(dim=-1).sum(0)
         self.count = total
 
     @property
@@ -173,8 +167,8 @@ class RunningStatistics:
         """The mean length of the vectors along the last axis."""
         return self._seen(self._norms) / self.count
 
-    def _seen(self, value: Tensor | None) -> Tensor:
-        if value is None:
+    def _seen(self, value: Tensor) -> Tensor:
+        if not self.count:
             raise ValueError("statistics: no values were seen yet")
         return value
 
@@ -287,10 +281,10 @@ class ActivationStore:
         order. Use it as `DataLoader(batches, batch_size=None, num_workers=n)`. `store.batches(1024)` is short for all
         hooks with that batch size.
         """
-        chosen_names: Any = names
+        chosen: Any = names
         if is_whole(names):
-            chosen_names, batch_size = None, whole("batch_size", names)
-        several = self._several(chosen_names)
+            chosen, batch_size = None, chosen
+        several = self._several(chosen)
         chosen = several[0] if isinstance(names, str) else several
         return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
 
@@ -380,9 +374,8 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
             runs = np.random.default_rng([self.seed, self.epoch]).permutation(runs)
         mine: list[int] = runs[part::parts].tolist()
         tokens = sum(min(RUN, len(self.store) - run) for run in mine)
-        coming = Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
+        rows = ({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
         random = np.random.default_rng([self.seed, self.epoch, part])
-        mixed = Mixer(coming, min(self.buffer_tokens, tokens), self.batch_size, random)
-        for batch in mixed if self.shuffle else iter(lambda: coming.take(self.batch_size), {}):
+        for batch in Mixer(rows, min(self.buffer_tokens, tokens), self.batch_size, random, self.shuffle):
             if count(batch) == self.batch_size or not self.drop_last:
                 yield batch[self.names[0]] if self.single else batch
