@@ -1,6 +1,7 @@
 """Random batches of tokens out of a bounded buffer, which is filled up as they are taken."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,20 +21,20 @@ def at(rows: Rows, index: slice | Tensor) -> Rows:
     return {name: values[index] for name, values in rows.items()}
 
 
+@dataclass
 class Mixer:
     """Takes batches out of runs of tokens: random ones, out of a buffer of `size` tokens that is full until nothing
     comes any more, or, without `shuffle`, in the order of the runs.
     """
 
-    def __init__(
-        self, runs: Iterator[Rows], size: int, batch_size: int, random: np.random.Generator, shuffle: bool
-    ) -> None:
-        self._runs, self.size, self.batch_size = runs, size, batch_size
-        self.random, self.shuffle = random, shuffle
-        self.rest: Rows = {}
-        """What is left of the last run."""
-        self.buffer: Rows = {}
-        self.filled = 0
+    runs: Iterator[Rows]
+    size: int
+    batch_size: int
+    random: np.random.Generator
+    shuffle: bool
+    rest: Rows = field(default_factory=dict)  # what is left of the last run
+    buffer: Rows = field(default_factory=dict)
+    filled: int = 0
 
     def __iter__(self) -> Iterator[Rows]:
         while batch := self.take():
@@ -67,7 +68,7 @@ class Mixer:
                 parts.append(at(self.rest, slice(tokens)))
                 self.rest = at(self.rest, slice(tokens, None))
                 tokens -= count(parts[-1])
-            elif (following := next(self._runs, None)) is not None:  # a run may hold none
+            elif (following := next(self.runs, None)) is not None:  # a run may hold none
                 self.rest = following
             else:
                 break

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,16 +35,6 @@ logger = logging.getLogger(__name__)
 WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
 
 
-class Hook(NamedTuple):
-    """What is stored of a hook, with one token axis in place of batch and position."""
-
-    axes: str
-    column: Column
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"axes": self.axes, "shape": list(self.column.shape), "dtype": manifest.dtype_name(self.column.dtype)}
-
-
 def stop_after(names: Sequence[str]) -> int | None:
     """The smallest `stop_at_layer` at which all these hooks fire; `None` for the whole model."""
     stop = 0
@@ -56,8 +46,10 @@ def stop_after(names: Sequence[str]) -> int | None:
     return stop
 
 
-def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
-    """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
+def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Column]:
+    """What is stored of each hook, found by running two tokens. Raises `ValueError` for hooks that have no value for
+    each token.
+    """
     for name in names:
         axes = bridge.hook_dict[name].axes
         if "query_pos" in axes:
@@ -79,28 +71,22 @@ def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype 
         kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
         if kept not in DTYPES:
             raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
-        found[name] = Hook(" ".join(["token", *rest]), Column(kept, tuple(value.shape[2:])))
+        found[name] = Column(kept, tuple(value.shape[2:]), " ".join(["token", *rest]))
     return found
 
 
-class Captured(NamedTuple):
-    """The values of one batch, which a GPU may still be computing."""
-
-    values: Mapping[str, Tensor]
-    ready: torch.cuda.Event | None
-
-    def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
-        """Each hook's values on the CPU, copied while the GPU goes on."""
-        if self.ready is None:
-            yield from self.values.items()
-            return
-        beside = torch.cuda.Stream()
-        beside.wait_event(self.ready)
-        for name, value in self.values.items():
-            with torch.cuda.stream(beside):
-                copied = value.to("cpu", non_blocking=True)
-            beside.synchronize()
-            yield name, copied
+def on_cpu(values: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> Iterator[tuple[str, Tensor]]:
+    """Values of one batch on the CPU; those that a GPU has `ready` only then are copied while it goes on."""
+    if ready is None:
+        yield from values.items()
+        return
+    beside = torch.cuda.Stream()
+    beside.wait_event(ready)
+    for name, value in values.items():
+        with torch.cuda.stream(beside):
+            copied = value.to("cpu", non_blocking=True)
+        beside.synchronize()
+        yield name, copied
 
 
 @contextmanager
@@ -133,22 +119,21 @@ def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> A
 
 def capture(
     bridge: "TransformerBridge",
-    hooks: Mapping[str, Hook],
+    hooks: Mapping[str, Column],
     batch: Batch,
     read: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
-) -> Captured:
+) -> dict[str, Tensor]:
     """The stored tokens' values at every hook, in the dtype they are stored in; `read` runs the model otherwise."""
     ids = torch.from_numpy(batch.ids).to(bridge.input_device())
     cache = _cached(bridge, ids, list(hooks)) if read is None else read(ids)
     everything = bool(batch.keep.all())
     kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
     values = {}
-    for name, hook in hooks.items():
+    for name, column in hooks.items():
         flat = cache[name].reshape(-1, *cache[name].shape[2:])
         some = flat if everything else flat.index_select(0, kept.to(flat.device))
-        values[name] = _cast(name, some, hook.column.dtype)
-    on_gpu = any(value.is_cuda for value in values.values())
-    return Captured(values, torch.cuda.current_stream().record_event() if on_gpu else None)
+        values[name] = _cast(name, some, column.dtype)
+    return values
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,8 +197,8 @@ class Job:
             **asdict(self.layout),
             **({"compiled": True} if options.compiled else {}),
         }
-        around = manifest.environment(bridge.input_device())
-        self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
+        state, around = manifest.model_state(bridge), manifest.environment(bridge.input_device())
+        self.manifest = manifest.Manifest(out_dir, identity, state, around)
         self.sharing = bridge.attachment.sharding.shards
         self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
         self.done: dict[int, manifest.ShardRecord] = {}
@@ -323,10 +308,9 @@ class Job:
         return None if most is None else most // self.options.shard[1]
 
     def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None", read: Any) -> None:
-        stored = {name: hook.column for name, hook in self.hooks.items()}
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / manifest.shard_name(plan.number)
-        file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
+        file = ShardFile(path, {**ABOUT_TOKENS, **self.hooks}, int(plan.keep.sum()), about)
 
         def later(step: Callable[..., None], *given: Any) -> None:
             if self._writes:
@@ -336,7 +320,9 @@ class Job:
         later(file.open)
         later(file.write, plan.columns().items())
         for batch in plan.batches(self.layout.batch_size):
-            later(file.write, capture(self.bridge, self.hooks, batch, read).on_cpu())
+            values = capture(self.bridge, self.hooks, batch, read)
+            on_gpu = any(value.is_cuda for value in values.values())
+            later(file.write, on_cpu(values, torch.cuda.current_stream().record_event() if on_gpu else None))
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)

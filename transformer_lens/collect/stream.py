@@ -101,7 +101,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         }
         self._epoch = 0
         self._plan: ShardPlan | None = None
-        self._mixer = self._mixed(np.random.default_rng(seed), None)
+        self._mixer = self._mixed(np.random.default_rng(seed), None, {})
 
     def __iter__(self) -> Self:
         if get_worker_info() is not None:
@@ -155,12 +155,11 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         coming, buffer = (
             {name: values.to(self.device) for name, values in state_dict[part].items()} for part in ("coming", "buffer")
         )
-        self._mixer = self._mixed(random, tokens)
-        self._mixer.rest = coming
+        self._mixer = self._mixed(random, tokens, coming)
         self._mixer.put(buffer)
 
-    def _mixed(self, random: np.random.Generator, tokens: TokenStream | None) -> Mixer:
-        return Mixer(self._runs(tokens), self.buffer, self.batch_size, random, self.shuffle)
+    def _mixed(self, random: np.random.Generator, tokens: TokenStream | None, rest: Rows) -> Mixer:
+        return Mixer(self._runs(tokens), self.buffer, self.batch_size, random, self.shuffle, rest)
 
     def _runs(self, tokens: TokenStream | None) -> Iterator[Rows]:
         """What is computed of one batch of contexts after the other; `tokens` go on behind the last one."""
@@ -170,14 +169,10 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
             cursor = Cursor() if self._plan is None else self._plan.end
             while plan := plan_shard(tokens, 0, cursor, self.reading.layout):
                 self._plan, cursor = plan, plan.end
-                yield self._computed(plan)
+                (batch,) = plan.batches(len(plan.ids))
+                known = plan.columns() | capture(self.bridge, self.hooks, batch)
+                yield {name: known[name].to(self.device) for name in self.names}
             if self._plan is None:
                 again = " when read once more: pass what can be read again, such as a list" if self._epoch else ""
                 raise ValueError(f"data: got no tokens at all{again}")
             self._epoch, self._plan, tokens = self._epoch + 1, None, None
-
-    def _computed(self, plan: ShardPlan) -> Rows:
-        (batch,) = plan.batches(len(plan.ids))
-        values = capture(self.bridge, self.hooks, batch).values
-        known = {**plan.columns(), **values}
-        return {name: known[name].to(self.device) for name in self.names}

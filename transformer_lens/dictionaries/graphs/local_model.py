@@ -74,30 +74,24 @@ def by_layer(bridge: TransformerBridge, transcoders: Transcoders) -> dict[int, t
     found: dict[int, tuple[Dictionary, str]] = {}
     for layer, one in given:
         if not isinstance(one, Dictionary):
-            raise TypeError(
-                f"transcoders: got {in_words(one)} among them, expected Dictionary; load_dictionary makes it"
-            )
+            expected = "Dictionary; load_dictionary makes it"
+            raise TypeError(f"transcoders: got {in_words(one)} among them, expected {expected}")
         names: list[Any] = [one.metadata.get(end) for end in ("hook_name", "hook_name_out")]
         if layer is not None:
             layer = asking.layer_number(bridge.cfg, layer, "transcoders")
             names = [f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"] if None in names else names
         if None in names:
-            raise ValueError(
-                f"transcoders: got a {one.extra_repr()} whose file does not say where it reads and writes; pass "
-                "{layer: transcoder} instead"
-            )
+            unplaced = "whose file does not say where it reads and writes; pass {layer: transcoder} instead"
+            raise ValueError(f"transcoders: got a {one.extra_repr()} {unplaced}")
         read, write = (bridge.canonical_name(name) for name in names)
         at = bridge.hook_dict[write].layer() if write.startswith("blocks.") else -1
         if not (write.endswith(".hook_mlp_out") and read.startswith(f"blocks.{at}.") and layer in (None, at)):
             where = "" if layer is None else f" for layer {layer}"
-            raise ValueError(
-                f"transcoders: got one{where} from {read!r} to {write!r}, expected one that reads a layer and writes "
-                "that layer's hook_mlp_out"
-            )
+            expected = "one that reads a layer and writes that layer's hook_mlp_out"
+            raise ValueError(f"transcoders: got one{where} from {read!r} to {write!r}, expected {expected}")
         if [one.d_in, one.d_out] != [bridge.hook_table().row(name).shape[-1] for name in (read, write)]:
-            raise ValueError(
-                f"transcoders: got a {one.extra_repr()} for layer {at} of a model of {bridge.cfg.d_model} numbers"
-            )
+            width = f"a model of {bridge.cfg.d_model} numbers"
+            raise ValueError(f"transcoders: got a {one.extra_repr()} for layer {at} of {width}")
         if at in found:
             raise ValueError(f"transcoders: got two for layer {at}, expected one for each layer")
         found[at] = one, read
