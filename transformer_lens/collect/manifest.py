@@ -97,16 +97,12 @@ def weights_fingerprint(model: nn.Module) -> str:
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
         # Offloaded weights are not here to read; of sharded ones, each process has its part.
         if type(here) is Tensor and not here.is_meta and here.numel():
-            found.update(_content(here.detach()))
+            # The sum of all bits depends on every value, and a sample on their order.
+            flat = here.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+            total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
+            found.update(f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _content(tensor: Tensor) -> bytes:
-    """The sum of a tensor's bits, which depends on every value, and a sample, which depends on their order."""
-    flat = tensor.reshape(-1)
-    some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
-    total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
-    return f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes()
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:

@@ -250,18 +250,9 @@ def plan_shard(stream: TokenStream, number: int, begin: Cursor, layout: Layout) 
     keep &= np.arange(shape[1]) >= layout.drop_first
     if layout.drop_bos:
         keep &= ids[:rows] != layout.bos
-    return ShardPlan(
-        number=number,
-        begin=begin,
-        end=cursor,
-        last=_next(stream, cursor, layout) is None,
-        ids=ids[:rows],
-        documents=documents[:rows],
-        document_positions=document_positions[:rows],
-        lengths=lengths[:rows],
-        keep=keep,
-        first_context=number * layout.contexts_per_shard,
-    )
+    last, first_context = _next(stream, cursor, layout) is None, number * layout.contexts_per_shard
+    read = ids[:rows], documents[:rows], document_positions[:rows], lengths[:rows]
+    return ShardPlan(number, begin, cursor, last, *read, keep, first_context)
 
 
 def _next(stream: TokenStream, cursor: Cursor, layout: Layout) -> tuple[int, int, np.ndarray] | None:

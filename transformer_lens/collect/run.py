@@ -22,7 +22,7 @@ from tqdm import tqdm
 import transformer_lens.collect.manifest as manifest
 from transformer_lens.checks import directory_to_write
 from transformer_lens.collect.files import ABOUT_TOKENS, DTYPES, Column, ShardFile, advised
-from transformer_lens.collect.plan import Batch, Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.plan import Batch, Cursor, Layout, Options, Reading, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.store import ActivationStore
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def on_cpu(values: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> Iter
 
 @contextmanager
 def compiled(
-    bridge: "TransformerBridge", names: Sequence[str], shape: tuple[int, int], pad: int
+    bridge: "TransformerBridge", names: Sequence[str], layout: Layout
 ) -> Iterator[Callable[[Tensor], Mapping[str, Tensor]]]:
     """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded:
     so what is stored does not depend on the batches before.
@@ -99,7 +99,7 @@ def compiled(
 
     def read(ids: Tensor) -> Mapping[str, Tensor]:
         rows, columns = ids.shape
-        whole = ids.new_full(shape, pad)
+        whole = ids.new_full((layout.batch_size, layout.context_size), layout.pad)
         whole[:rows, :columns] = ids
         whole[rows:] = whole[0]
         runner(whole, return_type=None, padding_side="right")
@@ -208,21 +208,15 @@ class Job:
         self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
+        reads: Any = compiled(self.bridge, [*self.hooks], self.layout) if self.options.compiled else nullcontext()
         try:
-            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), self._compiling() as read:
+            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), reads as read:
                 for plan in self._missing(set(self.done) - set(broken)):
                     self._compute(plan, writer, bar, read)
         finally:
             for file in self._begun:
                 file.abandon()
         self._agreed(self.manifest.finish)
-
-    def _compiling(self) -> AbstractContextManager[Any]:
-        """What runs the model compiled for the job, if that was asked for."""
-        if not self.options.compiled:
-            return nullcontext()
-        shape = (self.layout.batch_size, self.layout.context_size)
-        return compiled(self.bridge, list(self.hooks), shape, self.layout.pad)
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""

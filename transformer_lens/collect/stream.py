@@ -15,7 +15,7 @@ from transformer_lens.checks import device_of, in_words, is_one_of, refuse_unkno
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import differences
 from transformer_lens.collect.mixing import Mixer, Rows, count
-from transformer_lens.collect.plan import Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.plan import Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard, special_tokens
 from transformer_lens.collect.run import capture, probe
 from transformer_lens.hook_points import HookedRootModule
 
@@ -72,7 +72,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         **reading: Any,
     ) -> None:
         super().__init__()
-        has_bos = isinstance(bridge, HookedRootModule) and getattr(bridge.token_adapter, "bos", None) is not None
+        has_bos = isinstance(bridge, HookedRootModule) and special_tokens(bridge)[0] is not None
         # What is computed at a time is a shard of one batch.
         fixed = {"batch_size": whole("contexts", contexts, 1), "shard_tokens": 1, "dtype": dtype}
         refuse_unknown("activation_stream", reading, READ)
