@@ -4,7 +4,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from math import prod
@@ -14,33 +15,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DTYPES: Mapping[torch.dtype, str] = {  # the safetensors name of each dtype
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text("utf-8"))
+DTYPES: Mapping[torch.dtype, str] = {getattr(torch, name): known for name, known in NAMES["dtypes"].items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Column(NamedTuple):
     """One tensor of a shard: a value or an array for each token."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]  # the shape for one token
+    shape: tuple[int, ...] = ()  # the shape for one token
+    axes: str = "token"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"axes": self.axes, "shape": list(self.shape), "dtype": dtype_name(self.dtype)}
 
 
 ABOUT_TOKENS = {  # what is stored about each token: its context, document, id, and positions in context and document
-    "context_ids": Column(torch.int64, ()),
-    "document_ids": Column(torch.int64, ()),
-    "token_ids": Column(torch.int32, ()),
-    "positions": Column(torch.int32, ()),
-    "document_positions": Column(torch.int32, ()),
+    **dict.fromkeys(("context_ids", "document_ids"), Column(torch.int64)),
+    **dict.fromkeys(("token_ids", "positions", "document_positions"), Column(torch.int32)),
 }
 
 
@@ -85,18 +82,19 @@ class ShardFile:
         os.posix_fallocate(handle, 0, self.bytes)
         self._write(memoryview(self.header), 0)
 
-    def write(self, name: str, values: Tensor) -> None:
-        """Write the next tokens of one tensor."""
-        column = self.columns[name]
-        if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
-            raise ValueError(
-                f"{name!r}: got {values.dtype} {list(values.shape[1:])} for a token, expected {column.dtype} "
-                f"{list(column.shape)}, as in the job's first batch"
-            )
-        if values.numel():
-            raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            self._write(raw, self._places[name])
-            self._places[name] += len(raw)
+    def write(self, some: Iterable[tuple[str, Tensor]]) -> None:
+        """Write the next tokens of some tensors."""
+        for name, values in some:
+            column = self.columns[name]
+            if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape:
+                raise ValueError(
+                    f"{name!r}: got {values.dtype} {list(values.shape[1:])} for a token, expected {column.dtype} "
+                    f"{list(column.shape)}, as in the job's first batch"
+                )
+            if values.numel():
+                raw = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                self._write(raw, self._places[name])
+                self._places[name] += len(raw)
 
     def _write(self, raw: memoryview, place: int) -> None:
         assert self._file is not None
@@ -108,9 +106,7 @@ class ShardFile:
         """Flush the file to disk and rename it into place; returns its sha256."""
         assert self._file is not None
         os.fsync(self._file)
-        with os.fdopen(os.dup(self._file), "rb") as written:
-            written.seek(0)
-            found = file_digest(written, "sha256").hexdigest()
+        found = sha256_of(self.aside)
         os.replace(self.aside, self.path)
         flush_folder(self.path.parent)
         os.close(self._file)
@@ -167,19 +163,8 @@ def sha256_of(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-ADVICE: Mapping[int, str] = {
-    errno.ENOSPC: "the disk is full: make room, or move the folder to a larger one",
-    errno.EDQUOT: "the disk quota is used up: make room, or move the folder elsewhere",
-    errno.EFBIG: "the file is larger than this place allows: lower shard_tokens in a new folder",
-    errno.EROFS: "the folder is on a file system that can only be read: choose another out_dir, or remount it",
-    errno.EACCES: "this user may not write there: choose another out_dir, or change its permissions",
-    errno.EPERM: "this user may not write there: choose another out_dir, or change its permissions",
-    errno.EIO: "the disk reports a fault: move the folder to another one",
-}
-
-
 def advised(error: OSError, out_dir: Path, finished: int) -> OSError:
     """The same error with advice, and what is kept."""
-    advice = ADVICE.get(error.errno or 0, str(error))
+    advice = NAMES["advice"].get(errno.errorcode.get(error.errno or 0), str(error))
     kept = f"{finished} finished shard{'s are' if finished != 1 else ' is'} kept"
     return OSError(error.errno, f"{advice}; {kept}, and the same call goes on from there", str(out_dir))

@@ -6,7 +6,7 @@ A job that goes on has to find all of it unchanged. The manifest does not depend
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from transformer_lens.collect.files import locked, sha256_of, write_json
+from transformer_lens.collect.files import dtype_name, locked, sha256_of, write_json
 from transformer_lens.collect.plan import Cursor
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def model_state(bridge: "TransformerBridge") -> dict[str, Any]:
 def _plain(value: Any) -> bool:
     """Whether a value is a number, a text, or a collection of these."""
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+        return all(isinstance(key, str) for key in value) and all(map(_plain, value.values()))
     if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
+        return all(map(_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
@@ -97,16 +97,12 @@ def weights_fingerprint(model: nn.Module) -> str:
         here = tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
         # Offloaded weights are not here to read; of sharded ones, each process has its part.
         if type(here) is Tensor and not here.is_meta and here.numel():
-            found.update(_content(here.detach()))
+            # The sum of all bits depends on every value, and a sample on their order.
+            flat = here.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+            total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
+            found.update(f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _content(tensor: Tensor) -> bytes:
-    """The sum of a tensor's bits, which depends on every value, and a sample, which depends on their order."""
-    flat = tensor.reshape(-1)
-    some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
-    total = int(flat.view(BITS[flat.element_size()]).sum(dtype=torch.int64))
-    return f"{total} ".encode() + some.view(torch.uint8).numpy().tobytes()
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
@@ -117,14 +113,9 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any] | None:
     if tokenizer.is_fast:  # calls leave their padding in it
         whole = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = _checksum({key: value for key, value in whole.items() if key not in ("padding", "truncation")})
-    return {
-        "class": type(tokenizer).__name__,
-        "vocabulary": _checksum(sorted(tokenizer.get_vocab().items())),
-        "rules": rules,
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-        "pad": tokenizer.pad_token_id,
-    }
+    vocabulary = _checksum(sorted(tokenizer.get_vocab().items()))
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"class": type(tokenizer).__name__, "vocabulary": vocabulary, "rules": rules, **special}
 
 
 def _checksum(document: Any) -> str:
@@ -137,11 +128,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     threads = torch.get_num_threads() if device.type == "cpu" else None
     precision = torch.get_float32_matmul_precision()
     return {"versions": versions, "device": device.type, "threads": threads, "matmul_precision": precision}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -182,19 +168,21 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.safetensors"
 
 
+@dataclass
 class Manifest:
     """The manifest in a folder, and the records beside it."""
 
-    def __init__(
-        self, out_dir: Path, job: Mapping[str, Any], state: Mapping[str, Any], around: Mapping[str, Any]
-    ) -> None:
-        self.out_dir = out_dir
-        self.job = json.loads(json.dumps(job))
-        self.state = json.loads(json.dumps(state, default=str))
-        self.environment = json.loads(json.dumps(around))
+    out_dir: Path
+    job: dict[str, Any]
+    state: dict[str, Any]
+    environment: dict[str, Any]
+    complete: bool = False
+    shards: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        given = [self.job, self.state, self.environment]
+        self.job, self.state, self.environment = json.loads(json.dumps(given, default=str))
         self.job_sha256 = _checksum(self.job)
-        self.complete = False
-        self._shards: list[dict[str, Any]] = []
 
     @classmethod
     def read(cls, out_dir: Path) -> Self:
@@ -204,8 +192,8 @@ class Manifest:
             raise ValueError(f"{out_dir} holds no {MANIFEST}: nothing was collected there")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            manifest = cls(out_dir, found["job"], found.get("state", {}), found["environment"])
-            manifest.complete, manifest._shards = found["complete"], found["shards"]
+            about = found["job"], found.get("state", {}), found["environment"]
+            manifest = cls(out_dir, *about, complete=found["complete"], shards=found["shards"])
             stated, form = found["job_sha256"], found["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read ({error!r}); restore it, or collect into another folder") from None
@@ -222,20 +210,15 @@ class Manifest:
                 self._write([])
                 return
             before = Manifest.read(self.out_dir)
-        changed = differences(before.job, self.job) + self._changed_state(before)
-        if changed:
-            raise ValueError(
-                f"{self.out_dir} holds another job; choose another out_dir, or pass what it was begun with: "
-                f"{_in_words(changed)}"
-            )
-        changed = differences(before.environment, self.environment)
-        if changed and same_environment:
-            raise ValueError(
-                f"{self.out_dir} was begun in another environment, where numbers may round otherwise: "
-                f"{_in_words(changed)}; go back to it, or pass same_environment=False to go on all the same"
-            )
+        if changed := differences(before.job, self.job) + self._changed_state(before):
+            advice = "choose another out_dir, or pass what it was begun with"
+            raise ValueError(f"{self.out_dir} holds another job; {advice}: {_in_words(changed)}")
+        if same_environment and (changed := differences(before.environment, self.environment)):
+            why = "was begun in another environment, where numbers may round otherwise"
+            advice = "go back to it, or pass same_environment=False to go on all the same"
+            raise ValueError(f"{self.out_dir} {why}: {_in_words(changed)}; {advice}")
         self.state, self.environment = before.state, before.environment
-        self.complete, self._shards = before.complete, before._shards
+        self.complete, self.shards = before.complete, before.shards
 
     def _changed_state(self, before: "Manifest") -> list[str]:
         """How the model's state differs; setting names may change between library versions."""
@@ -245,7 +228,7 @@ class Manifest:
         return [line for name in names for line in differences(before.state.get(name), self.state.get(name), name)]
 
     def _write(self, shards: Sequence[ShardRecord]) -> None:
-        self._shards = [asdict(record) for record in shards]
+        self.shards = [asdict(record) for record in shards]
         document = {
             "format": FORMAT,
             "complete": self.complete,
@@ -254,7 +237,7 @@ class Manifest:
             "state": self.state,
             "environment": self.environment,
             "tokens": sum(record.tokens for record in shards),
-            "shards": self._shards,
+            "shards": self.shards,
         }
         write_json(self.out_dir / MANIFEST, document)
 
@@ -265,7 +248,7 @@ class Manifest:
     def records(self) -> dict[int, ShardRecord]:
         """The finished shards by number."""
         if self.complete:
-            return {entry["shard"]: ShardRecord.of(entry) for entry in self._shards}
+            return {entry["shard"]: ShardRecord.of(entry) for entry in self.shards}
         found = {}
         for path in sorted(self.out_dir.glob("shard-*.json")):
             try:
@@ -292,12 +275,9 @@ class Manifest:
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
     """The keys in which two nested documents differ, with both values: "b.c was 2, now 3"."""
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = list(dict.fromkeys([*before, *now]))
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
-        ]
+        within = f"{name}." if name else ""
+        pairs = [(f"{within}{key}", before.get(key), now.get(key)) for key in dict.fromkeys([*before, *now])]
+        return [line for key, old, new in pairs for line in differences(old, new, key)]
     return [] if before == now else [f"{name} was {before!r}, now {now!r}"]
 
 

@@ -1,6 +1,7 @@
 """Random batches of tokens out of a bounded buffer, which is filled up as they are taken."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,40 +21,20 @@ def at(rows: Rows, index: slice | Tensor) -> Rows:
     return {name: values[index] for name, values in rows.items()}
 
 
-class Coming:
-    """A stream of token runs, taken in portions of any size; `rest` is what is left of the last run."""
-
-    def __init__(self, runs: Iterator[Rows], rest: Rows | None = None) -> None:
-        self._runs = runs
-        self.rest = rest or {}
-
-    def take(self, tokens: int) -> Rows:
-        """The next tokens: fewer at the end, and none after it."""
-        parts = []
-        while tokens and self._some():
-            parts.append(at(self.rest, slice(tokens)))
-            self.rest = at(self.rest, slice(tokens, None))
-            tokens -= count(parts[-1])
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
-
-    def _some(self) -> bool:
-        """Whether tokens are left; a run may hold none."""
-        while not count(self.rest):
-            following = next(self._runs, None)
-            if following is None:
-                return False
-            self.rest = following
-        return True
-
-
+@dataclass
 class Mixer:
-    """Takes random batches out of a buffer of `size` tokens, which is full until nothing comes any more."""
+    """Takes batches out of runs of tokens: random ones, out of a buffer of `size` tokens that is full until nothing
+    comes any more, or, without `shuffle`, in the order of the runs.
+    """
 
-    def __init__(self, coming: Coming, size: int, batch_size: int, random: np.random.Generator) -> None:
-        self.coming, self.random = coming, random
-        self.size, self.batch_size = size, batch_size
-        self.buffer: Rows = {}
-        self.filled = 0
+    runs: Iterator[Rows]
+    size: int
+    batch_size: int
+    random: np.random.Generator
+    shuffle: bool
+    rest: Rows = field(default_factory=dict)  # what is left of the last run
+    buffer: Rows = field(default_factory=dict)
+    filled: int = 0
 
     def __iter__(self) -> Iterator[Rows]:
         while batch := self.take():
@@ -61,15 +42,37 @@ class Mixer:
 
     def take(self) -> Rows:
         """The next batch: smaller at the end, and empty after it."""
+        if not self.shuffle:
+            return self._coming(self.batch_size)
         # A run at a time: until it is copied, what was taken keeps its place mapped.
-        while self.filled < self.size and (some := self.coming.take(min(RUN, self.size - self.filled))):
+        while self.filled < self.size and (some := self._coming(min(RUN, self.size - self.filled))):
             self.put(some)
         if not self.filled:
             return {}
-        places = self.random.choice(self.filled, min(self.batch_size, self.filled), replace=False)
-        batch = at(self.buffer, torch.from_numpy(places))
-        self._close(places)
+        taken = self.random.choice(self.filled, min(self.batch_size, self.filled), replace=False)
+        batch = at(self.buffer, torch.from_numpy(taken))
+        # The last tokens move into the places of those that were taken.
+        left = self.filled - len(taken)
+        last = torch.from_numpy(np.setdiff1d(np.arange(left, self.filled), taken))
+        free = torch.from_numpy(taken[taken < left])
+        for values in self.buffer.values():
+            values[free] = values[last]
+        self.filled = left
         return batch
+
+    def _coming(self, tokens: int) -> Rows:
+        """The next tokens of the runs: fewer at the end, and none after it."""
+        parts = []
+        while tokens:
+            if count(self.rest):
+                parts.append(at(self.rest, slice(tokens)))
+                self.rest = at(self.rest, slice(tokens, None))
+                tokens -= count(parts[-1])
+            elif (following := next(self.runs, None)) is not None:  # a run may hold none
+                self.rest = following
+            else:
+                break
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
     def put(self, some: Rows) -> None:
         """Copy tokens behind those that are in the buffer."""
@@ -79,12 +82,3 @@ class Mixer:
                 self.buffer[name] = values.new_empty(self.size, *values.shape[1:])
             self.buffer[name][self.filled : end] = values
         self.filled = end
-
-    def _close(self, taken: np.ndarray) -> None:
-        """Move the last tokens into the places of those that were taken."""
-        left = self.filled - len(taken)
-        last = torch.from_numpy(np.setdiff1d(np.arange(left, self.filled), taken))
-        free = torch.from_numpy(taken[taken < left])
-        for values in self.buffer.values():
-            values[free] = values[last]
-        self.filled = left

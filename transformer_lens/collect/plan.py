@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from transformer_lens.checks import in_words, nearest
+from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.sources import Encoder, Source, open_source
 from transformer_lens.hook_points import HookedRootModule
 
@@ -72,9 +73,8 @@ class Options:
         least = {"batch_size": 1, "shard_tokens": 1, "drop_first": 0, "max_tokens": 1, "context_size": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "context_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            optional = value is None and name in ("max_tokens", "context_size")
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
                 raise ValueError(f"{name}: got {value!r}, expected a whole number from {lowest} on")
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype: got {self.dtype!r}, expected a float dtype such as torch.bfloat16, or None")
@@ -93,10 +93,9 @@ class Options:
 
     def frame(self, bridge: "TransformerBridge") -> tuple[int | None, int | None]:
         """What stands before and after each text: BOS, EOS or nothing. Raises `ValueError` for one the model lacks."""
-        adapter: Any = bridge.token_adapter
-        bos, eos = (None, None) if adapter is None else (adapter.bos, adapter.eos)
-        wanted = bool(bridge.cfg.default_prepend_bos) and bos is not None
-        wanted = wanted if self.prepend_bos is None else self.prepend_bos
+        bos, eos, _ = special_tokens(bridge)
+        by_default = bool(bridge.cfg.default_prepend_bos) and bos is not None
+        wanted = by_default if self.prepend_bos is None else self.prepend_bos
         if wanted and bos is None:
             raise ValueError("prepend_bos: this bridge knows no beginning-of-sequence token; pass prepend_bos=False")
         if self.append_eos and eos is None:
@@ -112,15 +111,19 @@ class Options:
         if context > longest:
             raise ValueError(f"context_size: got {context}, expected at most {longest}, the model's n_ctx")
         if self.drop_first >= context:
-            raise ValueError(
-                f"drop_first: got {self.drop_first} of contexts of {context} tokens, so none would be left"
-            )
+            given = f"{self.drop_first} of contexts of {context} tokens"
+            raise ValueError(f"drop_first: got {given}, so none would be left")
         # Whole batches, so that the end of a shard changes no batch.
         batches = max(1, round(self.shard_tokens / (context * self.batch_size)))
-        adapter: Any = bridge.token_adapter
-        bos, pad = (None, None) if adapter is None else (adapter.bos, adapter.pad)
+        bos, _, pad = special_tokens(bridge)
         kept = {name: getattr(self, name) for name in ("batch_size", "packing", "drop_bos", "drop_first", "max_tokens")}
         return Layout(context, contexts_per_shard=batches * self.batch_size, pad=pad or 0, bos=bos, **kept)
+
+
+def special_tokens(bridge: "TransformerBridge") -> tuple[int | None, int | None, int | None]:
+    """BOS, EOS and padding, as far as the model has them."""
+    adapter: Any = bridge.token_adapter
+    return (None, None, None) if adapter is None else (adapter.bos, adapter.eos, adapter.pad)
 
 
 class Reading(NamedTuple):
@@ -138,17 +141,17 @@ class Reading(NamedTuple):
         if not isinstance(bridge, HookedRootModule):
             raise TypeError(f"bridge: got {in_words(bridge)}, expected a TransformerBridge")
         if bridge.original_model.training:
-            raise ValueError(
-                f"{what}: the model is in training mode, where dropout is random; call bridge.eval() first"
-            )
+            why = "the model is in training mode, where dropout is random"
+            raise ValueError(f"{what}: {why}; call bridge.eval() first")
         source = open_source(data)
-        bos, eos = options.frame(bridge)
-        adapter: Any = bridge.token_adapter
-        own = drop_padding and adapter is not None and adapter.pad not in (adapter.bos, adapter.eos)
-        encoder = Encoder(
-            bridge.tokenizer, options.text_key, bos, eos, bridge.cfg.d_vocab, adapter.pad if own else None
-        )
+        *ends, pad = special_tokens(bridge)
+        cut = pad if drop_padding and pad not in ends else None
+        encoder = Encoder(bridge.tokenizer, options.text_key, *options.frame(bridge), bridge.cfg.d_vocab, cut)
         return cls(source, encoder, options.layout(bridge))
+
+    def tokens(self, document: int) -> "TokenStream":
+        """The data from a document on."""
+        return TokenStream(self.source, self.encoder, document)
 
 
 class TokenStream:
@@ -205,15 +208,13 @@ class ShardPlan:
             tokens = int(self.lengths[rows].sum())
             yield Batch(self.ids[rows, :longest], self.keep[rows, :longest], tokens)
 
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, torch.Tensor]:
         """The columns stored about each kept token, in addition to its activations."""
         contexts, positions = np.broadcast_arrays(np.arange(len(self.ids))[:, None], np.arange(self.ids.shape[1]))
+        values = contexts + self.first_context, self.documents, self.ids, positions, self.document_positions
         return {
-            "context_ids": (contexts + self.first_context)[self.keep].astype(np.int64),
-            "document_ids": self.documents[self.keep].astype(np.int64),
-            "token_ids": self.ids[self.keep].astype(np.int32),
-            "positions": positions[self.keep].astype(np.int32),
-            "document_positions": self.document_positions[self.keep].astype(np.int32),
+            name: torch.from_numpy(value[self.keep]).to(column.dtype)
+            for (name, column), value in zip(ABOUT_TOKENS.items(), values, strict=True)
         }
 
     def digest(self) -> str:
@@ -231,49 +232,27 @@ def plan_shard(stream: TokenStream, number: int, begin: Cursor, layout: Layout) 
     documents, document_positions = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
     lengths = np.zeros(shape[0], np.int64)
     cursor, rows = begin, 0
-    for row in range(shape[0]):
-        for number_, offset, piece in _context(stream, cursor, layout):
-            place = slice(lengths[row], lengths[row] + len(piece))
-            ids[row, place] = piece
-            documents[row, place] = number_
-            document_positions[row, place] = np.arange(offset, offset + len(piece))
-            lengths[row] += len(piece)
-            cursor = Cursor(number_, offset + len(piece), cursor.tokens + len(piece))
-        if not lengths[row]:
-            break
-        rows = row + 1
+    while rows < shape[0] and (found := _next(stream, cursor, layout)):
+        document, offset, rest = found
+        piece = rest[: layout.context_size - lengths[rows]]
+        place = slice(lengths[rows], lengths[rows] + len(piece))
+        ids[rows, place] = piece
+        documents[rows, place] = document
+        document_positions[rows, place] = np.arange(offset, offset + len(piece))
+        lengths[rows] += len(piece)
+        cursor = Cursor(document, offset + len(piece), cursor.tokens + len(piece))
+        if not layout.packing or lengths[rows] == layout.context_size:
+            rows += 1
+    rows = int(np.count_nonzero(lengths))  # the last one may not be full
     if not rows:
         return None
     keep = np.arange(shape[1]) < lengths[:rows, None]
     keep &= np.arange(shape[1]) >= layout.drop_first
     if layout.drop_bos:
         keep &= ids[:rows] != layout.bos
-    return ShardPlan(
-        number=number,
-        begin=begin,
-        end=cursor,
-        last=_next(stream, cursor, layout) is None,
-        ids=ids[:rows],
-        documents=documents[:rows],
-        document_positions=document_positions[:rows],
-        lengths=lengths[:rows],
-        keep=keep,
-        first_context=number * layout.contexts_per_shard,
-    )
-
-
-def _context(stream: TokenStream, cursor: Cursor, layout: Layout) -> Iterator[tuple[int, int, np.ndarray]]:
-    """The pieces of documents in one context: (document, position in it, token ids)."""
-    room = layout.context_size
-    while room:
-        found = _next(stream, cursor, layout)
-        if found is None:
-            return
-        number, offset, rest = found
-        piece = rest[:room]
-        yield number, offset, piece
-        room = room - len(piece) if layout.packing else 0
-        cursor = Cursor(number, offset + len(piece), cursor.tokens + len(piece))
+    last, first_context = _next(stream, cursor, layout) is None, number * layout.contexts_per_shard
+    read = ids[:rows], documents[:rows], document_positions[:rows], lengths[:rows]
+    return ShardPlan(number, begin, cursor, last, *read, keep, first_context)
 
 
 def _next(stream: TokenStream, cursor: Cursor, layout: Layout) -> tuple[int, int, np.ndarray] | None:

@@ -8,11 +8,11 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import transformer_lens.collect.manifest as manifest
 from transformer_lens.checks import directory_to_write
 from transformer_lens.collect.files import ABOUT_TOKENS, DTYPES, Column, ShardFile, advised
-from transformer_lens.collect.plan import Batch, Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.plan import Batch, Cursor, Layout, Options, Reading, ShardPlan, TokenStream, plan_shard
 from transformer_lens.collect.store import ActivationStore
 
 if TYPE_CHECKING:
@@ -33,16 +33,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 WAITING = 4  # batches that may wait for the writer, which bounds a job's memory
-
-
-class Hook(NamedTuple):
-    """What is stored of a hook, with one token axis in place of batch and position."""
-
-    axes: str
-    column: Column
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"axes": self.axes, "shape": list(self.column.shape), "dtype": manifest.dtype_name(self.column.dtype)}
 
 
 def stop_after(names: Sequence[str]) -> int | None:
@@ -56,8 +46,10 @@ def stop_after(names: Sequence[str]) -> int | None:
     return stop
 
 
-def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Hook]:
-    """Run two tokens to find each hook's shape. Raises `ValueError` for hooks without a value for each token."""
+def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype | None) -> dict[str, Column]:
+    """What is stored of each hook, found by running two tokens. Raises `ValueError` for hooks that have no value for
+    each token.
+    """
     for name in names:
         axes = bridge.hook_dict[name].axes
         if "query_pos" in axes:
@@ -79,78 +71,69 @@ def probe(bridge: "TransformerBridge", names: Sequence[str], dtype: torch.dtype 
         kept = dtype if dtype is not None and value.is_floating_point() else value.dtype
         if kept not in DTYPES:
             raise ValueError(f"{name!r} is {value.dtype}, which safetensors cannot hold; pass dtype=torch.bfloat16")
-        found[name] = Hook(" ".join(["token", *rest]), Column(kept, tuple(value.shape[2:])))
+        found[name] = Column(kept, tuple(value.shape[2:]), " ".join(["token", *rest]))
     return found
 
 
-class Captured(NamedTuple):
-    """The values of one batch, which a GPU may still be computing."""
-
-    values: Mapping[str, Tensor]
-    ready: torch.cuda.Event | None
-
-    def on_cpu(self) -> Iterator[tuple[str, Tensor]]:
-        """Each hook's values on the CPU, copied while the GPU goes on."""
-        if self.ready is None:
-            yield from self.values.items()
-            return
-        beside = torch.cuda.Stream()
-        beside.wait_event(self.ready)
-        for name, value in self.values.items():
-            with torch.cuda.stream(beside):
-                copied = value.to("cpu", non_blocking=True)
-            beside.synchronize()
-            yield name, copied
+def on_cpu(values: Mapping[str, Tensor], ready: torch.cuda.Event | None) -> Iterator[tuple[str, Tensor]]:
+    """Values of one batch on the CPU; those that a GPU has `ready` only then are copied while it goes on."""
+    if ready is None:
+        yield from values.items()
+        return
+    beside = torch.cuda.Stream()
+    beside.wait_event(ready)
+    for name, value in values.items():
+        with torch.cuda.stream(beside):
+            copied = value.to("cpu", non_blocking=True)
+        beside.synchronize()
+        yield name, copied
 
 
-class CompiledModel:
-    """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded.
-
-    So there is one graph, and what is stored does not depend on the batches before.
+@contextmanager
+def compiled(
+    bridge: "TransformerBridge", names: Sequence[str], layout: Layout
+) -> Iterator[Callable[[Tensor], Mapping[str, Tensor]]]:
+    """The whole model as one graph that reads these hooks, for batches of one shape, to which smaller ones are padded:
+    so what is stored does not depend on the batches before.
     """
 
-    def __init__(self, bridge: "TransformerBridge", names: Sequence[str], shape: tuple[int, int], pad: int) -> None:
-        self.runner, self.shape, self.pad = bridge.compile(reads=[list(names)], dynamic=False), shape, pad
-
-    def cached(self, ids: Tensor) -> Mapping[str, Tensor]:
-        """The values at its hooks, in memory of their own: the next batch overwrites the runner's."""
+    def read(ids: Tensor) -> Mapping[str, Tensor]:
         rows, columns = ids.shape
-        whole = ids.new_full(self.shape, self.pad)
+        whole = ids.new_full((layout.batch_size, layout.context_size), layout.pad)
         whole[:rows, :columns] = ids
         whole[rows:] = whole[0]
-        self.runner(whole, return_type=None, padding_side="right")
-        return {name: buffer[:rows, :columns].clone() for name, buffer in self.runner.cache.items()}
+        runner(whole, return_type=None, padding_side="right")
+        # In memory of their own: the next batch overwrites the runner's.
+        return {name: buffer[:rows, :columns].clone() for name, buffer in runner.cache.items()}
+
+    with bridge.compile(reads=[list(names)], dynamic=False) as runner:
+        yield read
 
 
 def _cached(bridge: "TransformerBridge", ids: Tensor, names: Sequence[str]) -> Any:
     """The values at these hooks. Padding is on the right and affects nothing before it, so the call needs no mask."""
     stop = stop_after(names)
-    _, cache = bridge.run_with_cache(
-        ids,
-        names_filter=list(names),
-        stop_at_layer=stop,
-        return_type=None if stop is None else "logits",
-        return_cache_object=False,
-        padding_side="right",
-    )
-    return cache
+    options: Any = {"stop_at_layer": stop, "return_type": None if stop is None else "logits", "padding_side": "right"}
+    return bridge.run_with_cache(ids, names_filter=list(names), return_cache_object=False, **options)[1]
 
 
 def capture(
-    bridge: "TransformerBridge", hooks: Mapping[str, Hook], batch: Batch, compiled: CompiledModel | None = None
-) -> Captured:
-    """The stored tokens' values at every hook, in the dtype they are stored in."""
+    bridge: "TransformerBridge",
+    hooks: Mapping[str, Column],
+    batch: Batch,
+    read: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """The stored tokens' values at every hook, in the dtype they are stored in; `read` runs the model otherwise."""
     ids = torch.from_numpy(batch.ids).to(bridge.input_device())
-    cache = _cached(bridge, ids, list(hooks)) if compiled is None else compiled.cached(ids)
+    cache = _cached(bridge, ids, list(hooks)) if read is None else read(ids)
     everything = bool(batch.keep.all())
     kept = torch.from_numpy(batch.keep.reshape(-1).nonzero()[0])
     values = {}
-    for name, hook in hooks.items():
+    for name, column in hooks.items():
         flat = cache[name].reshape(-1, *cache[name].shape[2:])
         some = flat if everything else flat.index_select(0, kept.to(flat.device))
-        values[name] = _cast(name, some, hook.column.dtype)
-    on_gpu = any(value.is_cuda for value in values.values())
-    return Captured(values, torch.cuda.current_stream().record_event() if on_gpu else None)
+        values[name] = _cast(name, some, column.dtype)
+    return values
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,48 +182,41 @@ class Job:
 
     def __init__(self, bridge: "TransformerBridge", data: Any, names: Any, out_dir: Path, options: Options) -> None:
         self.options, self.out_dir = options, out_dir
-        self.source, self.encoder, self.layout = Reading.of("collect", bridge, data, options)
+        self.reading = Reading.of("collect", bridge, data, options)
+        self.layout = self.reading.layout
         self.bridge, self.hooks = bridge, probe(bridge, bridge.select_names(names), options.dtype)
         identity = {
             "model": manifest.model_identity(bridge),
             "tokenizer": manifest.tokenizer_identity(bridge.tokenizer),
-            "data": dict(self.source.about),
+            "data": dict(self.reading.source.about),
             "text_key": options.text_key,
-            "prepend_bos": self.encoder.bos is not None,
-            "append_eos": self.encoder.eos is not None,
+            "prepend_bos": self.reading.encoder.bos is not None,
+            "append_eos": self.reading.encoder.eos is not None,
             "hooks": {name: hook.to_dict() for name, hook in self.hooks.items()},
             "stop_at_layer": stop_after(list(self.hooks)),
             **asdict(self.layout),
             **({"compiled": True} if options.compiled else {}),
         }
-        around = manifest.environment(bridge.input_device())
-        self.manifest = manifest.Manifest(out_dir, identity, manifest.model_state(bridge), around)
+        state, around = manifest.model_state(bridge), manifest.environment(bridge.input_device())
+        self.manifest = manifest.Manifest(out_dir, identity, state, around)
         self.sharing = bridge.attachment.sharding.shards
         self._writes: bool = self.sharing.rank == 0  # the first of the processes that share the model has the files
         self.done: dict[int, manifest.ShardRecord] = {}
-        self.compiled: CompiledModel | None = None
         self._begun: deque[ShardFile] = deque(maxlen=WAITING + 2)
 
     def run(self) -> None:
         self.done, broken, finished = self._agreed(self._start)
         if finished:
             return
+        reads: Any = compiled(self.bridge, [*self.hooks], self.layout) if self.options.compiled else nullcontext()
         try:
-            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), self._compiling():
+            with Background(WAITING) as writer, self._bar() as bar, torch.no_grad(), reads as read:
                 for plan in self._missing(set(self.done) - set(broken)):
-                    self._compute(plan, writer, bar)
+                    self._compute(plan, writer, bar, read)
         finally:
             for file in self._begun:
                 file.abandon()
         self._agreed(self.manifest.finish)
-
-    def _compiling(self) -> AbstractContextManager[Any]:
-        """The model compiled for the job, if that was asked for."""
-        if not self.options.compiled:
-            return nullcontext()
-        shape = (self.layout.batch_size, self.layout.context_size)
-        self.compiled = CompiledModel(self.bridge, list(self.hooks), shape, self.layout.pad)
-        return self.compiled.runner
 
     def _agreed(self, function: Callable[[], T]) -> T:
         """Run `function` in the first process; every process returns its result or raises its error."""
@@ -299,8 +275,8 @@ class Job:
         """The data, read from the shard before `number`, which has to be unchanged."""
         before = self.done.get(number - 1)
         if before is None:
-            return TokenStream(self.source, self.encoder, 0)
-        stream = TokenStream(self.source, self.encoder, before.begin.document)
+            return self.reading.tokens(0)
+        stream = self.reading.tokens(before.begin.document)
         again = plan_shard(stream, before.shard, before.begin, self.layout)
         if again is None or again.digest() != before.data_sha256 or again.last != before.last:
             raise changed_data(self.out_dir, before.shard)
@@ -317,7 +293,7 @@ class Job:
 
     def _expected_tokens(self, plan: ShardPlan) -> int | None:
         """An estimate of this process's total tokens, from the documents so far; `None` if unknown."""
-        most, documents = self.layout.max_tokens, self.source.documents
+        most, documents = self.layout.max_tokens, self.reading.source.documents
         if plan.last:
             most = plan.end.tokens
         elif documents is not None and plan.end.document:
@@ -325,33 +301,26 @@ class Job:
             most = guess if most is None else min(most, guess)
         return None if most is None else most // self.options.shard[1]
 
-    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None") -> None:
-        stored = {name: hook.column for name, hook in self.hooks.items()}
+    def _compute(self, plan: ShardPlan, writer: Background, bar: "tqdm[Any] | None", read: Any) -> None:
         about = {"job": self.manifest.job_sha256, "shard": str(plan.number)}
         path = self.out_dir / manifest.shard_name(plan.number)
-        file = ShardFile(path, {**ABOUT_TOKENS, **stored}, int(plan.keep.sum()), about)
+        file = ShardFile(path, {**ABOUT_TOKENS, **self.hooks}, int(plan.keep.sum()), about)
 
         def later(step: Callable[..., None], *given: Any) -> None:
             if self._writes:
                 writer.call(partial(self._advised, partial(step, *given)))
 
         self._begun.append(file)
-        later(self._begin, plan, file)
+        later(file.open)
+        later(file.write, plan.columns().items())
         for batch in plan.batches(self.layout.batch_size):
-            later(self._write, capture(self.bridge, self.hooks, batch, self.compiled), file)
+            values = capture(self.bridge, self.hooks, batch, read)
+            on_gpu = any(value.is_cuda for value in values.values())
+            later(file.write, on_cpu(values, torch.cuda.current_stream().record_event() if on_gpu else None))
             if bar is not None:
                 bar.total = self._expected_tokens(plan)
                 bar.update(batch.tokens)
         later(self._finish, plan, file)
-
-    def _begin(self, plan: ShardPlan, file: ShardFile) -> None:
-        file.open()
-        for name, values in plan.columns().items():
-            file.write(name, torch.from_numpy(values))
-
-    def _write(self, captured: Captured, file: ShardFile) -> None:
-        for name, values in captured.on_cpu():
-            file.write(name, values)
 
     def _finish(self, plan: ShardPlan, file: ShardFile) -> None:
         before = self.done.get(plan.number)

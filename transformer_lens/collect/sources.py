@@ -34,9 +34,8 @@ def open_source(data: Any) -> Source:
     library = sys.modules.get("datasets")  # whoever passes one of its data sets has imported it
     if library is not None:
         if isinstance(data, (library.DatasetDict, library.IterableDatasetDict)):
-            raise ValueError(
-                f"data: got a DatasetDict, expected one of its splits: data[{next(iter(data), 'train')!r}]"
-            )
+            split = next(iter(data), "train")
+            raise ValueError(f"data: got a DatasetDict, expected one of its splits: data[{split!r}]")
         if isinstance(data, library.IterableDataset):
             return Source(lambda start: iter(data.skip(start)), {"kind": "datasets.IterableDataset"})
         if isinstance(data, library.Dataset):
@@ -134,16 +133,15 @@ class Encoder:
         return np.asarray([*front, *ids, *back], np.int64)
 
     def _ids(self, number: int, content: Any) -> np.ndarray:
-        array = as_array(f"document {number}", content, "a text, or the token ids of one")
+        expected = "a text, or the token ids of one"
+        array = as_array(f"document {number}", content, expected)
         if array.size == 0 and array.ndim == 1:
             return np.empty(0, np.int64)
         if array.ndim != 1 or array.dtype.kind not in "iu":
             got = type(content).__name__ if array.dtype.kind not in "iuf" else f"{array.dtype} {list(array.shape)}"
-            raise TypeError(f"document {number}: got {got}, expected a text, or the token ids of one")
+            raise TypeError(f"document {number}: got {got}, expected {expected}")
         if int(array.min()) < 0 or int(array.max()) >= self.d_vocab:
-            raise ValueError(
-                f"document {number}: got token ids from {array.min()} to {array.max()}, expected 0 to "
-                f"{self.d_vocab - 1}"
-            )
+            got = f"token ids from {array.min()} to {array.max()}"
+            raise ValueError(f"document {number}: got {got}, expected 0 to {self.d_vocab - 1}")
         real = (array != self.padding).nonzero()[0] if self.padding is not None else range(len(array))
         return array[real[0] : real[-1] + 1].astype(np.int64) if len(real) else np.empty(0, np.int64)

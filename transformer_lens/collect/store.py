@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from transformer_lens.checks import a_path, as_array, in_words, is_tensor, is_whole, nearest, needed, whole
-from transformer_lens.collect.files import ABOUT_TOKENS
+from transformer_lens.collect.files import ABOUT_TOKENS, Column
 from transformer_lens.collect.manifest import Manifest, ShardRecord
-from transformer_lens.collect.mixing import RUN, Coming, Mixer, Rows, count
+from transformer_lens.collect.mixing import RUN, Mixer, Rows, count
 from transformer_lens.utilities import get_act_name
 
 Names = str | Sequence[str | tuple[str, int]] | None
@@ -46,17 +46,15 @@ class Shards:
         """The tensors of the shard at a place in `records`. Raises `ValueError` for a damaged file."""
         if place not in self._open:
             record = self.records[place]
-            trouble = record.problem(self.out_dir, checksum=False)
-            if trouble:
+            if trouble := record.problem(self.out_dir, checksum=False):
                 again = "make the same collect call again to have it computed, the other shards stay"
                 raise ValueError(f"{trouble}; {again}")
             path = self.out_dir / record.file
             try:  # in the file's own memory; writing there does not change the file
                 self._open[place] = load_file(path)
             except SafetensorError as error:
-                raise ValueError(
-                    f"{path} is no safetensors file any more; make the same collect call again with check=True"
-                ) from error
+                again = "make the same collect call again with check=True"
+                raise ValueError(f"{path} is no safetensors file any more; {again}") from error
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(place)
@@ -70,9 +68,9 @@ class StoredTensor:
     (torch.Size([2, 128]), 1)
     """
 
-    def __init__(self, shards: Shards, name: str, dtype: torch.dtype, shape: tuple[int, ...], axes: str) -> None:
-        self.name, self.dtype, self.axes = name, dtype, axes
-        self.shape = (len(shards), *shape)
+    def __init__(self, shards: Shards, name: str, column: Column) -> None:
+        self.name, self.dtype, self.axes = name, column.dtype, column.axes
+        self.shape = (len(shards), *column.shape)
         self._shards = shards
 
     def __len__(self) -> int:
@@ -87,13 +85,12 @@ class StoredTensor:
             return self._range(start, stop) if step == 1 else self._gather(np.arange(start, stop, step))
         if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
             return self._gather(np.asarray([index]))[0]
-        wanted = as_array(repr(self.name), index, "token numbers, a slice, or a mask")
+        expected = "token numbers, a slice, or a mask"
+        wanted = as_array(repr(self.name), index, expected)
         if wanted.dtype == np.bool_ and wanted.shape == (len(self),):
             wanted = wanted.nonzero()[0]
         if wanted.size and wanted.dtype.kind not in "iu":
-            raise TypeError(
-                f"{self.name!r}: got an index of {wanted.dtype}, expected token numbers, a slice, or a mask"
-            )
+            raise TypeError(f"{self.name!r}: got an index of {wanted.dtype}, expected {expected}")
         return self._gather(wanted.reshape(-1).astype(np.int64)).reshape(*wanted.shape, *self.shape[1:])
 
     def _range(self, start: int, stop: int) -> Tensor:
@@ -134,9 +131,7 @@ class RunningStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None
-        self._norms: Tensor | None = None
+        self._mean = self._squares = self._norms = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: Shaped[Tensor, "token ..."]) -> None:
         """Add a batch. Raises `ValueError` if its shape differs from earlier ones."""
@@ -145,17 +140,13 @@ class RunningStatistics:
         if not len(values):
             return
         exact = values.detach().to(torch.float64)
-        if self._mean is not None and exact.shape[1:] != self._mean.shape:
+        if self.count and exact.shape[1:] != self._mean.shape:
             raise ValueError(f"statistics: got {list(exact.shape[1:])} for a token, before {list(self._mean.shape)}")
-        count, mean = len(exact), exact.mean(0)
-        squares, norms = (exact - mean).square().sum(0), exact.norm(dim=-1).sum(0)
-        if self._mean is None or self._squares is None or self._norms is None:
-            self.count, self._mean, self._squares, self._norms = count, mean, squares, norms
-            return
-        shift, total = mean - self._mean, self.count + count
-        self._squares += squares + shift.square() * (self.count * count / total)
-        self._mean += shift * (count / total)
-        self._norms += norms
+        count, mean, total = len(exact), exact.mean(0), self.count + len(exact)
+        shift = mean - self._mean
+        squares = (exact - mean).square().sum(0) + shift.square() * (self.count * count / total)
+        self._squares, self._mean = self._squares + squares, self._mean + shift * (count / total)
+        self._norms = self._norms + exact.norm(dim=-1).sum(0)
         self.count = total
 
     @property
@@ -173,8 +164,8 @@ class RunningStatistics:
         """The mean length of the vectors along the last axis."""
         return self._seen(self._norms) / self.count
 
-    def _seen(self, value: Tensor | None) -> Tensor:
-        if value is None:
+    def _seen(self, value: Tensor) -> Tensor:
+        if not self.count:
             raise ValueError("statistics: no values were seen yet")
         return value
 
@@ -200,16 +191,14 @@ class ActivationStore:
     def __init__(self, out_dir: str | Path) -> None:
         self.out_dir = a_path("out_dir", out_dir)
         self.manifest = Manifest.read(self.out_dir)
-        records = self.manifest.records()
-        numbers = sorted(records)
         # If several processes share a job, later shards may be finished before earlier ones.
-        self._shards = Shards(self.out_dir, [records[number] for number in numbers])
-        about = {name: StoredTensor(self._shards, name, c.dtype, c.shape, "token") for name, c in ABOUT_TOKENS.items()}
+        self._shards = Shards(self.out_dir, [record for _, record in sorted(self.manifest.records().items())])
         hooks = {
-            name: StoredTensor(self._shards, name, getattr(torch, hook["dtype"]), tuple(hook["shape"]), hook["axes"])
+            name: Column(getattr(torch, hook["dtype"]), tuple(hook["shape"]), hook["axes"])
             for name, hook in self.manifest.job["hooks"].items()
         }
-        self._tensors = {**hooks, **about}
+        columns = {**hooks, **ABOUT_TOKENS}
+        self._tensors = {name: StoredTensor(self._shards, name, column) for name, column in columns.items()}
 
     @property
     def hooks(self) -> list[str]:
@@ -225,10 +214,8 @@ class ActivationStore:
         return len(self._shards)
 
     def __repr__(self) -> str:
-        state = "complete" if self.complete else "not complete"
-        lines = [
-            f"ActivationStore({str(self.out_dir)!r}): {len(self)} tokens, {len(self._shards.records)} shards, {state}"
-        ]
+        state = f"{len(self._shards.records)} shards, {'complete' if self.complete else 'not complete'}"
+        lines = [f"ActivationStore({str(self.out_dir)!r}): {len(self)} tokens, {state}"]
         return "\n".join([*lines, *(f"  {self._tensors[name]!r}" for name in self.hooks)])
 
     def __getitem__(self, index: str | tuple[str, int] | Index) -> Any:
@@ -265,9 +252,8 @@ class ActivationStore:
                 if rows.start != rows.stop:
                     parts.append({name: tensors[name][rows] for name in self._tensors})
         if not parts:
-            raise KeyError(
-                f"document {number}: none of its tokens is stored; there may be fewer documents, or a filter"
-            )
+            why = "there may be fewer documents, or a filter"
+            raise KeyError(f"document {number}: none of its tokens is stored; {why}")
         return {name: torch.cat([part[name] for part in parts]) for name in self._tensors}
 
     def batches(
@@ -287,10 +273,10 @@ class ActivationStore:
         order. Use it as `DataLoader(batches, batch_size=None, num_workers=n)`. `store.batches(1024)` is short for all
         hooks with that batch size.
         """
-        chosen_names: Any = names
+        chosen: Any = names
         if is_whole(names):
-            chosen_names, batch_size = None, whole("batch_size", names)
-        several = self._several(chosen_names)
+            chosen, batch_size = None, chosen
+        several = self._several(chosen)
         chosen = several[0] if isinstance(names, str) else several
         return ActivationBatches(self, chosen, batch_size, shuffle, buffer_tokens, seed, drop_last)
 
@@ -380,9 +366,8 @@ class ActivationBatches(IterableDataset[Tensor | Rows]):
             runs = np.random.default_rng([self.seed, self.epoch]).permutation(runs)
         mine: list[int] = runs[part::parts].tolist()
         tokens = sum(min(RUN, len(self.store) - run) for run in mine)
-        coming = Coming({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
+        rows = ({name: self.store[name][run : run + RUN] for name in self.names} for run in mine)
         random = np.random.default_rng([self.seed, self.epoch, part])
-        mixed = Mixer(coming, min(self.buffer_tokens, tokens), self.batch_size, random)
-        for batch in mixed if self.shuffle else iter(lambda: coming.take(self.batch_size), {}):
+        for batch in Mixer(rows, min(self.buffer_tokens, tokens), self.batch_size, random, self.shuffle):
             if count(batch) == self.batch_size or not self.drop_last:
                 yield batch[self.names[0]] if self.single else batch

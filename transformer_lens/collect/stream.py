@@ -14,8 +14,8 @@ from transformer_lens.asking import place_name
 from transformer_lens.checks import device_of, in_words, is_one_of, refuse_unknown, whole
 from transformer_lens.collect.files import ABOUT_TOKENS
 from transformer_lens.collect.manifest import differences
-from transformer_lens.collect.mixing import Coming, Mixer, Rows, count
-from transformer_lens.collect.plan import Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard
+from transformer_lens.collect.mixing import Mixer, Rows, count
+from transformer_lens.collect.plan import Cursor, Options, Reading, ShardPlan, TokenStream, plan_shard, special_tokens
 from transformer_lens.collect.run import capture, probe
 from transformer_lens.hook_points import HookedRootModule
 
@@ -72,7 +72,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         **reading: Any,
     ) -> None:
         super().__init__()
-        has_bos = isinstance(bridge, HookedRootModule) and getattr(bridge.token_adapter, "bos", None) is not None
+        has_bos = isinstance(bridge, HookedRootModule) and special_tokens(bridge)[0] is not None
         # What is computed at a time is a shard of one batch.
         fixed = {"batch_size": whole("contexts", contexts, 1), "shard_tokens": 1, "dtype": dtype}
         refuse_unknown("activation_stream", reading, READ)
@@ -101,7 +101,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         }
         self._epoch = 0
         self._plan: ShardPlan | None = None
-        self._mixer = self._mixed(np.random.default_rng(seed), self._runs(None), {})
+        self._mixer = self._mixed(np.random.default_rng(seed), None, {})
 
     def __iter__(self) -> Self:
         if get_worker_info() is not None:
@@ -112,7 +112,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         """The next batch."""
         # Ordinary tensors, whatever mode a trainer asks in: the buffer outlives it.
         with torch.inference_mode(False), torch.no_grad():
-            batch = self._mixer.take() if self.shuffle else self._mixer.coming.take(self.batch_size)
+            batch = self._mixer.take()
         if not batch or (self.drop_last and count(batch) < self.batch_size):
             raise StopIteration
         return batch[self.names[0]] if self.single else batch
@@ -133,7 +133,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
             "epoch": self._epoch,
             "read": None if plan is None else [*astuple(plan.begin), plan.digest()],
             "random": json.dumps(mixer.random.bit_generator.state),
-            "coming": {name: values.clone() for name, values in mixer.coming.rest.items()},
+            "coming": {name: values.clone() for name, values in mixer.rest.items()},
             "buffer": {name: values[: mixer.filled].clone() for name, values in mixer.buffer.items()},
         }
 
@@ -146,7 +146,7 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         self._epoch, self._plan, tokens = state_dict["epoch"], None, None
         if state_dict["read"] is not None:
             *begin, digest = state_dict["read"]
-            tokens = TokenStream(self.reading.source, self.reading.encoder, begin[0])
+            tokens = self.reading.tokens(begin[0])
             self._plan = plan_shard(tokens, 0, Cursor(*begin), self.reading.layout)
             if self._plan is None or self._plan.digest() != digest:
                 raise ValueError("state_dict: it was made from other tokens; pass the same texts in the same order")
@@ -155,28 +155,24 @@ class ActivationStream(IterableDataset[Tensor | Rows]):
         coming, buffer = (
             {name: values.to(self.device) for name, values in state_dict[part].items()} for part in ("coming", "buffer")
         )
-        self._mixer = self._mixed(random, self._runs(tokens), coming)
+        self._mixer = self._mixed(random, tokens, coming)
         self._mixer.put(buffer)
 
-    def _mixed(self, random: np.random.Generator, runs: Iterator[Rows], rest: Rows) -> Mixer:
-        return Mixer(Coming(runs, rest), self.buffer, self.batch_size, random)
+    def _mixed(self, random: np.random.Generator, tokens: TokenStream | None, rest: Rows) -> Mixer:
+        return Mixer(self._runs(tokens), self.buffer, self.batch_size, random, self.shuffle, rest)
 
     def _runs(self, tokens: TokenStream | None) -> Iterator[Rows]:
         """What is computed of one batch of contexts after the other; `tokens` go on behind the last one."""
         while self.epochs is None or self._epoch < self.epochs:
             if tokens is None:
-                tokens = TokenStream(self.reading.source, self.reading.encoder, 0)
+                tokens = self.reading.tokens(0)
             cursor = Cursor() if self._plan is None else self._plan.end
             while plan := plan_shard(tokens, 0, cursor, self.reading.layout):
                 self._plan, cursor = plan, plan.end
-                yield self._computed(plan)
+                (batch,) = plan.batches(len(plan.ids))
+                known = plan.columns() | capture(self.bridge, self.hooks, batch)
+                yield {name: known[name].to(self.device) for name in self.names}
             if self._plan is None:
                 again = " when read once more: pass what can be read again, such as a list" if self._epoch else ""
                 raise ValueError(f"data: got no tokens at all{again}")
             self._epoch, self._plan, tokens = self._epoch + 1, None, None
-
-    def _computed(self, plan: ShardPlan) -> Rows:
-        (batch,) = plan.batches(len(plan.ids))
-        values = capture(self.bridge, self.hooks, batch).values
-        known = {name: torch.from_numpy(column) for name, column in plan.columns().items()} | {**values}
-        return {name: known[name].to(self.device) for name in self.names}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import transformer_lens.checks as checks
-from transformer_lens.dictionaries.dictionary import Dictionary, place_of, read_yaml
+from transformer_lens.dictionaries.dictionary import ENDS, FORMATS, READERS, Dictionary, place_of
 
 FILES = ("config.yaml", "W_enc_*.safetensors", "W_dec_*.safetensors")
 
@@ -39,9 +39,8 @@ class CrossLayerTranscoder(nn.Module):
         got = [list(value.shape) for value in decoders]
         expected = [[one.d_sae, len(dictionaries) - 1 - i, one.d_out] for i, one in enumerate(dictionaries[:-1])]
         if got != expected:
-            raise ValueError(
-                f"later: got the shapes {got}, expected {expected}: [d_sae, layers after it, d_out] of each"
-            )
+            each = "[d_sae, layers after it, d_out] of each"
+            raise ValueError(f"later: got the shapes {got}, expected {expected}: {each}")
         self.layers: Sequence[Dictionary] = nn.ModuleList(dictionaries)  # type: ignore[assignment]
         self.later: Sequence[Tensor] = nn.ParameterList(decoders)  # type: ignore[assignment]
 
@@ -87,7 +86,7 @@ def load_cross_layer(
     Raises `OSError` where nothing is, and `ValueError` for what is no such transcoder.
     """
     place = place_of(name_or_path, inside, revision, [f"{inside}/{file}".lstrip("/") for file in FILES])
-    config = read_yaml(place / FILES[0]) if (place / FILES[0]).exists() else {}
+    config = READERS[".yaml"](place / FILES[0]) if (place / FILES[0]).exists() else {}
     if config.get("model_kind") != "cross_layer_transcoder":
         got = f"model_kind={config.get('model_kind')!r}"
         raise ValueError(f"{place}: got {got} in config.yaml, expected 'cross_layer_transcoder'; see load_dictionary")
@@ -99,12 +98,9 @@ def load_cross_layer(
             for name, value in load_file(place / f"{kind}_{number}.safetensors").items()
         }
         decoder = found["W_dec"]
-        weights = {**found, "W_enc": found["W_enc"].T, "W_dec": decoder[:, 0]}
-        hooks = {
-            name: f"blocks.{number}.{config[key]}"
-            for name, key in (("hook_name", "feature_input_hook"), ("hook_name_out", "feature_output_hook"))
-        }
+        weights = found | {"W_enc": found["W_enc"].T, "W_dec": decoder[:, 0]}
+        hooks = [f"blocks.{number}.{config[key]}" for key in FORMATS["circuit-tracer"]["hooks"]]
         kind = "jumprelu" if "threshold" in found else "relu"
-        layers.append(Dictionary(weights, activation=kind, metadata=hooks))
+        layers.append(Dictionary(weights, activation=kind, metadata=dict(zip(ENDS, hooks, strict=True))))
         later.append(decoder[:, 1:].clone())
     return CrossLayerTranscoder(layers, later[:-1]).requires_grad_(False).eval()

@@ -27,10 +27,12 @@ ACTIVATIONS = {"relu": "b_enc", "topk": "b_enc", "jumprelu": "b_enc threshold", 
 NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 FORMATS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("formats.toml").read_text("utf-8"))
 """What is recognised, by its library."""
-READERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+READERS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     ".safetensors": load_file,
     ".npz": lambda file: {name: torch.from_numpy(array) for name, array in np.load(file, allow_pickle=False).items()},
     ".pt": partial(torch.load, map_location="cpu", weights_only=True),
+    ".json": lambda file: json.loads(file.read_text("utf-8")),
+    ".yaml": lambda file: checks.needed("yaml", "pip install pyyaml").safe_load(file.read_text("utf-8")),
 }
 SWITCHES, OFF = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"), (None, False, "none")
 ENDS = ("hook_name", "hook_name_out")
@@ -66,10 +68,8 @@ class Dictionary(nn.Module):
         super().__init__()
         checks.one_of("activation", activation, tuple(ACTIVATIONS))
         checks.one_of("normalize_activations", normalize_activations, NORMALIZATIONS)
-        self.apply_b_dec_to_input, self.rescale_acts_by_decoder_norm = (
-            apply_b_dec_to_input,
-            rescale_acts_by_decoder_norm,
-        )
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         if not isinstance(metadata, Mapping):
             raise TypeError(f"metadata: got {checks.in_words(metadata)}, expected a dict, such as SAELens's")
         self.activation, self.normalize_activations, self.metadata = activation, normalize_activations, {**metadata}
@@ -170,6 +170,18 @@ class Dictionary(nn.Module):
         return f"{kind} {self.d_in} -> {self.d_sae} -> {self.d_out}{' with a skip' * ('W_skip' in self._parameters)}"
 
 
+def a_dictionary(value: Any) -> Dictionary:
+    """A dictionary. Raises `TypeError` for anything else."""
+    if not isinstance(value, Dictionary):
+        raise TypeError(f"dictionary: got {checks.in_words(value)}, expected a Dictionary; load_dictionary makes one")
+    return value
+
+
+def feature_numbers(dictionary: Any, features: int | Sequence[int]) -> list[int]:
+    """The chosen features of a dictionary."""
+    return checks.whole_numbers("features", features, 0, a_dictionary(dictionary).d_sae - 1, " (features)")
+
+
 def _options(file: Path, form: dict[str, Any], config: dict[str, Any], found: dict[str, Tensor]) -> dict[str, Any]:
     """What `Dictionary` is made with. Raises `ValueError` for what may mean another function."""
     if config.get("activation_fn", config.get("activation_fn_str")) == "topk":  # SAELens before 6.0
@@ -246,10 +258,6 @@ def place_of(name: str | Path, inside: str, revision: str | None, wanted: Sequen
         raise OSError(f"{name}: it is no folder here, and the hub says: {error}") from error
 
 
-def read_yaml(file: Path) -> Any:
-    return checks.needed("yaml", "pip install pyyaml").safe_load(file.read_text("utf-8"))
-
-
 def _files(inside: str) -> list[str]:
     """The files of a hub name that may be a dictionary, or belong to it."""
     if inside:
@@ -279,9 +287,7 @@ def load_dictionary(
         raise ValueError(f"{place}: got {names}, expected {expected}")
     file, form = found[0]
     told = folder / form.get("config", "")
-    config = (
-        {} if told == folder else read_yaml(told) if told.suffix == ".yaml" else json.loads(told.read_text("utf-8"))
-    )
+    config: Any = READERS[told.suffix](told) if told != folder else {}
     if file.suffix == ".pt" and not allow_pickle:
         raise ValueError(f"{file}: its weights are pickled; if you trust its source pass allow_pickle=True")
     options = _options(file, form, config.get(form.get("section"), config), READERS[file.suffix](file))

@@ -16,10 +16,10 @@ from transformer_lens.analysis.attribution.activations import AttributionScores
 from transformer_lens.analysis.attribution.gradient_runs import gradient_run
 from transformer_lens.analysis.patching.engine import Metric
 from transformer_lens.asking import Input
-from transformer_lens.checks import in_words, is_several, is_tensor, whole_numbers
+from transformer_lens.checks import in_words, is_several, is_tensor
 from transformer_lens.collect import RunningStatistics
 from transformer_lens.collect.run import stop_after
-from transformer_lens.dictionaries.dictionary import Dictionary
+from transformer_lens.dictionaries.dictionary import Dictionary, feature_numbers
 from transformer_lens.dictionaries.splice import At, Splice
 
 Texts = Iterable[str] | Int[Tensor, "batch pos"]
@@ -159,21 +159,14 @@ def top_contexts(
     }
 
 
-def feature_numbers(dictionary: Dictionary, features: Features) -> list[int]:
-    if not isinstance(dictionary, Dictionary):
-        raise TypeError(f"dictionary: got {in_words(dictionary)}, expected a Dictionary; load_dictionary makes one")
-    return whole_numbers("features", features, 0, dictionary.d_sae - 1, " (features)")
-
-
 @checked
 def feature_logits(bridge: TransformerBridge, dictionary: Dictionary, features: Features) -> Tensor:
     """What one unit of each feature adds to the logits directly, [feature, d_vocab], times the final norm's scale: by
     that norm, taken as linear, and the unembedding. Raises `ValueError` for what does not write the residual stream.
     """
     if not isinstance(dictionary, Dictionary) or dictionary.d_out != bridge.cfg.d_model:
-        raise ValueError(
-            f"dictionary: got {in_words(dictionary)}, expected one that writes {bridge.cfg.d_model} numbers"
-        )
+        expected = f"one that writes {bridge.cfg.d_model} numbers"
+        raise ValueError(f"dictionary: got {in_words(dictionary)}, expected {expected}")
     wanted = feature_numbers(dictionary, features)
     written, norm = dictionary.W_dec[wanted].to(bridge.W_U), dict[str, Any](bridge.named_children())["ln_final"]
     centred = written - written.mean(-1, keepdim=True) if bridge.cfg.normalization_type.startswith("LN") else written

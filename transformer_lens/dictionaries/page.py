@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformer_lens import TransformerBridge
 from transformer_lens.analysis.arguments import checked
 from transformer_lens.checks import file_to_write
-from transformer_lens.dictionaries.dictionary import Dictionary
+from transformer_lens.dictionaries.dictionary import Dictionary, feature_numbers
 from transformer_lens.dictionaries.features import (
     BINS,
     WINDOW,
@@ -23,7 +22,6 @@ from transformer_lens.dictionaries.features import (
     Features,
     Texts,
     feature_logits,
-    feature_numbers,
     strongest_contexts,
 )
 from transformer_lens.dictionaries.splice import At
@@ -67,21 +65,22 @@ def feature_page(
             written = feature_logits(bridge, dictionary, wanted[start : start + TOGETHER]).float()
             for feature, row in zip(shown[start:], written, strict=False):
                 feature["logits"] = {"up": _largest(row, 1), "down": _largest(row, -1)}
-    about = f"{dictionary.extra_repr()} at {found.where.removesuffix('.features')} of {bridge.cfg.model_name}"
-    used = sorted(set(_tokens(shown)))
+    where = found.where.removesuffix(".features")
+    seen = {token for feature in shown for context in feature["contexts"] for token in context["tokens"]}
+    seen |= {token for feature in shown for pairs in feature.get("logits", {}).values() for token, _ in pairs}
+    used = sorted(seen)
     words = bridge.to_str_tokens(torch.tensor(used)) if used else []
     document = {
-        "about": about,
+        "about": f"{dictionary.extra_repr()} at {where} of {bridge.cfg.model_name}",
         "bins": [_short(edge) for edge in BINS.tolist()],
         "count": found.tokens,
         "tokens": dict(zip(used, words, strict=True)),
         "features": shown,
     }
-    parts = {"style": "page.css", "script": "page.js"}
-    inside = {name: (PARTS / part).read_text(encoding="utf-8") for name, part in parts.items()}
+    form, style, script = ((PARTS / f"page.{part}").read_text("utf-8") for part in ("html", "css", "js"))
+    inside = {"style": style, "script": script, "title": html.escape(f"Features of {where}")}
     inside["data"] = json.dumps(document, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    inside["title"] = html.escape(f"Features of {found.where.removesuffix('.features')}")
-    page.write_text(Template((PARTS / "page.html").read_text("utf-8")).substitute(inside), encoding="utf-8")
+    page.write_text(Template(form).substitute(inside), encoding="utf-8")
     return page
 
 
@@ -107,15 +106,6 @@ def _largest(row: Tensor, sign: int) -> list[list[float]]:
     """Token ids and logits, the largest first, or the most negative."""
     largest = (sign * row).topk(min(LOGITS, len(row)))
     return [[token, _short(sign * value)] for value, token in zip(*(part.tolist() for part in largest), strict=True)]
-
-
-def _tokens(shown: list[dict[str, Any]]) -> Iterator[int]:
-    """The token ids that are shown anywhere."""
-    for feature in shown:
-        for context in feature["contexts"]:
-            yield from context["tokens"]
-        for pairs in feature.get("logits", {}).values():
-            yield from (token for token, _ in pairs)
 
 
 def _short(value: float) -> float:

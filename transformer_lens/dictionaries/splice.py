@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from transformer_lens.asking import place_name
-from transformer_lens.checks import in_words, whole_numbers
-from transformer_lens.dictionaries.dictionary import Dictionary
+from transformer_lens.checks import in_words
+from transformer_lens.dictionaries.dictionary import Dictionary, a_dictionary, feature_numbers
 from transformer_lens.hook_points import HookEntry, HookPoint
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ class Splice:
     """A dictionary in a model until `undo()` or the end of a `with` block; `features` and `error` name its hooks."""
 
     def __init__(self, bridge: TransformerBridge, dictionary: Dictionary, at: At, error: bool) -> None:
-        if not isinstance(dictionary, Dictionary):
-            raise TypeError(f"dictionary: got {in_words(dictionary)}, expected a Dictionary; load_dictionary makes one")
+        dictionary = a_dictionary(dictionary)
         said = filter(None, map(dictionary.metadata.get, ("hook_name", "hook_name_out")))
         places: Any = [*said] if at is None else at
         places = list(places) if isinstance(places, (list, tuple)) else [places]
@@ -90,7 +89,7 @@ class Splice:
 
         `options` are `positions`, `rows` and `on`, as in `bridge.steer`.
         """
-        numbers, inner = self._numbers(features), prod(self.tail[:-1])
+        numbers, inner = feature_numbers(self.dictionary, features), prod(self.tail[:-1])
         directions = torch.kron(torch.eye(inner), torch.eye(self.tail[-1])[numbers]).reshape(-1, *self.tail)
         return self.bridge.project_out(directions, self.features, **options)
 
@@ -99,11 +98,8 @@ class Splice:
 
         `options` are `positions`, `rows` and `on`, as in `bridge.steer`.
         """
-        unit = torch.eye(self.tail[-1])[self._numbers(feature)[0]].expand(self.tail)
+        unit = torch.eye(self.tail[-1])[feature_numbers(self.dictionary, feature)[0]].expand(self.tail)
         return self.bridge.steer(unit, self.features, scale=scale, **options)
-
-    def _numbers(self, features: int | Sequence[int]) -> list[int]:
-        return whole_numbers("features", features, 0, self.dictionary.d_sae - 1, " (features)")
 
     def __enter__(self) -> Self:
         return self

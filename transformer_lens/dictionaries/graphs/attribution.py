@@ -52,10 +52,10 @@ def attribution_graph(
     and with rows times nodes. Raises `ValueError` for transcoders that do not replace MLPs, for a prompt on which no
     feature is active, and for a model that is quantised, remote, or not linear once attention and norms are held.
     """
-    most = whole("max_logits", max_logits, 1), None if max_features is None else whole("max_features", max_features, 1)
-    mass = a_number("logit_mass", logit_mass, 0, 1)
+    most, mass = whole("max_logits", max_logits, 1), a_number("logit_mass", logit_mass, 0, 1)
+    wanted = None if max_features is None else whole("max_features", max_features, 1)
     local = LocalModel(bridge, input, transcoders, skip)
-    return _Rows(local, local.nodes(most[0], mass), batch_size).graph(most[1])
+    return _Rows(local, local.nodes(most, mass), batch_size).graph(wanted)
 
 
 class _Rows:
@@ -63,11 +63,10 @@ class _Rows:
 
     def __init__(self, local: LocalModel, nodes: list[Node], batch_size: int) -> None:
         self.local, self.nodes, self.batch_size = local, nodes, batch_size
-        stream, self.layers = local.kept[STREAM], local.layers()
-        self.leaves = {
-            layer: local.kept[f"blocks.{layer}.hook_mlp_out"].detach().clone().requires_grad_() for layer in self.layers
-        }
-        self.stream = stream.detach().clone().requires_grad_()
+        self.stream, *leaves = (
+            local.kept[name].detach().clone().requires_grad_() for name in (STREAM, *local.writes.values())
+        )
+        self.leaves = dict(zip(local.writes, leaves, strict=True))
         self.written = {
             (source, target): local.decoder(source, target)[active.number] * active.value[:, None]
             for source, active in local.active.items()
@@ -76,7 +75,7 @@ class _Rows:
         with torch.enable_grad():
             self.run = local.run(self.stream, lambda layer, x: self.leaves[layer] + local.skipped(layer, x))
         with torch.no_grad():
-            self.without = local.run(torch.zeros_like(stream), local.constant)
+            self.without = local.run(torch.zeros_like(self.stream), local.constant)
 
     def graph(self, max_features: int | None) -> AttributionGraph:
         nodes, local, features = self.nodes, self.local, sum(node.kind == "feature" for node in self.nodes)
@@ -131,13 +130,11 @@ class _Rows:
     def rows(self, wanted: Sequence[int]) -> Float[Tensor, "row node"]:
         """The edges into some nodes."""
         found = wide(self.stream.detach()).new_zeros(len(wanted), len(self.nodes))
-        by_hook: dict[str, list[int]] = {}
-        for at, number in enumerate(wanted):
-            by_hook.setdefault(self.local.hook_of(self.nodes[number]), []).append(at)
-        for hook, places in by_hook.items():
+        targets = [self.nodes[i] for i in wanted]
+        for hook, places in self.local.by_hook(targets).items():
             for first in range(0, len(places), self.batch_size):
                 some = places[first : first + self.batch_size]
-                found[some] = self.batch(hook, [self.nodes[wanted[at]] for at in some])
+                found[some] = self.batch(hook, [targets[at] for at in some])
         return found
 
     def batch(self, hook: str, targets: list[Node]) -> Float[Tensor, "row node"]:
@@ -146,7 +143,7 @@ class _Rows:
         positions = [0 if hook == LOGITS else node.position for node in targets]
         injected = outputs.new_zeros(len(targets), *outputs.shape)
         injected[range(len(targets)), 0, positions] = self.local.directions_of(targets).to(outputs.dtype)
-        below = [layer for layer in self.layers if layer < targets[0].layer]
+        below = [layer for layer in self.leaves if layer < targets[0].layer]
         gradients = torch.autograd.grad(
             outputs,
             [self.stream, *(self.leaves[layer] for layer in below)],
@@ -163,22 +160,18 @@ class _Rows:
         """What each node adds, from the gradients at the embeddings and at what the MLPs below write."""
         local, parts = self.local, []
         for source, active in local.active.items():
-            found, ends = (
-                stream.new_zeros(len(stream), len(active.value)),
-                active.position.bincount().cumsum(0).tolist(),
-            )
+            found = stream.new_zeros(len(stream), len(active.value))
+            ends = active.position.bincount().cumsum(0).tolist()
             for target in below.keys() & set(local.writes_at(source)):
                 written = self.written[source, target].to(stream)
                 for at, (first, end) in enumerate(pairwise([0, *ends])):  # features stand by position
                     if first < end:
                         found[:, first:end] += below[target][:, at] @ written[first:end].T
             parts.append(found)
-        for layer, error in local.errors.items():
-            parts.append(_products(below.get(layer), error, stream))
+        parts += [_products(below.get(layer), error, stream) for layer, error in local.errors.items()]
         for layer, experts in local.experts.items():
             every = [_products(below.get(layer), one, stream) for one in experts.unbind(1)]
-            positions, numbers = local.chosen(layer)
-            parts.append(torch.stack(every, -1)[:, positions, numbers])
+            parts.append(torch.stack(every, -1)[:, local.chosen[layer].position, local.chosen[layer].number])
         parts.append(_products(stream, local.kept[STREAM][0], stream))
         logits = len(self.nodes) - sum(part.shape[1] for part in parts)
         return torch.cat([*parts, stream.new_zeros(len(stream), logits)], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,7 @@ from transformer_lens.dictionaries.features import feature_logits
 from transformer_lens.dictionaries.graphs.graph import AttributionGraph
 
 TEMPLATE = Path(__file__).with_name("page.html")
-TYPES = {"feature": "cross layer transcoder", "token": "embedding", "logit": "logit"}
-"""What the viewers call a node; errors and experts are what no feature explains."""
-IDS = {
-    "feature": ("{layer}_{number}_{position}", "{layer}_{number}-0"),
-    "error": ("error_{layer}_{position}", "error_{layer}_{position}"),
-    "expert": ("expert_{layer}_{number}_{position}", "expert_{layer}_{number}_{position}"),
-    "token": ("E_{number}_{position}", "E_{number}-{position}"),
-    "logit": ("{layer}_{number}_{position}", "L_{number}-{position}"),
-}
-"""By kind: a node's id, and the id by which it is followed from prompt to prompt."""
+SCHEMA: dict[str, Any] = tomllib.loads(Path(__file__).with_name("viewers.toml").read_text("utf-8"))
 
 
 def as_viewers_read(
@@ -37,29 +29,23 @@ def as_viewers_read(
     logits = [node for node in part.nodes if node.kind == "logit"]
     nodes: list[dict[str, Any]] = []
     for node in part.nodes:
-        layer, number, is_logit = node.layer, node.number, node.kind == "logit"
-        both = layer + number
+        number, both, is_logit = node.number, node.layer + node.number, node.kind == "logit"
         counted = {"error": -1, "expert": -2 - number, "token": node.position, "logit": number}
-        note = f"Expert {number} ({node.value:.2f})" if node.kind == "expert" else ""
-        if is_logit:
-            layer, note = layer + 1, f'Output "{graph.logit_tokens[logits.index(node)]}" (p={node.value:.3f})'
-        names = [one.format(layer=layer, number=number, position=node.position) for one in IDS[node.kind]]
-        said: dict[str, Any] = {"node_id": names[0], "jsNodeId": names[1], "ctx_idx": node.position, "clerp": note}
-        said["feature"] = counted.get(node.kind, both * (both + 1) // 2 + number)  # layer and number as one number
-        said["layer"] = "E" if node.kind == "token" else str(layer)
-        said["feature_type"] = TYPES.get(node.kind, "mlp reconstruction error")
-        said |= {"token_prob": node.value if is_logit else 0.0, "is_target_logit": node == logits[0]}
-        said |= {"run_idx": 0, "reverse_ctx_idx": 0, "influence": None if is_logit else shares[node]}
+        token = graph.logit_tokens[logits.index(node)] if is_logit else ""
+        told = node._asdict() | {"layer": node.layer + is_logit, "token": token}
+        said = {key: text.format(**told) for key, text in SCHEMA["nodes"][node.kind].items()}
+        said |= {"feature": counted.get(node.kind, both * (both + 1) // 2 + number)}  # layer and number as one number
+        said |= {"ctx_idx": node.position, "run_idx": 0, "reverse_ctx_idx": 0, "is_target_logit": node == logits[0]}
+        said |= {"token_prob": node.value if is_logit else 0.0, "influence": None if is_logit else shares[node]}
         nodes.append(said | {"activation": node.value if node.kind == "feature" else None})
     ids = [node["node_id"] for node in nodes]
     links = [
         {"source": ids[source], "target": ids[part.rows[row]], "weight": float(part.edges[row, source])}
         for row, source in part.edges.nonzero().tolist()
     ]
-    meta: dict[str, Any] = {"slug": slug, "scan": scan, "transcoder_list": [], "prompt_tokens": graph.tokens}
-    meta |= {"prompt": "".join(graph.tokens), "node_threshold": node_threshold, "schema_version": 1}
-    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    return {"metadata": meta, "qParams": view, "nodes": nodes, "links": links}
+    told = {"slug": slug, "scan": scan, "prompt_tokens": graph.tokens, "prompt": "".join(graph.tokens)}
+    meta = SCHEMA["metadata"] | told | {"node_threshold": node_threshold}
+    return {"metadata": meta, "qParams": SCHEMA["qParams"], "nodes": nodes, "links": links}
 
 
 def save_for_viewers(

@@ -167,7 +167,7 @@ class AttributionGraph:
         total, fixed = moved.clone(), moved != 0
         features = self.of_kind("feature")[self.rows]
         rows = torch.tensor(self.rows)[features]
-        for _ in self.local.layers():
+        for _ in self.local.writes:
             response = self.edges[features] @ total / self.values[features]
             total[rows] = torch.where(fixed[rows], moved[rows], response)
         local, targets = self.local, [self.nodes[i] for i in self.rows]

@@ -6,7 +6,7 @@ the embeddings and in what the transcoders write (Ameisen et al. 2025, "Circuit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,59 +54,48 @@ class Node(NamedTuple):
 
 
 class Active(NamedTuple):
-    """The active features of one layer, by position and then by number."""
+    """The active features of one layer, or its chosen experts with their weights, by position and then by number."""
 
-    position: Int[Tensor, " feature"]
-    number: Int[Tensor, " feature"]
-    value: Float[Tensor, " feature"]
+    position: Int[Tensor, " active"]
+    number: Int[Tensor, " active"]
+    value: Float[Tensor, " active"]
+
+    def rows(self) -> Iterator[tuple[int, int, float]]:
+        return zip(*(part.tolist() for part in self), strict=True)
 
 
 def by_layer(bridge: TransformerBridge, transcoders: Transcoders) -> dict[int, tuple[Dictionary, str]]:
     """Each layer's transcoder and the hook that it reads. Raises `ValueError` for what does not replace an MLP."""
-    given = transcoders.items() if isinstance(transcoders, Mapping) else [(None, one) for one in _listed(transcoders)]
+    several: Any = transcoders.layers if isinstance(transcoders, CrossLayerTranscoder) else transcoders
+    if isinstance(several, Dictionary) or not is_several(several) or not len(several):
+        expected = "a list of transcoders, or {layer: transcoder}"
+        raise TypeError(f"transcoders: got {in_words(several)}, expected {expected}")
+    given = several.items() if isinstance(several, Mapping) else [(None, one) for one in several]
     found: dict[int, tuple[Dictionary, str]] = {}
     for layer, one in given:
         if not isinstance(one, Dictionary):
-            raise TypeError(
-                f"transcoders: got {in_words(one)} among them, expected Dictionary; load_dictionary makes it"
-            )
+            expected = "Dictionary; load_dictionary makes it"
+            raise TypeError(f"transcoders: got {in_words(one)} among them, expected {expected}")
         names: list[Any] = [one.metadata.get(end) for end in ("hook_name", "hook_name_out")]
         if layer is not None:
             layer = asking.layer_number(bridge.cfg, layer, "transcoders")
             names = [f"blocks.{layer}.mlp.hook_in", f"blocks.{layer}.hook_mlp_out"] if None in names else names
         if None in names:
-            raise ValueError(
-                f"transcoders: got a {one.extra_repr()} whose file does not say where it reads and writes; pass "
-                "{layer: transcoder} instead"
-            )
+            unplaced = "whose file does not say where it reads and writes; pass {layer: transcoder} instead"
+            raise ValueError(f"transcoders: got a {one.extra_repr()} {unplaced}")
         read, write = (bridge.canonical_name(name) for name in names)
         at = bridge.hook_dict[write].layer() if write.startswith("blocks.") else -1
         if not (write.endswith(".hook_mlp_out") and read.startswith(f"blocks.{at}.") and layer in (None, at)):
             where = "" if layer is None else f" for layer {layer}"
-            raise ValueError(
-                f"transcoders: got one{where} from {read!r} to {write!r}, expected one that reads a layer and writes "
-                "that layer's hook_mlp_out"
-            )
-        sizes = [
-            dict(zip(row.axes.split(), row.shape, strict=True)) for row in map(bridge.hook_table().row, (read, write))
-        ]
-        if [one.d_in, one.d_out] != [list(size.values())[-1] for size in sizes]:
-            raise ValueError(
-                f"transcoders: got a {one.extra_repr()} for layer {at} of a model of {bridge.cfg.d_model} numbers"
-            )
+            expected = "one that reads a layer and writes that layer's hook_mlp_out"
+            raise ValueError(f"transcoders: got one{where} from {read!r} to {write!r}, expected {expected}")
+        if [one.d_in, one.d_out] != [bridge.hook_table().row(name).shape[-1] for name in (read, write)]:
+            width = f"a model of {bridge.cfg.d_model} numbers"
+            raise ValueError(f"transcoders: got a {one.extra_repr()} for layer {at} of {width}")
         if at in found:
             raise ValueError(f"transcoders: got two for layer {at}, expected one for each layer")
         found[at] = one, read
     return dict(sorted(found.items()))
-
-
-def _listed(transcoders: Any) -> list[Any]:
-    transcoders = transcoders.layers if isinstance(transcoders, CrossLayerTranscoder) else transcoders
-    if isinstance(transcoders, Dictionary) or not is_several(transcoders) or not len(transcoders):
-        raise TypeError(
-            f"transcoders: got {in_words(transcoders)}, expected a list of transcoders, or {{layer: transcoder}}"
-        )
-    return list(transcoders)
 
 
 def refuse(bridge: TransformerBridge) -> None:
@@ -119,13 +108,12 @@ def refuse(bridge: TransformerBridge) -> None:
     if hasattr(bridge.original_model.config, "quantization_config"):
         raise ValueError(f"{what}: the model is quantised, and rounds where a graph needs sums; load it unquantised")
     for layer, block in enumerate(bridge.blocks):
-        for branch in block.branches:
-            held = all(f"blocks.{layer}.{name}" in bridge.hook_dict for name in FROZEN[:2])
-            if branch.mixer == "mixer" or (branch.mixer == "attn" and not held):
-                raise ValueError(
-                    f"{what}: layer {layer} of {cfg.architecture} has no queries and keys that can be held; its "
-                    "attention is latent, or it mixes positions in another way"
-                )
+        held = all(f"blocks.{layer}.{name}" in bridge.hook_dict for name in FROZEN[:2])
+        if any(branch.mixer == "mixer" or (branch.mixer == "attn" and not held) for branch in block.branches):
+            raise ValueError(
+                f"{what}: layer {layer} of {cfg.architecture} has no queries and keys that can be held; its attention "
+                "is latent, or it mixes positions in another way"
+            )
 
 
 class LocalModel:
@@ -141,23 +129,19 @@ class LocalModel:
             raise ValueError(f"input: got {len(self.ids)} texts or padding, expected one text without padding")
         self.skip = whole("skip", skip, 0, self.ids.shape[1])
         self.reads = {layer: read for layer, (_, read) in self.placed.items()}
-        self.frozen, self.writes, self.routers, self.parts, shown = (
+        self.frozen, writes, self.routers, self.parts, shown = (
             [name for name in bridge.hook_dict if name.endswith(ends)]
             for ends in (FROZEN, "hook_mlp_out", "mlp.hook_router_logits", EXPERTS, "hook_logits")
         )
-        names = [STREAM, LOGITS, *shown, *self.reads.values()]
-        names += [*self.frozen, *self.writes, *self.routers, *self.parts]
+        self.writes = {bridge.hook_dict[name].layer(): name for name in writes}
+        names = [STREAM, LOGITS, *shown, *self.reads.values(), *self.frozen, *writes, *self.routers, *self.parts]
         with torch.no_grad():
             _, cache = bridge.run_with_cache(self.ids, names_filter=names, return_type=None)
         self.kept: dict[str, Tensor] = {name: cache[name] for name in names}
-        self.active: dict[int, Active] = {}
+        self.active, self.chosen = dict[int, Active](), dict[int, Active]()
         self.errors, self.experts = self._parts()
         if self.placed and not any(len(one.value) for one in self.active.values()):
             raise ValueError(f"transcoders: none of the features of layers {[*self.placed]} is active on this prompt")
-
-    def layers(self) -> list[int]:
-        """The layers that have an MLP."""
-        return [self.bridge.hook_dict[name].layer() for name in self.writes]
 
     def encode(self, layer: int, x: Tensor) -> Float[Tensor, "1 pos d_sae"]:
         """The features of a layer, without those of the positions that are skipped."""
@@ -178,13 +162,12 @@ class LocalModel:
 
     def directions(self, layer: int) -> tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, " d_sae"]]:
         """An active feature is its direction times what is read, plus its bias."""
-        weights: dict[str, Any] = dict(self.placed[layer][0].named_parameters())
-        gated, factor = "r_mag" in weights, torch.ones(())
-        if gated:
-            factor = weights["r_mag"].exp()
-        elif self.placed[layer][0].rescale_acts_by_decoder_norm:
-            factor = weights["W_dec"].norm(dim=-1)
-        return weights["W_enc"] * factor, weights["b_mag"] if gated else weights["b_enc"] * factor
+        one = self.placed[layer][0]
+        weights: dict[str, Tensor] = dict(one.named_parameters())
+        if "r_mag" in weights:
+            return one.W_enc * weights["r_mag"].exp(), weights["b_mag"]
+        factor = one.W_dec.norm(dim=-1) if one.rescale_acts_by_decoder_norm else torch.ones(())
+        return one.W_enc * factor, weights["b_enc"] * factor
 
     def reconstruct(self, layer: int, features: Mapping[int, Tensor], x: Tensor) -> Float[Tensor, "1 pos d_model"]:
         """What the features write at a layer, with the decoder's bias and skip connection."""
@@ -200,9 +183,8 @@ class LocalModel:
 
         An expert writes its weighted output less its share, by weight, of what the features write.
         """
-        features: dict[int, Tensor] = {}
-        errors, experts = dict[int, Tensor](), dict[int, Tensor]()
-        for layer, name in zip(self.layers(), self.writes, strict=True):
+        features, errors, experts = dict[int, Tensor](), dict[int, Tensor](), dict[int, Tensor]()
+        for layer, name in self.writes.items():
             written = self.kept[name]
             rebuilt = torch.zeros_like(written)
             if layer in self.placed:
@@ -211,59 +193,51 @@ class LocalModel:
                 position, number = features[layer][0].nonzero(as_tuple=True)
                 self.active[layer] = Active(position, number, features[layer][0, position, number])
                 rebuilt = self.reconstruct(layer, features, x).to(written.dtype)
-            error = (written - rebuilt)[0]
-            n_experts = self.experts_in(layer)
-            if n_experts:
-                whole_outputs = expert_contributions(self.kept, layer, n_experts)[0]
-                weights, chosen = (
+            errors[layer] = (written - rebuilt)[0]
+            block: Any = self.bridge.blocks[layer]
+            direct = all(branch.direct for branch in block.branches if branch.mixer == "mlp")
+            if direct and f"blocks.{layer}.mlp.hook_expert_out" in self.kept:
+                outputs = expert_contributions(self.kept, layer, self.bridge.cfg.num_experts or 0)[0]
+                weights, indices = (
                     self.kept[f"blocks.{layer}.mlp.hook_expert_{end}"][0] for end in ("weights", "indices")
                 )
-                share = torch.zeros_like(whole_outputs[..., 0]).scatter_add(1, chosen, weights.to(whole_outputs.dtype))
+                share = torch.zeros_like(outputs[..., 0]).scatter_add(1, indices, weights.to(outputs.dtype))
                 share = share / share.sum(-1, keepdim=True)
-                experts[layer] = whole_outputs - share[..., None] * rebuilt[0][:, None]
-                error = error - experts[layer].sum(1)
-            errors[layer] = error
+                experts[layer] = outputs - share[..., None] * rebuilt[0][:, None]
+                errors[layer] = errors[layer] - experts[layer].sum(1)
+                numbers, order = indices.sort(-1)
+                position = torch.arange(len(numbers)).repeat_interleave(numbers.shape[1])
+                self.chosen[layer] = Active(position, numbers.flatten(), weights.gather(1, order).flatten())
         return errors, experts
-
-    def experts_in(self, layer: int) -> int:
-        """How many experts a layer has whose outputs are all added as they are; 0 where it has none."""
-        block: Any = self.bridge.blocks[layer]
-        direct = all(branch.direct for branch in block.branches if branch.mixer == "mlp")
-        named = direct and f"blocks.{layer}.mlp.hook_expert_out" in self.kept
-        return int(self.bridge.cfg.num_experts or 0) if named else 0
-
-    def chosen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The positions and the numbers of a layer's chosen experts, by position and then by number."""
-        indices = self.kept[f"blocks.{layer}.mlp.hook_expert_indices"][0].sort(-1).values
-        return torch.arange(len(indices)).repeat_interleave(indices.shape[1]), indices.flatten()
 
     def nodes(self, max_logits: int, logit_mass: float) -> list[Node]:
         """All nodes, in the order of `attribution_graph`."""
-        found = [
-            Node("feature", layer, *numbers)
-            for layer, active in self.active.items()
-            for numbers in zip(*(part.tolist() for part in active), strict=True)
-        ]
+        features, experts = (
+            [Node(kind, layer, *one) for layer, some in found.items() for one in some.rows()]
+            for kind, found in (("feature", self.active), ("expert", self.chosen))
+        )
         n_layers, positions = self.bridge.cfg.n_layers, range(self.ids.shape[1])
-        found += [Node("error", layer, position, 0, 0.0) for layer in self.errors for position in positions]
-        for layer in self.experts:
-            weights = self.kept[f"blocks.{layer}.mlp.hook_expert_weights"][0]
-            order = self.kept[f"blocks.{layer}.mlp.hook_expert_indices"][0].argsort(-1)
-            sizes = weights.gather(1, order).flatten().tolist()
-            places = zip(*(part.tolist() for part in self.chosen(layer)), sizes, strict=True)
-            found += [Node("expert", layer, *place) for place in places]
-        found += [Node("token", -1, at, number, 0.0) for at, number in enumerate(self.ids[0].tolist())]
+        errors = [Node("error", layer, position, 0, 0.0) for layer in self.errors for position in positions]
+        tokens = [Node("token", -1, at, number, 0.0) for at, number in enumerate(self.ids[0].tolist())]
         shown = "hook_logits" if "hook_logits" in self.kept else LOGITS
         chances, ids = self.kept[shown][0, -1].softmax(-1).topk(min(max_logits, self.kept[shown].shape[-1]))
         enough = 1 + int((chances.cumsum(0) < logit_mass).sum())
         best = zip(ids[:enough].tolist(), chances[:enough].tolist(), strict=True)
-        return found + [Node("logit", n_layers, positions[-1], number, chance) for number, chance in best]
+        logits = [Node("logit", n_layers, positions[-1], number, chance) for number, chance in best]
+        return [*features, *errors, *experts, *tokens, *logits]
 
     def hook_of(self, node: Node) -> str:
         """The hook whose value a node's row is about."""
         if node.kind == "logit":
             return LOGITS
         return self.reads[node.layer] if node.kind == "feature" else f"blocks.{node.layer}.mlp.hook_router_logits"
+
+    def by_hook(self, nodes: Sequence[Node]) -> dict[str, list[int]]:
+        """Where the nodes of each hook stand among some."""
+        found: dict[str, list[int]] = {}
+        for at, node in enumerate(nodes):
+            found.setdefault(self.hook_of(node), []).append(at)
+        return found
 
     def directions_of(self, nodes: Sequence[Node]) -> Float[Tensor, "node d"]:
         """What each of some nodes of one hook is the product with: an encoder's direction, or a logit less the mean."""
@@ -279,10 +253,7 @@ class LocalModel:
         says whether features go through their activation function.
         """
         found = wide(self.kept[STREAM]).new_zeros(len(nodes))
-        by_hook: dict[str, list[int]] = {}
-        for at, node in enumerate(nodes):
-            by_hook.setdefault(self.hook_of(node), []).append(at)
-        for hook, places in by_hook.items():
+        for hook, places in self.by_hook(nodes).items():
             some = [nodes[at] for at in places]
             layer, numbers, positions = some[0].layer, [node.number for node in some], [node.position for node in some]
             if some[0].kind == "feature" and active:
@@ -324,7 +295,7 @@ class LocalModel:
             (self.frozen, lambda value, hook: self.kept[hook.name]),
             (STREAM, lambda value, hook: stream),
             ([*self.reads.values(), *self.routers, LOGITS], keep),
-            (self.writes, write),
+            ([*self.writes.values()], write),
         ]
         self.bridge.run_with_hooks(self.ids, fwd_hooks=hooks, return_type=None)
         return found
@@ -332,20 +303,20 @@ class LocalModel:
     def constant(self, layer: int, x: Tensor) -> Tensor:
         """What a layer writes where no feature is active and nothing is missed: the decoder's bias, and its skip."""
         if layer not in self.placed:
-            return torch.zeros_like(self.kept[f"blocks.{layer}.hook_mlp_out"])
+            return torch.zeros_like(self.kept[self.writes[layer]])
         dictionary = self.placed[layer][0]
         return dictionary.decode(dictionary.W_dec.new_zeros(*x.shape[:-1], dictionary.d_sae), x)
 
     def skipped(self, layer: int, x: Tensor) -> Tensor | int:
         """How what a transcoder's skip connection writes differs from that of the run."""
-        return (
-            self.constant(layer, x) - self.constant(layer, self.kept[self.reads[layer]]) if layer in self.placed else 0
-        )
+        if layer not in self.placed:
+            return 0
+        return self.constant(layer, x) - self.constant(layer, self.kept[self.reads[layer]])
 
     def deltas(self, changes: Mapping[Node, float]) -> tuple[Tensor, dict[int, Tensor]]:
         """What multiplying nodes by one plus these numbers adds to the embeddings and to what each MLP writes."""
         stream = torch.zeros_like(self.kept[STREAM])
-        written = {layer: torch.zeros_like(stream) for layer in self.layers()}
+        written = {layer: torch.zeros_like(stream) for layer in self.writes}
         for node, change in changes.items():
             at = (0, node.position)
             if node.kind == "token":
@@ -366,7 +337,7 @@ class LocalModel:
         features = dict[int, Tensor]()
 
         def held(layer: int, x: Tensor) -> Tensor:
-            return self.kept[f"blocks.{layer}.hook_mlp_out"] + deltas[layer] + self.skipped(layer, x)
+            return self.kept[self.writes[layer]] + deltas[layer] + self.skipped(layer, x)
 
         def replaced(layer: int, x: Tensor) -> Tensor:
             missed = self.errors[layer] + rest[layer]
@@ -381,8 +352,10 @@ class LocalModel:
 
         found = [self.run(self.kept[STREAM] + stream, written) for written in (held, replaced)]
         free: dict[str, Tensor] = {}
-        added: list[Any] = [(STREAM, lambda value, hook: value + stream)]
-        added.append((self.writes, lambda value, hook: value + deltas[hook.layer()]))
-        added.append(([*self.reads.values(), *self.parts, LOGITS], Capture(free)))
+        added: list[Any] = [
+            (STREAM, lambda value, hook: value + stream),
+            ([*self.writes.values()], lambda value, hook: value + deltas[hook.layer()]),
+            ([*self.reads.values(), *self.parts, LOGITS], Capture(free)),
+        ]
         self.bridge.run_with_hooks(self.ids, fwd_hooks=added, return_type=None)
         return [*found, free]
