@@ -76,8 +76,8 @@ class LiveModel:
             _, cache = bridge.run_with_cache(text, names_filter=lambda name: name.endswith("attn.hook_pattern"))
             return viz.attention_patterns(cast(list[str], bridge.to_str_tokens(text)), cache)
 
-        found = {"attention": attention, "lens": viz.logit_lens_grid, "predictions": viz.token_predictions}
-        return found | ({"experts": viz.routing_map} if self.bridge.cfg.num_experts else {})
+        experts = {"experts": viz.routing_map} if self.bridge.cfg.num_experts else {}
+        return {"attention": attention, "lens": viz.logit_lens_grid, "predictions": viz.token_predictions, **experts}
 
     def state(self) -> dict[str, Any]:
         """What the page shows above the view."""

@@ -57,8 +57,8 @@ def _map(
     rows, columns = (
         list(map(str, range(size))) if given is None else given for given, size in zip(labels, shown.shape, strict=True)
     )
-    titles = [AXES.get(axis, axis) for axis in axes.split()]
-    return Heatmap(shown, rows, columns, title, *titles, value, limits, notes=notes, interval=interval)
+    down, across = (AXES.get(axis, axis) for axis in axes.split())
+    return Heatmap(shown, rows, columns, title, down, across, value, limits, notes=notes, interval=interval)
 
 
 def head_map(
@@ -167,12 +167,12 @@ def steering_sweep(
     said = ("change in the measure", "change")
     if isinstance(measure, str):
         said = (f"change in the log-probability of {measure!r}", "nats")
-    change, loss = found if len(texts) > 1 else found[:, 0]
-    effect = _map("steering_sweep", "layer strength", change, labels, *said, None, notes)
     most = float(found[1].mean(0).max()) or 1.0
-    told = ("fluency: loss", "nats per token")
-    fluency = _map("steering_sweep", "layer strength", loss, labels, *told, (0.0, most), notes)
-    panels = {one.title: one for one in (effect, fluency)}
+    shown: list[tuple[str, str, Limits]] = [(*said, None), ("fluency: loss", "nats per token", (0.0, most))]
+    panels = {
+        about[0]: _map("steering_sweep", "layer strength", values, labels, *about, notes)
+        for about, values in zip(shown, found if len(texts) > 1 else found[:, 0], strict=True)
+    }
     return Heatmaps(panels, "Steering by strength and layer", beside=True)
 
 
