@@ -6,21 +6,13 @@ from pathlib import Path
 import typer
 from typer import Option
 
+import transformer_lens.cli.options as options
 from transformer_lens.cli.cluster import cluster
 from transformer_lens.cli.collect import collect
 from transformer_lens.cli.generate import generate
 from transformer_lens.cli.hooks import hooks, info
 from transformer_lens.cli.look import look
-from transformer_lens.cli.options import (
-    AsJson,
-    Device,
-    Loading,
-    Model,
-    complete_model,
-    load_bridge,
-    need_device,
-    write_json,
-)
+from transformer_lens.cli.options import AsJson, Loading, Model, load_bridge, write_json
 from transformer_lens.cli.patch import patch
 from transformer_lens.cli.running import FAILED, Commands, Debug, Output
 from transformer_lens.cli.serve import serve, status
@@ -62,10 +54,10 @@ def demo(
         None,
         "--model",
         help="A hub name or directory; repeatable. Default: both shipped models.",
-        autocompletion=complete_model,
+        autocompletion=options.complete_model,
     ),
     out: Path = Option(Path("out/demo"), help="Where the pictures go."),
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Find induction heads, patch an indirect-object circuit, and see which experts are chosen.
 
@@ -75,7 +67,7 @@ def demo(
     """
     from transformer_lens.cli.demo import run_demo
 
-    need_device(device)
+    options.need_device(device)
     run_demo(model or ["tiny-falcon", "tiny-mixtral"], out, Output(), device=device)
 
 
@@ -144,17 +136,13 @@ def draft(model: Model, save: Path | None = Option(None, help="The file to write
 
     from transformer_lens import TransformerBridge
 
-    options = {"use_safetensors": True, "trust_remote_code": False}
-    found = TransformerBridge.draft(AutoModelForCausalLM.from_pretrained(model, **options))
+    read = {"use_safetensors": True, "trust_remote_code": False}
+    found = TransformerBridge.draft(AutoModelForCausalLM.from_pretrained(model, **read))
     typer.echo(found.source)
     if found.failed or save is not None:
         found.save(save or Path("draft.py"))  # raises, and names the law, if one failed
 
 
-app.command()(generate)
-app.command()(look)
-app.command()(patch)
-app.command()(collect)
-app.command()(serve)
-app.command()(status)
+for command in (generate, look, patch, collect, serve, status):
+    app.command()(command)
 app.add_typer(cluster, name="cluster")

@@ -174,8 +174,7 @@ def show_patching(pair: IOIPair, found: Sweep, stem: Path, console: Console) -> 
     console.print(f"clean:     {pair.clean!r} -> {pair.answer!r}: logit difference {found.clean:+.2f}")
     console.print(f"corrupted: {pair.corrupted!r}: logit difference {found.corrupted:+.2f}")
     console.print("The share of the clean answer that one clean stream restores in the corrupted run:")
-    names = [f"L{layer}" for layer in range(len(found.restored))]
-    console.print(share_table(found.restored, names, "pos", list(map(repr, found.tokens))))
+    console.print(share_table(found, range(len(found.restored))))
     pictures = [stem.with_name(f"{stem.name}-resid-pre.{end}") for end in ("png", "html")]
     for picture in pictures:
         save(found, picture, stem.name)

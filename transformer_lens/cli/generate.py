@@ -59,11 +59,7 @@ class Changes:
         None, metavar="HEAD", help="Let a head write nothing (its hook_z is zero), such as L3H2 or 3.2; repeatable."
     )
     steer: Path | None = Option(
-        None,
-        metavar="FILE",
-        exists=True,
-        dir_okay=False,
-        help="Add this .safetensors file's vector at --steer-at.",
+        None, metavar="FILE", exists=True, dir_okay=False, help="Add this .safetensors file's vector at --steer-at."
     )
     steer_at: str | None = Option(
         None,
@@ -111,8 +107,7 @@ def generate(
     how |= {} if prepend_bos is None else {"prepend_bos": prepend_bos}
     heads, texts = heads_of(changes.ablate_head or []), prompts_of(prompts or [], file)
     bridge = load_bridge(model, **vars(loading))
-    steering = (changes.steer, changes.steer_at or "", changes.steer_scale)
-    with seeded(choice.seed), edited(bridge, heads, *steering):
+    with seeded(choice.seed), edited(bridge, heads, changes.steer, changes.steer_at or "", changes.steer_scale):
         found = continued(bridge, texts, batch_size, how)
         if json:
             write_json({"model": model, "seed": choice.seed, **how, "results": list(found)})
@@ -131,9 +126,8 @@ def more_of(options: Sequence[str]) -> dict[str, Any]:
     for text in options:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals):
-            raise typer.BadParameter(
-                f"got {text!r}, expected NAME=VALUE, such as repetition_penalty=1.2", param_hint="--option"
-            )
+            told = f"got {text!r}, expected NAME=VALUE, such as repetition_penalty=1.2"
+            raise typer.BadParameter(told, param_hint="--option")
         if name in own:
             raise typer.BadParameter(f"{name} has an option of its own, or none in this program", param_hint="--option")
         try:

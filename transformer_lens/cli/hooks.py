@@ -60,24 +60,20 @@ def hooks(
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     with options.quiet(), options.named(model):
         bridge = skeleton_bridge(model, **{name: value for name, value in loading.items() if value})
-    wanted = patterns or []
     table, layers = bridge.hook_table(), bridge.cfg.n_layers
-    spelled = [(row, (row.name, *row.aliases)) for row in table]
-    known = [name for _, names in spelled for name in names]
-    for pattern in wanted:
-        if not any(matches(pattern, name, layers) for name in known):
+    known = [name for row in table for name in (row.name, *row.aliases)]
+    fitting = {pattern: {name for name in known if matches(pattern, name, layers)} for pattern in patterns or ["*"]}
+    for pattern, names in fitting.items():
+        if not names:
             raise KeyError(
                 f"no hook of this model matches {pattern!r}; it has {layers} layers, and the nearest names are "
                 f"{nearest(pattern, known)}"
             )
-    table.rows = [
-        row
-        for row, names in spelled
-        if not wanted or any(matches(pattern, name, layers) for pattern in wanted for name in names)
-    ]
+    kept = set().union(*fitting.values())
+    table.rows = [row for row in table if not kept.isdisjoint((row.name, *row.aliases))]
     if json:
-        rows = [{**row, "shape": list(row["shape"]), "aliases": list(row["aliases"])} for row in table.to_dicts()]
-        options.write_json({"model": model, "architecture": bridge.cfg.architecture, "n_layers": layers, "hooks": rows})
+        about = {"model": model, "architecture": bridge.cfg.architecture, "n_layers": layers}
+        options.write_json({**about, "hooks": table.to_dicts()})
     else:
         options.output().print(table)
 

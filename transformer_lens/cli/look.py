@@ -9,6 +9,7 @@ import secrets
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, cast
@@ -51,16 +52,12 @@ def look(
 
     transformer-lens look tiny-falcon "When Mary and John went to the store, John gave a drink to"
     """
-    server = LookServer(LiveModel(load_bridge(model, **vars(loading)), text), port)
-    typer.echo(server.address)
-    if browser:
-        webbrowser.open(server.address)
-    try:
+    live = LiveModel(load_bridge(model, **vars(loading)), text)
+    with LookServer(live, port) as server, suppress(KeyboardInterrupt):
+        typer.echo(server.address)
+        if browser:
+            webbrowser.open(server.address)
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
 
 
 class LiveModel:
@@ -79,21 +76,21 @@ class LiveModel:
             _, cache = bridge.run_with_cache(text, names_filter=lambda name: name.endswith("attn.hook_pattern"))
             return viz.attention_patterns(cast(list[str], bridge.to_str_tokens(text)), cache)
 
-        found: dict[str, Any] = {"attention": attention}
-        found |= {"lens": viz.logit_lens_grid, "predictions": viz.token_predictions}
-        return {**found, "experts": viz.routing_map} if self.bridge.cfg.num_experts else found
+        experts = {"experts": viz.routing_map} if self.bridge.cfg.num_experts else {}
+        return {"attention": attention, "lens": viz.logit_lens_grid, "predictions": viz.token_predictions, **experts}
 
     def state(self) -> dict[str, Any]:
         """What the page shows above the view."""
         return {"text": self.text, "edits": self.edits, "views": list(self.views())}
 
-    def view(self, name: str) -> str:
-        """The page of one view, of the model as it is edited now. Raises `KeyError` for an unknown name."""
+    def page(self, view: str) -> str:
+        """The page of one view, of the model as it is edited now, or the page around all views for ""."""
         from transformer_lens.viz.picture import page
 
-        make = self.views()[name]
+        if not view:
+            return page("look", {"title": "transformer-lens look", **self.state()})
         with self.lock, self.bridge.hooks(self._hooks(self.edits)):
-            picture = make(self.bridge, self.text)
+            picture = self.views()[view](self.bridge, self.text)
         return page(picture.script, {"title": picture.title, **picture.data(), "live": True})
 
     def change(self, change: Any) -> dict[str, Any]:
@@ -150,13 +147,9 @@ class Request(BaseHTTPRequestHandler):
     server_version, sys_version = "look", ""
 
     def do_GET(self) -> None:
-        path = self._allowed()
-        if path == "":
-            from transformer_lens.viz.picture import page
-
-            self._answer(page("look", {"title": "transformer-lens look", **self.server.live.state()}), "text/html")
-        elif path in self.server.live.views():
-            self._try(lambda: self._answer(self.server.live.view(path), "text/html"))
+        live, path = self.server.live, self._allowed()
+        if path is not None and path in ("", *live.views()):
+            self._answer("text/html", lambda: live.page(path))
         elif path is not None:
             self.send_error(HTTPStatus.NOT_FOUND)
 
@@ -173,9 +166,8 @@ class Request(BaseHTTPRequestHandler):
         elif not length.isdecimal() or int(length) > LONGEST:
             self.send_error(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         else:
-            body = self.rfile.read(int(length))
-            change = self.server.live.change
-            self._try(lambda: self._answer(json.dumps(change(json.loads(body))), "application/json"))
+            live, body = self.server.live, self.rfile.read(int(length))
+            self._answer("application/json", lambda: json.dumps(live.change(json.loads(body))))
 
     def _allowed(self) -> str | None:
         """The path after the secret; without the secret, or under another host name, answer with an error."""
@@ -188,14 +180,13 @@ class Request(BaseHTTPRequestHandler):
             return path
         return None
 
-    def _try(self, answer: Callable[[], None]) -> None:
-        """Answer, or say in a sentence what does not fit."""
+    def _answer(self, kind: str, make: Callable[[], str]) -> None:
+        """Answer with what is made, or say in a sentence what does not fit."""
+        status = HTTPStatus.OK
         try:
-            answer()
+            text = make()
         except (ValueError, TypeError, RuntimeError) as error:
-            self._answer(json.dumps({"error": str(error)}), "application/json", HTTPStatus.BAD_REQUEST)
-
-    def _answer(self, text: str, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+            status, kind, text = HTTPStatus.BAD_REQUEST, "application/json", json.dumps({"error": str(error)})
         content = text.encode()
         self.send_response(status)
         for name, value in {"Content-Type": f"{kind}; charset=utf-8", **HEADERS}.items():

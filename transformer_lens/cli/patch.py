@@ -1,6 +1,5 @@
 """`patch`: which clean activations restore the answer in a corrupted run, as a table and a picture."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
     from transformer_lens import TransformerBridge
 
-ENDINGS = (".html", ".png", ".svg", ".pdf")
 SWEEPS = {  # what can be patched: the sweep of `transformer_lens.patching`, its second axis, and its meaning
     "resid_pre": ("get_act_patch_resid_pre", "pos", "the stream that enters a layer"),
     "resid_mid": ("get_act_patch_resid_mid", "pos", "the stream between attention and MLP (sequential blocks)"),
@@ -82,7 +80,7 @@ one position at a time; heads and experts at all positions.
     if what not in SWEEPS:
         raise typer.BadParameter(f"got {what!r}, expected one of {', '.join(SWEEPS)}", param_hint="--what")
     for path in out or []:
-        if path.suffix.lower() not in ENDINGS:
+        if path.suffix.lower() not in (".html", ".png", ".svg", ".pdf"):
             told = f"got {path}, expected a name that ends in .html, .png, .svg or .pdf"
             raise typer.BadParameter(told, param_hint="--out")
     bridge = load_bridge(model, **vars(loading))
@@ -110,6 +108,11 @@ class Sweep:
     @property
     def axis(self) -> str:
         return SWEEPS[self.what][1]
+
+    @property
+    def labels(self) -> list[str]:
+        """The tokens in quotes where positions are patched, else none."""
+        return list(map(repr, self.tokens)) if self.axis == "pos" else []
 
     def to_dict(self) -> dict[str, Any]:
         numbers = {"clean": self.clean, "corrupted": self.corrupted, "restored": self.restored.tolist()}
@@ -179,28 +182,24 @@ def show(found: Sweep) -> None:
     """Show the table: positions (or heads) down, layers across, in as many parts as the width requires."""
     console = output()
     console.print(f"{found.measure}: {signed(found.clean)} clean, {signed(found.corrupted)} corrupted", markup=False)
-    labels = list(map(repr, found.tokens)) if found.axis == "pos" else None
-    taken = len(found.axis) + max(map(len, labels or [""])) + 6
+    taken = len(found.axis) + max(map(len, found.labels), default=0) + 6
     fit = max(1, (console.width - taken) // 7)
-    layers = range(len(found.restored))
     console.print(f"Share of that difference which patching {SWEEPS[found.what][2]} restores, by layer:")
-    for part in (layers[start : start + fit] for start in range(0, len(layers), fit)):
-        console.print(
-            share_table(found.restored[part.start : part.stop], [f"L{layer}" for layer in part], found.axis, labels)
-        )
+    layers = range(len(found.restored))
+    for start in layers[::fit]:
+        console.print(share_table(found, layers[start : start + fit]))
 
 
-def share_table(restored: "Tensor", names: Sequence[str], axis: str, labels: Sequence[str] | None = None) -> Table:
-    """A table of restored shares [layer place]: labelled places down, named layers across."""
+def share_table(found: Sweep, layers: range) -> Table:
+    """A table of restored shares: positions (or heads) down, layers across."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(axis, justify="right")
-    if labels is not None:
+    table.add_column(found.axis, justify="right")
+    if found.labels:
         table.add_column("token", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-    for place in range(restored.shape[1]):
-        about = [] if labels is None else [Text(labels[place])]
-        table.add_row(str(place), *about, *map(shaded, restored[:, place].tolist()))
+    for layer in layers:
+        table.add_column(f"L{layer}", justify="right")
+    for place, shares in enumerate(found.restored[layers.start : layers.stop].T.tolist()):
+        table.add_row(str(place), *map(Text, found.labels[place : place + 1]), *map(shaded, shares))
     return table
 
 

@@ -137,11 +137,8 @@ def load_package() -> None:
 def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Report an unexpected error; Python exits with 1 after it."""
     if not issubclass(kind, KeyboardInterrupt):
-        say(
-            f"{kind.__name__}: {error}\nThis is a fault of transformer_lens; --debug shows where.",
-            "error: ",
-            "bold red",
-        )
+        told = f"{kind.__name__}: {error}\nThis is a fault of transformer_lens; --debug shows where."
+        say(told, "error: ", "bold red")
 
 
 def sentence(error: BaseException) -> str:

@@ -116,11 +116,9 @@ class Heatmap(base.Picture):
     def _panel(self, name: str = "") -> dict[str, Any]:
         """What `grid.js` draws as one matrix."""
         low, high = map(_numbers, self.interval) if self.interval else (None, None)
-        about = {
-            name: getattr(self, name) for name in ("row_title", "column_title", "value", "texts", "notes", "paths")
-        }
-        names = {"name": name, "rows": list(self.rows), "columns": list(self.columns)}
-        return {**names, **about, "range": self.range, "values": _numbers(self.values), "low": low, "high": high}
+        shown = ("rows", "columns", "row_title", "column_title", "value", "texts", "notes", "paths", "range")
+        given = {one: getattr(self, one) for one in shown}
+        return {"name": name, **given, "values": _numbers(self.values), "low": low, "high": high}
 
     def data(self) -> dict[str, Any]:
         return {"panels": [self._panel()], "first": 0, "beside": False}
@@ -129,6 +127,9 @@ class Heatmap(base.Picture):
         """Draw the cells into matplotlib axes about `width` inches wide; returns the image, for a colour bar."""
         matrix, (low, high) = self.matrix, self.range
         picture = axes.imshow(matrix, cmap=self.colours, vmin=low, vmax=high, aspect="auto")
+        faint, inked = (
+            (0.0, 0.55) if low >= 0 else (0.5, 0.3)
+        )  # the palest colour; how far from it white contrasts better
         x, y = base.ticks(self.columns), base.ticks(self.rows)
         labels = [base.visible(self.columns[place]) for place in x]
         # Labels lie flat while the longest has room; a letter is about 0.009 inches wide per point of its size.
@@ -147,7 +148,7 @@ class Heatmap(base.Picture):
                 if self.texts is not None:
                     text = base.visible(self.texts[row][column])
                 if np.isfinite(cell):
-                    ink = _ink((cell - low) / (high - low), self.colours)
+                    ink = "w" if abs((cell - low) / (high - low) - faint) > inked else "k"
                     axes.text(column, row, text, ha="center", va="center", fontsize=7, color=ink, parse_math=False)
         return picture
 
@@ -176,13 +177,6 @@ def _numbers(values: Tensor) -> list[list[float | None]]:
     return [[float(f"{v:.5g}") if math.isfinite(v) else None for v in row] for row in values.double().tolist()]
 
 
-def _ink(share: float, colours: str) -> str:
-    """Black or white, whichever contrasts better with a colour `share` of the way up."""
-    if colours == base.SEQUENTIAL:
-        return "w" if share > 0.55 else "k"
-    return "w" if abs(share - 0.5) > 0.3 else "k"
-
-
 @dataclass(frozen=True, repr=False)
 class Heatmaps(base.Picture):
     """Several heat maps with a menu, or side by side. An image shows all, with one colour bar if they share a scale.
@@ -203,14 +197,13 @@ class Heatmaps(base.Picture):
     """Whether a page shows all at once, so that pointing at a cell of one tells of the same cell of the others."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.panels, Mapping) or not all(isinstance(one, Heatmap) for one in self.panels.values()):
-            raise TypeError(
-                f"heat maps {self.title!r}: got {in_words(self.panels)}, expected a Heatmap under each name"
-            )
-        if not self.panels:
-            raise ValueError(f"heat maps {self.title!r}: got no panel, expected at least one")
-        if not is_one_of(self.first, ("", *self.panels)):
-            raise ValueError(f"heat maps {self.title!r}: got first={self.first!r}, expected one of {list(self.panels)}")
+        where, panels = f"heat maps {self.title!r}", self.panels
+        if not isinstance(panels, Mapping) or not all(isinstance(one, Heatmap) for one in panels.values()):
+            raise TypeError(f"{where}: got {in_words(panels)}, expected a Heatmap under each name")
+        if not panels:
+            raise ValueError(f"{where}: got no panel, expected at least one")
+        if not is_one_of(self.first, ("", *panels)):
+            raise ValueError(f"{where}: got first={self.first!r}, expected one of {list(panels)}")
 
     def __repr__(self) -> str:
         names = list(self.panels)
@@ -241,19 +234,16 @@ class Heatmaps(base.Picture):
         for axes in grid.flat[len(shown) :]:
             axes.set_axis_off()
         for place, ((name, panel), axes) in enumerate(zip(shown, grid.flat, strict=False)):
-            image = panel.draw(
-                axes, figure.get_figwidth() / columns - (0.8 if shared else 1.4), 6.5, numbers=len(panel.columns) <= 8
-            )
+            room = figure.get_figwidth() / columns - (0.8 if shared else 1.4)
+            image = panel.draw(axes, room, 6.5, numbers=len(panel.columns) <= 8)
             if not shared:
                 _bar(figure, image, axes, panel.value)
             axes.set_title(name, loc="left", fontsize=9)
-            if place % columns and list(panel.rows) == list(shown[place - 1][1].rows):
-                axes.set_ylabel("")
-                axes.set_yticks([])
+            if place % columns and panel.rows == shown[place - 1][1].rows:
+                axes.set(ylabel="", yticks=[])
             below = place + columns
-            if below < len(shown) and list(panel.columns) == list(shown[below][1].columns):
-                axes.set_xlabel("")
-                axes.set_xticks([])
+            if below < len(shown) and panel.columns == shown[below][1].columns:
+                axes.set(xlabel="", xticks=[])
         if shared:
             _bar(figure, image, grid, sample.value, shrink=0.8)
         return figure
@@ -285,16 +275,16 @@ class Waterfall(base.Picture):
     most: int = 24
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "values", as_numbers(f"waterfall {self.title!r}: values", self.values))
-        object.__setattr__(self, "labels", listed(f"waterfall {self.title!r}: labels", self.labels))
-        if list(self.values.shape) != [len(self.labels)] or not len(self.labels):
-            raise ValueError(
-                f"waterfall {self.title!r}: got values of shape {list(self.values.shape)} and "
-                f"{len(self.labels)} labels, expected one value for each label, at least one"
-            )
+        where = f"waterfall {self.title!r}"
+        object.__setattr__(self, "values", as_numbers(f"{where}: values", self.values))
+        object.__setattr__(self, "labels", listed(f"{where}: labels", self.labels))
+        shape, count = list(self.values.shape), len(self.labels)
+        if shape != [count] or not count:
+            told = "expected one value for each label, at least one"
+            raise ValueError(f"{where}: got values of shape {shape} and {count} labels, {told}")
         if not bool(self.values.isfinite().all()):
-            raise ValueError(f"waterfall {self.title!r}: got values that are not finite")
-        whole(f"waterfall {self.title!r}: most", self.most, 1)
+            raise ValueError(f"{where}: got values that are not finite")
+        whole(f"{where}: most", self.most, 1)
 
     def __repr__(self) -> str:
         return f"Waterfall {self.title!r}: {len(self.labels)} parts, {float(self.values.double().sum()):.3f} in all"
@@ -328,6 +318,5 @@ class Waterfall(base.Picture):
         axes.margins(y=0.08)
         axes.set_ylabel(self.value)
         base.entitle(figure, self.title)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
         return figure

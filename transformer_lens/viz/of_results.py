@@ -16,6 +16,7 @@ from transformer_lens.viz.token_text import TokenText
 
 Limits = tuple[float, float] | None  # the ends of the colour scale; `None` takes them from the data, centred on zero
 RESAMPLES = 2000
+AXES = {"pos": "position", "sender": "from", "receiver": "to"}  # what a picture calls them
 BEFORE = 8  # the tokens before the strongest one in a context of `top_contexts`
 
 
@@ -38,27 +39,26 @@ def bootstrap(
     generator = torch.Generator().manual_seed(whole("seed", seed))
     drawn = torch.randint(len(made), (RESAMPLES, len(made)), generator=generator)
     shares = torch.zeros(RESAMPLES, len(made)).scatter_add_(1, drawn, torch.ones_like(drawn).float()) / len(made)
-    means = (shares @ made.flatten(1)).sort(0).values if made.ndim > 1 else (shares @ made).sort(0).values
+    means = (shares @ made.reshape(len(made), -1)).sort(0).values
     ends = [means[round(share * (RESAMPLES - 1))].reshape(made.shape[1:]) for share in (outside, 1 - outside)]
     return made.mean(0), ends[0], ends[1]
 
 
-def _averaged(what: str, values: Any, axes: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Values with these axes, and their interval if a first axis of prompts was averaged over."""
-    made, wanted = as_numbers(f"{what}: values", values), len(axes.split())
-    if made.ndim == wanted + 1:
-        mean, low, high = bootstrap(made)
-        return mean, (low, high)
-    if made.ndim != wanted:
-        raise ValueError(f"{what}: got values of shape {list(made.shape)}, expected [{axes}] or [prompt {axes}]")
-    return made, None
-
-
-def _by_layer(what: str, axis: str, values: Any, columns: Any, title: str, value: str, limits: Limits) -> Heatmap:
-    shown, interval = _averaged(what, values, f"layer {axis}")
-    rows, numbered = (list(map(str, range(size))) for size in shown.shape)
-    labels, name = (numbered, axis) if columns is None else (columns, "position")
-    return Heatmap(shown, rows, labels, title, "layer", name, value, limits, interval=interval)
+def _map(
+    what: str, axes: str, values: Any, labels: Sequence[Any], title: str, value: str, limits: Limits, notes: Any = None
+) -> Heatmap:
+    """A map of values with these axes, or of their mean over prompts; labels of `None` count from 0."""
+    shown, interval = as_numbers(f"{what}: values", values), None
+    if shown.ndim == 3:
+        shown, low, high = bootstrap(shown)
+        interval = (low, high)
+    elif shown.ndim != 2:
+        raise ValueError(f"{what}: got values of shape {list(shown.shape)}, expected [{axes}] or [prompt {axes}]")
+    rows, columns = (
+        list(map(str, range(size))) if given is None else given for given, size in zip(labels, shown.shape, strict=True)
+    )
+    down, across = (AXES.get(axis, axis) for axis in axes.split())
+    return Heatmap(shown, rows, columns, title, down, across, value, limits, notes=notes, interval=interval)
 
 
 def head_map(
@@ -70,7 +70,7 @@ def head_map(
     >>> head_map(torch.zeros(4, 4), "score of previous-token heads").columns
     ['0', '1', '2', '3']
     """
-    return _by_layer("head_map", "head", values, None, title, value, limits)
+    return _map("head_map", "layer head", values, (None, None), title, value, limits)
 
 
 def expert_map(
@@ -81,7 +81,7 @@ def expert_map(
     >>> expert_map(torch.zeros(5, 3, 4), "loss without the expert").interval[0].shape
     torch.Size([3, 4])
     """
-    return _by_layer("expert_map", "expert", values, None, title, value, limits)
+    return _map("expert_map", "layer expert", values, (None, None), title, value, limits)
 
 
 def patching_map(
@@ -98,7 +98,7 @@ def patching_map(
     >>> patching_map(torch.zeros(4, 5), tokens, "patching the residual stream").rows
     ['0', '1', '2', '3']
     """
-    return _by_layer("patching_map", "pos", values, tokens, title, value, limits)
+    return _map("patching_map", "layer pos", values, (None, tokens), title, value, limits)
 
 
 def path_map(
@@ -115,8 +115,7 @@ def path_map(
     >>> path_map(torch.zeros(8, 1, 2), ["L1H2"], ["L3H1.q", "L3H1.k"])
     Heatmap '' of 1 x 2
     """
-    shown, interval = _averaged("path_map", values, "sender receiver")
-    return Heatmap(shown, senders, receivers, title, "from", "to", value, limits, interval=interval)
+    return _map("path_map", "sender receiver", values, (senders, receivers), title, value, limits)
 
 
 @checked
@@ -164,17 +163,16 @@ def steering_sweep(
                     loss = bridge(out, return_type="loss", loss_per_token=True)[0, ids.shape[1] - 1 :]
                 found[:, number, row, column] = torch.tensor([effect - plain, float(loss.mean())])
                 notes[row][column] += f"{text} → {bridge.to_string(out[0, ids.shape[1] :])}\n"
-    named = {"change in the measure": "change"}
+    labels = list(map(str, of_layers)), [f"{scale:g}" for scale in strengths]
+    said = ("change in the measure", "change")
     if isinstance(measure, str):
-        named = {f"change in the log-probability of {measure!r}": "nats"}
-    panels = {}
-    for (name, unit), values in zip({**named, "fluency: loss": "nats per token"}.items(), found, strict=True):
-        shown, interval = _averaged("steering_sweep", values if len(texts) > 1 else values[0], "layer strength")
-        rows, columns = list(map(str, of_layers)), [f"{scale:g}" for scale in strengths]
-        limits = (0.0, float(shown.max()) or 1.0) if name.startswith("fluency") else None
-        panels[name] = Heatmap(
-            shown, rows, columns, name, "layer", "strength", unit, limits, notes=notes, interval=interval
-        )
+        said = (f"change in the log-probability of {measure!r}", "nats")
+    most = float(found[1].mean(0).max()) or 1.0
+    shown: list[tuple[str, str, Limits]] = [(*said, None), ("fluency: loss", "nats per token", (0.0, most))]
+    panels = {
+        about[0]: _map("steering_sweep", "layer strength", values, labels, *about, notes)
+        for about, values in zip(shown, found if len(texts) > 1 else found[:, 0], strict=True)
+    }
     return Heatmaps(panels, "Steering by strength and layer", beside=True)
 
 

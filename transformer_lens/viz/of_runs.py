@@ -98,12 +98,10 @@ def attention_patterns(
                 f"attention_patterns: got a pattern of {list(pattern.shape)} and {len(tokens)} tokens, expected a key "
                 "position for each token, and one text"
             )
-        queries, keys = pattern.shape
-        shown = pattern.detach().float().cpu()
-        unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
-        name = _label(layer, head)
-        shown = shown.masked_fill(unseen, float("nan"))
-        panels[name] = Heatmap(shown, tokens[keys - queries :], tokens, name, "from", "to", "attention", (0.0, 1.0))
+        first_query, name = pattern.shape[1] - pattern.shape[0], _label(layer, head)
+        unseen = torch.ones(pattern.shape, dtype=torch.bool).triu(first_query + 1)
+        shown = pattern.detach().float().cpu().masked_fill(unseen, float("nan"))
+        panels[name] = Heatmap(shown, tokens[first_query:], tokens, name, "from", "to", "attention", (0.0, 1.0))
     if wanted not in panels and first != (0, 0):
         raise ValueError(f"attention_patterns: got first={first!r}, and there is no {wanted} among the patterns given")
     return AttentionPatterns(panels, title or "Attention patterns", wanted if wanted in panels else "")
@@ -175,8 +173,7 @@ def _cached_patterns(cache: ActivationCache) -> dict[int, Float[Tensor, "head qu
         raise ValueError(
             "attention_patterns: this cache holds no attn.hook_pattern; capture it, or leave names_filter out"
         )
-    batch = len(cache[names[0]]) if cache.has_batch_dim else 1
-    if batch != 1:
+    if cache.has_batch_dim and (batch := len(cache[names[0]])) != 1:
         how = "choose it by cache.apply_slice_to_batch_dim(i)"
         raise ValueError(f"attention_patterns: got a batch of {batch}, expected one text; {how}")
     return {int(name.split(".")[1]): cache[name][0] if cache.has_batch_dim else cache[name] for name in names}
@@ -193,9 +190,7 @@ def logit_lens_grid(bridge: TransformerBridge, text: str, top: int = 5, prepend_
     Probabilities are those of `cache.logit_lens`: before a cap or multiplier of the logits.
     """
     check_one_text("logit_lens_grid", text)
-    cache = _streams(bridge, text, prepend_bos)
-    lens, labels = cache.logit_lens(return_labels=True)
-    return _lens_map(bridge, text, lens, labels, top, "Logit lens", prepend_bos)
+    return _lens_map(bridge, None, text, top, prepend_bos)
 
 
 @checked
@@ -209,11 +204,7 @@ def tuned_lens_grid(lens: TunedLens, text: str, top: int = 5, prepend_bos: bool 
     check_one_text("tuned_lens_grid", text)
     if not isinstance(lens, TunedLens):
         raise TypeError(f"lens: got {in_words(lens)}, expected a TunedLens")
-    cache = _streams(lens.bridge, text, prepend_bos)
-    labels: Any = cache.accumulated_resid(return_labels=True)[1]
-    with torch.no_grad():
-        logits = lens.logits(cache)
-    return _lens_map(lens.bridge, text, logits, labels, top, "Tuned lens", prepend_bos)
+    return _lens_map(lens.bridge, lens, text, top, prepend_bos)
 
 
 @checked
@@ -230,44 +221,34 @@ def lens_grids(lens: TunedLens, text: str, top: int = 5, prepend_bos: bool | Non
     return Heatmaps(panels, "Logit lens and tuned lens", beside=True)
 
 
-def _streams(bridge: TransformerBridge, text: str, prepend_bos: bool | None) -> ActivationCache:
-    """The residual streams between layers, of one text, without a batch."""
-    names = ["resid_pre", "resid_post"]
-    with torch.no_grad():
-        _, cache = bridge.run_with_cache(
-            text, names_filter=lambda name: name.rpartition("hook_")[2] in names, prepend_bos=prepend_bos
-        )
-    return cast(ActivationCache, cache.apply_slice_to_batch_dim(0))
-
-
 def _lens_map(
-    bridge: TransformerBridge,
-    text: str,
-    logits: Float[Tensor, "layer pos d_vocab"],
-    labels: Sequence[str],
-    top: int,
-    title: str,
-    prepend_bos: bool | None,
+    bridge: TransformerBridge, lens: TunedLens | None, text: str, top: int, prepend_bos: bool | None
 ) -> Heatmap:
-    """The likeliest tokens of each layer and position, and the probability of each of them in all layers."""
-    top = whole("top", top, 1, logits.shape[-1])
-    chances = logits.detach().float().softmax(-1).cpu()
-    best = chances.topk(top)
+    """The likeliest tokens of each layer and position under a lens, and the probability of each in all layers."""
+    streams = ("hook_resid_pre", "hook_resid_post")
+    with torch.no_grad():
+        _, batch = bridge.run_with_cache(
+            text, names_filter=lambda name: name.endswith(streams), prepend_bos=prepend_bos
+        )
+        cache = batch.apply_slice_to_batch_dim(0)
+        labels = cache.accumulated_resid(return_labels=True)[1]
+        logits = cache.logit_lens() if lens is None else lens.logits(cache)
+    chances = logits.float().softmax(-1).cpu()
+    best = chances.topk(whole("top", top, 1, logits.shape[-1]))
     words = [[list(map(str, bridge.to_str_tokens(ids))) for ids in row] for row in best.indices.tolist()]
-    notes = [
-        [", ".join(f"{word!r} {p:.2f}" for word, p in zip(*cell, strict=True)) for cell in zip(*row, strict=True)]
-        for row in zip(words, best.values.tolist(), strict=True)
-    ]
     texts = [[cell[0] for cell in row] for row in words]
+    notes = [list(map(_likeliest, *row)) for row in zip(words, best.values.tolist(), strict=True)]
     paths = [
-        {
-            texts[layer][pos]: [round(p, 4) for p in chances[:, pos, best.indices[layer, pos, 0]].tolist()]
-            for layer in range(len(texts))
-        }
-        for pos in range(chances.shape[1])
+        dict(zip(column, chances[:, pos, best.indices[:, pos, 0]].T.double().round(decimals=4).tolist(), strict=True))
+        for pos, column in enumerate(zip(*texts, strict=True))
     ]
-    about = f"{title}: the likeliest next token, layer by layer", "stream", "after", "probability", (0.0, 1.0)
+    title = f"{'Tuned' if lens else 'Logit'} lens: the likeliest next token, layer by layer"
+    about = title, "stream", "after", "probability", (0.0, 1.0)
     return Heatmap(best.values[..., 0], labels, _tokens(bridge, text, prepend_bos), *about, texts, notes, paths=paths)
+
+
+def _likeliest(words: Sequence[str], chances: Sequence[float]) -> str:
+    return ", ".join(f"{word!r} {p:.2f}" for word, p in zip(words, chances, strict=True))
 
 
 @checked
@@ -355,8 +336,7 @@ def token_predictions(bridge: TransformerBridge, text: str, top: int = 5, prepen
     }
     notes = ["the first token: nothing was expected here"]
     for chosen, chances in zip(best.indices, best.values.tolist(), strict=True):
-        words = map(str, bridge.to_str_tokens(chosen))
-        notes.append("expected: " + ", ".join(f"{word!r} {p:.2f}" for word, p in zip(words, chances, strict=True)))
+        notes.append("expected: " + _likeliest(list(map(str, bridge.to_str_tokens(chosen))), chances))
     values = {name: torch.cat([row.new_zeros(1), row]).cpu() for name, row in rows.items()}
     return TokenText(_tokens(bridge, text, prepend_bos), values, "Predictions by token", notes=notes)
 

@@ -32,8 +32,7 @@ def visible(token: str) -> str:
 
 def ticks(labels: Sequence[str]) -> list[int]:
     """The positions along an axis that get a label."""
-    step = -(-len(labels) // MOST_LABELS)
-    return list(range(0, len(labels), step)) if labels else []
+    return list(range(0, len(labels), -(-len(labels) // MOST_LABELS) or 1))
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -87,21 +86,15 @@ class Picture(ABC):
         if suffix not in (".html", *FORMATS):
             raise ValueError(f"save: got {str(path)!r}, expected a name that ends in .html, .png, .svg or .pdf")
         content = self.html().encode() if suffix == ".html" else self.image(suffix[1:])
-        path = file_to_write("path", path)
-        path.write_bytes(content)
-        return path
+        return _written(path, content)
 
     def save_html(self, path: str | Path) -> Path:
         """Write one HTML file, in which values show on hover."""
-        path = file_to_write("path", path)
-        path.write_text(self.html(), encoding="utf-8")
-        return path
+        return _written(path, self.html().encode())
 
     def save_png(self, path: str | Path) -> Path:
         """Write a PNG that is readable 900 pixels wide."""
-        path = file_to_write("path", path)
-        path.write_bytes(self.png())
-        return path
+        return _written(path, self.png())
 
     def png(self) -> bytes:
         """The picture as a PNG."""
@@ -119,6 +112,12 @@ class Picture(ABC):
         image = base64.b64encode(self.png()).decode()
         live = template("notebook.html", title=html.escape(self.title), image=image, page=as_json(self.html()))
         return {"text/html": live, "image/png": image, "text/plain": repr(self)}
+
+
+def _written(path: str | Path, content: bytes) -> Path:
+    path = file_to_write("path", path)
+    path.write_bytes(content)
+    return path
 
 
 def new_drawing(width: float, height: float) -> "Drawing":

@@ -83,14 +83,13 @@ class TokenText(Picture):
         axes.set(xlim=(0, COLUMNS), ylim=(len(lines), 0))
         axes.set_axis_off()
         most = max(map(abs, values))
-        axes.set_title(
-            f"{name}: full colour is {most:.3g} {self.unit}".rstrip(), loc="left", fontsize=9, color="#444444"
-        )
+        told = f"{name}: full colour is {most:.3g} {self.unit}".rstrip()
+        axes.set_title(told, loc="left", fontsize=9, color="#444444")
         for y, line in enumerate(lines):
             for place, start, shown in line:
                 colour = RISE if values[place] >= 0 else FALL
-                span = [(start, len(shown))]
-                axes.broken_barh(span, (y + 0.08, 0.84), color=colour, alpha=_share(values[place], most), linewidth=0)
+                strength = 0.75 * abs(values[place]) / (most or 1.0)  # black text stays readable on the strongest
+                axes.broken_barh([(start, len(shown))], (y + 0.08, 0.84), color=colour, alpha=strength, linewidth=0)
                 axes.text(start, y + 0.5, shown, family="monospace", fontsize=FONT_SIZE, va="center", parse_math=False)
 
 
@@ -108,8 +107,3 @@ def _lines(tokens: Sequence[str]) -> list[Line]:
         if token.endswith("\n"):
             column = COLUMNS
     return lines
-
-
-def _share(value: float, most: float) -> float:
-    """How strong a value's colour is; black text stays readable on the strongest."""
-    return 0.75 * abs(value) / (most or 1.0)
