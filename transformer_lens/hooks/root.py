@@ -21,6 +21,7 @@ from transformer_lens.hooks.point import (
     HookPoint,
     Run,
     changing_together,
+    checked_hook,
     checked_level,
 )
 from transformer_lens.hooks.slicing import Slice, SliceInput
@@ -194,12 +195,12 @@ class HookedRootModule(nn.Module):
         prepend: bool = False,
     ) -> None:
         """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
-        points = [self.hook_dict[chosen] for chosen in self._names_for(name, dir)]
+        names = self._names_for(name, dir)
         level = checked_level(level)
-        entries = [HookEntry(hook, is_permanent=is_permanent, level=level) for _ in points]
-        for point, entry in zip(points, entries, strict=True):
+        entries = [(self.hook_dict[chosen], HookEntry(hook, is_permanent, level)) for chosen in names]
+        for point, entry in entries:
             point.check(entry, dir)
-        for point, entry in zip(points, entries, strict=True):
+        for point, entry in entries:
             point.put(entry, dir, prepend)
 
     def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Direction = "fwd") -> None:
@@ -236,15 +237,11 @@ class HookedRootModule(nn.Module):
     def _entries(self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None) -> list[Prepared]:
         """Resolve names to points, before anything is attached."""
         prepared: list[Prepared] = []
-        hooks = listed(f"{dir}_hooks, (name, function) pairs", hooks)
-        for spec in hooks:
+        for spec in listed(f"{dir}_hooks, (name, function) pairs", hooks):
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"{dir}_hooks: got {spec!r}, expected a list of (name, function) pairs")
             where, fn = spec
-            if not callable(fn):
-                raise TypeError(
-                    f"{dir}_hooks at {where!r}: got {type(fn).__name__}, expected a function fn(tensor, hook)"
-                )
+            checked_hook(f"{dir}_hooks at {where!r}", fn)
             for name in self._names_for(where, dir):
                 entry = HookEntry(fn, run=run)
                 self.hook_dict[name].check(entry, dir)
