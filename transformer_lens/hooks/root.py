@@ -90,7 +90,6 @@ class HookedRootModule(nn.Module):
     """
 
     _points: dict[str, HookPoint] | None = None
-    _spellings: tuple[dict[str, HookPoint], list[tuple[str, str]]] | None = None
 
     def setup(self) -> None:
         """Name every hook point by its place in the module tree."""
@@ -139,13 +138,6 @@ class HookedRootModule(nn.Module):
         """Every spelling of a canonical name, starting with itself."""
         return (name,)
 
-    def _spelled(self) -> list[tuple[str, str]]:
-        """Every hook with each of its spellings."""
-        points = self.hook_dict
-        if self._spellings is None or self._spellings[0] is not points:
-            self._spellings = (points, [(name, spelling) for name in points for spelling in self.names_of(name)])
-        return self._spellings[1]
-
     def default_names(self) -> list[str]:
         """What a cache holds by default."""
         return list(self.hook_dict)
@@ -162,11 +154,12 @@ class HookedRootModule(nn.Module):
         if isinstance(names_filter, str):
             return [self.canonical_name(names_filter)]
         if callable(names_filter):
-            fits = {name for name, spelling in self._spelled() if names_filter(spelling)}
-            chosen = [name for name in self.hook_dict if name in fits]
+            points = self.hook_dict
+            fits = {name for name in points for spelling in self.names_of(name) if names_filter(spelling)}
+            chosen = [name for name in points if name in fits]
             if not chosen and not may_be_none:
                 raise ValueError(
-                    f"the names filter {names_filter!r} fits none of the {len(self.hook_dict)} hooks; "
+                    f"the names filter {names_filter!r} fits none of the {len(points)} hooks; "
                     "print the model's hook_dict to see their names"
                 )
             return chosen
