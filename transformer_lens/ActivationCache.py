@@ -1,5 +1,3 @@
 """`ActivationCache` under its known import path."""
 
-from transformer_lens.cache.activation_cache import ActivationCache
-
-__all__ = ["ActivationCache"]
+from transformer_lens.cache.activation_cache import ActivationCache as ActivationCache

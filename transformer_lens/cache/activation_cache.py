@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from transformer_lens.cache.direct_logits import Names
 from transformer_lens.cache.residual_stacks import ResidualStacks
 from transformer_lens.checks import device_of, in_words, is_one_of, whole
 from transformer_lens.hooks.names import get_act_name
-from transformer_lens.hooks.root import NamesFilter
+from transformer_lens.hooks.root import HookedRootModule, NamesFilter
 from transformer_lens.hooks.slicing import Slice, SliceInput
 from transformer_lens.text_table import TextTable
 
@@ -31,7 +31,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
     an activation that is not in the cache, and says why.
     """
 
-    def __init__(self, cache_dict: dict[str, Tensor], model: Names, has_batch_dim: bool = True) -> None:
+    def __init__(self, cache_dict: dict[str, Tensor], model: HookedRootModule, has_batch_dim: bool = True) -> None:
         if not isinstance(cache_dict, Mapping):
             raise TypeError(f"cache_dict: got {in_words(cache_dict)}, expected a mapping of names to tensors")
         self.cache_dict = cache_dict
@@ -40,15 +40,11 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
 
     def full_name(self, key: CacheKey) -> str:
         """The canonical name of a key. Raises `KeyError` if the model has no such hook."""
-        if isinstance(key, str):
-            parts: tuple[str | int | None, ...] = (key,)
-        elif isinstance(key, tuple) and 2 <= len(key) <= 3 and isinstance(key[0], str):
-            parts = key
-        else:
+        parts: tuple[Any, ...] = key if isinstance(key, tuple) and len(key) > 1 else (key,)
+        if len(parts) > 3 or not isinstance(parts[0], str):
             raise TypeError(f"cache key: got {key!r}, expected a name, (name, layer) or (name, layer, component)")
         name, layer, owner = (*parts, None, None)[:3]
-        gradient = str(name).endswith("_grad")
-        short = str(name).removesuffix("_grad")
+        short = name.removesuffix("_grad")
         if isinstance(layer, int):
             layers = self._n_layers()
             if not -layers <= layer < layers:
@@ -59,14 +55,12 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
             layer %= layers
         exact = short in self.cache_dict and layer is None
         full = short if exact else self._resolve(short, layer, None if owner is None else str(owner))
-        return full + "_grad" if gradient else full
+        return full + name[len(short) :]
 
     def _resolve(self, short: str, layer: str | int | None, owner: str | None) -> str:
         if layer is None and owner is None:
-            try:
+            with suppress(KeyError):
                 return self.model.canonical_name(short)
-            except KeyError:
-                return self.model.canonical_name(get_act_name(short))
         return self.model.canonical_name(get_act_name(short, layer, owner))
 
     def _n_layers(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from transformer_lens.checks import in_words, is_one_of, is_tensor, whole
 from transformer_lens.factored_matrix import wide
-from transformer_lens.hooks.point import HookPoint
+from transformer_lens.hooks.root import HookedRootModule
 from transformer_lens.hooks.slicing import Slice, SliceInput
 
 if TYPE_CHECKING:
@@ -22,19 +22,10 @@ Stack = Float[Tensor, "component *batch_and_pos d_model"]
 Tokens = str | int | Sequence[str] | Sequence[int] | Int[Tensor, "*batch_and_pos"]
 
 
-class Names(Protocol):
-    """What a cache needs from the model whose activations it holds."""
-
-    def canonical_name(self, name: str) -> str: ...
-
-    @property
-    def hook_dict(self) -> dict[str, HookPoint]: ...
-
-
 class DirectLogits(ABC):
     """The methods of `ActivationCache` that map the residual stream to logits."""
 
-    model: Names
+    model: HookedRootModule
     has_batch_dim: bool
     cache_dict: dict[str, Tensor]
 

@@ -183,6 +183,13 @@ def checked_level(level: int | None) -> int | None:
     return None if level is None else whole("level", level)
 
 
+def checked_hook(where: str, fn: Any) -> HookFunction:
+    """A hook's function. Raises `TypeError` for anything that cannot be called."""
+    if not callable(fn):
+        raise TypeError(f"{where}: got {type(fn).__name__}, expected a function fn(tensor, hook)")
+    return fn  # type: ignore[no-any-return]
+
+
 class HookPoint(nn.Module):
     """A named place in the model: calling it runs its hooks on a tensor and returns the result.
 
@@ -242,10 +249,7 @@ class HookPoint(nn.Module):
 
     def check(self, entry: HookEntry, dir: Direction) -> None:
         """Raise for an entry that cannot be attached here."""
-        if not callable(entry.fn):
-            raise TypeError(
-                f"hook at {self.name!r}: got {type(entry.fn).__name__}, expected a function fn(tensor, hook)"
-            )
+        checked_hook(f"hook at {self.name!r}", entry.fn)
         self._entries(dir)
         if dir == "bwd" and self.integer and not entry.reads_only:
             raise ValueError(f"backward hook at {self.name!r}: it holds integers, which have no gradient")

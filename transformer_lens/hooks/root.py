@@ -21,6 +21,7 @@ from transformer_lens.hooks.point import (
     HookPoint,
     Run,
     changing_together,
+    checked_hook,
     checked_level,
 )
 from transformer_lens.hooks.slicing import Slice, SliceInput
@@ -89,7 +90,6 @@ class HookedRootModule(nn.Module):
     """
 
     _points: dict[str, HookPoint] | None = None
-    _spellings: tuple[dict[str, HookPoint], list[tuple[str, str]]] | None = None
 
     def setup(self) -> None:
         """Name every hook point by its place in the module tree."""
@@ -138,13 +138,6 @@ class HookedRootModule(nn.Module):
         """Every spelling of a canonical name, starting with itself."""
         return (name,)
 
-    def _spelled(self) -> list[tuple[str, str]]:
-        """Every hook with each of its spellings."""
-        points = self.hook_dict
-        if self._spellings is None or self._spellings[0] is not points:
-            self._spellings = (points, [(name, spelling) for name in points for spelling in self.names_of(name)])
-        return self._spellings[1]
-
     def default_names(self) -> list[str]:
         """What a cache holds by default."""
         return list(self.hook_dict)
@@ -161,11 +154,12 @@ class HookedRootModule(nn.Module):
         if isinstance(names_filter, str):
             return [self.canonical_name(names_filter)]
         if callable(names_filter):
-            fits = {name for name, spelling in self._spelled() if names_filter(spelling)}
-            chosen = [name for name in self.hook_dict if name in fits]
+            points = self.hook_dict
+            fits = {name for name in points for spelling in self.names_of(name) if names_filter(spelling)}
+            chosen = [name for name in points if name in fits]
             if not chosen and not may_be_none:
                 raise ValueError(
-                    f"the names filter {names_filter!r} fits none of the {len(self.hook_dict)} hooks; "
+                    f"the names filter {names_filter!r} fits none of the {len(points)} hooks; "
                     "print the model's hook_dict to see their names"
                 )
             return chosen
@@ -194,12 +188,12 @@ class HookedRootModule(nn.Module):
         prepend: bool = False,
     ) -> None:
         """Attach a hook to each named point until `reset_hooks` (or, if permanent, for good)."""
-        points = [self.hook_dict[chosen] for chosen in self._names_for(name, dir)]
+        names = self._names_for(name, dir)
         level = checked_level(level)
-        entries = [HookEntry(hook, is_permanent=is_permanent, level=level) for _ in points]
-        for point, entry in zip(points, entries, strict=True):
+        entries = [(self.hook_dict[chosen], HookEntry(hook, is_permanent, level)) for chosen in names]
+        for point, entry in entries:
             point.check(entry, dir)
-        for point, entry in zip(points, entries, strict=True):
+        for point, entry in entries:
             point.put(entry, dir, prepend)
 
     def add_perma_hook(self, name: str | Callable[[str], bool], hook: HookFunction, dir: Direction = "fwd") -> None:
@@ -236,15 +230,11 @@ class HookedRootModule(nn.Module):
     def _entries(self, hooks: Sequence[HookSpec], dir: Direction, run: Run | None) -> list[Prepared]:
         """Resolve names to points, before anything is attached."""
         prepared: list[Prepared] = []
-        hooks = listed(f"{dir}_hooks, (name, function) pairs", hooks)
-        for spec in hooks:
+        for spec in listed(f"{dir}_hooks, (name, function) pairs", hooks):
             if not isinstance(spec, (tuple, list)) or len(spec) != 2:
                 raise TypeError(f"{dir}_hooks: got {spec!r}, expected a list of (name, function) pairs")
             where, fn = spec
-            if not callable(fn):
-                raise TypeError(
-                    f"{dir}_hooks at {where!r}: got {type(fn).__name__}, expected a function fn(tensor, hook)"
-                )
+            checked_hook(f"{dir}_hooks at {where!r}", fn)
             for name in self._names_for(where, dir):
                 entry = HookEntry(fn, run=run)
                 self.hook_dict[name].check(entry, dir)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from transformer_lens.checks import in_words, is_tensor, listed, whole, whole_numbers
-from transformer_lens.hooks.point import HookFunction, HookPoint
+from transformer_lens.hooks.point import HookFunction, HookPoint, checked_hook
 
 Rows = int | slice | Sequence[int] | Int[Tensor, " chosen"] | Bool[Tensor, " batch"]
 """Rows of the batch: one, a slice, several or a mask; negative numbers count from the end."""
@@ -31,7 +31,7 @@ def on_rows(rows: Rows, fn: HookFunction) -> HookFunction:
     replacement of its shape, like any forward or backward hook. Raises `TypeError` or `ValueError` for rows that mean
     nothing or repeat and, in the run, for rows that the batch does not have.
     """
-    return _OnRows(((_checked(rows), _checked_function("on_rows", fn)),))
+    return _OnRows([(_checked(rows), checked_hook("on_rows", fn))])
 
 
 def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
@@ -51,8 +51,8 @@ def on_each(fns: Sequence[HookFunction], rows_each: int = 1) -> HookFunction:
     rows_each = whole("rows_each", rows_each, 1)
     if not fns:
         raise ValueError(f"on_each: got no functions with {rows_each} rows each, expected at least one of both")
-    checked = [_checked_function("on_each", fn) for fn in fns]
-    return _OnRows([(slice(n * rows_each, (n + 1) * rows_each), fn) for n, fn in enumerate(checked)], rows_each)
+    parts = [(slice(n * rows_each, (n + 1) * rows_each), checked_hook("on_each", fn)) for n, fn in enumerate(fns)]
+    return _OnRows(parts, rows_each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +98,6 @@ def _run(fn: HookFunction, tensor: Tensor, rows: slice | Tensor, hook: HookPoint
         )
     tensor[rows] = result
     return True
-
-
-def _checked_function(what: str, fn: HookFunction) -> HookFunction:
-    if not callable(fn):
-        raise TypeError(f"{what}: got {type(fn).__name__}, expected a function fn(tensor, hook)")
-    return fn
 
 
 def _checked(rows: Rows) -> slice | Tensor:

@@ -25,14 +25,10 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.supported_versions import OLDEST, minor
 from transformer_lens.model_bridge.upstream import attribute
 
+UNEMBEDDINGS = ("lm_head", "embed_out", "output_projection", "proj_out")  # embed_out: GPT-NeoX's in older releases
 HEADS: Mapping[str, tuple[str, Part]] = {
-    "lm_head": ("unembed", Part(UnembeddingBridge, "lm_head")),
-    "embed_out": ("unembed", Part(UnembeddingBridge, "embed_out")),  # GPT-NeoX's in older releases
-    "output_projection": ("unembed", Part(UnembeddingBridge, "output_projection")),
-    "proj_out": ("unembed", Part(UnembeddingBridge, "proj_out")),
-    "score": ("head", Part(HeadBridge, "score")),
-    "classifier": ("head", Part(HeadBridge, "classifier")),
-    "qa_outputs": ("head", Part(HeadBridge, "qa_outputs")),
+    **{name: ("unembed", Part(UnembeddingBridge, name)) for name in UNEMBEDDINGS},
+    **{name: ("head", Part(HeadBridge, name)) for name in ("score", "classifier", "qa_outputs")},
 }
 """Task heads: attribute of the Hugging Face model -> component."""
 

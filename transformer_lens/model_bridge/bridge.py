@@ -97,7 +97,7 @@ class TransformerBridge(
         self.cfg.architecture = type(inner).__name__
         self._name_tokenizer()
         self.arguments = arguments_of(type(inner))
-        self._follow_model()
+        self.cfg.follow(ModelFacts(hf_model))
         sharding = sharding_of(hf_model, self.cfg)
         for sentence in self.adapter.cautions():
             warnings.warn(sentence, stacklevel=2)
@@ -111,13 +111,9 @@ class TransformerBridge(
         self._preparation = self.adapter.prepare_model(hf_model)
         self._detached = False
 
-    def _follow_model(self) -> None:
-        """Let the config read from the model what can change."""
-        self.cfg.follow(ModelFacts(self.original_model))
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._follow_model()
+        self.cfg.follow(ModelFacts(self.original_model))
 
     @classmethod
     def boot_transformers(

@@ -40,8 +40,8 @@ class HookRow:
     shape: tuple[int | str, ...]
     kind: str
     meaning: str
-    aliases: tuple[str, ...]
-    read_only: bool
+    aliases: tuple[str, ...] = ()
+    read_only: bool = False
     absent: str = ""
     layers: tuple[int, ...] = ()
     """The layers that the row holds for, if not all."""
@@ -161,23 +161,19 @@ def make_table(
     points: Iterable[Any] = (),
 ) -> HookTable:
     """The table of a model's hooks; hooks that several layers declare alike are one row. `points` may tell more."""
-
     known: dict[Any, HookRow] = {}
     layers: dict[HookRow, list[int]] = {}
-
-    def row_of(prefix: str, hook: Hook, sizes: Mapping[str, int]) -> HookRow:
-        aliases = tuple(prefix + alias for alias in hook.aliases)
-        shape = axis_sizes(hook.axes, cfg, sizes)
-        kind: str = hook.port.kind if isinstance(hook.port, Inside) else "port"
-        kind += ", on request" if hook.on_request else ""
-        return HookRow(prefix + hook.name, hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only))
 
     def add(owner: str, hooks: Iterable[Hook], sizes: Mapping[str, int]) -> None:
         prefix, layer = _general(owner)
         for hook in hooks:
             key = prefix, id(hook), *sizes.items()  # layers share the hooks of a class, and so the rows
             if key not in known:
-                known[key] = row_of(prefix, hook, sizes)
+                kind: str = hook.port.kind if isinstance(hook.port, Inside) else "port"
+                kind += ", on request" if hook.on_request else ""
+                shape, aliases = axis_sizes(hook.axes, cfg, sizes), tuple(prefix + alias for alias in hook.aliases)
+                facts = hook.axes, shape, kind, hook.meaning, aliases, bool(hook.read_only)
+                known[key] = HookRow(prefix + hook.name, *facts)
             layers.setdefault(known[key], []).append(layer)
 
     add("", root_hooks, {})
@@ -185,9 +181,9 @@ def make_table(
         add(f"{component.name}.", component.declared, component.sizes)
     for point in (point for point in points if point.meaning):
         (general, layer), shape = _general(str(point.name)), axis_sizes(point.axes, cfg, point.sizes)
-        layers.setdefault(HookRow(general, point.axes, shape, "spliced", point.meaning, (), False), []).append(layer)
+        layers.setdefault(HookRow(general, point.axes, shape, "spliced", point.meaning), []).append(layer)
     for name, why in absent.items():
         general, layer = _general(name)
-        layers.setdefault(HookRow(general, "", (), "absent", "", (), False, why), []).append(layer)
+        layers.setdefault(HookRow(general, "", (), "absent", "", absent=why), []).append(layer)
     some = {row: tuple(at) if at[0] >= 0 and len(at) < cfg.n_layers else () for row, at in layers.items()}
     return HookTable(title, [replace(row, layers=at) for row, at in some.items()])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -40,6 +40,13 @@ class Word:
     meaning: str
     names: tuple[str, ...]
 
+    def among(self, there: Collection[str], owner: str, what: str) -> str:
+        """Its name among those that are there. Raises `UpstreamError` if there is none."""
+        found = next((name for name in self.names if name in there), None)
+        if found is None:
+            raise UpstreamError(owner, f"{what} for the {self}", there)
+        return found
+
     def __str__(self) -> str:
         return f"{self.meaning} ({' or '.join(map(repr, self.names))})"
 
@@ -69,7 +76,6 @@ class Arguments:
         self.owner = owner
         self.defaults = {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         self.places = {name: nth for nth, name in enumerate(self.defaults)}
-        self._names: dict[Word, str] = {}
 
     @property
     def first(self) -> str:
@@ -99,13 +105,7 @@ class Arguments:
 
     def name(self, word: Word) -> str:
         """The parameter's name in the installed release. Raises `UpstreamError` if there is none."""
-        found = self._names.get(word)
-        if found is None:
-            found = next((name for name in word.names if name in self.defaults), None)
-            if found is None:
-                raise UpstreamError(self.owner, f"argument for the {word}", self.defaults)
-            self._names[word] = found
-        return found
+        return word.among(self.defaults, self.owner, "argument")
 
     def named(self, values: Mapping[Word, Any]) -> dict[str, Any]:
         """Keyword arguments under the installed release's names."""
@@ -251,11 +251,7 @@ def with_item(output: Any, number: int | Word, value: Tensor) -> Any:
 
 def output_name(output: Any, word: Word) -> str:
     """The name of an output field in the installed release."""
-    fields = [field.name for field in dataclasses.fields(output)]
-    found = next((name for name in word.names if name in fields), None)
-    if found is None:
-        raise UpstreamError(type(output).__name__, f"field for the {word}", fields)
-    return found
+    return word.among([field.name for field in dataclasses.fields(output)], type(output).__name__, "field")
 
 
 def spelled(options: dict[str, Any], word: Word, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,10 @@ class ModelInfo:
         return asdict(self)
 
     def tables(self) -> Iterator[TextTable]:
-        active = "" if self.active_parameters == self.parameters else f", of which {billions(self.active_parameters)}"
+        active = f", of which {billions(self.active_parameters)} work on each token"
         shape = [
             ["layout", self.layout],
-            ["parameters", billions(self.parameters) + (f"{active} work on each token" if active else "")],
+            ["parameters", billions(self.parameters) + ("" if self.active_parameters == self.parameters else active)],
             [
                 "sizes",
                 f"{self.n_layers} layers, d_model {self.d_model}, d_head {self.d_head}, d_mlp {self.d_mlp}, "
@@ -194,14 +194,13 @@ def model_info(
     lengths = sorted({min(2048, cfg.n_ctx), cfg.n_ctx}) if context is None else context
     if not isinstance(lengths, (list, tuple)) or not lengths or not all(is_whole(n) and n > 0 for n in lengths):
         raise ValueError(f"context: got {in_words(context)}, expected numbers of tokens, such as [2048, 8192]")
-    fields = ("n_layers", "d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp", "d_vocab", "n_ctx")
-    more = ("num_experts", "experts_per_token", "sliding_window")
+    same = {field.name for field in fields(ModelInfo)} & {field.name for field in fields(BridgeConfig)}
     chosen, experts = cfg.experts_per_token or 1, cfg.num_experts or 1
     return ModelInfo(
         name=str(model) if isinstance(model, (str, Path)) else cfg.model_name,
         architecture=architecture,
         layout=layout_in_words(adapter),
-        **{field: getattr(cfg, field) for field in (*fields, *more)},
+        **{name: getattr(cfg, name) for name in same - {"architecture"}},
         parameters=parameters,
         active_parameters=parameters - in_experts * (experts - chosen) // experts,
         weights=weights,
@@ -253,10 +252,9 @@ _COUNTS = ("no norm", "one norm", "two norms", "three norms")
 
 
 def _block_in_words(cfg: BridgeConfig, block: Part) -> str:
-    experts = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token,"
     words = {"attn": "attention", "mixer": "mixer", "mlp": "MLP"}
     if "mlp" in block.parts and "experts" in block.parts["mlp"].parts:
-        words["mlp"] = experts
+        words["mlp"] = f"{cfg.num_experts} experts, {cfg.experts_per_token} per token,"
     stages = [" and ".join(words[branch.mixer] for branch in stage) for stage in block.stages]
     if len(stages) == 1:
         norms = {norm for branch in block.stages[0] for norm in (branch.norm, branch.post_norm) if norm}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -129,6 +130,7 @@ def swap_all(exchanges: Iterable[Exchange]) -> None:
         way_back.pop_all()
 
 
+@dataclass(eq=False, repr=False)
 class WeightChanges:
     """What one call of processing changed; `undo()`, or leaving a `with` block, restores the old weights.
 
@@ -141,11 +143,10 @@ class WeightChanges:
     `notes` are the logged sentences. Later changes have to be undone before earlier ones.
     """
 
-    def __init__(self, steps: Sequence[str], exchanges: Sequence[Exchange], notes: Sequence[str]) -> None:
-        self.steps = tuple(steps)
-        self.notes = tuple(notes)
-        self.exchanges = tuple(exchanges)
-        self.record: Record | None = None
+    steps: tuple[str, ...]
+    exchanges: tuple[Exchange, ...]
+    notes: tuple[str, ...]
+    record: Record | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -237,9 +238,6 @@ class Record:
     @contextmanager
     def lent_back(self) -> Iterator[None]:
         """Restore the original weights for a while."""
-        if self.suspended:
-            yield
-            return
         exchanges = [exchange for changes in self.changes for exchange in changes.exchanges]
         self._check_in_place(exchanges[::-1])
         swap_all(exchanges[::-1])
@@ -273,10 +271,3 @@ def _replaced(exchanges: Iterable[Exchange]) -> list[str]:
     for exchange in exchanges:
         latest.setdefault(exchange.what, exchange)
     return [what for what, exchange in latest.items() if not exchange.in_place()]
-
-
-def record_of(base: nn.Module) -> Record | None:
-    """What was done to the weights of a base model, by any bridge."""
-    found = base.__dict__.get(RECORD)
-    assert found is None or isinstance(found, Record)
-    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from transformer_lens.model_bridge.processing.changes import Record, WeightChanges, record_of
+from transformer_lens.model_bridge.processing.changes import RECORD, Record, WeightChanges
 from transformer_lens.model_bridge.processing.steps import STEPS, Draft, Step
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class ProcessingMethods:
         >>> bridge.processed
         ()
         """
-        record = record_of(self._base())
+        record = self._record()
         return () if record is None or record.suspended else record.steps
 
     def undo_processing(self) -> None:
@@ -144,7 +144,7 @@ class ProcessingMethods:
         >>> bridge.processed
         ()
         """
-        record = record_of(self._base())
+        record = self._record()
         if record is not None:
             record.undo_all()
 
@@ -156,25 +156,28 @@ class ProcessingMethods:
         ...         bridge.processed
         ()
         """
-        record = record_of(self._base())
-        return nullcontext() if record is None else record.lent_back()
+        record = self._record()
+        return nullcontext() if record is None or record.suspended else record.lent_back()
 
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""
         return cast("TransformerBridge", self).root.in_place
 
+    def _record(self) -> Record | None:
+        """What was done to the weights, by any bridge."""
+        return cast("Record | None", self._base().__dict__.get(RECORD))
+
     def _undo_own_processing(self) -> None:
         """Restore the weights, if this bridge changed them."""
-        record = self._processing
-        if record is not None and record is record_of(self._base()):
-            record.undo_all()
+        if self._processing is not None and self._processing is self._record():
+            self._processing.undo_all()
 
     def _process(self, names: tuple[str, ...], asked_for: bool = False, quiet: bool = False) -> WeightChanges:
         """Collect new values for all steps, then exchange them at once."""
         record = self._writable_record(", ".join(names))
         steps, remarks = self._chosen(names, record.steps, asked_for)
         if not steps:
-            _tell(remarks, (), quiet)
+            _tell(remarks, [], quiet)
             return WeightChanges((), (), ())
         bridge = cast("TransformerBridge", self)
         draft = Draft(bridge)
@@ -182,10 +185,9 @@ class ProcessingMethods:
             for step in steps:
                 step.run(bridge, draft)
         exchanges, notes = draft.exchanges()
-        rounding = draft.rounding()
         # Before anything changes, since a warning may be an error.
-        _tell([*remarks, *([rounding] if rounding else [])], notes, quiet)
-        changes = WeightChanges([step.name for step in steps], exchanges, notes)
+        _tell([*remarks, *draft.rounding()], notes, quiet)
+        changes = WeightChanges(tuple(step.name for step in steps), tuple(exchanges), tuple(notes))
         record.add(changes)
         self._processing = record
         return changes
@@ -195,7 +197,7 @@ class ProcessingMethods:
         if bridge._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
         bridge.exchanged.refuse()
-        record = record_of(self._base())
+        record = self._record()
         if record is None:
             return Record(self._base())
         if record is not self._processing:
@@ -210,7 +212,7 @@ class ProcessingMethods:
         """The steps to take now, and a sentence for each one left out."""
         bridge = cast("TransformerBridge", self)
         chosen: list[Step] = []
-        skipped: list[str] = []
+        remarks: list[str] = []
         again = [name for name in names if name in done]
         for step in (step for step in STEPS if step.name in names and step.name not in again):
             late = [name for name in step.not_after if name in done]
@@ -222,15 +224,15 @@ class ProcessingMethods:
             elif asked_for:
                 raise ValueError(f"{step.name}: {why}. Nothing was changed")
             else:
-                skipped.append(f"{step.name} is left out: {why}")
-        return chosen, [*skipped, *([DONE.format(steps=", ".join(again))] if again else [])]
+                remarks.append(f"{step.name} is left out: {why}")
+        return chosen, remarks + [DONE.format(steps=", ".join(again))] * bool(again)
 
 
 def _named(*wanted: bool) -> tuple[str, ...]:
     return tuple(step.name for step, on in zip(STEPS, wanted, strict=True) if on)
 
 
-def _tell(remarks: list[str], notes: tuple[str, ...] | list[str], quiet: bool) -> None:
+def _tell(remarks: list[str], notes: list[str], quiet: bool) -> None:
     """Warn of what was left out or is less exact; log the rest."""
     if quiet:
         return

@@ -32,7 +32,6 @@ COMPUTED_IN = {
     torch.float16: torch.float32,
 }
 """The dtypes of weights that can be processed, and the ones in which the sums are made."""
-HALF = (torch.bfloat16, torch.float16)
 
 UNTIED = (
     "{unembed} and {embed} were one tied parameter and are two while the weights are processed, "
@@ -146,10 +145,10 @@ class Draft:
                 exchanges.append(ValueExchange(what, self.model, module, name, value))
         return exchanges, notes
 
-    def rounding(self) -> str | None:
+    def rounding(self) -> list[str]:
         """A sentence if the weights are too short for the promise about log-probabilities."""
-        half = sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype in HALF)
-        return ROUNDED.format(dtype=half[0]) if half else None
+        half = sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes if dtype.itemsize < 4)
+        return [ROUNDED.format(dtype=dtype) for dtype in half[:1]]
 
     def _tied(self) -> nn.Parameter | None:
         """The parameter that embedding and unembedding share, if this draft changes it."""
@@ -174,15 +173,12 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-HEADS = ("unembed", "head")
-
-
 def norms(bridge: TransformerBridge) -> Iterator[tuple[NormalizationBridge, list[ComponentBridge]]]:
     """Every norm on the residual stream, and the components that read its output (the final norm: only a head)."""
     for block in bridge.blocks:
         for role, readers in block.feeds.items():
             yield cast("NormalizationBridge", block.role(role)), [block.role(reader) for reader in readers]
-    heads = [bridge._component(name) for name in HEADS if name in bridge._modules]
+    heads = [bridge._component(name) for name in ("unembed", "head") if name in bridge._modules]
     yield cast("NormalizationBridge", bridge._component("ln_final")), heads
 
 
@@ -224,33 +220,35 @@ def _fold_into(reader: ComponentBridge, draft: Draft, scale: Tensor | None, shif
 def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
     """Subtract the mean over d_model from everything added to the stream, as every LayerNorm does anyway."""
     for role in bridge.adapter.outside():
-        _center(bridge._component(role), draft)
+        _center_writer(bridge._component(role), draft)
     for block in bridge.blocks:
         for branch in block.branches:
             writer = block.role(branch.post_norm or branch.mixer)
             if not writer.writes:
                 kind = type(writer).__name__
                 raise draft.refusal(writer, "weight", f"{kind} does not say which of its weights write to the stream")
-            _center(writer, draft)
+            _center_writer(writer, draft)
 
 
-def _center(writer: ComponentBridge, draft: Draft) -> None:
+def _center_writer(writer: ComponentBridge, draft: Draft) -> None:
     for matrix in writer.writes:
         axis = -1 if matrix.rows else -2
-        weight, bias = draft.weight(writer, matrix, axis), draft.bias(writer, matrix)
-        draft.write(writer, matrix.role, matrix.weight, weight - weight.mean(axis, keepdim=True))
-        if bias is not None:
-            draft.write(writer, matrix.role, matrix.bias, bias - bias.mean())
+        _center(writer, matrix, draft, stream=axis, over=axis)
+
+
+def _center(owner: ComponentBridge, matrix: StreamMatrix, draft: Draft, stream: int, over: int) -> None:
+    """Subtract the mean over one axis of a weight, which has d_model on the axis `stream`, and of its bias."""
+    weight, bias = draft.weight(owner, matrix, stream), draft.bias(owner, matrix)
+    draft.write(owner, matrix.role, matrix.weight, weight - weight.mean(over, keepdim=True))
+    if bias is not None:
+        draft.write(owner, matrix.role, matrix.bias, bias - bias.mean())
 
 
 def center_unembed(bridge: TransformerBridge, draft: Draft) -> None:
     """Subtract the mean of the logits over the vocabulary, which a softmax ignores."""
     unembed = bridge._component("unembed")
     for matrix in unembed.reads:
-        weight, bias = draft.weight(unembed, matrix, axis=-1), draft.bias(unembed, matrix)
-        draft.write(unembed, "", matrix.weight, weight - weight.mean(-2, keepdim=True))
-        if bias is not None:
-            draft.write(unembed, "", matrix.bias, bias - bias.mean())
+        _center(unembed, matrix, draft, stream=-1, over=-2)
 
 
 def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
