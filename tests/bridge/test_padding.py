@@ -13,7 +13,7 @@ from tests.bridge.texts import tokenizer
 from tests.support import cache_of, family, tokens, with_cache
 from transformer_lens import GroupedCache, TransformerBridge
 from transformer_lens.model_bridge import PrefixCache
-from transformer_lens.model_bridge.calls.padding import PadToken
+from transformer_lens.model_bridge.calls.padding import not_padding
 from transformer_lens.utilities import lm_cross_entropy_loss
 
 PAD, BOS, EOS = range(3)
@@ -148,7 +148,7 @@ RULE: list[tuple[bool, tuple[str, ...], list[list[int]], list[list[int]]]] = [
 
 @pytest.mark.parametrize(("in_texts", "sides", "ids", "mask"), RULE)
 def test_the_rule_for_ids(in_texts: bool, sides: tuple[str, ...], ids: list[list[int]], mask: list[list[int]]) -> None:
-    assert PadToken(9, in_texts).mask(torch.tensor(ids), sides).long().tolist() == mask
+    assert not_padding(torch.tensor(ids), 9, in_texts, sides).long().tolist() == mask
 
 
 def test_ids_of_to_tokens_keep_their_mask_until_they_are_written_to() -> None:

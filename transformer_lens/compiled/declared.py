@@ -88,10 +88,7 @@ class GraphRead:
         self.buffers = self.made[shape]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """What steps of a generation kept, in one tensor: along the positions, or a step axis where there are none.
-
-        Raises `ValueError` for patterns of a sliding window, whose keys are others in each step.
-        """
+        """What steps of a generation kept, in one tensor: along the positions, or a step axis where there are none."""
         if self.reduce == "mean" or isinstance(self.index, int):
             return torch.stack(list(parts), self.axis)
         if self.reduce is None and any(part.shape[-1] != parts[0].shape[-1] for part in parts):

@@ -33,8 +33,6 @@ EAGERLY = (
     "Python hooks are on this model, so the runner calls it eagerly, with its reads and edits as well; take the hooks "
     "off (bridge.reset_hooks()) to run the compiled graph"
 )
-
-
 CACHE_FIELD = output_name(CausalLMOutputWithPast(), CACHE)
 
 
@@ -159,11 +157,6 @@ class CompiledRunner(AbstractContextManager[Any]):
         output = main_output(self.bridge.original_model._call_impl(**kwargs))
         fired, self.fired = self.fired, 0
         return output, fired
-
-    @property
-    def _reads_logits(self) -> bool:
-        """Whether any hook shows the logits, all of which the model has to compute then."""
-        return any(name.startswith(("unembed.", "hook_logits")) for name in self.hooks)
 
     def _joined(self, pieces: Mapping[str, Sequence[Tensor]]) -> ActivationCache:
         """What the steps of a generation kept."""

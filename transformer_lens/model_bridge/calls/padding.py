@@ -74,38 +74,32 @@ def kept_mask(ids: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"] | None
     return mask if before is not None and torch.equal(before, ids) else None
 
 
-@dataclass(frozen=True)
-class PadToken:
-    """The token that pads rows."""
+def not_padding(
+    ids: Int[Tensor, "batch pos"], pad: int, in_texts: bool, sides: Sequence[str]
+) -> Bool[Tensor, "batch pos"]:
+    """Which ids are not padding.
 
-    id: int
-    in_texts: bool
-    """Whether it is also the first or last token of texts, so that not every one of them is padding."""
+    >>> not_padding(torch.tensor([[2, 2, 2, 5], [2, 6, 7, 8]]), 2, True, ["left"]).long()
+    tensor([[0, 0, 1, 1],
+            [1, 1, 1, 1]])
 
-    def mask(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"]:
-        """Which ids are not padding.
-
-        >>> PadToken(2, in_texts=True).mask(torch.tensor([[2, 2, 2, 5], [2, 6, 7, 8]]), ["left"]).long()
-        tensor([[0, 0, 1, 1],
-                [1, 1, 1, 1]])
-
-        A token that occurs in no text is padding at either end of a row. Another is padding at `sides`, as far as a row
-        has more of it there than the row with fewest, since the longest text of a batch is not padded; so a single row
-        has none, and a row of nothing else keeps one.
-        """
-        other = ids != self.id
-        if not self.in_texts:
-            return ~ends(other)
-        mask = torch.ones_like(other)
-        if "right" in sides:
-            run = leading(other.flip(-1)).sum(-1, keepdim=True)
-            # A row of nothing else is padded at one side.
-            more = (run - run.min()) * (other.any(-1, keepdim=True) if "left" in sides else 1)
-            mask &= ~_first(more, mask).flip(-1)
-        if "left" in sides:
-            run = leading(other).sum(-1, keepdim=True)
-            mask &= ~_first(run - run.min(), mask)
-        return mask
+    A `pad` that occurs in no text is padding at either end of a row. One that is also the first or last token of texts
+    (`in_texts`) is padding at `sides`, as far as a row has more of it there than the row with fewest, since the longest
+    text of a batch is not padded; so a single row has none, and a row of nothing else keeps one.
+    """
+    other = ids != pad
+    if not in_texts:
+        return ~ends(other)
+    mask = torch.ones_like(other)
+    if "right" in sides:
+        run = leading(other.flip(-1)).sum(-1, keepdim=True)
+        # A row of nothing else is padded at one side.
+        more = (run - run.min()) * (other.any(-1, keepdim=True) if "left" in sides else 1)
+        mask &= ~_first(more, mask).flip(-1)
+    if "left" in sides:
+        run = leading(other).sum(-1, keepdim=True)
+        mask &= ~_first(run - run.min(), mask)
+    return mask
 
 
 def _first(count: Int[Tensor, "batch 1"], like: Tensor) -> Bool[Tensor, "batch pos"]:
@@ -223,10 +217,7 @@ def remember(cache: Any, columns: Columns | None) -> None:
 
 
 def recall(cache: Any, device: torch.device) -> Columns | None:
-    """What is known of the positions that a cache holds; those that others added since count as tokens.
-
-    Raises `ValueError` where what was known cannot be found again.
-    """
+    """What is known of the positions that a cache holds; those that others added since count as tokens."""
     memory = None if cache is None else vars(cache).get(REMEMBERED)
     length = cached_length(cache)
     if memory is None or not length:

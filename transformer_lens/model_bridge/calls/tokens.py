@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from transformer_lens.checks import one_of
-from transformer_lens.model_bridge.calls.padding import SIDES, PadToken
+from transformer_lens.model_bridge.calls.padding import SIDES, not_padding
 from transformer_lens.model_bridge.upstream import TOKENS, Word
 
 BEFORE = ("\n", "a", ".")
@@ -100,17 +101,14 @@ class TokenAdapter:
         """Tokens of several texts, padded to the longest; arguments as in `rows`."""
         side = self.side(padding_side)
         rows, texts, several = self.rows(input, prepend_bos=prepend_bos, truncate=truncate, after=after)
-        longest = max(map(len, rows))
-        if not longest:
+        lengths = {len(row) for row in rows}
+        if lengths == {0}:
             raise ValueError("texts: they hold no tokens; pass some text, or prepend_bos=True")
-        if self.pad is None and any(len(row) < longest for row in rows):
+        if self.pad is None and len(lengths) > 1:
             raise ValueError("texts of different lengths need padding, and the tokenizer has no pad, eos or bos token")
-        ids = torch.full((len(rows), longest), self.pad if self.pad is not None else 0)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            where = slice(longest - len(row), None) if side == "left" else slice(len(row))
-            ids[i, where] = torch.tensor(row, dtype=torch.long)
-            mask[i, where] = True
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=self.pad or 0, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row).bool() for row in tensors], batch_first=True, padding_side=side)
         return Reading(TOKENS, ids, mask, texts, several)
 
     def rows(
@@ -174,12 +172,12 @@ class TokenAdapter:
         return [row[:most] for row in rows]
 
     def mask_of(self, ids: Int[Tensor, "batch pos"], sides: Sequence[str]) -> Bool[Tensor, "batch pos"] | None:
-        """Which ids are not padding, as `PadToken` judges; `None` where none can be."""
+        """Which ids are not padding, as `not_padding` judges; `None` where none can be."""
         pad, own = self.pad, self.tokenizer.pad_token_id
         in_texts = own is None or own in (self.bos, self.eos)
         if pad is None or (in_texts and len(ids) == 1) or not bool((ids[:, [0, -1]] == pad).any()):
             return None
-        return PadToken(pad, in_texts).mask(ids, sides)
+        return not_padding(ids, pad, in_texts, sides)
 
     def known(self, ids: Sequence[int]) -> list[int]:
         """The ids themselves. Raises `ValueError` for one that neither the tokenizer nor the model has."""
@@ -303,10 +301,7 @@ def pieces_of(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Messages as the tokenizer's chat template writes them; after a user's, the beginning of the answer.
-
-    Raises `ValueError` without a template, and for messages that it refuses.
-    """
+    """Messages as the tokenizer's chat template writes them; after a user's, the beginning of the answer."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:

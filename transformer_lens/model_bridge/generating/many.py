@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers.generation import ContinuousBatchingConfig
 
 from transformer_lens.checks import in_words, listed, refuse_unknown, whole
@@ -51,14 +51,14 @@ class ManyRequests:
         self.columns: list[tuple[int, slice, GenerationStep]] = []
         """What the running forward pass reads: a request, its columns of the row, and the step."""
         self.thread = 0
-        every = [*reads, *(point.name for entries in self.edits.values() for point, *_ in entries)]
-        for name in dict.fromkeys(every):
+        edited = (point.name for entries in self.edits.values() for point, *_ in entries)
+        self.hooked = dict.fromkeys([*reads, *edited])
+        for name in self.hooked:
             if bridge.hook_dict[name].axes.split()[:2] != ["batch", "pos"]:
                 raise ValueError(
                     f"generate_batch: {name!r} has the axes {bridge.hook_dict[name].axes}: its keys are those of all "
                     "requests of a step together; use hooks by batch and pos, or generate"
                 )
-        self.hooked = dict.fromkeys(every)
 
     def run(self, chosen: Any, engine: ContinuousBatchingConfig) -> list[Any]:
         """Each request's own output of the engine, in the order of the prompts."""
@@ -173,9 +173,6 @@ def as_batch(requests: Any) -> tuple[Any, dict[str, Tensor]]:
     rows = [torch.tensor([whole("requests, a token id", token, 0, MOST) for token in one]) for one in lists]
     if not rows or not all(map(len, rows)):
         raise ValueError(f"generate_batch: got requests={in_words(requests)}, expected one text or token id at least")
-    longest = max(map(len, rows))
-    ids, mask = (
-        torch.stack([F.pad(row, (longest - len(row), 0)) for row in each])
-        for each in (rows, [torch.ones_like(row) for row in rows])
-    )
+    both = (rows, [torch.ones_like(row) for row in rows])
+    ids, mask = (pad_sequence(each, batch_first=True, padding_side="left") for each in both)
     return ids, {MASK.names[0]: mask}

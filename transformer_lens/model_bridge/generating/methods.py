@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.generating.options import (
     FrequencyPenalty,
     GenerationCall,
     in_lists,
+    keeping_logits,
     own_cache,
     prepare_prompt,
     progress,
@@ -37,18 +38,10 @@ from transformer_lens.model_bridge.generating.options import (
 )
 from transformer_lens.model_bridge.generating.run import PHASES, GenerationRun, Phase, joined
 from transformer_lens.model_bridge.generating.stream import in_portions, refuse_unless_streamable, stream
-from transformer_lens.model_bridge.upstream import (
-    CACHE,
-    MASK,
-    POSITIONS,
-    TOKENS,
-    spelled,
-)
+from transformer_lens.model_bridge.upstream import CACHE, MASK, POSITIONS, TOKENS, spelled
 from transformer_lens.model_bridge.wrapped_model import WrappedModel
 
 GenerationHook = HookSpec | tuple[Any, HookFunction, Phase]
-
-
 CHOICES = (
     *("max_new_tokens", "stop_at_eos", "eos_token_id", "do_sample", "top_k", "top_p", "temperature", "freq_penalty"),
     "use_past_kv_cache",
@@ -201,12 +194,10 @@ class GenerationMethods(InputMethods, HookedRootModule):
         Raises `ValueError` for a family whose attention no paged cache can serve (Falcon), for hooks with an axis of
         keys, and for a request that failed. Meanwhile, other threads' calls of the model are wrong in transformers.
         """
-        served: Any = inner_model(self.original_model)[1]
-        check_served(served)
-        how = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, 0.0, None)
+        check_served(inner_model(self.original_model)[1])
+        said = (max_new_tokens, stop_at_eos, eos_token_id, do_sample, top_k, top_p, temperature, 0.0, None)
         given, mask = as_batch(requests)
-        said = dict(zip(CHOICES, how, strict=True))
-        call = self._generation_call("generate_batch", given, mask, said, "input", prepend_bos, None)
+        call, _ = self._begin("generate_batch", given, mask, said, ("input", prepend_bos, None))
         assert call.prompt.ids is not None
         prompts = [ids[mask.bool()].tolist() for ids, mask in zip(call.prompt.ids, call.prompt.mask, strict=True)]
         names = [] if reads is None else self.select_names(reads)
@@ -235,24 +226,12 @@ class GenerationMethods(InputMethods, HookedRootModule):
         input: ModelInput | None,
         options: dict[str, Any],
         said: tuple[Any, ...],
-        texts: tuple[Any, ...],
-        hooks: tuple[Any, ...],
+        texts: tuple[Any, Any, Any],
+        hooks: tuple[Sequence[GenerationHook], Phase, Any] = ((), "all", None),
     ) -> tuple[GenerationCall, GenerationRun]:
         """The call and its hooks, from what a caller said of `CHOICES`, of texts, and of hooks and a runner."""
+        return_type, prepend_bos, padding_side = texts
         options = through(hooks[-1], self, options)
-        call = self._generation_call(what, input, options, dict(zip(CHOICES, said, strict=True)), *texts)
-        return call, self._generation_run(call, *hooks)
-
-    def _generation_call(
-        self,
-        what: str,
-        input: ModelInput | None,
-        options: dict[str, Any],
-        how: dict[str, Any],
-        return_type: str,
-        prepend_bos: bool | None,
-        padding_side: str | None,
-    ) -> GenerationCall:
         model: Any = inner_model(self.original_model)[1]
         if self._detached:
             raise ValueError("this bridge was detached from its model; make a new TransformerBridge(model)")
@@ -262,6 +241,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
             )
         refuse_unknown_option(what, options, model, OWN_KEYWORDS, CACHE.names)
         given = take_prompt(input, options)
+        how = dict(zip(CHOICES, said, strict=True))
         assistant = options.get("assistant_model")
         if isinstance(assistant, WrappedModel):
             options = {**options, "assistant_model": assistant.original_model}
@@ -286,7 +266,8 @@ class GenerationMethods(InputMethods, HookedRootModule):
             if isinstance(processor, FrequencyPenalty):
                 processor.read = prompt.mask[:, prompt.mask.shape[1] - prompt.read :]
         cache = own_cache(model.config, chosen, options, arguments.name(CACHE))
-        return GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
+        call = GenerationCall(model, arguments, prompt, options, chosen, cache, return_type, adapter)
+        return call, self._generation_run(call, *hooks)
 
     def _generation_run(
         self, call: GenerationCall, fwd_hooks: Sequence[GenerationHook], on: Phase, runner: Any
@@ -323,8 +304,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
         names = self.select_names(names_filter, may_be_none=True)
         for name in names:
             run.capture(self.hook_dict[name], named)
-        # By default `generate` asks for the logits of the last position alone.
-        return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
+        return keeping_logits(names)
 
     def _activations(self, call: GenerationCall, run: GenerationRun, tokens: Tensor) -> ActivationCache:
         """What was captured, with the last token, which the generation itself has not read; or a runner's reads."""

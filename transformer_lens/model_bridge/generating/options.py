@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,15 +64,13 @@ class Prompt:
 def take_prompt(input: ModelInput | None, options: dict[str, Any]) -> ModelInput:
     """The prompt, wherever it was passed; Hugging Face's own keywords are taken out of `options`."""
     named = [name for name in PROMPTS if options.get(name) is not None]
-    given = [*(["input"] if input is not None else []), *named]
+    given = named if input is None else ["input", *named]
     if len(given) != 1:
         raise ValueError(
             f"generate: got {', '.join(given) or 'no prompt'}, expected one prompt: text, ids or embeddings"
         )
-    found = options.get(named[0]) if named else input
-    for name in PROMPTS:
-        options.pop(name, None)
-    return found  # type: ignore[return-value]
+    passed = {name: options.pop(name, None) for name in PROMPTS}
+    return passed[named[0]] if named else input  # type: ignore[return-value]
 
 
 def prepare_prompt(
@@ -83,11 +81,7 @@ def prepare_prompt(
     device: torch.device,
     has_tokenizer: bool,
 ) -> Prompt:
-    """The prompt with its mask, as Hugging Face's `generate` takes them: the whole text, its cached part too.
-
-    A given mask is taken out of `options`. Raises `ValueError` for padding after a prompt, and for masks of another
-    width.
-    """
+    """The prompt with its mask, taken out of `options` if given: the whole text, its cached part too."""
     attention_mask, past_key_values = options.pop("attention_mask", None), options.get(arguments.name(CACHE))
     given, past = reading.value.to(device), cached_length(past_key_values)
     rows, columns = given.shape[:2]
@@ -167,8 +161,7 @@ def translate(
 def refuse_unknown_option(
     what: str, options: Mapping[str, Any], model: Any, own: Mapping[str, frozenset[str]], also: Sequence[str]
 ) -> None:
-    """Raise `TypeError` for a keyword that neither `generate` nor the model has; `own` are those of each of our ways to
-    generate, taken out before, and `also` those that are translated afterwards."""
+    """Raise `TypeError` for a keyword that nothing takes: our ways to generate (`own`), `generate`, nor the model."""
     for name, (other, theirs) in product(options, own.items()):
         if name in theirs - own[what]:
             raise TypeError(f"{what}: {name} is a keyword of {other}, which this is not")
@@ -223,6 +216,11 @@ def settings(options: Mapping[str, Any], model: Any) -> GenerationConfig:
     return merged
 
 
+def keeping_logits(names: Iterable[str]) -> dict[str, Any]:
+    """What hooks on logits need: by default `generate` asks for those of the last position alone."""
+    return {"logits_to_keep": 0} if any(name.startswith(("unembed.", "hook_logits")) for name in names) else {}
+
+
 def through(runner: Any, bridge: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Options for a generation whose forward passes a compiled runner makes."""
     if runner is None:
@@ -231,8 +229,7 @@ def through(runner: Any, bridge: Any, options: dict[str, Any]) -> dict[str, Any]
         raise ValueError(f"generate: got runner={in_words(runner)}, expected an open one of this bridge.compile")
     given = any(options.get(name) is not None for name in (*CACHE.names, "cache_implementation", "generation_config"))
     static = {} if given else {"cache_implementation": "static"}
-    logits = {"logits_to_keep": 0} if runner._reads_logits else {}
-    return {**static, **logits, **options, "disable_compile": True}
+    return {**static, **keeping_logits(runner.hooks), **options, "disable_compile": True}
 
 
 def own_cache(config: Any, chosen: GenerationConfig, options: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -261,10 +258,13 @@ class GenerationCall:
         criteria = [*self.options.get("stopping_criteria", ()), *more.get("stopping_criteria", ())]
         return self.model.generate(**{**made, "stopping_criteria": StoppingCriteriaList(criteria)})
 
+    @property
+    def gives_ids(self) -> bool:
+        return self.return_type == "tokens" or (self.return_type == "input" and self.prompt.texts is None)
+
     def answer(self, output: Any, tokens: Int[Tensor, "batch pos"]) -> Any:
         """The output as the caller wants it: text where text went in."""
-        as_ids = self.return_type == "tokens" or (self.return_type == "input" and self.prompt.texts is None)
-        if as_ids or not isinstance(output, Tensor):
+        if self.gives_ids or not isinstance(output, Tensor):
             return output
         each = len(tokens) // len(self.prompt.mask)
         texts = [self.text_of(number // each, row) for number, row in enumerate(tokens.tolist())]
@@ -282,32 +282,42 @@ class GenerationCall:
         first = 1 if read[:1] == [self.adapter.bos] else 0
         return decoded(tokenizer, [*read[first:], *new])
 
+    def asked(self, *ways: str) -> str:
+        """Which of these ways of generating this call asks for, as an error lists them."""
+        chosen = self.chosen
+        on: dict[str, Any] = {
+            "num_beams": (chosen.num_beams or 1) > 1,
+            "guidance_scale": (chosen.guidance_scale or 1) != 1,
+            "use_cache=False": chosen.use_cache is False,
+        }
+        return ", ".join(way for way in ways if on.get(way, getattr(chosen, way, self.options.get(way))))
+
     def refuse(self, *, phased: bool, hooked: bool, captured: bool) -> None:
         """Raise `ValueError` for hooks without a clear meaning in this way of generating."""
-        chosen, options = self.chosen, self.options
-        guessing = options.get("assistant_model") is not None or bool(chosen.prompt_lookup_num_tokens)
+        guessing, no_cache = self.asked("assistant_model", "prompt_lookup_num_tokens"), self.asked("use_cache=False")
         if phased and guessing:
             raise ValueError("generate: assisted generation reads prompt and guesses in one forward; pass on='all'")
-        if guessing and chosen.use_cache is False:
+        if guessing and no_cache:
             raise ValueError(
                 "generate: assisted generation takes guesses back from a KV cache, and use_cache=False (or "
                 "use_past_kv_cache=False) forbids it one; leave it out"
             )
-        if phased and chosen.use_cache is False:
+        if phased and no_cache:
             raise ValueError("generate: without a KV cache every forward reads the prompt again; pass on='all'")
-        if (hooked or captured) and (chosen.guidance_scale or 1) != 1:
+        if (hooked or captured) and self.asked("guidance_scale"):
             raise ValueError(
                 "generate: guidance_scale runs a second text beside the first, and hooks cannot tell them apart; "
                 "leave it out"
             )
         if not captured:
             return
-        if (chosen.num_beams or 1) > 1 or guessing:
+        if guessing or self.asked("num_beams"):
             raise ValueError(
                 "generate: return_cache has no activations of sequences that were put together from several "
                 "beams or guesses; run_with_cache on the result has"
             )
-        if options.get(self.arguments.name(CACHE)) is not None or chosen.cache_implementation not in (None, "dynamic"):
+        given = self.options.get(self.arguments.name(CACHE))
+        if given is not None or self.chosen.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 "generate: return_cache needs a KV cache of its own, which grows; leave past_key_values and "
                 "cache_implementation out"
@@ -315,18 +325,10 @@ class GenerationCall:
 
     def refuse_through_runner(self) -> None:
         """Raise `ValueError` for ways of generating that do not go on with one text for each row of a KV cache."""
-        chosen = self.chosen
-        asked = {
-            "num_beams": (chosen.num_beams or 1) > 1,
-            "assistant_model": self.options.get("assistant_model") is not None,
-            "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
-            "guidance_scale": (chosen.guidance_scale or 1) != 1,
-            "use_cache=False": chosen.use_cache is False,
-            "compile_config": chosen.compile_config is not None,
-        }
-        if wrong := [name for name, on in asked.items() if on]:
+        guessing = ("assistant_model", "prompt_lookup_num_tokens")
+        if wrong := self.asked("num_beams", *guessing, "guidance_scale", "use_cache=False", "compile_config"):
             raise ValueError(
-                f"generate: {', '.join(wrong)}: a runner reads every token once, each row's own, in the graph that "
+                f"generate: {wrong}: a runner reads every token once, each row's own, in the graph that "
                 "bridge.compile described; leave it out, or the runner"
             )
 

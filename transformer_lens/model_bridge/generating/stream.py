@@ -6,7 +6,8 @@ of greedy search and sampling, `GenerationMixin._sample`, with a `yield` in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,29 +22,25 @@ from transformer_lens.model_bridge.generating.run import GenerationRun
 from transformer_lens.model_bridge.upstream import NEW_TOKENS, Arguments, attribute
 
 PARTS = (
-    *("_prefill", "_optimize_model_for_decode"),
-    *("_update_model_kwargs_for_generation", "prepare_inputs_for_generation"),
+    "_prefill",
+    "_optimize_model_for_decode",
+    "_update_model_kwargs_for_generation",
+    "prepare_inputs_for_generation",
 )
 """The methods of a model that its own decoding loop calls."""
+NOT_FINAL = (
+    *("num_beams", "assistant_model", "prompt_lookup_num_tokens", "return_dict_in_generate", "token_healing"),
+    *("streamer", "custom_generate"),
+)
+"""Ways of generating whose tokens are not final when they are chosen, or go elsewhere."""
 
 
 def refuse_unless_streamable(call: GenerationCall) -> None:
-    """Raise `ValueError` for ways of generating whose tokens are not final when they are chosen."""
+    """Raise `ValueError` for ways of generating that are `NOT_FINAL`."""
     for name in PARTS:
         attribute(call.model, name)
-    chosen, options = call.chosen, call.options
-    asked = {
-        "num_beams": (chosen.num_beams or 1) > 1,
-        "assistant_model": options.get("assistant_model") is not None,
-        "prompt_lookup_num_tokens": bool(chosen.prompt_lookup_num_tokens),
-        "return_dict_in_generate": bool(chosen.return_dict_in_generate),
-        "token_healing": bool(chosen.token_healing),
-        "streamer": options.get("streamer") is not None,
-        "custom_generate": options.get("custom_generate") is not None,
-    }
-    wrong = [name for name, on in asked.items() if on]
-    if wrong:
-        raise ValueError(f"generate_stream: {', '.join(wrong)} cannot be streamed; use generate")
+    if wrong := call.asked(*NOT_FINAL):
+        raise ValueError(f"generate_stream: {wrong} cannot be streamed; use generate")
 
 
 def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[Any]:
@@ -54,11 +51,8 @@ def stream(call: GenerationCall, run: GenerationRun, verbose: bool) -> Iterator[
                 ends = StopStringCriteria(call.options["tokenizer"], call.chosen.stop_strings)
                 criteria = [*watching.get("stopping_criteria", ()), ends]
                 watching = {"stop_strings": None, "stopping_criteria": criteria}
-            steps = call(custom_generate=loop_of(run), **watching)
-        if call.return_type == "tokens" or (call.return_type == "input" and call.prompt.texts is None):
-            yield from steps
-        else:
-            yield from _pieces(call, steps)
+            steps = call(custom_generate=partial(decode, run), **watching)
+        yield from steps if call.gives_ids else _pieces(call, steps)
 
 
 def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
@@ -75,44 +69,41 @@ def in_portions(pieces: Iterator[Any], each: int) -> Iterator[Any]:
             yield ["".join(texts) for texts in zip(*portion, strict=True)]
 
 
-def loop_of(run: GenerationRun) -> Callable[..., Iterator[Int[Tensor, " batch"]]]:
-    """The decoding loop, to be called by `generate`."""
-
-    def loop(
-        model: Any,
-        input_ids: Int[Tensor, "batch pos"],
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Iterator[Int[Tensor, " batch"]]:
-        ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
-        prepare = model.prepare_inputs_for_generation
-        read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
-        going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        output = None
-        while bool(going.any()):
-            with torch.no_grad(), run.forwards():
-                if output is None:
-                    output = model._prefill(input_ids, generation_config, model_kwargs)
-                else:
-                    new = {read_next: 1 if model_kwargs["use_cache"] else None}
-                    inputs = prepare(input_ids, **new, **model_kwargs)
-                    with model._optimize_model_for_decode():
-                        output = model(**inputs, return_dict=True)
-                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
-                logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-                scores = logits_processor(input_ids, logits)
-                drawn = generation_config.do_sample
-                chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
-                if ends:
-                    chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
-                input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
-                going = going & ~stopping_criteria(input_ids, None)
-                run.written = input_ids
-            yield chosen
-
-    return loop
+def decode(
+    run: GenerationRun,
+    model: Any,
+    input_ids: Int[Tensor, "batch pos"],
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> Iterator[Int[Tensor, " batch"]]:
+    """The decoding loop; `generate` calls it with all but the run."""
+    ends = any(isinstance(criterion, EosTokenCriteria) for criterion in stopping_criteria)
+    prepare = model.prepare_inputs_for_generation
+    read_next = Arguments(prepare, "prepare_inputs_for_generation").name(NEW_TOKENS)
+    going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    output = None
+    while bool(going.any()):
+        with torch.no_grad(), run.forwards():
+            if output is None:
+                output = model._prefill(input_ids, generation_config, model_kwargs)
+            else:
+                new = {read_next: 1 if model_kwargs["use_cache"] else None}
+                inputs = prepare(input_ids, **new, **model_kwargs)
+                with model._optimize_model_for_decode():
+                    output = model(**inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs)
+            logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+            scores = logits_processor(input_ids, logits)
+            drawn = generation_config.do_sample
+            chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if drawn else scores.argmax(-1)
+            if ends:
+                chosen = torch.where(going, chosen, attribute(generation_config, "_pad_token_tensor"))
+            input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+            going = going & ~stopping_criteria(input_ids, None)
+            run.written = input_ids
+        yield chosen
 
 
 def _pieces(call: GenerationCall, steps: Iterator[Tensor]) -> Iterator[str | list[str]]:
