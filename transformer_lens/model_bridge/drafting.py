@@ -74,12 +74,8 @@ class Proposal:
         base = next(name for name, module in self.modules.items() if module is self.inner.base_model)
         self.at: Any = lambda name: name.removeprefix(base).lstrip(".")
         self.calls, self.names, self.used = dict[str, ModuleCall](), dict[Any, list[str]](), set[str]()
-        self.refused, self.shared, self.eps, vocabulary = (
-            Counter[str](),
-            False,
-            0.0,
-            model.get_input_embeddings().weight.shape[0],
-        )
+        self.refused, self.shared, self.eps = Counter[str](), False, 0.0
+        vocabulary = model.get_input_embeddings().weight.shape[0]
         told = {name: getattr(self.config, name) for name in self.config.attribute_map} | self.config.to_dict()
         told |= {name: value for name in DEPTHS if (value := getattr(self.config, name, None))}  # it may be a property
         self.told = {name: value for name, value in told.items() if name.isidentifier()}  # as they become code
@@ -144,13 +140,9 @@ class Proposal:
     def spread(self, first: str, second: str) -> bool:
         """Whether two modules of a block are the linear layers of an MLP that has no module of its own."""
         hidden, read = self.returned(first), self.received(second)
-        leaves = not self.below(first) and not self.below(second)
-        return (
-            leaves
-            and hidden is not None
-            and read is not None
-            and hidden.shape == read.shape != self.received(first).shape
-        )
+        if self.below(first) or self.below(second) or hidden is None or read is None:
+            return False
+        return hidden.shape == read.shape != self.received(first).shape  # type: ignore[no-any-return]
 
     def between(self, first: str, second: str, layer: int) -> tuple[str, Part]:
         if self.refused[f"blocks.{layer}.mlp"]:
@@ -268,7 +260,9 @@ class Proposal:
                 items = ", ".join(f"{value!r}: {kind}" for value, kind in of.items())
                 return f"{{{items}}}[str({text})]"
         distinct = list(dict.fromkeys(texts))
-        return texts[0] if len(distinct) == 1 else f"({', '.join(distinct)})[{tuple(map(distinct.index, texts))}[layer]]"
+        return (
+            texts[0] if len(distinct) == 1 else f"({', '.join(distinct)})[{tuple(map(distinct.index, texts))}[layer]]"
+        )
 
     def ends(self) -> dict[str, Part]:
         """What is outside the blocks. Raises `Misfit` if no norm follows them, or the head has an unknown name."""

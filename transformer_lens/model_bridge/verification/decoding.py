@@ -6,11 +6,11 @@ model compute what a write has to do.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -47,14 +47,6 @@ def fixed(e: Evidence) -> Cache:
     return StaticCache(config=e.bridge.original_model.config, max_cache_len=e.tokens.shape[1] + SPARE)
 
 
-T = TypeVar("T")
-
-
-def giving_values(e: Seen, attention: str, calls: Sequence[T]) -> Sequence[T]:
-    """The calls that made the values which attention reads: all, or the last where it makes those of all positions."""
-    return calls[-1:] if getattr(e.components.get(attention), "late_keys", False) else calls
-
-
 @dataclass
 class Step(Seen):
     whole: Evidence
@@ -74,11 +66,14 @@ class Step(Seen):
         return f"tokens {self.columns.start} to {self.columns.stop - 1} after {self.columns.start} cached ones"
 
     def attended_values(self, attention: str) -> Float[Tensor, "batch key kv_head d_head"] | None:
+        return self.of_keys(attention, lambda step: step.wide(f"{attention}.hook_v"))
+
+    def of_keys(self, attention: str, values: Callable[[Seen], Tensor | None]) -> Tensor | None:
         """The values of the cached keys, then the new ones, then the empty places of a cache of fixed size."""
-        steps = giving_values(self, attention, (*self.before, self))
-        pieces = [step.wide(f"{attention}.hook_v") for step in steps]
-        found = [piece for piece in pieces if piece is not None]
-        if len(found) < len(pieces):
+        late = getattr(self.components.get(attention), "late_keys", False)  # then each call makes those of all keys
+        steps = (self,) if late else (*self.before, self)
+        found = [value for step in steps if (value := values(step)) is not None]
+        if len(found) < len(steps):
             return None
         count, first = self.keys[int(attention.split(".")[1])]
         held = torch.cat(found, dim=1)[:, first : first + count]
@@ -90,7 +85,7 @@ def steps(e: Evidence, make: Callable[[Evidence], Cache], pieces: Sequence[range
     own, found, cache = list[tuple[OwnRun, list[tuple[int, int]]]](), list[Step](), make(e)
     with e.bare() as model:
         for columns in pieces:
-            attending = [f"{block}.attn" in e.components for block in e.stages[:-1]]
+            attending = [f"{block}.attn" in e.components for block in e.blocks]
             keys = [cache.get_mask_sizes(len(columns), i) if here else (0, 0) for i, here in enumerate(attending)]
             tokens = e.tokens[:, columns.start : columns.stop]
             own.append((e.watched(model, tokens, **{str(e.takes_cache): cache}), keys))
@@ -120,25 +115,18 @@ def static_cache(e: Evidence) -> Iterator[CheckResult]:
 def _read(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
     """What the steps show, except what is wrong in the whole text too and named there."""
     results = list(_compared(check, e, found))
-    known: set[str] = set()
     if not all(result.passed for result in results):
-        known = {
-            result.hook or result.component
-            for equation in references.EQUATIONS
-            for result in equation(e)
-            if not result.passed
-        }
-    yield from (result for result in results if result.passed or (result.hook or result.component) not in known)
+        whole = [result for equation in references.EQUATIONS for result in equation(e) if not result.passed]
+        known = {result.hook or result.component for result in whole}
+        results = [result for result in results if result.passed or (result.hook or result.component) not in known]
+    yield from results
 
 
 def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckResult]:
     for step in found:
-        note = f"{step}: the output"
-        yield CheckResult(
-            check, "", "", evidence.largest_difference(step.captured[0], step.own.output), *e.same, note=note
-        )
-        missing = [name for name in e.cache if name not in step.cache]
-        for name in missing:
+        change = evidence.largest_difference(step.captured[0], step.own.output)
+        yield CheckResult(check, "", "", change, *e.same, note=f"{step}: the output")
+        for name in [name for name in e.cache if name not in step.cache]:
             reason = "a count: once in each call"
             yield CheckResult(check, name.rpartition(".")[0], name, 1.0, 0.0, reason, note=f"{step}: never fired")
         for equation in references.EQUATIONS:
@@ -152,20 +140,17 @@ def _compared(check: str, e: Evidence, found: Sequence[Step]) -> Iterator[CheckR
 def _as_in_the_whole(check: str, step: Step) -> Iterator[CheckResult]:
     """A step shows what the whole text shows at its positions; masked scores are not compared."""
     for name, value in step.cache.items():
-        axes = step.bridge.hook_dict[name].axes.split()
-        if step.bridge.hook_dict[name].integer:
+        point = step.bridge.hook_dict[name]
+        if point.integer:
             continue
-        places = {"pos": step.columns, "query_pos": step.columns, "key_pos": range(step.columns.stop)}
-        index = [slice(places[a].start, places[a].stop) if a in places else slice(None) for a in axes]
+        columns = slice(step.columns.start, step.columns.stop)
+        places = {"pos": columns, "query_pos": columns, "key_pos": slice(step.columns.stop)}
+        index = [places.get(axis, slice(None)) for axis in point.axes.split()]
         expected = step.whole.cache[name][tuple(index)]
         if value.shape == expected.shape and name.endswith("hook_attn_scores"):
             masked = expected < torch.finfo(expected.dtype).min / 2
             value, expected = value.masked_fill(masked, 0), expected.masked_fill(masked, 0)
         yield references.compared(check, name, value, expected, step.rounding, f"{step}: as in the whole text")
-
-
-Change = tuple[float, str]
-"""How much a step changed at most, and which one."""
 
 
 def neutral_writes(e: Evidence) -> Iterator[CheckResult]:
@@ -197,9 +182,9 @@ def _neutral(e: Evidence, owners: Mapping[str, Sequence[str]], tolerance: tuple[
             yield CheckResult("rewriting", owner, "", change, *tolerance, note=f"{step}, all its hooks together")
 
 
-def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str]) -> dict[str, Change]:
-    """How much neutral writes change these modules' outputs, each given its own, or the model's ("")."""
-    cache, worst = growing(e), dict[str, Change]()
+def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """The largest change, and at which step, of these modules' outputs, each given its own, or of the model's ("")."""
+    cache, worst = growing(e), dict[str, tuple[float, str]]()
     hooks = [(name, e.rewriting(name)) for name in names]
     for step in decoded(e):
 
@@ -215,18 +200,14 @@ def _changes(e: Evidence, names: Sequence[str], modules: Iterable[str]) -> dict[
     return worst
 
 
-Values = Float[Tensor, "batch key head d_head"]
-"""The values of all keys, for each query head."""
-
-
 @dataclass(frozen=True)
 class Write:
     """A write at attention in the last step, and the expected z, from the values of the keys."""
 
     hook: str
     new: Callable[[Tensor], Tensor]
-    z: Callable[[Values, Tensor], Tensor] | None
-    """From all values and the z without the write, `[batch, pos, head, d_head]`; `None`: attention reads `new`."""
+    z: Callable[[Float[Tensor, "batch key head d_head"], Float[Tensor, "batch pos head d_head"]], Tensor] | None
+    """From the values of all keys and the z without the write; `None`: attention reads `new`."""
 
 
 def _first_and_last(pattern: Tensor) -> Tensor:
@@ -258,34 +239,35 @@ WRITES = (
 
 def writes(e: Evidence) -> Iterator[CheckResult]:
     """Real writes in the last step, in every layer at once: each layer starts from the bare model's stream."""
-    attending = [block for block in e.stages[:-1] if f"{block}.attn" in e.components]
-    here = [write for write in WRITES if any(_has(e, block, write) for block in attending)]
     if e.elsewhere:
         yield from _patterns_elsewhere(e)
         return
+    here = {block: [row for row, write in enumerate(WRITES) if _has(e, block, write)] for block in e.blocks}
+    here = {block: rows for block, rows in here.items() if rows}
     if not here:
         return
-    rows = e.tokens[:1].repeat(len(here), 1)
-    prompt, last = rows[:, :-1], rows[:, -1:]
+    read = decoded(e)[-1]
+    streams = {stage: cast(Tensor, read.own.calls[stage].input)[:1] for stage in e.stages}
+    streams = {stage: stream.expand(len(WRITES), -1, -1) for stage, stream in streams.items()}
+    prompt, last = e.tokens[:1].repeat(len(WRITES), 1).split([e.tokens.shape[1] - 1, 1], dim=1)
     with e.bare() as model:
-        cache = growing(e)
-        calls = [e.watched(model, text, **{str(e.takes_cache): cache}).calls for text in (prompt, last)]
-        streams = {stage: calls[1][stage].input for stage in e.stages}
-        oracle = _oracle(e, model, here, calls, [prompt, last], streams)
-    cache = growing(e)
-    e.bridge(prompt, past_key_values=cache, return_type=None)
+        cache = {str(e.takes_cache): growing(e)}
+        model(prompt, **cache)
+        with _expecting(e, here, read, streams):
+            oracle = _last_step(e, here, streams, lambda: model(last, **cache))
+    options: Any = {"past_key_values": growing(e), "return_type": None}
+    e.bridge(prompt, **options)
     hooks: list[HookSpec] = [
-        (f"{block}.{write.hook}", partial(_on_row, row, write.new))
-        for block in attending
-        for row, write in _of(e, block, here)
+        (f"{block}.{WRITES[row].hook}", partial(_on_row, row, WRITES[row].new))
+        for block, rows in here.items()
+        for row in rows
     ]
-    run = partial(e.bridge.run_with_hooks, last, past_key_values=cache, return_type=None, fwd_hooks=hooks)
-    got = _last_step(e, streams, run)
-    for block in attending:
-        for row, write in _of(e, block, here):
-            a, b = got[f"{block}.attn"][row], oracle[f"{block}.attn"][row]
-            what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
-            yield references.compared("writing", f"{block}.{write.hook}", a, b, e.projecting, what)
+    got = _last_step(e, here, streams, lambda: e.bridge.run_with_hooks(last, fwd_hooks=hooks, **options))
+    what = f"the last token written after {prompt.shape[1]} cached ones: what attention returns"
+    for block, rows in here.items():
+        for row in rows:
+            hook = f"{block}.{WRITES[row].hook}"
+            yield references.compared("writing", hook, got[block][row], oracle[block][row], e.projecting, what)
 
 
 def _has(e: Evidence, block: str, write: Write) -> bool:
@@ -298,11 +280,6 @@ def _has(e: Evidence, block: str, write: Write) -> bool:
     return here and not apart and not (by_scores and references.has_sinks(e, block))
 
 
-def _of(e: Evidence, block: str, here: Sequence[Write]) -> list[tuple[int, Write]]:
-    """The writes that one layer has a hook for, and their rows."""
-    return [(row, write) for row, write in enumerate(here) if _has(e, block, write)]
-
-
 def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
     """The first write in blocks of other processes, judged by the resulting z."""
     *before, last = decoded(e)
@@ -311,7 +288,7 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
         e.bridge(step.tokens, past_key_values=cache, return_type=None)
     write, seen = WRITES[0], Looking(lambda tensor, hook: tensor.detach().clone())
     hooks: list[HookSpec] = []
-    for block in e.stages[:-1]:
+    for block in e.blocks:
         name = f"{block}.{write.hook}"
         elsewhere, pattern = e.block_elsewhere(name), last.cache.get(name)
         if elsewhere is not None and pattern is not None and _has(e, block, write):
@@ -327,71 +304,44 @@ def _patterns_elsewhere(e: Evidence) -> Iterator[CheckResult]:
         yield references.compared("writing", name, z, write.z(v, z), e.rounding, what)
 
 
-def _oracle(
-    e: Evidence,
-    model: Any,
-    here: Sequence[Write],
-    calls: Sequence[Mapping[str, ModuleCall]],
-    texts: Sequence[Tensor],
-    streams: Mapping[str, Any],
+@contextmanager
+def _expecting(
+    e: Evidence, here: Mapping[str, Sequence[int]], read: Step, streams: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Plain torch hooks that put the expected values into each row's attention, in the bare model."""
+
+    def put_z(block: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        attention = f"{block}.attn"
+        v = cast(Tensor, read.of_keys(attention, lambda step: references.projected(step, attention, "v")))[:1]
+        v = v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2)
+        z = args[0].unflatten(-1, v.shape[-2:]).clone()
+        for row in here[block]:
+            if (expected := WRITES[row].z) is not None:
+                z[row] = expected(v, z[row, None])[0].to(z.dtype)
+        return (z.flatten(-2), *args[1:]), kwargs
+
+    def put_input(block: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        arguments, entering = arguments_of(type(module)), e.block(block).entering("attn")
+        x = arguments.first_value(args, kwargs).clone()
+        for row in here[block]:
+            if WRITES[row].z is None:
+                x[row] = entering(WRITES[row].new(streams[block][row, None]))[0]
+        return arguments.with_first(x, args, kwargs)
+
+    reading, projecting = ({block: e.modules[f"{block}.{role}"] for block in here} for role in ("attn", "attn.o"))
+    with evidence.plain_hooks(projecting, put_z), evidence.plain_hooks(reading, put_input):
+        yield
+
+
+def _last_step(
+    e: Evidence, blocks: Iterable[str], streams: Mapping[str, Tensor], run: Callable[[], Any]
 ) -> dict[str, Tensor]:
-    """What attention returns in the bare model with the expected values, put there by plain torch hooks."""
-    cache = growing(e)
-    model(texts[0], **{str(e.takes_cache): cache})
-    with ExitStack() as undo:
-        for layer, block in enumerate(e.stages[:-1]):
-            attention = f"{block}.attn"
-            if attention not in e.components:
-                continue
-            count, first = cache.get_mask_sizes(1, layer)
-            giving = giving_values(e, attention, calls)
-            pieces = [references.projected(_Calls(e, call), attention, "v") for call in giving]
-            v = torch.cat([piece for piece in pieces if piece is not None], dim=1)[:, first : first + count]
-            v, mine = v.repeat_interleave(e.bridge.cfg.n_heads // v.shape[2], dim=2), _of(e, block, here)
-            project = partial(_put_z, mine, v)
-            read = partial(_put_input, mine, streams[block], e.block(block).entering("attn"))
-            undo.callback(e.modules[f"{attention}.o"].register_forward_pre_hook(project).remove)
-            undo.callback(e.modules[attention].register_forward_pre_hook(read, with_kwargs=True).remove)
-        return _last_step(e, streams, lambda: model(texts[1], **{str(e.takes_cache): cache}))
-
-
-def _last_step(e: Evidence, streams: Mapping[str, Any], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """What attention returns in these blocks."""
     calls: dict[str, ModuleCall] = {}
-    names = [f"{block}.attn" for block in e.stages[:-1]]
-    attentions = {name: e.modules[name] for name in names if name in e.components}
-    with e.forced(streams, {}), evidence.watching(attentions, calls):
+    with e.forced(streams, {}), evidence.watching({block: e.modules[f"{block}.attn"] for block in blocks}, calls):
         run()
-    found = {name: evidence.tensors(call.output)[0] for name, call in calls.items()}
-    return {name: output for name, output in found.items() if output is not None}
+    return {block: cast(Tensor, evidence.tensors(call.output)[0]) for block, call in calls.items()}
 
 
 def _on_row(row: int, new: Callable[[Tensor], Tensor], tensor: Tensor, hook: HookPoint) -> None:
     tensor[row : row + 1] = new(tensor[row : row + 1])
-
-
-class _Calls(Seen):
-    def __init__(self, e: Evidence, calls: Mapping[str, ModuleCall]) -> None:
-        self.bridge = e.bridge
-        self.own = OwnRun(torch.empty(0), calls=dict(calls))
-
-
-def _put_z(here: Sequence[tuple[int, Write]], v: Values, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A plain torch pre-hook on the output projection, which sets each row's expected z."""
-    z = args[0].unflatten(-1, v.shape[-2:]).clone()
-    for row, write in here:
-        if write.z is not None:
-            one = slice(row, row + 1)
-            z[one] = write.z(v[one], z[one]).to(z.dtype)
-    return (z.flatten(-2), *args[1:])
-
-
-def _put_input(
-    here: Sequence[tuple[int, Write]], stream: Tensor, entering: Any, module: nn.Module, args: Any, kwargs: Any
-) -> Any:
-    """A plain torch pre-hook on attention, which sets the normalised stream of rows that write it."""
-    arguments = arguments_of(type(module))
-    x = arguments.first_value(args, kwargs).clone()
-    for row, write in here:
-        if write.z is None:
-            x[row : row + 1] = entering(write.new(stream[row : row + 1]))
-    return arguments.with_first(x, args, kwargs)

@@ -35,7 +35,8 @@ class Task:
     def __init__(self, folder: Path, engine: str) -> None:
         self.folder, self.found, self.refused = folder, dict[str, Tensor](), dict[str, str]()
         self.asked = json.loads((folder / f"{engine}.task.json").read_text())
-        self.names, self.modules, self.tokens = self.asked["names"], self.asked["modules"], self.asked["tokens"]
+        self.names, self.modules = self.asked["names"], self.asked["modules"]
+        self.tokens = torch.tensor(self.asked["tokens"])
 
     def model(self) -> Any:
         """The model in the hands of transformers."""
@@ -64,7 +65,7 @@ def bare(task: Task) -> None:
         leave = partial(lambda name, _, args, output: task.keep(name, {"output": output}), name)
         model.get_submodule(path).register_forward_pre_hook(enter, with_kwargs=True)
         model.get_submodule(path).register_forward_hook(leave)
-    output = model(torch.tensor(task.tokens), output_hidden_states=True)
+    output = model(task.tokens, output_hidden_states=True)
     task.keep("model", {"output": output[0], "hidden": output.hidden_states})
 
 
@@ -73,7 +74,7 @@ def nnsight(task: Task) -> None:
 
     model = TransformersModel(task.model(), tokenizer=task.tokenizer(), task="text-generation")
     paths = {name: f"model.{path}" for name, path in task.modules.items()}
-    with model.trace(torch.tensor(task.tokens)) as tracer:
+    with model.trace(task.tokens) as tracer:
         cache = tracer.cache(modules=[*paths.values()], include_inputs=True)
         output = model.output.save()
     task.keep("model", {"output": output[0]})
@@ -92,7 +93,7 @@ def transformer_lens(task: Task) -> None:
         try:
             for switch, on in switches.items():
                 getattr(bridge, f"set_use_{switch}")(on)
-            _, cache = bridge.run_with_cache(torch.tensor(task.tokens))
+            _, cache = bridge.run_with_cache(task.tokens)
         except SAID:
             if not switches:
                 raise
@@ -108,7 +109,7 @@ def interp_engine(task: Task) -> None:
     from interp_engine.model import EagerModel
 
     model = EagerModel(str(task.folder), hf_model=task.model(), tokenizer=task.tokenizer())
-    tokens, served = torch.tensor(task.tokens), dict[str, str]()
+    served = dict[str, str]()
     for ours, points in task.names.items():
         reasons = {point: model.refuses(point) for point in points}
         theirs = [point for point, reason in reasons.items() if reason is None]
@@ -117,13 +118,13 @@ def interp_engine(task: Task) -> None:
         else:
             task.refused[ours] = str(reasons[points[-1]])
     try:
-        cache = capture(model, tokens, list(served.values()))
+        cache = capture(model, task.tokens, list(served.values()))
         for ours, point in served.items():
             task.keep(ours, cache[point])
     except SAID:  # which of them it is
         for ours, point in served.items():
             try:
-                task.keep(ours, capture(model, tokens, [point])[point])
+                task.keep(ours, capture(model, task.tokens, [point])[point])
             except SAID as error:
                 task.refused[ours] = f"{type(error).__name__}: {error}"
 

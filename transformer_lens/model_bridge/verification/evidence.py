@@ -86,8 +86,8 @@ def largest_difference(got: Tensor, expected: Tensor) -> float:
 class ModuleCall:
     """What one Hugging Face module received and returned, each copied at once."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     output: Any = None
 
     @property
@@ -214,6 +214,10 @@ class Seen:
     def components(self) -> dict[str, ComponentBridge]:
         return {component.name: component for component in self.bridge.components()}
 
+    @property
+    def blocks(self) -> list[str]:
+        return [f"blocks.{i}" for i in range(self.bridge.cfg.n_layers)]
+
     def block(self, name: str) -> BlockBridge:
         found = self.components[name]
         assert isinstance(found, BlockBridge)
@@ -287,14 +291,10 @@ class Evidence(Seen):
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        calls: dict[str, Any] = {}
-        model = self.bridge.original_model
-        handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.update(kwargs), with_kwargs=True)
-        try:
+        given: dict[str, Any] = {}
+        with plain_hooks({"": self.bridge.original_model}, lambda name, module, args, kwargs: given.update(kwargs)):
             self.bridge(self.tokens, return_type=None)
-        finally:
-            handle.remove()
-        return calls
+        return given
 
     @cached_property
     def takes_cache(self) -> str | None:
@@ -312,13 +312,11 @@ class Evidence(Seen):
 
     def watched(self, model: nn.Module, *args: Any, **kwargs: Any) -> OwnRun:
         """One call of the bare model, seen by plain torch hooks."""
-        run = OwnRun(torch.empty(0))
+        calls: dict[str, ModuleCall] = {}
         more = {} if self.elsewhere else {"output_hidden_states": True}
-        with without_new_hooks(model), watching(self.modules, run.calls):
+        with without_new_hooks(model), watching(self.modules, calls):
             output = model(*args, **kwargs, **more)
-        run.output = main_output(output)
-        run.hidden = () if self.elsewhere else output.hidden_states or ()
-        return run
+        return OwnRun(main_output(output), () if self.elsewhere else output.hidden_states or (), calls)
 
     @cached_property
     def own(self) -> OwnRun:  # type: ignore[override]
@@ -372,7 +370,7 @@ class Evidence(Seen):
     @cached_property
     def stages(self) -> list[str]:
         """The blocks, and the final norm with what follows it."""
-        return [*(f"blocks.{i}" for i in range(self.bridge.cfg.n_layers)), "ln_final"]
+        return [*self.blocks, "ln_final"]
 
     def own_outputs(
         self, components: Iterable[str], calls: Mapping[str, ModuleCall], note: Callable[[str, float], None]

@@ -112,8 +112,7 @@ def _rotated(e: Seen, attention: str, part: str) -> Tensor | None:
     late = e.returned(f"{attention}.{part}_late_norm")
     if late is not None:
         return late.transpose(1, 2)
-    normed = {p: _normed(e, attention, p) for p in "qk"}
-    q, k = (projected(e, attention, p) if normed[p] is None else normed[p] for p in "qk")
+    q, k = (projected(e, attention, p) if (x := _normed(e, attention, p)) is None else x for p in "qk")
     if q is None or k is None:
         return None
     module = e.components[attention].original_component
@@ -170,7 +169,7 @@ REFERENCES: Mapping[str, Reference] = {
     **{f"block.hook_{mixer}_out": _of(_branch_out, mixer) for mixer in ("attn", "mlp", "mixer")},
     **{f"block.hook_{mixer}_in": _of(_stream_of, mixer) for mixer in ("mlp", "mixer")},
     **{f"block.hook_{name}": lambda e, c, i: _per_head(e, c) for name in ("attn_in", "q_input", "k_input", "v_input")},
-    "attn.hook_in": lambda e, c, i: e.received(c),
+    **{f"{kind}.hook_in": lambda e, c, i: e.received(c) for kind in ("attn", "mlp", "mixer", "moe")},
     **{f"attn.hook_{part}": _of(_own_projection, part) for part in "qkv"},
     **{f"attn.hook_{part}_normed": _of(_normed, part) for part in "qk"},
     "attn.hook_gate": lambda e, c, i: _gate(e, c),
@@ -179,16 +178,13 @@ REFERENCES: Mapping[str, Reference] = {
     **{f"attn.hook_rot_{part}": _of(_rotated, part) for part in "qk"},
     "attn.hook_pattern": lambda e, c, i: _pattern(e, c),
     "attn.hook_z": lambda e, c, i: _heads(e, "z", e.received(f"{c}.o")),
-    "mlp.hook_in": lambda e, c, i: e.received(c),
     "mlp.hook_pre": lambda e, c, i: _multiplied(e, c, "gate" if f"{c}.gate" in e.components else "in"),
     "mlp.hook_pre_linear": lambda e, c, i: _multiplied(e, c, "in"),
     "mlp.hook_post": lambda e, c, i: e.received(f"{c}.out"),
     "mlp.hook_activated": lambda e, c, i: e.received(f"{c}.norm"),
     "mlp.hook_out": lambda e, c, i: e.returned(c),
     "mlp.hook_gate": lambda e, c, i: e.returned(f"{c}_gate"),
-    "mixer.hook_in": lambda e, c, i: e.received(c),
     "hook_logits": lambda e, c, i: e.own.output,
-    "moe.hook_in": lambda e, c, i: e.received(c),
     "moe.hook_router_logits": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 0)),
     "moe.hook_expert_weights": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 1)),
     "moe.hook_expert_indices": lambda e, c, i: _rows(e, e.returned(f"{c}.gate", 2)),
@@ -212,13 +208,9 @@ def hugging_face(e: Seen) -> Iterator[CheckResult]:
             yield compared("hugging face", name, value, expected, e.same if name in e.ports else e.rounding)
 
 
-def _blocks(e: Seen) -> Iterator[str]:
-    yield from (f"blocks.{i}" for i in range(e.bridge.cfg.n_layers))
-
-
 def stream(e: Seen) -> Iterator[CheckResult]:
     """`resid_pre + attn_out + mlp_out == resid_post`, stage by stage where the block has a middle."""
-    for block in _blocks(e):
+    for block in e.blocks:
         total = e.wide(f"{block}.hook_resid_pre")
         stages = e.block(block).stages
         for number, stage in enumerate(stages, start=1):
@@ -235,7 +227,7 @@ def norm(e: Seen) -> Iterator[CheckResult]:
     cfg = e.bridge.cfg
     readers: dict[str, list[tuple[str, float]]] = {}
     readers["ln_final"] = [(name, 1.0) for name in ("unembed", "head") if name in e.components]
-    for block in _blocks(e):
+    for block in e.blocks:
         for branch in (branch for branch in e.block(block).branches if branch.norm):
             readers.setdefault(f"{block}.{branch.norm}", []).append((f"{block}.{branch.mixer}", branch.scale_in))
     for name in [name for name in e.components if name in readers]:
@@ -259,12 +251,13 @@ def norm(e: Seen) -> Iterator[CheckResult]:
 
 def pattern(e: Seen) -> Iterator[CheckResult]:
     """Rows of the pattern sum to one, and are the softmax of the scores."""
-    for name in [f"{block}.attn.hook_pattern" for block in _blocks(e) if not has_sinks(e, block)]:
+    for name in [f"{block}.attn.hook_pattern" for block in e.blocks if not has_sinks(e, block)]:
         found, scores = e.wide(name), e.wide(name.replace("hook_pattern", "hook_attn_scores"))
-        if found is not None:
-            rows = found.sum(-1)
-            yield compared("pattern", name, rows, torch.ones_like(rows), e.rounding, "each row sums to one")
-        if found is not None and scores is not None:
+        if found is None:
+            continue
+        rows = found.sum(-1)
+        yield compared("pattern", name, rows, torch.ones_like(rows), e.rounding, "each row sums to one")
+        if scores is not None:
             yield compared("pattern", name, found, scores.softmax(-1), e.rounding, "softmax of hook_attn_scores")
 
 
@@ -275,8 +268,8 @@ def has_sinks(e: Seen, block: str) -> bool:
 
 def mixed_values(e: Seen) -> Iterator[CheckResult]:
     """`pattern @ v == z` (or what becomes z), each query head with the value of its group."""
-    for attention in [f"{block}.attn" for block in _blocks(e)]:
-        hook = next(h for h in ("hook_attended", "hook_z") if h == "hook_z" or f"{attention}.{h}" in e.cache)
+    for attention in [f"{block}.attn" for block in e.blocks]:
+        hook = "hook_attended" if f"{attention}.hook_attended" in e.cache else "hook_z"
         weights, v, z = e.wide(f"{attention}.hook_pattern"), e.attended_values(attention), e.wide(f"{attention}.{hook}")
         if weights is None or v is None or z is None:
             continue
@@ -291,7 +284,7 @@ def mixed_values(e: Seen) -> Iterator[CheckResult]:
 
 def projected_heads(e: Seen) -> Iterator[CheckResult]:
     """`z @ W_O (+ b_O) == attn_out`, and each head's result."""
-    for attention in [f"{block}.attn" for block in _blocks(e)]:
+    for attention in [f"{block}.attn" for block in e.blocks]:
         z, out = e.cache.get(f"{attention}.hook_z"), e.returned(f"{attention}.o")
         if z is None or out is None:
             continue
@@ -312,18 +305,14 @@ def projected_heads(e: Seen) -> Iterator[CheckResult]:
 
 def experts(e: Seen) -> Iterator[CheckResult]:
     """The formula of each chosen expert's output, and their weighted sum against what the experts return."""
-    for name in [f"{block}.mlp" for block in _blocks(e)]:
-        out, weights, total = (
-            e.wide(f"{name}.hook_expert_out"),
-            e.wide(f"{name}.hook_expert_weights"),
-            _rows(e, e.returned(f"{name}.experts")),
-        )
-        if out is None or weights is None or total is None:
-            continue
-        summed = (out * weights[..., None]).sum(2)
+    for name in [f"{block}.mlp" for block in e.blocks]:
         hook = f"{name}.hook_expert_out"
-        yield compared("experts", hook, summed, total.to(summed.dtype), e.rounding, "weighted sum == mlp_out")
-        yield from _expert_by_expert(e, name)
+        out, weights = e.wide(hook), e.wide(f"{name}.hook_expert_weights")
+        total = _rows(e, e.returned(f"{name}.experts"))
+        if out is not None and weights is not None and total is not None:
+            summed = (out * weights[..., None]).sum(2)
+            yield compared("experts", hook, summed, total.to(summed.dtype), e.rounding, "weighted sum == mlp_out")
+            yield from _expert_by_expert(e, name)
 
 
 def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
@@ -331,25 +320,23 @@ def _expert_by_expert(e: Seen, name: str) -> Iterator[CheckResult]:
     component = e.components[f"{name}.experts"]
     module: Any = component.computing_module
     hooks = [f"{name}.hook_{short}" for short in ("expert_indices", "pre", "pre_linear", "post", "expert_out")]
-    values = [e.cache.get(hook) for hook in hooks]
-    known = [getattr(module, weight, None) for weight in ("gate_up_proj", "down_proj")]
-    if module.has_bias or module.is_transposed:
-        return
+    shown, weights = [hook for hook in hooks if hook in e.cache], ("gate_up_proj", "down_proj")
+    stacked = all(isinstance(getattr(module, weight, None), Tensor) for weight in weights)
     read = e.received(name)
-    if read is None or any(v is None for v in values) or any(not isinstance(w, Tensor) for w in known):
+    if module.has_bias or module.is_transposed or not stacked or read is None or shown != hooks:
         return
-    gates_up, downs = (read_weight(component.original_component, w) for w in ("gate_up_proj", "down_proj"))
-    chosen, pre, linear, post, out = (value for value in values if value is not None)
+    gates_up, downs = (read_weight(component.original_component, weight) for weight in weights)
+    chosen, *values = (e.cache[hook] for hook in hooks)
     x = read[:, :, None].expand(*chosen.shape, -1)
-    expected = {hook: torch.zeros_like(value) for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True)}
+    expected = [torch.zeros_like(value) for value in values]
     for expert in chosen.unique().tolist():
         here = chosen == expert
         gate, up = F.linear(x[here], gates_up[expert]).chunk(2, -1)
-        down = F.linear(post[here], downs[expert])
-        for hook, value in zip(hooks[1:], (gate, up, module.act_fn(gate) * up, down), strict=True):
-            expected[hook][here] = value
-    for hook, value in zip(hooks[1:], (pre, linear, post, out), strict=True):
-        yield compared("experts", hook, value, expected[hook], e.rounding)
+        down = F.linear(values[2][here], downs[expert])
+        for found, value in zip(expected, (gate, up, module.act_fn(gate) * up, down), strict=True):
+            found[here] = value
+    for hook, value, found in zip(hooks[1:], values, expected, strict=True):
+        yield compared("experts", hook, value, found, e.rounding)
 
 
 EQUATIONS = (hugging_face, stream, norm, pattern, mixed_values, projected_heads, experts)

@@ -4,7 +4,7 @@ And on padded texts and generated ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from itertools import zip_longest
 
@@ -88,7 +88,7 @@ def neutral_hook(e: Evidence) -> Iterator[CheckResult]:
     """Law 2: so does a user hook on a port that changes nothing, also while gradients are recorded."""
 
     def run(names: Sequence[str]) -> Tensor:
-        return e.hooked([(_roots(e), _require_gradient), (names, Looking())])
+        return e.hooked([_recording(e), (names, Looking())])
 
     with torch.enable_grad():
         expected = run([]).detach()
@@ -148,10 +148,11 @@ def _one_of_each(e: Evidence, layers: Mapping[str, Sequence[str]]) -> list[list[
 
 def _leaves(e: Evidence, name: str) -> str:
     """Where a hook's change is judged: the stage that reads it, or "", the output."""
-    if not e.thorough and name.startswith("blocks."):
+    if e.thorough:
+        return ""
+    if name.startswith("blocks."):
         return e.stages[int(name.split(".")[1]) + 1]
-    before = not e.thorough and name in {hook.name for hook in e.bridge.adapter.root_hooks}
-    return e.stages[0] if before else ""
+    return e.stages[0] if name in {hook.name for hook in e.bridge.adapter.root_hooks} else ""
 
 
 def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, Tensor]:
@@ -163,9 +164,7 @@ def _left(e: Evidence, names: Sequence[str], noisy: Sequence[str]) -> dict[str, 
     hooks: list[HookSpec] = [(name, e.rewriting(name) if e.block_elsewhere(name) else looks) for name in quiet]
     hooks += [(name, _noisy(e, name)) for name in noisy]
     came: dict[str, Tensor] = {}
-    with ExitStack() as forced:
-        if not e.thorough:
-            forced.enter_context(e.forced(streams, came))
+    with nullcontext() if e.thorough else e.forced(streams, came):
         output = e.bridge.run_with_hooks(e.tokens[:rows, :columns], fwd_hooks=hooks)
     return {**came, "": output}
 
@@ -193,20 +192,20 @@ def _add_noise(e: Evidence, name: str, tensor: Tensor, hook: HookPoint) -> None:
     tensor.add_((sample * (NOISE * (spread or 1.0))).to(tensor.dtype))
 
 
-def _roots(e: Evidence) -> list[str]:
-    """The hooks where the stream begins: tokens, and learned positions."""
-    return [name for name in e.cache if "." not in name]
+def _recording(e: Evidence) -> HookSpec:
+    """A hook that has gradients recorded from where the stream begins: tokens, and learned positions."""
 
+    def require(tensor: Tensor, hook: HookPoint) -> None:
+        tensor.requires_grad_()
 
-def _require_gradient(tensor: Tensor, hook: HookPoint) -> None:
-    tensor.requires_grad_()
+    return [name for name in e.cache if "." not in name], require
 
 
 def gradient(e: Evidence) -> Iterator[CheckResult]:
     count = Looking(lambda gradient, hook: int((~gradient.isfinite()).sum()))
     names = [name for name in e.cache if not e.bridge.hook_dict[name].integer]
     with torch.enable_grad():
-        output = e.hooked([(_roots(e), _require_gradient)], bwd_hooks=[(names, count)])
+        output = e.hooked([_recording(e)], bwd_hooks=[(names, count)])
         weights = torch.randn(output.shape, generator=e.random).to(output.device)
         if output.requires_grad:
             (output.float() * weights).mean().backward()
@@ -295,7 +294,12 @@ def generation(e: Evidence) -> Iterator[CheckResult]:
     )
     wrong = largest_difference(got, own)
     yield CheckResult("generation", "", "", wrong, 0.0, "tokens", note="the tokens of the model's own generate")
-    expected = [_expected(forward, width, padding) for forward in range(own.shape[1] - width)]
+    # The first forward pass reads the prompt, each further one the token that was chosen before it.
+    read_columns = [list(range(width)), *([column] for column in range(width, own.shape[1] - 1))]
+    expected = [
+        _words(forward, not forward, columns, [[max(column - before, -1) for column in columns] for before in padding])
+        for forward, columns in enumerate(read_columns)
+    ]
     for name in names:
         note = _first_difference(read.found[name], expected)
         reason = "forwards whose hook.generation differs from counting"
@@ -311,17 +315,9 @@ def _words(step: int, is_prompt: bool, columns: list[int], positions: list[list[
     return f"step {step}, {'prompt' if is_prompt else 'continuation'}, columns {columns}, positions {positions}"
 
 
-def _expected(forward: int, width: int, padding: Sequence[int]) -> str:
-    """The first forward pass reads the prompt, each further one the token that was chosen before it."""
-    if not forward:
-        return _words(0, True, list(range(width)), [[-1] * p + list(range(width - p)) for p in padding])
-    column = width + forward - 1
-    return _words(forward, False, [column], [[column - before] for before in padding])
-
-
 def _first_difference(got: Sequence[str], expected: Sequence[str]) -> str:
     """In words; "" if there is none."""
     if len(got) != len(expected):
         return f"it fired {len(got)} times in {len(expected)} forwards"
-    wrong = [(number, a, b) for number, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b]
-    return f"forward {wrong[0][0]}: hook.generation says {wrong[0][1]}, expected {wrong[0][2]}" if wrong else ""
+    pairs = enumerate(zip(got, expected, strict=True))
+    return next((f"forward {n}: hook.generation says {a}, expected {b}" for n, (a, b) in pairs if a != b), "")

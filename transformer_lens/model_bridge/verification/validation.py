@@ -151,8 +151,7 @@ def compared(bridge: "TransformerBridge", folder: Path, engine: str, tokens: Ten
     values = load_file(folder / f"{engine}.safetensors") if said["order"] else {}
     evidence, by_modules = Evidence(bridge, tokens), "modules" in ENGINES[engine]
     shown = {place: values[place] for place in said["order"]}
-    results = by_module(evidence, shown) if by_modules else by_name(evidence, shown)
-    found = {result.hook: result for result in results}
+    found = {result.hook: result for result in (by_module if by_modules else by_name)(evidence, shown)}
     for hook in evidence.cache:
         known = by_modules or their_names(bridge, engine, hook)
         reason = said["refused"].get("*", said["refused"].get(hook, "")) if known else ""
@@ -189,12 +188,9 @@ def by_module(evidence: Evidence, shown: Mapping[str, Tensor]) -> Iterator[Check
             inside = inside.setdefault(key, {})
         inside[last] = tensor
     if tree:
-        own, calls = (
-            nested(tree.pop("model")),
-            {name: {"args": (), "kwargs": {}, **nested(x)} for name, x in tree.items()},
-        )
-        seen = {name: ModuleCall(x["args"], x["kwargs"], x.get("output")) for name, x in calls.items()}
-        evidence.own = OwnRun(own["output"], own.get("hidden", ()), seen)
+        own = nested(tree.pop("model"))
+        calls = {name: ModuleCall(**nested(call)) for name, call in tree.items()}
+        evidence.own = OwnRun(own["output"], own.get("hidden", ()), calls)
         yield from references.hugging_face(evidence)
 
 

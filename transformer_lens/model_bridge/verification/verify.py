@@ -126,21 +126,16 @@ CHECKS = (
 )
 
 
-def _found(check: Check, evidence: Evidence) -> Iterator[CheckResult]:
-    """The results of a check; that it cannot be run is one of them."""
-    try:
-        yield from check.run(evidence)
-    except FINDINGS as error:
-        note = f"{type(error).__name__}: {error}"
-        yield CheckResult(check.name, "", "", math.inf, 0.0, "the check has to run to its end", note=note)
-
-
-def _shown(checks: Sequence[Check], progress: bool) -> Iterator[Check]:
-    """The checks, with a progress bar on the terminal."""
+def _found(checks: Sequence[Check], evidence: Evidence, progress: bool) -> Iterator[CheckResult]:
+    """The results, with a bar on the terminal; that a check cannot be run is one of them."""
     with tqdm(checks, disable=None if progress else True, leave=False, unit="check") as bar:
         for check in bar:
             bar.set_description(check.name)
-            yield check
+            try:
+                yield from check.run(evidence)
+            except FINDINGS as error:
+                note = f"{type(error).__name__}: {error}"
+                yield CheckResult(check.name, "", "", math.inf, 0.0, "the check has to run to its end", note=note)
 
 
 class VerifyMethods:
@@ -178,7 +173,7 @@ class VerifyMethods:
             evidence = Evidence(bridge, ids.to(bridge.input_device()), thorough)
             absent = {check.name: why for check in CHECKS if (why := check.absent(evidence))}
             made = [check for check in CHECKS if check.name not in absent]
-            results = tuple(result for check in _shown(made, progress) for result in _found(check, evidence))
+            results = tuple(_found(made, evidence, progress))
         config: Any = bridge.original_model.config
         return VerificationReport(
             model=bridge.cfg.model_name,
