@@ -47,6 +47,9 @@ NO_BIAS = "a linear map without the attribute has no bias"
 BY_RIGHT: dict[tuple[str, str], str] = {
     ("analysis/patching/lazy_logits.py", "hasattr(index, '__index__')"): "Python's own protocol",
     ("analysis/patching/sweeps.py", "hasattr(index_df, 'itertuples')"): "a pandas table, or rows",
+    ("analysis/patching/sweeps.py", "getattr(self.index_df, 'columns', range(9))"): "a pandas table, or rows",
+    ("dictionaries/graphs/local_model.py", "hasattr(bridge.original_model.config, 'quantization_config')"): ONLY_WHEN,
+    ("model_bridge/drafting.py", "getattr(self.config, name, None)"): "each family has one of these names",
     ("checks.py", "getattr(value, 'ndim', 1)"): "anything may be passed",
     ("model_bridge/generalized_components/base.py", "getattr(type(self), name, value)"): "a class's own attribute",
     (
