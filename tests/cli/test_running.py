@@ -150,7 +150,7 @@ def test_the_installed_program_is_this_one() -> None:
     assert shipped == ["transformer_lens", "transformer_lens_command.py"]
     assert all((ROOT / name).exists() for name in shipped)
     result = invoke("--version")
-    assert project["project"]["dynamic"] == ["version"]
+    assert project["project"]["dynamic"] == ["version", "readme", "urls"]
     assert result.stdout == f"transformer-lens-bridge {transformer_lens.__version__}\n"
 
 

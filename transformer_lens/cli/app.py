@@ -112,7 +112,7 @@ def validate(
 
     [bold]Example[/]
 
-    transformer-lens validate tiny-falcon --against transformers --against nnsight
+    transformer-lens validate tiny-falcon --against transformers
     """
     given = vars(loading) | {"attn_implementation": loading.attn_implementation or "eager"}
     report = load_bridge(model, **given).validate(against)
