@@ -178,6 +178,7 @@ class GenerationMethods(InputMethods, HookedRootModule):
     ) -> Any:
         """Serve many requests by transformers' continuous batching, each with its own hooks.
 
+        >>> from transformer_lens.hook_points import Edit
         >>> mixtral = TransformerBridge.boot_transformers("tiny-mixtral")
         >>> prompts = ["When Mary and John went to the store, John gave a drink to", "Mary and"]
         >>> ablation = ("blocks.1.hook_mlp_out", Edit("zero"))
