@@ -42,8 +42,9 @@ def metric_number(value: Any, texts: int | None = None) -> Float[Tensor, "*text"
     fits = number is not None and (number.numel() == 1 if texts is None else list(number.shape) == [texts])
     if number is None or not fits or number.is_complex():
         got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        expected = "one number; take a mean over the batch, for example"
-        raise TypeError(f"metric: it returned {got}, expected {expected if texts is None else f'[{texts}]'}")
+        if texts is not None:
+            raise TypeError(f"metric: it returned {got}, expected [{texts}]")
+        raise TypeError(f"metric: it returned {got}, expected one number; take a mean over the batch, for example")
     return number.reshape(()) if texts is None else number
 
 
