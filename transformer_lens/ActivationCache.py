@@ -1,3 +1,5 @@
 """`ActivationCache` under its known import path."""
 
-from transformer_lens.cache.activation_cache import ActivationCache as ActivationCache
+from transformer_lens.cache.activation_cache import ActivationCache
+
+__all__ = ["ActivationCache"]

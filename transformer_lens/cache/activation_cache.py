@@ -55,7 +55,7 @@ class ActivationCache(ResidualStacks, Mapping[str, Tensor]):
             layer %= layers
         exact = short in self.cache_dict and layer is None
         full = short if exact else self._resolve(short, layer, None if owner is None else str(owner))
-        return full + name[len(short) :]
+        return f"{full}{name[len(short) :]}"
 
     def _resolve(self, short: str, layer: str | int | None, owner: str | None) -> str:
         if layer is None and owner is None:

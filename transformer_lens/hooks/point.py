@@ -273,14 +273,12 @@ class HookPoint(nn.Module):
         self, dir: Direction | Literal["both"] = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Remove hooks: permanent ones only if asked, and only those of `level` if given."""
-        checked_level(level)
         for entry in self._fitting(dir, including_permanent, level):
             self.remove(entry)
 
     def has_hooks(
         self, dir: Direction | Literal["both"] = "both", including_permanent: bool = True, level: int | None = None
     ) -> bool:
-        checked_level(level)
         return bool(self._fitting(dir, including_permanent, level))
 
     def clear_context(self) -> None:
@@ -306,6 +304,7 @@ class HookPoint(nn.Module):
         return int(parts[1])
 
     def _fitting(self, dir: str, including_permanent: bool, level: int | None) -> list[HookEntry]:
+        level = checked_level(level)
         directions = ("fwd", "bwd") if is_one_of(dir, ("both",)) else (dir,)
         return [
             entry

@@ -238,6 +238,9 @@ class Record:
     @contextmanager
     def lent_back(self) -> Iterator[None]:
         """Restore the original weights for a while."""
+        if self.suspended:
+            yield
+            return
         exchanges = [exchange for changes in self.changes for exchange in changes.exchanges]
         self._check_in_place(exchanges[::-1])
         swap_all(exchanges[::-1])

@@ -157,7 +157,7 @@ class ProcessingMethods:
         ()
         """
         record = self._record()
-        return nullcontext() if record is None or record.suspended else record.lent_back()
+        return nullcontext() if record is None else record.lent_back()
 
     def _base(self) -> nn.Module:
         """The base model: what every bridge on these weights has in common, whatever head it sees."""

@@ -220,35 +220,33 @@ def _fold_into(reader: ComponentBridge, draft: Draft, scale: Tensor | None, shif
 def center_writing_weights(bridge: TransformerBridge, draft: Draft) -> None:
     """Subtract the mean over d_model from everything added to the stream, as every LayerNorm does anyway."""
     for role in bridge.adapter.outside():
-        _center_writer(bridge._component(role), draft)
+        _center(bridge._component(role), draft)
     for block in bridge.blocks:
         for branch in block.branches:
             writer = block.role(branch.post_norm or branch.mixer)
             if not writer.writes:
                 kind = type(writer).__name__
                 raise draft.refusal(writer, "weight", f"{kind} does not say which of its weights write to the stream")
-            _center_writer(writer, draft)
+            _center(writer, draft)
 
 
-def _center_writer(writer: ComponentBridge, draft: Draft) -> None:
+def _center(writer: ComponentBridge, draft: Draft) -> None:
     for matrix in writer.writes:
         axis = -1 if matrix.rows else -2
-        _center(writer, matrix, draft, stream=axis, over=axis)
-
-
-def _center(owner: ComponentBridge, matrix: StreamMatrix, draft: Draft, stream: int, over: int) -> None:
-    """Subtract the mean over one axis of a weight, which has d_model on the axis `stream`, and of its bias."""
-    weight, bias = draft.weight(owner, matrix, stream), draft.bias(owner, matrix)
-    draft.write(owner, matrix.role, matrix.weight, weight - weight.mean(over, keepdim=True))
-    if bias is not None:
-        draft.write(owner, matrix.role, matrix.bias, bias - bias.mean())
+        weight, bias = draft.weight(writer, matrix, axis), draft.bias(writer, matrix)
+        draft.write(writer, matrix.role, matrix.weight, weight - weight.mean(axis, keepdim=True))
+        if bias is not None:
+            draft.write(writer, matrix.role, matrix.bias, bias - bias.mean())
 
 
 def center_unembed(bridge: TransformerBridge, draft: Draft) -> None:
     """Subtract the mean of the logits over the vocabulary, which a softmax ignores."""
     unembed = bridge._component("unembed")
     for matrix in unembed.reads:
-        _center(unembed, matrix, draft, stream=-1, over=-2)
+        weight, bias = draft.weight(unembed, matrix, axis=-1), draft.bias(unembed, matrix)
+        draft.write(unembed, "", matrix.weight, weight - weight.mean(-2, keepdim=True))
+        if bias is not None:
+            draft.write(unembed, "", matrix.bias, bias - bias.mean())
 
 
 def fold_value_biases(bridge: TransformerBridge, draft: Draft) -> None:
