@@ -20,6 +20,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 
 from transformer_lens.model_bridge.access import views
 from transformer_lens.model_bridge.access.views import (
+    TRANSPOSED,
     EveryOther,
     ExpandedValues,
     FusedBlocks,
@@ -30,9 +31,8 @@ from transformer_lens.model_bridge.access.views import (
     Moved,
     Scaled,
     Shifted,
-    Times,
+    Through,
     TokenRows,
-    Transposed,
     View,
     Whole,
     in_groups,
@@ -72,8 +72,8 @@ def seen(draw: st.DrawFn) -> Seen:
         Seen(TokenRows(batch, pos), torch.randn(batch * pos, d, dtype=dtype), (batch, pos, d)),
         Seen(Whole(), flat, tuple(flat.shape)),
         Seen(FusedQKV(groups, per, d, "q", grouped=True), fused, (batch, pos, groups, per, d)),
-        Seen(Groups(Heads(groups * per, d), groups), flat, (batch, pos, groups, per, d)),
-        Seen(Groups(FusedBlocks(groups * per, groups, d, "q"), groups), fused, (batch, pos, groups, per, d)),
+        Seen(Through(Heads(groups * per, d), Groups(groups)), flat, (batch, pos, groups, per, d)),
+        Seen(Through(FusedBlocks(groups * per, groups, d, "q"), Groups(groups)), fused, (batch, pos, groups, per, d)),
         Seen(
             FusedQKV(groups, 0, d, "v"), torch.randn(batch, pos, groups * 2 * d, dtype=dtype), (batch, pos, groups, d)
         ),
@@ -84,11 +84,15 @@ def seen(draw: st.DrawFn) -> Seen:
             torch.randn(batch, 1, pos, groups * (2 + d), dtype=dtype),
             (batch, pos, groups, d),
         ),
-        Seen(Times(Heads(groups * per, d), 1.0), flat, (batch, pos, groups * per, d)),
-        Seen(Transposed(Whole()), fused, (batch, fused.shape[-1], pos)),
-        Seen(Moved(Heads(groups * per, d), 0, -1), flat, (pos, groups * per, d, batch)),
-        Seen(Moved(Transposed(Heads(groups * per, d)), 1, -2), flat.mT, (batch, groups * per, pos, d)),
-        Seen(Moved(Transposed(FusedQKV(groups, per, d, part)), 1, -2), fused.mT, (batch, heads, pos, d)),
+        Seen(Through(Heads(groups * per, d), Scaled(1.0)), flat, (batch, pos, groups * per, d)),
+        Seen(TRANSPOSED, fused, (batch, fused.shape[-1], pos)),
+        Seen(Through(Heads(groups * per, d), Moved(0, -1)), flat, (pos, groups * per, d, batch)),
+        Seen(
+            Through(Through(TRANSPOSED, Heads(groups * per, d)), Moved(1, -2)), flat.mT, (batch, groups * per, pos, d)
+        ),
+        Seen(
+            Through(Through(TRANSPOSED, FusedQKV(groups, per, d, part)), Moved(1, -2)), fused.mT, (batch, heads, pos, d)
+        ),
     ]
     return draw(st.sampled_from(options))
 
@@ -258,11 +262,11 @@ def test_parts_by_hand() -> None:
     assert grouped == {"q": [0, 1, 4, 5], "k": [2, 6], "v": [3, 7]}
     by_group = FusedQKV(2, 2, 1, "q", grouped=True).get(whole).flatten(1)
     assert by_group.tolist() == [[0, 1], [4, 5]]
-    assert Transposed(Half(1)).get(numbered(4, 2)).tolist() == [[4, 6], [5, 7]]
+    assert Through(TRANSPOSED, Half(1)).get(numbered(4, 2)).tolist() == [[4, 6], [5, 7]]
     both = torch.arange(6.0)
     assert [Half(which).get(both).tolist() for which in (0, 1)] == [[0, 1, 2], [3, 4, 5]]
     assert [EveryOther(start).get(both).tolist() for start in (0, 1)] == [[0, 2, 4], [1, 3, 5]]
-    assert Moved(Heads(2, 1), 0, -2).get(numbered(3, 2)).flatten(1).tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert Through(Heads(2, 1), Moved(0, -2)).get(numbered(3, 2)).flatten(1).tolist() == [[0, 2, 4], [1, 3, 5]]
     blocks = {part: FusedBlocks(4, 2, 1, part).get(whole).flatten().tolist() for part in PARTS}
     assert blocks == {"q": [0, 1, 2, 3], "k": [4, 5], "v": [6, 7]}
     rows = TokenRows(2, 2).get(torch.arange(4.0)[:, None])

@@ -138,16 +138,15 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class Groups:
-    """The heads of another view as `(kv_group, heads_per_group)`."""
+    """Heads as `(kv_group, heads_per_group)`."""
 
-    view: View
     kv_groups: int
 
-    def get(self, x: Tensor) -> Float[Tensor, "*batch kv_group heads_per_group d_head"]:
-        return self.view.get(x).unflatten(-2, (self.kv_groups, -1))  # type: ignore[no-any-return]
+    def get(self, x: Float[Tensor, "*batch head d_head"]) -> Float[Tensor, "*batch kv_group heads_per_group d_head"]:
+        return x.unflatten(-2, (self.kv_groups, -1))  # type: ignore[no-any-return]
 
     def put(self, x: Tensor, value: Float[Tensor, "*batch kv_group heads_per_group d_head"]) -> Tensor:
-        return self.view.put(x, value.flatten(-3, -2))
+        return value.flatten(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -172,31 +171,21 @@ class EveryOther(Some):
 
 
 @dataclass(frozen=True)
-class Transposed:
-    """Another view of the tensor with its last two axes swapped: a weight stored as `[out, in]`."""
-
-    view: View
-
-    def get(self, x: Shaped[Tensor, "*batch out in"]) -> Tensor:
-        return self.view.get(x.mT)
-
-    def put(self, x: Shaped[Tensor, "*batch out in"], value: Tensor) -> Shaped[Tensor, "*batch out in"]:
-        return self.view.put(x.mT, value).mT
-
-
-@dataclass(frozen=True)
 class Moved:
-    """Another view, with one axis moved."""
+    """A tensor with one axis moved."""
 
-    view: View
     source: int
     destination: int
 
     def get(self, x: Tensor) -> Tensor:
-        return self.view.get(x).movedim(self.source, self.destination)
+        return x.movedim(self.source, self.destination)
 
     def put(self, x: Tensor, value: Tensor) -> Tensor:
-        return self.view.put(x, value.movedim(self.destination, self.source))
+        return value.movedim(self.destination, self.source)
+
+
+TRANSPOSED = Moved(-1, -2)
+"""A weight stored as `[out, in]`, with its last two axes swapped."""
 
 
 @dataclass(frozen=True)
@@ -221,20 +210,6 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Another view, times a number."""
-
-    view: View
-    scale: float
-
-    def get(self, x: Tensor) -> Tensor:
-        return Scaled(self.scale).get(self.view.get(x))
-
-    def put(self, x: Tensor, value: Tensor) -> Tensor:
-        return self.view.put(x, Scaled(self.scale).put(self.view.get(x), value))
-
-
-@dataclass(frozen=True)
 class Shifted:
     """A tensor plus a number.
 
@@ -253,11 +228,25 @@ class Shifted:
         return torch.where(value == self.get(x), x, value - self.by)
 
 
+@dataclass(frozen=True)
+class Through:
+    """What a second view shows of the part that a first one shows."""
+
+    first: View
+    second: View
+
+    def get(self, x: Tensor) -> Tensor:
+        return self.second.get(self.first.get(x))
+
+    def put(self, x: Tensor, value: Tensor) -> Tensor:
+        return self.first.put(x, self.second.put(self.first.get(x), value))
+
+
 def in_groups(view: View, kv_groups: int) -> View:
     """The query heads of a view as `(kv_group, heads_per_group)`, without copying them."""
     if isinstance(view, FusedQKV) and view.part == "q":
         return replace(view, grouped=True)
-    return Groups(view, kv_groups)
+    return Through(view, Groups(kv_groups))
 
 
 def whole(cfg: BridgeConfig) -> View:
@@ -269,7 +258,7 @@ def scaled(scale: float, cfg: BridgeConfig) -> View:
 
 
 def times(scale: float, view: Callable[[BridgeConfig], View], cfg: BridgeConfig) -> View:
-    return Times(view(cfg), scale)
+    return Through(view(cfg), Scaled(scale))
 
 
 def half(which: Literal[0, 1], cfg: BridgeConfig) -> View:
@@ -278,7 +267,7 @@ def half(which: Literal[0, 1], cfg: BridgeConfig) -> View:
 
 def heads_first(cfg: BridgeConfig) -> View:
     """Heads whose axis is before positions, moved after them."""
-    return Moved(Whole(), 1, 2)
+    return Moved(1, 2)
 
 
 def query_heads(cfg: BridgeConfig) -> View:

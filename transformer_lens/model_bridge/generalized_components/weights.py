@@ -118,20 +118,28 @@ WHOLE = views.Whole()
 
 def matrix(module: nn.Module, view: views.View = WHOLE) -> views.View:
     """A view of a linear map's weight as `[in, out]`, whichever way round the module keeps it."""
-    return view if isinstance(module, Conv1D) else views.Transposed(view)
+    return view if isinstance(module, Conv1D) else views.Through(views.TRANSPOSED, view)
 
 
 def linear(role: str, parameter: str = "weight", view: views.View = WHOLE) -> Callable[["ComponentBridge"], Place]:
     """The weight `[in, out]` or bias of the linear map in a role; `view` selects from its output."""
 
     def place(component: "ComponentBridge") -> Place:
-        module: Any = component.module_of(role)
-        seen = views.Times(view, component.scales[role]) if role in component.scales else view
-        if parameter == "bias":
-            return Place(module, parameter, seen, (_out_features(module),))
-        return Place(module, parameter, matrix(module, seen))
+        module = component.module_of(role)
+        seen = _multiplied(component, role, view)
+        return _bias(module, seen) if parameter == "bias" else Place(module, parameter, matrix(module, seen))
 
     return place
+
+
+def _multiplied(component: "ComponentBridge", role: str, view: views.View) -> views.View:
+    """A view of a part, times the factor by which the module multiplies what the part returns."""
+    return views.Through(view, views.Scaled(component.scales[role])) if role in component.scales else view
+
+
+def _bias(module: Any, view: views.View) -> Place:
+    """The bias of a linear map."""
+    return Place(module, "bias", view, (module.nf if isinstance(module, Conv1D) else module.out_features,))
 
 
 def constant(value: float) -> Callable[["ComponentBridge"], Place]:
@@ -144,23 +152,18 @@ def own(parameter: str, view: views.View = WHOLE) -> Callable[["ComponentBridge"
     return lambda component: Place(component.original_component, parameter, view, (component.cfg.d_model,))
 
 
-def _out_features(module: Any) -> int:
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
-
-
 def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> Callable[[Any], Place]:
     """Where q, k or v is in the weight, or the bias, of its projection."""
 
     def place(attention: Any) -> Place:
         role, make = attention.places[part]
-        module: Any = attention.module_of(role)
-        view = make(attention.cfg)
-        view = views.Times(view, attention.scales[part]) if part in attention.scales else view
+        module = attention.module_of(role)
+        view = _multiplied(attention, part, make(attention.cfg))
         view = views.in_groups(view, attention.cfg.n_key_value_heads) if grouped else view
         if parameter == "bias":
-            return Place(module, parameter, view, (_out_features(module),))
+            return _bias(module, view)
         # The view reads [d_model, heads..., d_head].
-        return Place(module, parameter, views.Moved(matrix(module, view), 0, -2))
+        return Place(module, parameter, views.Through(matrix(module, view), views.Moved(0, -2)))
 
     return place
 
@@ -168,8 +171,8 @@ def _projection(part: str, parameter: str = "weight", grouped: bool = False) -> 
 def _output(attention: Any) -> Place:
     module = attention.module_of("o")
     heads = views.Heads(attention.cfg.n_heads, -1)
-    kept_as_out_in: views.View = views.Transposed(heads) if isinstance(module, Conv1D) else heads
-    return Place(module, "weight", views.Moved(kept_as_out_in, 0, -1))
+    kept_as_out_in: views.View = views.Through(views.TRANSPOSED, heads) if isinstance(module, Conv1D) else heads
+    return Place(module, "weight", views.Through(kept_as_out_in, views.Moved(0, -1)))
 
 
 class AttentionWeights:
@@ -253,7 +256,7 @@ def experts(parameter: str, half: Literal[0, 1] | None = None) -> Callable[["Com
         aside, as_stored = attribute(module, "is_concatenated"), attribute(module, "is_transposed")
         view: views.View = WHOLE if half is None else views.Half(half) if aside else views.EveryOther(half)
         if not (as_stored or parameter.endswith("bias")):
-            view = views.Transposed(view)
+            view = views.Through(views.TRANSPOSED, view)
         return Place(module, parameter, view)
 
     return place
