@@ -5,9 +5,8 @@ The forward pass records what hooks made of each tensor; the recomputation repla
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.inside_call import replaced
 from transformer_lens.model_bridge.upstream import attribute
 
 FUNCTION = "_gradient_checkpointing_func"
@@ -190,22 +190,15 @@ def recalled(owner: object, depth: int, what: str) -> Any:
     return found if record is None else record.recall(id(owner), what, found)
 
 
-class _Checkpoint:
+def _checkpoint(block: nn.Module) -> Callable[..., Any]:
     """Replaces the function that checkpoints a block, for the length of a forward pass."""
+    original: Callable[..., Any] = block.__dict__[FUNCTION]
 
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-        self.original: Callable[..., Any] = block.__dict__[FUNCTION]
-        self.users = 0
+    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        recorded = partial(Record().run, function) if torch.is_grad_enabled() else function
+        return original(recorded, *args, **kwargs)
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self.original(function, *args, **kwargs)
-        return self.original(partial(Record().run, function), *args, **kwargs)
-
-
-_exchange = threading.Lock()
-"""Held while a block's function is replaced, which threads share."""
+    return checkpoint
 
 
 @contextmanager
@@ -215,20 +208,8 @@ def recording(model: nn.Module) -> Iterator[None]:
     if torch.is_grad_enabled():
         trained = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.training]
         blocks = [block for block in trained if attribute(block, "gradient_checkpointing")]
-    for block in blocks:
-        attribute(block, FUNCTION)
-    with _exchange:
+    with ExitStack() as stack:
         for block in blocks:
-            here = block.__dict__[FUNCTION]
-            if not isinstance(here, _Checkpoint):
-                here = block.__dict__[FUNCTION] = _Checkpoint(block)
-            here.users += 1
-    try:
+            attribute(block, FUNCTION)
+            stack.enter_context(replaced(block, FUNCTION, partial(_checkpoint, block)))
         yield
-    finally:
-        with _exchange:
-            for block in blocks:
-                here = block.__dict__[FUNCTION]
-                here.users -= 1
-                if not here.users:
-                    block.__dict__[FUNCTION] = here.original

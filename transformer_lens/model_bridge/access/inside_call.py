@@ -22,6 +22,10 @@ DISPATCHED = "_old_forward"
 """Where accelerate keeps the original forward that its own calls."""
 
 
+_exchange = threading.Lock()
+"""Held while a `forward`, or another attribute of a module, is replaced, which threads and bridges share."""
+
+
 class ForwardInPlace:
     """Replaces a module's `forward` on behalf of its users, until the last of them leaves."""
 
@@ -45,18 +49,20 @@ class ForwardInPlace:
     @classmethod
     def join(cls, module: nn.Module, user: Any) -> Self:
         """The one in the module's forward, put there if there is none, with one more user."""
-        found = cls.on(module)
-        here = found or cls(module)
-        if found is None:
-            module.forward = here  # type: ignore[assignment]
-        here.users.append(user)
-        return here
+        with _exchange:
+            found = cls.on(module)
+            here = found or cls(module)
+            if found is None:
+                module.forward = here  # type: ignore[assignment]
+            here.users.append(user)
+            return here
 
     def leave(self, user: Any) -> None:
         """Without this user; after the last one the original forward is back."""
-        self.users.remove(user)
-        if not self.users:
-            self.remove()
+        with _exchange:
+            self.users.remove(user)
+            if not self.users:
+                self.remove()
 
     def remove(self) -> None:
         here = self.module.__dict__
@@ -128,6 +134,32 @@ class InsideCall:
         weight = read_weight(module, name, shard=self.shards.size > 1)
         computed = is_adapted(module) or is_quantised(getattr(module, name))
         return weight.to(self.cfg.dtype) if computed else weight
+
+
+_replaced: dict[tuple[int, str], tuple[int, Any]] = {}
+"""By object and attribute: how many asked for it, and what was there."""
+
+
+@contextmanager
+def replaced(owner: Any, name: str, make: Callable[[], Any]) -> Iterator[None]:
+    """Replace an object's attribute, which threads share, until the last that asked for it has left."""
+    here, key = owner.__dict__, (id(owner), name)
+    with _exchange:
+        users, had = _replaced.get(key, (0, here.get(name)))
+        if not users:
+            here[name] = make()
+        _replaced[key] = users + 1, had
+    try:
+        yield
+    finally:
+        with _exchange:
+            users, had = _replaced.pop(key)
+            if users > 1:
+                _replaced[key] = users - 1, had
+            elif had is None:
+                del here[name]
+            else:
+                here[name] = had
 
 
 @contextmanager

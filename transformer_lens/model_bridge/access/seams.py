@@ -6,11 +6,11 @@ arithmetic stays the module's own.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from transformer_lens.hooks.point import state
+from transformer_lens.model_bridge.access.inside_call import replaced
 from transformer_lens.model_bridge.upstream import UpstreamError, attention_functions
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
@@ -180,11 +181,6 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """An attention function of transformers: module, queries, keys, values and mask -> output, and the pattern or none."""
 
 
-_exchange = threading.Lock()
-"""Held while a registry's look-up is replaced, which threads share."""
-_users: dict[int, int] = {}
-
-
 @contextmanager
 def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], Attend]) -> Iterator[None]:
     """For one call of an attention module in this thread, replace the attention function it asks transformers for.
@@ -203,20 +199,9 @@ def attention_function(module: nn.Module, instead: Callable[[Attend, Attend], At
         state.attending.pop()
 
 
-@contextmanager
-def asking(registry: Any) -> Iterator[None]:
+def asking(registry: Any) -> AbstractContextManager[None]:
     """Replace a registry's look-up by one that sees `attention_function`, until the last thread has left."""
-    with _exchange:
-        _users[id(registry)] = _users.get(id(registry), 0) + 1
-        if _users[id(registry)] == 1:
-            registry.__dict__["get_interface"] = _asking(registry)
-    try:
-        yield
-    finally:
-        with _exchange:
-            _users[id(registry)] -= 1
-            if not _users[id(registry)]:
-                del registry.__dict__["get_interface"], _users[id(registry)]
+    return replaced(registry, "get_interface", partial(_asking, registry))
 
 
 def _asking(registry: Any) -> Callable[[str, Attend], Attend]:

@@ -48,15 +48,15 @@ class Shards:
         """Gather the whole tensor; its gradient is sliced. A collective call."""
         if self.size == 1:
             return x
-        rest = self, dim, sizes or [x.shape[dim]] * self.size
-        return _Linear.by(x, partial(_gathered, rest), partial(_sliced, rest))
+        where: dict[str, Any] = {"dim": dim, "sizes": sizes or [x.shape[dim]] * self.size}
+        return _Linear.by(x, partial(self._gathered, **where), partial(self._sliced, **where))
 
     def slice(self, whole: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         """This process's shard; the gradients of all shards are gathered. A collective call."""
         if self.size == 1:
             return whole
-        rest = self, dim, sizes or self.even(whole.shape[dim])
-        return _Linear.by(whole, partial(_sliced, rest), partial(_gathered, rest))
+        where: dict[str, Any] = {"dim": dim, "sizes": sizes or self.even(whole.shape[dim])}
+        return _Linear.by(whole, partial(self._sliced, **where), partial(self._gathered, **where))
 
     def summed(self, part: Tensor) -> Tensor:
         """The sum of everybody's part. The gradient of the sum is that of each part."""
@@ -71,10 +71,22 @@ class Shards:
         dist.all_reduce(total, group=self.group)
         return total
 
+    def _gathered(self, x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        longest, ours = max(sizes), sizes[self.rank]
+        padded = x.transpose(0, dim).contiguous()
+        if ours < longest:
+            padded = torch.cat([padded, padded.new_zeros(longest - ours, *padded.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return whole.transpose(0, dim).contiguous()
+
+    def _sliced(self, whole: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+        part = whole.narrow(dim, sum(sizes[: self.rank]), sizes[self.rank])
+        return part.clone(memory_format=torch.contiguous_format)
+
 
 ALONE = Shards()
-
-Rest = tuple[Shards, int, Sequence[int]]
 
 
 class _Linear(torch.autograd.Function):
@@ -94,24 +106,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         back, there = ctx.ways
         return grads[0] if back is None else _Linear.by(grads[0], back, there), None, None
-
-
-def _gathered(rest: Rest, x: Tensor) -> Tensor:
-    shards, dim, sizes = rest
-    longest, ours = max(sizes), sizes[shards.rank]
-    padded = x.transpose(0, dim).contiguous()
-    if ours < longest:
-        padded = torch.cat([padded, padded.new_zeros(longest - ours, *padded.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=shards.group)
-    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return whole.transpose(0, dim).contiguous()
-
-
-def _sliced(rest: Rest, whole: Tensor) -> Tensor:
-    shards, dim, sizes = rest
-    part = whole.narrow(dim, sum(sizes[: shards.rank]), sizes[shards.rank])
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

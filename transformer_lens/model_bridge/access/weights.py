@@ -64,12 +64,8 @@ def read_weight(module: nn.Module, name: str = "weight", *, shard: bool = False)
 def offloading_hook(module: nn.Module) -> Any | None:
     """The hook of accelerate that offloads this module's own weights between forward passes, or `None`."""
     hook: Any = module.__dict__.get("_hf_hook")
-    return hook if hook is not None and any(h.offload for h in _each(hook) if hasattr(h, "offload")) else None
-
-
-def _each(hook: Any) -> tuple[Any, ...]:
-    """The hooks in a sequence of accelerate's hooks."""
-    return tuple(hook.hooks) if hasattr(hook, "hooks") else (hook,)
+    several = getattr(hook, "hooks", (hook,))  # a sequence of hooks is one hook
+    return next((one for one in several if getattr(one, "offload", False)), None)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -78,7 +74,7 @@ def execution_device(module: nn.Module) -> torch.device:
     hook = offloading_hook(module)
     if device.type != "meta" or hook is None:
         return device
-    found = next(h.execution_device for h in _each(hook) if hasattr(h, "offload"))
+    found = hook.execution_device
     return torch.device("cuda", found) if isinstance(found, int) else torch.device(found)
 
 

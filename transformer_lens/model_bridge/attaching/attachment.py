@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformer_lens.model_bridge.attaching.inside_hooks import (
     attaching,
     check_replacement,
 )
-from transformer_lens.model_bridge.attaching.partial_run import covered, unwatch, watch
+from transformer_lens.model_bridge.attaching.partial_run import Watch, covered
 from transformer_lens.model_bridge.attaching.remote_blocks import BlockElsewhere, HookElsewhere
 from transformer_lens.model_bridge.config import BridgeConfig
 from transformer_lens.model_bridge.generalized_components import ComponentBridge, Hook, HookOwner
@@ -41,10 +40,6 @@ class Root:
 
 Find = Callable[[str], ComponentBridge | Root]
 """The part of a component in some role."""
-
-
-def _module_of(find: Find, role: str) -> nn.Module:
-    return find(role).in_place
 
 
 class Tap:
@@ -163,8 +158,11 @@ class BoundPort(Slot):
         assert isinstance(hook.port, Port)
         self.port = hook.port
         self.view = self.port.view(cfg)
-        self.modules = partial(_module_of, find)
+        self.find = find
         self.recalls = self.port.recalls is not None
+
+    def modules(self, role: str) -> nn.Module:
+        return self.find(role).in_place
 
     def remember(self, x: Tensor) -> None:
         state.recalled[id(self), len(state.executing), "input"] = self.port.remember(x)
@@ -275,8 +273,12 @@ class Attachment:
             self.known.check(place.component.path, place.module)
         else:
             del self.attached[place]
-        if bool(self.attached) != before:
-            (watch if attached else unwatch)(self.model, self.follow)
+        if attached and not before:
+            Watch.join(self.model, self.follow)
+        elif not self.attached:
+            here = Watch.on(self.model)
+            if here is not None:  # else accelerate's hooks were taken off, and what they found with them
+                here.leave(self.follow)
 
     def follow(self) -> None:
         """Move everything to the modules that are in the model now."""

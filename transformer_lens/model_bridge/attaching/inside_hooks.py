@@ -4,6 +4,7 @@ replace a module's `forward` while they are attached.
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -120,20 +121,18 @@ class InsideForward(ForwardInPlace):
         return InsideCall(*call, *hooks, stream, user.interior.shards, user.interior.axes)
 
 
+@dataclass(eq=False)
 class BoundModule:
     """The hooks of one bridge inside one module, by name."""
 
-    def __init__(
-        self, component: ComponentBridge, interior: Interior, layer: int, tell: Callable[[Any, bool], None]
-    ) -> None:
-        self.component = component
-        self.tell = tell
-        self.interior = interior
-        self.layer = layer
-        self.hooks: dict[str, BoundInside] = {}
-        self.recalls = False
-        """Whether any of them needs the input of another place."""
-        self.in_place: InsideForward | None = None
+    component: ComponentBridge
+    interior: Interior
+    layer: int
+    tell: Callable[[Any, bool], None]
+    hooks: dict[str, "BoundInside"] = field(default_factory=dict)
+    recalls: bool = False
+    """Whether any of them needs the input of another place."""
+    in_place: InsideForward | None = None
 
     def refresh(self) -> None:
         """Replace the module's forward, or restore it, as the hooks inside need it."""

@@ -75,7 +75,9 @@ def starting_at(start: int, places: Sequence[nn.Module], stream: Tensor, returns
         if start < len(places) - 1:
             undo.callback(places[start].register_forward_hook(check).remove)
         for layer, block in enumerate(places[:start]):
-            undo.enter_context(_handing_on(block, layer, returns_tuple))
+            stand_in = _HandOn.join(block, layer)
+            stand_in.layer, stand_in.returns_tuple = layer, returns_tuple
+            undo.callback(stand_in.leave, layer)
         # A model may add positions to the embeddings it is called with, so what arrives here is not the stream.
         handle = places[start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         undo.callback(handle.remove)
@@ -97,23 +99,6 @@ class _HandOn(ForwardInPlace):
             return self.original(*args, **kwargs)
         stream = arguments_of(type(self.module)).first_value(args, kwargs)
         return (stream, None) if self.returns_tuple else stream
-
-
-_exchange = threading.Lock()
-"""Held while a `forward` is replaced, which threads and bridges share."""
-
-
-@contextmanager
-def _handing_on(block: nn.Module, layer: int, returns_tuple: bool) -> Iterator[None]:
-    """Replace a block's forward; threads share it, and the last run restores it."""
-    with _exchange:
-        stand_in = _HandOn.join(block, layer)
-        stand_in.layer, stand_in.returns_tuple = layer, returns_tuple
-    try:
-        yield
-    finally:
-        with _exchange:
-            stand_in.leave(layer)
 
 
 COMPILED = "_compiled_call_impl"
@@ -155,16 +140,3 @@ class Watch(ForwardInPlace):
         for module, compiled in self.compiled:
             module.__dict__.setdefault(COMPILED, compiled)
         super().remove()
-
-
-def watch(model: nn.Module, follow: Follow) -> None:
-    """Call `follow` before every forward pass of a model."""
-    with _exchange:
-        Watch.join(model, follow)
-
-
-def unwatch(model: nn.Module, follow: Follow) -> None:
-    with _exchange:
-        here = Watch.on(model)
-        if here is not None:  # else accelerate's hooks were taken off, and what they found with them
-            here.leave(follow)

@@ -74,7 +74,9 @@ class HookElsewhere(Slot):
     ) -> None:
         super().__init__(hook, owner, told)
         self.block, self.layer, self.edge = block, layer, edge
-        self.point = owner._modules[hook.name]
+        point = owner._modules[hook.name]
+        assert isinstance(point, HookPoint)
+        self.point = point
         block.waiting.append(self)
 
     def admit(self, entry: HookEntry, direction: Direction) -> None:
@@ -85,9 +87,7 @@ class HookElsewhere(Slot):
 
     def begin(self) -> None:
         super().begin()
-        place = self.place
-        assert isinstance(place, HookPoint)
-        place.admit = self.admit
+        self.point.admit = self.admit
 
     def replaced(self) -> None:
         place = self.place
@@ -101,27 +101,23 @@ class HookElsewhere(Slot):
         place.admit = self.admit
         super().replaced()
 
+    def entries(self) -> list[tuple[HookEntry, Direction]]:
+        """The hooks here, and the direction of each."""
+        forward: list[tuple[HookEntry, Direction]] = [(entry, "fwd") for entry in self.point.fwd_hooks]
+        return [*forward, *((entry, "bwd") for entry in self.point.bwd_hooks)]
+
     def takes_all(self) -> bool:
         """Whether every hook here can run in the other process."""
-        place = self.place
-        if not isinstance(place, HookPoint):
-            return False
-        hooks: list[tuple[HookEntry, Direction]] = [(entry, "fwd") for entry in place.fwd_hooks]
-        hooks += [(entry, "bwd") for entry in place.bwd_hooks]
-        return all(self.block.refusal(self.name, entry, direction) is None for entry, direction in hooks)
+        refused = (self.block.refusal(self.name, *entry) is not None for entry in self.entries())
+        return self.place is self.point and not any(refused)
 
     def requests(self) -> Iterator[HookRequest]:
         """The hooks here that fire now."""
-        place = self.place
-        if not isinstance(place, HookPoint) or not covered(self.layer) or (self.edge and not self.takes_all()):
+        if self.place is not self.point or not covered(self.layer) or (self.edge and not self.takes_all()):
             return
-        for entry in tuple(place.fwd_hooks):
-            if entry.applies():
-                yield HookRequest(self.name, place, entry, "fwd")
-        if torch.is_grad_enabled():
-            for entry in tuple(place.bwd_hooks):
-                if entry.applies():
-                    yield HookRequest(self.name, place, entry, "bwd")
+        for entry, direction in self.entries():
+            if (direction == "fwd" or torch.is_grad_enabled()) and entry.applies():
+                yield HookRequest(self.name, self.point, entry, direction)
 
     def release(self) -> None:
         self.block.waiting.remove(self)

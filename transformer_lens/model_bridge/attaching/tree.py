@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -21,22 +22,18 @@ PUT: WeakSet[nn.Module] = WeakSet()
 Prepare = Callable[[ComponentBridge, nn.Module], Preparation]
 
 
+@dataclass(eq=False, repr=False)
 class Place:
     """One component's place: in the tree under its owner's role, in the model at its path."""
 
-    def __init__(
-        self,
-        owner: HookOwner,
-        role: str,
-        component: ComponentBridge,
-        prepare: Prepare,
-        changed: Callable[["Place"], None],
-    ) -> None:
-        self.owner, self.role, self.component = owner, role, component
-        self.prepare, self.changed = prepare, changed
-        self.preparation = Preparation()
-        self.hidden: dict[str, nn.Module | None] = {}
-        """The owner's own hook points that look into the component, while something else is in its place."""
+    owner: HookOwner
+    role: str
+    component: ComponentBridge
+    prepare: Prepare
+    changed: Callable[["Place"], None]
+    preparation: Preparation = field(default_factory=Preparation)
+    hidden: dict[str, nn.Module | None] = field(default_factory=dict)
+    """The owner's own hook points that look into the component, while something else is in its place."""
 
     @property
     def taken(self) -> bool:

@@ -29,19 +29,18 @@ OUTPUT = (StreamMatrix("o"),)
 
 def qkv_hooks(places: Places, width: str = "d_head", values: str = "pos") -> tuple[Hook, ...]:
     """The rows of q, k, v and z; the axes of values and z end in `width`, and `values` are at these positions."""
-    meanings = {
-        "q": "the queries before position encoding",
-        "k": "the keys before position encoding",
-        "v": "the values",
-        "gate": "each head's gate, before its sigmoid",
+    words = {
+        "q": ("pos head d_head", "the queries before position encoding"),
+        "k": ("pos kv_head d_head", "the keys before position encoding"),
+        "v": (f"{values} kv_head {width}", "the values"),
+        "gate": ("pos head d_head", "each head's gate, before its sigmoid"),
     }
-    heads = {"q": "head", "k": "kv_head", "v": "kv_head", "gate": "head"}
     enter = Hook("hook_in", "batch pos d_model", "the normalised stream that enters attention", Port(side="in"))
     projections = tuple(
         Hook(
             f"hook_{part}",
-            f"batch {values if part == 'v' else 'pos'} {heads[part]} {width if part == 'v' else 'd_head'}",
-            meanings[part],
+            f"batch {words[part][0]}",
+            words[part][1],
             Port(role, "out", view),
             aliases=(f"{part}.hook_out",),
         )

@@ -259,9 +259,6 @@ class Pairs:
         self.expert = flat[self.here] - first
         self.counts = [count for count in counts[first : first + each] if count]
 
-    def whole(self, pairs: Float[Tensor, "here width"]) -> Float[Tensor, "pair width"]:
-        return self.shards.gather(pairs, 0, self.sizes)
-
     def by_token(self, pairs: Float[Tensor, "pair width"]) -> Float[Tensor, "row chosen width"]:
         """Back in the order of the tokens and their choices."""
         rows, chosen = self.shape
@@ -272,7 +269,7 @@ class Pairs:
         """Show a value to its hook by token, if any hook wants it."""
         if not call.wants(name):
             return pairs
-        shown = self.by_token(self.whole(pairs))
+        shown = self.by_token(self.shards.gather(pairs, 0, self.sizes))
         new = call.fire(name, shown)
         if new is shown:
             return pairs

@@ -330,14 +330,7 @@ FAMILIES = by_type(
         harmless=(*Llama.harmless, "sliding_window_pattern"),
     ),
     row(Llama, "glm", "Llama with a fused gate and up projection, and RoPE on half of each head.", dense=FUSED),
-    row(
-        Llama,
-        "glm4",
-        "GLM with norms after attention and MLP too.",
-        dense=FUSED,
-        stages=AROUND,
-        norms=GLM4_NORMS,
-    ),
+    row(Llama, "glm4", "GLM with norms after attention and MLP too.", dense=FUSED, stages=AROUND, norms=GLM4_NORMS),
     row(
         Llama,
         "phi3",

@@ -1,27 +1,22 @@
 """The shapes of the published models, from their model cards, so that `info falcon-40b` needs no network."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import transformers
 
 
-def _sizes(d_model: int, heads: int, layers: int, vocabulary: int, **more: Any) -> dict[str, Any]:
-    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    return dict(zip(names, (d_model, heads, layers, vocabulary), strict=True)) | more
+def _fields(names: tuple[str, ...], *values: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True)) | more
 
 
+_sizes = partial(_fields, ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"))
+_gated = partial(_fields, ("intermediate_size", "num_key_value_heads", "max_position_embeddings"))
 # As in the published configs, `multi_query` stays True with the new architecture, which wins over it.
 _NEW = {"new_decoder_architecture": True}
 _RW = {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True}
 _11B = {**_NEW, "num_kv_heads": 8, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192}
-
-
-def _gated(d_mlp: int, key_value_heads: int, context: int, **more: Any) -> dict[str, Any]:
-    names = ("intermediate_size", "num_key_value_heads", "max_position_embeddings")
-    return dict(zip(names, (d_mlp, key_value_heads, context), strict=True)) | more
-
-
 _A3B = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "norm_topk_prob": True}
 
 PUBLISHED: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
