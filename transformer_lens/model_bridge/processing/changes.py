@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -130,7 +129,6 @@ def swap_all(exchanges: Iterable[Exchange]) -> None:
         way_back.pop_all()
 
 
-@dataclass(eq=False, repr=False)
 class WeightChanges:
     """What one call of processing changed; `undo()`, or leaving a `with` block, restores the old weights.
 
@@ -143,10 +141,11 @@ class WeightChanges:
     `notes` are the logged sentences. Later changes have to be undone before earlier ones.
     """
 
-    steps: tuple[str, ...]
-    exchanges: tuple[Exchange, ...]
-    notes: tuple[str, ...]
-    record: Record | None = None
+    def __init__(self, steps: Sequence[str], exchanges: Sequence[Exchange], notes: Sequence[str]) -> None:
+        self.steps = tuple(steps)
+        self.notes = tuple(notes)
+        self.exchanges = tuple(exchanges)
+        self.record: Record | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:

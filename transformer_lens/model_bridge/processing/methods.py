@@ -187,7 +187,7 @@ class ProcessingMethods:
         exchanges, notes = draft.exchanges()
         # Before anything changes, since a warning may be an error.
         _tell([*remarks, *draft.rounding()], notes, quiet)
-        changes = WeightChanges(tuple(step.name for step in steps), tuple(exchanges), tuple(notes))
+        changes = WeightChanges([step.name for step in steps], exchanges, notes)
         record.add(changes)
         self._processing = record
         return changes
