@@ -214,7 +214,9 @@ class GatedQueryAttentionBridge(GatedAttentionBridge):
 
 
 UnrotatedAttentionBridge = unrotated("UnrotatedAttentionBridge", PositionEmbeddingsAttentionBridge)
+"""Attention of a layer without RoPE."""
 UnrotatedNormedQKAttentionBridge = unrotated("UnrotatedNormedQKAttentionBridge", HeadsFirstNormedQKAttentionBridge)
+"""The same with QK-norm."""
 UnrotatedGatedAttentionBridge = unrotated("UnrotatedGatedAttentionBridge", GatedAttentionBridge)
 UnrotatedNormedSinkAttentionBridge = unrotated("UnrotatedNormedSinkAttentionBridge", NormedSinkAttentionBridge)
 

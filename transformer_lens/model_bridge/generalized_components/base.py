@@ -31,7 +31,7 @@ FIXED = {
     **dict.fromkeys(("exchanged", "exchanges", "full_names", "rows", "watchers", "hook_dict", "mod_dict"), MADE),
     **dict.fromkeys(("name", "parent", "path", "model", "sizes", "declared", "missing", "stages", "run"), MADE),
     **dict.fromkeys(("hooks", "absent", "reads", "writes", "takes", "attributes", "root_hooks"), MADE),
-    **dict.fromkeys(("scales", "number", "sinks", "closes", "late_keys"), MADE),
+    **dict.fromkeys(("scales", "number", "sinks", "closes", "chooses", "late_keys"), MADE),
     "original_model": "the hooks of a bridge are on the model it was made for; for another model make a new "
     "TransformerBridge(model), for other weights use load_state_dict",
     "blocks": "they are the layers of the model; put modules in the places of a block's components "
