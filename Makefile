@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Packages that must reach 100% branch coverage.
 GATED = transformer_lens/model_bridge/supported_architectures/*,transformer_lens/model_bridge/generalized_components/*,transformer_lens/model_bridge/access/views.py,transformer_lens/model_bridge/access/ports.py,transformer_lens/model_bridge/access/seams.py,transformer_lens/model_bridge/architecture_adapter.py
 # What reaches it, and the shape of the package; published sizes, and what starts processes, wait for `make test`.
-GATE = tests/adapters tests/properties tests/inside/test_core.py tests/families/test_latent.py tests/test_imports.py -m "not slow" \
+GATE = tests/adapters tests/properties tests/inside/test_core.py tests/families/test_latent.py tests/families/test_between.py tests/test_imports.py -m "not slow" \
 	--ignore tests/adapters/test_published.py --deselect tests/test_imports.py::test_importing_the_package_stays_light
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false

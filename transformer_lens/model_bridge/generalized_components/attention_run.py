@@ -249,15 +249,15 @@ class AttentionRun:
         """The mask as eager attention adds it to its scores, and which queries attend to anything."""
         # A mask by query and key says where each query is; a graph cannot ask a cache of fixed size for its length.
         first = 0 if isinstance(mask, Tensor) and mask.ndim == 4 else self.end(keys) - queries
-        memo = {} if state.memo is None else state.memo
-        key = None if torch.compiler.is_compiling() else (id(mask), queries, keys, first, like.dtype, like.device)
+        compiling = torch.compiler.is_compiling()
+        memo = {} if compiling or state.memo is None else state.memo
+        key = None if compiling else (id(mask), queries, keys, first, like.dtype, like.device)
         found = memo.get(key)
         if found is None:
             given = entries(mask, queries, keys, like.device)
             added = additive_mask(given, queries, keys, first, like.dtype, like.device)
             found = (added, seeing_queries(given, queries), mask)  # held, so that no other mask has its id
-            if key is not None:
-                memo[key] = found
+            memo[key] = found
         return found[:2]
 
     def show_results(self) -> None:
