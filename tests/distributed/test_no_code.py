@@ -45,7 +45,11 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-WHEN_CALLED = ("transformer_lens.model_bridge.drafting", "transformer_lens.dictionaries")
+WHEN_CALLED = (
+    "transformer_lens.model_bridge.drafting",
+    "transformer_lens.model_bridge.verification.validation",
+    "transformer_lens.dictionaries",
+)
 """What a method of the bridge imports when a user calls it, which no message can do."""
 
 

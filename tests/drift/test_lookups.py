@@ -58,9 +58,12 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ): "an attribute of our own components",
     (
         "model_bridge/verification/decoding.py",
-        "getattr(e.components.get(attention), 'late_keys', False)",
+        "getattr(self.components.get(attention), 'late_keys', False)",
     ): "an attribute of our own components",
     ("model_bridge/calls/text_methods.py", "getattr(given, 'dtype', got)"): "anything may be passed",
+    ("model_bridge/access/weights.py", "getattr(hook, 'hooks', (hook,))"): OTHER_LIBRARY,
+    ("model_bridge/access/weights.py", "getattr(one, 'offload', False)"): OTHER_LIBRARY,
+    ("model_bridge/generating/options.py", "getattr(chosen, way, self.options.get(way))"): "what a config leaves out",
     ("model_bridge/access/weights.py", "hasattr(module, name)"): "a module that was put in a place need not have it",
     ("cli/options.py", "getattr(torch, str(text), None)"): "a name the user typed",
     ("collect/manifest.py", "getattr(config, '_commit_hash', None)"): "only of files from a hub",
@@ -164,6 +167,7 @@ OURS = {
     ("bridge.py", "dtype"),  # our own keyword
     ("sources.py", "dtype"),
     ("report.py", "dtype"),  # a row of the report
+    ("decoding.py", "past_key_values"),  # our own keyword
     ("validation.py", "dtype"),  # what the worker loads the model with
     ("runs.py", "attention_mask"),  # our own keyword
     ("tokens.py", "input_ids"),  # what a tokenizer returns

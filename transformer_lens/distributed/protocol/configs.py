@@ -265,7 +265,7 @@ def made_from_adapter(kind: type[Any], like: Any = None) -> type[Any]:
     kind.base_class, kind.block_class = type(model), type(block)
     kind.attn_class = type(block.get_submodule(parts[layer].parts["attn"].at))
     kind.block_prefix = f"{model.base_model_prefix}.{parts[layer].at}"
-    kind.collects = (*COLLECTED, *({"output_router_logits"} & {*adapter.harmless}))
+    kind.collects = (*COLLECTED, *({"output_router_logits"} & {*adapter.harmless} & {*config.to_dict()}))
     kind.dropouts, kind.returns_tuple = adapter.dropouts, adapter.block_returns_tuple
     return kind
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformer_lens.checks import in_words, is_tensor
 from transformer_lens.factored_matrix import FactoredMatrix
 from transformer_lens.model_bridge.access import views
-from transformer_lens.model_bridge.access.weights import execution_device, read_weight
+from transformer_lens.model_bridge.access.weights import computing_module, execution_device, read_weight
 from transformer_lens.model_bridge.upstream import attribute
 
 if TYPE_CHECKING:
@@ -253,7 +253,8 @@ def experts(parameter: str, half: Literal[0, 1] | None = None) -> Callable[["Com
 
     def place(component: "ComponentBridge") -> Place:
         module = component.module_of("experts")
-        aside, as_stored = attribute(module, "is_concatenated"), attribute(module, "is_transposed")
+        own = computing_module(module)
+        aside, as_stored = attribute(own, "is_concatenated"), attribute(own, "is_transposed")
         view: views.View = WHOLE if half is None else views.Half(half) if aside else views.EveryOther(half)
         if not (as_stored or parameter.endswith("bias")):
             view = views.Through(views.TRANSPOSED, view)
