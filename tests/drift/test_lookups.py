@@ -119,8 +119,6 @@ BY_RIGHT: dict[tuple[str, str], str] = {
     ("model_bridge/wrapped_model.py", "getattr(inner._modules[head], 'out_features', None)"): (
         "a head of somebody's own need not say how wide it is"
     ),
-    ("model_bridge/access/weights.py", "hasattr(hook, 'hooks')"): OTHER_LIBRARY,
-    ("model_bridge/access/weights.py", "hasattr(h, 'offload')"): OTHER_LIBRARY,
 }
 
 
