@@ -175,7 +175,9 @@ LATENTS = ("deepseek_v2", "deepseek_v3", "mistral4", "sarvam_mla", "youtu", "glm
 """Families with latent attention."""
 LINEARS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 """Families with linear attention in some layers."""
-SINCE = dict.fromkeys(("granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS, *LINEARS), (5, 24))
+SINCE = dict.fromkeys(
+    ("afmoe", "aria_text", "granitemoe", "jamba", "gptj", "lfm2", "lfm2_moe", "falcon_h1", *LATENTS, *LINEARS), (5, 24)
+)
 """Families whose modules are other ones in older releases of transformers, which the adapter refuses."""
 for name, (family, _) in [*MODELS.items()]:
     if minor(transformers.__version__) < SINCE.get(name.split(",")[0], (0, 0)) or not hasattr(
